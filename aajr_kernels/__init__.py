@@ -1,0 +1,12 @@
+"""aajr_kernels: exact directional derivatives of transformers and the gradient of their squared size."""
+
+from .dual import Dual, dual, is_dual, jvp, unpack
+from .runtime import (
+    BackendUnavailable,
+    Coverage,
+    UnsupportedOperation,
+    coverage,
+    use_backend,
+)
+
+__version__ = "0.1.0"

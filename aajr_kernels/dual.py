@@ -1,0 +1,488 @@
+"""The number: a primal with K tangents, stored as one tensor stacked along a new leading axis.
+
+A :class:`Dual` flows through unmodified model code. Every torch function called on it is looked up in the rule
+registry (:mod:`aajr_kernels.runtime`); what has no rule raises. Reverse mode is ordinary autograd over ``stacked``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from . import runtime
+
+__all__ = ["Dual", "dual", "is_dual", "jvp", "unpack"]
+
+
+def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply the rule of `func` to arguments of which at least one is or contains a Dual.
+
+    Raises:
+        UnsupportedOperation: `func` has no rule, or was called with ``out=``.
+    """
+    rule = runtime.RULES.get(func)
+    if rule is None:
+        name = function_name(func)
+        if runtime.recording():
+            runtime.record_unsupported(name)
+        raise runtime.UnsupportedOperation(
+            f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
+            "or register one with aajr_kernels.runtime.rule."
+        )
+    if kwargs.get("out") is not None:
+        raise runtime.UnsupportedOperation(
+            f"{function_name(func)}(out=...) cannot write a Dual: assign the result to a name instead."
+        )
+    result = rule(*args, **kwargs)
+    if runtime.recording():
+        _record(func, result)
+    return result
+
+
+def _record(func: Callable[..., Any], result: Any) -> None:
+    kind = runtime.KINDS[func]
+    if kind == "op":
+        return
+    flops = 0.0
+    if kind != "view":
+        flops = float(sum(leaf.stacked.numel() for leaf in _duals_in((result,))))
+    runtime.record(function_name(func), kind, flops)
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """A readable name of a torch function: ``Tensor.add``, ``torch.cat``, ``F.layer_norm``."""
+    name = getattr(func, "__name__", str(func))
+    owner = getattr(func, "__objclass__", None)
+    if owner is not None or getattr(torch.Tensor, name, None) is func:
+        return f"Tensor.{name}"
+    if getattr(torch.nn.functional, name, None) is func:
+        return f"F.{name}"
+    return f"torch.{name}"
+
+
+@dataclass(eq=False, repr=False)
+class Dual:
+    """A value and its K directional derivatives.
+
+    Attributes:
+        stacked: ``[1 + K, *shape]``; ``stacked[0]`` is the primal, ``stacked[1:]`` are the tangents. Floating point.
+
+    Every ``torch.Tensor`` method and operator is available and acts on primal and tangents by its rule. Properties
+    such as ``shape``, ``dtype`` and ``device`` are those of the primal. Comparisons and integer results are plain
+    tensors. ``detach()`` and ``.data`` return the plain primal.
+    """
+
+    stacked: torch.Tensor
+
+    # -- the parts ----------------------------------------------------------------------------------------------
+
+    @property
+    def primal(self) -> torch.Tensor:
+        """The value, shape ``[*shape]``, attached to the graph."""
+        return self.stacked[0]
+
+    @property
+    def tangents(self) -> torch.Tensor:
+        """All K directional derivatives, shape ``[K, *shape]``, attached to the graph."""
+        return self.stacked[1:]
+
+    @property
+    def tangent(self) -> torch.Tensor:
+        """The directional derivative of a Dual with one tangent, shape ``[*shape]``.
+
+        Raises:
+            ValueError: the Dual carries more than one tangent.
+        """
+        if self.num_tangents != 1:
+            raise ValueError(f"tangent is defined for one tangent, this Dual has {self.num_tangents}: use tangents.")
+        return self.stacked[1]
+
+    @property
+    def num_tangents(self) -> int:
+        """K, the number of directions."""
+        return self.stacked.shape[0] - 1
+
+    # -- what torch asks of a tensor ------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stacked.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        return self.stacked.ndim - 1
+
+    def dim(self) -> int:
+        return self.stacked.dim() - 1
+
+    ndimension = dim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def stride(self, dim: int | None = None) -> Any:
+        strides = self.stacked.stride()[1:]
+        return strides if dim is None else strides[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    nelement = numel
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return self.stacked.is_contiguous() if memory_format == torch.contiguous_format else False
+
+    def is_floating_point(self) -> bool:
+        return self.stacked.is_floating_point()
+
+    def is_complex(self) -> bool:
+        return self.stacked.is_complex()
+
+    def get_device(self) -> int:
+        return self.stacked.get_device()
+
+    def element_size(self) -> int:
+        return self.stacked.element_size()
+
+    def data_ptr(self) -> int:
+        return self.stacked.data_ptr()
+
+    def __len__(self) -> int:
+        if self.ndim == 0:
+            raise TypeError("len() of a 0-dimensional Dual.")
+        return self.shape[0]
+
+    def __iter__(self) -> Any:
+        if self.ndim == 0:
+            raise TypeError("iteration over a 0-dimensional Dual.")
+        return iter(self.unbind(0))
+
+    # -- autograd -------------------------------------------------------------------------------------------------
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.stacked.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.stacked.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Dual:
+        self.stacked.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.stacked.is_leaf
+
+    @property
+    def grad_fn(self) -> Any:
+        return self.stacked.grad_fn
+
+    @property
+    def grad(self) -> Dual | None:
+        return None if self.stacked.grad is None else Dual(self.stacked.grad)
+
+    def retain_grad(self) -> None:
+        self.stacked.retain_grad()
+
+    @property
+    def _version(self) -> int:
+        return self.stacked._version
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        raise runtime.UnsupportedOperation(
+            "backward() of a Dual is ambiguous: call it on a loss made of y.primal and y.tangents."
+        )
+
+    def register_hook(self, hook: Callable[..., Any]) -> Any:
+        raise runtime.UnsupportedOperation(
+            "register_hook on a Dual is ambiguous: register it on y.stacked, whose gradient is [1 + K, *shape]."
+        )
+
+    def detach(self) -> torch.Tensor:
+        return self.stacked[0].detach()
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.stacked[0].detach()
+
+    # -- leaving the number ---------------------------------------------------------------------------------------
+
+    def item(self) -> Any:
+        return self.primal.item()
+
+    def tolist(self) -> Any:
+        return self.primal.tolist()
+
+    def __float__(self) -> float:
+        return float(self.primal)
+
+    def __int__(self) -> int:
+        return int(self.primal)
+
+    def __bool__(self) -> bool:
+        return bool(self.primal)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.primal.item(), spec) if self.ndim == 0 and spec else repr(self)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise runtime.UnsupportedOperation(
+            "NumPy cannot hold a Dual, its tangent would be lost: use y.primal.detach().numpy()."
+        )
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__array__()
+
+    def __repr__(self) -> str:
+        head = f"Dual(shape={tuple(self.shape)}, num_tangents={self.num_tangents}, dtype={self.dtype}"
+        head += f", device={self.device}" if self.device.type != "cpu" else ""
+        head += ", requires_grad=True" if self.requires_grad else ""
+        if self.stacked.is_meta or self.stacked.numel() > 64:
+            return head + ")"
+        parts = self.stacked.detach()
+        return f"{head},\n  primal={parts[0]},\n  tangents={parts[1:]})"
+
+    __hash__ = object.__hash__
+
+
+def _forward_property(name: str) -> property:
+    return property(lambda self: getattr(self.stacked, name), doc=f"``{name}`` of the primal.")
+
+
+for _name in ("dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "itemsize"):
+    setattr(Dual, _name, _forward_property(_name))
+for _name in ("is_mps", "is_xpu", "is_nested", "is_mkldnn", "is_xla", "is_vulkan", "is_ipu", "is_maia", "is_mtia"):
+    setattr(Dual, _name, _forward_property(_name))
+
+
+def _method(name: str) -> Callable[..., Any]:
+    func = getattr(torch.Tensor, name)
+
+    @functools.wraps(func, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+    def method(self: Dual, *args: Any, **kwargs: Any) -> Any:
+        return dispatch(func, (self, *args), kwargs)
+
+    return method
+
+
+def _transpose_property(name: str) -> property:
+    func = getattr(torch.Tensor, name).__get__
+    return property(lambda self: dispatch(func, (self,), {}), doc=f"``{name}`` of primal and tangents.")
+
+
+# Attributes of the class machinery, and what must not be forwarded because object's own behaviour is wanted.
+_OWN = {
+    "__class__", "__dict__", "__dir__", "__getattribute__", "__getattr__", "__setattr__", "__delattr__", "__hash__",
+    "__init__", "__init_subclass__", "__new__", "__subclasshook__", "__reduce__", "__reduce_ex__", "__setstate__",
+    "__getstate__", "__deepcopy__", "__sizeof__", "__str__", "__weakref__", "__torch_dispatch__", "__module__",
+    "__doc__", "__class_getitem__", "__dlpack__", "__dlpack_device__", "__cuda_array_interface__",
+    "__array_priority__", "__array_wrap__",
+}  # fmt: skip
+
+for _name in ("T", "mT", "H", "mH", "real", "imag"):
+    setattr(Dual, _name, _transpose_property(_name))
+for _name in dir(torch.Tensor):
+    if _name in _OWN or _name in Dual.__dict__ or not callable(getattr(torch.Tensor, _name)):
+        continue
+    setattr(Dual, _name, _method(_name))
+
+pytree.register_pytree_node(
+    Dual,
+    lambda x: ([x.stacked], None),
+    lambda children, _: Dual(children[0]),
+    serialized_type_name="aajr_kernels.Dual",
+    to_dumpable_context=lambda _: "",
+    from_dumpable_context=lambda _: None,
+    flatten_with_keys_fn=lambda x: ([(pytree.GetAttrKey("stacked"), x.stacked)], None),
+)
+
+
+def is_dual(x: object) -> bool:
+    """Whether `x` is a Dual."""
+    return isinstance(x, Dual)
+
+
+def _duals_in(values: Any) -> list[Dual]:
+    return [leaf for leaf in pytree.tree_leaves(values, is_leaf=is_dual) if isinstance(leaf, Dual)]
+
+
+def num_tangents(*values: Any) -> int:
+    """K of the Duals among `values`, 0 if there is none.
+
+    Raises:
+        ValueError: the Duals carry different numbers of tangents.
+    """
+    k = 0
+    for value in values:
+        if isinstance(value, Dual):
+            if k and value.num_tangents != k:
+                raise ValueError(
+                    f"Duals with {k} and {value.num_tangents} tangents meet in one operation: build them with the "
+                    "same number of directions."
+                )
+            k = value.num_tangents
+    return k
+
+
+def stack_of(x: Any) -> Any:
+    """The stacked tensor of a Dual, a plain tensor with a leading axis of one (no tangents), None for None."""
+    if isinstance(x, Dual):
+        return x.stacked
+    return None if x is None else x.unsqueeze(0)
+
+
+def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
+    """A Dual with primal `x` and direction(s) `v`.
+
+    Args:
+        x: primal of any shape, floating point.
+        v: one direction shaped like `x`, or K directions ``[K, *x.shape]``; dtype and device of `x`.
+
+    Returns:
+        Dual: gradients of whatever is computed from it reach both `x` and `v`.
+
+    Raises:
+        TypeError: an argument is not a tensor, is already a Dual, or has an integer or another dtype.
+        ValueError: shapes or devices do not agree, or K is 0.
+    """
+    for name, value in (("x", x), ("v", v)):
+        if isinstance(value, Dual):
+            raise TypeError(f"{name} is already a Dual: nested duals are not supported, pass {name}.primal.")
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name} must be floating point, got {value.dtype}: integers have no derivative; for token ids "
+                "seed the embedding with aajr_kernels.seed."
+            )
+    if v.dtype != x.dtype:
+        raise TypeError(f"v must have the dtype of x ({x.dtype}), got {v.dtype}: cast it with v.to(x.dtype).")
+    if v.device != x.device:
+        raise ValueError(f"v must be on the device of x ({x.device}), got {v.device}: move it with v.to(x.device).")
+    if v.shape == x.shape:
+        v = v.unsqueeze(0)
+    elif v.shape[1:] != x.shape or v.dim() != x.dim() + 1:
+        raise ValueError(
+            f"v must have the shape of x {tuple(x.shape)} or [K, *x.shape] for K directions, got {tuple(v.shape)}."
+        )
+    if v.shape[0] == 0:
+        raise ValueError("v must hold at least one direction, got K = 0.")
+    install_guards()
+    return Dual(torch.cat([x.unsqueeze(0), v]))
+
+
+def unpack(x: Dual | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Primal and tangent of a Dual (``[K, *shape]`` when K > 1), or ``(x, None)`` for a plain tensor."""
+    if not isinstance(x, Dual):
+        return x, None
+    return x.primal, x.tangent if x.num_tangents == 1 else x.tangents
+
+
+def jvp(
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+) -> tuple[Any, ...]:
+    """Value and directional derivative of `func`, with the calling convention of ``torch.func.jvp``.
+
+    Unlike there, a tangent may also be ``[K, *primal.shape]`` for K directions at once, and the gradient of anything
+    computed from the result flows through value and tangent alike, to the primals, the tangents and every parameter.
+
+    Args:
+        func: function of ``len(primals)`` tensors (or trees of tensors) that returns a tensor or a tree of them.
+        primals: arguments of `func`.
+        tangents: directions, same structure as `primals`.
+        strict: raise when an output does not depend on the inputs, instead of returning zeros.
+        has_aux: `func` returns ``(output, aux)``; aux is returned as a third element with Duals replaced by primals.
+
+    Returns:
+        ``(output, output_tangent)`` or ``(output, output_tangent, aux)``; tangents are ``[K, ...]`` when K > 1.
+
+    Raises:
+        TypeError, ValueError: structures, shapes or dtypes of primals and tangents do not agree.
+        RuntimeError: `strict` and an output does not depend on the inputs.
+    """
+    if not isinstance(primals, tuple) or not isinstance(tangents, tuple) or not primals:
+        raise TypeError(
+            f"primals and tangents must be non-empty tuples, got {type(primals).__name__} and "
+            f"{type(tangents).__name__}: write jvp(func, (x,), (v,))."
+        )
+    flat_x, structure = pytree.tree_flatten(primals)
+    flat_v, v_structure = pytree.tree_flatten(tangents)
+    if structure != v_structure:
+        raise TypeError(f"tangents must have the structure of primals ({structure}), got {v_structure}.")
+    duals = [dual(x, v) for x, v in zip(flat_x, flat_v)]
+    k = num_tangents(*duals)
+    single = all(v.shape == x.shape for x, v in zip(flat_x, flat_v))
+    result = func(*pytree.tree_unflatten(duals, structure))
+    aux = None
+    if has_aux:
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"func must return (output, aux) with has_aux=True, got {type(result).__name__}.")
+        result, aux = result
+
+    def tangent_of(y: Any) -> Any:
+        if isinstance(y, Dual):
+            return y.tangents[0] if single else y.tangents
+        if strict:
+            raise RuntimeError("an output of func does not depend on the inputs (strict=True).")
+        if not isinstance(y, torch.Tensor):
+            raise TypeError(f"func must return tensors, got {type(y).__name__}.")
+        return torch.zeros_like(y) if single else y.new_zeros((k, *y.shape))
+
+    outputs = primal_tree(result)
+    output_tangents = pytree.tree_map(tangent_of, result, is_leaf=is_dual)
+    return (outputs, output_tangents, primal_tree(aux)) if has_aux else (outputs, output_tangents)
+
+
+def primal_tree(tree: Any) -> Any:
+    """`tree` with every Dual replaced by its primal, still attached to the graph."""
+    return pytree.tree_map(lambda y: y.primal if isinstance(y, Dual) else y, tree, is_leaf=is_dual)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guards: places where a Dual would lose its derivative in silence
+# ---------------------------------------------------------------------------------------------------------------
+
+#: autograd.Function classes that may be applied to Duals: name of the class -> handler(apply, *args)
+_guarded = False
+
+
+def install_guards() -> None:
+    """Make ``autograd.Function.apply`` raise on a Dual, whose gradient it would drop. Idempotent; called by dual()."""
+    global _guarded
+    if _guarded:
+        return
+    _guarded = True
+    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if _duals_in((args, kwargs)):
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            remedy = (
+                "use non-reentrant checkpointing (use_reentrant=False)"
+                if "CheckpointFunction" in name
+                else "it sees no tensor and would drop the gradient; call it on the stacked tensor in a rule, or "
+                "replace it by differentiable torch functions"
+            )
+            raise runtime.UnsupportedOperation(f"{name}.apply was given a Dual: {remedy}.")
+        return original(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]

@@ -1,0 +1,276 @@
+"""Backend choice, coverage recording, autocast and the rule registry.
+
+This is the bottom of the package: it knows neither :class:`~aajr_kernels.dual.Dual` nor any operation. Operations
+ask it which backend to run on and tell it what ran; rules register themselves here and the number looks them up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = [
+    "BackendUnavailable",
+    "Coverage",
+    "UnsupportedOperation",
+    "backends",
+    "coverage",
+    "use_backend",
+]
+
+
+class UnsupportedOperation(TypeError):
+    """A function was called on a Dual for which no exact derivative rule is known."""
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name that cannot run here; the message says why."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Backends
+# ---------------------------------------------------------------------------------------------------------------
+
+BACKENDS = ("reference", "native", "triton")
+_choice = os.environ.get("AAJR_BACKEND", "auto")
+
+
+def _missing(module: str, hint: str) -> str | None:
+    try:
+        importlib.import_module(f"aajr_kernels.{module}")
+    except ImportError as error:
+        return f"{hint} ({error})"
+    return None
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, with None where it can run and a one-sentence reason where it cannot."""
+    return {
+        "reference": None,
+        "native": _missing("_native", "this installation was built without the native CPU module"),
+        "triton": _missing("ops.attention.triton", "this version of aajr_kernels ships no Triton kernels yet"),
+    }
+
+
+class use_backend:
+    """Choose the backend of every operation: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+
+    Takes effect when called; used as a context manager it restores the previous choice on exit. The environment
+    variable ``AAJR_BACKEND`` sets the initial choice. A backend chosen by name never falls back to another one.
+
+    Raises:
+        ValueError: the name is unknown.
+        BackendUnavailable: the named backend cannot run here.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _choice
+        check_backend(name)
+        self._previous, _choice = _choice, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _choice
+        _choice = self._previous
+
+
+def check_backend(name: str) -> None:
+    """Raise unless `name` is "auto" or the name of a backend that can run here."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown: choose one of auto, {', '.join(BACKENDS)}.")
+    if name in BACKENDS[1:] and (reason := backends()[name]) is not None:
+        raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}.")
+
+
+def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
+    """The backend that `op` runs on for these inputs.
+
+    A name chosen by the user is final. ``auto`` takes the reference, which is also where float64 always goes.
+    """
+    if _choice != "auto":
+        check_backend(_choice)
+        return _choice
+    return "reference"
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module ``aajr_kernels.ops.<op>.<backend>`` with the kernels of one op on one backend, imported lazily."""
+    try:
+        return importlib.import_module(f"aajr_kernels.ops.{op}.{backend}")
+    except ImportError as error:
+        raise BackendUnavailable(f"op {op!r} has no {backend!r} backend: {error}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Coverage
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Coverage:
+    """What ran inside a :func:`coverage` block.
+
+    Attributes:
+        entries: ``(op, backend) -> [count, flops]``. Backends are ``reference``, ``native``, ``triton`` for our own
+            ops, ``torch`` for rules made of torch functions, ``view`` for those that move no arithmetic, and
+            ``fallback`` for the generic one. Flops count forward multiplications and additions.
+        unsupported: names of the functions that raised :class:`UnsupportedOperation`.
+    """
+
+    entries: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    unsupported: list[str] = field(default_factory=list)
+
+    def add(self, op: str, backend: str, flops: float) -> None:
+        entry = self.entries.setdefault((op, backend), [0, 0.0])
+        entry[0] += 1
+        entry[1] += flops
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Names of the operations that went to the generic fallback."""
+        return sorted(op for op, backend in self.entries if backend == "fallback")
+
+    def rows(self) -> list[tuple[str, str, int, float]]:
+        """(op, backend, count, share of the arithmetic in [0, 1]), largest share first."""
+        total = sum(flops for _, flops in self.entries.values()) or 1.0
+        rows = [(op, backend, int(n), flops / total) for (op, backend), (n, flops) in self.entries.items()]
+        return sorted(rows, key=lambda row: (-row[3], row[0]))
+
+    def share(self, *names: str) -> float:
+        """Share of the arithmetic that ran on the named backends."""
+        return sum(share for _, backend, _, share in self.rows() if backend in names)
+
+    def __str__(self) -> str:
+        lines = [f"{'op':32} {'backend':10} {'count':>6} {'share':>7}"]
+        lines += [f"{op:32} {backend:10} {n:6d} {share:7.1%}" for op, backend, n, share in self.rows()]
+        lines += [f"{name:32} unsupported" for name in self.unsupported]
+        return "\n".join(lines)
+
+
+_coverage: list[Coverage] = []
+
+
+@contextlib.contextmanager
+def coverage() -> Iterator[Coverage]:
+    """Record which operation ran on which backend, how often, and its share of the forward arithmetic.
+
+    Yields:
+        Coverage: filled while the block runs; readable during and after it.
+    """
+    recorder = Coverage()
+    _coverage.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _coverage.remove(recorder)
+
+
+def recording() -> bool:
+    """Whether a :func:`coverage` block is open; lets callers skip the cost of counting."""
+    return bool(_coverage)
+
+
+def record(op: str, backend: str, flops: float = 0.0) -> None:
+    """Tell the open :func:`coverage` blocks that `op` ran on `backend`."""
+    for recorder in _coverage:
+        recorder.add(op, backend, flops)
+
+
+def record_unsupported(name: str) -> None:
+    for recorder in _coverage:
+        recorder.unsupported.append(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Autocast
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _autocast(dtype: torch.dtype | None, tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    target = torch.get_autocast_dtype(device) if dtype is None else dtype
+
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
+        # float64 stays, as under torch's own autocast
+        return t.to(target) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return tuple(cast(t) for t in tensors)
+
+
+def autocast_low(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Under an active autocast, the tensors in its low dtype (differentiable casts); otherwise unchanged."""
+    return _autocast(None, tensors)
+
+
+def autocast_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Under an active autocast, the tensors in float32 (differentiable casts); otherwise unchanged."""
+    return _autocast(torch.float32, tensors)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off inside a Function, whose inputs were cast by its caller."""
+    return torch.autocast(device_type, enabled=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rules
+# ---------------------------------------------------------------------------------------------------------------
+
+#: torch function -> rule, called with the function's own arguments (some of them Duals)
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
+#: torch function -> "view" | "torch" | "op" | "fallback": what coverage() calls it ("op" records itself)
+KINDS: dict[Callable[..., Any], str] = {}
+
+_NAMESPACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.linalg, torch._C._VariableFunctions)
+
+
+def functions_named(name: str) -> list[Callable[..., Any]]:
+    """Every torch callable of that name: function, method, functional wrapper and the builtin behind it."""
+    found: list[Callable[..., Any]] = []
+    for namespace in _NAMESPACES:
+        candidate = getattr(namespace, name, None)
+        if callable(candidate) and not isinstance(candidate, type) and candidate not in found:
+            found.append(candidate)
+    return found
+
+
+def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[Callable[..., Any]], Any]:
+    """Register a derivative rule.
+
+    Args:
+        targets: torch callables, or names that are looked up in torch, torch.Tensor, torch.nn.functional,
+            torch.special and torch.linalg (all matches are registered). A trailing ``?`` marks a name that only
+            some torch versions have.
+        kind: what :func:`coverage` reports: ``"torch"``, ``"view"``, ``"fallback"``, or ``"op"`` for rules that call
+            an op which records itself.
+
+    Returns:
+        A decorator. The rule is called with the function's own arguments, of which at least one is or contains a Dual.
+
+    Raises:
+        LookupError: a name matches no torch function.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for target in targets:
+            matches = functions_named(target.rstrip("?")) if isinstance(target, str) else [target]
+            if not matches and not (isinstance(target, str) and target.endswith("?")):
+                raise LookupError(f"no torch function is called {target!r}.")
+            for match in matches:
+                RULES[match] = function
+                KINDS[match] = kind
+        return function
+
+    return decorate
