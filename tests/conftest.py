@@ -1,0 +1,73 @@
+"""Settings shared by the whole suite: offline, seeded, few threads, and uninitialised memory that shows.
+
+Markers: ``gpu`` (skipped, with the reason, where there is no CUDA device) and ``slow`` (left out by
+``pytest -m "not slow"``).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import aajr_kernels  # noqa: F401  its rules are keyed by torch.empty_like & co. as they are before the patch below
+
+NAN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", 'slow: takes more than about ten seconds; leave out with -m "not slow"')
+    # The tests are small: more threads cost more than they bring, above all beside other workers.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    def allocate_nan(*args: Any, **kwargs: Any) -> Any:
+        result = allocate(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.dtype in NAN_DTYPES:
+            with torch.no_grad():
+                result.fill_(float("nan"))
+        return result
+
+    allocate_nan.__name__ = getattr(allocate, "__name__", "empty")
+    return allocate_nan
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fills what torch.empty and its relatives return with NaN, so that an element nobody wrote is seen.
+
+    An explicit patch: ``torch.use_deterministic_algorithms``, the only way to make torch fill it, would also change
+    which kernels run, and a TorchFunctionMode would switch off fast paths and change what torch.compile traces.
+    """
+    for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+    yield

@@ -1,0 +1,400 @@
+"""The independent oracle: float64 forward mode of PyTorch on hand-written layers, and finite differences.
+
+Nothing here imports the package under test. The oracle runs the unmodified model under ``torch.func.jvp`` and takes
+an ordinary gradient of a loss on its tangents. PyTorch's own reverse-over-forward is silently wrong through
+``layer_norm`` and through ``batch_norm`` in training mode, and gives NaN through a masked attention with an empty row.
+`HandWritten` therefore replaces every norm, ``scaled_dot_product_attention`` and the grouped product by formulas made
+of elementary operations; what it cannot reach (inside ``F.multi_head_attention_forward``) runs under MATH attention.
+`KeepFloat64` neutralises the casts to float32 that model code makes, so that a float64 model stays float64 and errors
+of 1e-10 can be seen. `finite_difference` checks the oracle itself, from values of the penalty alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+METRICS = ("l2", "logits", "fisher", "probs")
+
+
+# --------------------------------------------------------------------------------------------- hand-written layers
+def _standardise(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    """(x - m(x)) / sqrt(m((x - m(x))^2) + eps) over ``dims``."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * ((centred * centred).mean(dims, keepdim=True) + eps).pow(-0.5)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    if weight is not None:
+        x = x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """``F.layer_norm`` from elementary operations."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    return _affine(_standardise(x, dims, eps), weight, bias, tuple(normalized_shape))
+
+
+def rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """``F.rms_norm`` from elementary operations."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = x * ((x * x).mean(dims, keepdim=True) + eps).pow(-0.5)
+    return y if weight is None else y * weight
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """``F.group_norm`` from elementary operations."""
+    rows = x.reshape(x.shape[0], num_groups, -1)
+    y = _standardise(rows, (-1,), eps).reshape(x.shape)
+    return _affine(y, weight, bias, (1, -1) + (1,) * (x.dim() - 2))
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """``F.instance_norm`` from elementary operations; running statistics are read, never updated."""
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    if not use_input_stats:
+        x = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).pow(-0.5)
+        return _affine(x, weight, bias, shape)
+    return _affine(_standardise(x, tuple(range(2, x.dim())), eps), weight, bias, shape)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """``F.batch_norm`` from elementary operations; running statistics are read, never updated."""
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    if not training:
+        x = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).pow(-0.5)
+        return _affine(x, weight, bias, shape)
+    dims = (0, *range(2, x.dim()))
+    return _affine(_standardise(x, dims, eps), weight, bias, shape)
+
+
+# torch.batch_norm and torch.instance_norm order their arguments differently from their F. wrappers.
+def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled=True):  # type: ignore
+    return batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+def _torch_instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn=True):  # type: ignore
+    return instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` from elementary operations; a row with nothing to attend to gives zeros."""
+    if dropout_p:
+        raise NotImplementedError("The oracle's attention has no dropout: call the model in eval mode.")
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+    scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+    if is_causal:
+        allowed = allowed.tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = allowed & attn_mask
+    elif attn_mask is not None:
+        allowed = allowed & (attn_mask != -math.inf)
+        scores = scores + torch.where(attn_mask == -math.inf, torch.zeros_like(attn_mask), attn_mask)
+    # exp(-inf - 0) = 0 without a NaN anywhere: disallowed scores are replaced before and weights zeroed after exp.
+    scores = torch.where(allowed, scores, torch.full_like(scores, -1e30))
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * allowed.to(scores.dtype)
+    total = weights.sum(-1, keepdim=True)
+    return (weights / torch.where(total == 0, torch.ones_like(total), total)) @ v
+
+
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """``F.grouped_mm`` of a 2-D with a 3-D operand as a loop of products (the kernel has no float64)."""
+    if offs is None or a.dim() != 2 or b.dim() != 3:
+        raise NotImplementedError("The oracle's grouped_mm takes a 2-D and a 3-D operand with offsets.")
+    ends = [0, *offs.tolist()]
+    parts = [a[start:end] @ b[i] for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False))]
+    return torch.cat(parts) if bias is None else torch.cat(parts) + bias
+
+
+_LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+    F.group_norm: group_norm,
+    torch.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+    F.batch_norm: batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.scaled_dot_product_attention: attention,
+}
+if hasattr(torch, "_grouped_mm"):
+    _LAYERS[torch._grouped_mm] = grouped_mm
+
+
+class HandWritten(TorchFunctionMode):
+    """Replaces norms, attention and the grouped product by the formulas above while it is active."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return _LAYERS.get(func, func)(*args, **(kwargs or {}))
+
+
+# --------------------------------------------------------------------------------------------------- float64 throughout
+_LOW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
+_LOW_NAMES = {f"torch.{kind}Tensor": "torch.DoubleTensor" for kind in ("Float", "Half", "BFloat16")}
+_LOW_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+def _widened(value: Any) -> Any:
+    """``value`` with every low float dtype in it replaced by float64."""
+    if isinstance(value, torch.dtype):
+        return _LOW.get(value, value)
+    if isinstance(value, str):
+        return _LOW_NAMES.get(value, value)
+    if type(value) in (tuple, list):
+        return type(value)(_widened(item) for item in value)
+    return value
+
+
+_DTYPE_METHODS = (
+    *("to", "type", "sum", "mean", "prod", "cumsum", "cumprod", "nansum", "nanmean", "norm", "softmax", "log_softmax"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+)
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Turns every cast to a lower float dtype, explicit or as a ``dtype=`` option, into one to float64.
+
+    Arguments that are not tensors but implement ``__torch_function__`` pass through to their own implementation.
+    The default dtype is float64 while the mode is active, so that new tensors follow.
+
+    Args:
+        classes: tensor-like classes whose own methods (``x.to(torch.float32)``) torch never sees; their casts are
+            neutralised too while the mode is active.
+    """
+
+    def __init__(self, *classes: type) -> None:
+        super().__init__()
+        self._classes = classes
+
+    def __enter__(self) -> KeepFloat64:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        self._patches = ExitStack()
+        for cls in self._classes:
+            for name in _DTYPE_METHODS:
+                self._replace(cls, name, self._widening(getattr(cls, name)))
+            for name in ("float", "half", "bfloat16"):
+                self._replace(cls, name, cls.double)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+        torch.set_default_dtype(self._default)
+
+    def _replace(self, cls: type, name: str, method: Callable[..., Any]) -> None:
+        self._patches.callback(setattr, cls, name, getattr(cls, name))
+        setattr(cls, name, method)
+
+    @staticmethod
+    def _widening(method: Callable[..., Any]) -> Callable[..., Any]:
+        def widened(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return method(self, *map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
+
+        return widened
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in _LOW_CASTS:
+            return Tensor.double(args[0])
+        kwargs = {key: _widened(value) for key, value in (kwargs or {}).items()}
+        return func(*(_widened(arg) for arg in args), **kwargs)
+
+
+@contextmanager
+def oracle_mode(float64: bool = True) -> Iterator[None]:
+    """Hand-written layers, MATH attention elsewhere and (``float64``) no casts to lower float dtypes."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if float64:
+            stack.enter_context(KeepFloat64())
+        stack.enter_context(HandWritten())
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ penalty and gradients
+def metric_values(z: Tensor, z_tan: Tensor, metric: str) -> Tensor:
+    """Squared size of the tangents: q [K, ...] from z [..., V] and z_tan [K, ..., V].
+
+    l2 and logits: sum z_tan^2. With p = softmax(z), mu = sum p z_tan: fisher: sum p (z_tan - mu)^2;
+    probs: sum p^2 (z_tan - mu)^2.
+    """
+    if metric in ("l2", "logits"):
+        return (z_tan * z_tan).sum(-1)
+    p = torch.exp(z - z.logsumexp(-1, keepdim=True))
+    centred = z_tan - (p * z_tan).sum(-1, keepdim=True)
+    if metric == "fisher":
+        return (p * centred * centred).sum(-1)
+    if metric == "probs":
+        return (p * p * centred * centred).sum(-1)
+    raise ValueError(f"metric is one of {METRICS}, got {metric!r}.")
+
+
+def mean_over_units(q: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of q [K, ...] over its tangents and over the units with True in ``mask``."""
+    if mask is None:
+        return q.mean()
+    return (q * mask).sum() / (q.shape[0] * mask.sum())
+
+
+def jvp(func: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and tangents [K, ...] of ``func`` at ``x`` along v [K, *x.shape], one ``torch.func.jvp`` a tangent."""
+    pairs = [torch.func.jvp(func, (x,), (direction,)) for direction in v.unbind(0)]
+    return pairs[0][0], torch.stack([tangent for _, tangent in pairs])
+
+
+@dataclass
+class Outcome:
+    """A loss, its parts, and its gradients by parameter name (``x`` and ``v`` included; None where unused)."""
+
+    loss: Tensor
+    penalty: Tensor
+    primal: Tensor
+    tangents: Tensor
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def loss_of(
+    func: Callable[[Tensor], Tensor],
+    x: Tensor,
+    v: Tensor,
+    *,
+    metric: str,
+    probe: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Outcome:
+    """Penalty plus <probe, primal>, without gradients; x and v [K, *x.shape] in the dtype of the computation."""
+    with oracle_mode(float64=x.dtype == torch.float64):
+        primal, tangents = jvp(func, x, v)
+        penalty = mean_over_units(metric_values(primal, tangents, metric), mask)
+        loss = penalty if probe is None else penalty + (probe * primal).sum()
+    return Outcome(loss, penalty, primal, tangents)
+
+
+def gradients_of(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradient of ``loss`` for every leaf, None for one that it does not depend on."""
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+
+
+def loss_and_gradients(
+    func: Callable[[Tensor], Tensor],
+    x: Tensor,
+    v: Tensor,
+    parameters: Mapping[str, Tensor],
+    *,
+    metric: str,
+    probe: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Outcome:
+    """`loss_of` with the gradients to every parameter, to ``x`` and to ``v``.
+
+    Args:
+        func: maps a tensor like ``x`` to one tensor (logits or features on the last axis).
+        x: input; v: directions [K, *x.shape]; both of the dtype to compute in (float64 for the oracle, float32 for
+            the eager error of the budget).
+        parameters: leaves that require grad, by name.
+        metric: one of `METRICS`.
+        probe: weights of a linear functional of the primal, of its shape.
+        mask: True for the units [*primal.shape[:-1]] that count.
+    """
+    x, v = x.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()
+    outcome = loss_of(func, x, v, metric=metric, probe=probe, mask=mask)
+    outcome.gradients = gradients_of(outcome.loss, {**parameters, "x": x, "v": v})
+    return outcome
+
+
+# ----------------------------------------------------------------------------------------------------- finite differences
+@torch.no_grad()
+def finite_difference(
+    value: Callable[[], Tensor], leaves: Mapping[str, Tensor], directions: Mapping[str, Tensor], step: float = 1e-3
+) -> float:
+    """Derivative of ``value()`` along ``directions`` of ``leaves``, by fourth-order central differences.
+
+    Leaves are moved in place and put back. Error about step^4 plus 1e-16 / step of the value.
+    """
+    saved = {name: leaves[name].detach().clone() for name in directions}
+
+    def at(shift: float) -> float:
+        for name, direction in directions.items():
+            leaves[name].copy_(saved[name] + shift * direction)
+        return value().item()
+
+    try:
+        return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+    finally:
+        for name, original in saved.items():
+            leaves[name].copy_(original)
+
+
+@torch.no_grad()
+def tangent_by_differences(
+    func: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, step: float = 1e-3
+) -> Tensor:
+    """Tangent of ``func`` at ``x`` along one direction ``v``, by fourth-order central differences of its values."""
+    with oracle_mode(float64=x.dtype == torch.float64):
+        near = func(x + step * v) - func(x - step * v)
+        far = func(x + 2 * step * v) - func(x - 2 * step * v)
+    return (8 * near - far) / (12 * step)
