@@ -1,0 +1,58 @@
+# Everything starts here. `make demo` and `make test` work on a fresh clone: they create .venv and install what they
+# need. PYTHON=python3.12 chooses the interpreter .venv is made of. PY=python3 runs a target in an existing
+# interpreter that has everything, without any set-up or network.
+PYTHON ?= python3
+JOBS ?= 2
+ifdef PY
+SETUP :=
+else
+PY := .venv/bin/python
+SETUP := setup
+endif
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export MPLBACKEND ?= Agg
+
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --durations=15
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format gpu-check dist clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## create or refresh .venv (the other targets do this themselves)
+	@$(PYTHON) scripts/setup_env.py
+
+demo: $(SETUP)  ## the main job on a real model and real text; everything is saved under runs/
+	$(PY) -m aajr_kernels demo
+
+test: $(SETUP)  ## the tests, without the slow ones and those that need a GPU
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(SETUP)  ## every test, the packaging ones too; GPU tests say why they are skipped
+	$(PYTEST)
+
+lint: $(SETUP)  ## ruff's checks and format, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(SETUP)  ## apply ruff's format and safe fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+gpu-check: $(SETUP)  ## the GPU tests in parts of under ten minutes (PART=2/4 runs one); exit 3 without a GPU
+	$(PY) scripts/gpu_check.py $(if $(PART),--part $(PART))
+
+dist: $(SETUP)  ## source archive and wheel in dist/, checked
+	rm -rf build dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m check_wheel_contents dist/*.whl
+
+clean:  ## remove .venv, build products and caches (runs/ stays)
+	rm -rf .venv .venv.lock build dist *.egg-info aajr_kernels/_build_info.json aajr_kernels/_native*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The `aajr` command line. Nothing in the package imports it."""

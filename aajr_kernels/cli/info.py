@@ -1,0 +1,160 @@
+"""`aajr info`: what is installed, what it runs on, and why a backend is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import runtime
+
+PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Versions, devices, backends and why one is missing."""
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        show(facts, Console())
+
+
+def collect() -> dict[str, Any]:
+    """Everything `aajr info` reports, as plain data; imports none of the packages whose versions it reads."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in PACKAGES},
+        },
+        "platform": platform.platform(),
+        "cpu": {
+            "model": cpu_model(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "logical_cpus": os.cpu_count(),
+            "usable_cpus": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
+        },
+        "accelerators": accelerators(),
+        "no_accelerator": None if torch.cuda.is_available() else why_no_accelerator(),
+        "backends": runtime.backends(),
+        "chosen_backend": os.environ.get("AAJR_BACKEND", "auto"),
+        "build": build_info(),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, or None. torch tells its own, with the local part that names the build."""
+    if name == "torch":
+        return str(torch.__version__)
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name as the operating system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def accelerators() -> list[dict[str, Any]]:
+    """CUDA and ROCm devices that torch can use."""
+    if not torch.cuda.is_available():
+        return []
+    kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "kind": kind,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return devices
+
+
+def why_no_accelerator() -> str:
+    """One sentence saying why torch sees no CUDA or ROCm device."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a CPU build"
+    toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return (
+        f"torch is built for {toolkit} but finds no usable device: check the driver and CUDA_VISIBLE_DEVICES"
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What the installation recorded about the native CPU module."""
+    path = Path(__file__).parent.parent / "_build_info.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except OSError:
+        return {"native": False, "reason": "the package runs from a source tree that was never installed"}
+    except ValueError:
+        return {"native": False, "reason": f"{path.name} cannot be read: reinstall the package"}
+    return found
+
+
+def show(facts: dict[str, Any], console: Console) -> None:
+    """Print the facts as tables."""
+    versions = _table("Versions", "package", "version")
+    for name, version in facts["versions"].items():
+        versions.add_row(name, version or "[dim]not installed[/]")
+    console.print(versions)
+
+    devices = _table("Devices", "device", "what")
+    cpu = facts["cpu"]
+    devices.add_row(
+        "cpu", f"{cpu['model']}, {cpu['capability']}, {cpu['threads']} threads of {cpu['usable_cpus']} CPUs"
+    )
+    for gpu in facts["accelerators"]:
+        devices.add_row(
+            gpu["device"], f"{gpu['name']}, {gpu['kind']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB"
+        )
+    if facts["no_accelerator"]:
+        devices.add_row("cuda", f"[yellow]none:[/] {facts['no_accelerator']}")
+    console.print(devices)
+
+    backends = _table(f"Backends (chosen: {facts['chosen_backend']})", "backend", "status")
+    for name, reason in facts["backends"].items():
+        backends.add_row(name, "[green]available[/]" if reason is None else f"[yellow]missing:[/] {reason}")
+    console.print(backends)
+
+    build = facts["build"]
+    native = (
+        f"native module built with {build.get('compiler')}"
+        if build["native"]
+        else f"no native module: {build['reason']}"
+    )
+    console.print(f"Build: {native}", highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
