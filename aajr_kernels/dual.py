@@ -99,7 +99,9 @@ class Dual:
             ValueError: the Dual carries more than one tangent.
         """
         if self.num_tangents != 1:
-            raise ValueError(f"tangent is defined for one tangent, this Dual has {self.num_tangents}: use tangents.")
+            raise ValueError(
+                f"tangent is defined for one tangent, this Dual has {self.num_tangents}: use tangents."
+            )
         return self.stacked[1]
 
     @property
@@ -111,7 +113,11 @@ class Dual:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return dispatch(func, args, kwargs or {})
 
@@ -262,9 +268,29 @@ def _forward_property(name: str) -> property:
     return property(lambda self: getattr(self.stacked, name), doc=f"``{name}`` of the primal.")
 
 
-for _name in ("dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "itemsize"):
+for _name in (
+    "dtype",
+    "device",
+    "layout",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_sparse",
+    "is_quantized",
+    "itemsize",
+):
     setattr(Dual, _name, _forward_property(_name))
-for _name in ("is_mps", "is_xpu", "is_nested", "is_mkldnn", "is_xla", "is_vulkan", "is_ipu", "is_maia", "is_mtia"):
+for _name in (
+    "is_mps",
+    "is_xpu",
+    "is_nested",
+    "is_mkldnn",
+    "is_xla",
+    "is_vulkan",
+    "is_ipu",
+    "is_maia",
+    "is_mtia",
+):
     setattr(Dual, _name, _forward_property(_name))
 
 
@@ -371,7 +397,9 @@ def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
     if v.dtype != x.dtype:
         raise TypeError(f"v must have the dtype of x ({x.dtype}), got {v.dtype}: cast it with v.to(x.dtype).")
     if v.device != x.device:
-        raise ValueError(f"v must be on the device of x ({x.device}), got {v.device}: move it with v.to(x.device).")
+        raise ValueError(
+            f"v must be on the device of x ({x.device}), got {v.device}: move it with v.to(x.device)."
+        )
     if v.shape == x.shape:
         v = v.unsqueeze(0)
     elif v.shape[1:] != x.shape or v.dim() != x.dim() + 1:

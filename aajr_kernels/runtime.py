@@ -56,7 +56,9 @@ def backends() -> dict[str, str | None]:
     return {
         "reference": None,
         "native": _missing("_native", "this installation was built without the native CPU module"),
-        "triton": _missing("ops.attention.triton", "this version of aajr_kernels ships no Triton kernels yet"),
+        "triton": _missing(
+            "ops.attention.triton", "this version of aajr_kernels ships no Triton kernels yet"
+        ),
     }
 
 

@@ -1,0 +1,140 @@
+"""Building blocks of the rules: taking a Dual apart, aligning broadcasts, putting it together again.
+
+Primals keep a leading axis of one and tangents one of K, so that a product of the two broadcasts and a ``cat`` of
+them is the stacked result. Differentiating a rule is left to autograd: ``split`` and ``cat`` are each other's adjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..dual import Dual, is_dual, num_tangents
+
+__all__ = [
+    "Dual",
+    "align",
+    "elementwise",
+    "is_dual",
+    "is_number",
+    "join",
+    "num_tangents",
+    "parts",
+    "per_slice",
+]
+__all__ += ["axes", "axis", "lift", "ndim_of", "primal_of", "sizes_of", "split"]
+
+
+def split(x: Dual) -> tuple[torch.Tensor, torch.Tensor]:
+    """Primal ``[1, *shape]`` and tangents ``[K, *shape]``."""
+    primal, tangents = x.stacked.split([1, x.num_tangents])
+    return primal, tangents
+
+
+def join(primal: torch.Tensor, tangents: torch.Tensor) -> Dual:
+    """The Dual of a primal ``[1, *shape]`` and tangents that broadcast to ``[K, *shape]``."""
+    if tangents.shape[1:] != primal.shape[1:]:
+        tangents = tangents.expand(tangents.shape[0], *primal.shape[1:])
+    if tangents.dtype != primal.dtype:
+        tangents = tangents.to(primal.dtype)
+    return Dual(torch.cat([primal, tangents]))
+
+
+def align(stacked: torch.Tensor, ndim: int) -> torch.Tensor:
+    """`stacked` with axes of one after the first, so that its slices have `ndim` axes and broadcast from the right."""
+    missing = ndim + 1 - stacked.dim()
+    if missing <= 0:
+        return stacked
+    return stacked.reshape(stacked.shape[0], *(1,) * missing, *stacked.shape[1:])
+
+
+def is_number(x: Any) -> bool:
+    """A Python scalar (or symbolic one), as opposed to a tensor or Dual."""
+    return not isinstance(x, (torch.Tensor, Dual))
+
+
+def parts(x: Any, ndim: int) -> tuple[Any, torch.Tensor | None]:
+    """(primal, tangents or None) of a Dual, tensor or number, aligned for an elementwise operation of `ndim` axes."""
+    if isinstance(x, Dual):
+        primal, tangents = align(x.stacked, ndim).split([1, x.num_tangents])
+        return primal, tangents
+    return x, None
+
+
+def primal_of(x: Any) -> Any:
+    """`x`, or its primal if it is a Dual."""
+    return x.primal if isinstance(x, Dual) else x
+
+
+def ndim_of(*values: Any) -> int:
+    """The number of axes of the broadcast of tensors, Duals and numbers."""
+    return max((v.dim() for v in values if not is_number(v)), default=0)
+
+
+def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., torch.Tensor] | None) -> Any:
+    """The rule of an elementwise `function` of ``len(partials)`` broadcast arguments.
+
+    Args:
+        function: the function itself, called with primals.
+        partials: per argument ``partial(out, *primals)``, the partial derivative; None where an argument may not be
+            a Dual.
+
+    Returns:
+        A rule ``rule(*args, **kwargs)`` whose keyword arguments go to `function` alone.
+    """
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        values = args[: len(partials)]
+        num_tangents(*values)
+        ndim = ndim_of(*values)
+        pairs = [parts(value, ndim) for value in values]
+        primals = [p for p, _ in pairs]
+        out = function(*primals, *args[len(partials) :], **kwargs)
+        if not any(is_dual(v) for v in values):
+            return out
+        tangent = None
+        for (_, tangents), partial in zip(pairs, partials):
+            if tangents is None:
+                continue
+            if partial is None:
+                raise TypeError(
+                    f"{getattr(function, '__name__', function)} has no derivative in this argument."
+                )
+            term = partial(out, *primals) * tangents
+            tangent = term if tangent is None else tangent + term
+        assert tangent is not None
+        return join(out, tangent)
+
+    return rule
+
+
+def per_slice(function: Callable[[torch.Tensor], torch.Tensor], x: Dual) -> Dual:
+    """A linear `function` applied to primal and each tangent on its own; for rarely used structural operations."""
+    return Dual(torch.stack([function(part) for part in x.stacked.unbind(0)]))
+
+
+def axis(x: Dual, dim: int) -> int:
+    """Axis `dim` of the primal as an axis of the stacked tensor, checked: the stack axis is never touched."""
+    n = x.dim()
+    if not -n <= dim < n:
+        raise IndexError(f"dim must be in [{-n}, {n - 1}], got {dim}.")
+    return dim % n + 1
+
+
+def axes(x: Dual, dims: Any) -> list[int]:
+    """:func:`axis` of each of `dims`, or of the only one."""
+    return [axis(x, d) for d in ((dims,) if isinstance(dims, int) else dims)]
+
+
+def sizes_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Sizes or axes given as separate integers or as one sequence."""
+    if len(args) == 1 and isinstance(args[0], (tuple, list, torch.Size)):
+        return tuple(args[0])
+    return args
+
+
+def lift(x: torch.Tensor, k: int) -> Dual:
+    """A Dual with zero tangents."""
+    return Dual(torch.cat([x.unsqueeze(0), x.new_zeros((k, *x.shape))]))

@@ -1,0 +1,98 @@
+"""In-place methods, generated from the out-of-place rules.
+
+The result is computed from a clone of the storage and copied back, so that autograd's version counters see one
+write and what the computation saved stays valid. The table is built once, at import: parsing names at call time
+would break torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..runtime import KINDS, RULES, UnsupportedOperation
+from .common import Dual, is_dual, num_tangents
+
+_RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+
+
+def _in_place(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    def in_place(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_dual(x):
+            raise UnsupportedOperation(
+                f"Tensor.{name} writes a Dual into a plain tensor, which has no room for its tangent: allocate the "
+                "buffer with x.new_zeros(...) of a Dual x, or use the out-of-place form."
+            )
+        before = Dual(x.stacked.clone())
+        args = tuple(before if a is x else a for a in args)
+        kwargs.pop("inplace", None)
+        result = rule(before, *args, **kwargs)
+        if result.shape != x.shape:
+            raise ValueError(
+                f"{name} of a Dual of shape {tuple(x.shape)} cannot hold a result of {tuple(result.shape)}."
+            )
+        x.stacked.copy_(result.stacked)
+        return x
+
+    return in_place
+
+
+def _reshaping(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def in_place(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+        x.stacked = rule(x, *args, **kwargs).stacked
+        return x
+
+    return in_place
+
+
+def _zero(x: Dual) -> Dual:
+    x.stacked.zero_()
+    return x
+
+
+def _fill(x: Any, value: Any) -> Any:
+    return _copy(x, value if is_dual(value) else torch.as_tensor(value, dtype=x.dtype, device=x.device))
+
+
+def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not is_dual(x):
+        return RULES[torch.Tensor.add_](x, source)  # raises: no room for the tangent
+    num_tangents(x, source)
+    if is_dual(source):
+        x.stacked.copy_(source.expand(tuple(x.shape)).stacked, non_blocking)
+    else:
+        x.stacked[0].copy_(source, non_blocking)
+        x.stacked[1:].zero_()
+    return x
+
+
+def _register(func: Callable[..., Any], rule: Callable[..., Any], kind: str) -> None:
+    RULES[func], KINDS[func] = rule, kind
+
+
+def register() -> None:
+    """Give every in-place method whose out-of-place form has a rule its own; called after all rules are registered."""
+    for name in dir(torch.Tensor):
+        if not name.endswith("_") or name.endswith("__"):
+            continue
+        base = getattr(torch.Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
+        rule = RULES.get(base) if base is not None else None
+        method = getattr(torch.Tensor, name)
+        if rule is None or method in RULES:
+            continue
+        made = _reshaping(rule) if name in _RESHAPING else _in_place(name, rule)
+        for func in {method, getattr(torch, name, method), getattr(torch.nn.functional, name, method)}:
+            _register(func, made, KINDS[base])  # type: ignore[index]
+    for name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv"):
+        method = getattr(torch.Tensor, f"__i{name}__", None)
+        out_of_place = RULES.get(getattr(torch.Tensor, f"__{name}__"))
+        if method is not None and out_of_place is not None:
+            _register(method, _in_place(f"__i{name}__", out_of_place), "torch")
+    for method, rule in (
+        (torch.Tensor.zero_, _zero),
+        (torch.Tensor.fill_, _fill),
+        (torch.Tensor.copy_, _copy),
+    ):
+        _register(method, rule, "view")

@@ -1,0 +1,178 @@
+"""Rules of products: bilinear in their two arguments, one product over the stacked rows where one factor is plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..runtime import record, recording, rule
+from .common import Dual, is_dual, join, num_tangents
+
+
+def _columns(x: Any) -> Any:
+    return x.unsqueeze(-1)
+
+
+def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
+    if recording():
+        record(name, "torch", 2.0 * out.numel() * inner * products)
+
+
+@rule("matmul", "mm", "bmm", "mv", torch.Tensor.__matmul__, kind="op")
+def _matmul(a: Any, b: Any) -> Any:
+    """ȧ b + a ḃ, with torch's meaning of one-dimensional factors."""
+    if b.dim() == 1 and (is_dual(b) or a.dim() == 1):
+        return _matmul(a, _columns(b)).squeeze(-1)
+    if a.dim() == 1 and (is_dual(a) or b.dim() > 2):
+        return _matmul(a.unsqueeze(0), b).squeeze(-2)
+    num_tangents(a, b)
+    if not is_dual(b):
+        return _product(a, b, torch.matmul)
+    if not is_dual(a):
+        return _product(b, a, lambda stacked, plain: torch.matmul(plain, stacked))
+    n = max(a.dim(), b.dim())
+    p, p_tan = _batched(a, n)
+    q, q_tan = _batched(b, n)
+    primal = torch.matmul(p, q)
+    _count("torch.matmul", primal, a.shape[-1], 1 + 2 * p_tan.shape[0])
+    return join(primal, torch.matmul(p_tan, q) + torch.matmul(p, q_tan))
+
+
+def _batched(x: Dual, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Primal and tangents with enough batch axes for torch.matmul to broadcast against `n` axes."""
+    stacked = x.stacked
+    while stacked.dim() < n + 1:
+        stacked = stacked.unsqueeze(1)
+    primal, tangents = stacked.split([1, x.num_tangents])
+    return primal, tangents
+
+
+def _product(x: Dual, plain: torch.Tensor, function: Callable[..., torch.Tensor]) -> Dual:
+    stacked = x.stacked
+    while stacked.dim() < plain.dim() + 1:
+        stacked = stacked.unsqueeze(1)
+    result = function(stacked, plain)
+    _count("torch.matmul", result, x.shape[-1], 1)
+    return Dual(result)
+
+
+rule(torch.Tensor.__rmatmul__, kind="op")(lambda b, a: _matmul(a, b))
+
+
+@rule("dot", "vdot", "inner", kind="op")
+def _inner(a: Any, b: Any) -> Any:
+    if a.dim() == 0 or b.dim() == 0:
+        return a * b
+    result = torch.matmul(a, b.unsqueeze(0).mT if b.dim() == 1 else b.reshape(-1, b.shape[-1]).mT)
+    return result.reshape(*a.shape[:-1], *b.shape[:-1])
+
+
+@rule("outer", "ger", kind="op")
+def _outer(a: Any, b: Any) -> Any:
+    return a.unsqueeze(-1) * b.unsqueeze(0)
+
+
+def _affine(name: str) -> Callable[..., Any]:
+    def affine(x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        product = _matmul(a, b) if is_dual(a) or is_dual(b) else torch.matmul(a, b)
+        if name in ("addbmm",):
+            product = product.sum(0)
+        product = product if alpha == 1 else product * alpha
+        if isinstance(beta, (int, float)) and beta == 0:  # torch ignores the input, be it NaN
+            return product.expand(torch.broadcast_shapes(tuple(x.shape), tuple(product.shape)))
+        return product + (x if beta == 1 else x * beta)
+
+    return affine
+
+
+for _name in ("addmm", "addmv", "baddbmm", "addbmm"):
+    rule(_name, kind="op")(_affine(_name))
+
+
+@rule("addr", kind="op")
+def _addr(x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    return x * beta + _outer(a, b) * alpha
+
+
+@rule("linear", kind="op")
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if is_dual(x) and not is_dual(weight) and not is_dual(bias):
+        from ..ops import linear as op
+
+        return op.linear(x, weight, bias)
+    product = _matmul(x, weight.mT if weight.dim() > 1 else weight)
+    return product if bias is None else product + bias
+
+
+def bilinear(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """The rule of a function bilinear in its first two arguments, by the product rule, one tangent at a time."""
+
+    def rule_(a: Any, b: Any, *args: Any, **kwargs: Any) -> Dual:
+        k = num_tangents(a, b)
+        a_parts = a.stacked.unbind(0) if is_dual(a) else (a,)
+        b_parts = b.stacked.unbind(0) if is_dual(b) else (b,)
+        results = [function(a_parts[0], b_parts[0], *args, **kwargs)]
+        for i in range(1, k + 1):
+            terms = []
+            if is_dual(a):
+                terms.append(function(a_parts[i], b_parts[0], *args, **kwargs))
+            if is_dual(b):
+                terms.append(function(a_parts[0], b_parts[i], *args, **kwargs))
+            results.append(terms[0] if len(terms) == 1 else terms[0] + terms[1])
+        _count(getattr(function, "__name__", "bilinear"), results[0], 1, 1 + k)
+        return Dual(torch.stack(results))
+
+    return rule_
+
+
+for _name in ("kron", "tensordot"):
+    rule(_name, kind="op")(bilinear(getattr(torch, _name)))
+rule("cross", kind="op")(bilinear(torch.linalg.cross))
+rule(torch.cross, torch.Tensor.cross, kind="op")(
+    lambda a, b, dim=-1: bilinear(torch.linalg.cross)(a, b, dim=-1 if dim is None else dim)
+)
+
+
+@rule("einsum", kind="op")
+def _einsum(equation: Any, *operands: Any) -> Any:
+    """Multilinear: Σ over the factors of the product with that factor's tangent, by stacked einsum where possible."""
+    if not isinstance(equation, str):
+        raise TypeError("einsum of a Dual takes its equation as a string: einsum('bij,jk->bik', x, w).")
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    k = num_tangents(*operands)
+    primals = [x.stacked[0] if is_dual(x) else x for x in operands]
+    duals = [i for i, x in enumerate(operands) if is_dual(x)]
+    out = torch.einsum(equation, *primals)
+    tangents = []
+    for i in range(1, k + 1):
+        terms = [torch.einsum(equation, *_replaced(primals, j, operands[j].stacked[i])) for j in duals]
+        tangents.append(sum(terms[1:], terms[0]))
+    if recording():
+        record(
+            "torch.einsum", "torch", 2.0 * max(p.numel() for p in primals) * out.shape[-1:].numel() * (1 + k)
+        )
+    return Dual(torch.stack([out, *tangents]))
+
+
+def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
+    return [*values[:index], value, *values[index + 1 :]]
+
+
+rule("chain_matmul?", kind="op")(lambda *m: _multi_dot(m))
+rule(torch.linalg.multi_dot, kind="op")(lambda m: _multi_dot(m))
+
+
+def _multi_dot(matrices: Any) -> Any:
+    result = matrices[0]
+    for matrix in matrices[1:]:
+        result = result @ matrix
+    return result
+
+
+@rule("bilinear", kind="op")
+def _bilinear(x1: Any, x2: Any, weight: Any, bias: Any = None) -> Any:
+    product = torch.einsum("...i,oij,...j->...o", x1, weight, x2)
+    return product if bias is None else product + bias

@@ -1,0 +1,334 @@
+"""Rules of elementwise functions: arithmetic with broadcasting, unary mathematics, comparisons.
+
+Each is one line of calculus, the partial derivative; autograd differentiates it once more for the gradient through
+the tangent. At kinks and at a root of sqrt the conventions are torch's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..runtime import functions_named, rule
+from .common import (
+    Dual,
+    align,
+    elementwise,
+    is_dual,
+    is_number,
+    join,
+    ndim_of,
+    num_tangents,
+    parts,
+    primal_of,
+)
+
+# -- sums and products ------------------------------------------------------------------------------------------------
+
+
+def _plus(a: Any, b: Any) -> Any:
+    """a + b with the cheapest form for each mixture of Dual, tensor and number."""
+    num_tangents(a, b)
+    n = ndim_of(a, b)
+    if is_dual(a) and is_dual(b):
+        if a.dim() and b.dim():
+            return Dual(torch.add(align(a.stacked, n), align(b.stacked, n)))
+    (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
+    primal = torch.add(p, q)
+    if p_tan is not None and q_tan is not None:
+        return join(primal, p_tan + q_tan)
+    tangents = p_tan if p_tan is not None else q_tan
+    assert tangents is not None
+    return join(primal, tangents)
+
+
+@rule("add", torch.Tensor.__add__, torch.Tensor.__radd__)
+def _add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    return _plus(a, b if alpha == 1 else _multiply(b, alpha))
+
+
+@rule("sub", "subtract", torch.Tensor.__sub__)
+def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    if is_dual(a) and is_dual(b) and alpha == 1 and a.dim() and b.dim():
+        num_tangents(a, b)
+        n = ndim_of(a, b)
+        return Dual(torch.sub(align(a.stacked, n), align(b.stacked, n)))
+    return _plus(a, _multiply(b, -alpha))
+
+
+@rule("rsub", torch.Tensor.__rsub__)
+def _rsub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    return _sub(b, a, alpha=alpha)
+
+
+@rule("mul", "multiply", torch.Tensor.__mul__, torch.Tensor.__rmul__)
+def _mul(a: Any, b: Any) -> Any:
+    return _multiply(a, b)
+
+
+def _multiply(a: Any, b: Any) -> Any:
+    if not is_dual(a):
+        a, b = b, a
+    if not is_dual(a):
+        return a * b
+    if is_number(b):
+        return Dual(a.stacked * b)
+    n = ndim_of(a, b)
+    if not is_dual(b):
+        return _scaled(torch.mul, a, b, n)
+    num_tangents(a, b)
+    (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
+    return join(p * q, p_tan * q + p * q_tan)
+
+
+def _scaled(function: Callable[..., torch.Tensor], a: Dual, b: torch.Tensor, n: int) -> Dual:
+    """A function linear in `a` alone, in one kernel over the stack."""
+    if a.dim() == 0:  # a shapeless factor must not gain a say in the dtype through the stack axis
+        dtype = torch.result_type(a.stacked[0], b)
+        return Dual(function(align(a.stacked, n).to(dtype), b.to(dtype)))
+    return Dual(function(align(a.stacked, n), b))
+
+
+@rule("div", "divide", "true_divide", torch.Tensor.__truediv__)
+def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        # piecewise constant: the tangent is zero wherever it exists
+        k = num_tangents(a, b)
+        primal = torch.div(primal_of(a), primal_of(b), rounding_mode=rounding_mode)
+        return Dual(torch.cat([primal.unsqueeze(0), primal.new_zeros((k, *primal.shape))]))
+    if is_number(b):
+        return Dual(a.stacked / b)
+    n = ndim_of(a, b)
+    if not is_dual(b):
+        return _scaled(torch.div, a, b, n)
+    num_tangents(a, b)
+    (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
+    out = p / q
+    tangents = -out * q_tan if p_tan is None else p_tan - out * q_tan
+    return join(out, tangents / q)
+
+
+rule(torch.Tensor.__rdiv__, torch.Tensor.__rtruediv__)(lambda a, b: _div(b, a))
+rule("floor_divide", torch.Tensor.__floordiv__)(lambda a, b: _div(a, b, rounding_mode="floor"))
+rule(torch.Tensor.__rfloordiv__)(lambda a, b: _div(b, a, rounding_mode="floor"))
+rule("neg", "negative", torch.Tensor.__neg__)(lambda x: Dual(-x.stacked))
+rule("lerp")(lambda start, end, weight: _plus(start, _multiply(_sub(end, start), weight)))
+rule("addcmul")(lambda x, a, b, *, value=1: _plus(x, _multiply(_multiply(a, b), value)))
+rule("addcdiv")(lambda x, a, b, *, value=1: _plus(x, _multiply(_div(a, b), value)))
+
+# -- powers -----------------------------------------------------------------------------------------------------------
+
+
+@rule("pow", torch.Tensor.__pow__)
+def _pow(a: Any, b: Any) -> Any:
+    if is_number(b):
+        if b == 2:
+            return elementwise(torch.square, lambda out, x: 2 * x)(a)
+        if b == 0:
+            return elementwise(lambda x: torch.pow(x, b), lambda out, x: torch.zeros_like(x))(a)
+        return elementwise(lambda x: torch.pow(x, b), lambda out, x: b * torch.pow(x, b - 1))(a)
+    return _pow_tensor(a, b)
+
+
+def _power_partial(out: torch.Tensor, x: Any, y: torch.Tensor) -> torch.Tensor:
+    # x^0 is constant: its derivative is 0 also where x^-1 is infinite
+    return torch.where(y == 0, torch.zeros_like(out), y * torch.pow(x, y - 1))
+
+
+def _exponent_partial(out: torch.Tensor, x: Any, y: torch.Tensor) -> torch.Tensor:
+    base = torch.as_tensor(x, dtype=out.dtype, device=out.device)
+    positive = torch.where(
+        base == 0, torch.ones_like(base), base
+    )  # 0^y is constant for y > 0, so log 0 is not met
+    return torch.where(base == 0, torch.zeros_like(out), out * positive.log())
+
+
+_pow_tensor = elementwise(torch.pow, _power_partial, _exponent_partial)
+rule(torch.Tensor.__rpow__)(lambda b, a: _pow_tensor(a, b))
+
+# -- unary ------------------------------------------------------------------------------------------------------------
+
+_TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
+
+#: function -> derivative, from the output y and the input x
+UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "abs": lambda y, x: x.sign(),
+    "absolute": lambda y, x: x.sign(),
+    "acos": lambda y, x: -(1 - x * x).rsqrt(),
+    "arccos": lambda y, x: -(1 - x * x).rsqrt(),
+    "acosh": lambda y, x: (x * x - 1).rsqrt(),
+    "asin": lambda y, x: (1 - x * x).rsqrt(),
+    "arcsin": lambda y, x: (1 - x * x).rsqrt(),
+    "asinh": lambda y, x: (x * x + 1).rsqrt(),
+    "atan": lambda y, x: (1 + x * x).reciprocal(),
+    "arctan": lambda y, x: (1 + x * x).reciprocal(),
+    "atanh": lambda y, x: (1 - x * x).reciprocal(),
+    "cos": lambda y, x: -x.sin(),
+    "cosh": lambda y, x: x.sinh(),
+    "deg2rad": lambda y, x: torch.full_like(x, math.pi / 180),
+    "digamma": lambda y, x: torch.polygamma(1, x),
+    "erf": lambda y, x: _TWO_OVER_SQRT_PI * (-x * x).exp(),
+    "erfc": lambda y, x: -_TWO_OVER_SQRT_PI * (-x * x).exp(),
+    "erfinv": lambda y, x: (y * y).exp() / _TWO_OVER_SQRT_PI,
+    "exp": lambda y, x: y,
+    "exp2": lambda y, x: y * math.log(2),
+    "expm1": lambda y, x: y + 1,
+    "expit": lambda y, x: y * (1 - y),
+    "frac": lambda y, x: torch.ones_like(x),
+    "lgamma": lambda y, x: x.digamma(),
+    "log": lambda y, x: x.reciprocal(),
+    "log10": lambda y, x: (x * math.log(10)).reciprocal(),
+    "log1p": lambda y, x: (x + 1).reciprocal(),
+    "log2": lambda y, x: (x * math.log(2)).reciprocal(),
+    "logsigmoid": lambda y, x: (-x).sigmoid(),
+    "rad2deg": lambda y, x: torch.full_like(x, 180 / math.pi),
+    "reciprocal": lambda y, x: -y * y,
+    "rsqrt": lambda y, x: -0.5 * y * y * y,
+    "sigmoid": lambda y, x: y * (1 - y),
+    "sin": lambda y, x: x.cos(),
+    "sinc": lambda y, x: torch.where(x == 0, 0.0, ((math.pi * x).cos() - y) / torch.where(x == 0, 1.0, x)),
+    "sinh": lambda y, x: x.cosh(),
+    "sqrt": lambda y, x: 0.5 / y,
+    "square": lambda y, x: 2 * x,
+    "tan": lambda y, x: 1 + y * y,
+    "tanh": lambda y, x: 1 - y * y,
+}
+for _name, _derivative in UNARY.items():
+    _function = (
+        getattr(torch, _name, None)
+        or getattr(torch.special, _name, None)
+        or getattr(torch.nn.functional, _name)
+    )
+    rule(_name)(elementwise(_function, _derivative))
+rule(torch.Tensor.__abs__)(elementwise(torch.abs, UNARY["abs"]))
+
+
+@rule("logit")
+def _logit(x: Dual, eps: float | None = None) -> Dual:
+    function = elementwise(lambda p: torch.logit(p, eps), lambda y, p: _logit_slope(p, eps))
+    return function(x)
+
+
+def _logit_slope(p: torch.Tensor, eps: float | None) -> torch.Tensor:
+    slope = (p * (1 - p)).reciprocal()
+    return slope if eps is None else torch.where((p < eps) | (p > 1 - eps), 0.0, slope)
+
+
+#: piecewise constant functions: the tangent is zero
+for _name in ("sign", "sgn", "floor", "ceil", "round", "trunc", "fix", "heaviside"):
+    rule(_name)(
+        elementwise(
+            getattr(torch, _name),
+            lambda y, *x: torch.zeros_like(y),
+            *((lambda y, *x: torch.zeros_like(y),) if _name == "heaviside" else ()),
+        )
+    )
+
+# -- extrema and remainders -------------------------------------------------------------------------------------------
+
+
+def _wins(sign: int) -> Callable[..., torch.Tensor]:
+    """Share of the derivative of maximum (sign 1) or minimum (-1) that the first argument takes: ties are halved."""
+
+    def share(out: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        difference = (a - b) * sign
+        return torch.where(difference == 0, 0.5, (difference > 0).to(out.dtype))
+
+    return share
+
+
+for _names, _sign in ((("maximum", "fmax"), 1), (("minimum", "fmin"), -1)):
+    for _name in _names:
+        _share = _wins(_sign)
+        rule(_name)(
+            elementwise(getattr(torch, _name), _share, lambda out, a, b, _share=_share: 1 - _share(out, a, b))
+        )
+
+
+@rule("clamp", "clip")
+def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+    if is_dual(min) or is_dual(max) or not is_dual(x):
+        x = x if min is None else torch.maximum(*_tensors(x, min))
+        return x if max is None else torch.minimum(*_tensors(x, max))
+
+    def inside(out: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(out)
+        if min is not None:
+            mask = mask * (p >= min)
+        return mask if max is None else mask * (p <= max)
+
+    n = ndim_of(x, *(bound for bound in (min, max) if bound is not None))
+    aligned = Dual(align(x.stacked, n))
+    return elementwise(lambda p: torch.clamp(p, min, max), inside)(aligned)
+
+
+def _tensors(a: Any, b: Any) -> tuple[Any, Any]:
+    like = a if not is_number(a) else b
+    make = lambda value: (
+        torch.as_tensor(value, dtype=like.dtype, device=like.device) if is_number(value) else value
+    )  # noqa: E731
+    return make(a), make(b)
+
+
+rule("clamp_min")(lambda x, min: _clamp(x, min=min))
+rule("clamp_max")(lambda x, max: _clamp(x, max=max))
+rule("remainder", torch.Tensor.__mod__)(
+    elementwise(torch.remainder, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.floor(a / b))
+)
+rule("fmod")(elementwise(torch.fmod, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.trunc(a / b)))
+rule("atan2", "arctan2")(
+    elementwise(torch.atan2, lambda y, a, b: b / (a * a + b * b), lambda y, a, b: -a / (a * a + b * b))
+)
+rule("hypot")(elementwise(torch.hypot, lambda y, a, b: a / y, lambda y, a, b: b / y))
+rule("logaddexp")(elementwise(torch.logaddexp, lambda y, a, b: (a - y).exp(), lambda y, a, b: (b - y).exp()))
+rule("xlogy")(
+    elementwise(
+        torch.xlogy,
+        lambda y, a, b: torch.where(torch.as_tensor(a) == 0, 0.0, torch.as_tensor(b).log()),
+        lambda y, a, b: a / b,
+    )
+)
+rule("copysign")(
+    elementwise(
+        torch.copysign, lambda y, a, b: torch.where(a == 0, 0.0, y / a), lambda y, a, b: torch.zeros_like(y)
+    )
+)
+
+
+@rule("nan_to_num")
+def _nan_to_num(
+    x: Dual, nan: float | None = 0.0, posinf: float | None = None, neginf: float | None = None
+) -> Dual:
+    return elementwise(
+        lambda p: torch.nan_to_num(p, nan, posinf, neginf), lambda y, p: torch.isfinite(p).to(p.dtype)
+    )(x)
+
+
+# -- results without a derivative -------------------------------------------------------------------------------------
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule that acts on primals and returns a plain result: comparisons, predicates, integers."""
+
+    def on_primals(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return function(
+                *(primal_of(a) for a in args), **{name: primal_of(a) for name, a in kwargs.items()}
+            )
+
+    return on_primals
+
+
+_PLAIN = """eq ne lt le gt ge greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf isneginf
+isreal signbit isclose allclose equal argmax argmin argsort count_nonzero nonzero any all logical_and logical_or
+logical_xor logical_not bincount searchsorted bucketize histc is_nonzero is_same_size is_floating_point is_complex
+is_tensor? numel isin result_type can_cast? multinomial bernoulli is_conj is_neg is_inference is_signed is_set_to
+is_shared is_pinned unique unique_consecutive frexp? nextafter? argwhere is_distributed?""".split()
+for _name in _PLAIN:
+    for _function in functions_named(_name.rstrip("?")):
+        rule(_function, kind="view")(_plain(_function))
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__"):
+    rule(getattr(torch.Tensor, _name), kind="view")(_plain(getattr(torch.Tensor, _name)))

@@ -1,0 +1,320 @@
+"""Rules that reduce or normalise along axes: sums, moments, extrema, norms, scans and the softmax family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..runtime import UnsupportedOperation, rule
+from .common import Dual, axes, axis, is_dual, join, split
+
+
+def _dims(x: Dual, dim: Any) -> list[int]:
+    """The stacked axes a reduction acts on: all but the stack axis for None or an empty list."""
+    if dim is None or (isinstance(dim, (tuple, list)) and len(dim) == 0):
+        return list(range(1, x.dim() + 1))
+    return axes(x, dim)
+
+
+def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a rule that names an axis treat a 0-dimensional Dual as a vector of one, as torch does."""
+
+    def rule_(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        if x.dim():
+            return function(x, *args, **kwargs)
+        result = function(x.reshape(1), *args, **kwargs)
+        shapeless = lambda r: r.reshape(()) if r.numel() == 1 else r  # noqa: E731
+        return tuple(shapeless(r) for r in result) if isinstance(result, tuple) else shapeless(result)
+
+    return rule_
+
+
+# -- sums and moments -------------------------------------------------------------------------------------------------
+
+
+def _linear(name: str) -> Callable[..., Any]:
+    def reduce(
+        x: Dual, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
+    ) -> Dual:
+        dims = _dims(x, axis if dim is None else dim)
+        return Dual(
+            getattr(x.stacked, name)(dims, keepdim, dtype=dtype) if dims else x.stacked.to(dtype or x.dtype)
+        )
+
+    return _vector(reduce)
+
+
+for _name in ("sum", "mean"):
+    rule(_name)(_linear(_name))
+
+
+@rule("cumsum")
+@_vector
+def _cumsum(x: Dual, dim: int, *, dtype: Any = None) -> Dual:
+    return Dual(x.stacked.cumsum(axis(x, dim), dtype=dtype))
+
+
+def _centred(x: Dual, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    primal, tangents = split(x)
+    count = 1
+    for d in dims:
+        count *= x.stacked.shape[d]
+    return primal - primal.mean(dims, keepdim=True), tangents, count
+
+
+def _variance(x: Dual, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Dual, list[int], bool]:
+    """Variance and its tangent 2 Σ (x − m) ẋ / (n − correction), axes kept; the arguments of torch.var in any form."""
+    correction = 1 if (c := kwargs.get("correction", 1)) is None else c
+    dim, keepdim = kwargs.get("dim"), kwargs.get("keepdim", False)
+    unbiased = kwargs.get("unbiased")
+    rest = list(args)
+    if rest and isinstance(rest[0], bool):
+        unbiased = rest.pop(0)
+    elif rest:
+        dim = rest.pop(0)
+        if rest:
+            unbiased = rest.pop(0)
+        if rest:
+            keepdim = rest.pop(0)
+    if unbiased is not None:
+        correction = 1 if unbiased else 0
+    dims = _dims(x, dim)
+    centred, tangents, count = _centred(x, dims)
+    scale = 1.0 / max(count - correction, 0) if count > correction else float("inf")
+    primal = centred.square().sum(dims, keepdim=True) * scale
+    tangent = (centred * tangents).sum(dims, keepdim=True) * (2 * scale)
+    return join(primal, tangent), dims, keepdim
+
+
+def _dropped(x: Dual, dims: list[int], keepdim: bool) -> Dual:
+    return x if keepdim or not dims else Dual(x.stacked.squeeze(dims))
+
+
+@rule("var")
+@_vector
+def _var(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+    return _dropped(*_variance(x, args, kwargs))
+
+
+@rule("std")
+@_vector
+def _std(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+    variance, dims, keepdim = _variance(x, args, kwargs)
+    return _dropped(variance.sqrt(), dims, keepdim)
+
+
+@rule("var_mean")
+@_vector
+def _var_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
+    variance, dims, keepdim = _variance(x, args, kwargs)
+    return _dropped(variance, dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
+
+
+@rule("std_mean")
+@_vector
+def _std_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
+    variance, dims, keepdim = _variance(x, args, kwargs)
+    return _dropped(variance.sqrt(), dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
+
+
+@rule("prod")
+@_vector
+def _prod(x: Dual, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Dual:
+    """Σ_i ẋ_i Π_{j≠i} x_j with exclusive products from both sides, exact at zeros."""
+    if dtype is not None:
+        x = x.to(dtype)
+    if dim is None:
+        return _prod(x.reshape(-1), 0).reshape(tuple(1 for _ in x.shape) if keepdim else ())
+    primal, tangents = split(x)
+    d = axis(x, dim)
+    ones = torch.ones_like(primal.narrow(d, 0, 1))
+    n = primal.shape[d]
+    if n == 0:
+        return join(primal.prod(d, keepdim), tangents.sum(d, keepdim))
+    before = torch.cat([ones, primal.narrow(d, 0, n - 1)], d).cumprod(d)
+    after = torch.cat([primal.narrow(d, 1, n - 1), ones], d).flip(d).cumprod(d).flip(d)
+    return join(primal.prod(d, keepdim), (tangents * (before * after)).sum(d, keepdim))
+
+
+# -- extrema ----------------------------------------------------------------------------------------------------------
+
+
+def _pick(x: Dual, index: torch.Tensor, dim: int) -> Dual:
+    index = index.unsqueeze(0).expand(x.stacked.shape[0], *index.shape)
+    return Dual(x.stacked.gather(axis(x, dim), index))
+
+
+def _extremum(name: str) -> None:
+    function = getattr(torch, name)
+    named = getattr(torch.return_types, name)
+
+    def rule_(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and not isinstance(args[0], int) or "other" in kwargs:
+            return (torch.maximum if name == "max" else torch.minimum)(
+                x, args[0] if args else kwargs["other"]
+            )
+        dim = args[0] if args else kwargs.get("dim")
+        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+        if dim is None:
+            return (_amax if name == "max" else _amin)(x)
+        if x.dim() == 0:
+            return named((x, torch.zeros((), dtype=torch.long, device=x.device)))
+        index = function(x.primal.detach(), dim, True).indices
+        values = _pick(x, index, dim)
+        if not keepdim:
+            values, index = values.squeeze(dim), index.squeeze(dim)
+        return named((values, index))
+
+    rule(name)(rule_)
+
+
+def _shared_extremum(name: str) -> Callable[..., Dual]:
+    """amax and amin share the derivative evenly among ties."""
+
+    @rule(name)
+    @_vector
+    def reduce(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
+        dims = _dims(x, dim)
+        primal, tangents = split(x)
+        out = getattr(primal, name)(dims, keepdim=True)
+        ties = (primal == out).to(primal.dtype)
+        tangent = (tangents * ties).sum(dims, keepdim=True) / ties.sum(dims, keepdim=True)
+        return _dropped(join(out, tangent), dims, keepdim)
+
+    return reduce
+
+
+_amax, _amin = _shared_extremum("amax"), _shared_extremum("amin")
+_extremum("max")
+_extremum("min")
+
+
+@rule("aminmax")
+def _aminmax(x: Dual, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    return torch.return_types.aminmax((_amin(x, dim, keepdim), _amax(x, dim, keepdim)))
+
+
+def _ordered(name: str) -> None:
+    """topk, sort, kthvalue, median, mode, cummax, cummin: values are gathered where the primal puts the index."""
+    function = getattr(torch, name)
+
+    def rule_(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        result = function(x.primal.detach(), *args, **kwargs)
+        if isinstance(result, torch.Tensor):  # median without an axis
+            flat = x.reshape(-1)
+            return flat[flat.primal.detach().argsort(stable=True)[(flat.numel() - 1) // 2]]
+        names = {"topk": 1, "kthvalue": 1}.get(name, 0)
+        dim = kwargs.get("dim", args[names] if len(args) > names else -1)
+        index = result.indices
+        if x.dim() == 0:
+            return type(result)((x, index))
+        squeezed = index.dim() < x.dim()
+        values = _pick(x, index.unsqueeze(dim) if squeezed else index, dim)
+        return type(result)((values.squeeze(dim) if squeezed else values, index))
+
+    rule(name)(rule_)
+
+
+for _name in ("topk", "sort", "kthvalue", "median", "cummax", "cummin"):
+    _ordered(_name)
+rule("msort")(lambda x: torch.sort(x, dim=0).values)
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+@rule("norm", torch.linalg.vector_norm, torch.linalg.norm)
+def _norm(
+    x: Dual, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, **kwargs: Any
+) -> Dual:
+    """Vector norms. At a zero vector the derivative is 0, torch's choice as well."""
+    p = kwargs.get("ord", p)
+    p = 2 if p is None or p == "fro" else p
+    if not isinstance(p, (int, float)):
+        raise UnsupportedOperation(f"norm of order {p!r} has no rule for a Dual: use a vector norm.")
+    if dtype is not None:
+        x = x.to(dtype)
+    dims = _dims(x, dim)
+    primal, tangents = split(x)
+    out = torch.linalg.vector_norm(primal, p, dims or None, keepdim=True)
+    if p == float("inf") or p == float("-inf"):
+        return (_amax if p > 0 else _amin)(x.abs(), dim, keepdim)
+    if p == 0:
+        return _dropped(join(out, torch.zeros_like(out)), dims, keepdim)
+    if p == 1:
+        weight = primal.sign()
+    elif p == 2:
+        weight = primal / torch.where(out == 0, 1.0, out)
+    else:
+        nonzero = torch.where(primal == 0, 1.0, primal)
+        power = torch.where(primal == 0, 0.0, nonzero.abs().pow(p - 1) * nonzero.sign())
+        weight = power / torch.where(out == 0, 1.0, out).pow(p - 1)
+    return _dropped(join(out, (weight * tangents).sum(dims, keepdim=True)), dims, keepdim)
+
+
+# -- softmax family ---------------------------------------------------------------------------------------------------
+
+
+def _softmax_axis(x: Dual, dim: int | None) -> int:
+    if dim is None:  # torch's legacy choice for F.softmax without dim
+        dim = 0 if x.dim() in (0, 1, 3) else 1
+    return axis(x, dim)
+
+
+@_vector
+def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
+    """p∘(ẋ − Σ p ẋ)."""
+    d = _softmax_axis(x, dim)
+    primal, tangents = split(x if dtype is None else x.to(dtype))
+    out = primal.softmax(d)
+    centred = tangents - (out * tangents).sum(d, keepdim=True)
+    return join(out, out * centred)
+
+
+@_vector
+def _log_softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
+    """ẋ − Σ p ẋ."""
+    d = _softmax_axis(x, dim)
+    primal, tangents = split(x if dtype is None else x.to(dtype))
+    out = primal.log_softmax(d)
+    return join(out, tangents - (out.exp() * tangents).sum(d, keepdim=True))
+
+
+def _softmax_family() -> None:
+    for name, function in (("softmax", _softmax_of), ("log_softmax", _log_softmax_of)):
+        rule(name)(lambda x, dim=None, dtype=None, _f=function, **kwargs: _f(x, dim, dtype))
+        wrapper = getattr(torch.nn.functional, name)
+        rule(wrapper)(lambda x, dim=None, _stacklevel=3, dtype=None, _f=function: _f(x, dim, dtype))
+    wrapper = torch.nn.functional.softmin
+    rule(wrapper)(lambda x, dim=None, _stacklevel=3, dtype=None: _softmax_of(-x, dim, dtype))
+
+
+_softmax_family()
+
+
+@rule("logsumexp")
+@_vector
+def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
+    dims = _dims(x, dim)
+    primal, tangents = split(x)
+    out = primal.logsumexp(dims, keepdim=True)
+    # a row of −inf alone has weight 0 everywhere
+    weight = (primal - torch.where(torch.isinf(out), 0.0, out)).exp()
+    return _dropped(join(out, (weight * tangents).sum(dims, keepdim=True)), dims, keepdim)
+
+
+rule("logcumsumexp")(lambda x, dim: _scan_logsumexp(x, dim))
+
+
+def _scan_logsumexp(x: Dual, dim: int) -> Dual:
+    d = axis(x, dim)
+    primal, tangents = split(x)
+    out = primal.logcumsumexp(d)
+    top = primal.amax(d, keepdim=True)
+    return join(out, ((primal - top).exp() * tangents).cumsum(d) * (top - out).exp())
+
+
+@rule("dist")
+def _dist(a: Any, b: Any, p: float = 2) -> Any:
+    return torch.linalg.vector_norm((a - b) if is_dual(a) else -(b - a), p)

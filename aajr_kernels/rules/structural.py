@@ -1,0 +1,422 @@
+"""Rules that move values without arithmetic: views, shapes, joins, casts, creation.
+
+All are linear, so they act on the stacked tensor with every axis moved one to the right. Where torch returns a view
+the rule returns a view of the stack, so that in-place writes through it reach the original.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..runtime import rule
+from .common import (
+    Dual,
+    align,
+    axes,
+    axis,
+    is_dual,
+    join,
+    lift,
+    ndim_of,
+    num_tangents,
+    parts,
+    per_slice,
+    primal_of,
+    sizes_of,
+    split,
+)
+
+# -- views ------------------------------------------------------------------------------------------------------------
+
+
+@rule("view", kind="view")
+def _view(x: Dual, *size: Any, dtype: torch.dtype | None = None) -> Any:
+    if dtype is not None or (size and isinstance(size[0], torch.dtype)):
+        raise TypeError("view(dtype) of a Dual reinterprets bits, which has no derivative.")
+    return Dual(x.stacked.view(x.stacked.shape[0], *sizes_of(size)))
+
+
+@rule("reshape", "unsafe_view?", kind="view")
+def _reshape(x: Dual, *shape: Any, **kwargs: Any) -> Dual:
+    shape = sizes_of(shape) if shape else sizes_of((kwargs["shape"],))
+    if -1 in shape and x.numel() == 0:
+        shape = tuple(x.primal.reshape(shape).shape)
+    return Dual(x.stacked.reshape(x.stacked.shape[0], *shape))
+
+
+@rule("view_as", "reshape_as", kind="view")
+def _reshape_as(x: Dual, other: Any) -> Any:
+    return x.reshape(other.shape) if is_dual(x) else x.reshape(tuple(other.shape))
+
+
+@rule("expand", "broadcast_to", kind="view")
+def _expand(x: Dual, *size: Any, implicit: bool = False, **kwargs: Any) -> Dual:
+    size = sizes_of(size) if size else sizes_of((kwargs["size"],))
+    if len(size) < x.dim():
+        raise ValueError(f"size must have at least {x.dim()} entries, got {len(size)}.")
+    return Dual(align(x.stacked, len(size)).expand(x.stacked.shape[0], *size))
+
+
+@rule("expand_as", kind="view")
+def _expand_as(x: Any, other: Any) -> Any:
+    return x.expand(tuple(other.shape))
+
+
+@rule("broadcast_tensors", kind="view")
+def _broadcast_tensors(*tensors: Any) -> list[Any]:
+    tensors = tuple(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    return [t.expand(shape) for t in tensors]
+
+
+@rule("permute", kind="view")
+def _permute(x: Dual, *dims: Any, **kwargs: Any) -> Dual:
+    dims = sizes_of(dims) if dims else tuple(kwargs["dims"])
+    return Dual(x.stacked.permute(0, *axes(x, dims)))
+
+
+@rule("transpose", "swapaxes", "swapdims", kind="view")
+def _transpose(x: Dual, *args: int, **kwargs: int) -> Dual:
+    dim0, dim1 = (*args, *kwargs.values())
+    return Dual(x.stacked.transpose(axis(x, dim0), axis(x, dim1)))
+
+
+@rule("t", torch.Tensor.T.__get__, torch.Tensor.H.__get__, kind="view")  # type: ignore[attr-defined]
+def _t(x: Dual) -> Dual:
+    return Dual(x.stacked.permute(0, *range(x.dim(), 0, -1)))
+
+
+@rule("adjoint", torch.Tensor.mT.__get__, torch.Tensor.mH.__get__, kind="view")  # type: ignore[attr-defined]
+def _mt(x: Dual) -> Dual:
+    return x.transpose(-1, -2)
+
+
+@rule("movedim", "moveaxis", kind="view")
+def _movedim(x: Dual, source: Any, destination: Any) -> Dual:
+    return Dual(x.stacked.movedim(axes(x, source), axes(x, destination)))
+
+
+@rule("unsqueeze", kind="view")
+def _unsqueeze(x: Dual, dim: int) -> Dual:
+    if not -x.dim() - 1 <= dim <= x.dim():
+        raise IndexError(f"dim must be in [{-x.dim() - 1}, {x.dim()}], got {dim}.")
+    return Dual(x.stacked.unsqueeze(dim + 1 if dim >= 0 else dim))
+
+
+@rule("squeeze", kind="view")
+def _squeeze(x: Dual, dim: Any = None) -> Dual:
+    # K >= 1: the stack axis holds at least two slices and is never squeezed away
+    return Dual(x.stacked.squeeze() if dim is None else x.stacked.squeeze(axes(x, dim)))
+
+
+@rule("flatten", kind="view")
+def _flatten(x: Dual, start_dim: int = 0, end_dim: int = -1) -> Dual:
+    if x.dim() == 0:
+        return x.reshape(1)
+    return Dual(x.stacked.flatten(axis(x, start_dim), axis(x, end_dim)))
+
+
+@rule("ravel", kind="view")
+def _ravel(x: Dual) -> Dual:
+    return x.reshape(-1)
+
+
+@rule("unflatten", kind="view")
+def _unflatten(x: Dual, dim: int, sizes: Sequence[int]) -> Dual:
+    return Dual(x.stacked.unflatten(axis(x, dim), tuple(sizes)))
+
+
+@rule("narrow", kind="view")
+def _narrow(x: Dual, dim: int, start: int, length: int) -> Dual:
+    return Dual(x.stacked.narrow(axis(x, dim), start, length))
+
+
+@rule("select", kind="view")
+def _select(x: Dual, dim: int, index: int) -> Dual:
+    return Dual(x.stacked.select(axis(x, dim), index))
+
+
+@rule("diagonal", kind="view")
+def _diagonal(x: Dual, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Dual:
+    return Dual(x.stacked.diagonal(offset, axis(x, dim1), axis(x, dim2)))
+
+
+@rule(torch.Tensor.unfold, kind="view")
+def _unfold(x: Dual, dimension: int, size: int, step: int) -> Dual:
+    return Dual(x.stacked.unfold(axis(x, dimension), size, step))
+
+
+def _register_pieces() -> None:
+    def pieces(method: Callable[..., Any]) -> Callable[..., Any]:
+        def split_rule(x: Dual, *args: Any, dim: int | None = None, **kwargs: Any) -> tuple[Dual, ...]:
+            args = (*args, *kwargs.values())
+            if dim is None:
+                args, dim = (args[:1], args[1]) if len(args) > 1 else (args, 0)
+            return tuple(Dual(piece) for piece in method(x.stacked, *args, dim=axis(x, dim)))
+
+        return split_rule
+
+    for name in ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"):
+        rule(name + "?", kind="view")(pieces(getattr(torch.Tensor, name)))
+
+
+_register_pieces()
+
+
+@rule("unbind", kind="view")
+def _unbind(x: Dual, dim: int = 0) -> tuple[Dual, ...]:
+    return tuple(Dual(piece) for piece in x.stacked.unbind(axis(x, dim)))
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+@rule("clone", "positive", "alias_copy?", torch.Tensor.__pos__, kind="view")
+def _clone(x: Dual, *, memory_format: Any = None) -> Dual:
+    # channels-last layouts describe four or five axes; the stack has one more, so the layout is left as it is
+    return Dual(x.stacked.clone())
+
+
+@rule("contiguous", kind="view")
+def _contiguous(x: Dual, memory_format: Any = None) -> Dual:
+    return Dual(x.stacked.contiguous())
+
+
+@rule("detach", kind="view")
+def _detach(x: Dual) -> torch.Tensor:
+    return x.detach()
+
+
+@rule("flip", kind="view")
+def _flip(x: Dual, *dims: Any, **kwargs: Any) -> Dual:
+    dims = sizes_of(dims) if dims else sizes_of((kwargs["dims"],))
+    return Dual(x.stacked.flip(axes(x, dims)))
+
+
+@rule("roll", kind="view")
+def _roll(x: Dual, shifts: Any, dims: Any = None) -> Dual:
+    if dims is None or dims == ():
+        return x.reshape(-1).roll(shifts, 0).reshape(x.shape)
+    return Dual(x.stacked.roll(shifts, axes(x, dims)))
+
+
+@rule("repeat", kind="view")
+def _repeat(x: Dual, *sizes: Any, **kwargs: Any) -> Dual:
+    sizes = sizes_of(sizes) if sizes else tuple(kwargs["repeats"])
+    if len(sizes) < x.dim():
+        raise ValueError(f"repeats must have at least {x.dim()} entries, got {len(sizes)}.")
+    return Dual(align(x.stacked, len(sizes)).repeat(1, *sizes))
+
+
+@rule("tile", kind="view")
+def _tile(x: Dual, *dims: Any, **kwargs: Any) -> Dual:
+    dims = sizes_of(dims) if dims else tuple(kwargs["dims"])
+    return x.repeat(*(1,) * (x.dim() - len(dims)), *dims)
+
+
+@rule("repeat_interleave", kind="view")
+def _repeat_interleave(x: Dual, repeats: Any, dim: int | None = None, **kwargs: Any) -> Dual:
+    if dim is None:
+        x, dim = x.reshape(-1), 0
+    return Dual(torch.repeat_interleave(x.stacked, repeats, axis(x, dim), **kwargs))
+
+
+for _name in ("tril", "triu"):
+    rule(_name, kind="view")(
+        lambda x, diagonal=0, _f=getattr(torch, _name): Dual(
+            _f(x.stacked, diagonal)
+        )  # acts on the last two axes
+    )
+for _name in ("diag", "diag_embed", "fliplr", "flipud", "rot90", "diagflat"):
+    rule(_name, kind="view")(
+        lambda x, *a, _f=getattr(torch, _name), **kw: per_slice(lambda part: _f(part, *a, **kw), x)
+    )
+
+
+@rule("pad", kind="view")
+def _pad(x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Dual:
+    if mode != "constant":
+        return per_slice(lambda part: F.pad(part, pad, mode), x)
+    if len(pad) // 2 > x.dim():
+        raise ValueError(f"pad must have at most {2 * x.dim()} entries, got {len(pad)}.")
+    if not value:
+        return Dual(F.pad(x.stacked, pad))
+    primal, tangents = split(x)
+    return join(F.pad(primal, pad, value=value), F.pad(tangents, pad))
+
+
+# -- joins ------------------------------------------------------------------------------------------------------------
+
+
+def _lifted(tensors: Sequence[Any]) -> tuple[list[torch.Tensor], Dual]:
+    k = num_tangents(*tensors)
+    first = next(t for t in tensors if is_dual(t))
+    return [t.stacked if is_dual(t) else lift(t, k).stacked for t in tensors], first
+
+
+@rule("cat", "concat", "concatenate", kind="view")
+def _cat(tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Dual:
+    dim = kwargs.get("axis", dim)
+    # torch ignores the shapeless empty tensor that key-value caches start from
+    kept = [t for t in tensors if tuple(t.shape) != (0,)] or list(tensors)[:1]
+    stacks, first = _lifted(kept)
+    return Dual(torch.cat(stacks, axis(first, dim)))
+
+
+@rule("stack", kind="view")
+def _stack(tensors: Sequence[Any], dim: int = 0) -> Dual:
+    stacks, first = _lifted(tensors)
+    if not -first.dim() - 1 <= dim <= first.dim():
+        raise IndexError(f"dim must be in [{-first.dim() - 1}, {first.dim()}], got {dim}.")
+    return Dual(torch.stack(stacks, dim + 1 if dim >= 0 else dim))
+
+
+def _atleast(n: int) -> Callable[..., Any]:
+    def atleast(*tensors: Any) -> Any:
+        values = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
+        shapes = [tuple(getattr(torch, f"atleast_{n}d")(primal_of(t).detach()).shape) for t in values]
+        results = tuple(t.reshape(shape) for t, shape in zip(values, shapes))
+        return results[0] if len(tensors) == 1 and not isinstance(tensors[0], (list, tuple)) else results
+
+    return atleast
+
+
+for _n in (1, 2, 3):
+    rule(f"atleast_{_n}d", kind="view")(_atleast(_n))
+
+
+def _join_along(n: int, dim: int) -> Callable[..., Any]:
+    def joined(tensors: Sequence[Any]) -> Any:
+        values = [
+            t.reshape(tuple(getattr(torch, f"atleast_{n}d")(primal_of(t).detach()).shape)) for t in tensors
+        ]
+        return torch.cat(values, 0 if n == 1 and values[0].dim() == 1 else dim)
+
+    return joined
+
+
+for _name, _n, _dim in (("hstack", 1, 1), ("vstack", 2, 0), ("dstack", 3, 2)):
+    rule(_name, kind="view")(_join_along(_n, _dim))
+
+
+# -- selection by a mask ----------------------------------------------------------------------------------------------
+
+
+@rule("where", kind="view")
+def _where(condition: Any, input: Any = None, other: Any = None) -> Any:
+    condition = primal_of(condition)
+    if input is None and other is None:
+        return torch.where(condition)
+    k = num_tangents(input, other)
+    if k == 0:
+        return torch.where(condition, input, other)
+    n = ndim_of(condition, input, other)
+    (a, a_tan), (b, b_tan) = parts(input, n), parts(other, n)
+    primal = torch.where(condition, a, b)
+    if a_tan is not None and b_tan is not None:
+        tangents = torch.where(condition, a_tan, b_tan)
+    elif a_tan is not None:
+        tangents = torch.where(condition, a_tan, 0.0)
+    else:
+        assert b_tan is not None
+        tangents = torch.where(condition, 0.0, b_tan)
+    return join(primal if primal.dim() == n + 1 else primal.unsqueeze(0), tangents)
+
+
+rule(torch.Tensor.where, kind="view")(lambda self, condition, other: _where(condition, self, other))
+
+
+@rule("masked_fill", kind="view")
+def _masked_fill(x: Any, mask: torch.Tensor, value: Any) -> Dual:
+    if is_dual(value) or not is_dual(x):
+        return _where(mask, value, x)
+    n = ndim_of(x, mask)
+    stacked = align(x.stacked, n)
+    if isinstance(value, (int, float)) and value == 0:
+        return Dual(stacked.masked_fill(mask, 0))
+    primal, tangents = stacked.split([1, x.num_tangents])
+    return join(primal.masked_fill(mask, value), tangents.masked_fill(mask, 0))
+
+
+# -- casts and creation -----------------------------------------------------------------------------------------------
+
+
+@rule("to", kind="view")
+def _to(x: Any, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
+    args = tuple(a.stacked if is_dual(a) else a for a in args)
+    kwargs = {name: a.stacked if is_dual(a) else a for name, a in kwargs.items()}
+    if not is_dual(x):
+        return x.to(*args, **kwargs)
+    stacked = x.stacked.to(*args, **kwargs)
+    return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+
+
+@rule("type", kind="view")
+def _type(x: Dual, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is None:
+        return x.primal.type()
+    stacked = x.stacked.type(dtype)
+    return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+
+
+@rule("type_as", kind="view")
+def _type_as(x: Any, other: Any) -> Any:
+    return x.to(device=other.device, dtype=other.dtype)
+
+
+def _cast(name: str) -> Callable[..., Any]:
+    def cast(x: Dual, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
+        stacked = getattr(x.stacked, name)(*args, **kwargs)
+        return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+
+    return cast
+
+
+for _name in (
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "cpu",
+    "cuda",
+    "xpu",
+    "int",
+    "long",
+    "bool",
+    "short",
+    "byte",
+):
+    rule(getattr(torch.Tensor, _name), kind="view")(_cast(_name))
+
+
+def _created(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    def create(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("memory_format") is not None:
+            kwargs["memory_format"] = None
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        result = function(x.stacked[0].detach(), *args, **kwargs)
+        return lift(result, x.num_tangents) if result.is_floating_point() else result
+
+    return create
+
+
+for _name in ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"):
+    rule(_name, kind="view")(_created(getattr(torch, _name)))
+for _name in ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"):
+    rule(_name, kind="view")(_created(getattr(torch.Tensor, _name)))
+rule("randint_like", kind="view")(
+    lambda x, *args, **kwargs: torch.randint_like(x.primal.detach(), *args, **kwargs)
+)
+
+
+@rule("stride", kind="view")
+def _stride(x: Dual, dim: int | None = None) -> Any:
+    return x.stride(dim)
+
+
+rule("numel", kind="view")(lambda x: math.prod(x.shape))
