@@ -1,7 +1,6 @@
 """Settings shared by the whole suite: offline, seeded, few threads, and uninitialised memory that shows.
 
-Markers: ``gpu`` (skipped, with the reason, where there is no CUDA device) and ``slow`` (left out by
-``pytest -m "not slow"``).
+Tests marked ``gpu`` are skipped, with the reason, where there is no device.
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ NAN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
-    config.addinivalue_line("markers", 'slow: takes more than about ten seconds; leave out with -m "not slow"')
     # The tests are small: more threads cost more than they bring, above all beside other workers.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
@@ -34,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+    skip = pytest.mark.skip(reason="no CUDA or ROCm device: torch.cuda.is_available() is False")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

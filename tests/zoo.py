@@ -159,7 +159,7 @@ def _decoder(name: str, attention: str, experts: str = "", pad: str = "") -> Sub
     model = _pretrained_class(config_class, model_class, options, attention)
     if experts:
         model.set_experts_implementation(experts)
-    mask = padding((LENGTH, LENGTH - 4), pad) if pad else None
+    mask = padding((LENGTH, LENGTH - 4), pad.removeprefix("pad_")) if pad else None
 
     def call(model: nn.Module, x: Any) -> Any:
         return model(inputs_embeds=x, attention_mask=None if mask is None else mask.long())
@@ -176,8 +176,8 @@ def _decoder_entries() -> list[Entry]:
             else:
                 forms.append((name, attention))
     forms.append(("mixtral", "sdpa", "batched_mm"))
-    forms += [("llama", attention, "", side) for attention in ("eager", "sdpa") for side in ("left", "right")]
-    forms += [("gemma2", "eager", "", "left"), ("mistral", "sdpa", "", "left")]
+    forms += [("llama", attention, "", side) for attention in ("eager", "sdpa") for side in ("pad_left", "pad_right")]
+    forms += [("gemma2", "eager", "", "pad_left"), ("mistral", "sdpa", "", "pad_left")]
     return [
         Entry("-".join(part for part in form if part), partial(_decoder, *form), True, _untied_embedding(form[0]))
         for form in forms
