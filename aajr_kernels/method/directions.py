@@ -1,0 +1,104 @@
+"""Directions: normalising an adversary's gradient, and seeding a model called with token ids."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..dual import Dual, dual
+
+__all__ = ["normalize", "seed"]
+
+SCOPES = ("token", "sequence")
+
+
+def normalize(g: torch.Tensor, scope: str = "token", mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Scale `g` to unit Euclidean norm per token or per sequence; zero stays zero.
+
+    The norm is taken after division by the largest magnitude, so that gradients far below the square root of the
+    smallest number keep their direction, and in float32 for lower dtypes.
+
+    Args:
+        g: ``[..., T, C]`` (or ``[B, C]``), floating point; typically a detached gradient.
+        scope: ``"token"``, the norm over the last axis, or ``"sequence"``, over the last two (the last one when `g`
+            has two axes).
+        mask: ``[..., T]``, bool or integer, nonzero = included; masked entries are set to zero first, be they NaN.
+
+    Returns:
+        Tensor like `g`.
+
+    Raises:
+        TypeError: `g` is not a floating point tensor or `mask` is a float.
+        ValueError: unknown scope, or a mask whose shape does not fit.
+    """
+    if isinstance(g, Dual) or not isinstance(g, torch.Tensor) or not g.is_floating_point():
+        kind = g.dtype if isinstance(g, torch.Tensor) else type(g).__name__
+        raise TypeError(f"g must be a plain floating point tensor, got {kind}.")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}.")
+    if g.dim() == 0:
+        raise ValueError("g must have at least one axis, got a 0-dimensional tensor.")
+    if mask is not None:
+        mask = included(mask, tuple(g.shape[-1 - mask.dim() : -1]), "mask")
+        g = torch.where(mask.unsqueeze(-1), g, 0.0)
+    work = g if g.dtype in (torch.float32, torch.float64) else g.float()
+    dims = [-1] if scope == "token" or g.dim() <= 2 else [-2, -1]
+    if work.numel() == 0:
+        return g
+    largest = work.detach().abs().amax(dims, keepdim=True)
+    safe = torch.where(largest == 0, 1.0, largest)
+    scaled = work / safe
+    norm = torch.linalg.vector_norm(scaled, 2, dims, keepdim=True)
+    return (scaled / torch.where(norm == 0, 1.0, norm)).to(g.dtype)
+
+
+def included(mask: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """`mask` as bool, checked: True (or nonzero) means included.
+
+    Raises:
+        TypeError: the mask is floating point (it might be additive, with the opposite meaning).
+        ValueError: its shape is not `shape`.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.is_floating_point() or mask.is_complex():
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool or integer tensor (nonzero = included), got {kind}.")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(mask.shape)}.")
+    return mask != 0
+
+
+@contextlib.contextmanager
+def seed(embedding_module: nn.Module, v: torch.Tensor) -> Iterator[None]:
+    """Inside the block, `embedding_module` returns ``dual(output, v)``: call the model with token ids as usual.
+
+    Args:
+        embedding_module: the module whose output is the input of the policy, e.g. ``model.get_input_embeddings()``.
+        v: direction(s) shaped like its output ``[B, T, C]``, or ``[K, B, T, C]``.
+
+    Raises:
+        TypeError: the module is not an nn.Module or returns something other than a tensor.
+        RuntimeError: the block ended without a call of the module (no tangent was seeded).
+    """
+    if not isinstance(embedding_module, nn.Module):
+        raise TypeError(f"embedding_module must be an nn.Module, got {type(embedding_module).__name__}.")
+    calls = 0
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Dual:
+        nonlocal calls
+        calls += 1
+        return dual(output, v)
+
+    handle = embedding_module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if calls == 0:
+        raise RuntimeError(
+            f"embedding_module ({type(embedding_module).__name__}) was not called inside the seed block, so nothing "
+            "carries a tangent: pass the module that embeds the tokens."
+        )

@@ -1,0 +1,214 @@
+"""The aligned penalty: the squared size of a policy's derivative along the adversary's direction.
+
+For a policy π, a point x and a direction v the derivative J v is carried forward by the Dual, reduced to one number q
+per token by a metric, shaped by a form, and averaged. The gradient flows through the derivative to every parameter.
+
+=========  =========================================  ============================================================
+metric     q                                          meaning
+=========  =========================================  ============================================================
+``l2``     Σ ẏ²                                       hidden states, continuous actions
+``logits``  Σ ż²                                      logits z
+``fisher``  Σ p (ż − Σ p ż)², p = softmax z           twice the second-order term of KL(π(x) ‖ π(x + t v))
+``probs``  Σ p² (ż − Σ p ż)²                          ‖J_π v‖² of the probabilities
+=========  =========================================  ============================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..dual import Dual, dual, primal_tree
+from .directions import included
+from .head import LMHead, as_head
+
+__all__ = ["aligned_penalty"]
+
+METRICS = ("l2", "logits", "fisher", "probs")
+FORMS = ("squared", "hinge", "hinge2")
+UNITS = ("token", "sequence")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def aligned_penalty(
+    func: Callable[[Any], Any],
+    x: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    metric: str = "fisher",
+    head: LMHead | nn.Linear | None = None,
+    labels: torch.Tensor | None = None,
+    gamma: float | None = None,
+    form: str = "squared",
+    mask: torch.Tensor | None = None,
+    unit: str = "token",
+    reduction: str = "mean",
+    denominator: float | torch.Tensor | None = None,
+    return_primal: bool = False,
+) -> Any:
+    """Penalty on the sensitivity of `func` at `x` along `v`, exact, with exact gradients.
+
+    Args:
+        func: called once with one Dual shaped like `x`. Without `head` it returns logits ``[*batch, V]`` on the last
+            axis (any tensor ``[*batch, D]`` for ``metric="l2"``), or a model output whose ``.logits`` is used; with
+            `head` it returns hidden states ``[*batch, C]``.
+        x: the point, floating point, any shape, typically embeddings ``[B, T, C]``.
+        v: one direction like `x`, or K directions ``[K, *x.shape]``. Used as given: see :func:`normalize`. A zero
+            direction gives a penalty and gradient of zero.
+        metric: ``"fisher"``, ``"logits"``, ``"probs"`` or ``"l2"``; with `head`, ``"l2"`` measures the hidden states.
+        head: the language-model head, streamed over the vocabulary without a ``[tokens, V]`` tensor.
+        labels: ``[*batch]`` class indices, −100 = ignored, already aligned: ``labels[..., t]`` is the target of
+            position t (shift them yourself for next-token prediction). Needs `head` and ``return_primal=True``.
+        gamma: threshold γ ≥ 0 on √q.
+        form: ``"squared"``: q, or relu(q − γ²) when gamma is given; ``"hinge"``: relu(√q − γ); ``"hinge2"``: its
+            square. √q has derivative 0 at q = 0.
+        mask: ``[*batch]``, bool or integer, nonzero = included.
+        unit: ``"token"`` applies the form to each q, ``"sequence"`` to the masked sum of q over all axes after the
+            first (the ‖J v‖² of a direction normalised over the sequence).
+        reduction: ``"mean"``: Σ / (K · number of included units), 0 when there are none; ``"sum"``; ``"none"``:
+            ``[K, *units]`` with zeros where masked.
+        denominator: replaces the number of included units in the mean: the global count under gradient accumulation
+            or data parallelism. With `labels` and ``unit="token"`` it divides the cross-entropy too.
+        return_primal: also return what `func` returned with Duals replaced by their primals, attached to the graph;
+            with `labels` the mean cross-entropy instead, from the same stream.
+
+    Returns:
+        The penalty (float32, or float64 for float64 inputs), or ``(penalty, primal)``. Gradients reach `x`, `v` and
+        every parameter.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; `v` is not finite (checked
+            on the CPU; on accelerators, where the check would stall the stream, NaN reaches the penalty); the output
+            does not depend on `x`; the output is a model output without ``.logits``.
+        UnsupportedOperation: `func` uses a function without a derivative rule.
+    """
+    _check_choices(metric, form, unit, reduction, gamma, denominator)
+    if labels is not None and (head is None or not return_primal):
+        raise ValueError(
+            "labels need head= and return_primal=True: without a head compute the loss from the returned primal."
+        )
+    x_dual = dual(x, v)
+    if v.device.type == "cpu" and not torch.isfinite(v.detach()).all():
+        raise ValueError("v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=).")
+    output = func(x_dual)
+    y = _sensitive_output(output, metric, head is not None)
+    primal: Any = None
+    if head is None:
+        q = ops.sensitivity(y, metric)
+        primal = primal_tree(output) if return_primal else None
+    else:
+        q, primal = _through_head(y, output, as_head(head), metric, labels, denominator if unit == "token" else None)
+    penalty = reduce_units(
+        q, gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
+    )
+    return (penalty, primal) if return_primal else penalty
+
+
+def _through_head(
+    hidden: Dual, output: Any, head: LMHead, metric: str, labels: torch.Tensor | None, denominator: Any
+) -> tuple[torch.Tensor, Any]:
+    """q, and the primal or the mean cross-entropy, from one pass over the vocabulary."""
+    if metric == "l2" and labels is None:
+        return ops.sensitivity(hidden, "l2"), primal_tree(output)
+    if labels is not None:
+        if labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1]):
+            raise ValueError(
+                f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
+                f"{tuple(labels.shape)}."
+            )
+    result = ops.lm_head_penalty(
+        hidden, head.weight, head.bias, metric=metric, scale=head.scale, softcap=head.softcap, labels=labels
+    )
+    if labels is None:
+        return result, primal_tree(output)
+    q, nll = result
+    count = (labels != -100).sum().clamp(min=1) if denominator is None else denominator
+    return q, nll.sum() / count
+
+
+def _sensitive_output(output: Any, metric: str, has_head: bool) -> Dual:
+    """The Dual to be measured, found in what func returned."""
+    y = output
+    if not isinstance(y, (Dual, torch.Tensor)):
+        if has_head:
+            raise TypeError(
+                f"func must return hidden states when head= is given, got {type(y).__name__}: return for example "
+                "model.model(inputs_embeds=d).last_hidden_state."
+            )
+        y = getattr(output, "logits", None)
+        if y is None:
+            raise TypeError(
+                f"func must return a tensor or a model output with .logits, got {type(output).__name__}: return the "
+                "tensor to be measured, or hidden states with head=."
+            )
+    if not isinstance(y, Dual):
+        raise ValueError(
+            "the output of func does not depend on its input x (no tangent arrived): a detach(), a no-grad copy or "
+            "token ids instead of embeddings break the path."
+        )
+    if y.dim() == 0:
+        raise ValueError(f"the output of func must have at least one axis for metric {metric!r}, got a scalar.")
+    return y
+
+
+def reduce_units(
+    q: torch.Tensor,
+    *,
+    gamma: float | None = None,
+    form: str = "squared",
+    mask: torch.Tensor | None = None,
+    unit: str = "token",
+    reduction: str = "mean",
+    denominator: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """From q ``[K, *batch]`` to the penalty; arguments as in :func:`aligned_penalty`."""
+    keep = None if mask is None else included(mask.to(q.device), tuple(q.shape[1:]), "mask")
+    if unit == "sequence" and q.dim() > 1:
+        masked = q if keep is None else torch.where(keep, q, 0.0)
+        q = masked.flatten(2).sum(-1) if q.dim() > 2 else masked
+        keep = None if keep is None else (keep.flatten(1).any(-1) if keep.dim() > 1 else keep)
+    values = _shaped(q, gamma, form)
+    if keep is not None:
+        values = torch.where(keep, values, 0.0)
+    if reduction == "none":
+        return values
+    total = values.sum()
+    if reduction == "sum":
+        return total
+    if denominator is None:
+        units = q[0].numel() if keep is None else keep.sum()
+        denominator = max(units, 1) if isinstance(units, int) else units.clamp(min=1)
+    return total / (q.shape[0] * denominator)
+
+
+def _shaped(q: torch.Tensor, gamma: float | None, form: str) -> torch.Tensor:
+    if form == "squared":
+        return q if gamma is None else torch.relu(q - gamma**2)
+    assert gamma is not None
+    root = torch.where(q > 0, torch.where(q > 0, q, 1.0).sqrt(), 0.0)
+    excess = torch.relu(root - gamma)
+    return excess if form == "hinge" else excess.square()
+
+
+def _check_choices(metric: str, form: str, unit: str, reduction: str, gamma: Any, denominator: Any) -> None:
+    for name, value, choices in (
+        ("metric", metric, METRICS),
+        ("form", form, FORMS),
+        ("unit", unit, UNITS),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    if gamma is None and form != "squared":
+        raise ValueError(f"gamma must be given with form={form!r}: the threshold on the root of q.")
+    if gamma is not None and not (gamma >= 0 and gamma < float("inf")):
+        raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
+    if denominator is not None:
+        if reduction != "mean":
+            raise ValueError(f"denominator applies to reduction='mean' alone, got reduction={reduction!r}.")
+        if not isinstance(denominator, torch.Tensor) and not denominator > 0:
+            raise ValueError(f"denominator must be positive, got {denominator}.")
