@@ -1,0 +1,173 @@
+"""Rules of convolution, pooling, resampling and patch extraction.
+
+All but max pooling are linear in their input: the stack is folded into the batch and torch's kernel runs once. A
+convolution is bilinear, so a Dual weight adds one term per tangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..runtime import UnsupportedOperation, rule
+from .common import Dual, is_dual, join, num_tangents, split
+
+# -- folding ----------------------------------------------------------------------------------------------------------
+
+
+def folded(function: Callable[[torch.Tensor], torch.Tensor], stacked: torch.Tensor, unbatched: bool) -> torch.Tensor:
+    """A `function` of batches, linear in its input, applied to a stack of (un)batched inputs in one call."""
+    if unbatched:
+        return function(stacked)
+    out = function(stacked.flatten(0, 1))
+    return out.unflatten(0, stacked.shape[:2])
+
+
+def _linear_in_input(name: str, spatial: int | None, *functions: Callable[..., Any] | None) -> None:
+    """A function linear in its first argument ``[B, C, *spatial]``; `spatial` None: one that is never unbatched."""
+    for function in functions:
+        if function is None:
+            continue
+
+        def apply(x: Any, *args: Any, _function: Callable[..., Any] = function, **kwargs: Any) -> Dual:
+            if not is_dual(x):
+                raise UnsupportedOperation(f"{name} has no derivative rule for a Dual option, only for a Dual input.")
+            unbatched = spatial is not None and x.dim() == spatial + 1
+            return Dual(folded(lambda part: _function(part, *args, **kwargs), x.stacked, unbatched))
+
+        rule(function)(apply)
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------
+
+
+def _convolution(function: Callable[..., torch.Tensor], spatial: int) -> Callable[..., Any]:
+    def convolve(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+        num_tangents(x, weight, bias)
+        unbatched = x.dim() == spatial + 1
+
+        def product(stack: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return folded(lambda part: function(part, w, None, *args, **kwargs), stack, unbatched)
+
+        if not is_dual(weight):
+            if not is_dual(x):
+                out = function(x, weight, None, *args, **kwargs)
+            else:
+                out = Dual(product(x.stacked, weight))
+        else:
+            w, w_tan = split(weight)
+            stack = x.stacked if is_dual(x) else x.unsqueeze(0)
+            by_input = product(stack, w[0])
+            by_weight = torch.cat([product(stack[:1], part) for part in w_tan.unbind(0)])
+            out = join(by_input[:1], by_input[1:] + by_weight if is_dual(x) else by_weight)
+        if bias is None:
+            return out
+        return _add_bias(out, bias, spatial)
+
+    return convolve
+
+
+def _add_bias(out: Any, bias: Any, spatial: int) -> Any:
+    """`out` plus a bias per channel; a plain bias joins the primal alone."""
+    bias = bias.to(out.dtype).reshape(-1, *(1,) * spatial)
+    if is_dual(bias) or not is_dual(out):
+        return out + bias
+    first = torch.zeros(out.stacked.shape[0], dtype=out.dtype, device=out.device)
+    first[0] = 1
+    return Dual(out.stacked + bias * first.reshape(-1, *(1,) * (out.stacked.dim() - 1)))
+
+
+for _n in (1, 2, 3):
+    for _name in (f"conv{_n}d", f"conv_transpose{_n}d"):
+        rule(_name)(_convolution(getattr(torch, _name), _n))
+
+# -- pooling ----------------------------------------------------------------------------------------------------------
+
+for _n in (1, 2, 3):
+    for _name in (f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d"):
+        _functions = {getattr(F, _name), getattr(torch, _name, None), getattr(torch._C._nn, _name, None)}
+        _linear_in_input(_name, _n, *_functions)
+
+
+def _max_pool(name: str, spatial: int) -> None:
+    """The tangent is read where the primal has its maximum."""
+    pool = getattr(F, name)
+
+    def with_indices(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, torch.Tensor]:
+        kwargs["return_indices"] = True
+        with torch.no_grad():
+            indices = pool(x.stacked[0], *args, **kwargs)[1]
+        flat = indices.flatten(-spatial).expand(x.stacked.shape[0], *indices.shape[: indices.dim() - spatial], -1)
+        values = x.stacked.flatten(-spatial).gather(-1, flat)
+        return Dual(values.unflatten(-1, indices.shape[-spatial:])), indices
+
+    def values(x: Dual, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+        result = with_indices(x, *args, **kwargs)
+        return result if return_indices else result[0]
+
+    rule(pool)(values)
+    rule(getattr(F, f"{name}_with_indices"))(lambda *args, **kwargs: with_indices(*args, **kwargs))
+    builtin = getattr(torch, name, None)
+    if builtin is not None and not name.startswith("adaptive"):
+        rule(builtin)(values)
+    elif builtin is not None:
+        rule(builtin)(with_indices)
+
+
+for _n in (1, 2, 3):
+    _max_pool(f"max_pool{_n}d", _n)
+    _max_pool(f"adaptive_max_pool{_n}d", _n)
+
+
+def _max_unpool(spatial: int) -> Callable[..., Any]:
+    function = getattr(torch._C._nn, f"max_unpool{spatial}d")
+
+    def unpool(x: Dual, indices: torch.Tensor, *args: Any, **kwargs: Any) -> Dual:
+        slices = x.stacked.shape[0]
+        if x.dim() == spatial + 1:
+            many = indices.expand(slices, *indices.shape)
+            return Dual(function(x.stacked, many.contiguous(), *args, **kwargs))
+        many = indices.expand(slices, *indices.shape).flatten(0, 1)
+        return Dual(function(x.stacked.flatten(0, 1), many, *args, **kwargs).unflatten(0, (slices, x.shape[0])))
+
+    return unpool
+
+
+for _n in (2, 3):
+    rule(getattr(torch._C._nn, f"max_unpool{_n}d"))(_max_unpool(_n))
+
+# -- resampling and patches -------------------------------------------------------------------------------------------
+
+_linear_in_input("interpolate", None, F.interpolate, F.upsample)
+_linear_in_input("channel_shuffle", None, torch.channel_shuffle, torch.native_channel_shuffle)
+_linear_in_input("unfold", 2, F.unfold, torch._C._nn.im2col)
+_linear_in_input("fold", 1, F.fold, torch._C._nn.col2im)
+_linear_in_input("affine_grid", None, F.affine_grid)
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(x: Dual, upscale_factor: int) -> Dual:
+    return Dual(torch.pixel_shuffle(x.stacked, upscale_factor))
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(x: Dual, downscale_factor: int) -> Dual:
+    return Dual(torch.pixel_unshuffle(x.stacked, downscale_factor))
+
+
+# -- distances --------------------------------------------------------------------------------------------------------
+
+
+@rule("cosine_similarity")
+def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    x1, x2 = torch.broadcast_tensors(x1, x2)
+    unit1, unit2 = (x / x.norm(dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
+    return (unit1 * unit2).sum(dim)
+
+
+@rule("pairwise_distance")
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return (x1 - x2 + eps).norm(p, -1, keepdim)

@@ -1,0 +1,270 @@
+"""Rules of embedding and dropout, which are linear, and of the activation functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..ops import activation
+from ..runtime import UnsupportedOperation, functions_named, rule
+from .common import Dual, elementwise, is_dual, join, per_slice, primal_of, split
+
+# -- embedding --------------------------------------------------------------------------------------------------------
+
+
+def _plain_indices(name: str, indices: Any) -> torch.Tensor:
+    if is_dual(indices):
+        raise TypeError(f"input of {name} must be integer indices, got a Dual: only the weight may be one.")
+    return indices
+
+
+@rule(F.embedding)
+def _embedding(
+    indices: torch.Tensor,
+    weight: Dual,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Dual:
+    if max_norm is not None:
+        raise UnsupportedOperation("embedding(max_norm=...) rewrites its table and cannot take a Dual weight: drop it.")
+    _plain_indices("embedding", indices)
+    # row by row of the stack: the gradient of padding_idx is dropped in each, as torch does
+    return per_slice(lambda w: F.embedding(indices, w, padding_idx, None, norm_type, scale_grad_by_freq), weight)
+
+
+@rule(torch.embedding)
+def _torch_embedding(
+    weight: Dual,
+    indices: torch.Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Dual:
+    return _embedding(indices, weight, padding_idx if padding_idx >= 0 else None, None, 2.0, scale_grad_by_freq)
+
+
+@rule(F.embedding_bag)
+def _embedding_bag(
+    indices: torch.Tensor,
+    weight: Any,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    if max_norm is not None or mode == "max" or is_dual(per_sample_weights) or not is_dual(weight):
+        raise UnsupportedOperation(
+            "embedding_bag takes a Dual weight with mode 'sum' or 'mean' alone: use embedding and a reduction."
+        )
+    _plain_indices("embedding_bag", indices)
+
+    def bag(w: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(
+            indices, w, offsets, None, norm_type, scale_grad_by_freq, mode, False, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+
+    return per_slice(bag, weight)
+
+
+# -- dropout: one mask for primal and tangents ------------------------------------------------------------------------
+
+
+def _masked(draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool, inplace: bool) -> Dual:
+    """`x` times the mask (zeros and 1/(1-p)) that `draw` makes of ones, with the generator torch itself would use."""
+    if not training:
+        return x
+    with torch.no_grad():
+        mask = draw(torch.ones_like(x.stacked[0]), p, True)
+    if inplace:
+        x.stacked.mul_(mask)
+        return x
+    return Dual(x.stacked * mask)
+
+
+@rule(F.dropout)
+def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    return _masked(torch.dropout, x, p, training, inplace)
+
+
+rule(torch.dropout)(lambda x, p, train: _dropout(x, p, train))
+rule(torch.dropout_)(lambda x, p, train: _dropout(x, p, train, inplace=True))
+rule(torch.feature_dropout)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, False))
+rule(torch.feature_dropout_)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, True))
+
+
+@rule(torch.native_dropout)
+def _native_dropout(x: Dual, p: float, train: bool | None) -> tuple[Dual, torch.Tensor]:
+    if train is False:
+        return x, torch.ones_like(x.primal, dtype=torch.bool)
+    with torch.no_grad():
+        scaled, mask = torch.native_dropout(torch.ones_like(x.stacked[0]), p, True)
+    return Dual(x.stacked * scaled), mask
+
+
+_ALPHA = 1.7580993408473766  # the negative saturation of SELU
+
+
+def _alpha_masked(draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool, inplace: bool) -> Dual:
+    """Alpha dropout is affine, a·m∘x + b(m): the offset of zeros tells the mask m; the tangent takes a·m alone."""
+    if not training or p == 0:
+        return x
+    if p == 1:
+        result = Dual(x.stacked * 0)
+    else:
+        with torch.no_grad():
+            offset = draw(torch.zeros_like(x.stacked[0]), p, True)
+            kept = (offset > 0).to(offset.dtype) * ((_ALPHA**2 * p + 1) * (1 - p)) ** -0.5
+        primal, tangents = split(x)
+        result = join(primal * kept + offset, tangents * kept)
+    if inplace:
+        x.stacked.copy_(result.stacked)
+        return x
+    return result
+
+
+for _name in ("alpha_dropout", "feature_alpha_dropout"):
+    _draw = getattr(torch, _name)
+    rule(_draw)(lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train, False))
+    rule(getattr(torch, _name + "_"))(lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train, True))
+
+# -- activations with a fused op --------------------------------------------------------------------------------------
+
+
+def write_back(x: Dual, function: Callable[[Dual], Dual]) -> Dual:
+    """`function` in place: computed from a clone, because its backward needs the values that are overwritten."""
+    x.stacked.copy_(function(Dual(x.stacked.clone())).stacked)
+    return x
+
+
+def _gelu(x: Dual, approximate: str = "none") -> Dual:
+    return activation.gelu(x, approximate)
+
+
+rule("gelu", kind="op")(_gelu)
+rule("gelu_?", kind="op")(lambda x, approximate="none": write_back(x, lambda z: _gelu(z, approximate)))
+for _name in ("silu", "relu", "tanh", "sigmoid"):
+
+    def _fused(x: Dual, inplace: bool = False, _name: str = _name) -> Dual:
+        function = getattr(activation, _name)
+        return write_back(x, function) if inplace else function(x)
+
+    rule(_name, kind="op")(_fused)
+    for _function in functions_named(_name + "_"):
+        rule(_function, kind="op")(lambda x, _fused=_fused: _fused(x, inplace=True))
+
+# -- activations by their derivative ----------------------------------------------------------------------------------
+
+
+def _elu_slope(x: torch.Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> torch.Tensor:
+    negative = alpha * scale * input_scale * (x.clamp_max(0) * input_scale).exp()
+    return torch.where(x > 0, torch.full_like(x, scale), negative)
+
+
+def _softplus_slope(x: torch.Tensor, beta: float = 1.0, threshold: float = 20.0) -> torch.Tensor:
+    return torch.where(x * beta > threshold, torch.ones_like(x), (x * beta).sigmoid())
+
+
+def _mish_slope(x: torch.Tensor) -> torch.Tensor:
+    t = F.softplus(x).tanh()
+    return t + x * (1 - t * t) * x.sigmoid()
+
+
+def _hardswish_slope(x: torch.Tensor) -> torch.Tensor:
+    middle = torch.where(x < 3, x / 3 + 0.5, torch.ones_like(x))
+    return torch.where(x <= -3, torch.zeros_like(x), middle)
+
+
+def _between(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return ((x > low) & (x < high)).to(x.dtype)
+
+
+_SELU_SCALE = 1.0507009873554805
+_SLOPES: dict[str, Callable[..., torch.Tensor]] = {
+    "celu": lambda x, alpha=1.0: _elu_slope(x, alpha, 1.0, 1.0 / alpha),
+    "elu": _elu_slope,
+    "hardshrink": lambda x, lambd=0.5: (x.abs() > lambd).to(x.dtype),
+    "hardsigmoid": lambda x: _between(x, -3, 3) / 6,
+    "hardswish": _hardswish_slope,
+    "hardtanh": lambda x, min_val=-1.0, max_val=1.0: _between(x, min_val, max_val),
+    "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, torch.ones_like(x), negative_slope),
+    "mish": _mish_slope,
+    "relu6": lambda x: _between(x, 0, 6),
+    "selu": lambda x: _elu_slope(x, _ALPHA / _SELU_SCALE, _SELU_SCALE),
+    "softplus": _softplus_slope,
+    "softshrink": lambda x, lambd=0.5: (x.abs() > lambd).to(x.dtype),
+    "softsign": lambda x: (1 + x.abs()).square().reciprocal(),
+    "tanhshrink": lambda x: x.tanh().square(),
+    "threshold": lambda x, threshold, value: (x > threshold).to(x.dtype),
+}
+assert math.isclose(_ALPHA, _SELU_SCALE * 1.6732632423543772, rel_tol=1e-12)
+
+
+def _activation(function: Callable[..., torch.Tensor], slope: Callable[..., torch.Tensor]) -> Callable[..., Dual]:
+    def act(x: Dual, *args: Any, inplace: bool = False, **kwargs: Any) -> Dual:
+        pointwise = elementwise(lambda p: function(p, *args, **kwargs), lambda out, p: slope(p, *args, **kwargs))
+        return write_back(x, pointwise) if inplace else pointwise(x)
+
+    return act
+
+
+for _name, _slope in _SLOPES.items():
+    # the builtin behind the wrapper knows arguments that the wrapper lacks (elu: scale, input_scale)
+    _plain = getattr(torch._C._nn, _name, None) or getattr(torch, _name, None) or getattr(F, _name)
+    _act = _activation(_plain, _slope)
+    rule(_name)(_act)
+    for _function in functions_named(_name + "_"):
+        rule(_function)(lambda x, *args, _act=_act, **kwargs: _act(x, *args, inplace=True, **kwargs))
+
+
+@rule("glu")
+def _glu(x: Dual, dim: int = -1) -> Dual:
+    if x.shape[dim] % 2:
+        raise ValueError(f"input of glu must have an even size along dim {dim}, got {tuple(x.shape)}.")
+    value, gate = x.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+@rule("prelu")
+def _prelu(x: Any, weight: Any) -> Any:
+    if weight.numel() != 1:
+        weight = weight.reshape(-1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else weight
+    else:
+        weight = weight.reshape(())
+    return torch.where(primal_of(x) > 0, x, x * weight)
+
+
+@rule(F.rrelu, torch.rrelu)
+def _rrelu(
+    x: Dual,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+    generator: torch.Generator | None = None,
+) -> Dual:
+    """The slopes are drawn once, from the values of minus one, and shared by primal and tangents."""
+    with torch.no_grad():
+        slopes = -torch.rrelu(-torch.ones_like(x.stacked[0]), lower, upper, training, generator)
+        slopes = torch.where(x.stacked[0] > 0, torch.ones_like(slopes), slopes)
+    if inplace:
+        x.stacked.mul_(slopes)
+        return x
+    return Dual(x.stacked * slopes)
+
+
+rule(torch.rrelu_)(lambda x, *args, **kwargs: _rrelu(x, *args, **kwargs, inplace=True))

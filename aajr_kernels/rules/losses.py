@@ -1,0 +1,157 @@
+"""Rules of the losses. The Python wrappers of ``torch.nn.functional`` run again without their gate; these are the
+builtins that they end in, whose reduction is 0 (none), 1 (mean) or 2 (sum)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..runtime import UnsupportedOperation, rule
+from .common import Dual, elementwise, is_dual, per_slice, primal_of
+
+_nn = torch._C._nn
+
+
+def _reduced(values: Any, reduction: int) -> Any:
+    if reduction == 0:
+        return values
+    return values.mean() if reduction == 1 else values.sum()
+
+
+# -- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+def _plain_weight(name: str, weight: Any, target: Any = None) -> None:
+    if is_dual(weight) or (is_dual(target) and name == "nll_loss"):
+        raise UnsupportedOperation(f"{name} has no derivative rule for a Dual weight or class index: pass it plain.")
+
+
+@rule("nll_loss_nd")
+def _nll_loss(
+    log_p: Dual, target: torch.Tensor, weight: torch.Tensor | None = None, reduction: int = 1, ignore_index: int = -100
+) -> Dual:
+    """Linear in the log-probabilities: the same pick for primal and tangents."""
+    _plain_weight("nll_loss", weight, target)
+    return per_slice(lambda part: _nn.nll_loss_nd(part, target, weight, reduction, ignore_index), log_p)
+
+
+def _smoothed(
+    log_p: Dual, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int, smoothing: float
+) -> Any:
+    """Class indices with label smoothing ε: (1−ε) of the picked class plus ε/C of all, ignored positions left out."""
+    axis = 0 if log_p.dim() == 1 else 1
+    picked = _nll_loss(log_p, target, weight, reduction, ignore_index)
+    classes = log_p.shape[axis]
+    channel = None if weight is None else weight.reshape(-1, *(1,) * (log_p.dim() - 1 - axis))
+    spread = -(log_p if channel is None else log_p * channel).sum(axis)
+    counted = target != ignore_index
+    spread = spread.masked_fill(~counted, 0.0)
+    if reduction == 1:
+        if weight is None:
+            total = counted.sum().to(log_p.dtype)
+        else:
+            total = weight.gather(0, target.masked_fill(~counted, 0).reshape(-1)).reshape(target.shape).mul(counted).sum()
+        spread = spread.sum() / total
+    else:
+        spread = _reduced(spread, reduction)
+    return picked * (1 - smoothing) + spread * (smoothing / classes)
+
+
+@rule("cross_entropy_loss")
+def _cross_entropy(
+    logits: Any,
+    target: Any,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    _plain_weight("cross_entropy", weight)
+    axis = 0 if logits.dim() == 1 else 1
+    log_p = torch.log_softmax(logits, axis)
+    if is_dual(target) or target.is_floating_point():
+        classes = logits.shape[axis]
+        if label_smoothing:
+            target = target * (1 - label_smoothing) + label_smoothing / classes
+        if weight is not None:
+            target = target * weight.reshape(-1, *(1,) * (logits.dim() - 1 - axis))
+        values = -(log_p * target).sum(axis)
+        # torch's mean is over the batch alone: everything but the class axis
+        return _reduced(values, reduction)
+    if not is_dual(log_p):
+        return _nn.cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)
+    if label_smoothing:
+        return _smoothed(log_p, target, weight, reduction, ignore_index, label_smoothing)
+    return _nll_loss(log_p, target, weight, reduction, ignore_index)
+
+
+# -- pointwise losses -------------------------------------------------------------------------------------------------
+
+
+def _pointwise(name: str, function: Callable[..., Any], namespace: Any = _nn) -> None:
+    """A loss ``function(input, target, *options)`` whose builtin takes (input, target, reduction, *options)."""
+
+    def loss(input: Any, target: Any, reduction: int = 1, *options: Any, **named: Any) -> Any:
+        return _reduced(function(input, target, *options, **named), reduction)
+
+    rule(getattr(namespace, name))(loss)
+
+
+def _huber(input: Any, target: Any, delta: float = 1.0) -> Any:
+    error = input - target
+    size = error.abs()
+    inner = primal_of(size) <= delta
+    return torch.where(inner, 0.5 * error * error, delta * (size - 0.5 * delta))
+
+
+def _smooth_l1(input: Any, target: Any, beta: float = 1.0) -> Any:
+    if beta == 0:
+        return (input - target).abs()
+    error = input - target
+    size = error.abs()
+    inner = primal_of(size) < beta
+    return torch.where(inner, error * error * (0.5 / beta), size - 0.5 * beta)
+
+
+def _squared(input: Any, target: Any) -> Any:
+    error = input - target
+    return error * error
+
+
+def _kl_div(input: Any, target: Any, log_target: bool = False) -> Any:
+    if log_target:
+        return target.exp() * (target - input)
+    return torch.xlogy(target, target) - target * input
+
+
+_pointwise("mse_loss", _squared)
+_pointwise("l1_loss", lambda input, target: (input - target).abs())
+_pointwise("huber_loss", _huber)
+_pointwise("smooth_l1_loss", _smooth_l1)
+_pointwise("soft_margin_loss", lambda input, target: F.softplus(-(input * target)))
+_pointwise("kl_div", _kl_div, torch)
+
+# clamped as torch clamps: logarithms at -100, the denominator of the derivative at 1e-12
+_bce = elementwise(
+    lambda p, t: F.binary_cross_entropy(p, t.expand_as(p), reduction="none"),
+    lambda out, p, t: (p - t) / (p * (1 - p)).clamp_min(1e-12),
+    lambda out, p, t: (-p).log1p().clamp_min(-100) - p.log().clamp_min(-100),
+)
+
+
+@rule(_nn.binary_cross_entropy)
+def _binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
+    values = _bce(input, target)
+    return _reduced(values if weight is None else values * weight, reduction)
+
+
+@rule(torch.binary_cross_entropy_with_logits)
+def _with_logits(input: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1) -> Any:
+    rest = -F.logsigmoid(input)  # log(1 + exp(-input))
+    if pos_weight is not None:
+        rest = rest * ((pos_weight - 1) * target + 1)
+    values = (1 - target) * input + rest
+    return _reduced(values if weight is None else values * weight, reduction)
