@@ -90,7 +90,7 @@ def has_nvidia_driver() -> bool:
 
 def pip_offers(version: str) -> bool:
     """Whether the sources pip is configured with hold a version of torch, without downloading anything."""
-    listing = run(str(PYTHON), "-m", "pip", "-qq", "index", "versions", "torch", "--json")
+    listing = run(str(PYTHON), "-m", "pip", "index", "versions", "torch", "--json")
     return listing.returncode == 0 and f'"{version}"' in listing.stdout
 
 
@@ -217,7 +217,7 @@ def refresh(wanted: dict[str, str], force: bool) -> None:
     else:
         create_venv()
         with step("pip"):
-            pip("--upgrade", "pip>=25.1")
+            pip("pip>=25.1")  # for `pip index versions --json`
         version = install_torch()
         with step(f"aajr_kernels with {EXTRAS}"):
             constraints = ["--constraint", "requirements/constraints.txt"]
