@@ -87,7 +87,7 @@ def gradient_floor(gradients: Mapping[str, Tensor | None], shape: torch.Size, sh
     return share * math.sqrt(squares / max(count, 1)) * math.sqrt(max(shape.numel(), 1))
 
 
-def _pairs(actual: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]):  # type: ignore[no-untyped-def]
+def _pairs(actual: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]):
     assert set(actual) == set(exact), f"gradients of different leaves: {sorted(set(actual) ^ set(exact))}."
     for name, expected in exact.items():
         got = actual[name]

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 METRICS = ("l2", "logits", "fisher", "probs")
 
 
-# --------------------------------------------------------------------------------------------- hand-written layers
+# ---------------------------------------------------------------------------------------- hand-written layers
 def _standardise(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
     """(x - m(x)) / sqrt(m((x - m(x))^2) + eps) over ``dims``."""
     centred = x - x.mean(dims, keepdim=True)
@@ -116,11 +117,11 @@ def batch_norm(
 
 
 # torch.batch_norm and torch.instance_norm order their arguments differently from their F. wrappers.
-def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled=True):  # type: ignore
+def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled=True):
     return batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
-def _torch_instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn=True):  # type: ignore
+def _torch_instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn=True):
     return instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
 
 
@@ -163,7 +164,7 @@ def grouped_mm(
     if offs is None or a.dim() != 2 or b.dim() != 3:
         raise NotImplementedError("The oracle's grouped_mm takes a 2-D and a 3-D operand with offsets.")
     ends = [0, *offs.tolist()]
-    parts = [a[start:end] @ b[i] for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False))]
+    parts = [a[start:end] @ b[i] for i, (start, end) in enumerate(pairwise(ends))]
     return torch.cat(parts) if bias is None else torch.cat(parts) + bias
 
 
@@ -187,11 +188,11 @@ if hasattr(torch, "_grouped_mm"):
 class HandWritten(TorchFunctionMode):
     """Replaces norms, attention and the grouped product by the formulas above while it is active."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         return _LAYERS.get(func, func)(*args, **(kwargs or {}))
 
 
-# --------------------------------------------------------------------------------------------------- float64 throughout
+# ----------------------------------------------------------------------------------------- float64 throughout
 _LOW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
 _LOW_NAMES = {f"torch.{kind}Tensor": "torch.DoubleTensor" for kind in ("Float", "Half", "BFloat16")}
 _LOW_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
@@ -209,9 +210,9 @@ def _widened(value: Any) -> Any:
 
 
 _DTYPE_METHODS = (
-    *("to", "type", "sum", "mean", "prod", "cumsum", "cumprod", "nansum", "nanmean", "norm", "softmax", "log_softmax"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
-)
+    "to type sum mean prod cumsum cumprod nansum nanmean norm softmax log_softmax "
+    "new_zeros new_ones new_full new_empty new_tensor"
+).split()
 
 
 class KeepFloat64(TorchFunctionMode):
@@ -253,11 +254,13 @@ class KeepFloat64(TorchFunctionMode):
     @staticmethod
     def _widening(method: Callable[..., Any]) -> Callable[..., Any]:
         def widened(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return method(self, *map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
+            return method(
+                self, *map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()}
+            )
 
         return widened
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _LOW_CASTS:
             return Tensor.double(args[0])
         kwargs = {key: _widened(value) for key, value in (kwargs or {}).items()}
@@ -275,7 +278,7 @@ def oracle_mode(float64: bool = True) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------ penalty and gradients
+# -------------------------------------------------------------------------------------- penalty and gradients
 def metric_values(z: Tensor, z_tan: Tensor, metric: str) -> Tensor:
     """Squared size of the tangents: q [K, ...] from z [..., V] and z_tan [K, ..., V].
 
@@ -366,10 +369,13 @@ def loss_and_gradients(
     return outcome
 
 
-# ----------------------------------------------------------------------------------------------------- finite differences
+# ----------------------------------------------------------------------------------------- finite differences
 @torch.no_grad()
 def finite_difference(
-    value: Callable[[], Tensor], leaves: Mapping[str, Tensor], directions: Mapping[str, Tensor], step: float = 1e-3
+    value: Callable[[], Tensor],
+    leaves: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    step: float = 1e-3,
 ) -> float:
     """Derivative of ``value()`` along ``directions`` of ``leaves``, by fourth-order central differences.
 

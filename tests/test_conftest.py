@@ -48,6 +48,6 @@ def test_poison_survives_compile():
     assert all(fresh.isnan().all() for fresh in allocate(torch.ones(4)))
 
 
-@pytest.mark.parametrize("run", (1, 2))
+@pytest.mark.parametrize("run", [1, 2])
 def test_every_test_starts_from_the_same_seed(run):
     assert torch.equal(torch.randn(3), torch.randn(3, generator=torch.Generator().manual_seed(0)))

@@ -100,7 +100,7 @@ def padding(lengths: tuple[int, ...], side: str = "right", size: int = LENGTH) -
     return position < counts if side == "right" else position >= size - counts
 
 
-# ----------------------------------------------------------------------------------------------------- causal decoders
+# -------------------------------------------------------------------------------------------- causal decoders
 _SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -117,7 +117,9 @@ _GEMMA = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, tie_wo
 _GEMMA |= dict(layer_types=["sliding_attention", "full_attention"])
 _EXPERTS = dict(num_experts_per_tok=2)
 _NEOX = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
-_GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+_GPT2 = dict(
+    vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+)
 
 #: name -> (config class, model class, options of the config, metric)
 _DECODERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
@@ -134,17 +136,26 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "phi3": ("Phi3Config", "Phi3ForCausalLM", _SIZES, "fisher"),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2, "fisher"),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _NEOX, "logits"),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _SIZES | _EXPERTS | {"num_local_experts": 4}, "fisher"),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _SIZES | _EXPERTS | {"num_local_experts": 4},
+        "fisher",
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
-        _SIZES | _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
+        _SIZES
+        | _EXPERTS
+        | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
         "probs",
     ),
 }
 
 
-def _pretrained_class(config_class: str, model_class: str, options: dict[str, Any], attention: str) -> nn.Module:
+def _pretrained_class(
+    config_class: str, model_class: str, options: dict[str, Any], attention: str
+) -> nn.Module:
     import transformers
 
     config = getattr(transformers, config_class)(**options)
@@ -176,10 +187,19 @@ def _decoder_entries() -> list[Entry]:
             else:
                 forms.append((name, attention))
     forms.append(("mixtral", "sdpa", "batched_mm"))
-    forms += [("llama", attention, "", side) for attention in ("eager", "sdpa") for side in ("pad_left", "pad_right")]
+    forms += [
+        ("llama", attention, "", side)
+        for attention in ("eager", "sdpa")
+        for side in ("pad_left", "pad_right")
+    ]
     forms += [("gemma2", "eager", "", "pad_left"), ("mistral", "sdpa", "", "pad_left")]
     return [
-        Entry("-".join(part for part in form if part), partial(_decoder, *form), True, _untied_embedding(form[0]))
+        Entry(
+            "-".join(part for part in form if part),
+            partial(_decoder, *form),
+            True,
+            _untied_embedding(form[0]),
+        )
         for form in forms
     ]
 
@@ -190,7 +210,7 @@ def _untied_embedding(name: str) -> tuple[str, ...]:
     return tables.get(name, ("model.embed_tokens.weight",))
 
 
-# --------------------------------------------------------------------------------------- encoders and encoder-decoders
+# ------------------------------------------------------------------------------ encoders and encoder-decoders
 _ENCODER = {key: value for key, value in _SIZES.items() if key not in ("num_key_value_heads", "bos_token_id")}
 
 
@@ -218,16 +238,24 @@ def _modernbert(attention: str) -> Subject:
 
 
 def _vit(attention: str) -> Subject:
-    options = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=7)
+    options = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=7
+    )
     options |= dict(image_size=(12, 16), patch_size=4, num_channels=3)
     model = _pretrained_class("ViTConfig", "ViTForImageClassification", options, attention)
-    return Subject(randomise(model, 14), embeddings(3, 3, 12, 16), lambda model, x: model(pixel_values=x), "fisher")
+    return Subject(
+        randomise(model, 14), embeddings(3, 3, 12, 16), lambda model, x: model(pixel_values=x), "fisher"
+    )
 
 
 def _t5(attention: str, side: str) -> Subject:
     """Perturbs the embeddings of the encoder (plain queries meet dual keys) or of the decoder (the reverse)."""
-    options = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
-    options |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0)
+    options = dict(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0
+    )
+    options |= dict(
+        relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0
+    )
     options |= dict(feed_forward_proj="gated-gelu" if side == "encoder" else "relu")
     model = _pretrained_class("T5Config", "T5ForConditionalGeneration", options, attention)
     mask = padding((LENGTH, 9))
@@ -243,7 +271,7 @@ def _t5(attention: str, side: str) -> Subject:
     return Subject(randomise(model, 15), x, call, "fisher" if side == "encoder" else "probs")
 
 
-# -------------------------------------------------------------------------------------------------------- torch.nn
+# --------------------------------------------------------------------------------------------------- torch.nn
 def _transformer_encoder(norm_first: bool) -> Subject:
     layer = nn.TransformerEncoderLayer(
         32, 4, 48, activation="gelu" if norm_first else "relu", batch_first=True, norm_first=norm_first
@@ -275,7 +303,9 @@ class _DecoderLayers(nn.Module):
 
 
 def _transformer_decoder() -> Subject:
-    return Subject(randomise(_DecoderLayers(), 17), embeddings(2, LENGTH, 32), lambda model, x: model(x), "l2")
+    return Subject(
+        randomise(_DecoderLayers(), 17), embeddings(2, LENGTH, 32), lambda model, x: model(x), "l2"
+    )
 
 
 class _Attention(nn.Module):
@@ -308,7 +338,9 @@ class _Attention(nn.Module):
 
 
 def _attention(form: str) -> Subject:
-    return Subject(randomise(_Attention(form), 18), embeddings(2, LENGTH, 32), lambda model, x: model(x), "l2")
+    return Subject(
+        randomise(_Attention(form), 18), embeddings(2, LENGTH, 32), lambda model, x: model(x), "l2"
+    )
 
 
 def _entries() -> list[Entry]:
@@ -326,7 +358,9 @@ def _entries() -> list[Entry]:
         Entry("nn.TransformerEncoder-pre_norm", partial(_transformer_encoder, True)),
         Entry("nn.TransformerDecoderLayer", _transformer_decoder),
     ]
-    return entries + [Entry(f"nn.MultiheadAttention-{f}", partial(_attention, f)) for f in ("self", "extra", "cross")]
+    return entries + [
+        Entry(f"nn.MultiheadAttention-{f}", partial(_attention, f)) for f in ("self", "extra", "cross")
+    ]
 
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _entries()}

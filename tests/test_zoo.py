@@ -1,0 +1,153 @@
+"""Every model of the zoo, unmodified: penalty plus a random linear functional of the output, and all its gradients.
+
+Float64 against the independent oracle (upcasts neutralised in both), float32 against the error budget, K = 1 and 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+
+import oracle
+import pytest
+import torch
+from budgets import (
+    EXACT,
+    assert_exact,
+    assert_exact_gradients,
+    assert_gradients_within_budget,
+    assert_within_budget,
+)
+from zoo import ENTRIES, Subject
+
+import aajr_kernels as aajr
+
+both_k = pytest.mark.parametrize("k", [1, 3])
+every_model = pytest.mark.parametrize("name", ENTRIES)
+every_decoder = pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.decoder])
+
+
+@functools.lru_cache(maxsize=4)
+def problem(name: str, k: int) -> tuple[Subject, torch.Tensor, oracle.Outcome, torch.Tensor]:
+    """The model in float32, directions, the float64 oracle's outcome, and the probe of the linear functional."""
+    subject = ENTRIES[name]()
+    generator = torch.Generator().manual_seed(k)
+    v = torch.randn(k, *subject.x.shape, generator=generator)
+    exact = subject.double()
+    with oracle.oracle_mode(), torch.no_grad():
+        shape = exact.tensor(exact.x).shape
+    probe = 0.1 * torch.randn(shape, generator=generator)
+    outcome = oracle.loss_and_gradients(
+        exact.tensor,
+        exact.x,
+        v.double(),
+        exact.parameters,
+        metric=subject.metric,
+        probe=probe.double(),
+        mask=subject.mask,
+    )
+    return subject, v, outcome, probe
+
+
+def float64_inside(subject: Subject):
+    """Upcasts neutralised around a float64 run of the package, as they are in the oracle."""
+    return oracle.KeepFloat64(aajr.Dual) if subject.x.dtype == torch.float64 else nullcontext()
+
+
+def through_the_dual(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle.Outcome:
+    """The loss from the parts of the output Dual, with the oracle's plain metric."""
+    x, v = subject.x.clone().requires_grad_(), v.clone().requires_grad_()
+    with float64_inside(subject):
+        y = subject.tensor(aajr.dual(x, v))
+    penalty = oracle.mean_over_units(oracle.metric_values(y.primal, y.tangents, subject.metric), subject.mask)
+    loss = penalty + (probe * y.primal).sum()
+    gradients = oracle.gradients_of(loss, {**subject.parameters, "x": x, "v": v})
+    return oracle.Outcome(loss, penalty, y.primal, y.tangents, gradients)
+
+
+def through_the_penalty(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle.Outcome:
+    """The loss from `aligned_penalty`, which shares its forward with the linear functional; one direction like x."""
+    x, v = subject.x.clone().requires_grad_(), v.clone().requires_grad_()
+    with float64_inside(subject):
+        penalty, output = aajr.aligned_penalty(
+            subject.output if subject.metric != "l2" else subject.tensor,
+            x,
+            v[0] if v.shape[0] == 1 else v,
+            metric=subject.metric,
+            mask=subject.mask,
+            return_primal=True,
+        )
+        primal = subject.pick(output)
+        loss = penalty + (probe * primal).sum()
+    gradients = oracle.gradients_of(loss, {**subject.parameters, "x": x, "v": v})
+    return oracle.Outcome(loss, penalty, primal, torch.empty(0), gradients)
+
+
+@both_k
+@every_model
+def test_float64_is_exact(name, k, record_property):
+    subject, v, exact, probe = problem(name, k)
+    found = through_the_dual(subject.double(), v.double(), probe.double())
+    errors = [
+        assert_exact(found.primal, exact.primal, "primal"),
+        assert_exact(found.tangents, exact.tangents, "tangents"),
+        assert_exact(found.loss, exact.loss, "loss"),
+        assert_exact_gradients(found.gradients, exact.gradients),
+    ]
+    assert (found.tangents.flatten(1).norm(dim=1) > 0.01).all()
+    assert {key for key, gradient in exact.gradients.items() if gradient is None} == set(ENTRIES[name].idle)
+    record_property("error", max(errors))
+
+
+@both_k
+@every_model
+def test_aligned_penalty_is_exact_in_float64(name, k, record_property):
+    subject, v, exact, probe = problem(name, k)
+    found = through_the_penalty(subject.double(), v.double(), probe.double())
+    assert found.penalty > 1e-4
+    errors = [
+        assert_exact(found.penalty, exact.penalty, "penalty"),
+        assert_exact(found.primal, exact.primal, "primal"),
+        assert_exact_gradients(found.gradients, exact.gradients),
+    ]
+    record_property("error", max(errors))
+
+
+@both_k
+@every_model
+def test_float32_is_within_the_budget(name, k, record_property):
+    subject, v, exact, probe = problem(name, k)
+    eager = oracle.loss_and_gradients(
+        subject.tensor,
+        subject.x,
+        v,
+        subject.parameters,
+        metric=subject.metric,
+        probe=probe,
+        mask=subject.mask,
+    )
+    for run in (through_the_dual, through_the_penalty):
+        found = run(subject, v, probe)
+        assert found.loss.dtype == torch.float32
+        shares = [
+            assert_within_budget(found.penalty, eager.penalty, exact.penalty, "penalty"),
+            assert_within_budget(found.primal, eager.primal, exact.primal, "primal"),
+            assert_gradients_within_budget(found.gradients, eager.gradients, exact.gradients),
+        ]
+        if run is through_the_dual:
+            shares.append(assert_within_budget(found.tangents, eager.tangents, exact.tangents, "tangents"))
+        record_property(f"budget used {run.__name__}", max(shares))
+
+
+@every_decoder
+def test_decoders_need_no_fallback(name):
+    subject = ENTRIES[name]()
+    with aajr.coverage() as coverage:
+        subject.tensor(aajr.dual(subject.x, torch.ones_like(subject.x)))
+    assert coverage.unsupported == []
+    assert coverage.fallbacks == []
+    assert coverage.share("reference", "native", "triton", "torch", "view") == pytest.approx(1.0)
+
+
+def test_the_tolerance_of_the_zoo_is_the_promised_one():
+    assert EXACT == 1e-10
