@@ -68,7 +68,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def pip(*arguments: str, hint: str = "") -> None:
     """Run pip in the environment, silent unless it fails."""
-    done = run(str(PYTHON), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments)
+    # --no-compile: bytecode of the few modules that get imported is written at their first import
+    quiet = ["install", "-q", "--no-compile", "--disable-pip-version-check"]
+    done = run(str(PYTHON), "-m", "pip", *quiet, *arguments)
     if done.returncode:
         print("failed", flush=True)
         print(done.stdout, file=sys.stderr)

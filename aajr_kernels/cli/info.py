@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import runtime
 
@@ -123,34 +124,30 @@ def show(facts: dict[str, Any], console: Console) -> None:
     """Print the facts as tables."""
     versions = _table("Versions", "package", "version")
     for name, version in facts["versions"].items():
-        versions.add_row(name, version or "[dim]not installed[/]")
+        versions.add_row(name, Text(version) if version else Text("not installed", "dim"))
     console.print(versions)
 
     devices = _table("Devices", "device", "what")
     cpu = facts["cpu"]
-    devices.add_row(
-        "cpu", f"{cpu['model']}, {cpu['capability']}, {cpu['threads']} threads of {cpu['usable_cpus']} CPUs"
-    )
+    threads = f"{cpu['threads']} threads of {cpu['usable_cpus']} CPUs"
+    devices.add_row("cpu", Text(f"{cpu['model']}, {cpu['capability']}, {threads}"))
     for gpu in facts["accelerators"]:
+        size = f"{gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors"
         devices.add_row(
-            gpu["device"], f"{gpu['name']}, {gpu['kind']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB"
+            gpu["device"], Text(f"{gpu['name']}, {gpu['kind']}, capability {gpu['capability']}, {size}")
         )
     if facts["no_accelerator"]:
-        devices.add_row("cuda", f"[yellow]none:[/] {facts['no_accelerator']}")
+        devices.add_row("cuda", _missing("none", facts["no_accelerator"]))
     console.print(devices)
 
     backends = _table(f"Backends (chosen: {facts['chosen_backend']})", "backend", "status")
     for name, reason in facts["backends"].items():
-        backends.add_row(name, "[green]available[/]" if reason is None else f"[yellow]missing:[/] {reason}")
+        backends.add_row(name, _missing("missing", reason) if reason else Text("available", "green"))
     console.print(backends)
 
     build = facts["build"]
-    native = (
-        f"native module built with {build.get('compiler')}"
-        if build["native"]
-        else f"no native module: {build['reason']}"
-    )
-    console.print(f"Build: {native}", highlight=False)
+    native = f"with {build.get('compiler')}" if build["native"] else f"none, {build['reason']}"
+    console.print(Text(f"Native module in this installation: {native}"))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -158,3 +155,7 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _missing(what: str, reason: str) -> Text:
+    return Text.assemble((f"{what}: ", "yellow"), reason)

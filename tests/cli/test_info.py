@@ -1,0 +1,128 @@
+"""`aajr info` and the command's overview, as a user starts them."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import aajr_kernels
+from aajr_kernels.cli import info, main
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main.app, list(arguments))
+
+
+def test_json_reports_versions_devices_backends_and_build():
+    result = invoke("info", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.output)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert facts["backends"] == aajr_kernels.runtime.backends()
+    assert facts["backends"]["reference"] is None
+    assert isinstance(facts["build"]["native"], bool)
+    assert bool(facts["accelerators"]) == torch.cuda.is_available()
+    assert (facts["no_accelerator"] is None) == torch.cuda.is_available()
+
+
+def test_tables_name_what_is_missing_and_why():
+    facts = info.collect()
+    facts["backends"] = {"reference": None, "native": "it was built without a compiler [sic]"}
+    facts["versions"]["triton"] = None
+    facts["accelerators"] = []
+    facts["no_accelerator"] = "torch is a CPU build"
+    console = Console(width=100, record=True, file=io.StringIO())
+    info.show(facts, console)
+    text = console.export_text()
+    assert "available" in text
+    assert "it was built without a compiler [sic]" in text
+    assert "not installed" in text
+    assert "torch is a CPU build" in text
+
+
+def test_build_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "cli" / "info.py"))
+    assert "never installed" in info.build_info()["reason"]
+    record = tmp_path / "_build_info.json"
+    record.write_text("{")
+    assert "reinstall" in info.build_info()["reason"]
+    record.write_text('{"native": true, "compiler": "/usr/bin/c++"}')
+    assert info.build_info()["native"] is True
+
+
+def test_overview_lists_the_commands():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for name in main.COMMANDS:
+        assert name in result.output
+
+
+def test_unknown_command_suggests_one():
+    result = invoke("inf")
+    assert result.exit_code == 2
+    assert "info" in result.output
+
+
+@pytest.mark.parametrize("name", list(main.COMMANDS))
+def test_every_command_has_help(name):
+    result = invoke(name, "--help")
+    assert result.exit_code == 0, result.output
+    assert f"aajr {name}" in result.output or name in result.output
+
+
+def test_info_imports_no_other_command_and_no_optional_package():
+    code = (
+        "import sys; sys.argv = ['aajr', 'info', '--json']\n"
+        "from aajr_kernels.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as exit:\n    assert not exit.code\n"
+        "heavy = ['transformers', 'triton', 'matplotlib', 'peft']\n"
+        "heavy += ['aajr_kernels.cli.demo', 'aajr_kernels.cli.validate']\n"
+        "print('loaded:', [m for m in heavy if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loaded: []" in done.stderr
+    json.loads(done.stdout)
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot")
+
+    monkeypatch.setattr(main, "load", missing)
+    monkeypatch.setattr(sys, "argv", ["aajr", "demo"])
+    with pytest.raises(SystemExit) as exit:
+        main.main()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "'matplotlib'" in error
+    assert "pip install 'aajr_kernels[demo]'" in error
+
+
+def test_an_unavailable_backend_is_one_sentence(monkeypatch, capsys):
+    def unavailable(name):
+        raise aajr_kernels.BackendUnavailable("backend 'native' cannot run here: it was not built.")
+
+    monkeypatch.setattr(main, "load", unavailable)
+    monkeypatch.setattr(sys, "argv", ["aajr", "validate"])
+    with pytest.raises(SystemExit) as exit:
+        main.main()
+    assert exit.value.code == 2
+    assert "cannot run here: it was not built." in capsys.readouterr().err
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "aajr_kernels", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "aajr" in done.stdout

@@ -1,0 +1,166 @@
+"""The import graph: which layer may import which, what stays lazy, and that the package stands on torch alone.
+
+Read from the syntax trees, so an import inside a function counts too; only those under TYPE_CHECKING do not.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
+LAYERS = {"runtime": 0, "dual": 1, "ops": 2, "rules": 3, "method": 4, "integrations": 5, "nn": 5, "cli": 6}
+REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
+#: heavy or optional module -> the files that may import it
+ONE_PLACE = {
+    "triton": ["ops/*/triton.py", "ops/*/configs.py"],
+    "transformers": ["integrations/transformers*", "cli/*"],
+    "peft": ["cli/*"],
+    "gguf": ["cli/*"],
+    "matplotlib": ["cli/*"],
+    "aajr_kernels._native": ["ops/*/native.py"],
+}
+#: never loaded by `import aajr_kernels`
+LAZY = [name for name in ONE_PLACE if name != "aajr_kernels._native"] + [
+    "typer",
+    "rich",
+    "aajr_kernels._native",
+]
+
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, except what stands under `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _nodes(node)
+
+
+def imports_of(module: str) -> set[str]:
+    """Absolute names of the modules that a file of the package imports, at any depth."""
+    found: set[str] = set()
+    package = ["aajr_kernels", *module.split("/")[:-1]]
+    for node in _nodes(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            source = ".".join(part for part in (base, node.module) if part)
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                inside = PACKAGE.parent / name.replace(".", "/")
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
+                found.add(name if is_module or name == "aajr_kernels._native" else source)
+    return found
+
+
+def inside_package(module: str) -> set[str]:
+    return {name for name in imports_of(module) if name.split(".")[0] == "aajr_kernels"}
+
+
+def test_the_graph_reader_resolves_imports():
+    assert "aajr_kernels.runtime" in inside_package("dual.py")
+    assert "aajr_kernels.dual" in inside_package("__init__.py")
+    assert "torch" in imports_of("dual.py")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("__init__.py", "__main__.py")])
+def test_imports_run_one_way(module):
+    layer = module.split("/")[0].removesuffix(".py")
+    assert layer in LAYERS, f"{module} belongs to no layer of the design: {', '.join(LAYERS)}"
+    for name in inside_package(module):
+        target = name.split(".")[1] if "." in name else None
+        if target is None:
+            assert layer == "cli", f"{module} imports the package's front door; only the command line may"
+        elif target == "_native":
+            continue
+        else:
+            allowed = LAYERS[target] < LAYERS[layer] or target == layer
+            assert allowed, f"{module} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("ops/")])
+def test_ops_never_import_each_other(module):
+    own = module.split("/")[1]
+    for name in inside_package(module):
+        parts = name.split(".")
+        if len(parts) > 2 and parts[1] == "ops" and (PACKAGE / "ops" / parts[2]).is_dir():
+            assert parts[2] == own, f"{module} imports {name}: ops share code through runtime and dual only"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.endswith("/reference.py")])
+def test_a_reference_imports_torch_alone(module):
+    roots = {name.split(".")[0] for name in imports_of(module)}
+    assert roots <= REFERENCE_MAY_IMPORT, f"{module} imports {sorted(roots - REFERENCE_MAY_IMPORT)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_modules_are_imported_in_their_place(module):
+    for name in imports_of(module):
+        for optional, places in ONE_PLACE.items():
+            if name == optional or name.startswith(optional + "."):
+                assert any(fnmatch(module, place) for place in places), f"{module} imports {name}"
+
+
+def _python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:aajr_kernels", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_loads_nothing_optional():
+    loaded = _python(
+        "import sys, time, torch; before = set(sys.modules); start = time.perf_counter(); import aajr_kernels;"
+        f"print(time.perf_counter() - start, *[m for m in {LAZY!r} if m in set(sys.modules) - before])"
+    ).split()
+    print(f"import aajr_kernels takes {float(loaded[0]):.2f} s beyond torch")
+    assert loaded[1:] == []
+    assert float(loaded[0]) < 3.0  # a tenth of this on a quiet machine
+
+
+def test_the_package_works_with_the_optional_modules_blocked():
+    blocked = [name for name in LAZY if name != "aajr_kernels._native"]
+    output = _python(
+        f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+import aajr_kernels as aajr
+
+def func(x):
+    return (x @ weight).tanh()
+
+weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+x, v = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+y, y_tan = aajr.jvp(func, (x,), (v,))
+y_tan.square().sum().backward()
+_, expected = torch.func.jvp(func, (x,), (v,))
+assert torch.allclose(y_tan, expected)
+assert weight.grad.abs().sum() > 0
+reasons = aajr.runtime.backends()
+assert reasons["reference"] is None
+print("works")
+"""
+    )
+    assert output.strip() == "works"

@@ -1,0 +1,258 @@
+"""What the repository promises about itself: metadata, house rules, and a wheel that works in a clean environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import aajr_kernels
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_versions_agree():
+    assert aajr_kernels.__version__ == PROJECT["version"]
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_public_name_exists():
+    assert sorted(set(aajr_kernels.__all__)) == sorted(aajr_kernels.__all__)
+    assert [name for name in aajr_kernels.__all__ if not hasattr(aajr_kernels, name)] == []
+
+
+def test_no_file_grows_beyond_reading():
+    sources = [
+        path for folder in ("aajr_kernels", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")
+    ]
+    long = {
+        str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) > 450
+    }
+    assert long == {}
+
+
+def test_make_targets_are_listed_by_help():
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    text = run("make", "help")
+    for target in ("demo", "test", "test-all", "lint", "gpu-check", "clean"):
+        assert f"make {target} " in text
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("index", "driver", "offered", "expected"),
+    [
+        (
+            "https://example.invalid/simple",
+            False,
+            True,
+            ["torch==2.13.0", "--index-url", "https://example.invalid/simple"],
+        ),
+        ("", False, True, ["torch==2.13.0"]),
+        (None, True, True, ["torch==2.13.0"]),
+        (None, False, True, ["torch==2.13.0+cpu"]),
+        (None, False, False, ["torch==2.13.0+cpu", "--extra-index-url"]),
+    ],
+    ids=["named index", "pip's choice", "NVIDIA driver", "local CPU build", "index of CPU builds"],
+)
+def test_set_up_never_downloads_cuda_without_a_driver(monkeypatch, index, driver, offered, expected):
+    script = load_script("setup_env")
+    monkeypatch.setattr(script.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(script, "has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(script, "pip_offers", lambda version: offered and version == "2.13.0+cpu")
+    monkeypatch.delenv("AAJR_TORCH_INDEX", raising=False)
+    if index is not None:
+        monkeypatch.setenv("AAJR_TORCH_INDEX", index)
+    arguments, _ = script.torch_source()
+    assert arguments[: len(expected)] == expected
+
+
+def test_set_up_takes_plain_torch_where_it_is_a_cpu_build(monkeypatch):
+    script = load_script("setup_env")
+    monkeypatch.setattr(script.platform, "system", lambda: "Darwin")
+    monkeypatch.delenv("AAJR_TORCH_INDEX", raising=False)
+    assert script.torch_source()[0] == ["torch==2.13.0"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what the builds read, so that no build product is left in the repository."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "CMakeLists.txt",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+    ):
+        shutil.copy(ROOT / name, copy)
+    for name in ("aajr_kernels", "csrc"):
+        if (ROOT / name).is_dir():
+            skip = shutil.ignore_patterns("__pycache__", "_build_info.json", "_native*")
+            shutil.copytree(ROOT / name, copy / name, ignore=skip)
+    return copy
+
+
+def build_wheel(source: Path, out: Path, **env: str) -> Path:
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, ".", cwd=source, **env)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def clean_environment(folder: Path, wheel: Path) -> Path:
+    """A new environment that holds the wheel; its dependencies are lent by this one, the package itself is not."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # a plain .pth line adds the folder without running its own .pth files, so an editable install stays behind
+    lent = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    base = Path(lent[0], "aajr_base.pth")
+    lent += base.read_text().split("\n") if base.exists() else []
+    (site / "lent.pth").write_text("\n".join(lent) + "\n")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "-q",
+        "--no-deps",
+        "--ignore-installed",
+        wheel,
+    )
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pure_python_wheel_works_in_a_clean_environment(source, tmp_path):
+    wheel = build_wheel(source, tmp_path / "dist", AAJR_NATIVE="0")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "aajr_kernels/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "aajr_kernels").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel)
+    run(sys.executable, "-m", "check_wheel_contents", wheel)
+
+    python = clean_environment(tmp_path / "clean", wheel)
+    where = run(python, "-c", "import aajr_kernels; print(aajr_kernels.__file__)", cwd=tmp_path)
+    assert str(tmp_path) in where
+    facts = json.loads(run(python.parent / "aajr", "info", "--json", cwd=tmp_path))
+    assert facts["versions"]["aajr_kernels"] == PROJECT["version"]
+    assert facts["build"]["native"] is False
+    assert "AAJR_NATIVE=0" in facts["build"]["reason"]
+    assert facts["backends"]["reference"] is None
+
+
+BINDINGS = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(_native, m) { m.def("answer", [] { return 42; }); }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++) is installed")
+def test_native_module_is_built_when_its_sources_are_there(source, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("csrc", "build", "*.egg-info"))
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "bindings.cpp").write_text(BINDINGS)
+    wheel = build_wheel(tree, tmp_path / "dist", AAJR_NATIVE="1")
+    assert not wheel.name.endswith("none-any.whl")
+    python = clean_environment(tmp_path / "clean", wheel)
+    code = "from aajr_kernels import _native; from aajr_kernels.cli.info import build_info"
+    output = run(python, "-c", f"{code}; print(_native.answer(), build_info())", cwd=tmp_path)
+    assert output.startswith("42 ")
+    assert "'native': True" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++) is installed")
+def test_a_failed_compilation_leaves_a_working_package_and_its_reason(source, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("csrc", "build", "*.egg-info"))
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "bindings.cpp").write_text("this is not C++\n")
+    wheel = build_wheel(tree, tmp_path / "dist")
+    python = clean_environment(tmp_path / "clean", wheel)
+    facts = json.loads(run(python.parent / "aajr", "info", "--json", cwd=tmp_path))
+    assert facts["build"]["native"] is False
+    assert "compilation" in facts["build"]["reason"]
+    assert facts["backends"]["reference"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_without_a_compiler_the_package_installs(source, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("csrc", "build", "*.egg-info"))
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "bindings.cpp").write_text(BINDINGS)
+    wheel = build_wheel(tree, tmp_path / "dist", CXX="no-such-compiler")
+    info = json.loads(zipfile.ZipFile(wheel).read("aajr_kernels/_build_info.json"))
+    assert info["native"] is False
+    assert "no C++ compiler" in info["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_source_archive_holds_what_a_build_needs(source, tmp_path):
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    run(sys.executable, "-m", "twine", "check", "--strict", archive)
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    expected = {
+        "setup.py",
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "LICENSE",
+        "README.md",
+        "aajr_kernels/py.typed",
+    }
+    expected |= {path.relative_to(source).as_posix() for path in source.glob("csrc/**/*") if path.is_file()}
+    assert expected <= names
