@@ -17,7 +17,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-import aajr_kernels  # noqa: F401  its rules are keyed by torch.empty_like & co. as they are before the patch below
+# Both keep tables keyed by torch.empty and its relatives: they have to see the true ones, before the patch below.
+import torch._dynamo
+
+import aajr_kernels  # noqa: F401
 
 NAN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

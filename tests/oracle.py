@@ -210,9 +210,9 @@ def _widened(value: Any) -> Any:
 
 
 _DTYPE_METHODS = (
-    "to type sum mean prod cumsum cumprod nansum nanmean norm softmax log_softmax "
-    "new_zeros new_ones new_full new_empty new_tensor"
-).split()
+    "to", "type", "sum", "mean", "prod", "cumsum", "cumprod", "nansum", "nanmean", "norm", "softmax", "log_softmax",
+    "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
+)  # fmt: skip
 
 
 class KeepFloat64(TorchFunctionMode):
