@@ -1,0 +1,230 @@
+"""The public attention: checks, shapes, backend choice, coverage."""
+
+from __future__ import annotations
+
+import math
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import runtime
+from ...dual import Dual, num_tangents, stack_of
+from .function import AttentionFunction
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor | Dual,
+    k: Tensor | Dual,
+    v: Tensor | Dual,
+    *,
+    mask: Tensor | Dual | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor | Dual: ...
+
+
+def attention(
+    q: Tensor | Dual,
+    k: Tensor | Dual,
+    v: Tensor | Dual,
+    *,
+    mask: Tensor | Dual | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor | Dual:
+    """Attention ``O = P V`` with ``P = softmax(cap(s Q Kᵀ) + bias)`` and its tangents, in memory linear in N and M.
+
+    The tangents are ``Ȯ_k = (P∘(Ṡ_k − μ_k)) V + P V̇_k`` with ``Ṡ_k = cap'∘s(Q̇_k Kᵀ + Q K̇_kᵀ) + ḃias_k`` and
+    ``μ_k = rowsum(P∘Ṡ_k)``. Any of `q`, `k`, `v`, `mask` may be a Dual; the tangents of the others are zero and cost
+    nothing. Gradients reach the primals and tangents of all four.
+
+    Args:
+        q: queries ``[*batch, H, N, D]``; float64, float32, bfloat16 or float16. ``[H, N, D]`` is fine.
+        k: keys ``[*batch, HK, M, D]`` with HK a divisor of H: consecutive query heads share a key head. Same dtype.
+        v: values ``[*batch, HK, M, V]``. Same dtype.
+        mask: bool (True = attend) or a floating bias added to the scores, broadcastable to ``[*batch, H, N, M]``. The
+            bias may require a gradient and have any floating dtype.
+        causal: True or "upper_left" (query i sees keys j <= i), "lower_right" (j <= i + M − N), or False.
+        scale: s, by default ``D ** -0.5``.
+        softcap: c of ``cap(x) = c tanh(x / c)``, applied before the mask.
+        window: a query sees its last `window` keys only, its own position included; needs `causal`.
+        dropout: probability of dropping an attention weight, one mask for primal and tangents, drawn anew in the
+            backward from a seed that comes from torch's generator.
+
+    Returns:
+        ``[*batch, H, N, V]`` in the dtype of `q`, a Dual if any argument is one. A query that may see no key gives
+        zeros, with zero gradients. Plain tensors go to ``scaled_dot_product_attention`` where it knows the options.
+
+    Raises:
+        TypeError: an argument is no tensor, or a dtype is wrong.
+        ValueError: shapes, devices, options or numbers of tangents do not fit.
+    """
+    _check_tensors(q, k, v, mask)
+    scale = _check_options(q, causal, scale, softcap, window, dropout)
+    tangents = num_tangents(q, k, v, mask)
+    queries, keys = q.shape[-2], k.shape[-2]
+    offset = None if causal is False else keys - queries if causal == "lower_right" else 0
+    if not tangents and softcap is None:
+        return _plain(q, k, v, mask, offset, window, scale, dropout)
+    batch = q.shape[:-3]
+    q, k, v = runtime.autocast_low(*(_five_axes(stack_of(x)) for x in (q, k, v)))
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}: cast one of them."
+            )
+    mask = None if mask is None else _mask_five_axes(stack_of(mask), batch)
+    seed = int(torch.randint(1 << 62, (), device=q.device)) if dropout > 0 else 0
+    backend = runtime.select_backend("attention", q, k, v)
+    if runtime.recording():
+        pairs = _visible_pairs(queries, keys, offset, window) * q.shape[1] * q.shape[2]
+        runtime.record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (q.shape[-1] + v.shape[-1]))
+    options = (scale, softcap, offset, window, dropout, seed)
+    out = AttentionFunction.apply(q, k, v, mask, options, backend)
+    out = out.reshape(out.shape[0], *batch, *out.shape[2:])
+    return Dual(out) if tangents else out[0]
+
+
+def _check_tensors(q: object, k: object, v: object, mask: object) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, (Tensor, Dual)):
+            raise TypeError(f"attention: {name} must be a Tensor or a Dual, got {type(x).__name__}.")
+        if x.dtype not in _FLOATS:
+            raise TypeError(
+                f"attention: {name} must be float64, float32, bfloat16 or float16, got {x.dtype}."
+            )
+        if len(x.shape) < 3:
+            raise ValueError(
+                f"attention: {name} must be [*batch, heads, positions, features], got {tuple(x.shape)}: add the axis "
+                "of heads with unsqueeze(-3)."
+            )
+    assert isinstance(q, (Tensor, Dual)) and isinstance(k, (Tensor, Dual)) and isinstance(v, (Tensor, Dual))
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+        raise ValueError(
+            f"attention: the batch axes of q, k and v must be equal, got {shapes}: expand them first."
+        )
+    if k.shape[-3:-1] != v.shape[-3:-1]:
+        raise ValueError(f"attention: k and v must agree in heads and positions, got {shapes}.")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"attention: q and k must have equally many features, got {shapes}.")
+    if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:
+        raise ValueError(f"attention: the heads of q must be a multiple of those of k and v, got {shapes}.")
+    for name, x in (("k", k), ("v", v), ("mask", mask)):
+        if isinstance(x, (Tensor, Dual)) and x.device != q.device:
+            raise ValueError(f"attention: {name} must be on the device of q ({q.device}), got {x.device}.")
+    if mask is None:
+        return
+    if not isinstance(mask, (Tensor, Dual)):
+        raise TypeError(f"attention: mask must be a Tensor, a Dual or None, got {type(mask).__name__}.")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"attention: mask must be bool (True = attend) or a floating bias, got {mask.dtype}: use mask.bool()."
+        )
+    full = (*q.shape[:-1], k.shape[-2])
+    pairs = zip(reversed(mask.shape), reversed(full), strict=False)
+    if len(mask.shape) > len(full) or any(n not in (1, size) for n, size in pairs):
+        raise ValueError(
+            f"attention: mask must be broadcastable to [*batch, H, N, M] = {full}, got {tuple(mask.shape)}."
+        )
+
+
+def _check_options(
+    q: Tensor | Dual,
+    causal: bool | str,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    dropout: float,
+) -> float:
+    if causal not in (False, True, "upper_left", "lower_right"):
+        raise ValueError(
+            f"attention: causal must be False, True, 'upper_left' or 'lower_right', got {causal!r}."
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap must be positive or None, got {softcap!r}.")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"attention: window must be a positive int or None, got {window!r}.")
+    if window is not None and causal is False:
+        raise ValueError(
+            f"attention: window={window} counts keys back from the query and needs causal=True or 'lower_right': "
+            "pass a bool mask for a window to both sides."
+        )
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"attention: dropout must be a probability between 0 and 1, got {dropout!r}.")
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, offset: int | None, window: int | None, scale: float,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """torch's own attention of plain tensors."""
+    gqa = q.shape[-3] != k.shape[-3]
+    if mask is None and window is None and offset in (None, 0):
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=offset == 0, scale=scale, enable_gqa=gqa
+        )
+    if offset is not None:
+        last = torch.arange(offset, offset + q.shape[-2], device=q.device).unsqueeze(1)
+        key = torch.arange(k.shape[-2], device=q.device)
+        allowed = key <= last if window is None else (key <= last) & (key > last - window)
+        if mask is None:
+            mask = allowed
+        else:
+            mask = mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=gqa
+    )
+
+
+def _five_axes(x: Tensor) -> Tensor:
+    """``[J, *batch, heads, positions, features]`` with one batch axis."""
+    return x.unsqueeze(1) if x.dim() == 4 else x.flatten(1, -4)
+
+
+def _mask_five_axes(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """``[J, ...]``, broadcastable to ``[J, *batch, H, N, M]``, as ``[J, B|1, H|1, N|1, M|1]``."""
+    mask = mask.reshape(mask.shape[0], *[1] * (len(batch) + 4 - mask.dim()), *mask.shape[1:])
+    if any(n != 1 for n in mask.shape[1:-3]):
+        mask = mask.expand(mask.shape[0], *batch, *mask.shape[-3:])
+    return mask.reshape(mask.shape[0], math.prod(mask.shape[1:-3]), *mask.shape[-3:])
+
+
+def _visible_pairs(queries: int, keys: int, offset: int | None, window: int | None) -> float:
+    """How many (query, key) pairs the causal limit and the window leave."""
+    if offset is None:
+        return float(queries * keys)
+    stop = (min(max(i + offset + 1, 0), keys) for i in range(queries))
+    width = keys if window is None else window
+    return float(
+        sum(
+            end - max(0, i + offset + 1 - width) for i, end in enumerate(stop) if i + offset + 1 - width < end
+        )
+    )
