@@ -1,0 +1,171 @@
+"""Activations and gated products on stacked tensors, in plain PyTorch.
+
+Large tensors are taken in blocks of rows that stay in cache, because every line is one pass over memory; low dtypes
+are widened to float32 block by block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+POINTWISE = ("gelu", "gelu_tanh", "silu", "quick_gelu", "relu", "relu2", "tanh", "sigmoid")
+GATES = ("silu", "gelu", "gelu_tanh")
+
+_BLOCK_ELEMENTS = 1 << 20  # over all tensors of the call
+_QUICK = 1.702
+_GELU_SCALE = math.sqrt(2.0 / math.pi)
+_GELU_CUBIC = 0.044715
+
+
+def derivatives(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ...]:
+    """``(f, f')`` or, for order 2, ``(f, f', f'')`` of an activation at x, float32 or float64."""
+    if kind in ("relu", "relu2"):
+        step = (x > 0).to(x.dtype)
+        if kind == "relu":
+            result = (x.relu(), step, torch.zeros_like(x) if order > 1 else x)
+        else:
+            positive = x.relu()
+            result = (positive * positive, 2.0 * positive, 2.0 * step)
+    elif kind == "tanh":
+        t = x.tanh()
+        slope = 1.0 - t * t
+        result = (t, slope, -2.0 * t * slope if order > 1 else x)
+    elif kind == "sigmoid":
+        p = x.sigmoid()
+        slope = p * (1.0 - p)
+        result = (p, slope, slope * (1.0 - 2.0 * p) if order > 1 else x)
+    elif kind == "gelu":
+        near = x.clamp(-40.0, 40.0)  # beyond, the density is zero, and x² must not overflow
+        cdf = (near * -math.sqrt(0.5)).erfc_().mul_(0.5)  # erfc keeps the negative tail, where 1 + erf cancels
+        square = near * near
+        density = (square * -0.5).exp_().mul_(1.0 / math.sqrt(2.0 * math.pi))
+        result = (x * cdf, cdf + near * density, density * (2.0 - square) if order > 1 else x)
+    else:
+        result = _x_sigmoid(kind, x, order)
+    return result[: order + 1]
+
+
+def _x_sigmoid(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ...]:
+    """f = xσ(w(x)): silu with w = x, quick_gelu with w = βx, gelu's tanh form with (1 + tanh v)/2 = σ(2v)."""
+    w1: torch.Tensor | float
+    w2: torch.Tensor | float
+    if kind == "gelu_tanh":
+        near = x.clamp(-40.0, 40.0)  # beyond, σ is 0 or 1, and x³ must not overflow
+        square = near * near
+        p = ((square * _GELU_CUBIC + 1.0) * near).mul_(2.0 * _GELU_SCALE).sigmoid_()
+        w1 = (square * (3.0 * _GELU_CUBIC) + 1.0).mul_(2.0 * _GELU_SCALE)
+        w2 = near * (12.0 * _GELU_SCALE * _GELU_CUBIC)
+    else:
+        w1, w2 = (_QUICK, 0.0) if kind == "quick_gelu" else (1.0, 0.0)
+        p = (x * w1).sigmoid_()
+    slope = p * (1.0 - p)
+    first = p + x * slope * w1
+    if order < 2:
+        return x * p, first
+    return x * p, first, slope * (2.0 * w1 + x * (w2 + (1.0 - 2.0 * p) * w1 * w1))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors ``[S, *shape]`` in blocks of rows: views, and one block where that needs a copy or gains nothing."""
+    first = tensors[0]
+    if first.device.type == "cpu" and first.dim() > 2 and not torch.compiler.is_compiling():
+        total = sum(t.numel() for t in tensors)
+        if total > _BLOCK_ELEMENTS:
+            try:
+                rows = [t.view(t.shape[0], -1, t.shape[-1]) for t in tensors]
+            except RuntimeError:
+                rows = []
+            if rows:
+                count = rows[0].shape[1]
+                step = max(1, _BLOCK_ELEMENTS * count // total)
+                for start in range(0, count, step):
+                    yield tuple(t[:, start : start + step] for t in rows)
+                return
+    yield tensors
+
+
+def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
+    y = torch.empty_like(x)
+    for xs, ys in _blocks(x, y):
+        f, f1 = derivatives(kind, _wide(xs[0]), 1)
+        ys[0] = f
+        ys[1:] = xs[1:] * f1
+    return y
+
+
+def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Stacked cotangent of x, ``[1 + K, *shape]``."""
+    x_bar = torch.empty_like(x)
+    for gs, xs, out in _blocks(y_bar, x, x_bar):
+        _, f1, f2 = derivatives(kind, _wide(xs[0]), 2)
+        g = _wide(gs)
+        primal = g[0] * f1
+        if x.shape[0] > 1:
+            primal.addcmul_((g[1:] * xs[1:]).sum(0), f2)
+        out[0] = primal
+        out[1:] = g[1:] * f1
+    return x_bar
+
+
+def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    """Stacked ``f(g)∘u`` and its tangents.
+
+    Args:
+        gate: ``[1 + K, *shape]``, or ``[1, *shape]`` without tangents.
+        up: likewise.
+        kind: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+
+    Returns:
+        ``[1 + K, *shape]``.
+    """
+    h = torch.empty_like(gate if gate.shape[0] > 1 else up)
+    for gs, us, hs in _blocks(gate, up, h):
+        f, f1 = derivatives(kind, _wide(gs[0]), 1)
+        u = _wide(us[0])
+        hs[0] = f * u
+        if gs.shape[0] > 1:
+            tangents = gs[1:] * f1.mul_(u)
+            hs[1:] = tangents.addcmul_(_wide(us[1:]), f) if us.shape[0] > 1 else tangents
+        elif us.shape[0] > 1:
+            hs[1:] = us[1:] * f
+    return h
+
+
+def gated_bwd(
+    h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Stacked cotangents of gate and up, shaped like them; None where not needed."""
+    gate_bar = torch.empty_like(gate) if need_gate else None
+    up_bar = torch.empty_like(up) if need_up else None
+    outputs = [t for t in (gate_bar, up_bar) if t is not None]
+    for hs, gs, us, *outs in _blocks(h_bar, gate, up, *outputs):
+        f, f1, f2 = derivatives(kind, _wide(gs[0]), 2)
+        u, h = _wide(us[0]), _wide(hs)
+        slope = (h[1:] * gs[1:]).sum(0) if gs.shape[0] > 1 else None  # Σ_k ḣ̄_k∘ġ_k
+        if gate_bar is not None:
+            out = outs.pop(0)
+            primal = h[0] * u
+            if us.shape[0] > 1:
+                primal += (h[1:] * us[1:]).sum(0)
+            primal *= f1
+            if slope is not None:
+                primal.addcmul_(slope, f2 * u)
+                out[1:] = h[1:] * (u * f1)
+            out[0] = primal
+        if up_bar is not None:
+            out = outs.pop(0)
+            primal = h[0] * f
+            if slope is not None:
+                primal.addcmul_(slope, f1)
+            out[0] = primal
+            if us.shape[0] > 1:
+                out[1:] = h[1:] * f
+    return gate_bar, up_bar

@@ -1,0 +1,72 @@
+"""The public linear layer: checks, backend choice, coverage."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+
+from ... import runtime
+from ...dual import Dual, is_dual
+from .function import LinearFunction
+
+
+@overload
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
+@overload
+def linear(x: Dual, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Dual: ...
+
+
+def linear(
+    x: torch.Tensor | Dual, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor | Dual:
+    """Affine map ``y = x Wᵀ + b`` with tangent ``ẏ = ẋ Wᵀ``, as one matrix product over the stacked rows.
+
+    Args:
+        x: ``[*batch, in]``, Tensor or Dual, any number of leading axes; float64, float32, bfloat16 or float16.
+        weight: ``[out, in]`` (or ``[in]``, which drops the last axis of the result), dtype of `x`.
+        bias: ``[out]`` or None, dtype of `x`.
+
+    Returns:
+        ``[*batch, out]``, a Dual if `x` is one. The weight gradient is ``ȳᵀx + Σ_k ẏ̄_kᵀẋ_k``, the bias gradient sums
+        the primal's cotangent only. A plain `x` gives what ``torch.nn.functional.linear`` gives.
+
+    Raises:
+        UnsupportedOperation: `weight` or `bias` is a Dual.
+        ValueError: shapes do not agree.
+        RuntimeError: dtypes do not agree (under autocast all are cast to its low dtype first).
+    """
+    for name, value in (("weight", weight), ("bias", bias)):
+        if is_dual(value):
+            raise runtime.UnsupportedOperation(
+                f"linear: {name} is a Dual, and this op takes plain weights: write it as torch.matmul and +, or pass "
+                f"{name}.primal where no tangent is wanted."
+            )
+    if not isinstance(x, Dual):
+        return F.linear(x, weight, bias)
+    stacked, weight, bias = runtime.autocast_low(x.stacked, weight, bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != stacked.dtype:
+            raise RuntimeError(
+                f"linear: {name} must have the dtype of x ({stacked.dtype}), got {value.dtype}: cast one of them."
+            )
+    if stacked.dim() < 2 or weight.dim() not in (1, 2) or weight.shape[-1] != stacked.shape[-1]:
+        raise ValueError(
+            f"linear: weight must be [out, {x.shape[-1] if x.dim() else 'in'}] for x of shape {tuple(x.shape)}, got "
+            f"{tuple(weight.shape)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise ValueError(
+            f"linear: bias must have shape {tuple(weight.shape[:-1])} for weight {tuple(weight.shape)}, got "
+            f"{tuple(bias.shape)}."
+        )
+    backend = runtime.select_backend("linear", stacked, weight, bias)
+    if runtime.recording():
+        runtime.record(
+            "linear", backend, 2.0 * stacked.numel() * (weight.shape[0] if weight.dim() == 2 else 1)
+        )
+    if weight.dim() == 1:
+        rows = None if bias is None else bias.unsqueeze(0)
+        return Dual(LinearFunction.apply(stacked, weight.unsqueeze(0), rows, backend).squeeze(-1))
+    return Dual(LinearFunction.apply(stacked, weight, bias, backend))

@@ -1,0 +1,50 @@
+"""The linear layer on stacked rows, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Stacked output of a linear layer.
+
+    Args:
+        x: ``[1 + K, *batch, in]``.
+        weight: ``[out, in]``.
+        bias: ``[out]`` or None.
+
+    Returns:
+        ``[1 + K, *batch, out]``.
+    """
+    y = torch.nn.functional.linear(x, weight)
+    if bias is not None:
+        y[0] += bias
+    return y
+
+
+def linear_bwd(
+    y_bar: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None, need_bias: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Cotangents of the stacked input, the weight and the bias.
+
+    Args:
+        y_bar: ``[1 + K, *batch, out]``, cotangents of primal and tangents.
+        x: the stacked input, or None where the weight needs no gradient.
+        weight: ``[out, in]``, or None where the input needs no gradient.
+        need_bias: whether the bias needs a gradient.
+
+    Returns:
+        ``(x_bar, weight_bar, bias_bar)``, None where not needed.
+    """
+    x_bar = weight_bar = bias_bar = None
+    if weight is not None:
+        x_bar = y_bar.matmul(weight)
+    if x is not None:
+        weight_bar = _rows(y_bar).t().mm(_rows(x))
+    if need_bias:
+        bias_bar = _rows(y_bar[0]).sum(0)
+    return x_bar, weight_bar, bias_bar
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

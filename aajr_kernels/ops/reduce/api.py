@@ -1,0 +1,45 @@
+"""The public sensitivity: checks, backend choice, coverage."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import runtime
+from ...dual import Dual
+from .function import SensitivityFunction
+
+METRICS = ("l2", "logits", "fisher", "probs")
+
+
+def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
+    """Squared size of the tangents of an output, per tangent and token.
+
+    Args:
+        y: Dual ``[*batch, V]``; logits for ``logits``, ``fisher`` and ``probs``, any tensor for ``l2``. Low dtypes are
+            computed in float32.
+        metric: ``l2`` and ``logits``: ``q = Σ ẏ²``. ``fisher``: ``q = Σ p(ẏ − μ)²`` with ``p = softmax(y)`` and
+            ``μ = Σ pẏ``, twice the second-order term of the Kullback-Leibler divergence of the softmax. ``probs``:
+            ``q = Σ p²(ẏ − μ)²``, the squared size of the tangent of p.
+
+    Returns:
+        q ``[K, *batch]``, float32 (float64 for float64); its gradient reaches primal and tangents of `y`.
+
+    Raises:
+        TypeError: `y` is not a Dual.
+        ValueError: the metric is unknown, or `y` has no axis or an empty last axis to reduce.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"sensitivity: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
+    if not isinstance(y, Dual):
+        raise TypeError(
+            f"sensitivity: y must be a Dual, got {type(y).__name__} without tangents: build it with "
+            "aajr_kernels.dual(x, v)."
+        )
+    if y.dim() == 0 or (y.shape[-1] == 0 and metric in ("fisher", "probs")):
+        raise ValueError(
+            f"sensitivity: y must have a non-empty last axis to reduce, got shape {tuple(y.shape)}: unsqueeze it."
+        )
+    backend = runtime.select_backend("reduce", y.stacked)
+    if runtime.recording():
+        runtime.record("sensitivity", backend, 5.0 * y.stacked.numel())
+    return SensitivityFunction.apply(y.stacked, metric, backend)

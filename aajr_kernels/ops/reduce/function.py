@@ -1,0 +1,31 @@
+"""The autograd Function of the sensitivities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import runtime
+
+
+class SensitivityFunction(torch.autograd.Function):
+    """Stacked output ``[1 + K, *batch, V]`` to q ``[K, *batch]``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, metric: str, backend: str) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.metric, ctx.backend = metric, backend
+        ctx.save_for_backward(y)
+        with runtime.no_autocast(y.device.type):
+            return runtime.implementation("reduce", backend).sensitivity_fwd(y, metric)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        if q_bar is None:
+            return None, None, None
+        (y,) = ctx.saved_tensors
+        with runtime.no_autocast(y.device.type):
+            return runtime.implementation("reduce", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric), None, None

@@ -1,0 +1,85 @@
+"""The public rotary embedding: checks, backend choice, coverage."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+from ... import runtime
+from ...dual import Dual, is_dual
+from .function import RotaryFunction
+
+_T = TypeVar("_T", torch.Tensor, Dual)
+
+
+def rotary(
+    x: _T, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False, unsqueeze_dim: int | None = 1
+) -> _T:
+    """Rotary position embedding ``y = x∘cos + rot(x)∘sin`` of the first ``cos.shape[-1]`` features.
+
+    ``rot(x) = [−x₂, x₁]`` on the two halves of those features (Llama), or on neighbouring pairs (GPT-J, Cohere).
+    The map is linear, so primal and tangents are rotated alike; the other features pass unchanged.
+
+    Args:
+        x: ``[*batch, D]``, usually ``[B, H, N, D]``, Tensor or Dual; low dtypes are computed in float32.
+        cos: plain tensor as Hugging Face builds it, usually ``[B, N, R]`` with R ≤ D even; after the unsqueeze it
+            broadcasts to ``[*batch, R]``. Any floating dtype; may require a gradient.
+        sin: likewise, shape of `cos`.
+        interleaved: pairs are neighbours instead of halves.
+        unsqueeze_dim: where `cos` and `sin` get the axis of the heads; None if they have it already.
+
+    Returns:
+        Shape and dtype of `x`, a Dual if `x` is one.
+
+    Raises:
+        UnsupportedOperation: `cos` or `sin` is a Dual.
+        ValueError: R is odd or larger than D, or the tables do not broadcast to `x`.
+    """
+    for name, value in (("cos", cos), ("sin", sin)):
+        if is_dual(value):
+            raise runtime.UnsupportedOperation(
+                f"rotary: {name} is a Dual, and this op takes plain tables: write x * cos + rotate(x) * sin, or pass "
+                f"{name}.primal where no tangent is wanted."
+            )
+    if unsqueeze_dim is not None:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    _check(x, cos, sin)
+    if not isinstance(x, Dual):
+        return _plain(x, cos, sin, interleaved)
+    stacked = x.stacked
+    backend = runtime.select_backend("rotary", stacked, cos, sin)
+    if runtime.recording():
+        runtime.record("rotary", backend, 3.0 * stacked.numel())
+    return Dual(RotaryFunction.apply(stacked, cos, sin, interleaved, backend))
+
+
+def _check(x: torch.Tensor | Dual, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    size = cos.shape[-1]
+    if cos.shape != sin.shape:
+        raise ValueError(f"rotary: sin must have the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}.")
+    if size % 2 or x.dim() == 0 or size > x.shape[-1]:
+        raise ValueError(
+            f"rotary: cos must have an even last axis of at most the features of x {tuple(x.shape)}, got {size}."
+        )
+    target = (*x.shape[:-1], size)
+    aligned = tuple(cos.shape)
+    fits = len(aligned) <= len(target) and all(a in (1, b) for a, b in zip(aligned[::-1], target[::-1]))
+    if not fits:
+        raise ValueError(
+            f"rotary: cos must broadcast to {target} for x of shape {tuple(x.shape)}, got {aligned} after "
+            "unsqueeze_dim: choose unsqueeze_dim so that its new axis is the one of the heads."
+        )
+
+
+def _plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """The same map on a plain tensor, out of place, so that every torch transform differentiates it."""
+    size = cos.shape[-1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    head = x[..., :size].to(wide)
+    if interleaved:
+        turned = torch.stack([-head[..., 1::2], head[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        turned = torch.cat([-head[..., size // 2 :], head[..., : size // 2]], dim=-1)
+    y = (head * cos.to(wide) + turned * sin.to(wide)).to(x.dtype)
+    return torch.cat([y, x[..., size:]], dim=-1) if size < x.shape[-1] else y
