@@ -1,13 +1,50 @@
-"""aajr_kernels: exact directional derivatives of transformers and the gradient of their squared size."""
+"""Exact directional derivatives of transformers, and the gradient of their squared size.
+
+The public names, once. See README.md for a tour and the docstrings for shapes, dtypes and errors.
+"""
 
 from . import rules as _rules  # registers every rule
 from .dual import Dual, dual, is_dual, jvp, unpack
-from .runtime import (
-    BackendUnavailable,
-    Coverage,
-    UnsupportedOperation,
-    coverage,
-    use_backend,
-)
+from .method import LMHead, aligned_penalty, normalize, seed
+from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu, swiglu, tanh
+from .ops.attention import attention
+from .ops.linear import linear
+from .ops.norm import layer_norm, rms_norm
+from .ops.reduce import sensitivity
+from .ops.rotary import rotary
+from .runtime import BackendUnavailable, Coverage, UnsupportedOperation, backends, coverage, use_backend
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "Coverage",
+    "Dual",
+    "LMHead",
+    "UnsupportedOperation",
+    "aligned_penalty",
+    "attention",
+    "backends",
+    "coverage",
+    "dual",
+    "geglu",
+    "gelu",
+    "is_dual",
+    "jvp",
+    "layer_norm",
+    "linear",
+    "normalize",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "rms_norm",
+    "rotary",
+    "seed",
+    "sensitivity",
+    "sigmoid",
+    "silu",
+    "swiglu",
+    "tanh",
+    "unpack",
+    "use_backend",
+]

@@ -34,7 +34,9 @@ class LMHead:
 
     def __post_init__(self) -> None:
         for name, value in (("weight", self.weight), ("bias", self.bias)):
-            if isinstance(value, Dual) or not (value is None and name == "bias" or isinstance(value, torch.Tensor)):
+            if isinstance(value, Dual) or not (
+                (value is None and name == "bias") or isinstance(value, torch.Tensor)
+            ):
                 raise TypeError(f"{name} of LMHead must be a plain tensor, got {type(value).__name__}.")
         if self.weight.dim() != 2:
             raise ValueError(f"weight of LMHead must be [V, C], got shape {tuple(self.weight.shape)}.")

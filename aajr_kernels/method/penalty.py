@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
 from ..dual import Dual, dual, primal_tree
+from ..ops.reduce import sensitivity
 from .directions import included
 from .head import LMHead, as_head
 
@@ -93,15 +93,19 @@ def aligned_penalty(
         )
     x_dual = dual(x, v)
     if v.device.type == "cpu" and not torch.isfinite(v.detach()).all():
-        raise ValueError("v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=).")
+        raise ValueError(
+            "v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=)."
+        )
     output = func(x_dual)
     y = _sensitive_output(output, metric, head is not None)
     primal: Any = None
     if head is None:
-        q = ops.sensitivity(y, metric)
+        q = sensitivity(y, metric)
         primal = primal_tree(output) if return_primal else None
     else:
-        q, primal = _through_head(y, output, as_head(head), metric, labels, denominator if unit == "token" else None)
+        q, primal = _through_head(
+            y, output, as_head(head), metric, labels, denominator if unit == "token" else None
+        )
     penalty = reduce_units(
         q, gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
     )
@@ -113,14 +117,16 @@ def _through_head(
 ) -> tuple[torch.Tensor, Any]:
     """q, and the primal or the mean cross-entropy, from one pass over the vocabulary."""
     if metric == "l2" and labels is None:
-        return ops.sensitivity(hidden, "l2"), primal_tree(output)
+        return sensitivity(hidden, "l2"), primal_tree(output)
     if labels is not None:
         if labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1]):
             raise ValueError(
                 f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
                 f"{tuple(labels.shape)}."
             )
-    result = ops.lm_head_penalty(
+    from ..ops.head import lm_head_penalty
+
+    result = lm_head_penalty(
         hidden, head.weight, head.bias, metric=metric, scale=head.scale, softcap=head.softcap, labels=labels
     )
     if labels is None:
@@ -151,7 +157,9 @@ def _sensitive_output(output: Any, metric: str, has_head: bool) -> Dual:
             "token ids instead of embeddings break the path."
         )
     if y.dim() == 0:
-        raise ValueError(f"the output of func must have at least one axis for metric {metric!r}, got a scalar.")
+        raise ValueError(
+            f"the output of func must have at least one axis for metric {metric!r}, got a scalar."
+        )
     return y
 
 

@@ -8,15 +8,34 @@ module                    functions
 ``reductions``            sums, moments, extrema, norms, scans, softmax family
 ``matmul``                products
 ``indexing``              reads and writes by index
-``layers``                convolution, embedding, dropout, normalisation, activations, losses, pooling
+``normalisation``         layer, RMS, group, instance and batch norm
+``layers``                embedding, dropout, activations, pooling
+``losses``                cross-entropy and its kin
+``convolution``           convolution in one to three dimensions and its transpose
 ``composites``            attention and torch's Python composites
 ``fallback``              the allow-list of the generic rule, and what is barred from it
 ``inplace``               in-place forms of all of the above
 ========================  ==================================================================================
 """
 
-from . import indexing, inplace, matmul, pointwise, reductions, structural
+from . import structural, pointwise, reductions, matmul, indexing  # isort: skip
+from . import normalisation, layers, losses, convolution, composites, fallback, inplace  # isort: skip
 
-__all__ = ["indexing", "inplace", "matmul", "pointwise", "reductions", "structural"]
+__all__ = [
+    "composites",
+    "convolution",
+    "fallback",
+    "indexing",
+    "inplace",
+    "layers",
+    "losses",
+    "matmul",
+    "normalisation",
+    "pointwise",
+    "reductions",
+    "structural",
+]
 
+# Order matters above: activations replace the pointwise rules of the same name, the fallback takes what has no rule,
+# and the in-place forms are made of all of them.
 inplace.register()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..ops.linear import linear
 from ..runtime import record, recording, rule
 from .common import Dual, is_dual, join, num_tangents
 
@@ -99,9 +100,7 @@ def _addr(x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
 @rule("linear", kind="op")
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if is_dual(x) and not is_dual(weight) and not is_dual(bias):
-        from ..ops import linear as op
-
-        return op.linear(x, weight, bias)
+        return linear(x, weight, bias)
     product = _matmul(x, weight.mT if weight.dim() > 1 else weight)
     return product if bias is None else product + bias
 
