@@ -32,14 +32,44 @@ def ungated(function: types.FunctionType) -> Callable[..., Any]:
     return body
 
 
-COMPOSITES = """alpha_dropout binary_cross_entropy binary_cross_entropy_with_logits cross_entropy dropout1d dropout2d
-dropout3d feature_alpha_dropout gaussian_nll_loss huber_loss kl_div l1_loss linear_cross_entropy? local_response_norm
-lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d mse_loss multi_head_attention_forward
-multilabel_soft_margin_loss nll_loss normalize smooth_l1_loss soft_margin_loss""".split()
+COMPOSITES = [
+    "alpha_dropout",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_alpha_dropout",
+    "gaussian_nll_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "linear_cross_entropy?",
+    "local_response_norm",
+    "lp_pool1d",
+    "lp_pool2d",
+    "lp_pool3d",
+    "max_unpool1d",
+    "max_unpool2d",
+    "max_unpool3d",
+    "mse_loss",
+    "multi_head_attention_forward",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "normalize",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+]
 for _name in COMPOSITES:
     _function = getattr(F, _name.rstrip("?"), None)
     if _function is not None:
         rule(_function, kind="view")(ungated(_function))
+
+# complex conjugates and parts of real numbers
+for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
+    rule(_name, kind="view")(lambda x: x)
+rule(torch.Tensor.real.__get__, kind="view")(lambda x: x)  # type: ignore[attr-defined]
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
@@ -58,11 +88,15 @@ def _sdpa(
     causal: bool | str = "upper_left" if is_causal else False
     if attn_mask is not None:
         if is_causal:
-            raise RuntimeError("attn_mask must be None when is_causal=True: put the causal part into the mask.")
+            raise RuntimeError(
+                "attn_mask must be None when is_causal=True: put the causal part into the mask."
+            )
         attn_mask, causal = _causal_bias(attn_mask)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() < 2:
-            raise ValueError(f"{name} must have at least two axes [..., tokens, features], got {tuple(x.shape)}.")
+            raise ValueError(
+                f"{name} must have at least two axes [..., tokens, features], got {tuple(x.shape)}."
+            )
     *lead, heads, key_heads = _leading(query, key, value, enable_gqa)
     q = _four_axes(query, lead, heads)
     k, v = (_four_axes(x, lead, key_heads) for x in (key, value))
@@ -114,7 +148,11 @@ def _mask_four_axes(mask: Any, lead: list[int]) -> Any:
         mask = mask.unsqueeze(0)
     if mask.dim() > 4 or len(lead) > 1:
         tail = mask.shape[-3:]
-        mask = mask.reshape(1, *tail) if mask.numel() == tail.numel() else mask.expand(*lead, *tail).reshape(-1, *tail)
+        mask = (
+            mask.reshape(1, *tail)
+            if mask.numel() == tail.numel()
+            else mask.expand(*lead, *tail).reshape(-1, *tail)
+        )
     return mask
 
 
@@ -152,7 +190,11 @@ def _grouped_stack(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) 
 
 
 def grouped_mm(
-    mat_a: Any, mat_b: Any, offs: torch.Tensor | None = None, bias: Any = None, out_dtype: torch.dtype | None = None
+    mat_a: Any,
+    mat_b: Any,
+    offs: torch.Tensor | None = None,
+    bias: Any = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Dual:
     """``torch.nn.functional.grouped_mm`` of Duals: bilinear, so exact from products of the stacks.
 
@@ -165,7 +207,11 @@ def grouped_mm(
     """
     num_tangents(mat_a, mat_b, bias)
     if not is_dual(mat_b):
-        out = Dual(_grouped_stack(mat_a.stacked, mat_b, offs)) if is_dual(mat_a) else _grouped(mat_a, mat_b, offs)
+        out = (
+            Dual(_grouped_stack(mat_a.stacked, mat_b, offs))
+            if is_dual(mat_a)
+            else _grouped(mat_a, mat_b, offs)
+        )
     elif not is_dual(mat_a):
         out = Dual(torch.stack([_grouped(mat_a, part, offs) for part in mat_b.stacked.unbind(0)]))
     else:

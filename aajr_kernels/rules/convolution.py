@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from ..runtime import UnsupportedOperation, rule
-from .common import Dual, is_dual, join, num_tangents, split
+from .common import Dual, is_dual, join, num_tangents, per_slice, split
 
 # -- folding ----------------------------------------------------------------------------------------------------------
 
 
-def folded(function: Callable[[torch.Tensor], torch.Tensor], stacked: torch.Tensor, unbatched: bool) -> torch.Tensor:
+def folded(
+    function: Callable[[torch.Tensor], torch.Tensor], stacked: torch.Tensor, unbatched: bool
+) -> torch.Tensor:
     """A `function` of batches, linear in its input, applied to a stack of (un)batched inputs in one call."""
     if unbatched:
         return function(stacked)
@@ -34,7 +36,9 @@ def _linear_in_input(name: str, spatial: int | None, *functions: Callable[..., A
 
         def apply(x: Any, *args: Any, _function: Callable[..., Any] = function, **kwargs: Any) -> Dual:
             if not is_dual(x):
-                raise UnsupportedOperation(f"{name} has no derivative rule for a Dual option, only for a Dual input.")
+                raise UnsupportedOperation(
+                    f"{name} has no derivative rule for a Dual option, only for a Dual input."
+                )
             unbatched = spatial is not None and x.dim() == spatial + 1
             return Dual(folded(lambda part: _function(part, *args, **kwargs), x.stacked, unbatched))
 
@@ -100,7 +104,9 @@ def _max_pool(name: str, spatial: int) -> None:
         kwargs["return_indices"] = True
         with torch.no_grad():
             indices = pool(x.stacked[0], *args, **kwargs)[1]
-        flat = indices.flatten(-spatial).expand(x.stacked.shape[0], *indices.shape[: indices.dim() - spatial], -1)
+        flat = indices.flatten(-spatial).expand(
+            x.stacked.shape[0], *indices.shape[: indices.dim() - spatial], -1
+        )
         values = x.stacked.flatten(-spatial).gather(-1, flat)
         return Dual(values.unflatten(-1, indices.shape[-spatial:])), indices
 
@@ -131,7 +137,9 @@ def _max_unpool(spatial: int) -> Callable[..., Any]:
             many = indices.expand(slices, *indices.shape)
             return Dual(function(x.stacked, many.contiguous(), *args, **kwargs))
         many = indices.expand(slices, *indices.shape).flatten(0, 1)
-        return Dual(function(x.stacked.flatten(0, 1), many, *args, **kwargs).unflatten(0, (slices, x.shape[0])))
+        return Dual(
+            function(x.stacked.flatten(0, 1), many, *args, **kwargs).unflatten(0, (slices, x.shape[0]))
+        )
 
     return unpool
 
@@ -145,7 +153,18 @@ _linear_in_input("interpolate", None, F.interpolate, F.upsample)
 _linear_in_input("channel_shuffle", None, torch.channel_shuffle, torch.native_channel_shuffle)
 _linear_in_input("unfold", 2, F.unfold, torch._C._nn.im2col)
 _linear_in_input("fold", 1, F.fold, torch._C._nn.col2im)
-_linear_in_input("affine_grid", None, F.affine_grid)
+rule(F.affine_grid)(
+    lambda theta, *args, **kwargs: per_slice(lambda t: F.affine_grid(t, *args, **kwargs), theta)
+)
+
+
+@rule(F.grid_sample)
+def _grid_sample(x: Any, grid: Any, *args: Any, **kwargs: Any) -> Dual:
+    if is_dual(grid) or not is_dual(x):
+        raise UnsupportedOperation(
+            "grid_sample has a derivative rule for a Dual input alone: pass a plain grid."
+        )
+    return per_slice(lambda part: F.grid_sample(part, grid, *args, **kwargs), x)
 
 
 @rule("pixel_shuffle")
@@ -156,18 +175,3 @@ def _pixel_shuffle(x: Dual, upscale_factor: int) -> Dual:
 @rule("pixel_unshuffle")
 def _pixel_unshuffle(x: Dual, downscale_factor: int) -> Dual:
     return Dual(torch.pixel_unshuffle(x.stacked, downscale_factor))
-
-
-# -- distances --------------------------------------------------------------------------------------------------------
-
-
-@rule("cosine_similarity")
-def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
-    x1, x2 = torch.broadcast_tensors(x1, x2)
-    unit1, unit2 = (x / x.norm(dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
-    return (unit1 * unit2).sum(dim)
-
-
-@rule("pairwise_distance")
-def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
-    return (x1 - x2 + eps).norm(p, -1, keepdim)

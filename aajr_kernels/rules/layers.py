@@ -33,10 +33,14 @@ def _embedding(
     sparse: bool = False,
 ) -> Dual:
     if max_norm is not None:
-        raise UnsupportedOperation("embedding(max_norm=...) rewrites its table and cannot take a Dual weight: drop it.")
+        raise UnsupportedOperation(
+            "embedding(max_norm=...) rewrites its table and cannot take a Dual weight: drop it."
+        )
     _plain_indices("embedding", indices)
     # row by row of the stack: the gradient of padding_idx is dropped in each, as torch does
-    return per_slice(lambda w: F.embedding(indices, w, padding_idx, None, norm_type, scale_grad_by_freq), weight)
+    return per_slice(
+        lambda w: F.embedding(indices, w, padding_idx, None, norm_type, scale_grad_by_freq), weight
+    )
 
 
 @rule(torch.embedding)
@@ -47,7 +51,9 @@ def _torch_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Dual:
-    return _embedding(indices, weight, padding_idx if padding_idx >= 0 else None, None, 2.0, scale_grad_by_freq)
+    return _embedding(
+        indices, weight, padding_idx if padding_idx >= 0 else None, None, 2.0, scale_grad_by_freq
+    )
 
 
 @rule(F.embedding_bag)
@@ -119,7 +125,9 @@ def _native_dropout(x: Dual, p: float, train: bool | None) -> tuple[Dual, torch.
 _ALPHA = 1.7580993408473766  # the negative saturation of SELU
 
 
-def _alpha_masked(draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool, inplace: bool) -> Dual:
+def _alpha_masked(
+    draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool, inplace: bool
+) -> Dual:
     """Alpha dropout is affine, a·m∘x + b(m): the offset of zeros tells the mask m; the tangent takes a·m alone."""
     if not training or p == 0:
         return x
@@ -140,7 +148,9 @@ def _alpha_masked(draw: Callable[..., torch.Tensor], x: Dual, p: float, training
 for _name in ("alpha_dropout", "feature_alpha_dropout"):
     _draw = getattr(torch, _name)
     rule(_draw)(lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train, False))
-    rule(getattr(torch, _name + "_"))(lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train, True))
+    rule(getattr(torch, _name + "_"))(
+        lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train, True)
+    )
 
 # -- activations with a fused op --------------------------------------------------------------------------------------
 
@@ -170,7 +180,9 @@ for _name in ("silu", "relu", "tanh", "sigmoid"):
 # -- activations by their derivative ----------------------------------------------------------------------------------
 
 
-def _elu_slope(x: torch.Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> torch.Tensor:
+def _elu_slope(
+    x: torch.Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> torch.Tensor:
     negative = alpha * scale * input_scale * (x.clamp_max(0) * input_scale).exp()
     return torch.where(x > 0, torch.full_like(x, scale), negative)
 
@@ -214,9 +226,13 @@ _SLOPES: dict[str, Callable[..., torch.Tensor]] = {
 assert math.isclose(_ALPHA, _SELU_SCALE * 1.6732632423543772, rel_tol=1e-12)
 
 
-def _activation(function: Callable[..., torch.Tensor], slope: Callable[..., torch.Tensor]) -> Callable[..., Dual]:
+def _activation(
+    function: Callable[..., torch.Tensor], slope: Callable[..., torch.Tensor]
+) -> Callable[..., Dual]:
     def act(x: Dual, *args: Any, inplace: bool = False, **kwargs: Any) -> Dual:
-        pointwise = elementwise(lambda p: function(p, *args, **kwargs), lambda out, p: slope(p, *args, **kwargs))
+        pointwise = elementwise(
+            lambda p: function(p, *args, **kwargs), lambda out, p: slope(p, *args, **kwargs)
+        )
         return write_back(x, pointwise) if inplace else pointwise(x)
 
     return act

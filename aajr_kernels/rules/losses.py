@@ -1,5 +1,8 @@
-"""Rules of the losses. The Python wrappers of ``torch.nn.functional`` run again without their gate; these are the
-builtins that they end in, whose reduction is 0 (none), 1 (mean) or 2 (sum)."""
+"""Rules of losses and distances.
+
+The Python wrappers of ``torch.nn.functional`` run again without their gate; these are the builtins that they end in,
+whose reduction is 0 (none), 1 (mean) or 2 (sum).
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,18 @@ def _reduced(values: Any, reduction: int) -> Any:
 
 def _plain_weight(name: str, weight: Any, target: Any = None) -> None:
     if is_dual(weight) or (is_dual(target) and name == "nll_loss"):
-        raise UnsupportedOperation(f"{name} has no derivative rule for a Dual weight or class index: pass it plain.")
+        raise UnsupportedOperation(
+            f"{name} has no derivative rule for a Dual weight or class index: pass it plain."
+        )
 
 
 @rule("nll_loss_nd")
 def _nll_loss(
-    log_p: Dual, target: torch.Tensor, weight: torch.Tensor | None = None, reduction: int = 1, ignore_index: int = -100
+    log_p: Dual,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
 ) -> Dual:
     """Linear in the log-probabilities: the same pick for primal and tangents."""
     _plain_weight("nll_loss", weight, target)
@@ -39,7 +48,12 @@ def _nll_loss(
 
 
 def _smoothed(
-    log_p: Dual, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int, smoothing: float
+    log_p: Dual,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
 ) -> Any:
     """Class indices with label smoothing ε: (1−ε) of the picked class plus ε/C of all, ignored positions left out."""
     axis = 0 if log_p.dim() == 1 else 1
@@ -53,7 +67,12 @@ def _smoothed(
         if weight is None:
             total = counted.sum().to(log_p.dtype)
         else:
-            total = weight.gather(0, target.masked_fill(~counted, 0).reshape(-1)).reshape(target.shape).mul(counted).sum()
+            total = (
+                weight.gather(0, target.masked_fill(~counted, 0).reshape(-1))
+                .reshape(target.shape)
+                .mul(counted)
+                .sum()
+            )
         spread = spread.sum() / total
     else:
         spread = _reduced(spread, reduction)
@@ -149,9 +168,37 @@ def _binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction
 
 
 @rule(torch.binary_cross_entropy_with_logits)
-def _with_logits(input: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1) -> Any:
+def _with_logits(
+    input: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
+) -> Any:
     rest = -F.logsigmoid(input)  # log(1 + exp(-input))
     if pos_weight is not None:
         rest = rest * ((pos_weight - 1) * target + 1)
     values = (1 - target) * input + rest
     return _reduced(values if weight is None else values * weight, reduction)
+
+
+# -- distances --------------------------------------------------------------------------------------------------------
+
+
+@rule("cosine_similarity")
+def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    x1, x2 = torch.broadcast_tensors(x1, x2)
+    unit1, unit2 = (x / x.norm(dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
+    return (unit1 * unit2).sum(dim)
+
+
+@rule("pairwise_distance")
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return (x1 - x2 + eps).norm(p, -1, keepdim)
+
+
+@rule("cdist")
+def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str | None = None) -> Any:
+    return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).norm(p, -1)
+
+
+@rule("pdist")
+def _pdist(x: Dual, p: float = 2.0) -> Dual:
+    i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device).unbind(0)
+    return (x[i] - x[j]).norm(p, -1)

@@ -19,7 +19,12 @@ from .common import Dual, is_dual, primal_of
 
 
 def _layer_norm(
-    x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
+    x: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Any:
     if is_dual(weight) or is_dual(bias):
         y = norm.layer_norm(x, normalized_shape, None, None, eps)
@@ -51,7 +56,12 @@ def _per_channel(y: Any, weight: Any, bias: Any) -> Any:
 
 
 def _group_norm(
-    x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Any:
     if x.dim() < 2 or x.shape[1] % num_groups:
         raise ValueError(
@@ -77,7 +87,9 @@ def _channel_norm(x: Dual, eps: float) -> Dual:
     shape = channels_first.shape
     count = math.prod(shape[1:])
     if count <= 1:
-        raise ValueError(f"batch_norm needs more than one value per channel in training, got {tuple(x.shape)}.")
+        raise ValueError(
+            f"batch_norm needs more than one value per channel in training, got {tuple(x.shape)}."
+        )
     rows = channels_first.reshape(shape[0], count)
     return norm.layer_norm(rows, (count,), None, None, eps).reshape(shape).transpose(0, 1)
 
@@ -106,7 +118,9 @@ def _batch_norm(
 ) -> Any:
     _refuse_dual_statistics(running_mean, running_var)
     if not is_dual(x):
-        return _per_channel(F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps), weight, bias)
+        return _per_channel(
+            F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps), weight, bias
+        )
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError("running_mean and running_var must be given when training=False.")
@@ -153,7 +167,9 @@ def _instance_norm(
         return _per_channel(_with_statistics(x, running_mean, running_var, eps), weight, bias)
     size = math.prod(x.shape[2:])
     if size <= 1:
-        raise ValueError(f"instance_norm needs more than one value per channel and row, got {tuple(x.shape)}.")
+        raise ValueError(
+            f"instance_norm needs more than one value per channel and row, got {tuple(x.shape)}."
+        )
     if running_mean is not None or running_var is not None:
         with torch.no_grad():
             torch.instance_norm(
