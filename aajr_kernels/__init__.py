@@ -3,7 +3,7 @@
 The public names, once. See README.md for a tour and the docstrings for shapes, dtypes and errors.
 """
 
-from . import rules as _rules  # registers every rule
+from . import rules as _rules  # noqa: F401  registers every rule
 from .dual import Dual, dual, is_dual, jvp, unpack
 from .method import LMHead, aligned_penalty, normalize, seed
 from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu, swiglu, tanh

@@ -56,7 +56,7 @@ def build(attention: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def step(variant: str, model: torch.nn.Module, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """One loss and its gradients in ``.grad``."""
-    hidden: Callable[[Any], Any] = lambda e: model(inputs_embeds=e).last_hidden_state  # noqa: E731
+    hidden: Callable[[Any], Any] = lambda e: model(inputs_embeds=e).last_hidden_state
     if variant == "plain":
         loss = hidden(x).square().mean()
         loss.backward()

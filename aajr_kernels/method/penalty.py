@@ -118,12 +118,11 @@ def _through_head(
     """q, and the primal or the mean cross-entropy, from one pass over the vocabulary."""
     if metric == "l2" and labels is None:
         return sensitivity(hidden, "l2"), primal_tree(output)
-    if labels is not None:
-        if labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1]):
-            raise ValueError(
-                f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
-                f"{tuple(labels.shape)}."
-            )
+    if labels is not None and (labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1])):
+        raise ValueError(
+            f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
+            f"{tuple(labels.shape)}."
+        )
     from ..ops.head import lm_head_penalty
 
     result = lm_head_penalty(

@@ -161,9 +161,9 @@ def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
 
 
 rule("chain_matmul?", kind="op")(lambda *m: _multi_dot(m))
-rule(torch.linalg.multi_dot, kind="op")(lambda m: _multi_dot(m))
 
 
+@rule(torch.linalg.multi_dot, kind="op")
 def _multi_dot(matrices: Any) -> Any:
     result = matrices[0]
     for matrix in matrices[1:]:

@@ -33,9 +33,8 @@ def _plus(a: Any, b: Any) -> Any:
     """a + b with the cheapest form for each mixture of Dual, tensor and number."""
     num_tangents(a, b)
     n = ndim_of(a, b)
-    if is_dual(a) and is_dual(b):
-        if a.dim() and b.dim():
-            return Dual(torch.add(align(a.stacked, n), align(b.stacked, n)))
+    if is_dual(a) and is_dual(b) and a.dim() and b.dim():
+        return Dual(torch.add(align(a.stacked, n), align(b.stacked, n)))
     (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
     primal = torch.add(p, q)
     if p_tan is not None and q_tan is not None:
@@ -265,12 +264,11 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
     return elementwise(lambda p: torch.clamp(p, min, max), inside)(aligned)
 
 
-def _tensors(a: Any, b: Any) -> tuple[Any, Any]:
-    like = a if not is_number(a) else b
-    make = lambda value: (
-        torch.as_tensor(value, dtype=like.dtype, device=like.device) if is_number(value) else value
-    )  # noqa: E731
-    return make(a), make(b)
+def _tensors(a: Any, b: Any) -> list[Any]:
+    like = b if is_number(a) else a
+    return [
+        torch.as_tensor(value, dtype=like.dtype, device=like.device) if is_number(value) else value for value in (a, b)
+    ]
 
 
 rule("clamp_min")(lambda x, min: _clamp(x, min=min))
@@ -322,11 +320,68 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return on_primals
 
 
-_PLAIN = """eq ne lt le gt ge greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf isneginf
-isreal signbit isclose allclose equal argmax argmin argsort count_nonzero nonzero any all logical_and logical_or
-logical_xor logical_not bincount searchsorted bucketize histc is_nonzero is_same_size is_floating_point is_complex
-is_tensor? numel isin result_type can_cast? multinomial bernoulli is_conj is_neg is_inference is_signed is_set_to
-is_shared is_pinned unique unique_consecutive frexp? nextafter? argwhere is_distributed?""".split()
+_PLAIN = [
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+    "not_equal",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "isposinf",
+    "isneginf",
+    "isreal",
+    "signbit",
+    "isclose",
+    "allclose",
+    "equal",
+    "argmax",
+    "argmin",
+    "argsort",
+    "count_nonzero",
+    "nonzero",
+    "any",
+    "all",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "logical_not",
+    "bincount",
+    "searchsorted",
+    "bucketize",
+    "histc",
+    "is_nonzero",
+    "is_same_size",
+    "is_floating_point",
+    "is_complex",
+    "is_tensor?",
+    "numel",
+    "isin",
+    "result_type",
+    "can_cast?",
+    "multinomial",
+    "bernoulli",
+    "is_conj",
+    "is_neg",
+    "is_inference",
+    "is_signed",
+    "is_set_to",
+    "is_shared",
+    "is_pinned",
+    "unique",
+    "unique_consecutive",
+    "frexp?",
+    "nextafter?",
+    "argwhere",
+    "is_distributed?",
+]
 for _name in _PLAIN:
     for _function in functions_named(_name.rstrip("?")):
         rule(_function, kind="view")(_plain(_function))

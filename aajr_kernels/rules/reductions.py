@@ -25,7 +25,7 @@ def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
         if x.dim():
             return function(x, *args, **kwargs)
         result = function(x.reshape(1), *args, **kwargs)
-        shapeless = lambda r: r.reshape(()) if r.numel() == 1 else r  # noqa: E731
+        shapeless = lambda r: r.reshape(()) if r.numel() == 1 else r
         return tuple(shapeless(r) for r in result) if isinstance(result, tuple) else shapeless(result)
 
     return rule_
@@ -151,7 +151,7 @@ def _extremum(name: str) -> None:
     named = getattr(torch.return_types, name)
 
     def rule_(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and not isinstance(args[0], int) or "other" in kwargs:
+        if (args and not isinstance(args[0], int)) or "other" in kwargs:
             return (torch.maximum if name == "max" else torch.minimum)(
                 x, args[0] if args else kwargs["other"]
             )
@@ -304,9 +304,7 @@ def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
     return _dropped(join(out, (weight * tangents).sum(dims, keepdim=True)), dims, keepdim)
 
 
-rule("logcumsumexp")(lambda x, dim: _scan_logsumexp(x, dim))
-
-
+@rule("logcumsumexp")
 def _scan_logsumexp(x: Dual, dim: int) -> Dual:
     d = axis(x, dim)
     primal, tangents = split(x)

@@ -226,16 +226,20 @@ def _repeat_interleave(x: Dual, repeats: Any, dim: int | None = None, **kwargs: 
     return Dual(torch.repeat_interleave(x.stacked, repeats, axis(x, dim), **kwargs))
 
 
+def _on_last_axes(name: str) -> None:
+    function = getattr(torch, name)
+    rule(name, kind="view")(lambda x, diagonal=0: Dual(function(x.stacked, diagonal)))
+
+
+def _slice_by_slice(name: str) -> None:
+    function = getattr(torch, name)
+    rule(name, kind="view")(lambda x, *args, **kwargs: per_slice(lambda part: function(part, *args, **kwargs), x))
+
+
 for _name in ("tril", "triu"):
-    rule(_name, kind="view")(
-        lambda x, diagonal=0, _f=getattr(torch, _name): Dual(
-            _f(x.stacked, diagonal)
-        )  # acts on the last two axes
-    )
+    _on_last_axes(_name)
 for _name in ("diag", "diag_embed", "fliplr", "flipud", "rot90", "diagflat"):
-    rule(_name, kind="view")(
-        lambda x, *a, _f=getattr(torch, _name), **kw: per_slice(lambda part: _f(part, *a, **kw), x)
-    )
+    _slice_by_slice(_name)
 
 
 @rule("pad", kind="view")
