@@ -1,0 +1,124 @@
+"""The public streamed head: checks, backend choice, coverage."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ... import runtime
+from ...dual import Dual, is_dual
+from .function import HeadFunction
+
+METRICS = ("l2", "logits", "fisher", "probs")
+
+
+def lm_head_penalty(
+    hidden: Dual,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    metric: str = "fisher",
+    scale: float = 1.0,
+    softcap: float | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Sensitivity of a language model's output per token, without ever holding the logits.
+
+    The logits are ``z = cap(scale · (W h + b))`` and their tangents ``ż = cap'(·) ∘ scale · W ḣ``; they are formed in
+    chunks of the vocabulary, forward and backward, and memory grows with the number of tokens alone.
+
+    Args:
+        hidden: Dual ``[*batch, C]``; float64, float32, bfloat16 or float16. Products run in its dtype, everything
+            else in float32 (float64).
+        weight: ``[V, C]``, dtype of `hidden`.
+        bias: ``[V]`` or None, dtype of `hidden`.
+        metric: ``fisher``: ``q = Σ p(ż − μ)²`` with ``p = softmax(z)``, ``μ = Σ pż``. ``probs``: ``q = Σ p²(ż − μ)²``.
+            ``logits``: ``q = Σ ż²``. ``l2``: ``q = ‖ḣ‖²``, of the hidden states themselves.
+        scale: logits multiplier, applied to ``W h + b``.
+        softcap: c of ``cap(x) = c·tanh(x/c)``, applied after the scale; None for none.
+        labels: int64 ``[*batch]``; also returns the cross-entropy of every token from the same stream.
+        ignore_index: label whose token has loss 0 and no gradient from it.
+
+    Returns:
+        q ``[K, *batch]``, or ``(q, nll)`` with nll ``[*batch]`` when `labels` are given; float32 (float64 for
+        float64). Gradients reach hidden (primal and tangents), weight and bias.
+
+    Raises:
+        TypeError: `hidden` carries no tangents, or `labels` are not integers.
+        UnsupportedOperation: `weight` or `bias` is a Dual.
+        ValueError: the metric is unknown, shapes do not agree, or a label is out of range.
+        RuntimeError: dtypes do not agree (under autocast all are cast to its low dtype first).
+    """
+    if metric not in METRICS:
+        raise ValueError(f"lm_head_penalty: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
+    if not isinstance(hidden, Dual):
+        raise TypeError(
+            f"lm_head_penalty: hidden must be a Dual, got {type(hidden).__name__} without tangents: compute it from "
+            "aajr_kernels.dual(x, v)."
+        )
+    for name, value in (("weight", weight), ("bias", bias)):
+        if is_dual(value):
+            raise runtime.UnsupportedOperation(
+                f"lm_head_penalty: {name} is a Dual, and the head takes plain weights: pass {name}.primal where no "
+                "tangent is wanted."
+            )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"lm_head_penalty: softcap must be positive or None, got {softcap}.")
+    stacked, weight, bias = runtime.autocast_low(hidden.stacked, weight, bias)
+    _check_weights(hidden, stacked, weight, bias)
+    batch = tuple(hidden.shape[:-1])
+    if labels is not None:
+        _check_labels(labels, batch, weight.shape[0], ignore_index)
+        labels = labels.reshape(-1).long()
+    backend = runtime.select_backend("head", stacked, weight, bias)
+    if runtime.recording():
+        runtime.record("lm_head_penalty", backend, 2.0 * stacked.numel() * weight.shape[0])
+    k = hidden.num_tangents
+    rows = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1])
+    q, nll = HeadFunction.apply(
+        rows, weight, bias, labels, metric, float(scale), softcap, int(ignore_index), backend
+    )
+    q = q.reshape(k, *batch)
+    return q if nll is None else (q, nll.reshape(batch))
+
+
+def _check_weights(
+    hidden: Dual, stacked: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != stacked.dtype:
+            raise RuntimeError(
+                f"lm_head_penalty: {name} must have the dtype of hidden ({stacked.dtype}), got {value.dtype}: cast "
+                "one of them."
+            )
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"lm_head_penalty: weight must be [V, C] with V > 0 and C the last axis of hidden "
+            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"lm_head_penalty: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}.")
+
+
+def _check_labels(labels: torch.Tensor, batch: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"lm_head_penalty: labels must be integers, got {labels.dtype}: pass token ids.")
+    if tuple(labels.shape) != batch:
+        raise ValueError(
+            f"lm_head_penalty: labels must have shape {batch}, hidden without its last axis, got "
+            f"{tuple(labels.shape)}."
+        )
+    if torch.compiler.is_compiling():
+        return
+    valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
+    if labels.device.type == "cpu":
+        if not bool(valid.all()):
+            worst = labels[~valid].reshape(-1)[0].item()
+            raise ValueError(
+                f"lm_head_penalty: labels must lie in [0, {vocabulary}) or equal ignore_index ({ignore_index}), got "
+                f"{worst}."
+            )
+    else:  # without waiting for the device, as torch's cross-entropy does
+        torch._assert_async(valid.all(), "lm_head_penalty: labels out of range")

@@ -1,0 +1,329 @@
+"""The streamed head in plain PyTorch: tiles of tokens by vocabulary that stay in cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+#: Elements of a tile, its rows (tokens times 1 + K) and its least columns; 4 MB of float32.
+_TILE, _TILE_ROWS, _TILE_COLUMNS = 1 << 20, 1024, 1024
+
+
+@dataclass
+class Logits:
+    """How hidden states become logits."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def tile(self, rows: torch.Tensor, stacks: int, columns: slice) -> torch.Tensor:
+        """Logits and their tangents ``[1 + K, t, v]`` in float32 (float64) for hidden states ``[(1 + K) t, C]``."""
+        weight = self.weight[columns]
+        z = _wide(rows @ weight.t()).view(stacks, rows.shape[0] // stacks, weight.shape[0])
+        if self.bias is not None:
+            z[0] += self.bias[columns]
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.softcap is not None:
+            tau = z[0].mul_(1.0 / self.softcap).tanh_()
+            z[1:] *= 1.0 - tau * tau
+            tau.mul_(self.softcap)
+        return z
+
+    def pull(self, z_bar: torch.Tensor, z: torch.Tensor, z_tan: torch.Tensor) -> None:
+        """Turn the cotangents ``[1 + K, t, v]`` of a tile into those of ``W h + b``, in place."""
+        if self.softcap is not None:
+            slope = 1.0 - (z / self.softcap).square_()
+            through = (z_tan * z_bar[1:]).sum(0).mul_(z).mul_(-2.0 / self.softcap**2)
+            z_bar.mul_(slope)
+            z_bar[0] += through
+        if self.scale != 1.0:
+            z_bar *= self.scale
+
+
+@dataclass
+class Statistics:
+    """Per-row results of the stream; ``[T]`` unless said otherwise.
+
+    ``lse`` is log Σ e^z; ``reference + mean`` is μ ``[K, T]``; ``q`` ``[K, T]``; ``kappa`` ``[K, T]`` for ``probs``.
+    """
+
+    lse: torch.Tensor
+    reference: torch.Tensor
+    mean: torch.Tensor
+    q: torch.Tensor
+    kappa: torch.Tensor
+    nll: torch.Tensor | None = None
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _blocks(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _tiles(stacks: int, tokens: int, vocabulary: int) -> tuple[list[slice], list[slice]]:
+    """Blocks of tokens and of the vocabulary; a tile has at most half as many elements as [tokens, vocabulary]."""
+    step = max(1, min(tokens, _TILE_ROWS // stacks))
+    columns = max(_TILE_COLUMNS, _TILE // (stacks * step))
+    return _blocks(tokens, step), _blocks(vocabulary, max(1, min(columns, vocabulary // (2 * stacks))))
+
+
+@dataclass
+class _Moments:
+    """Weighted mean and sum of squares about it, merged chunk by chunk; total weight in ``weight``."""
+
+    weight: torch.Tensor
+    mean: torch.Tensor
+    square: torch.Tensor
+
+    def merge(self, w: torch.Tensor, shifted: torch.Tensor, decay: torch.Tensor) -> None:
+        """Take in a chunk with weights `w` ``[t, v]`` of values ``[K, t, v]``; `decay` rescales what is there."""
+        total = w.sum(-1)
+        safe = total.clamp_min(torch.finfo(total.dtype).tiny)
+        mean = (w * shifted).sum(-1) / safe
+        centred = shifted - mean.unsqueeze(-1)
+        square = centred.square_().mul_(w).sum(-1)
+        self.weight *= decay
+        merged = self.weight + total
+        share = total / merged.clamp_min(torch.finfo(total.dtype).tiny)
+        step = mean - self.mean
+        self.square.mul_(decay).add_(square).add_(step * step * share * self.weight)
+        self.mean += step * share
+        self.weight = merged
+
+
+@dataclass
+class _Stream:
+    """Running statistics of one block of tokens."""
+
+    metric: str
+    labels: torch.Tensor | None
+    like: torch.Tensor  # [K, t], gives shape, dtype and device
+    peak: torch.Tensor = field(init=False)
+    reference: torch.Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        row = self.like.new_zeros(self.like.shape[1])
+        self.peak = torch.full_like(row, -torch.inf)
+        self.at_label = row.clone()
+        self.first = _Moments(row.clone(), torch.zeros_like(self.like), torch.zeros_like(self.like))  # under p
+        self.second = _Moments(row.clone(), torch.zeros_like(self.like), torch.zeros_like(self.like))  # under p²
+        self.norm = torch.zeros_like(self.like)
+
+    def add(self, z: torch.Tensor, columns: slice) -> None:
+        """Take in a tile ``[1 + K, t, v]``, which is overwritten."""
+        primal, tangents = z[0], z[1:]
+        if self.labels is not None:
+            local = self.labels - columns.start
+            inside = (local >= 0) & (local < primal.shape[-1])
+            value = primal.gather(-1, local.clamp(0, primal.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+            self.at_label = torch.where(inside, value, self.at_label)
+        if self.metric == "logits":
+            self.norm += tangents.square().sum(-1)
+            if self.labels is None:
+                return
+        peak = torch.maximum(self.peak, primal.amax(-1))
+        finite = torch.where(peak == -torch.inf, torch.zeros_like(peak), peak)  # a row of -inf so far
+        decay = (self.peak - finite).exp()
+        self.peak = peak
+        w = primal.sub_(finite.unsqueeze(-1)).exp_()
+        if self.metric in ("l2", "logits"):
+            self.first.weight = self.first.weight * decay + w.sum(-1)
+            return
+        if self.reference is None:
+            self.reference = tangents.mean(-1)
+        shifted = tangents.sub_(self.reference.unsqueeze(-1))
+        self.first.merge(w, shifted, decay)
+        if self.metric == "probs":
+            self.second.merge(w.square_(), shifted, decay * decay)
+
+    def finish(self) -> Statistics:
+        total, mean = self.first.weight, self.first.mean
+        lse = self.peak + total.log()
+        q, kappa = self.norm, torch.zeros_like(self.norm)
+        if self.metric == "fisher":
+            q = self.first.square / total
+        elif self.metric == "probs":
+            mass = self.second.weight / total**2  # Σ p²
+            gap = self.second.mean - mean
+            q = self.second.square / total**2 + mass * gap * gap
+            kappa = mass * gap
+        reference = self.reference if self.reference is not None else torch.zeros_like(mean)
+        nll = None if self.labels is None else lse - self.at_label
+        return Statistics(lse, reference, mean, q, kappa, nll)
+
+
+def head_fwd(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    metric: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Sensitivities and token losses from one pass over the vocabulary.
+
+    Args:
+        h: ``[1 + K, T, C]``.
+        weight: ``[V, C]``.
+        bias: ``[V]`` or None.
+        labels: int64 ``[T]`` or None.
+        metric: ``l2``, ``logits``, ``fisher`` or ``probs``.
+        scale: logits multiplier.
+        softcap: c of c tanh(x/c), or None.
+        ignore_index: label whose token has loss 0.
+
+    Returns:
+        q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[1 + 4K, T]`` that the backward needs (lse, then
+        reference, mean, q and kappa per tangent), all float32 (float64).
+    """
+    stacks, tokens, _ = h.shape
+    k = stacks - 1
+    stats = _wide(h[:0]).new_empty((1 + 4 * k, tokens))
+    nll = None if labels is None else stats.new_empty(tokens)
+    logits = Logits(weight, bias, scale, softcap)
+    token_blocks, column_blocks = _tiles(stacks, tokens, weight.shape[0])
+    if metric == "l2" and labels is None:
+        column_blocks = []
+    for rows in token_blocks:
+        hs = h[:, rows].flatten(0, 1)
+        stream = _Stream(metric, None if labels is None else labels[rows], stats[1 : 1 + k, rows])
+        if metric == "l2":
+            stream.norm = _wide(h[1:, rows]).square().sum(-1)
+        for columns in column_blocks:
+            stream.add(logits.tile(hs, stacks, columns), columns)
+        result = stream.finish()
+        stats[0, rows] = result.lse
+        stats[1:, rows] = torch.cat([result.reference, result.mean, result.q, result.kappa])
+        if labels is not None and nll is not None and result.nll is not None:
+            nll[rows] = result.nll.masked_fill(labels[rows] == ignore_index, 0.0)
+    return stats[1 + 2 * k : 1 + 3 * k].clone(), nll, stats
+
+
+def head_bwd(
+    q_bar: torch.Tensor | None,
+    nll_bar: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    stats: torch.Tensor,
+    metric: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    need_h: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Cotangents of h ``[1 + K, T, C]``, weight ``[V, C]`` and bias ``[V]``; None where not needed.
+
+    Args:
+        q_bar: ``[K, T]`` or None.
+        nll_bar: ``[T]`` or None.
+        need_h, need_weight, need_bias: which cotangents to compute.
+
+    The other arguments are those of :func:`head_fwd`, and the statistics it returned.
+    """
+    stacks, tokens, size = h.shape
+    wide = stats.dtype
+    logits = Logits(weight, bias, scale, softcap)
+    token_blocks, column_blocks = _tiles(stacks, tokens, weight.shape[0])
+    tile_q_bar = None if metric == "l2" else q_bar
+    if tile_q_bar is None and nll_bar is None:
+        column_blocks = []
+    if nll_bar is not None and labels is not None:
+        nll_bar = nll_bar.masked_fill(labels == ignore_index, 0.0)
+    inputs = [h[:, rows].flatten(0, 1) for rows in token_blocks]
+    sums = [torch.zeros_like(hs, dtype=wide) for hs in inputs] if need_h else []
+    w_bar = torch.zeros_like(weight) if need_weight else None
+    b_bar = torch.zeros_like(weight[:, 0], dtype=wide) if need_bias else None
+    for columns in column_blocks:
+        chunk = weight[columns]
+        chunk_bar = torch.zeros_like(chunk, dtype=wide) if need_weight else None
+        for i, rows in enumerate(token_blocks):
+            z = logits.tile(inputs[i], stacks, columns)
+            z_bar = _tile_cotangents(
+                z,
+                stats[:, rows],
+                metric,
+                None if tile_q_bar is None else tile_q_bar[:, rows],
+                None if nll_bar is None else nll_bar[rows],
+                None if labels is None else labels[rows] - columns.start,
+            )
+            logits.pull(z_bar, z[0], z[1:])
+            if b_bar is not None:
+                b_bar[columns] += z_bar[0].sum(0)
+            flat = z_bar.flatten(0, 1).to(chunk.dtype)
+            if need_h:
+                _add_product(sums[i], flat, chunk)
+            if chunk_bar is not None:
+                _add_product(chunk_bar, flat.t(), inputs[i])
+        if w_bar is not None and chunk_bar is not None:
+            w_bar[columns] = chunk_bar
+    h_bar = None
+    if need_h:
+        h_bar = torch.empty_like(h, memory_format=torch.contiguous_format)
+        for rows, total in zip(token_blocks, sums):
+            total = total.view(stacks, -1, size)
+            if metric == "l2" and q_bar is not None:
+                total[1:] += 2.0 * q_bar[:, rows].unsqueeze(-1) * h[1:, rows]
+            h_bar[:, rows] = total
+    return h_bar, w_bar, b_bar
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a b`` with the sum in float32 also where the product is in a low dtype."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _tile_cotangents(
+    z: torch.Tensor,
+    stats: torch.Tensor,
+    metric: str,
+    q_bar: torch.Tensor | None,
+    nll_bar: torch.Tensor | None,
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """Cotangents ``[1 + K, t, v]`` of a tile of logits and their tangents; `labels` count from the tile's start."""
+    k = z.shape[0] - 1
+    lse = stats[0].unsqueeze(-1)
+    reference, mean, q, kappa = stats[1:].unsqueeze(-1).split(k)
+    z_bar = torch.empty_like(z)
+    p = (z[0] - lse).exp_()
+    if q_bar is None:
+        z_bar.zero_()
+    elif metric == "logits":
+        z_bar[0] = 0
+        torch.mul(z[1:], 2.0 * q_bar.unsqueeze(-1), out=z_bar[1:])
+    else:
+        g = q_bar.unsqueeze(-1)
+        e = (z[1:] - reference).sub_(mean)
+        pe = p * e
+        if metric == "fisher":
+            z_bar[0] = e.mul_(pe).addcmul_(p, q, value=-1).mul_(g).sum(0)
+            torch.mul(pe, 2.0 * g, out=z_bar[1:])
+        else:
+            ppe = p * pe
+            e.mul_(ppe).addcmul_(p, q, value=-1).addcmul_(pe, kappa, value=-1)
+            z_bar[0] = e.mul_(2.0 * g).sum(0)
+            torch.mul(ppe.addcmul_(p, kappa, value=-1), 2.0 * g, out=z_bar[1:])
+    if nll_bar is not None and labels is not None:
+        n = nll_bar.unsqueeze(-1)
+        z_bar[0].addcmul_(p, n)
+        inside = (labels >= 0) & (labels < p.shape[-1])
+        index = labels.clamp(0, p.shape[-1] - 1).unsqueeze(-1)
+        at_label = z_bar[0].gather(-1, index) - n * inside.unsqueeze(-1)
+        z_bar[0].scatter_(-1, index, at_label)
+    return z_bar
