@@ -76,15 +76,17 @@ def assert_within_budget(
     return error / allowed if allowed else 0.0
 
 
-def gradient_floor(gradients: Mapping[str, Tensor | None], shape: torch.Size, share: float = 1e-3) -> float:
-    """A size below which a gradient of ``shape`` is rounding: ``share`` of the typical entry of all gradients.
+def gradient_floor(gradients: Mapping[str, Tensor | None], gradient: Tensor) -> float:
+    """The size to which rounding errors of one exact ``gradient`` among all ``gradients`` refer, if it is larger.
 
-    Some gradients vanish identically (the bias of a key projection shifts every score of a row alike), and an error
-    relative to them means nothing.
+    A thousandth of a tensor with the typical entry of all gradients. Some gradients vanish identically (the bias of a
+    key projection shifts every score of a row alike): what is left of them is the rounding of terms that cancel, and
+    those are of typical size.
     """
     present = [g for g in gradients.values() if g is not None]
     squares, count = sum(norm(g) ** 2 for g in present), sum(g.numel() for g in present)
-    return share * math.sqrt(squares / max(count, 1)) * math.sqrt(max(shape.numel(), 1))
+    typical = math.sqrt(squares / max(count, 1)) * math.sqrt(max(gradient.numel(), 1))
+    return typical if norm(gradient) < 1e-9 * typical else 1e-3 * typical
 
 
 def _pairs(actual: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]):
@@ -109,7 +111,7 @@ def assert_exact_gradients(
     failures, worst = [], 0.0
     for name, got, expected in _pairs(actual, exact):
         try:
-            floor = gradient_floor(exact, expected.shape)
+            floor = gradient_floor(exact, expected)
             worst = max(worst, assert_exact(got, expected, name, tolerance=tolerance, floor=floor))
         except AssertionError as failure:
             failures.append(str(failure))
@@ -131,7 +133,7 @@ def assert_gradients_within_budget(
         reference = eager[name]
         assert reference is not None, f"{name}: the eager computation has no gradient."
         try:
-            floor = gradient_floor(exact, expected.shape)
+            floor = gradient_floor(exact, expected)
             share = assert_within_budget(
                 got, reference, expected, name, factor=factor, ulps=ulps, floor=floor
             )

@@ -300,6 +300,15 @@ def test_budget_is_twice_the_eager_error_plus_ulps():
         assert_within_budget(torch.full((100,), math.nan), eager, exact)
 
 
+def test_a_gradient_that_vanishes_identically_is_measured_against_the_others():
+    """Rounding noise in place of an exact zero passes, an error of the size of other gradients' rounding does not."""
+    exact = {"w": normal(8, 8), "key.bias": 1e-17 * normal(8)}
+    noise = {"w": exact["w"], "key.bias": 1e-13 * normal(8)}
+    assert assert_exact_gradients(noise, exact) < 1e-12
+    with pytest.raises(AssertionError, match=r"1 of 2 gradients failed:\n  key.bias: relative error"):
+        assert_exact_gradients({**noise, "key.bias": 1e-9 * normal(8)}, exact)
+
+
 def test_gradient_comparison_names_every_failure():
     exact = {"w": normal(4, 4), "b": normal(4), "unused": None}
     assert assert_exact_gradients(dict(exact), exact) == 0

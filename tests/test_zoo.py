@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("name", ENTRIES)
 every_decoder = pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.decoder])
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache  # shared by the tests below; a few hundred kilobytes each
 def problem(name: str, k: int) -> tuple[Subject, torch.Tensor, oracle.Outcome, torch.Tensor]:
     """The model in float32, directions, the float64 oracle's outcome, and the probe of the linear functional."""
     subject = ENTRIES[name]()
