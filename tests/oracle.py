@@ -77,43 +77,34 @@ def group_norm(
     return _affine(y, weight, bias, (1, -1) + (1,) * (x.dim() - 2))
 
 
+def _channel_norm(x, mean, var, weight, bias, own_statistics, dims, eps):
+    """Norm of the channels on axis 1, by their statistics over ``dims`` or by the running ones (never updated)."""
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    if own_statistics:
+        return _affine(_standardise(x, dims, eps), weight, bias, shape)
+    x = (x - mean.reshape(shape)) * (var.reshape(shape) + eps).pow(-0.5)
+    return _affine(x, weight, bias, shape)
+
+
 def instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    """``F.instance_norm`` from elementary operations; running statistics are read, never updated."""
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    if not use_input_stats:
-        x = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).pow(-0.5)
-        return _affine(x, weight, bias, shape)
-    return _affine(_standardise(x, tuple(range(2, x.dim())), eps), weight, bias, shape)
+    x,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """``F.instance_norm`` from elementary operations."""
+    dims = tuple(range(2, x.dim()))
+    return _channel_norm(x, running_mean, running_var, weight, bias, use_input_stats, dims, eps)
 
 
-def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    """``F.batch_norm`` from elementary operations; running statistics are read, never updated."""
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    if not training:
-        x = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).pow(-0.5)
-        return _affine(x, weight, bias, shape)
+def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """``F.batch_norm`` from elementary operations."""
     dims = (0, *range(2, x.dim()))
-    return _affine(_standardise(x, dims, eps), weight, bias, shape)
+    return _channel_norm(x, running_mean, running_var, weight, bias, training, dims, eps)
 
 
 # torch.batch_norm and torch.instance_norm order their arguments differently from their F. wrappers.
