@@ -4,15 +4,17 @@ The public names, once. See README.md for a tour and the docstrings for shapes, 
 """
 
 from . import rules as _rules  # noqa: F401  registers every rule
-from .dual import Dual, dual, is_dual, jvp, unpack
+from .dual import Dual, dual, is_dual, unpack
 from .method import LMHead, aligned_penalty, normalize, seed
 from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .ops.attention import attention
+from .ops.head import lm_head_penalty
 from .ops.linear import linear
 from .ops.norm import layer_norm, rms_norm
 from .ops.reduce import sensitivity
 from .ops.rotary import rotary
 from .runtime import BackendUnavailable, Coverage, UnsupportedOperation, backends, coverage, use_backend
+from .transforms import jvp
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,7 @@ __all__ = [
     "jvp",
     "layer_norm",
     "linear",
+    "lm_head_penalty",
     "normalize",
     "quick_gelu",
     "relu",

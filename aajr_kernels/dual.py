@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 
 from . import runtime
 
-__all__ = ["Dual", "dual", "is_dual", "jvp", "unpack"]
+__all__ = ["Dual", "dual", "is_dual", "unpack"]
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -325,14 +325,27 @@ for _name in dir(torch.Tensor):
         continue
     setattr(Dual, _name, _method(_name))
 
+
+def _flatten(x: Dual) -> tuple[list[Any], int | None]:
+    return [x.stacked], x.stacked.dim() if isinstance(x.stacked, torch.Tensor) else None
+
+
+def _unflatten(children: Any, ndim: int | None) -> Dual:
+    (stacked,) = children
+    if ndim is not None and isinstance(stacked, torch.Tensor) and stacked.dim() != ndim:
+        raise runtime.UnsupportedOperation(
+            "torch.func.vmap cannot map over a Dual, whose first axis is the stack: pass x and v, build the Dual "
+            "inside the mapped function, and return its primal and tangents."
+        )
+    return Dual(stacked)
+
+
 pytree.register_pytree_node(
     Dual,
-    lambda x: ([x.stacked], None),
-    lambda children, _: Dual(children[0]),
+    _flatten,
+    _unflatten,
     serialized_type_name="aajr_kernels.Dual",
-    to_dumpable_context=lambda _: "",
-    from_dumpable_context=lambda _: None,
-    flatten_with_keys_fn=lambda x: ([(pytree.GetAttrKey("stacked"), x.stacked)], None),
+    flatten_with_keys_fn=lambda x: ([(pytree.GetAttrKey("stacked"), x.stacked)], _flatten(x)[1]),
 )
 
 
@@ -408,7 +421,7 @@ def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
         )
     if v.shape[0] == 0:
         raise ValueError("v must hold at least one direction, got K = 0.")
-    install_guards()
+    runtime.install_guards()
     return Dual(torch.cat([x.unsqueeze(0), v]))
 
 
@@ -417,100 +430,3 @@ def unpack(x: Dual | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not isinstance(x, Dual):
         return x, None
     return x.primal, x.tangent if x.num_tangents == 1 else x.tangents
-
-
-def jvp(
-    func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
-    *,
-    strict: bool = False,
-    has_aux: bool = False,
-) -> tuple[Any, ...]:
-    """Value and directional derivative of `func`, with the calling convention of ``torch.func.jvp``.
-
-    Unlike there, a tangent may also be ``[K, *primal.shape]`` for K directions at once, and the gradient of anything
-    computed from the result flows through value and tangent alike, to the primals, the tangents and every parameter.
-
-    Args:
-        func: function of ``len(primals)`` tensors (or trees of tensors) that returns a tensor or a tree of them.
-        primals: arguments of `func`.
-        tangents: directions, same structure as `primals`.
-        strict: raise when an output does not depend on the inputs, instead of returning zeros.
-        has_aux: `func` returns ``(output, aux)``; aux is returned as a third element with Duals replaced by primals.
-
-    Returns:
-        ``(output, output_tangent)`` or ``(output, output_tangent, aux)``; tangents are ``[K, ...]`` when K > 1.
-
-    Raises:
-        TypeError, ValueError: structures, shapes or dtypes of primals and tangents do not agree.
-        RuntimeError: `strict` and an output does not depend on the inputs.
-    """
-    if not isinstance(primals, tuple) or not isinstance(tangents, tuple) or not primals:
-        raise TypeError(
-            f"primals and tangents must be non-empty tuples, got {type(primals).__name__} and "
-            f"{type(tangents).__name__}: write jvp(func, (x,), (v,))."
-        )
-    flat_x, structure = pytree.tree_flatten(primals)
-    flat_v, v_structure = pytree.tree_flatten(tangents)
-    if structure != v_structure:
-        raise TypeError(f"tangents must have the structure of primals ({structure}), got {v_structure}.")
-    duals = [dual(x, v) for x, v in zip(flat_x, flat_v)]
-    k = num_tangents(*duals)
-    single = all(v.shape == x.shape for x, v in zip(flat_x, flat_v))
-    result = func(*pytree.tree_unflatten(duals, structure))
-    aux = None
-    if has_aux:
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"func must return (output, aux) with has_aux=True, got {type(result).__name__}.")
-        result, aux = result
-
-    def tangent_of(y: Any) -> Any:
-        if isinstance(y, Dual):
-            return y.tangents[0] if single else y.tangents
-        if strict:
-            raise RuntimeError("an output of func does not depend on the inputs (strict=True).")
-        if not isinstance(y, torch.Tensor):
-            raise TypeError(f"func must return tensors, got {type(y).__name__}.")
-        return torch.zeros_like(y) if single else y.new_zeros((k, *y.shape))
-
-    outputs = primal_tree(result)
-    output_tangents = pytree.tree_map(tangent_of, result, is_leaf=is_dual)
-    return (outputs, output_tangents, primal_tree(aux)) if has_aux else (outputs, output_tangents)
-
-
-def primal_tree(tree: Any) -> Any:
-    """`tree` with every Dual replaced by its primal, still attached to the graph."""
-    return pytree.tree_map(lambda y: y.primal if isinstance(y, Dual) else y, tree, is_leaf=is_dual)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Guards: places where a Dual would lose its derivative in silence
-# ---------------------------------------------------------------------------------------------------------------
-
-#: autograd.Function classes that may be applied to Duals: name of the class -> handler(apply, *args)
-_guarded = False
-
-
-def install_guards() -> None:
-    """Make ``autograd.Function.apply`` raise on a Dual, whose gradient it would drop. Idempotent; called by dual()."""
-    global _guarded
-    if _guarded:
-        return
-    _guarded = True
-    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-
-    @functools.wraps(original)
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if _duals_in((args, kwargs)):
-            name = f"{cls.__module__}.{cls.__qualname__}"
-            remedy = (
-                "use non-reentrant checkpointing (use_reentrant=False)"
-                if "CheckpointFunction" in name
-                else "it sees no tensor and would drop the gradient; call it on the stacked tensor in a rule, or "
-                "replace it by differentiable torch functions"
-            )
-            raise runtime.UnsupportedOperation(f"{name}.apply was given a Dual: {remedy}.")
-        return original(cls, *args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]

@@ -118,7 +118,7 @@ def implementation(op: str, backend: str) -> ModuleType:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Coverage:
     """What ran inside a :func:`coverage` block.
 
@@ -276,3 +276,17 @@ def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[C
         return function
 
     return decorate
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guards
+# ---------------------------------------------------------------------------------------------------------------
+
+#: patches of torch that make a lost derivative loud; installed at the first dual(), never at import
+GUARDS: list[Callable[[], None]] = []
+
+
+def install_guards() -> None:
+    """Install the registered guards, each once."""
+    while GUARDS:
+        GUARDS.pop()()

@@ -151,7 +151,7 @@ def peak_in_new_process(variant: str, length: int, dtype: str) -> int | None:
 def environment() -> dict[str, Any]:
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
+            ["git", *args], check=False, cwd=Path(__file__).parent, capture_output=True, text=True
         ).stdout.strip()
 
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -38,7 +39,8 @@ def test_environment_variable_names_the_backend(value, error):
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={**__import__("os").environ, "AAJR_BACKEND": value},
+        check=False,
+        env={**os.environ, "AAJR_BACKEND": value},
         capture_output=True,
         text=True,
     )

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dual import Dual, dual, primal_tree
+from ..dual import Dual, dual
+from ..ops.head import lm_head_penalty
 from ..ops.reduce import sensitivity
+from ..transforms import primal_tree
 from .directions import included
 from .head import LMHead, as_head
 
@@ -123,8 +125,6 @@ def _through_head(
             f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
             f"{tuple(labels.shape)}."
         )
-    from ..ops.head import lm_head_penalty
-
     result = lm_head_penalty(
         hidden, head.weight, head.bias, metric=metric, scale=head.scale, softcap=head.softcap, labels=labels
     )

@@ -14,17 +14,19 @@ module                    functions
 ``convolution``           convolution in one to three dimensions and its transpose
 ``composites``            attention and torch's Python composites
 ``fallback``              the allow-list of the generic rule, and what is barred from it
+``guards``                where a Dual would lose its derivative in silence
 ``inplace``               in-place forms of all of the above
 ========================  ==================================================================================
 """
 
 from . import structural, pointwise, reductions, matmul, indexing  # isort: skip
-from . import normalisation, layers, losses, convolution, composites, fallback, inplace  # isort: skip
+from . import normalisation, layers, losses, convolution, composites, fallback, guards, inplace  # isort: skip
 
 __all__ = [
     "composites",
     "convolution",
     "fallback",
+    "guards",
     "indexing",
     "inplace",
     "layers",

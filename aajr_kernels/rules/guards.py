@@ -1,6 +1,8 @@
-"""Warnings at places of torch where a Dual passes unseen: the full backward hooks of modules.
+"""Guards at places of torch where a Dual would lose its derivative in silence.
 
-They are attached to tensors, and a Dual is not one: the hooks of a module that takes or returns Duals do not run.
+``autograd.Function.apply`` sees no tensor in a Dual and would record no gradient: it raises. The full backward hooks
+of modules are attached to tensors and would not run: they warn. Both are installed at the first ``dual()`` and pass
+through where no Dual is involved.
 """
 
 from __future__ import annotations
@@ -10,19 +12,48 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch.utils.hooks import BackwardHook
 
+from ..runtime import GUARDS, UnsupportedOperation
 from .common import is_dual
 
-__all__ = ["install"]
+__all__ = ["guard_backward_hooks", "guard_functions"]
+
+
+def _holds_dual(values: Any) -> bool:
+    return any(is_dual(leaf) for leaf in pytree.tree_leaves(values, is_leaf=is_dual))
+
+
+def guard_functions() -> None:
+    """Make ``autograd.Function.apply`` raise on a Dual. Idempotent."""
+    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+    if hasattr(original, "_refuses_duals"):
+        return
+
+    @functools.wraps(original)
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if _holds_dual((args, kwargs)):
+            remedy = (
+                "use non-reentrant checkpointing (use_reentrant=False)"
+                if cls.__name__ == "CheckpointFunction"
+                else "call it on plain tensors, replace it by differentiable torch functions, or give the function "
+                "around it a rule that applies it to x.stacked"
+            )
+            raise UnsupportedOperation(
+                f"{cls.__module__}.{cls.__qualname__}.apply would drop the gradient of a Dual: {remedy}."
+            )
+        return original(cls, *args, **kwargs)
+
+    apply._refuses_duals = True  # type: ignore[attr-defined]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
 
 
 def _warning(original: Callable[..., Any], what: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def setup(self: BackwardHook, values: Any) -> Any:
-        leaves = pytree.tree_leaves(values, is_leaf=is_dual)
-        if not any(is_dual(leaf) for leaf in leaves):
+        if not _holds_dual(values):
             return original(self, values)
         warnings.warn(
             f"the backward hooks of {type(self.module).__name__} do not see its {what}, which is a Dual: put a hook on "
@@ -35,9 +66,12 @@ def _warning(original: Callable[..., Any], what: str) -> Callable[..., Any]:
     return setup
 
 
-def install() -> None:
+def guard_backward_hooks() -> None:
     """Make full backward hooks warn when a module takes or returns a Dual. Idempotent."""
     for name, what in (("setup_input_hook", "input"), ("setup_output_hook", "output")):
         original = getattr(BackwardHook, name)
         if not hasattr(original, "_warns_of_duals"):
             setattr(BackwardHook, name, _warning(original, what))
+
+
+GUARDS += [guard_functions, guard_backward_hooks]

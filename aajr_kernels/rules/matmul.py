@@ -67,7 +67,7 @@ def _inner(a: Any, b: Any) -> Any:
     if a.dim() == 0 or b.dim() == 0:
         return a * b
     result = torch.matmul(a, b.unsqueeze(0).mT if b.dim() == 1 else b.reshape(-1, b.shape[-1]).mT)
-    return result.reshape(*a.shape[:-1], *b.shape[:-1])
+    return result.reshape((*a.shape[:-1], *b.shape[:-1]))
 
 
 @rule("outer", "ger", kind="op")

@@ -159,12 +159,15 @@ UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "acos": lambda y, x: -(1 - x * x).rsqrt(),
     "arccos": lambda y, x: -(1 - x * x).rsqrt(),
     "acosh": lambda y, x: (x * x - 1).rsqrt(),
+    "arccosh": lambda y, x: (x * x - 1).rsqrt(),
     "asin": lambda y, x: (1 - x * x).rsqrt(),
     "arcsin": lambda y, x: (1 - x * x).rsqrt(),
     "asinh": lambda y, x: (x * x + 1).rsqrt(),
+    "arcsinh": lambda y, x: (x * x + 1).rsqrt(),
     "atan": lambda y, x: (1 + x * x).reciprocal(),
     "arctan": lambda y, x: (1 + x * x).reciprocal(),
     "atanh": lambda y, x: (1 - x * x).reciprocal(),
+    "arctanh": lambda y, x: (1 - x * x).reciprocal(),
     "cos": lambda y, x: -x.sin(),
     "cosh": lambda y, x: x.sinh(),
     "deg2rad": lambda y, x: torch.full_like(x, math.pi / 180),
@@ -217,14 +220,8 @@ def _logit_slope(p: torch.Tensor, eps: float | None) -> torch.Tensor:
 
 
 #: piecewise constant functions: the tangent is zero
-for _name in ("sign", "sgn", "floor", "ceil", "round", "trunc", "fix", "heaviside"):
-    rule(_name)(
-        elementwise(
-            getattr(torch, _name),
-            lambda y, *x: torch.zeros_like(y),
-            *((lambda y, *x: torch.zeros_like(y),) if _name == "heaviside" else ()),
-        )
-    )
+for _name in ("sign", "sgn", "floor", "ceil", "round", "trunc", "fix"):
+    rule(_name)(elementwise(getattr(torch, _name), lambda y, x: torch.zeros_like(y)))
 
 # -- extrema and remainders -------------------------------------------------------------------------------------------
 
@@ -267,7 +264,8 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
 def _tensors(a: Any, b: Any) -> list[Any]:
     like = b if is_number(a) else a
     return [
-        torch.as_tensor(value, dtype=like.dtype, device=like.device) if is_number(value) else value for value in (a, b)
+        torch.as_tensor(value, dtype=like.dtype, device=like.device) if is_number(value) else value
+        for value in (a, b)
     ]
 
 
@@ -320,68 +318,13 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return on_primals
 
 
-_PLAIN = [
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "greater",
-    "greater_equal",
-    "less",
-    "less_equal",
-    "not_equal",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "isposinf",
-    "isneginf",
-    "isreal",
-    "signbit",
-    "isclose",
-    "allclose",
-    "equal",
-    "argmax",
-    "argmin",
-    "argsort",
-    "count_nonzero",
-    "nonzero",
-    "any",
-    "all",
-    "logical_and",
-    "logical_or",
-    "logical_xor",
-    "logical_not",
-    "bincount",
-    "searchsorted",
-    "bucketize",
-    "histc",
-    "is_nonzero",
-    "is_same_size",
-    "is_floating_point",
-    "is_complex",
-    "is_tensor?",
-    "numel",
-    "isin",
-    "result_type",
-    "can_cast?",
-    "multinomial",
-    "bernoulli",
-    "is_conj",
-    "is_neg",
-    "is_inference",
-    "is_signed",
-    "is_set_to",
-    "is_shared",
-    "is_pinned",
-    "unique",
-    "unique_consecutive",
-    "frexp?",
-    "nextafter?",
-    "argwhere",
-    "is_distributed?",
-]
+_PLAIN = """
+eq ne lt le gt ge greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf isneginf isreal
+signbit isclose allclose equal argmax argmin argsort count_nonzero nonzero any all logical_and logical_or
+logical_xor logical_not bincount searchsorted bucketize histc is_nonzero is_same_size is_floating_point
+is_complex is_tensor? numel isin result_type can_cast? multinomial bernoulli is_conj is_neg is_inference
+is_signed is_set_to is_shared is_pinned argwhere is_distributed?
+""".split()
 for _name in _PLAIN:
     for _function in functions_named(_name.rstrip("?")):
         rule(_function, kind="view")(_plain(_function))

@@ -233,7 +233,9 @@ def _on_last_axes(name: str) -> None:
 
 def _slice_by_slice(name: str) -> None:
     function = getattr(torch, name)
-    rule(name, kind="view")(lambda x, *args, **kwargs: per_slice(lambda part: function(part, *args, **kwargs), x))
+    rule(name, kind="view")(
+        lambda x, *args, **kwargs: per_slice(lambda part: function(part, *args, **kwargs), x)
+    )
 
 
 for _name in ("tril", "triu"):

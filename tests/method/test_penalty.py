@@ -92,7 +92,7 @@ def test_forms_units_and_reductions(unit, form, reduction, mask):
     keep = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
     if unit == "sequence":
         q, keep = (q * keep).sum(-1), keep.any(-1)
-    gamma = q.median().item() ** 0.5  # about half the units are above the threshold
+    gamma = 0.9 * q.median().item() ** 0.5  # more than half the units are above it, none at the kink
     values = {
         "squared": q,
         "threshold": (q - gamma**2).clamp(min=0),
