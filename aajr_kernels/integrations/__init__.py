@@ -1,0 +1,5 @@
+"""Drop-in use with other libraries. Nothing is imported from them until a function here is called."""
+
+from . import transformers
+
+__all__ = ["transformers"]

@@ -1,0 +1,17 @@
+"""Hugging Face transformers: fused operations on one model instance, reversibly.
+
+========================  ==================================================================================
+module                    what it does
+========================  ==================================================================================
+``fuse``                  :func:`fuse` and the handle it returns
+``forms``                 the table of known forms of norms, gated products and rotary, and their replacements
+``attention``             the attention implementation ``"aajr"``
+``masks``                 its masks: structure (causal, window, padding) instead of [B, 1, N, M] tensors
+``library``               the one place that imports transformers
+========================  ==================================================================================
+"""
+
+from .fuse import KNOWN, Fusion, fuse
+from .library import register
+
+__all__ = ["KNOWN", "Fusion", "fuse", "register"]

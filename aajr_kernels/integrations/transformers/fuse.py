@@ -1,0 +1,209 @@
+"""Fuse one model instance: its norms, gated MLPs, rotary embedding and attention run on the fused operations."""
+
+from __future__ import annotations
+
+import copy
+import re
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .forms import Replacement, find, uses_attention_interface
+from .library import NAME, pretrained_model_class, register
+
+__all__ = ["KNOWN", "Fusion", "fuse"]
+
+#: ``config.model_type`` of the models whose layers were checked against the unfused model, value and gradient
+KNOWN = (
+    "bert",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "modernbert",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "t5",
+    "vit",
+)
+
+_MARK = "_aajr_fusion"
+
+
+@dataclass(eq=False)
+class Fusion:
+    """What :func:`fuse` did to a model, and the way back; as a context manager it undoes the fusion on exit.
+
+    Attributes:
+        replaced: module name -> what runs on a fused op.
+        left: module name -> why it was left as it is. A model with everything fused has none.
+        active: False after :meth:`undo`.
+    """
+
+    model_name: str
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    active: bool = True
+    _methods: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    _configs: list[tuple[Any, Any, list[Any]]] = field(default_factory=list)
+    _models: list[nn.Module] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Put everything back; a second call does nothing. The implementation stays in transformers' registry.
+
+        Raises:
+            RuntimeError: another library replaced a fused method in the meantime.
+        """
+        if not self.active:
+            return
+        for module, attribute, method in self._methods:
+            if module.__dict__.get(attribute) is not method:
+                raise RuntimeError(
+                    f"{attribute} of a {type(module).__name__} was replaced after fuse(): undo that replacement first."
+                )
+        for module, attribute, _ in self._methods:
+            delattr(module, attribute)
+        for original, own, holders in self._configs:
+            # what was set on the model's configuration in the meantime stays set
+            original.__dict__.update(
+                {k: v for k, v in own.__dict__.items() if not k.startswith("_attn_implementation")}
+            )
+            for holder in holders:
+                holder.__dict__["config"] = original
+        for model in self._models:
+            del model.__dict__[_MARK]
+        self.active = False
+
+    def __enter__(self) -> Fusion:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(what, how many, module names with layer numbers written as ``*``), in the order of the model."""
+        return [(what, n, name) for (what, name), n in _grouped(self.replaced).items()]
+
+    def __repr__(self) -> str:
+        lines = [f"Fusion of {self.model_name}" + ("" if self.active else " (undone)")]
+        width = max((len(what) for what, _, _ in self.rows()), default=0)
+        lines += [f"  {what:{width}}  {n:4d} x {name}" for what, n, name in self.rows()]
+        lines += [f"  left  {n:4d} x {name}: {reason}" for (reason, name), n in _grouped(self.left).items()]
+        return "\n".join(lines)
+
+
+def _grouped(listing: dict[str, str]) -> dict[tuple[str, str], int]:
+    counts: dict[tuple[str, str], int] = {}
+    for name, what in listing.items():
+        key = what, re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def fuse(model: nn.Module) -> Fusion:
+    """Run the norms, gated MLPs, rotary embeddings and attention of this model instance on the fused operations.
+
+    Nothing else is touched: no other instance, no module of transformers, no parameter, no key of the state dict. A
+    wrapped model (PEFT) is fine, before or after. ``torch.nn.LayerNorm``, linear layers and plain activations are not
+    listed: they run on the fused ops through the rules of their torch functions. Plain tensors give the values they
+    gave before, within rounding (the decomposed norms round to float32 also in a float64 model, the fused do not).
+
+    The fused methods live on the instance and follow ``copy.deepcopy``; undo the fusion before pickling the whole
+    module (``state_dict`` needs no such care).
+
+    Args:
+        model: a transformers model of a known type, or a module that wraps one.
+
+    Returns:
+        Fusion: lists what was replaced; ``undo()`` puts it back; usable as a context manager.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: there is no transformers model in `model`.
+        ValueError: its type is not known.
+        RuntimeError: it is fused already.
+    """
+    models = _outermost(model, pretrained_model_class())
+    _check(model, models)
+    register()
+    inner = [
+        module for part in models for module in part.modules() if isinstance(module, pretrained_model_class())
+    ]
+    fusion = Fusion(type(model).__name__, _models=inner)
+    names = {id(module): name for name, module in model.named_modules()}
+    plan: list[tuple[nn.Module, Replacement]] = []
+    for part in models:
+        for module in part.modules():
+            found = find(module)
+            name = names[id(module)]
+            what = ["attention"] if uses_attention_interface(module) else []
+            if found is not None and found.function is None:
+                fusion.left[name] = found.reason
+            elif found is not None and found.attribute in module.__dict__:
+                fusion.left[name] = f"its {found.attribute} was replaced on the instance by something else"
+            elif found is not None:
+                plan.append((module, found))
+                what.append(found.what)
+            if what:
+                fusion.replaced[name] = " + ".join(what)
+    for module, found in plan:
+        method = types.MethodType(found.function, module)  # type: ignore[arg-type]
+        module.__dict__[found.attribute] = method
+        fusion._methods.append((module, found.attribute, method))
+    fusion._configs = [_own_config(config, model) for config in _configs(models)]
+    for part in inner:
+        part.__dict__[_MARK] = fusion
+    return fusion
+
+
+def _outermost(model: nn.Module, cls: type) -> list[nn.Module]:
+    """The transformers models in `model` that are not part of another one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    if isinstance(model, cls):
+        return [model]
+    return [part for child in model.children() for part in _outermost(child, cls)]
+
+
+def _check(model: nn.Module, models: list[nn.Module]) -> None:
+    if not models:
+        raise TypeError(
+            f"model must be or contain a transformers model, got {type(model).__name__}: other models run on the rules "
+            "as they are, or are built from aajr_kernels.nn."
+        )
+    for part in models:
+        kind = part.config.model_type
+        if kind not in KNOWN:
+            raise ValueError(
+                f"model has the type {kind!r}, which fuse() does not know (known: {', '.join(KNOWN)}): leave it "
+                "unfused, it runs on the rules as it is."
+            )
+        if any(_MARK in module.__dict__ for module in part.modules()):
+            raise RuntimeError(
+                f"{type(part).__name__} is fused already: call undo() of the handle that fuse() returned."
+            )
+
+
+def _configs(models: list[nn.Module]) -> list[Any]:
+    """Every configuration that names an attention implementation, once."""
+    found = (module.__dict__.get("config") for part in models for module in part.modules())
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
+
+
+def _own_config(config: Any, model: nn.Module) -> tuple[Any, Any, list[Any]]:
+    """Give the modules of this instance a configuration of their own: two instances may share one."""
+    own = copy.copy(config)
+    own._attn_implementation = NAME
+    holders = [module for module in model.modules() if module.__dict__.get("config") is config]
+    for holder in holders:
+        holder.__dict__["config"] = own
+    return config, own, holders

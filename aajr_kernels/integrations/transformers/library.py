@@ -1,0 +1,46 @@
+"""The one place that imports transformers, and the registration of the attention implementation."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .attention import attention_forward
+from .masks import mask_builder
+
+__all__ = ["NAME", "pretrained_model_class", "register"]
+
+NAME = "aajr"
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"aajr_kernels.integrations.transformers needs transformers ({error}): "
+            'install it with pip install "aajr_kernels[hf]".'
+        ) from error
+    return transformers
+
+
+def pretrained_model_class() -> type:
+    """``transformers.PreTrainedModel``."""
+    return _library().PreTrainedModel
+
+
+@functools.cache
+def register() -> None:
+    """Offer the attention implementation ``"aajr"`` to every model of transformers; nothing changes until one uses it.
+
+    After this call ``from_pretrained(..., attn_implementation="aajr")`` and ``model.set_attn_implementation("aajr")``
+    work. :func:`fuse` calls it. The mask function is registered with it: without one, transformers hands every custom
+    attention a mask of None, and padding would be attended to.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    library = _library()
+    library.AttentionInterface.register(NAME, attention_forward)
+    library.AttentionMaskInterface.register(NAME, mask_builder(library.masking_utils))
