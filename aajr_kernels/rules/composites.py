@@ -33,7 +33,7 @@ def ungated(function: types.FunctionType) -> Callable[..., Any]:
 
 
 COMPOSITES = """
-alpha_dropout binary_cross_entropy binary_cross_entropy_with_logits cross_entropy dropout1d dropout2d dropout3d
+alpha_dropout binary_cross_entropy binary_cross_entropy_with_logits dropout1d dropout2d dropout3d
 feature_alpha_dropout gaussian_nll_loss huber_loss kl_div l1_loss linear_cross_entropy? local_response_norm
 lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d mse_loss multi_head_attention_forward
 multilabel_soft_margin_loss nll_loss normalize smooth_l1_loss soft_margin_loss

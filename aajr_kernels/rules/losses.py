@@ -107,6 +107,23 @@ def _cross_entropy(
     return _nll_loss(log_p, target, weight, reduction, ignore_index)
 
 
+@rule(F.cross_entropy, kind="view")
+def _functional_cross_entropy(
+    input: Any,
+    target: Any,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if size_average is not None or reduce is not None:
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+    kind = F._Reduction.get_enum(reduction)
+    return _cross_entropy(input, target, weight, kind, ignore_index, label_smoothing)
+
+
 # -- pointwise losses -------------------------------------------------------------------------------------------------
 
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 try:
-    from .cases import AT, BOTH, B3, IMG, MASK, SEQ, U, X, Y, case, rand, real
+    from .cases import AT, BOTH, B3, IMG, MASK, P, SEQ, U, X, Y, case, rand, real
 except ImportError:
-    from cases import AT, BOTH, B3, IMG, MASK, SEQ, U, X, Y, case, rand, real
+    from cases import AT, BOTH, B3, IMG, MASK, P, SEQ, U, X, Y, case, rand, real
 
 ALL = (0, 1, 2)
 VOL = real(2, 4, 3, 4, 3)
@@ -86,7 +86,7 @@ case("F.binary_cross_entropy", lambda x, y, w: F.binary_cross_entropy(x, y, w), 
 case("F.binary_cross_entropy(Dual target)", F.binary_cross_entropy, U, rand(3, 4), duals=BOTH, up=False)
 case("F.binary_cross_entropy_with_logits", lambda x, y: F.binary_cross_entropy_with_logits(x, y, pos_weight=_plain()), X, U, duals=BOTH)
 case("F.poisson_nll_loss", F.poisson_nll_loss, X, U)
-case("F.gaussian_nll_loss", F.gaussian_nll_loss, X, Y, U, duals=ALL)
+case("F.gaussian_nll_loss", F.gaussian_nll_loss, X, Y, P, duals=ALL)
 case("F.soft_margin_loss", lambda x: F.soft_margin_loss(x, Y.sign()), X)
 case("F.hinge_embedding_loss", lambda x: F.hinge_embedding_loss(x, Y.sign()), X)
 case("F.margin_ranking_loss", lambda x, y: F.margin_ranking_loss(x[:, 0], y[:, 0], SIGN, 0.1), X, Y, duals=BOTH)

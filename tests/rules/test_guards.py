@@ -1,0 +1,260 @@
+"""Places where a Dual could lose its derivative in silence: each gives the right answer, an error or a warning."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import aajr_kernels as aajr
+from aajr_kernels import UnsupportedOperation, dual
+from aajr_kernels.rules import fallback, guards
+from aajr_kernels.runtime import RULES
+
+
+@torch.library.custom_op("aajr_test::twice", mutates_args=())
+def twice(x: Tensor, others: list[Tensor]) -> Tensor:
+    return x * 2
+
+
+twice.register_autograd(lambda ctx, g: (g * 2, None))
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+def made(*shape: int, k: int = 1) -> aajr.Dual:
+    return dual(torch.randn(*shape).double(), torch.randn(k, *shape).double())
+
+
+# -- refused, with a message ----------------------------------------------------------------------------------------
+
+BARRED: dict[str, Callable[[aajr.Dual], Any]] = {
+    "native_layer_norm": lambda x: torch.native_layer_norm(x, (3,), None, None, 1e-5),
+    "native_batch_norm": lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5),
+    "native_group_norm": lambda x: torch.native_group_norm(x, None, None, 3, 3, 1, 1, 1e-5),
+    "linalg_solve": lambda x: torch.linalg.solve(x, x),
+    "linalg_solve_ex": lambda x: torch.linalg.solve_ex(x, x),
+    "linalg_det": torch.linalg.det,
+    "det": torch.det,
+    "linalg_slogdet": torch.linalg.slogdet,
+    "slogdet": torch.slogdet,
+    "logdet": torch.logdet,
+    "scatter_reduce": lambda x: x.scatter_reduce(0, torch.zeros(3, 3, dtype=torch.long), x, "prod"),
+    "index_reduce": lambda x: x.index_reduce(0, torch.tensor([0, 1, 0]), x, "prod"),
+    "cholesky_inverse": torch.cholesky_inverse,
+    "householder_product": lambda x: torch.linalg.householder_product(x, x[0]),
+    "bessel_j0": torch.special.bessel_j0,
+    "chebyshev": lambda x: torch.special.chebyshev_polynomial_t(x, 2),
+    "fft_fft": torch.fft.fft,
+    "stft": lambda x: torch.stft(x, 2, return_complex=True),
+    "as_strided": lambda x: x.as_strided((2,), (1,)),
+    "linalg_eig": torch.linalg.eig,
+    "aten op": lambda x: torch.ops.aten.add(x, x),
+    "custom op": lambda x: twice(x, []),
+    "custom op packet": lambda x: torch.ops.aajr_test.twice(x, []),
+    "custom op overload": lambda x: torch.ops.aajr_test.twice.default(x, []),
+    "custom op, in a list": lambda x: twice(x.primal, [x]),
+    "make_dual": lambda x: forward_ad.make_dual(x, x),
+    "Function.apply": lambda x: Twice.apply(x),
+    "reentrant checkpoint": lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=True),
+    "out=": lambda x: torch.add(x, x, out=torch.empty(3, 3).double()),
+    "out= of a rule in F": lambda x: F.normalize(x, out=torch.empty(3, 3).double()),
+    "numpy": np.asarray,
+    "numpy ufunc": np.sin,
+    "Tensor.numpy": lambda x: x.numpy(),
+    "backward": lambda x: x.backward(),
+    "autograd.grad": lambda x: torch.autograd.grad(x, x),
+    "register_hook": lambda x: x.register_hook(print),
+    "pack_padded": lambda x: nn.utils.rnn.pack_padded_sequence(x[None], torch.tensor([3]), batch_first=True),
+    "into a plain buffer": lambda x: torch.empty(3, 3).double().copy_(x),
+    "by index into a plain buffer": lambda x: torch.empty(3, 3).double().__setitem__(0, x[0]),
+}
+
+
+@pytest.mark.parametrize("name", BARRED)
+def test_it_raises(name: str) -> None:
+    with forward_ad.dual_level(), pytest.raises(UnsupportedOperation) as caught:
+        BARRED[name](made(3, 3))
+    assert str(caught.value).endswith(".") and len(str(caught.value)) > 40
+
+
+def test_an_apply_bound_earlier_raises_too() -> None:
+    x = made(3)
+    guarded = torch.autograd.Function.apply.__func__
+    bound = types.MethodType(getattr(guarded, "__wrapped__", guarded), Twice)
+    with pytest.raises(UnsupportedOperation, match="drop the gradient"):
+        bound(x)
+    assert bound(x.primal.requires_grad_()).requires_grad
+
+
+def test_the_message_names_function_and_remedy_and_coverage_counts_it() -> None:
+    with aajr.coverage() as coverage, pytest.raises(UnsupportedOperation, match="logdet has no derivative rule.*runtime.rule"):
+        torch.logdet(made(3, 3))
+    assert coverage.unsupported == ["torch.logdet"]
+
+
+def test_nothing_barred_is_on_the_fallbacks_list() -> None:
+    barred = "layer_norm native_layer_norm instance_norm batch_norm solve det slogdet logdet scaled_dot_product_attention"
+    assert not set(barred.split()) & {name.split(".")[-1] for name in fallback.ALLOWED}
+
+
+def test_barred_functions_a_transformer_needs_have_rules_of_their_own() -> None:
+    for function in (F.layer_norm, torch.layer_norm, F.batch_norm, F.instance_norm, F.scaled_dot_product_attention):
+        assert function in RULES
+
+
+def test_the_fallback_refuses_complex_results() -> None:
+    with pytest.raises(UnsupportedOperation, match="complex"):
+        fallback.generic(torch.linalg.eigvals)(made(3, 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["script function", "traced function", "script module", "traced module", "trace"])
+def test_torchscript_raises(kind: str) -> None:
+    x, example = made(3, 3), torch.randn(3, 3).double()
+    layer = nn.Linear(3, 3).double()
+
+    def function(x: Tensor) -> Tensor:
+        return x * 2
+
+    with pytest.raises((UnsupportedOperation, RuntimeError)):
+        if kind == "script function":
+            torch.jit.script(function)(x)
+        elif kind == "traced function":
+            torch.jit.trace(function, (example,))(x)
+        elif kind == "script module":
+            torch.jit.script(layer)(x)
+        elif kind == "traced module":
+            torch.jit.trace(layer, (example,))(x)
+        else:
+            torch.jit.trace(function, (x,))
+
+
+# -- other transforms around a Dual ---------------------------------------------------------------------------------
+
+
+def _penalty(w: Tensor) -> Tensor:
+    """Made of rules in plain torch, which every transform of torch understands."""
+    x = torch.arange(6.0).double().reshape(2, 3) / 7
+    y = (dual(x, x.cos()) * w).exp().logsumexp(-1)
+    return y.tangents.square().sum()
+
+
+def _fused(w: Tensor) -> Tensor:
+    """Made of an op with a hand-written backward."""
+    x = torch.arange(6.0).double().reshape(2, 3) / 7
+    return F.layer_norm(dual(x, x.cos()) * w, (3,)).tangents.square().sum()
+
+
+def test_functorch_of_a_penalty_made_of_rules_is_right() -> None:
+    w = torch.tensor([0.3, -0.4, 0.9]).double().requires_grad_()
+    value = _penalty(w)
+    (gradient,) = torch.autograd.grad(value, w)
+    torch.testing.assert_close(torch.func.grad(_penalty)(w.detach()), gradient)
+    v = torch.tensor([0.1, 0.2, -0.5]).double()
+    torch.testing.assert_close(torch.func.jvp(_penalty, (w.detach(),), (v,))[1], gradient @ v)
+    torch.testing.assert_close(torch.func.vmap(_penalty)(torch.stack([w, v])), torch.stack([value, _penalty(v)]))
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(_penalty(forward_ad.make_dual(w.detach(), v)))
+        torch.testing.assert_close(out.tangent, gradient @ v)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "forward_ad"])
+def test_functorch_of_a_fused_op_raises(transform: str) -> None:
+    w = torch.tensor([0.3, -0.4, 0.9]).double()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        if transform == "grad":
+            torch.func.grad(_fused)(w)
+        elif transform == "jvp":
+            torch.func.jvp(_fused, (w,), (w,))
+        elif transform == "vmap":
+            torch.func.vmap(_fused)(torch.stack([w, w]))
+        else:
+            with forward_ad.dual_level():
+                _fused(forward_ad.make_dual(w, w))
+
+
+def test_vmap_over_a_dual_raises_instead_of_mapping_over_the_stack() -> None:
+    with pytest.raises(UnsupportedOperation, match="vmap"):
+        torch.func.vmap(torch.sin)(made(3, 4))
+    with pytest.raises(UnsupportedOperation, match="vmap"):
+        torch.func.vmap(lambda x, v: dual(x, v))(torch.randn(3, 4), torch.randn(3, 4))
+
+
+def test_vmap_may_build_the_dual_inside() -> None:
+    x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    tangent = torch.func.vmap(lambda x, v: (dual(x, v) * 2).cos().tangent)(x, v)
+    torch.testing.assert_close(tangent, -2 * (2 * x).sin() * v)
+
+
+def test_functional_call_and_grad_of_a_dual_argument_are_right() -> None:
+    x, layer = made(3, 4), nn.Linear(4, 2).double()
+    y = torch.func.functional_call(layer, {"bias": torch.zeros(2).double()}, (x,))
+    torch.testing.assert_close(y.tangents, x.tangents @ layer.weight.T)
+    g = torch.func.grad(lambda z: (z * z).tangents.sum())(x)
+    torch.testing.assert_close(g.stacked, 2 * torch.stack([x.tangents[0], x.primal]))
+
+
+def test_non_reentrant_checkpointing_is_right() -> None:
+    layer = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Dropout(0.5), nn.LayerNorm(5)).double()
+    x, gradients = made(3, 4, k=2), []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        layer.zero_grad()
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        (y.primal.sum() + y.tangents.square().sum()).backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    for plain, other in zip(*gradients):
+        assert torch.equal(plain, other)
+
+
+# -- hooks ----------------------------------------------------------------------------------------------------------
+
+
+class _Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return x * 2, 1
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_full_backward_hooks_warn(register: str) -> None:
+    guards.guard_backward_hooks()
+    guards.guard_backward_hooks()  # idempotent
+    for layer in (nn.Linear(3, 2).double(), _Pair()):
+        getattr(layer, register)(lambda *args: None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            layer(made(3, 3))
+        ours = [w for w in caught if "y.stacked" in str(w.message)]
+        assert ours and type(layer).__name__ in str(ours[0].message)
+
+
+def test_full_backward_hooks_still_fire_on_tensors() -> None:
+    guards.guard_backward_hooks()
+    layer, seen = nn.Linear(3, 2), []
+    layer.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0].shape))
+    layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
+    assert seen == [(4, 2)]
+
+
+def test_forward_hooks_see_the_dual() -> None:
+    layer, seen = nn.Linear(3, 2).double(), []
+    layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    y = layer(made(4, 3))
+    assert seen[0][1] is y and aajr.is_dual(seen[0][0])
