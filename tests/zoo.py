@@ -41,10 +41,14 @@ class Subject:
     mask: Tensor | None = None
     field: str = "logits"
 
+    def to(self, dtype: torch.dtype) -> Subject:
+        """A copy of the model, and its input, in another dtype."""
+        model = copy.deepcopy(self.model).to(dtype)
+        return Subject(model, self.x.to(dtype), self.call, self.metric, self.mask, self.field)
+
     def double(self) -> Subject:
         """The same model at the same weights in float64."""
-        model = copy.deepcopy(self.model).double()
-        return Subject(model, self.x.double(), self.call, self.metric, self.mask, self.field)
+        return self.to(torch.float64)
 
     def output(self, x: Any) -> Any:
         """What the model returns for ``x``."""
@@ -153,9 +157,7 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }
 
 
-def _pretrained_class(
-    config_class: str, model_class: str, options: dict[str, Any], attention: str
-) -> nn.Module:
+def _from_config(config_class: str, model_class: str, options: dict[str, Any], attention: str) -> nn.Module:
     import transformers
 
     config = getattr(transformers, config_class)(**options)
@@ -167,7 +169,7 @@ def _pretrained_class(
 
 def _decoder(name: str, attention: str, experts: str = "", pad: str = "") -> Subject:
     config_class, model_class, options, metric = _DECODERS[name]
-    model = _pretrained_class(config_class, model_class, options, attention)
+    model = _from_config(config_class, model_class, options, attention)
     if experts:
         model.set_experts_implementation(experts)
     mask = padding((LENGTH, LENGTH - 4), pad.removeprefix("pad_")) if pad else None
@@ -215,7 +217,7 @@ _ENCODER = {key: value for key, value in _SIZES.items() if key not in ("num_key_
 
 
 def _bert(attention: str) -> Subject:
-    model = _pretrained_class("BertConfig", "BertForMaskedLM", _ENCODER, attention)
+    model = _from_config("BertConfig", "BertForMaskedLM", _ENCODER, attention)
     mask = padding((LENGTH, 8, 3))
     types = torch.arange(LENGTH) // 6 % 2
 
@@ -228,7 +230,7 @@ def _bert(attention: str) -> Subject:
 def _modernbert(attention: str) -> Subject:
     options = _ENCODER | dict(local_attention=WINDOW, layer_types=["full_attention", "sliding_attention"])
     options |= dict(norm_bias=True, bos_token_id=1, cls_token_id=1, sep_token_id=2)
-    model = _pretrained_class("ModernBertConfig", "ModernBertForMaskedLM", options, attention)
+    model = _from_config("ModernBertConfig", "ModernBertForMaskedLM", options, attention)
     mask = padding((LENGTH, 9))
 
     def call(model: nn.Module, x: Any) -> Any:
@@ -242,7 +244,7 @@ def _vit(attention: str) -> Subject:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=7
     )
     options |= dict(image_size=(12, 16), patch_size=4, num_channels=3)
-    model = _pretrained_class("ViTConfig", "ViTForImageClassification", options, attention)
+    model = _from_config("ViTConfig", "ViTForImageClassification", options, attention)
     return Subject(
         randomise(model, 14), embeddings(3, 3, 12, 16), lambda model, x: model(pixel_values=x), "fisher"
     )
@@ -257,7 +259,7 @@ def _t5(attention: str, side: str) -> Subject:
         relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0
     )
     options |= dict(feed_forward_proj="gated-gelu" if side == "encoder" else "relu")
-    model = _pretrained_class("T5Config", "T5ForConditionalGeneration", options, attention)
+    model = _from_config("T5Config", "T5ForConditionalGeneration", options, attention)
     mask = padding((LENGTH, 9))
     tokens = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
     source = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(4))
@@ -276,7 +278,7 @@ def _transformer_encoder(norm_first: bool) -> Subject:
     layer = nn.TransformerEncoderLayer(
         32, 4, 48, activation="gelu" if norm_first else "relu", batch_first=True, norm_first=norm_first
     )
-    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(32), enable_nested_tensor=False)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(32), enable_nested_tensor=not norm_first)
     mask = padding((LENGTH, 9))
 
     def call(model: nn.Module, x: Any) -> Any:
