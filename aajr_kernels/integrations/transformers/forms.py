@@ -32,17 +32,23 @@ class Replacement:
         function: called with the module first, like a method; None leaves the module as it is.
         attribute: the method it replaces.
         reason: why the module is left, where `function` is None.
+        inside: attributes of the module that the replacement no longer calls.
     """
 
     what: str
     function: Callable[..., Any] | None = None
     attribute: str = "forward"
     reason: str = ""
+    inside: tuple[str, ...] = ()
 
 
 def _names(function: Any) -> frozenset[str]:
     code = getattr(function, "__code__", None)
     return frozenset() if code is None else frozenset(code.co_names)
+
+
+def _constants(function: Any) -> tuple[Any, ...]:
+    return function.__code__.co_consts
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------
@@ -74,8 +80,7 @@ NORMS = (
 def _norm(module: nn.Module) -> Replacement | None:
     forward = type(module).forward
     for form in NORMS:
-        constants = getattr(forward, "__code__", None) and forward.__code__.co_consts  # type: ignore[attr-defined]
-        if _names(forward) == form.names and (form.constant is None or form.constant in constants):
+        if _names(forward) == form.names and (form.constant is None or form.constant in _constants(forward)):
             return Replacement("RMS norm", _rms_norm_forward(form))
     if type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
         return Replacement("RMS norm", reason=f"{type(module).__name__}.forward has an unknown form")
@@ -86,11 +91,15 @@ def _norm(module: nn.Module) -> Replacement | None:
 def _rms_norm_forward(form: _Norm) -> Callable[..., Any]:
     def forward(self: Any, x: Any) -> Any:
         weight = self.weight
-        if form.dtype == "weight" and weight.dtype in (torch.float16, torch.bfloat16):
-            return rms_norm(x, weight.shape, weight, getattr(self, form.eps)).to(weight.dtype)
-        if form.dtype != "input" and weight.dtype != x.dtype:
-            x = x.to(torch.promote_types(x.dtype, weight.dtype))
-        return rms_norm(x, weight.shape, weight, getattr(self, form.eps), offset=form.offset)
+        shape, eps = weight.shape, getattr(self, form.eps)
+        if form.dtype == "input":
+            return rms_norm(x, shape, weight, eps, offset=form.offset)
+        out = torch.promote_types(x.dtype, weight.dtype)
+        if weight.dtype != x.dtype:
+            x, weight = x.to(out), weight.to(out)
+        y = rms_norm(x, shape, weight, eps, offset=form.offset)
+        half = form.dtype == "weight" and self.weight.dtype in (torch.float16, torch.bfloat16)
+        return y.to(self.weight.dtype) if half else y
 
     return forward
 
@@ -181,7 +190,7 @@ def _gated(module: nn.Module) -> Replacement | None:
                 return Replacement(
                     "gated MLP", reason=f"there is no gated product with the activation {name}"
                 )
-            return Replacement(f"{_LABELS[kind]} MLP", _gated_forward(form, kind))
+            return Replacement(f"{_LABELS[kind]} MLP", _gated_forward(form, kind), inside=(form.act,))
     return None
 
 

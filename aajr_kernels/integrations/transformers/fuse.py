@@ -141,9 +141,10 @@ def fuse(model: nn.Module) -> Fusion:
     fusion = Fusion(type(model).__name__, _models=inner)
     names = {id(module): name for name, module in model.named_modules()}
     plan: list[tuple[nn.Module, Replacement]] = []
+    bypassed: set[int] = set()
     for part in models:
-        for module in part.modules():
-            found = find(module)
+        for module in part.modules():  # parents before their children
+            found = find(module) if id(module) not in bypassed else None
             name = names[id(module)]
             what = ["attention"] if uses_attention_interface(module) else []
             if found is not None and found.function is None:
@@ -152,6 +153,7 @@ def fuse(model: nn.Module) -> Fusion:
                 fusion.left[name] = f"its {found.attribute} was replaced on the instance by something else"
             elif found is not None:
                 plan.append((module, found))
+                bypassed.update(id(getattr(module, attribute)) for attribute in found.inside)
                 what.append(found.what)
             if what:
                 fusion.replaced[name] = " + ".join(what)
@@ -181,7 +183,7 @@ def _check(model: nn.Module, models: list[nn.Module]) -> None:
             "as they are, or are built from aajr_kernels.nn."
         )
     for part in models:
-        kind = part.config.model_type
+        kind = part.__dict__["config"].model_type
         if kind not in KNOWN:
             raise ValueError(
                 f"model has the type {kind!r}, which fuse() does not know (known: {', '.join(KNOWN)}): leave it "
