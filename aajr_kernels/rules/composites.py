@@ -6,15 +6,17 @@ it is made of meet the Dual one by one.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..ops import attention
-from ..runtime import UnsupportedOperation, rule
+from ..runtime import UnsupportedOperation, record, recording, rule
 from .common import Dual, is_dual, join, num_tangents, split
 
 # -- composites of torch.nn.functional --------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ multilabel_soft_margin_loss nll_loss normalize smooth_l1_loss soft_margin_loss
 for _name in COMPOSITES:
     _function = getattr(F, _name.rstrip("?"), None)
     if _function is not None:
-        rule(_function, kind="view")(ungated(_function))
+        rule(_function, kind="op")(ungated(_function))
 
 # complex conjugates and parts of real numbers
 for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
@@ -141,7 +143,7 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> tor
     if offs is None:
         return torch.bmm(a, b)
     bounds = [0, *offs.tolist()]
-    spans = list(zip(bounds, bounds[1:]))
+    spans = list(pairwise(bounds))
     if a.dim() == 2 and b.dim() == 2:
         return torch.stack([a[:, i:j] @ b[i:j] for i, j in spans])
     if a.dim() == 2:
@@ -154,13 +156,13 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> tor
 
 
 def _grouped_stack(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
-    """``[R, ...]`` grouped products of a stack `a` ``[R, T, D]`` with plain weights: the groups of all slices joined."""
+    """``[R, ...]`` grouped products of a stack `a` ``[R, T, D]`` with plain weights, all slices of a group at once."""
     if offs is None or b.dim() != 3 or a.dim() != 3:
         return torch.stack([_grouped(part, b, offs) for part in a.unbind(0)])
     bounds = [0, *offs.tolist()]
     parts = [
         (a[:, i:j].reshape(-1, a.shape[-1]) @ b[g]).reshape(a.shape[0], j - i, b.shape[-1])
-        for g, (i, j) in enumerate(zip(bounds, bounds[1:]))
+        for g, (i, j) in enumerate(pairwise(bounds))
     ]
     parts.append(a.new_zeros(a.shape[0], a.shape[1] - bounds[-1], b.shape[-1]))
     return torch.cat(parts, dim=1)
@@ -172,7 +174,7 @@ def grouped_mm(
     offs: torch.Tensor | None = None,
     bias: Any = None,
     out_dtype: torch.dtype | None = None,
-) -> Dual:
+) -> Any:
     """``torch.nn.functional.grouped_mm`` of Duals: bilinear, so exact from products of the stacks.
 
     Args:
@@ -182,7 +184,8 @@ def grouped_mm(
         bias: added to the result; Tensor or Dual.
         out_dtype: dtype of the result.
     """
-    num_tangents(mat_a, mat_b, bias)
+    slices = 1 + num_tangents(mat_a, mat_b, bias)
+    out: Any
     if not is_dual(mat_b):
         out = (
             Dual(_grouped_stack(mat_a.stacked, mat_b, offs))
@@ -192,17 +195,21 @@ def grouped_mm(
     elif not is_dual(mat_a):
         out = Dual(torch.stack([_grouped(mat_a, part, offs) for part in mat_b.stacked.unbind(0)]))
     else:
-        (a, a_tan), (b, b_tan) = split(mat_a), split(mat_b)
+        b, b_tan = split(mat_b)
         both = _grouped_stack(mat_a.stacked, b[0], offs)
-        other = torch.stack([_grouped(a[0], part, offs) for part in b_tan.unbind(0)])
+        other = torch.stack([_grouped(mat_a.stacked[0], part, offs) for part in b_tan.unbind(0)])
         out = join(both[:1], both[1:] + other)
+    if recording():
+        # every row meets one group's columns, unless a 3-D left operand meets columns split into groups
+        columns = mat_b.shape[-1] / (mat_a.shape[0] if mat_a.dim() == 3 and mat_b.dim() == 2 else 1)
+        record("F.grouped_mm", "torch", 2.0 * slices * math.prod(mat_a.shape) * columns)
     out = out if bias is None else out + bias
     return out if out_dtype is None else out.to(out_dtype)
 
 
 for _function in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)):
     if _function is not None:
-        rule(_function)(grouped_mm)
+        rule(_function, kind="op")(grouped_mm)
 
 
 # -- recurrent cells --------------------------------------------------------------------------------------------------
@@ -212,7 +219,7 @@ def _gates(x: Any, h: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> tuple[
     return F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh)
 
 
-@rule(torch.lstm_cell)
+@rule(torch.lstm_cell, kind="op")
 def _lstm_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> tuple[Any, Any]:
     h, c = hx
     left, right = _gates(x, h, w_ih, w_hh, b_ih, b_hh)
@@ -221,7 +228,7 @@ def _lstm_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: An
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-@rule(torch.gru_cell)
+@rule(torch.gru_cell, kind="op")
 def _gru_cell(x: Any, h: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
     left, right = _gates(x, h, w_ih, w_hh, b_ih, b_hh)
     (lr, lz, ln), (rr, rz, rn) = left.chunk(3, 1), right.chunk(3, 1)
@@ -238,8 +245,8 @@ def _rnn_cell(act: Callable[[Any], Any]) -> Callable[..., Any]:
     return cell
 
 
-rule(torch.rnn_tanh_cell)(_rnn_cell(torch.tanh))
-rule(torch.rnn_relu_cell)(_rnn_cell(torch.relu))
+rule(torch.rnn_tanh_cell, kind="op")(_rnn_cell(torch.tanh))
+rule(torch.rnn_relu_cell, kind="op")(_rnn_cell(torch.relu))
 
 
 # -- refused, with the way round --------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def _convolution(function: Callable[..., torch.Tensor], spatial: int) -> Callabl
     def convolve(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
         num_tangents(x, weight, bias)
         unbatched = x.dim() == spatial + 1
+        out: Any
 
         def product(stack: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             return folded(lambda part: function(part, w, None, *args, **kwargs), stack, unbatched)
@@ -115,7 +116,7 @@ def _max_pool(name: str, spatial: int) -> None:
         return result if return_indices else result[0]
 
     rule(pool)(values)
-    rule(getattr(F, f"{name}_with_indices"))(lambda *args, **kwargs: with_indices(*args, **kwargs))
+    rule(getattr(F, f"{name}_with_indices"))(with_indices)
     builtin = getattr(torch, name, None)
     if builtin is not None and not name.startswith("adaptive"):
         rule(builtin)(values)

@@ -4,8 +4,8 @@ Forward mode of the operation gives its tangent, and autograd through it the gra
 upstream for some functions, so a name stands here only because the sweep in ``tests/rules/test_fallback_sweep.py``
 compares value, tangent and every gradient with finite differences. Never to be listed: layer_norm, native_layer_norm,
 instance_norm and batch_norm (their reverse-over-forward is wrong; they have rules), linalg solve, det, slogdet and
-logdet, scatter_reduce with prod, attention, opaque custom operators; nor cholesky_inverse, householder_product (wrong)
-and the Bessel functions (a tangent of zeros without a word), which the same sweep found.
+logdet, scatter_reduce with prod, attention, opaque custom operators; nor, as the same sweep found, cholesky_inverse and
+householder_product (wrong), eigh (NaN through the vectors) and the Bessel functions (a tangent of zeros without a word).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ angle arccosh arcsinh arctanh entr erfcx float_power gammaln i0 i0e i1 i1e ldexp
 multigammaln mvlgamma ndtr ndtri polygamma psi xlog1py block_diag cartesian_prod column_stack combinations
 cumulative_trapezoid diff gradient linalg.vander meshgrid put sum_to_size trace trapezoid trapz corrcoef cov
 cumprod frobenius_norm linalg.matrix_norm mode nanmean nanmedian nanquantile nansum nuclear_norm quantile renorm
-vecdot cholesky cholesky_solve eigh eigvalsh inv inv_ex inverse lu_factor matrix_exp matrix_power pinv pinverse
+vecdot cholesky cholesky_solve eigvalsh inv inv_ex inverse lu_factor matrix_exp matrix_power pinv pinverse
 qr solve_triangular svdvals tensorinv cosine_embedding_loss hinge_embedding_loss margin_ranking_loss
 poisson_nll_loss triplet_margin_loss triplet_margin_with_distance_loss
 """.split()
@@ -57,7 +57,7 @@ def generic(function: Callable[..., Any]) -> Callable[..., Any]:
                 f"{function.__name__} gives complex numbers, which a Dual cannot hold: write it in real arithmetic."
             )
         primal_leaves, result = pytree.tree_flatten(runs[0][0])
-        tangent_leaves = [pytree.tree_leaves(tangent) for _, tangent in runs]
+        tangent_leaves = [pytree.tree_leaves(run[1]) for run in runs]
         outputs = [
             Dual(torch.stack([value, *(leaves[i] for leaves in tangent_leaves)]))
             if value.is_floating_point()
@@ -80,7 +80,7 @@ def _scatter_reduce(
 ) -> Any:
     if reduce == "prod":
         raise UnsupportedOperation(
-            "scatter_reduce with reduce='prod' has a wrong derivative in PyTorch: multiply groups by exp of a sum of logs."
+            "scatter_reduce with reduce='prod' has a wrong derivative in PyTorch: use exp of a sum of logs."
         )
     return generic(torch.scatter_reduce)(x, dim, index, src, reduce, include_self=include_self)
 

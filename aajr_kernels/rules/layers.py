@@ -107,7 +107,7 @@ def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = Fal
     return _masked(torch.dropout, x, p, training, inplace)
 
 
-rule(torch.dropout)(lambda x, p, train: _dropout(x, p, train))
+rule(torch.dropout)(_dropout)
 rule(torch.dropout_)(lambda x, p, train: _dropout(x, p, train, inplace=True))
 rule(torch.feature_dropout)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, False))
 rule(torch.feature_dropout_)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, True))
@@ -247,15 +247,15 @@ for _name, _slope in _SLOPES.items():
         rule(_function)(lambda x, *args, _act=_act, **kwargs: _act(x, *args, inplace=True, **kwargs))
 
 
-@rule("glu")
-def _glu(x: Dual, dim: int = -1) -> Dual:
+@rule("glu", kind="op")
+def _glu(x: Any, dim: int = -1) -> Any:
     if x.shape[dim] % 2:
         raise ValueError(f"input of glu must have an even size along dim {dim}, got {tuple(x.shape)}.")
     value, gate = x.chunk(2, dim)
     return value * gate.sigmoid()
 
 
-@rule("prelu")
+@rule("prelu", kind="op")
 def _prelu(x: Any, weight: Any) -> Any:
     if weight.numel() != 1:
         weight = weight.reshape(-1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else weight

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn import _reduction
 
 from ..runtime import UnsupportedOperation, rule
 from .common import Dual, elementwise, is_dual, per_slice, primal_of
 
-_nn = torch._C._nn
+_nn: Any = torch._C._nn
 
 
 def _reduced(values: Any, reduction: int) -> Any:
@@ -48,7 +49,7 @@ def _nll_loss(
 
 
 def _smoothed(
-    log_p: Dual,
+    log_p: Any,
     target: torch.Tensor,
     weight: torch.Tensor | None,
     reduction: int,
@@ -79,7 +80,7 @@ def _smoothed(
     return picked * (1 - smoothing) + spread * (smoothing / classes)
 
 
-@rule("cross_entropy_loss")
+@rule("cross_entropy_loss", kind="op")
 def _cross_entropy(
     logits: Any,
     target: Any,
@@ -90,7 +91,7 @@ def _cross_entropy(
 ) -> Any:
     _plain_weight("cross_entropy", weight)
     axis = 0 if logits.dim() == 1 else 1
-    log_p = torch.log_softmax(logits, axis)
+    log_p: Any = torch.log_softmax(logits, axis)
     if is_dual(target) or target.is_floating_point():
         classes = logits.shape[axis]
         if label_smoothing:
@@ -107,7 +108,7 @@ def _cross_entropy(
     return _nll_loss(log_p, target, weight, reduction, ignore_index)
 
 
-@rule(F.cross_entropy, kind="view")
+@rule(F.cross_entropy, kind="op")
 def _functional_cross_entropy(
     input: Any,
     target: Any,
@@ -119,8 +120,8 @@ def _functional_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     if size_average is not None or reduce is not None:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)
-    kind = F._Reduction.get_enum(reduction)
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    kind = _reduction.get_enum(reduction)
     return _cross_entropy(input, target, weight, kind, ignore_index, label_smoothing)
 
 
@@ -133,7 +134,7 @@ def _pointwise(name: str, function: Callable[..., Any], namespace: Any = _nn) ->
     def loss(input: Any, target: Any, reduction: int = 1, *options: Any, **named: Any) -> Any:
         return _reduced(function(input, target, *options, **named), reduction)
 
-    rule(getattr(namespace, name))(loss)
+    rule(getattr(namespace, name), kind="op")(loss)
 
 
 def _huber(input: Any, target: Any, delta: float = 1.0) -> Any:
@@ -178,13 +179,13 @@ _bce = elementwise(
 )
 
 
-@rule(_nn.binary_cross_entropy)
+@rule(_nn.binary_cross_entropy, kind="op")
 def _binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
     values = _bce(input, target)
     return _reduced(values if weight is None else values * weight, reduction)
 
 
-@rule(torch.binary_cross_entropy_with_logits)
+@rule(torch.binary_cross_entropy_with_logits, kind="op")
 def _with_logits(
     input: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
 ) -> Any:
@@ -198,24 +199,24 @@ def _with_logits(
 # -- distances --------------------------------------------------------------------------------------------------------
 
 
-@rule("cosine_similarity")
+@rule("cosine_similarity", kind="op")
 def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     x1, x2 = torch.broadcast_tensors(x1, x2)
     unit1, unit2 = (x / x.norm(dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
     return (unit1 * unit2).sum(dim)
 
 
-@rule("pairwise_distance")
+@rule("pairwise_distance", kind="op")
 def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
     return (x1 - x2 + eps).norm(p, -1, keepdim)
 
 
-@rule("cdist")
+@rule("cdist", kind="op")
 def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str | None = None) -> Any:
     return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).norm(p, -1)
 
 
-@rule("pdist")
-def _pdist(x: Dual, p: float = 2.0) -> Dual:
+@rule("pdist", kind="op")
+def _pdist(x: Any, p: float = 2.0) -> Any:
     i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device).unbind(0)
     return (x[i] - x[j]).norm(p, -1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..ops import norm
 from ..runtime import rule
-from .common import Dual, is_dual, primal_of
+from .common import is_dual, primal_of
 
 
 def _layer_norm(
@@ -81,7 +81,7 @@ def _group_norm(
 rule("group_norm", kind="op")(_group_norm)
 
 
-def _channel_norm(x: Dual, eps: float) -> Dual:
+def _channel_norm(x: Any, eps: float) -> Any:
     """Batch norm without its affine map: every channel (axis 1) normalised over all other axes."""
     channels_first = x.transpose(0, 1)
     shape = channels_first.shape

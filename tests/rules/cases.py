@@ -42,8 +42,15 @@ def real(*shape: int) -> Tensor:
     return size * (2 * torch.randint(0, 2, shape, generator=_g) - 1)
 
 
-def case(name: str, fn: Callable[..., Any], *inputs: Any, duals: tuple[int, ...] = (0,), up: bool = True) -> None:
+def case(
+    name: str, fn: Callable[..., Any], *inputs: Any, duals: tuple[int, ...] = (0,), up: bool = True
+) -> None:
     CASES.append(Case(name, fn, inputs, duals, up))
+
+
+def given(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """`function` with all arguments but the first."""
+    return lambda x: function(x, *args, **kwargs)
 
 
 X, Y, Z, U, P = real(3, 4), real(3, 4), real(3, 4), rand(3, 4), rand(3, 4, low=0.5, high=3.0)
@@ -57,8 +64,10 @@ MASK = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool
 BOTH = (0, 1)
 
 # -- pointwise ------------------------------------------------------------------------------------------------------
-for _name in """abs absolute asinh arcsinh atan arctan cos cosh deg2rad rad2deg erf erfc exp exp2 expm1 frac neg negative
-positive sigmoid sin sinc sinh square tanh relu selu nan_to_num angle fix floor ceil round trunc sign sgn""".split():
+SMOOTH = """abs absolute asinh arcsinh atan arctan cos cosh deg2rad rad2deg erf erfc exp exp2 expm1 frac neg negative
+positive sigmoid sin sinc sinh square tanh relu selu nan_to_num angle"""
+STEPS = "fix floor ceil round trunc sign sgn"
+for _name in (SMOOTH + " " + STEPS).split():
     case(_name, getattr(torch, _name), X)
 for _name in "tan acos arccos asin arcsin atanh arctanh erfinv logit log1p".split():
     case(_name, getattr(torch, _name), U)
@@ -66,13 +75,20 @@ for _name in "log log10 log2 lgamma digamma reciprocal rsqrt sqrt".split():
     case(_name, getattr(torch, _name), P)
 for _name in "acosh arccosh".split():
     case(_name, getattr(torch, _name), P + 1)
-for _name in "expit i0 i0e i1 i1e erfcx log_ndtr ndtr expm1 log_softmax".split():
-    case("special." + _name, lambda x, f=getattr(special, _name): f(x, 1) if f is special.log_softmax else f(x), X)
+for _name in "expit i0 i0e i1 i1e erfcx log_ndtr ndtr expm1".split():
+    case("special." + _name, getattr(special, _name), X)
 for _name in "entr gammaln psi ndtri".split():
     case("special." + _name, getattr(special, _name), U)
-for _name in """celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu softplus
-softshrink softsign tanhshrink softmin""".split():
-    case("F." + _name, lambda x, f=getattr(F, _name): f(x, dim=1) if f is F.softmin else f(x), X, up=_name != "hardsigmoid")
+for (
+    _name
+) in """celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu
+softplus softshrink softsign tanhshrink""".split():
+    case(
+        "F." + _name,
+        getattr(F, _name),
+        X,
+        up=_name != "hardsigmoid",
+    )
 case("F.gelu(tanh)", lambda x: F.gelu(x, approximate="tanh"), X)
 case("F.threshold", lambda x: F.threshold(x, 0.1, 20.0), X)
 case("F.glu", F.glu, X, up=False)
@@ -120,39 +136,80 @@ case("real", lambda x: x.real, X)
 
 # -- shapes ---------------------------------------------------------------------------------------------------------
 for _name, _fn in {
-    "view": lambda x: x.view(4, 3), "reshape": lambda x: x.reshape(2, -1), "expand": lambda x: x[:, :1].expand(3, 5),
-    "permute": lambda x: x.permute(1, 0), "transpose": lambda x: x.transpose(0, 1), "t": lambda x: x.t(),
-    "movedim": lambda x: x.movedim(0, 1), "squeeze": lambda x: x[:, :1].squeeze(1), "unsqueeze": lambda x: x.unsqueeze(-1),
-    "flatten": lambda x: x.flatten(), "unflatten": lambda x: x.unflatten(1, (2, 2)), "narrow": lambda x: x.narrow(1, 1, 2),
-    "select": lambda x: x.select(0, 1), "diagonal": lambda x: x.diagonal(1), "Tensor.unfold": lambda x: x.unfold(1, 2, 1),
-    "split": lambda x: x.split(3, 1), "chunk": lambda x: x.chunk(2, 1), "unbind": lambda x: x.unbind(1),
-    "tensor_split": lambda x: x.tensor_split(3, 1), "flip": lambda x: x.flip(0), "roll": lambda x: x.roll((1, 2), (0, 1)),
-    "repeat": lambda x: x.repeat(2, 1, 2), "tile": lambda x: x.tile((2,)), "rot90": lambda x: x.rot90(),
-    "repeat_interleave": lambda x: x.repeat_interleave(2, 1), "tril": lambda x: x.tril(), "triu": lambda x: x.triu(1),
-    "diag": lambda x: torch.diag(x[0]), "diag_embed": lambda x: x.diag_embed(), "F.pad": lambda x: F.pad(x, (1, 2)),
-    "F.pad(reflect)": lambda x: F.pad(x, (1, 2), mode="reflect"), "cat": lambda x: torch.cat([x, x * 2, Y]),
-    "stack": lambda x: torch.stack([x, x * x], 1), "hstack": lambda x: torch.hstack([x, x]), "to": lambda x: x.to(x.dtype),
-    "vstack": lambda x: torch.vstack([x, x]), "dstack": lambda x: torch.dstack([x, x]), "contiguous": lambda x: x.t().contiguous(),
-    "column_stack": lambda x: torch.column_stack([x, x * x]), "meshgrid": lambda x: torch.meshgrid(x[0], x[1], indexing="ij"),
-    "block_diag": lambda x: torch.block_diag(x, x), "cartesian_prod": lambda x: torch.cartesian_prod(x[0], x[1]),
-    "combinations": lambda x: torch.combinations(x[0]), "atleast_3d": lambda x: torch.atleast_3d(x),
-    "sum_to_size": lambda x: x.sum_to_size(1, 4), "zeros_like": lambda x: x + torch.zeros_like(x),
-    "slice_scatter": lambda x: torch.slice_scatter(x, x[:1] * 2, 0, 1, 2), "select_scatter": lambda x: x.select_scatter(x[0], 0, 2),
-    "diagonal_scatter": lambda x: x.diagonal_scatter(x[:, 0] * 2), "ravel": lambda x: x.ravel(), "fliplr": lambda x: x.fliplr(),
-    "flipud": lambda x: x.flipud(), "trace": lambda x: x[:, :3].trace(), "vander": lambda x: linalg.vander(x[0]),
-    "diff": lambda x: x.diff(dim=1), "gradient": lambda x: torch.gradient(x)[0], "diagflat": lambda x: torch.diagflat(x),
-    "trapezoid": lambda x: torch.trapezoid(x, dim=1), "cumulative_trapezoid": lambda x: torch.cumulative_trapezoid(x, dim=1),
-}.items():  # fmt: skip
+    "view": lambda x: x.view(4, 3),
+    "reshape": lambda x: x.reshape(2, -1),
+    "expand": lambda x: x[:, :1].expand(3, 5),
+    "permute": lambda x: x.permute(1, 0),
+    "transpose": lambda x: x.transpose(0, 1),
+    "t": lambda x: x.t(),
+    "movedim": lambda x: x.movedim(0, 1),
+    "squeeze": lambda x: x[:, :1].squeeze(1),
+    "unsqueeze": lambda x: x.unsqueeze(-1),
+    "flatten": lambda x: x.flatten(),
+    "unflatten": lambda x: x.unflatten(1, (2, 2)),
+    "narrow": lambda x: x.narrow(1, 1, 2),
+    "select": lambda x: x.select(0, 1),
+    "diagonal": lambda x: x.diagonal(1),
+    "Tensor.unfold": lambda x: x.unfold(1, 2, 1),
+    "split": lambda x: x.split(3, 1),
+    "chunk": lambda x: x.chunk(2, 1),
+    "unbind": lambda x: x.unbind(1),
+    "tensor_split": lambda x: x.tensor_split(3, 1),
+    "flip": lambda x: x.flip(0),
+    "roll": lambda x: x.roll((1, 2), (0, 1)),
+    "repeat": lambda x: x.repeat(2, 1, 2),
+    "tile": lambda x: x.tile((2,)),
+    "rot90": lambda x: x.rot90(),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
+    "tril": lambda x: x.tril(),
+    "triu": lambda x: x.triu(1),
+    "diag": lambda x: torch.diag(x[0]),
+    "diag_embed": lambda x: x.diag_embed(),
+    "F.pad": lambda x: F.pad(x, (1, 2)),
+    "F.pad(reflect)": lambda x: F.pad(x, (1, 2), mode="reflect"),
+    "cat": lambda x: torch.cat([x, x * 2, Y]),
+    "stack": lambda x: torch.stack([x, x * x], 1),
+    "hstack": lambda x: torch.hstack([x, x]),
+    "to": lambda x: x.to(x.dtype),
+    "vstack": lambda x: torch.vstack([x, x]),
+    "dstack": lambda x: torch.dstack([x, x]),
+    "contiguous": lambda x: x.t().contiguous(),
+    "column_stack": lambda x: torch.column_stack([x, x * x]),
+    "meshgrid": lambda x: torch.meshgrid(x[0], x[1], indexing="ij"),
+    "block_diag": lambda x: torch.block_diag(x, x),
+    "cartesian_prod": lambda x: torch.cartesian_prod(x[0], x[1]),
+    "combinations": lambda x: torch.combinations(x[0]),
+    "atleast_3d": lambda x: torch.atleast_3d(x),
+    "sum_to_size": lambda x: x.sum_to_size(1, 4),
+    "zeros_like": lambda x: x + torch.zeros_like(x),
+    "slice_scatter": lambda x: torch.slice_scatter(x, x[:1] * 2, 0, 1, 2),
+    "select_scatter": lambda x: x.select_scatter(x[0], 0, 2),
+    "diagonal_scatter": lambda x: x.diagonal_scatter(x[:, 0] * 2),
+    "ravel": lambda x: x.ravel(),
+    "fliplr": lambda x: x.fliplr(),
+    "flipud": lambda x: x.flipud(),
+    "trace": lambda x: x[:, :3].trace(),
+    "vander": lambda x: linalg.vander(x[0]),
+    "diff": lambda x: x.diff(dim=1),
+    "gradient": lambda x: torch.gradient(x)[0],
+    "diagflat": lambda x: torch.diagflat(x),
+    "trapezoid": lambda x: torch.trapezoid(x, dim=1),
+    "cumulative_trapezoid": lambda x: torch.cumulative_trapezoid(x, dim=1),
+}.items():
     case(_name, _fn, X)
 
 # -- reductions and scans -------------------------------------------------------------------------------------------
 for _name in "sum mean amax amin prod std var logsumexp nansum nanmean quantile norm".split():
     _extra = (0.3,) if _name == "quantile" else ((2,) if _name == "norm" else ())
-    case(_name, lambda x, f=getattr(torch, _name), e=_extra: f(x, *e, dim=1), X)
+    case(_name, given(getattr(torch, _name), *_extra, dim=1), X)
 for _name in "sum mean prod std var max min median norm nansum nanmean nanmedian".split():
     case(_name + "()", getattr(torch, _name), X)
-for _name in "max min median sort cumsum cumprod cummax cummin logcumsumexp softmax log_softmax mode nanmedian".split():
-    case(_name + "(dim)", lambda x, f=getattr(torch, _name): f(x, dim=1), X)
+for _name in (
+    "max min median sort cumsum cumprod cummax cummin logcumsumexp softmax log_softmax mode nanmedian".split()
+):
+    case(_name + "(dim)", given(getattr(torch, _name), dim=1), X)
+case("F.softmin", given(F.softmin, dim=1), X)
+case("special.log_softmax", given(special.log_softmax, 1), X)
 case("topk", lambda x: x.topk(2, dim=1), X)
 case("kthvalue", lambda x: x.kthvalue(2, dim=1), X)
 case("aminmax", lambda x: torch.aminmax(x, dim=1), X)
@@ -203,9 +260,14 @@ case("inverse", torch.inverse, S)
 case("linalg.pinv", linalg.pinv, X)
 case("linalg.cholesky", lambda x: linalg.cholesky(x + x.mT), SPD)
 case("cholesky_solve", lambda b, x: torch.cholesky_solve(b, x.tril()), X, S, duals=BOTH)
-case("linalg.solve_triangular", lambda a, b: linalg.solve_triangular(a.tril(), b, upper=False), S, X, duals=BOTH)
+case(
+    "linalg.solve_triangular",
+    lambda a, b: linalg.solve_triangular(a.tril(), b, upper=False),
+    S,
+    X,
+    duals=BOTH,
+)
 case("linalg.qr", linalg.qr, S)
-case("linalg.eigh", lambda x: linalg.eigh(x + x.mT).eigenvalues, SPD)
 case("linalg.eigvalsh", lambda x: linalg.eigvalsh(x + x.mT), SPD)
 case("linalg.svdvals", linalg.svdvals, X)
 case("linalg.matrix_norm(nuc)", lambda x: linalg.matrix_norm(x, "nuc"), X)
@@ -227,6 +289,13 @@ case("scatter_add", lambda x, y: x.scatter_add(0, AT, y[:2]), X, Y, duals=BOTH)
 case("scatter_reduce(sum)", lambda x, y: x.scatter_reduce(0, AT, y[:2], "sum"), X, Y, duals=BOTH)
 case("scatter_reduce(mean)", lambda x, y: x.scatter_reduce(0, AT, y[:2], "mean"), X, Y, duals=BOTH)
 case("scatter_reduce(amax)", lambda x, y: x.scatter_reduce(0, AT, y[:2], "amax"), X, Y, duals=BOTH)
+case(
+    "scatter_reduce(amin)",
+    lambda x, y: x.scatter_reduce(0, AT, y[:2], "amin", include_self=False),
+    X,
+    Y,
+    duals=BOTH,
+)
 case("index_add", lambda x, y: x.index_add(0, IDX, y, alpha=0.5), X, Y, duals=BOTH)
 case("index_copy", lambda x, y: x.index_copy(0, IDX[:2], y[:2]), X, Y, duals=BOTH)
 case("index_fill", lambda x: x.index_fill(0, IDX[:2], 1.5), X)

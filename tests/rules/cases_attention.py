@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
+from rules.cases import BOTH, case, real
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
-
-try:
-    from .cases import BOTH, case, rand, real
-except ImportError:
-    from cases import BOTH, case, rand, real
 
 ALL = (0, 1, 2)
 sdpa = F.scaled_dot_product_attention
@@ -33,10 +31,18 @@ case("sdpa(gqa, 3-D)", lambda q, k, v: sdpa(q, k, v, enable_gqa=True), Q[0], K2[
 case("sdpa(2-D)", sdpa, Q[0, 0], K[0, 0], V[0, 0], duals=ALL)
 case("sdpa(3-D, mask)", lambda q, k, v: sdpa(q, k, v, BOOL), Q[0], K[0], V[0], duals=ALL, up=False)
 case("sdpa(5-D)", sdpa, *(x.reshape(2, 2, 2, *x.shape[-2:]) for x in (Q, K, V)), duals=ALL)
-case("sdpa(5-D, mask)", sdpa, *(x.reshape(2, 2, 2, *x.shape[-2:]) for x in (Q, K, V)), real(2, 1, 3, 5), duals=BOTH)
+case(
+    "sdpa(5-D, mask)",
+    sdpa,
+    *(x.reshape(2, 2, 2, *x.shape[-2:]) for x in (Q, K, V)),
+    real(2, 1, 3, 5),
+    duals=BOTH,
+)
 case("sdpa(broadcast)", sdpa, Q, K[:1, :1], V[:1, :1], duals=ALL)
 case("sdpa(broadcast query)", sdpa, Q[:, :1], K, V, duals=ALL)
-case("sdpa(lower right)", lambda q, k, v: sdpa(q, k, v, causal_lower_right(3, 5)), Q, K, V, duals=ALL, up=False)
+case(
+    "sdpa(lower right)", lambda q, k, v: sdpa(q, k, v, causal_lower_right(3, 5)), Q, K, V, duals=ALL, up=False
+)
 case("sdpa(upper left)", lambda q, k, v: sdpa(q, k, v, causal_upper_left(3, 5)), Q, K, V, duals=ALL, up=False)
 
 # -- multi-head attention -------------------------------------------------------------------------------------------
@@ -45,41 +51,75 @@ TGT, SRC = real(4, 2, 6), real(5, 2, 6)
 KEYS = torch.tensor([[0, 0, 0, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
 
 
-def mha(query, key, value, in_w, in_b, out_w, out_b, **kwargs):  # noqa: ANN001, ANN003, ANN201
+def mha(query, key, value, in_w, in_b, out_w, out_b, **kwargs):
     """(output, weights) of ``F.multi_head_attention_forward`` with two heads and no dropout."""
     kwargs = {"need_weights": False, **kwargs}
     bias_k = kwargs.pop("bias_k", None)
     return F.multi_head_attention_forward(
-        query, key, value, 6, 2, in_w, in_b, bias_k, bias_k, kwargs.pop("zero", False), 0.0, out_w, out_b, **kwargs
+        query,
+        key,
+        value,
+        6,
+        2,
+        in_w,
+        in_b,
+        bias_k,
+        bias_k,
+        kwargs.pop("zero", False),
+        0.0,
+        out_w,
+        out_b,
+        **kwargs,
     )
 
 
-def self_attention(x, *weights, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
+def self_attention(x, *weights, **kwargs):
     return mha(x, x, x, *weights, **kwargs)
 
 
 CAUSAL = torch.full((4, 4), float("-inf"), dtype=torch.float64).triu(1)
 case("F.multi_head_attention_forward", self_attention, TGT, *IN, *OUT)
-case("mha(weights)", lambda x, *w: self_attention(x, *w, need_weights=True, average_attn_weights=False), TGT, *IN, *OUT)
+case(
+    "mha(weights)",
+    lambda x, *w: self_attention(x, *w, need_weights=True, average_attn_weights=False),
+    TGT,
+    *IN,
+    *OUT,
+)
 case("mha(causal)", lambda x, *w: self_attention(x, *w, attn_mask=CAUSAL), TGT, *IN, *OUT, up=False)
 case("mha(cross, plain query)", lambda q, s, *w: mha(q, s, s, *w), TGT, SRC, *IN, *OUT, duals=(1,))
 case("mha(cross, plain memory)", lambda q, s, *w: mha(q, s, s, *w), TGT, SRC, *IN, *OUT)
-case("mha(padding)", lambda q, s, *w: mha(q, s, s, *w, key_padding_mask=KEYS), TGT, SRC, *IN, *OUT, duals=BOTH, up=False)
+case(
+    "mha(padding)",
+    lambda q, s, *w: mha(q, s, s, *w, key_padding_mask=KEYS),
+    TGT,
+    SRC,
+    *IN,
+    *OUT,
+    duals=BOTH,
+    up=False,
+)
 case("mha(unbatched)", lambda x, *w: self_attention(x, *w), TGT[:, 0], *IN, *OUT)
-case("mha(bias_k, zero)", lambda x, *w: self_attention(x, *w, bias_k=TGT[:1, :1].clone(), zero=True), TGT, *IN, *OUT)
+case(
+    "mha(bias_k, zero)",
+    lambda x, *w: self_attention(x, *w, bias_k=TGT[:1, :1].clone(), zero=True),
+    TGT,
+    *IN,
+    *OUT,
+)
 
 # -- products over groups -------------------------------------------------------------------------------------------
 ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 ROWS, EXPERTS = real(5, 4), real(3, 4, 6)
 
 
-def reference(a, b, offs):  # noqa: ANN001, ANN201
+def reference(a, b, offs):
     """The grouped product in float64, which torch's kernel refuses."""
     bounds = [0, *offs.tolist()]
-    return torch.cat([a[i:j] @ b[g] for g, (i, j) in enumerate(zip(bounds, bounds[1:]))])
+    return torch.cat([a[i:j] @ b[g] for g, (i, j) in enumerate(pairwise(bounds))])
 
 
-def grouped(a, b, offs):  # noqa: ANN001, ANN201
+def grouped(a, b, offs):
     plain = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     return reference(a, b, offs) if plain else F.grouped_mm(a, b, offs=offs)
 

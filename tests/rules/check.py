@@ -38,7 +38,9 @@ def _slope(f: Callable[[float], Any], h: float = H) -> Any:
 
 def _close(name: str, got: Tensor, want: Tensor, tolerance: float, scale: float = 0.0) -> None:
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    assert torch.isfinite(got).all() or torch.equal(torch.isnan(got), torch.isnan(want)), f"{name} is not finite: {got}"
+    assert torch.isfinite(got).all() or torch.equal(torch.isnan(got), torch.isnan(want)), (
+        f"{name} is not finite: {got}"
+    )
     error = (got - want).abs().max().item() if got.numel() else 0.0
     reference = max(want.abs().max().item() if want.numel() else 0.0, scale, 1e-3)
     assert error <= tolerance * reference, f"{name}: error {error:.2e} at size {reference:.2e}\n{got}\n{want}"
@@ -106,7 +108,9 @@ def check(
         )
     for i, y in enumerate(outputs):
         want = torch.stack([numeric[k][i] for k in range(K)])
-        _close("tangent", y.tangents, want, 2e-8, scale=expected[i].abs().max().item() if want.numel() else 0.0)
+        _close(
+            "tangent", y.tangents, want, 2e-8, scale=expected[i].abs().max().item() if want.numel() else 0.0
+        )
     if moves:
         assert any(y.tangents.abs().max() > 0 for y in outputs if y.numel()), "every tangent is zero"
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import pytest
 import torch
 import torch.nn.functional as F
-from check import check
+from rules.check import check
 from torch import Tensor, nn
 
 import aajr_kernels as aajr
@@ -64,7 +59,9 @@ def test_dropout_in_attention_takes_one_mask() -> None:
     check(fn, (q, k, v), 1, duals=(0,), upstream=False)
 
 
-@pytest.mark.parametrize("shapes", [((4, 6), (5, 6)), ((2, 4, 6), (2, 5, 6)), ((2, 3, 2, 4, 6), (2, 3, 2, 5, 6))])
+@pytest.mark.parametrize(
+    "shapes", [((4, 6), (5, 6)), ((2, 4, 6), (2, 5, 6)), ((2, 3, 2, 4, 6), (2, 3, 2, 5, 6))]
+)
 def test_any_number_of_leading_axes_has_torchs_shape(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     q, k = (made(*shape) for shape in shapes)
     y = sdpa(q, k, k)
@@ -111,7 +108,13 @@ def test_transformer_decoder_with_a_dual_memory_is_exact() -> None:
     decoder = nn.TransformerDecoderLayer(6, 2, 8, 0.0, F.gelu, batch_first=True).double()
     target, memory = torch.randn(2, 3, 6).double(), torch.randn(2, 4, 6).double()
     for duals in ((0,), (1,), (0, 1)):
-        check(lambda t, m: decoder(t, m, memory_key_padding_mask=PAD), (target, memory), 1, duals=duals, upstream=False)
+        check(
+            lambda t, m: decoder(t, m, memory_key_padding_mask=PAD),
+            (target, memory),
+            1,
+            duals=duals,
+            upstream=False,
+        )
 
 
 def test_multi_head_attention_module_returns_weights() -> None:
@@ -140,7 +143,11 @@ def test_composites_take_plain_tensors_and_keep_their_defaults() -> None:
 @pytest.mark.parametrize("form", ["2x3", "3x3", "2x2"])
 def test_grouped_mm_agrees_with_torch(duals: str, form: str) -> None:
     ends = torch.tensor([4, 4, 12], dtype=torch.int32)
-    a = torch.randn(3, 4, 8) if form == "3x3" else (torch.randn(8, 12) if form == "2x2" else torch.randn(12, 8))
+    a = (
+        torch.randn(3, 4, 8)
+        if form == "3x3"
+        else (torch.randn(8, 12) if form == "2x2" else torch.randn(12, 8))
+    )
     b = torch.randn(12, 16) if form == "2x2" else torch.randn(3, 8, 16)
     offs = None if form == "3x3" else ends
     da, db = torch.randn(2, *a.shape), torch.randn(2, *b.shape)
@@ -156,7 +163,8 @@ def test_grouped_mm_agrees_with_torch(duals: str, form: str) -> None:
 
     torch.testing.assert_close(y.primal, product(a, b))
     tangents = sum(
-        [torch.stack([product(t, b) for t in da])] * ("a" in duals) + [torch.stack([product(a, t) for t in db])] * ("b" in duals)
+        [torch.stack([product(t, b) for t in da])] * ("a" in duals)
+        + [torch.stack([product(a, t) for t in db])] * ("b" in duals)
     )
     torch.testing.assert_close(y.tangents, tangents)
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import cases
-import cases_attention  # noqa: F401  fills the table
-import cases_layers  # noqa: F401
 import pytest
 import torch
-from check import check
+from rules import cases, cases_attention, cases_layers  # noqa: F401  the last two fill the table
+from rules.check import check
 
 import aajr_kernels as aajr
 from aajr_kernels.rules import fallback

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import pytest
 import torch
 import torch.nn.functional as F
-from check import check
+from rules.check import check
 from torch import Tensor, nn
 
 import aajr_kernels as aajr
@@ -26,7 +21,9 @@ def made(*shape: int, k: int = 2, dtype: torch.dtype = torch.float64) -> aajr.Du
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 4, 5), (2, 4, 3, 2)])
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_batch_norm_updates_its_statistics_once_and_as_torch(shape: tuple[int, ...], momentum: float | None) -> None:
+def test_batch_norm_updates_its_statistics_once_and_as_torch(
+    shape: tuple[int, ...], momentum: float | None
+) -> None:
     layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
     plain, ours = layer(4, momentum=momentum).double(), layer(4, momentum=momentum).double()
     for _ in range(2):
@@ -59,7 +56,13 @@ def test_instance_norm_updates_its_statistics_as_torch() -> None:
 
 def test_norm_modules_are_exact() -> None:
     x = torch.randn(3, 4, 5).double()
-    for layer in (nn.LayerNorm(5), nn.RMSNorm(5), nn.GroupNorm(2, 4), nn.BatchNorm1d(4).eval(), nn.SyncBatchNorm(4).eval()):
+    for layer in (
+        nn.LayerNorm(5),
+        nn.RMSNorm(5),
+        nn.GroupNorm(2, 4),
+        nn.BatchNorm1d(4).eval(),
+        nn.SyncBatchNorm(4).eval(),
+    ):
         layer = layer.double()
         for parameter in layer.parameters():
             nn.init.normal_(parameter)
@@ -144,7 +147,19 @@ def test_native_dropout_returns_its_mask() -> None:
 
 # -- activations ----------------------------------------------------------------------------------------------------
 
-INPLACE = [F.relu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid]
+INPLACE = [
+    F.relu,
+    F.silu,
+    F.mish,
+    F.elu,
+    F.selu,
+    F.celu,
+    F.leaky_relu,
+    F.relu6,
+    F.hardtanh,
+    F.hardswish,
+    F.hardsigmoid,
+]
 
 
 @pytest.mark.parametrize("function", [*INPLACE, torch.relu_, torch.tanh_, torch.sigmoid_, F.elu_, F.dropout])
@@ -153,7 +168,12 @@ def test_in_place_forms_write_their_input(function: object) -> None:
     source = torch.randn(3, 4).double().requires_grad_()
     x = dual(source, torch.randn(3, 4).double()) * 2
     torch.manual_seed(2)
-    out_of_place = {torch.relu_: torch.relu, torch.tanh_: torch.tanh, torch.sigmoid_: torch.sigmoid, F.elu_: F.elu}
+    out_of_place = {
+        torch.relu_: torch.relu,
+        torch.tanh_: torch.tanh,
+        torch.sigmoid_: torch.sigmoid,
+        F.elu_: F.elu,
+    }
     expected = out_of_place.get(function, function)(x * 1)  # type: ignore[operator]
     torch.manual_seed(2)
     y = function(x, **kwargs)  # type: ignore[operator]
@@ -166,18 +186,30 @@ def test_in_place_forms_write_their_input(function: object) -> None:
 
 def test_activation_modules_are_exact() -> None:
     x = torch.randn(3, 4).double()
-    for layer in (nn.GELU(), nn.GELU("tanh"), nn.SiLU(inplace=True), nn.PReLU(4).double(), nn.Softplus(2.0), nn.GLU(), nn.Tanh()):
+    for layer in (
+        nn.GELU(),
+        nn.GELU("tanh"),
+        nn.SiLU(inplace=True),
+        nn.PReLU(4).double(),
+        nn.Softplus(2.0),
+        nn.GLU(),
+        nn.Tanh(),
+    ):
         check(lambda z, f=layer: f(z * 1), (x,), 2, upstream=False)
 
 
-@pytest.mark.parametrize("function", [F.gelu, F.elu, F.softplus, F.mish, lambda x: F.layer_norm(x, (4,)), F.hardswish])
+@pytest.mark.parametrize(
+    "function", [F.gelu, F.elu, F.softplus, F.mish, lambda x: F.layer_norm(x, (4,)), F.hardswish]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_keeps_its_dtype(function: object, dtype: torch.dtype) -> None:
     x = made(3, 4)
     low = dual(x.primal.to(dtype), x.tangents.to(dtype))
     y, exact = function(low), function(x)  # type: ignore[operator]
     assert y.dtype == dtype
-    torch.testing.assert_close(y.stacked.double(), exact.stacked, rtol=8 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        y.stacked.double(), exact.stacked, rtol=8 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps
+    )
 
 
 # -- convolution, pooling, losses -----------------------------------------------------------------------------------
@@ -192,7 +224,14 @@ def test_convolution_under_autocast_follows_torch() -> None:
 
 
 def test_vision_stem_is_exact() -> None:
-    stem = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.BatchNorm2d(4), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    stem = nn.Sequential(
+        nn.Conv2d(3, 4, 2, 2),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
     check(stem.double().eval(), (torch.randn(2, 3, 6, 6).double(),), 3, upstream=False)
 
 
