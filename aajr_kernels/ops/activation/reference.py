@@ -22,6 +22,7 @@ _GELU_CUBIC = 0.044715
 
 def derivatives(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ...]:
     """``(f, f')`` or, for order 2, ``(f, f', f'')`` of an activation at x, float32 or float64."""
+    result: tuple[torch.Tensor, ...]
     if kind in ("relu", "relu2"):
         step = (x > 0).to(x.dtype)
         if kind == "relu":
@@ -39,7 +40,8 @@ def derivatives(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, .
         result = (p, slope, slope * (1.0 - 2.0 * p) if order > 1 else x)
     elif kind == "gelu":
         near = x.clamp(-40.0, 40.0)  # beyond, the density is zero, and x² must not overflow
-        cdf = (near * -math.sqrt(0.5)).erfc_().mul_(0.5)  # erfc keeps the negative tail, where 1 + erf cancels
+        # erfc keeps the negative tail, where 1 + erf cancels
+        cdf = (near * -math.sqrt(0.5)).erfc_().mul_(0.5)
         square = near * near
         density = (square * -0.5).exp_().mul_(1.0 / math.sqrt(2.0 * math.pi))
         result = (x * cdf, cdf + near * density, density * (2.0 - square) if order > 1 else x)
@@ -55,17 +57,18 @@ def _x_sigmoid(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ..
     if kind == "gelu_tanh":
         near = x.clamp(-40.0, 40.0)  # beyond, σ is 0 or 1, and x³ must not overflow
         square = near * near
-        p = ((square * _GELU_CUBIC + 1.0) * near).mul_(2.0 * _GELU_SCALE).sigmoid_()
+        w = ((square * _GELU_CUBIC + 1.0) * near).mul_(2.0 * _GELU_SCALE)
         w1 = (square * (3.0 * _GELU_CUBIC) + 1.0).mul_(2.0 * _GELU_SCALE)
         w2 = near * (12.0 * _GELU_SCALE * _GELU_CUBIC)
     else:
         w1, w2 = (_QUICK, 0.0) if kind == "quick_gelu" else (1.0, 0.0)
-        p = (x * w1).sigmoid_()
-    slope = p * (1.0 - p)
+        w = x * w1
+    p, rest = w.sigmoid(), w.neg().sigmoid_()
+    slope = p * rest  # not p(1 − p): x w'² enlarges what cancels in 1 − p
     first = p + x * slope * w1
     if order < 2:
         return x * p, first
-    return x * p, first, slope * (2.0 * w1 + x * (w2 + (1.0 - 2.0 * p) * w1 * w1))
+    return x * p, first, slope * (2.0 * w1 + x * (w2 + (rest - p) * w1 * w1))
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

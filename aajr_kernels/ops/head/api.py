@@ -99,7 +99,9 @@ def _check_weights(
             f"{tuple(hidden.shape)}, got {tuple(weight.shape)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"lm_head_penalty: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}.")
+        raise ValueError(
+            f"lm_head_penalty: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}."
+        )
 
 
 def _check_labels(labels: torch.Tensor, batch: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:

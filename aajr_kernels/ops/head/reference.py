@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -98,23 +98,18 @@ class _Moments:
         self.weight = merged
 
 
-@dataclass
 class _Stream:
-    """Running statistics of one block of tokens."""
+    """Running statistics of one block of tokens; `like` ``[K, t]`` gives shape, dtype and device."""
 
-    metric: str
-    labels: torch.Tensor | None
-    like: torch.Tensor  # [K, t], gives shape, dtype and device
-    peak: torch.Tensor = field(init=False)
-    reference: torch.Tensor | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        row = self.like.new_zeros(self.like.shape[1])
+    def __init__(self, metric: str, labels: torch.Tensor | None, like: torch.Tensor) -> None:
+        self.metric, self.labels = metric, labels
+        self.reference: torch.Tensor | None = None
+        row, per_tangent = torch.zeros_like(like[0]), torch.zeros_like(like)
         self.peak = torch.full_like(row, -torch.inf)
-        self.at_label = row.clone()
-        self.first = _Moments(row.clone(), torch.zeros_like(self.like), torch.zeros_like(self.like))  # under p
-        self.second = _Moments(row.clone(), torch.zeros_like(self.like), torch.zeros_like(self.like))  # under p²
-        self.norm = torch.zeros_like(self.like)
+        self.at_label = row
+        self.first = _Moments(row.clone(), per_tangent.clone(), per_tangent.clone())  # under p
+        self.second = _Moments(row.clone(), per_tangent.clone(), per_tangent.clone())  # under p²
+        self.norm = per_tangent
 
     def add(self, z: torch.Tensor, columns: slice) -> None:
         """Take in a tile ``[1 + K, t, v]``, which is overwritten."""

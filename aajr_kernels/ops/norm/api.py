@@ -73,7 +73,7 @@ def rms_norm(
         wide = _wide(x.dtype)
         return F.rms_norm(x.to(wide), shape, weight.to(wide) + offset, eps).to(x.dtype)
     if eps is None:
-        eps = torch.finfo(_wide(x.dtype)).eps
+        eps = torch.finfo(_wide(x.stacked.dtype)).eps
     return _norm("rms_norm", x, shape, weight, None, eps, offset, False)
 
 
@@ -128,11 +128,11 @@ def layer_norm(
     shape = _shape("layer_norm", x, normalized_shape)
     if not isinstance(x, Dual):
         return F.layer_norm(x, shape, weight, bias, eps)
+    dtype, autocast = x.stacked.dtype, torch.is_autocast_enabled(x.stacked.device.type)
     for name, value in (("weight", weight), ("bias", bias)):
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if value is not None and not autocast and value.dtype not in (x.dtype, _wide(x.dtype)):
+        if value is not None and not autocast and value.dtype not in (dtype, _wide(dtype)):
             raise RuntimeError(
-                f"layer_norm: {name} must have the dtype of x ({x.dtype}), got {value.dtype}: cast one of them."
+                f"layer_norm: {name} must have the dtype of x ({dtype}), got {value.dtype}: cast one of them."
             )
     return _norm("layer_norm", x, shape, weight, bias, eps, 0.0, True)
 

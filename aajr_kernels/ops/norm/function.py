@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ... import runtime
+from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
 class NormFunction(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ... import runtime
+from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
 class SensitivityFunction(torch.autograd.Function):
@@ -28,4 +29,5 @@ class SensitivityFunction(torch.autograd.Function):
             return None, None, None
         (y,) = ctx.saved_tensors
         with runtime.no_autocast(y.device.type):
-            return runtime.implementation("reduce", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric), None, None
+            y_bar = runtime.implementation("reduce", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric)
+        return y_bar, None, None

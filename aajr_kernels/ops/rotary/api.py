@@ -57,7 +57,9 @@ def rotary(
 def _check(x: torch.Tensor | Dual, cos: torch.Tensor, sin: torch.Tensor) -> None:
     size = cos.shape[-1]
     if cos.shape != sin.shape:
-        raise ValueError(f"rotary: sin must have the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}.")
+        raise ValueError(
+            f"rotary: sin must have the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}."
+        )
     if size % 2 or x.dim() == 0 or size > x.shape[-1]:
         raise ValueError(
             f"rotary: cos must have an even last axis of at most the features of x {tuple(x.shape)}, got {size}."

@@ -59,7 +59,9 @@ def rotary_tables_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cotangents of cos and sin, shaped like them."""
     size = cos.shape[-1]
-    cos_bar, sin_bar = (torch.empty((*x.shape[:-1], size), dtype=_wide(x[:0]).dtype, device=x.device) for _ in "cs")
+    cos_bar, sin_bar = (
+        torch.empty((*x.shape[:-1], size), dtype=_wide(x[:0]).dtype, device=x.device) for _ in "cs"
+    )
     g1, g2 = (_wide(half) for half in _halves(y_bar, size, interleaved))
     x1, x2 = (_wide(half) for half in _halves(x, size, interleaved))
     for out, first, second in ((cos_bar, g1 * x1, g2 * x2), (sin_bar, -g1 * x2, g2 * x1)):
