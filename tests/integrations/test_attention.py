@@ -14,12 +14,11 @@ from zoo import LENGTH, WINDOW, embeddings, padding
 
 import aajr_kernels as aajr
 
-transformers = pytest.importorskip("transformers")
-
 from aajr_kernels.integrations.transformers import fuse, register
 from aajr_kernels.integrations.transformers.attention import attention_forward
 from aajr_kernels.integrations.transformers.masks import Visibility, mask_builder
 
+transformers = pytest.importorskip("transformers")
 masking = transformers.masking_utils
 build = mask_builder(masking)
 

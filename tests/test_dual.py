@@ -1,0 +1,637 @@
+"""The number itself: construction, the tensor interface, trees, graph and storage behaviour. Rules have their own tests."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from budgets import assert_exact
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import aajr_kernels as aajr
+from aajr_kernels import Dual, dual, is_dual, unpack
+from aajr_kernels.dual import num_tangents, stack_of
+
+K = pytest.mark.parametrize("k", [1, 3])
+
+
+def pair(*shape: int, k: int = 1, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(shape, dtype=dtype), torch.randn((k, *shape), dtype=dtype)
+
+
+def number(*shape: int, k: int = 1) -> Dual:
+    return dual(*pair(*shape, k=k))
+
+
+# -- construction -----------------------------------------------------------------------------------------------------
+
+
+@K
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_parts(shape, k, dtype):
+    x, v = pair(*shape, k=k, dtype=dtype)
+    d = dual(x, v)
+    assert type(d) is Dual and is_dual(d) and not is_dual(x)
+    assert torch.equal(d.primal, x) and torch.equal(d.tangents, v) and d.num_tangents == k
+    assert d.stacked.shape == (1 + k, *shape) and d.shape == x.shape and d.dtype == dtype
+    if k == 1:
+        assert torch.equal(d.tangent, v[0]) and torch.equal(dual(x, v[0]).stacked, d.stacked)
+    primal, tangent = unpack(d)
+    assert torch.equal(primal, x) and torch.equal(tangent, v[0] if k == 1 else v)
+    assert unpack(x) == (x, None)
+
+
+def test_stack_of_and_num_tangents():
+    x, d = torch.ones(2), number(2, k=3)
+    assert stack_of(d) is d.stacked and stack_of(x).shape == (1, 2) and stack_of(None) is None
+    assert num_tangents(x, None, 1.0) == 0 and num_tangents(x, d) == 3
+    with pytest.raises(ValueError, match="Duals with 3 and 1 tangents meet in one operation"):
+        d + number(2)
+
+
+def test_tangent_of_several_directions_raises():
+    with pytest.raises(ValueError, match="tangent is defined for one tangent, this Dual has 3: use tangents"):
+        number(2, k=3).tangent
+
+
+@pytest.mark.parametrize(
+    ("x", "v", "error", "message"),
+    [
+        (1.0, torch.ones(()), TypeError, r"x must be a torch\.Tensor, got float"),
+        (torch.ones(2), [1.0, 1.0], TypeError, r"v must be a torch\.Tensor, got list"),
+        (
+            torch.arange(2),
+            torch.ones(2),
+            TypeError,
+            r"x must be floating point, got torch\.int64.*aajr_kernels\.seed",
+        ),
+        (torch.ones(2), torch.arange(2), TypeError, "v must be floating point, got"),
+        (torch.ones(2), torch.ones(2).double(), TypeError, r"v must have the dtype of x \(torch\.float32\)"),
+        (torch.ones(2), torch.ones(3), ValueError, r"v must have the shape of x \(2,\) or \[K, \*x\.shape\]"),
+        (torch.ones(2), torch.ones(1, 1, 2), ValueError, r"got \(1, 1, 2\)"),
+        (torch.ones(2), torch.ones(0, 2), ValueError, "v must hold at least one direction, got K = 0"),
+        (
+            torch.ones(2),
+            torch.ones(2, device="meta"),
+            ValueError,
+            r"v must be on the device of x \(cpu\), got meta",
+        ),
+    ],
+)
+def test_wrong_arguments_of_dual(x, v, error, message):
+    with pytest.raises(error, match=message):
+        dual(x, v)
+
+
+def test_nested_duals_raise():
+    d = number(2)
+    with pytest.raises(TypeError, match="x is already a Dual: nested duals are not supported"):
+        dual(d, torch.ones(2))
+    with pytest.raises(TypeError, match="v is already a Dual"):
+        dual(torch.ones(2), d)
+
+
+def test_gradients_reach_primal_and_direction():
+    x, v = (t.requires_grad_() for t in pair(3, k=2))
+    d = dual(x, v)
+    (d.primal.sum() + 2 * d.tangents.sum()).backward()
+    assert torch.equal(x.grad, torch.ones(3).double()) and torch.equal(
+        v.grad, torch.full((2, 3), 2.0).double()
+    )
+
+
+# -- the tensor interface ---------------------------------------------------------------------------------------------
+
+# what a tensor has and a number made of one has not: raw storage protocols, and names that torch itself retired
+NOT_THERE = """__array_priority__ __array_wrap__ __cuda_array_interface__ __deepcopy__ __dlpack__ __dlpack_c_exchange_api__
+__dlpack_device__ __setstate__ __torch_dispatch__ name volatile""".split()
+
+
+def test_every_tensor_method_is_present():
+    names = [n for n in dir(torch.Tensor) if callable(getattr(torch.Tensor, n)) and n not in NOT_THERE]
+    assert len(names) > 500
+    assert [n for n in names if not hasattr(Dual, n)] == []
+
+
+def test_a_method_without_a_rule_says_so():
+    with pytest.raises(
+        aajr.UnsupportedOperation, match=r"Tensor\.storage has no derivative rule for a Dual: replace"
+    ):
+        number(2).storage()
+
+
+def test_properties_are_those_of_the_primal():
+    x, v = pair(2, 3, k=3)
+    d = dual(x, v)
+    for name in (
+        *(
+            "shape",
+            "ndim",
+            "dtype",
+            "device",
+            "layout",
+            "is_cuda",
+            "is_cpu",
+            "is_meta",
+            "is_sparse",
+            "is_quantized",
+        ),
+        *("itemsize", "is_nested", "is_mkldnn", "requires_grad", "is_leaf", "grad_fn", "grad"),
+    ):
+        assert getattr(d, name) == getattr(x, name), name
+    for name in (
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "size",
+        "element_size",
+        "get_device",
+        "is_contiguous",
+    ):
+        assert getattr(d, name)() == getattr(x, name)(), name
+    for name in ("is_floating_point", "is_complex", "is_inference", "__len__"):
+        assert getattr(d, name)() == getattr(x, name)(), name
+    assert d.size(-1) == 3 and d.stride() == x.stride() and d.stride(0) == 3 and len(d) == 2
+    assert d.T.shape == d.mT.shape == (3, 2) and not d.T.is_contiguous()
+
+
+def test_rows_can_be_iterated():
+    d = number(3, 2, k=2)
+    rows = list(d)
+    assert [row.shape for row in rows] == [(2,)] * 3
+    assert torch.equal(torch.stack(rows).stacked, d.stacked)
+    for what, call in (("len", len), ("iteration", list)):
+        with pytest.raises(TypeError, match=rf"{what}.* 0-dimensional Dual"):
+            call(number())
+
+
+BINARY = ("add", "sub", "mul", "truediv", "pow", "matmul", "mod", "floordiv")
+
+
+CASES = [(n, s) for n in BINARY for s in ("dd", "dt", "td", "ds", "sd") if n != "matmul" or "s" not in s]
+CASES.remove(("mod", "sd"))
+
+
+@pytest.mark.parametrize(("name", "sides"), CASES)
+def test_operators_on_both_sides(name, sides):
+    function = getattr(operator, name)
+    a, b = (torch.rand(3, 3, dtype=torch.float64) + 1.1 for _ in range(2))
+    u, v = (torch.randn(3, 3, dtype=torch.float64) for _ in range(2))
+    left = {"d": lambda t: a + t * u, "t": lambda t: a, "s": lambda t: 1.7}[sides[0]]
+    right = {"d": lambda t: b + t * v, "t": lambda t: b, "s": lambda t: 1.7}[sides[1]]
+    h = 1e-4
+    expected = (function(left(h), right(h)) - function(left(-h), right(-h))) / (2 * h)
+    y = function(
+        {"d": dual(a, u), "t": a, "s": 1.7}[sides[0]],
+        {"d": dual(b, v), "t": b, "s": 1.7}[sides[1]],
+    )
+    assert_exact(y.primal, function(left(0), right(0)))
+    assert_exact(y.tangent, expected, tolerance=1e-7)
+
+
+@pytest.mark.xfail(reason="Tensor.__rmod__ has no rule")
+def test_a_number_modulo_a_dual():
+    test_operators_on_both_sides("mod", "sd")
+
+
+def test_unary_operators():
+    d = number(4, k=2)
+    assert torch.equal((-d).stacked, -d.stacked) and torch.equal((+d).stacked, d.stacked)
+    assert torch.equal(abs(d).primal, d.primal.abs())
+    assert torch.equal(abs(d).tangents, d.primal.sign() * d.tangents)
+
+
+def test_comparisons_and_integers_are_plain():
+    d, x = number(3, 2), torch.zeros(3, 2).double()
+    for result in (d == d, d != x, d < x, d > 0, d <= d, d >= 1, d.isnan(), d.eq(x), torch.isfinite(d)):
+        assert type(result) is torch.Tensor and result.dtype == torch.bool and result.shape == (3, 2)
+    for result in (d.argmax(), d.int(), d.long(), d.argsort(0), torch.count_nonzero(d)):
+        assert type(result) is torch.Tensor and not result.is_floating_point()
+    assert torch.equal(d > 0, d.primal > 0) and torch.equal(x < d, d.primal > 0)
+    assert hash(d) == hash(d) and len({d, d}) == 1
+
+
+def test_scalars():
+    d = dual(torch.tensor(2.5), torch.tensor(1.0))
+    assert d.item() == float(d) == 2.5 and int(d) == 2 and bool(d) and d.tolist() == 2.5
+    assert f"{d:.2f}" == "2.50" and number(2).tolist() is not None
+    with pytest.raises(RuntimeError, match="cannot be converted to Scalar"):
+        number(2).item()
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        bool(number(2))
+
+
+@pytest.mark.parametrize("leave", [np.asarray, np.array, lambda d: d.numpy()])
+def test_numpy_raises(leave):
+    with pytest.raises(
+        aajr.UnsupportedOperation, match=r"NumPy cannot hold a Dual.*y\.primal\.detach\(\)\.numpy\(\)"
+    ):
+        leave(number(2))
+
+
+def test_torch_tensor_of_a_dual_raises():
+    with pytest.raises(TypeError):
+        torch.tensor(number(2))
+
+
+def test_new_tensors_have_zero_tangents():
+    d = number(2, 3, k=2)
+    made = [
+        torch.zeros_like(d),
+        torch.ones_like(d),
+        torch.full_like(d, 4.0),
+        torch.rand_like(d),
+        torch.empty_like(d),
+    ]
+    made += [d.new_zeros(2, 3), d.new_ones((2, 3)), d.new_full((2, 3), 4.0), d.new_empty(2, 3)]
+    for y in made:
+        assert is_dual(y) and y.shape == (2, 3) and y.dtype == d.dtype and not y.tangents.any()
+    assert torch.equal(made[2].primal, torch.full((2, 3), 4.0).double()) and made[1].primal.eq(1).all()
+    whole = torch.zeros_like(d, dtype=torch.long)
+    assert type(whole) is torch.Tensor and whole.dtype == torch.long
+
+
+def test_repr_is_readable():
+    d = dual(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]]))
+    text = repr(d)
+    assert text.startswith("Dual(shape=(2,), num_tangents=1, dtype=torch.float32")
+    assert "primal=tensor([1., 2.])" in text and "tangents=tensor([[3., 4.]])" in text
+    assert repr(number(50, 50, k=3)) == "Dual(shape=(50, 50), num_tangents=3, dtype=torch.float64)"
+    assert "requires_grad=True" in repr(number(2).requires_grad_())
+    assert "device=meta" in repr(number(2).to("meta")) and str(d) == text
+
+
+# -- copies and trees -------------------------------------------------------------------------------------------------
+
+
+def test_copy_deepcopy_pickle():
+    d = number(2, 3, k=2)
+    assert copy.copy(d).stacked is d.stacked
+    for twin in (copy.deepcopy(d), pickle.loads(pickle.dumps(d)), d.clone()):
+        assert type(twin) is Dual and torch.equal(twin.stacked, d.stacked)
+        assert twin.stacked.data_ptr() != d.stacked.data_ptr()
+
+
+def test_save_and_load(tmp_path):
+    d = number(2, k=3)
+    torch.save({"d": d}, tmp_path / "d.pt")
+    assert torch.equal(torch.load(tmp_path / "d.pt", weights_only=False)["d"].stacked, d.stacked)
+
+
+def test_it_is_a_pytree_node():
+    d = number(2)
+    leaves, spec = pytree.tree_flatten({"a": [d, 1]})
+    assert leaves[0] is d.stacked and leaves[1] == 1
+    again = pytree.tree_unflatten(leaves, spec)["a"][0]
+    assert type(again) is Dual and again.stacked is d.stacked
+    mapped = pytree.tree_map(lambda t: t * 2 if isinstance(t, torch.Tensor) else t, {"a": d})
+    assert torch.equal(mapped["a"].stacked, 2 * d.stacked)
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path((d,))[0]]
+    assert paths == ["[0].stacked"]
+
+
+def test_it_is_a_dataclass_that_distributed_code_can_walk():
+    """DDP and FSDP look for tensors in the fields of dataclasses and rebuild them with ``dataclasses.replace``."""
+    d = number(2, 3)
+    assert dataclasses.is_dataclass(d) and [f.name for f in dataclasses.fields(d)] == ["stacked"]
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            return [value]
+        if dataclasses.is_dataclass(value):
+            value = [getattr(value, f.name) for f in dataclasses.fields(value)]
+        return [t for item in value for t in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+    assert tensors((d, [d]))[0] is d.stacked
+    from torch.distributed.utils import _apply_to_tensors
+    from torch.nn.parallel.distributed import _find_tensors
+
+    assert [t is d.stacked for t in _find_tensors((d,))] == [True]
+    moved = _apply_to_tensors(lambda t: t + 1, {"x": (d,)})["x"][0]
+    assert type(moved) is Dual and torch.equal(moved.stacked, d.stacked + 1)
+
+
+# -- jvp --------------------------------------------------------------------------------------------------------------
+
+
+def tree_function(first, second):
+    y = torch.sin(first["a"]) * second
+    return {"y": y, "z": (first["a"].sum(), y @ first["b"])}
+
+
+def tree_inputs():
+    sizes = {"a": (3,), "b": (3, 2)}
+    make = lambda: ({n: torch.randn(*s).double() for n, s in sizes.items()}, torch.randn(3).double())  # noqa: E731
+    return make(), make()
+
+
+def test_jvp_has_the_convention_of_torch():
+    primals, tangents = tree_inputs()
+    expected = torch.func.jvp(tree_function, primals, tangents)
+    found = aajr.jvp(tree_function, primals, tangents)
+    assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+    for got, want in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected)):
+        assert type(got) is torch.Tensor
+        assert_exact(got, want)
+
+
+def test_jvp_with_aux():
+    x, v = pair(3)
+    function = lambda x: (x.cos(), {"twice": 2 * x, "n": 3})  # noqa: E731
+    y, tangent, aux = aajr.jvp(function, (x,), (v[0],), has_aux=True)
+    expected = torch.func.jvp(lambda x: (x.cos(), {"twice": 2 * x}), (x,), (v[0],), has_aux=True)
+    assert_exact(y, expected[0])
+    assert_exact(tangent, expected[1])
+    assert type(aux["twice"]) is torch.Tensor and torch.equal(aux["twice"], 2 * x) and aux["n"] == 3
+    with pytest.raises(TypeError, match=r"func must return \(output, aux\) with has_aux=True, got Dual"):
+        aajr.jvp(lambda x: x, (x,), (v[0],), has_aux=True)
+
+
+def test_jvp_strict():
+    x, v = pair(3, k=2)
+    constant = torch.ones(4)
+    y, tangent = aajr.jvp(lambda x: constant, (x,), (v,))
+    assert torch.equal(y, constant) and tangent.shape == (2, 4) and not tangent.any()
+    for strict in (torch.func.jvp, aajr.jvp):
+        with pytest.raises(RuntimeError):
+            strict(lambda x: constant, (x,), (v[0],), strict=True)
+    with pytest.raises(RuntimeError, match="does not depend on the inputs"):
+        aajr.jvp(lambda x: {"a": x, "b": constant}, (x,), (v,), strict=True)
+
+
+def test_jvp_of_several_directions():
+    x, v = pair(3, 2, k=4)
+    y, tangents = aajr.jvp(lambda x: x.exp().sum(0), (x,), (v,))
+    assert y.shape == (2,) and tangents.shape == (4, 2)
+    for i in range(4):
+        assert_exact(tangents[i], torch.func.jvp(lambda x: x.exp().sum(0), (x,), (v[i],))[1])
+    assert aajr.jvp(torch.exp, (x,), (v[:1],))[1].shape == (1, 3, 2)
+
+
+def test_jvp_is_differentiable_in_everything():
+    x, v = (t.requires_grad_() for t in pair(3))
+    w = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for jvp in (aajr.jvp, torch.func.jvp):
+        y, tangent = jvp(lambda x: torch.tanh(w @ x), (x,), (v[0],))
+        gradients.append(torch.autograd.grad(tangent.square().sum() + y.sum(), (x, v, w)))
+    for got, want in zip(*gradients):
+        assert_exact(got, want)
+
+
+@pytest.mark.parametrize(
+    ("primals", "tangents", "error", "message"),
+    [
+        (
+            torch.ones(2),
+            (torch.ones(2),),
+            TypeError,
+            r"non-empty tuples, got Tensor and tuple: write jvp\(func",
+        ),
+        ((), (), TypeError, "non-empty tuples"),
+        ((torch.ones(2),), ({"a": torch.ones(2)},), TypeError, "tangents must have the structure of primals"),
+        ((torch.ones(2),), (torch.ones(3),), ValueError, "v must have the shape of x"),
+        (
+            (torch.ones(2), torch.ones(2)),
+            (torch.ones(2, 2), torch.ones(3, 2)),
+            ValueError,
+            "with 2 and 3 tangents",
+        ),
+    ],
+)
+def test_wrong_arguments_of_jvp(primals, tangents, error, message):
+    with pytest.raises(error, match=message):
+        aajr.jvp(lambda *x: x[0], primals, tangents)
+
+
+# -- the graph --------------------------------------------------------------------------------------------------------
+
+
+def test_detach_and_data_are_the_plain_primal():
+    x = torch.randn(3, requires_grad=True)
+    d = dual(x, torch.ones(3))
+    for plain in (d.detach(), d.data, torch.detach(d)):
+        assert type(plain) is torch.Tensor and not plain.requires_grad and torch.equal(plain, x)
+    assert d.detach().data_ptr() == d.stacked.data_ptr()
+
+
+def test_no_grad_keeps_tangents():
+    x, w = torch.randn(3), torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        y = dual(x, torch.ones(3)) * w
+    assert is_dual(y) and not y.requires_grad and torch.equal(y.tangent, w)
+
+
+def test_inference_mode_keeps_tangents():
+    with torch.inference_mode():
+        d = dual(torch.randn(3), torch.ones(3))
+        y = torch.exp(d * 2)
+        assert is_dual(y) and y.is_inference() and y.tangent.abs().sum() > 0
+        assert d.stacked.is_inference()
+
+
+def test_requires_grad_and_grad():
+    d = number(3)
+    assert not d.requires_grad and d.grad is None and d.is_leaf
+    d.requires_grad_()
+    assert d.requires_grad and d.stacked.requires_grad
+    y = d * d
+    assert y.grad_fn is not None and not y.is_leaf
+    y.retain_grad()
+    (y.tangent.sum() + y.primal.sum()).backward()
+    assert is_dual(d.grad) and torch.equal(d.grad.primal, 2 * d.detach() + 2 * d.tangent)
+    assert torch.equal(d.grad.tangent, 2 * d.detach()) and torch.equal(
+        y.grad.stacked, torch.ones(2, 3).double()
+    )
+    d.requires_grad = False
+    assert not d.requires_grad
+
+
+def test_what_would_be_ambiguous_raises():
+    d = number(1).requires_grad_()
+    with pytest.raises(aajr.UnsupportedOperation, match=r"backward\(\) of a Dual is ambiguous"):
+        d.sum().backward()
+    with pytest.raises(aajr.UnsupportedOperation, match="register_hook on a Dual is ambiguous"):
+        d.register_hook(print)
+    with pytest.raises(aajr.UnsupportedOperation, match=r"torch\.add\(out=\.\.\.\) cannot write a Dual"):
+        torch.add(d, d, out=torch.empty(1))
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def test_a_function_applied_to_a_dual_raises_and_to_tensors_works():
+    number(1)
+    x = torch.tensor([3.0], requires_grad=True)
+    Square.apply(x).backward()
+    assert x.grad.item() == 6
+    for call in (lambda: Square.apply(number(2)), lambda: Square.apply([number(2)])):
+        with pytest.raises(
+            aajr.UnsupportedOperation, match=r"Square\.apply would drop the gradient of a Dual"
+        ):
+            call()
+
+
+def model_and_input():
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4), nn.Softmax(-1)
+    ).double()
+    return model, *pair(3, 4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_is_exact(dropout):
+    model, x, v = model_and_input()
+    model.insert(3, nn.Dropout(dropout))
+    outcomes = []
+    for run in (lambda d: model(d), lambda d: checkpoint(model, d, use_reentrant=False)):
+        torch.manual_seed(4)
+        leaves = [x.clone().requires_grad_(), v.clone().requires_grad_(), *model.parameters()]
+        y = run(dual(leaves[0], leaves[1]))
+        loss = y.tangent.square().sum() + y.primal[..., 0].sum()
+        outcomes.append((loss, *torch.autograd.grad(loss, leaves)))
+    for got, want in zip(*outcomes):
+        assert torch.equal(got, want)
+
+
+def test_reentrant_checkpointing_raises():
+    model, x, v = model_and_input()
+    with pytest.raises(aajr.UnsupportedOperation, match="use non-reentrant checkpointing"):
+        checkpoint(model, dual(x, v), use_reentrant=True)
+
+
+# -- storage ----------------------------------------------------------------------------------------------------------
+
+
+def test_in_place_returns_the_same_number():
+    d = number(3, k=2)
+    before, other = d.stacked.clone(), number(3, k=2)
+    e = d
+    e += other
+    assert e is d and torch.equal(d.stacked, before + other.stacked)
+    assert d.mul_(2) is d and torch.equal(d.stacked, 2 * (before + other.stacked))
+    d.copy_(torch.ones(3))
+    assert d.primal.eq(1).all() and not d.tangents.any()
+    d.fill_(2.0).zero_()
+    assert not d.stacked.any()
+
+
+def test_in_place_agrees_with_out_of_place_in_gradient():
+    x, v = (t.requires_grad_() for t in pair(4))
+    gradients = []
+    for function in (lambda d: d / d.sum(), lambda d: d.clone().div_(d.sum()), in_place_by_itself):
+        y = function(dual(x, v).exp())
+        gradients.append(torch.autograd.grad(y.tangent.square().sum() + y.primal[0], (x, v)))
+    for other in gradients[1:]:
+        for got, want in zip(other, gradients[0]):
+            assert_exact(got, want)
+
+
+def in_place_by_itself(d):
+    d /= d.sum()
+    return d
+
+
+def test_versions_are_counted():
+    x = torch.randn(3, requires_grad=True)
+    y = dual(x, torch.ones(3)) * 1.0
+    z = y * y  # keeps y for the backward
+    version = y._version
+    y.add_(1)
+    assert y._version == version + 1
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        z.tangent.sum().backward()
+
+
+def test_writes_through_a_view_of_a_view_reach_the_base():
+    d = number(4, 3, k=2)
+    before = d.stacked.clone()
+    d[1:].view(3, 3)[0].mul_(2)
+    before[:, 1] *= 2
+    assert torch.equal(d.stacked, before)
+    d.T[0].zero_()
+    before[:, :, 0] = 0
+    assert torch.equal(d.stacked, before)
+    for row in d.unbind(0):
+        row.add_(1)
+    before[0] += 1
+    assert torch.equal(d.stacked, before)
+    other = number(3, k=2)
+    d[2] = other
+    before[:, 2] = other.stacked
+    assert torch.equal(d.stacked, before)
+    d[0, 1:] = 5.0
+    before[0, 0, 1:], before[1:, 0, 1:] = 5.0, 0.0
+    assert torch.equal(d.stacked, before)
+
+
+def test_gradients_flow_through_writes_to_views():
+    x, v = (t.requires_grad_() for t in pair(4))
+
+    def function(x):
+        y = x * 2
+        y[1:][:2].mul_(x[0])
+        return y.square()
+
+    y, tangent = torch.func.jvp(function, (x,), (v[0],))
+    want = torch.autograd.grad(tangent.square().sum() + y.sum(), (x, v))
+    found = function(dual(x, v))
+    assert_exact(found.primal, y)
+    assert_exact(found.tangent, tangent)
+    for a, b in zip(torch.autograd.grad(found.tangent.square().sum() + found.primal.sum(), (x, v)), want):
+        assert_exact(a, b)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda buffer, d: buffer.copy_(d),
+        lambda buffer, d: buffer.add_(d),
+        pytest.param(
+            lambda buffer, d: operator.iadd(buffer, d),
+            marks=pytest.mark.xfail(
+                reason="Tensor.__iadd__ swallows every TypeError, and then `buffer += d` binds buffer + d"
+            ),
+        ),
+        lambda buffer, d: buffer.__setitem__(0, d[0]),
+        lambda buffer, d: buffer.index_add_(0, torch.tensor([0]), d[:1]),
+    ],
+)
+def test_a_plain_buffer_has_no_room_for_a_dual(write):
+    with pytest.raises(aajr.UnsupportedOperation, match="new_zeros"):
+        write(torch.zeros(3, dtype=torch.float64), number(3))
+
+
+def test_a_buffer_made_from_a_dual_has():
+    d = number(3)
+    buffer = d.new_zeros(2, 3)
+    buffer[1] = d
+    assert torch.equal(buffer[1].stacked, d.stacked) and not buffer[0].stacked.any()
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def small(x, v, weight):
+    d = dual(x, v)
+    y = F.linear(d, weight)
+    y = torch.tanh(y) * d + torch.softmax(y, -1).transpose(0, 1).reshape(y.shape)
+    return (y.tangents**2).sum() + y.primal.mean()
