@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
-LAYERS = {"runtime": 0, "dual": 1, "ops": 2, "rules": 3, "method": 4, "integrations": 5, "nn": 5, "cli": 6}
+LAYERS = {"runtime": 0, "dual": 1, "ops": 2, "rules": 3, "transforms": 3, "method": 4}
+LAYERS |= {"integrations": 5, "nn": 5, "cli": 6}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {
