@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -91,25 +91,25 @@ def attention(
     if not tangents and softcap is None:
         return _plain(q, k, v, mask, offset, window, scale, dropout)
     batch = q.shape[:-3]
-    q, k, v = runtime.autocast_low(*(_five_axes(stack_of(x)) for x in (q, k, v)))
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
+    qs, ks, vs = runtime.autocast_low(*(_five_axes(stack_of(x)) for x in (q, k, v)))
+    for name, x in (("k", ks), ("v", vs)):
+        if x.dtype != qs.dtype:
             raise TypeError(
-                f"attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}: cast one of them."
+                f"attention: {name} must have the dtype of q ({qs.dtype}), got {x.dtype}: cast one of them."
             )
-    mask = None if mask is None else _mask_five_axes(stack_of(mask), batch)
-    seed = int(torch.randint(1 << 62, (), device=q.device)) if dropout > 0 else 0
-    backend = runtime.select_backend("attention", q, k, v)
+    bias = None if mask is None else _mask_five_axes(stack_of(mask), batch)
+    seed = int(torch.randint(1 << 62, (), device=qs.device)) if dropout > 0 else 0
+    backend = runtime.select_backend("attention", qs, ks, vs)
     if runtime.recording():
-        pairs = _visible_pairs(queries, keys, offset, window) * q.shape[1] * q.shape[2]
-        runtime.record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (q.shape[-1] + v.shape[-1]))
+        pairs = _visible_pairs(queries, keys, offset, window) * qs.shape[1] * qs.shape[2]
+        runtime.record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (qs.shape[-1] + vs.shape[-1]))
     options = (scale, softcap, offset, window, dropout, seed)
-    out = AttentionFunction.apply(q, k, v, mask, options, backend)
+    out = AttentionFunction.apply(qs, ks, vs, bias, options, backend)
     out = out.reshape(out.shape[0], *batch, *out.shape[2:])
     return Dual(out) if tangents else out[0]
 
 
-def _check_tensors(q: object, k: object, v: object, mask: object) -> None:
+def _check_tensors(q: Any, k: Any, v: Any, mask: Any) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, (Tensor, Dual)):
             raise TypeError(f"attention: {name} must be a Tensor or a Dual, got {type(x).__name__}.")
@@ -122,7 +122,6 @@ def _check_tensors(q: object, k: object, v: object, mask: object) -> None:
                 f"attention: {name} must be [*batch, heads, positions, features], got {tuple(x.shape)}: add the axis "
                 "of heads with unsqueeze(-3)."
             )
-    assert isinstance(q, (Tensor, Dual)) and isinstance(k, (Tensor, Dual)) and isinstance(v, (Tensor, Dual))
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise ValueError(
@@ -180,9 +179,8 @@ def _check_options(
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, offset: int | None, window: int | None, scale: float,
-    dropout: float,
-) -> Tensor:  # fmt: skip
+    q: Any, k: Any, v: Any, mask: Any, offset: int | None, window: int | None, scale: float, dropout: float
+) -> Tensor:
     """torch's own attention of plain tensors."""
     gqa = q.shape[-3] != k.shape[-3]
     if mask is None and window is None and offset in (None, 0):

@@ -1,30 +1,30 @@
-"""Attention on stacked tensors in plain PyTorch: the specification of the op and its CPU implementation.
+"""Attention on stacked tensors in plain PyTorch: the specification of the op, tiled over blocks of query rows.
 
-With s the scale, cap(x) = c tanh(x / c) (or the identity), P = softmax(S) over the allowed keys and M the dropout
-mask with its factor 1 / (1 - p):
+With s the scale, cap(x) = c tanh(x / c) or the identity, P = softmax(S) over the allowed keys, and M the dropout mask
+with its factor 1 / (1 - p); a prime marks a tangent, tiles are multiplied elementwise where no ^T is near:
 
-    S0 = s Q K^T                      S0'_k = s (Q'_k K^T + Q K'_k^T)
-    S = cap(S0) + bias                S'_k = cap'(S0) S0'_k + bias'_k
-    mu_k = rowsum(P S'_k)             c_k = S'_k - mu_k
-    O = (P M) V                       O'_k = (P M c_k) V + (P M) V'_k
+    S0 = s Q K^T,  S = cap(S0) + bias          S0'_k = s (Q'_k K^T + Q K'_k^T),  S'_k = cap'(S0) S0'_k + bias'_k
+    O = (P M) V                                O'_k = (P M c_k) V + (P M) V'_k
+                                               with mu_k = rowsum(P S'_k), c_k = S'_k - mu_k
 
-(a prime on a matrix marks its tangent, products of tiles are elementwise). With G and H_k the cotangents of O and O'_k
-the reverse is
+With G and H_k the cotangents of O and O'_k, D1_k = rowsum(H_k O), D0 = rowsum(G O) + sum_k rowsum(H_k O'_k):
 
-    D1_k = rowsum(H_k O)              D0 = rowsum(G O) + sum_k rowsum(H_k O'_k)
-    dS'_k = P (M (H_k V^T) - D1_k)    dS = P (M (G V^T + sum_k H_k V'_k^T) - D0) + sum_k dS'_k c_k
-    dS0'_k = cap' dS'_k               dS0 = cap' dS + sum_k cap'' S0'_k dS'_k
-    dV = (P M)^T G + sum_k (P M c_k)^T H_k          dV'_k = (P M)^T H_k
-    dQ = s (dS0 K + sum_k dS0'_k K'_k)              dQ'_k = s dS0'_k K
-    dK = s (dS0^T Q + sum_k dS0'_k^T Q'_k)          dK'_k = s dS0'_k^T Q
+    dS'_k = P (M (H_k V^T) - D1_k)             dS = P (M (G V^T + sum_k H_k V'_k^T) - D0) + sum_k dS'_k c_k
+    dS0'_k = cap' dS'_k                        dS0 = cap' dS + sum_k cap'' S0'_k dS'_k
+    dV'_k = (P M)^T H_k                        dV = (P M)^T G + sum_k (P M c_k)^T H_k
+    dQ'_k = s dS0'_k K                         dQ = s (dS0 K + sum_k dS0'_k K'_k)
+    dK'_k = s dS0'_k^T Q                       dK = s (dS0^T Q + sum_k dS0'_k^T Q'_k)
 
-Both passes walk over blocks of query rows; a tile holds the scores of one block against the keys it may see, so memory
-is linear in the sequence length. All rows of the query heads that share a key head form one matrix, so keys are never
-repeated. Row constants (-shift, -mu, -D0, -D1) ride along as one more column of a product whose other side is a column
-of ones, which saves a pass over the tile. Tiles are float32 (float64 for float64 inputs).
+and dS, dS'_k are the gradients of the bias and its tangents. With tau = tanh(S0 / c): cap' = 1 - tau^2 and
+cap'' = -2 tau cap' / c.
 
-Saved for the backward: the output, and per row the softmax's shift and 1 / normaliser, and mu. A row without an allowed
-key has shift +inf and normaliser 0: its output and all its gradients are zero.
+A tile holds the scores of one block against the keys that it may see, so memory is linear in the sequence length. The
+rows of all query heads that share a key head form one matrix, so keys are never repeated. Row constants (-shift, -mu,
+-D0, -D1) ride along as one more column of a product whose other side is a column of ones, which saves a pass over the
+tile. Tiles are float32 (float64 for float64 inputs).
+
+Saved for the backward: the output and, per row, shift (the largest score), norm (1 / sum of the exponentials) and mu.
+A row without an allowed key has shift +inf and norm 0: its output and all its gradients are zero.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 # Tiles hold about this many numbers: a few of them stay in the caches of a CPU, a GPU wants fewer, larger launches.
-_TILE_NUMEL = 1 << 19
+_TILE_NUMEL = 1 << 20
 _TILE_NUMEL_GPU = 1 << 25
 # Rows of a tile (query heads of a group times query positions): fewer starve the matrix products, more waste work
 # above the diagonal of a causal tile.
@@ -90,6 +90,10 @@ class _Block:
         """``[batch, rows, x]`` as ``[b, h, G, positions, x]``."""
         return tile.view(*self.shape, tile.shape[-1])
 
+    def take(self, x: Tensor) -> Tensor:
+        """The block of ``[B, HK, G, N, ..]`` as ``[batch, rows, ..]``."""
+        return x[self.rows].flatten(0, 1).flatten(1, 2)
+
     def part(self, mask: Tensor) -> Tensor:
         """The block of ``[B|1, HK|1, G|1, N|1, M|1]``."""
         index = (*self.rows, self.keys)
@@ -101,7 +105,7 @@ class _Block:
         part.add_(self.ungroup(tile).sum_to_size(part.shape))
 
 
-class _Problem:
+class _Tiles:
     """Grouped views of the inputs, the tiling, and the tiles that forward and backward share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> None:
@@ -117,9 +121,12 @@ class _Problem:
         if mask is not None:
             mask = self.grouped(mask)
             self.bias, self.allowed = (None, mask[0]) if mask.dtype == torch.bool else (mask, None)
-        self.bias_tan = self.bias is not None and self.bias.shape[0] > 1
+        self.has_q, self.has_k, self.has_v = (x.shape[0] > 1 for x in (q, k, v))
+        self.has_bias = self.bias is not None and self.bias.shape[0] > 1
         # whether the scores have tangents; if not, only the values do, and c_k = 0
-        self.score_tan = q.shape[0] > 1 or k.shape[0] > 1 or self.bias_tan
+        self.has_scores = self.has_q or self.has_k or self.has_bias
+        # in [K'_k | K | 1] the ones are next to the keys in use if the queries have tangents; a cap acts before mu
+        self.rides = self.has_q and options.softcap is None
         # exp2 is cheaper than exp, but a bias near the largest number must not be multiplied by log2(e)
         self.unit, self.exp_ = (_LOG2E, torch.exp2_) if self.bias is None else (1.0, torch.exp_)
         self.generator = None
@@ -236,45 +243,36 @@ class _Problem:
             s[..., : stop - at.low].masked_fill_(earlier, -math.inf)
 
     def slope(self, tau: Tensor | None) -> Tensor | None:
-        """cap' = 1 - tanh^2."""
+        """cap' = 1 - tau^2."""
         return (
             None if tau is None else torch.mul(tau, tau, out=self.tile("slope", *tau.shape)).neg_().add_(1.0)
         )
 
-    def score_tangent(
-        self, at: _Block, keys: list[Tensor], j: int, slope: Tensor | None, mu: Tensor | None = None,
-        bend: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """S'_j (less mu), and the rows [s Q | s Q'_j] it was made of, each half only if its partner has tangents.
+    def tangent(self, at: _Block, keys: list[Tensor], j: int, mu: Tensor | None) -> tuple[Tensor, Tensor]:
+        """S0'_j (less mu, if that can ride along), and the rows [s Q | s Q'_j] it was made of.
 
-        With a softcap, ``bend = (sum, weight)`` adds S0'_j times the weight to the sum.
+        Of the rows, a half is there only if its partner has tangents.
         """
-        parts = [self.q[0]] if self.k.shape[0] > 1 else []
-        parts += [self.q[1 + j]] if self.q.shape[0] > 1 else []
-        if parts:
-            # the column of ones is next to the keys that are used if the queries have tangents
-            column = -mu if mu is not None and slope is None and self.q.shape[0] > 1 else None
-            mu = None if column is not None else mu
-            packed = self.pack("qs", [part[at.rows] for part in parts], self.options.scale, column)
-            partner = keys[min(j, len(keys) - 1)][:, at.keys, : packed.shape[-1]]
-            c = self.product("c", packed, partner.mT)
-            rows = packed[..., : len(parts) * self.D]
-            if slope is not None:
-                if bend is not None:
-                    bend[0].addcmul_(c, bend[1])
-                c.mul_(slope)
-        else:
-            rows, c = (
-                None,
-                self.tile(
-                    "c", at.shape[0] * at.shape[1], at.shape[2] * at.shape[3], at.high - at.low
-                ).zero_(),
-            )
-        if self.bias_tan:
+        parts = ([self.q[0]] if self.has_k else []) + ([self.q[1 + j]] if self.has_q else [])
+        if not parts:
+            shape = (at.shape[0] * at.shape[1], at.shape[2] * at.shape[3], at.high - at.low)
+            return self.tile("c", *shape).zero_(), self.q.new_empty(0)
+        column = -mu if mu is not None and self.rides else None
+        rows = self.pack("qs", [part[at.rows] for part in parts], self.options.scale, column)
+        c = self.product("c", rows, self.partner(at, keys, j, rows.shape[-1]).mT)
+        return c, rows[..., : len(parts) * self.D]
+
+    def partner(self, at: _Block, keys: list[Tensor], j: int, width: int) -> Tensor:
+        """The columns of [K'_j | K | 1] that meet the rows of :meth:`tangent`."""
+        return keys[j if self.has_k else 0][:, at.keys, :width]
+
+    def finish_(self, c: Tensor, at: _Block, j: int, slope: Tensor | None, mu: Tensor | None) -> Tensor:
+        """Make S0'_j into S'_j (less mu)."""
+        if slope is not None:
+            c.mul_(slope)
+        if self.bias is not None and self.bias.shape[0] > 1:
             at.ungroup(c).add_(at.part(self.bias[1 + j]))
-        if mu is not None:
-            c.sub_(mu.unsqueeze(-1))
-        return c, rows
+        return c if mu is None or self.rides else c.sub_(mu.unsqueeze(-1))
 
     def weighted(self, name: str, rows: Tensor, values: Tensor, p: Tensor, drop: Tensor | None) -> Tensor:
         """P (M (rows values^T) - d) from rows [.. | -d] and values [.. | 1]."""
@@ -312,38 +310,38 @@ def attention_fwd(
         out ``[1+K, B, H, N, V]`` in the dtype of q, and for the backward shift ``[B, H, N]``, norm ``[B, H, N]`` and
         mu ``[K | 0, B, H, N]`` in float32 (float64 for float64).
     """
-    problem = _Problem(q, k, v, mask, options)
-    B, HK, G, N, V, K = problem.B, problem.HK, problem.G, problem.N, problem.V, problem.K
+    t = _Tiles(q, k, v, mask, options)
+    B, HK, G, N, V, K = t.B, t.HK, t.G, t.N, t.V, t.K
     out = q.new_zeros(1 + K, B, HK, G, N, V)
-    shift = torch.full((B, HK, G, N), math.inf, dtype=problem.dtype, device=q.device)
+    shift = torch.full((B, HK, G, N), math.inf, dtype=t.dtype, device=q.device)
     norm = torch.zeros_like(shift)
-    mu = shift.new_zeros(K if problem.score_tan else 0, B, HK, G, N)
-    for b, h, blocks in problem.plan():
-        keys, values = problem.keys(b, h), problem.values(b, h)
+    mu = shift.new_zeros(K if t.has_scores else 0, B, HK, G, N)
+    for b, h, blocks in t.plan():
+        keys, values = t.keys(b, h), t.values(b, h)
         for at in blocks:
-            p, tau = problem.scores(at, keys[0], None)
-            slope = problem.slope(tau)
+            p, tau = t.scores(at, keys[0], None)
+            slope = t.slope(tau)
             top = p.amax(-1, keepdim=True)
             top.masked_fill_(top == -math.inf, 0.0)
-            problem.exp_(p.sub_(top))
+            t.exp_(p.sub_(top))
             total = p.sum(-1, keepdim=True)
             scaled = total.reciprocal().masked_fill_(total == 0, 0.0)
             norm[at.rows] = at.ungroup(scaled).squeeze(-1)
             shift[at.rows] = at.ungroup(top.masked_fill(total == 0, math.inf)).squeeze(-1)
-            drop = problem.dropped(p)
-            kept = p if drop is None else torch.mul(p, drop, out=problem.tile("kept", *p.shape))
-            both = problem.product("pv", kept, values[:, at.keys, :-1]).mul_(scaled)
+            drop = t.dropped(p)
+            kept = p if drop is None else torch.mul(p, drop, out=t.tile("kept", *p.shape))
+            both = t.product("pv", kept, values[:, at.keys, :-1]).mul_(scaled)
             primal = both[..., -V:]
             out[0][at.rows] = at.ungroup(primal)
             for j in range(K):
-                tangent = both[..., j * V : (j + 1) * V] if v.shape[0] > 1 else None
-                if problem.score_tan:
-                    c, _ = problem.score_tangent(at, keys, j, slope)
-                    c.mul_(p)
+                tangent = both[..., j * V : (j + 1) * V] if t.has_v else None
+                if t.has_scores:
+                    c, _ = t.tangent(at, keys, j, None)
+                    t.finish_(c, at, j, slope, None).mul_(p)
                     mean = c.sum(-1, keepdim=True).mul_(scaled)
                     mu[j][at.rows] = at.ungroup(mean).squeeze(-1)
                     c = c if drop is None else c.mul_(drop)
-                    moved = problem.product("cv", c, values[:, at.keys, -V - 1 : -1]).mul_(scaled)
+                    moved = t.product("cv", c, values[:, at.keys, -V - 1 : -1]).mul_(scaled)
                     moved.addcmul_(mean, primal, value=-1.0)
                     tangent = moved if tangent is None else moved.add_(tangent)
                 if tangent is not None:
@@ -375,88 +373,87 @@ def attention_bwd(
     Returns:
         For each of q, k, v, mask a tensor of its shape and dtype, or None where it is not needed.
     """
-    problem = _Problem(q, k, v, mask, options)
-    V, K = problem.V, problem.K
+    t = _Tiles(q, k, v, mask, options)
+    D, V = t.D, t.V
     need_q, need_k, need_v, need_bias = needs
-    need_score = need_q or need_k or need_bias
-    has_q, has_k, has_v = (x.shape[0] > 1 for x in (q, k, v))
-    out_bar, out = (x.unflatten(2, (problem.HK, problem.G)) for x in (out_bar, out))
-    shift, norm, mu = (x.unflatten(-2, (problem.HK, problem.G)) for x in (shift, norm, mu))
-    q_bar = torch.zeros_like(problem.q, memory_format=torch.contiguous_format) if need_q else None
-    k_bar = torch.zeros_like(k, memory_format=torch.contiguous_format) if need_k else None
-    v_bar = torch.zeros_like(v, memory_format=torch.contiguous_format) if need_v else None
-    bias_bar = torch.zeros_like(problem.bias, dtype=problem.dtype) if need_bias else None
-    for b, h, blocks in problem.plan():
-        keys, values = problem.keys(b, h), problem.values(b, h)
-        # accumulated transposed, [.., features, keys]: the faster shape of product
-        k_acc = values.new_zeros(k.shape[0], keys[0].shape[0], problem.D, problem.M) if need_k else None
-        v_acc = values.new_zeros(values.shape[0], v.shape[0] * V, problem.M) if need_v else None
+    need_scores = need_q or need_k or need_bias
+    out_bar, out = (x.unflatten(2, (t.HK, t.G)) for x in (out_bar, out))
+    shift, norm, mu = (x.unflatten(-2, (t.HK, t.G)) for x in (shift, norm, mu))
+    empty, dense = q.new_empty(0), torch.contiguous_format
+    q_bar = torch.zeros_like(t.q, memory_format=dense) if need_q else empty
+    k_bar = torch.zeros_like(k, memory_format=dense) if need_k else empty
+    v_bar = torch.zeros_like(v, memory_format=dense) if need_v else empty
+    bias_bar = torch.zeros_like(t.bias, dtype=t.dtype) if need_bias and t.bias is not None else empty
+    for b, h, blocks in t.plan():
+        keys, values = t.keys(b, h), t.values(b, h)
+        # transposed, [.., features, keys]: the faster shape of product; the values' primal comes last
+        k_acc = values.new_zeros(k.shape[0], values.shape[0], D, t.M) if need_k else empty
+        v_acc = values.new_zeros(values.shape[0], v.shape[0] * V, t.M) if need_v else empty
         for at in blocks:
-            rows = lambda x: x[at.rows].flatten(0, 1).flatten(1, 2)  # noqa: E731
-            p, tau = problem.scores(at, keys[0], rows(shift))
-            slope = problem.slope(tau)
-            problem.exp_(p)  # not normalised: the cotangents take the factor instead
-            drop = problem.dropped(p)
-            kept = p if drop is None else torch.mul(p, drop, out=problem.tile("kept", *p.shape))
-            g = [rows(x).to(problem.dtype) * rows(norm).unsqueeze(-1) for x in out_bar]
-            o = [rows(x).to(problem.dtype) for x in out]
-            d0 = torch.stack([(x * y).sum(-1) for x, y in zip(g, o, strict=True)]).sum(0)
-            packed = problem.pack("g", [at.ungroup(x) for x in (*(g[1:] if has_v else ()), g[0])], column=-d0)
+            p, tau = t.scores(at, keys[0], at.take(shift))
+            slope = t.slope(tau)
+            t.exp_(p)  # not normalised: the cotangents take the factor instead
+            drop = t.dropped(p)
+            kept = p if drop is None else torch.mul(p, drop, out=t.tile("kept", *p.shape))
+            factor = at.take(norm).unsqueeze(-1)
+            g = [at.take(x).to(t.dtype) * factor for x in out_bar]
+            o = [at.take(x).to(t.dtype) for x in out]
+            d0 = torch.stack([(x * y).sum(-1) for x, y in zip(g, o)]).sum(0)
+            rows = t.pack("g", [at.ungroup(x) for x in (g[1:] if t.has_v else []) + g[:1]], column=-d0)
             if need_v:
-                v_acc[..., at.keys] += problem.product("dv", packed[..., :-1].mT, kept)
-            if need_score:
-                s_bar = problem.weighted("s_bar", packed, values[:, at.keys], p, drop)
-                bend = (problem.tile("bend", *p.shape).zero_(), None) if slope is not None else None
-            if need_q:
-                dq = problem.tile("dq", *p.shape[:2], problem.D).zero_()
-            for j in range(K if problem.score_tan else 0):
-                if need_score:
-                    packed = problem.pack("h", [at.ungroup(g[1 + j])], column=-(g[1 + j] * o[0]).sum(-1))
-                    t_bar = problem.weighted("t_bar", packed, values[:, at.keys, -V - 1 :], p, drop)
-                    bend = None if slope is None else (bend[0], t_bar)
-                c, parts = problem.score_tangent(
-                    at, keys, j, slope, rows(mu[j]), bend if need_score else None
-                )
-                if need_score:
-                    s_bar.addcmul_(t_bar, c)
+                v_acc[..., at.keys] += t.product("dv", rows[..., :-1].mT, kept)
+            s_bar = t.weighted("s_bar", rows, values[:, at.keys], p, drop) if need_scores else empty
+            bend = None if tau is None else t.tile("bend", *p.shape).zero_()
+            dq = t.tile("dq", *p.shape[:2], D).zero_()
+            for j in range(t.K if t.has_scores else 0):
+                h_j, mu_j = g[1 + j], at.take(mu[j])
+                c, rows = t.tangent(at, keys, j, mu_j)
+                if need_scores:
+                    packed = t.pack("h", [at.ungroup(h_j)], column=-(h_j * o[0]).sum(-1))
+                    t_bar = t.weighted("t_bar", packed, values[:, at.keys, -V - 1 :], p, drop)
+                    if bend is not None:
+                        bend.addcmul_(c, t_bar)
+                    s_bar.addcmul_(t_bar, t.finish_(c, at, j, slope, mu_j))
+                else:
+                    t.finish_(c, at, j, slope, mu_j)
                 if need_v:
-                    v_acc[:, -V:, at.keys] += problem.product("dv", g[1 + j].mT, c.mul_(kept))
-                if not need_score:
+                    v_acc[:, -V:, at.keys] += t.product("dv", h_j.mT, c.mul_(kept))
+                if not need_scores:
                     continue
-                if need_bias and problem.bias_tan:
+                if need_bias and t.has_bias:
                     at.add_part_(bias_bar[1 + j], t_bar)
                 if slope is not None:
                     t_bar.mul_(slope)
-                if need_q and parts is not None:
-                    partner = keys[min(j, len(keys) - 1)][:, at.keys, : parts.shape[-1]]
-                    grad = problem.product("dqj", t_bar, partner)
-                    if has_k:
-                        dq += grad[..., : problem.D]
-                    if has_q:
-                        q_bar[1 + j][at.rows] = at.ungroup(grad[..., -problem.D :] * options.scale)
-                if need_k and parts is not None:
-                    grad = problem.product("dkj", parts.mT, t_bar)
-                    if has_k:
-                        k_acc[1 + j][..., at.keys] += grad[:, : problem.D]
-                    if has_q:
-                        k_acc[0][..., at.keys] += grad[:, -problem.D :]
+                if need_q and rows.numel():
+                    grad = t.product("dqj", t_bar, t.partner(at, keys, j, rows.shape[-1]))
+                    if t.has_k:
+                        dq += grad[..., :D]
+                    if t.has_q:
+                        q_bar[1 + j][at.rows] = at.ungroup(grad[..., -D:] * options.scale)
+                if need_k and rows.numel():
+                    grad = t.product("dkj", rows.mT, t_bar)
+                    if t.has_k:
+                        k_acc[1 + j][..., at.keys] += grad[:, :D]
+                    if t.has_q:
+                        k_acc[0][..., at.keys] += grad[:, -D:]
             if need_bias:
                 at.add_part_(bias_bar[0], s_bar)
-            if need_score and slope is not None:
-                s_bar.addcmul_(tau, bend[0], value=-2.0 / options.softcap).mul_(slope)
+            if need_scores and slope is not None and options.softcap is not None:
+                s_bar.addcmul_(tau, bend, value=-2.0 / options.softcap).mul_(slope)
             if need_q:
-                dq.baddbmm_(s_bar, keys[0][:, at.keys, -problem.D - 1 : -1])
+                dq.baddbmm_(s_bar, keys[0][:, at.keys, -D - 1 : -1])
                 q_bar[0][at.rows] = at.ungroup(dq.mul_(options.scale))
             if need_k:
-                primal = problem.pack("q", [problem.q[0][at.rows]], options.scale)
-                k_acc[0][..., at.keys] += problem.product("dk", primal.mT, s_bar)
-        if need_k:
-            for j in range(k.shape[0]):
-                k_bar[j, b, h] = k_acc[j].mT.unflatten(0, (-1, h.stop - h.start))
-        if need_v:
-            for j in range(v.shape[0]):
-                part = v_acc[:, (j - 1) % v.shape[0] * V :][:, :V]  # the primal comes last
-                v_bar[j, b, h] = part.mT.unflatten(0, (-1, h.stop - h.start))
-    if need_bias:
-        bias_bar = bias_bar.reshape(mask.shape).to(mask.dtype)
-    return None if q_bar is None else q_bar.flatten(2, 3), k_bar, v_bar, bias_bar
+                rows = t.pack("q", [t.q[0][at.rows]], options.scale)
+                k_acc[0][..., at.keys] += t.product("dk", rows.mT, s_bar)
+        for j in range(k.shape[0] if need_k else 0):
+            k_bar[j, b, h] = k_acc[j].mT.unflatten(0, (-1, h.stop - h.start))
+        for j in range(v.shape[0] if need_v else 0):
+            part = v_acc[:, (j - 1) % v.shape[0] * V :][:, :V]
+            v_bar[j, b, h] = part.mT.unflatten(0, (-1, h.stop - h.start))
+    return (
+        q_bar.flatten(2, 3) if need_q else None,
+        k_bar if need_k else None,
+        v_bar if need_v else None,
+        bias_bar.reshape(mask.shape).to(mask.dtype) if need_bias and mask is not None else None,
+    )
