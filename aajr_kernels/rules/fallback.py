@@ -5,7 +5,7 @@ upstream for some functions, so a name stands here only because the sweep in ``t
 compares value, tangent and every gradient with finite differences. Never to be listed: layer_norm, native_layer_norm,
 instance_norm and batch_norm (their reverse-over-forward is wrong; they have rules), linalg solve, det, slogdet and
 logdet, scatter_reduce with prod, attention, opaque custom operators; nor what the sweep found: cholesky_inverse and
-householder_product (wrong), eigh (NaN through the vectors) and the Bessel functions (a tangent of zeros without a word).
+householder_product (wrong), eigh (NaN through its vectors), Bessel functions (a tangent of zeros without a word).
 """
 
 from __future__ import annotations
