@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -158,8 +159,7 @@ _DECODERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 def _from_config(config_class: str, model_class: str, options: dict[str, Any], attention: str) -> nn.Module:
-    import transformers
-
+    transformers = pytest.importorskip("transformers", minversion="5.0")
     config = getattr(transformers, config_class)(**options)
     config._attn_implementation = attention
     model = getattr(transformers, model_class)(config)
