@@ -43,7 +43,7 @@ format: $(SETUP)  ## apply ruff's format and safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-gpu-check: $(SETUP)  ## the GPU tests in parts of under ten minutes (PART=2/4 runs one); exit 3 without a GPU
+gpu-check: $(SETUP)  ## the GPU tests in parts of under ten minutes (PART=2/4 runs one); fails without a GPU
 	$(PY) scripts/gpu_check.py $(if $(PART),--part $(PART))
 
 dist: $(SETUP)  ## source archive and wheel in dist/, checked

@@ -191,9 +191,9 @@ def read_stamp() -> dict[str, str]:
 
 
 def size_of(folder: Path) -> float:
-    """Size of a folder in GB."""
+    """Size of a folder in MB."""
     files = (Path(path, name) for path, _, names in os.walk(folder) for name in names)
-    return sum(file.lstat().st_size for file in files) / 1e9
+    return sum(file.lstat().st_size for file in files) / 1e6
 
 
 def native_status() -> str:
@@ -228,7 +228,7 @@ def refresh(wanted: dict[str, str], force: bool) -> None:
             pip("--no-deps", "--requirement", "requirements/data.txt")
     STAMP.write_text(json.dumps(wanted, indent=1))
     say(native_status())
-    say(f"ready in {time.monotonic() - start:.0f} s; {VENV.name} holds {size_of(VENV):.1f} GB")
+    say(f"ready in {time.monotonic() - start:.0f} s; {VENV.name} holds {size_of(VENV):,.0f} MB")
 
 
 def main() -> None:
