@@ -1,0 +1,81 @@
+"""Wall time and peak memory of one call, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATM = Path("/proc/self/statm")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call took.
+
+    Attributes:
+        seconds: wall time.
+        peak_bytes: peak memory above that in use before the call; None where the system does not tell.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+
+
+def _resident() -> int:
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _return_freed_memory() -> None:
+    """Hand freed heap pages back, so that the next call does not live on what the last one left."""
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+class _PeakSampler(threading.Thread):
+    """Watches the resident memory of this process from the side, every two milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes = self.peak_bytes = _resident()
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak_bytes = max(self.peak_bytes, _resident())
+
+    def finish(self) -> int:
+        self._done.set()
+        self.join()
+        return max(self.peak_bytes, _resident()) - self.start_bytes
+
+
+def measure(call: Callable[[], Any], device: torch.device) -> tuple[Any, Cost]:
+    """Run `call` once; its result and what it took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        start = time.perf_counter()
+        result = call()
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        return result, Cost(seconds, torch.cuda.max_memory_allocated(device) - before)
+    sampler = None
+    if _STATM.exists():
+        _return_freed_memory()
+        sampler = _PeakSampler()
+        sampler.start()
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    return result, Cost(seconds, None if sampler is None else sampler.finish())
