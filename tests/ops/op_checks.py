@@ -26,7 +26,9 @@ def entered(stack: Tensor) -> Any:
     return Dual(stack) if stack.shape[0] > 1 else stack[0]
 
 
-def forward_mode(formula: Callable[..., Tensor], inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+def forward_mode(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], params: Sequence[Tensor]
+) -> Tensor:
     """Stacked value and tangents of ``formula(*primals, *params)`` by one ``torch.func.jvp`` a tangent."""
     k = max(s.shape[0] for s in inputs) - 1
     moving = [i for i, s in enumerate(inputs) if s.shape[0] > 1]
@@ -38,7 +40,9 @@ def forward_mode(formula: Callable[..., Tensor], inputs: Sequence[Tensor], param
         return formula(*primals, *params)
 
     results = [
-        torch.func.jvp(of_moving, tuple(inputs[i][0] for i in moving), tuple(inputs[i][1 + j] for i in moving))
+        torch.func.jvp(
+            of_moving, tuple(inputs[i][0] for i in moving), tuple(inputs[i][1 + j] for i in moving)
+        )
         for j in range(k)
     ]
     return torch.stack([results[0][0]] + [tangent for _, tangent in results])

@@ -85,7 +85,9 @@ def test_negative_tail_keeps_its_digits():
     for name in ("gelu", "silu", "gelu_tanh"):
         exact = FORMULAS[name](x[0].double())
         if name == "gelu_tanh":
-            exact = x[0].double() * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (-5.0 - 0.044715 * 125.0) * exact**0)
+            exact = x[0].double() * torch.sigmoid(
+                2.0 * math.sqrt(2.0 / math.pi) * (-5.0 - 0.044715 * 125.0) * exact**0
+            )
         assert_exact(activation(name)(Dual(x)).primal, exact, name, tolerance=1e-5)
 
 

@@ -121,7 +121,11 @@ def test_coverage_counts_the_product():
         (dict(weight=torch.zeros(2, 4, 5)), ValueError, "weight"),
         (dict(weight=torch.zeros(4, 5), bias=torch.zeros(5)), ValueError, "bias must have shape"),
         (dict(weight=torch.zeros(4, 5).double()), RuntimeError, "weight must have the dtype of x"),
-        (dict(weight=torch.zeros(4, 5), bias=torch.zeros(4).double()), RuntimeError, "bias must have the dtype"),
+        (
+            dict(weight=torch.zeros(4, 5), bias=torch.zeros(4).double()),
+            RuntimeError,
+            "bias must have the dtype",
+        ),
         (dict(weight=dual(torch.zeros(4, 5), torch.zeros(4, 5))), UnsupportedOperation, "weight is a Dual"),
     ],
 )

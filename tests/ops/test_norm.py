@@ -65,11 +65,21 @@ def test_layer_norm_of_one_feature_is_its_bias():
 
 
 def test_layer_norm_bias_without_weight():
-    check(lambda x, b: layer_norm(x, 7, None, b), lambda x, b: layer_formula(eps=1e-5)(x, None, b), [stacks(3, 7)], weights(7))
+    check(
+        lambda x, b: layer_norm(x, 7, None, b),
+        lambda x, b: layer_formula(eps=1e-5)(x, None, b),
+        [stacks(3, 7)],
+        weights(7),
+    )
 
 
 def test_offset_of_the_weight():
-    check(lambda x, w: rms_norm(x, 9, w, EPS, offset=1.0), rms_formula(offset=1.0), [stacks(3, 9, k=2)], weights(9))
+    check(
+        lambda x, w: rms_norm(x, 9, w, EPS, offset=1.0),
+        rms_formula(offset=1.0),
+        [stacks(3, 9, k=2)],
+        weights(9),
+    )
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (3, 4, 5)])
@@ -131,7 +141,14 @@ def test_low_dtypes(dtype):
         return lambda x, *w: formula(x.float(), *(v.float() for v in w)).to(x.dtype)
 
     x = stacks(31, 96, k=2, scale=3.0)
-    check_low(lambda x, w: rms_norm(x, 96, w, EPS), in_float32(rms_formula()), [x], weights(96), dtype, rms_formula())
+    check_low(
+        lambda x, w: rms_norm(x, 96, w, EPS),
+        in_float32(rms_formula()),
+        [x],
+        weights(96),
+        dtype,
+        rms_formula(),
+    )
     op, formula = lambda x, w, b: layer_norm(x, 96, w, b, EPS), layer_formula()
     check_low(op, in_float32(formula), [x], weights(96, count=2), dtype, formula)
 
@@ -165,7 +182,9 @@ def test_stock_layer_norm_gradient_is_wrong_and_ours_right():
     stock = lambda x, w, b: F.layer_norm(x, (8,), w, b)
     _, wrong = outcome(lambda s, p: forward_mode(stock, s, p), [x], [w, b], cotangent)
     assert_exact(ours[0], right[0], tolerance=1e-12)
-    assert relative_error(wrong[0], right[0]) > 0.01, "PyTorch has repaired layer_norm: the warning in the docs can go"
+    assert relative_error(wrong[0], right[0]) > 0.01, (
+        "PyTorch has repaired layer_norm: the warning in the docs can go"
+    )
 
 
 def test_finite_differences_of_the_squared_tangent():
@@ -227,8 +246,16 @@ def test_coverage():
         (lambda x: layer_norm(x, 5, None, torch.ones(4)), ValueError, "bias must have shape"),
         (lambda x: layer_norm(x, 5, torch.ones(5).double()), RuntimeError, "weight must have the dtype of x"),
         (lambda x: rms_norm(x, 5, offset=1.0), ValueError, "offset is 1.0 but weight is None"),
-        (lambda x: rms_norm(x, 5, dual(torch.ones(5), torch.ones(5))), UnsupportedOperation, "weight is a Dual"),
-        (lambda x: layer_norm(x, 5, None, dual(torch.ones(5), torch.ones(5))), UnsupportedOperation, "bias is a"),
+        (
+            lambda x: rms_norm(x, 5, dual(torch.ones(5), torch.ones(5))),
+            UnsupportedOperation,
+            "weight is a Dual",
+        ),
+        (
+            lambda x: layer_norm(x, 5, None, dual(torch.ones(5), torch.ones(5))),
+            UnsupportedOperation,
+            "bias is a",
+        ),
     ],
 )
 def test_errors(call, error, words):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
@@ -22,7 +21,7 @@ class PointwiseFunction(torch.autograd.Function):
         return runtime.implementation("activation", backend).pointwise_fwd(x, kind)
 
     @staticmethod
-    @once_differentiable
+    @runtime.first_order
     def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
         if y_bar is None:
             return None, None, None
@@ -41,7 +40,7 @@ class GatedFunction(torch.autograd.Function):
         return runtime.implementation("activation", backend).gated_fwd(gate, up, kind)
 
     @staticmethod
-    @once_differentiable
+    @runtime.first_order
     def backward(ctx: Any, h_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if h_bar is None:
             return None, None, None, None

@@ -62,7 +62,7 @@ def _x_sigmoid(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ..
         w2 = near * (12.0 * _GELU_SCALE * _GELU_CUBIC)
     else:
         w1, w2 = (_QUICK, 0.0) if kind == "quick_gelu" else (1.0, 0.0)
-        w = x * w1
+        w = x * w1 if w1 != 1.0 else x
     p, rest = w.sigmoid(), w.neg().sigmoid_()
     slope = p * rest  # not p(1 − p): x w'² enlarges what cancels in 1 − p
     first = p + x * slope * w1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
@@ -37,7 +36,7 @@ class HeadFunction(torch.autograd.Function):
         return q, nll
 
     @staticmethod
-    @once_differentiable
+    @runtime.first_order
     def backward(
         ctx: Any, q_bar: torch.Tensor | None, nll_bar: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
@@ -26,7 +25,7 @@ class LinearFunction(torch.autograd.Function):
             return runtime.implementation("linear", backend).linear_fwd(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @runtime.first_order
     def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if y_bar is None:
             return None, None, None, None

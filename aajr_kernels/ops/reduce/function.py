@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
@@ -23,7 +22,7 @@ class SensitivityFunction(torch.autograd.Function):
             return runtime.implementation("reduce", backend).sensitivity_fwd(y, metric)
 
     @staticmethod
-    @once_differentiable
+    @runtime.first_order
     def backward(ctx: Any, q_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
         if q_bar is None:
             return None, None, None

@@ -1,0 +1,98 @@
+"""Sensitivities of outputs that are in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from budgets import assert_exact, assert_within_budget
+from ops.op_checks import outcome, stacks
+from oracle import metric_values
+
+from aajr_kernels import Dual, coverage
+from aajr_kernels.ops.reduce import METRICS, sensitivity
+
+
+def both(y, metric, dtype=torch.float64):
+    """(q, gradient) of ours in `dtype`, of autograd through the written-out metric in `dtype`, and in float64."""
+    y = y.to(dtype)
+    q_bar = torch.randn(y.shape[0] - 1, *y.shape[1:-1], dtype=torch.float64)
+    written = lambda s, p: metric_values(s[0][0], s[0][1:], metric)
+    ours = outcome(lambda s, p: sensitivity(Dual(s[0]), metric), [y], [], q_bar)
+    return ours, outcome(written, [y], [], q_bar), outcome(written, [y.double()], [], q_bar)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("shape", [(7,), (5, 37), (2, 3, 252), (4, 1)])
+def test_against_autograd(metric, k, shape):
+    ours, _, exact = both(stacks(*shape, k=k, scale=2.0), metric)
+    assert ours[0].shape == (k, *shape[:-1])
+    assert_exact(ours[0], exact[0], tolerance=1e-12, floor=1e-12)
+    assert_exact(ours[1][0], exact[1][0], tolerance=1e-12, floor=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_dtypes(metric, dtype):
+    ours, eager, exact = both(stacks(5, 63, k=2, scale=2.0), metric, dtype)
+    assert ours[0].dtype == torch.float32 and ours[1][0].dtype == dtype
+    assert_within_budget(ours[0], eager[0], exact[0], "q")
+    assert_within_budget(ours[1][0], eager[1][0], exact[1][0], "gradient")
+
+
+@pytest.mark.parametrize("metric", ["fisher", "probs"])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3])
+def test_a_common_offset_of_the_tangent_drops_out(metric, offset):
+    y = torch.randn(2, 6, 500, dtype=torch.float32)
+    y[1] = (y[1] + offset).round(decimals=3)
+    ours, _, exact = both(y, metric, torch.float32)
+    assert_exact(ours[0], exact[0], "q", tolerance=1e-5)
+    assert_exact(ours[1][0], exact[1][0], "gradient", tolerance=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_large_and_masked_logits(metric):
+    y = stacks(6, 11, k=2)
+    y[0, :3] *= 1e4  # one-hot probabilities
+    y[0, 3:, ::2] = -torch.inf  # words that cannot be drawn
+    y[1:, 3:, ::2] = 0.0
+    q_bar = torch.ones(2, 6, dtype=torch.float64)
+    q, (gradient,) = outcome(lambda s, p: sensitivity(Dual(s[0]), metric), [y], [], q_bar)
+    assert torch.isfinite(q).all() and torch.isfinite(gradient).all()
+    assert_exact(q[:, 3:], metric_values(y[0, 3:, 1::2], y[1:, 3:, 1::2], metric), tolerance=1e-12)
+
+
+def test_fisher_is_the_second_order_term_of_the_divergence():
+    y = stacks(4, 9)
+    t = 1e-4
+    p, moved = y[0].log_softmax(-1), (y[0] + t * y[1]).log_softmax(-1)
+    divergence = (p.exp() * (p - moved)).sum(-1)
+    assert_exact(sensitivity(Dual(y), "fisher")[0], 2 * divergence / t**2, tolerance=1e-3)
+
+
+def test_non_contiguous_and_empty():
+    ours, _, exact = both(stacks(5, 7, 3).transpose(1, 3), "fisher")
+    assert_exact(ours[1][0], exact[1][0], tolerance=1e-12)
+    for metric in METRICS:
+        y = torch.zeros(2, 0, 5, requires_grad=True)
+        sensitivity(Dual(y), metric).sum().backward()
+        assert y.grad.shape == (2, 0, 5)
+    assert sensitivity(Dual(torch.zeros(2, 3, 0)), "l2").tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_coverage():
+    with coverage() as cov:
+        sensitivity(Dual(torch.randn(2, 3, 5)), "probs")
+    assert list(cov.entries) == [("sensitivity", "reference")]
+
+
+def test_errors():
+    y = Dual(torch.randn(2, 3, 5))
+    with pytest.raises(ValueError, match="metric must be one of l2, logits, fisher, probs, got 'kl'"):
+        sensitivity(y, "kl")
+    with pytest.raises(TypeError, match="y must be a Dual, got Tensor without tangents"):
+        sensitivity(torch.randn(3, 5), "l2")
+    with pytest.raises(ValueError, match="non-empty last axis"):
+        sensitivity(Dual(torch.randn(2)), "l2")
+    with pytest.raises(ValueError, match="non-empty last axis"):
+        sensitivity(Dual(torch.zeros(2, 3, 0)), "fisher")
