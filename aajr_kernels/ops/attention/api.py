@@ -14,6 +14,7 @@ from ...dual import Dual, num_tangents, stack_of
 from .function import AttentionFunction
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_NUMBERS: Any = (Tensor, Dual)
 
 
 @overload
@@ -111,7 +112,7 @@ def attention(
 
 def _check_tensors(q: Any, k: Any, v: Any, mask: Any) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, (Tensor, Dual)):
+        if not isinstance(x, _NUMBERS):
             raise TypeError(f"attention: {name} must be a Tensor or a Dual, got {type(x).__name__}.")
         if x.dtype not in _FLOATS:
             raise TypeError(
@@ -134,11 +135,11 @@ def _check_tensors(q: Any, k: Any, v: Any, mask: Any) -> None:
     if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:
         raise ValueError(f"attention: the heads of q must be a multiple of those of k and v, got {shapes}.")
     for name, x in (("k", k), ("v", v), ("mask", mask)):
-        if isinstance(x, (Tensor, Dual)) and x.device != q.device:
+        if isinstance(x, _NUMBERS) and x.device != q.device:
             raise ValueError(f"attention: {name} must be on the device of q ({q.device}), got {x.device}.")
     if mask is None:
         return
-    if not isinstance(mask, (Tensor, Dual)):
+    if not isinstance(mask, _NUMBERS):
         raise TypeError(f"attention: mask must be a Tensor, a Dual or None, got {type(mask).__name__}.")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(
@@ -219,10 +220,9 @@ def _visible_pairs(queries: int, keys: int, offset: int | None, window: int | No
     """How many (query, key) pairs the causal limit and the window leave."""
     if offset is None:
         return float(queries * keys)
-    stop = (min(max(i + offset + 1, 0), keys) for i in range(queries))
-    width = keys if window is None else window
-    return float(
-        sum(
-            end - max(0, i + offset + 1 - width) for i, end in enumerate(stop) if i + offset + 1 - width < end
-        )
-    )
+    total = 0
+    for i in range(queries):
+        high = min(i + offset + 1, keys)
+        low = 0 if window is None else max(0, i + offset + 1 - window)
+        total += max(0, high - low)
+    return float(total)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import runtime
 
@@ -36,7 +35,7 @@ class AttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @runtime.first_order
     def backward(ctx: Any, out_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if out_bar is None:
             return None, None, None, None, None, None

@@ -210,18 +210,18 @@ class _Tiles:
         """The masked scores less the shift, in the unit of the exponential; and tanh(S0 / c) with a softcap."""
         cap, tau = self.options.softcap, None
         keys = keys[:, at.keys, -self.D - 1 :]
-        if cap is None:
-            q = self.pack(
-                "q", [self.q[0][at.rows]], self.options.scale * self.unit, None if shift is None else -shift
-            )
-            s = self.product("p", q, keys[..., : q.shape[-1]].mT)
-        else:
-            tau = self.pack("q", [self.q[0][at.rows]], self.options.scale / cap)
-            tau = self.product("tau", tau, keys[..., :-1].mT).tanh_()
-            s = torch.mul(tau, cap * self.unit, out=self.tile("p", *tau.shape))
-            if shift is not None:
-                s.sub_(shift.unsqueeze(-1))
+        # with a cap or a bias the shift comes last: a large bias must round as it did in the forward
+        last = shift is not None and (cap is not None or self.bias is not None)
+        column = None if shift is None or last else -shift
+        factor = self.options.scale * self.unit if cap is None else self.options.scale / cap
+        rows = self.pack("q", [self.q[0][at.rows]], factor, column)
+        s = self.product("p", rows, keys[..., : rows.shape[-1]].mT)
+        if cap is not None:
+            tau = s.tanh_()
+            s = torch.mul(tau, cap * self.unit, out=self.tile("capped", *tau.shape))
         self.mask_(at.ungroup(s), at)
+        if shift is not None and last:
+            s.sub_(shift.unsqueeze(-1))
         return s, tau
 
     def mask_(self, s: Tensor, at: _Block) -> None:
@@ -242,11 +242,9 @@ class _Tiles:
             earlier = torch.arange(at.low, stop, device=self.device) <= last - window
             s[..., : stop - at.low].masked_fill_(earlier, -math.inf)
 
-    def slope(self, tau: Tensor | None) -> Tensor | None:
+    def slope(self, tau: Tensor) -> Tensor:
         """cap' = 1 - tau^2."""
-        return (
-            None if tau is None else torch.mul(tau, tau, out=self.tile("slope", *tau.shape)).neg_().add_(1.0)
-        )
+        return torch.mul(tau, tau, out=self.tile("slope", *tau.shape)).neg_().add_(1.0)
 
     def tangent(self, at: _Block, keys: list[Tensor], j: int, mu: Tensor | None) -> tuple[Tensor, Tensor]:
         """S0'_j (less mu, if that can ride along), and the rows [s Q | s Q'_j] it was made of.
@@ -320,7 +318,7 @@ def attention_fwd(
         keys, values = t.keys(b, h), t.values(b, h)
         for at in blocks:
             p, tau = t.scores(at, keys[0], None)
-            slope = t.slope(tau)
+            slope = None if tau is None else t.slope(tau)
             top = p.amax(-1, keepdim=True)
             top.masked_fill_(top == -math.inf, 0.0)
             t.exp_(p.sub_(top))
@@ -391,7 +389,7 @@ def attention_bwd(
         v_acc = values.new_zeros(values.shape[0], v.shape[0] * V, t.M) if need_v else empty
         for at in blocks:
             p, tau = t.scores(at, keys[0], at.take(shift))
-            slope = t.slope(tau)
+            slope = None if tau is None else t.slope(tau)
             t.exp_(p)  # not normalised: the cotangents take the factor instead
             drop = t.dropped(p)
             kept = p if drop is None else torch.mul(p, drop, out=t.tile("kept", *p.shape))
@@ -438,7 +436,7 @@ def attention_bwd(
                         k_acc[0][..., at.keys] += grad[:, -D:]
             if need_bias:
                 at.add_part_(bias_bar[0], s_bar)
-            if need_scores and slope is not None and options.softcap is not None:
+            if need_scores and options.softcap and tau is not None and bend is not None and slope is not None:
                 s_bar.addcmul_(tau, bend, value=-2.0 / options.softcap).mul_(slope)
             if need_q:
                 dq.baddbmm_(s_bar, keys[0][:, at.keys, -D - 1 : -1])
