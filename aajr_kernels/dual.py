@@ -19,13 +19,18 @@ from . import runtime
 __all__ = ["Dual", "dual", "is_dual", "unpack"]
 
 
-def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def dispatch(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rule: Callable[..., Any] | None = None,
+) -> Any:
     """Apply the rule of `func` to arguments of which at least one is or contains a Dual.
 
     Raises:
         UnsupportedOperation: `func` has no rule, or was called with ``out=``.
     """
-    rule = runtime.RULES.get(func)
+    rule = rule or runtime.RULES.get(func)
     if rule is None:
         name = function_name(func)
         if runtime.recording():
@@ -299,7 +304,7 @@ def _method(name: str) -> Callable[..., Any]:
 
     @functools.wraps(func, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def method(self: Dual, *args: Any, **kwargs: Any) -> Any:
-        return dispatch(func, (self, *args), kwargs)
+        return dispatch(func, (self, *args), kwargs, runtime.METHODS.get(name))
 
     return method
 

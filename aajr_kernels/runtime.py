@@ -7,6 +7,7 @@ ask it which backend to run on and tell it what ran; rules register themselves h
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -105,12 +106,44 @@ def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
     return "reference"
 
 
+_implementations: dict[tuple[str, str], ModuleType] = {}
+
+
 def implementation(op: str, backend: str) -> ModuleType:
-    """The module ``aajr_kernels.ops.<op>.<backend>`` with the kernels of one op on one backend, imported lazily."""
-    try:
-        return importlib.import_module(f"aajr_kernels.ops.{op}.{backend}")
-    except ImportError as error:
-        raise BackendUnavailable(f"op {op!r} has no {backend!r} backend: {error}.") from error
+    """The module ``aajr_kernels.ops.<op>.<backend>`` with the kernels of one op on one backend, imported lazily.
+
+    Raises:
+        BackendUnavailable: there is no such module, or it cannot be imported.
+    """
+    module = _implementations.get(
+        (op, backend)
+    )  # torch.compile traces the look-up, it could not trace an import
+    if module is None:
+        try:
+            module = importlib.import_module(f"aajr_kernels.ops.{op}.{backend}")
+        except ImportError as error:
+            raise BackendUnavailable(f"op {op!r} has no {backend!r} backend: {error}.") from error
+        _implementations[op, backend] = module
+    return module
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a ``Function.backward`` that has no derivative of its own: under create_graph=True it raises.
+
+    ``torch.autograd.function.once_differentiable`` raises only in ``.backward()``; ``torch.autograd.grad`` with
+    allow_unused=True and ``torch.autograd.functional.hvp`` get None or zeros from it.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        # grad mode is on in a backward exactly when it is to be recorded; tracing says nothing of that
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the gradient of an aajr_kernels op has no derivative: call backward without create_graph=True."
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,6 +268,9 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 #: torch function -> "view" | "torch" | "op" | "fallback": what coverage() calls it ("op" records itself)
 KINDS: dict[Callable[..., Any], str] = {}
 
+#: method name -> rule: torch.compile cannot look up the methods that torch writes in Python by themselves
+METHODS: dict[str, Callable[..., Any]] = {}
+
 _NAMESPACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.linalg, torch._C._VariableFunctions)
 
 
@@ -246,6 +282,14 @@ def functions_named(name: str) -> list[Callable[..., Any]]:
         if callable(candidate) and not isinstance(candidate, type) and candidate not in found:
             found.append(candidate)
     return found
+
+
+def register(func: Callable[..., Any], rule: Callable[..., Any], kind: str) -> None:
+    """Enter the rule of one torch callable; :func:`rule` is the form for users."""
+    RULES[func], KINDS[func] = rule, kind
+    name = getattr(func, "__name__", "")
+    if getattr(torch.Tensor, name, None) is func:
+        METHODS[name] = rule
 
 
 def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[Callable[..., Any]], Any]:
@@ -271,8 +315,7 @@ def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[C
             if not matches and not (isinstance(target, str) and target.endswith("?")):
                 raise LookupError(f"no torch function is called {target!r}.")
             for match in matches:
-                RULES[match] = function
-                KINDS[match] = kind
+                register(match, function, kind)
         return function
 
     return decorate
@@ -288,5 +331,5 @@ GUARDS: list[Callable[[], None]] = []
 
 def install_guards() -> None:
     """Install the registered guards, each once."""
-    while GUARDS:
+    while GUARDS and not torch.compiler.is_compiling():
         GUARDS.pop()()

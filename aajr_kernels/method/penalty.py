@@ -84,8 +84,8 @@ def aligned_penalty(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; `v` is not finite (checked
-            on the CPU; on accelerators, where the check would stall the stream, NaN reaches the penalty); the output
-            does not depend on `x`; the output is a model output without ``.logits``.
+            on the CPU; on accelerators, where the check would stall the stream, and in compiled code NaN reaches the
+            penalty); the output does not depend on `x`; it is a model output without ``.logits``.
         UnsupportedOperation: `func` uses a function without a derivative rule.
     """
     _check_choices(metric, form, unit, reduction, gamma, denominator)
@@ -94,7 +94,8 @@ def aligned_penalty(
             "labels need head= and return_primal=True: without a head compute the loss from the returned primal."
         )
     x_dual = dual(x, v)
-    if v.device.type == "cpu" and not torch.isfinite(v.detach()).all():
+    eager_cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager_cpu and not torch.isfinite(v.detach()).all():
         raise ValueError(
             "v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=)."
         )

@@ -70,7 +70,7 @@ def primal_of(x: Any) -> Any:
 
 def ndim_of(*values: Any) -> int:
     """The number of axes of the broadcast of tensors, Duals and numbers."""
-    return max((v.dim() for v in values if not is_number(v)), default=0)
+    return max([0] + [v.dim() for v in values if not is_number(v)])
 
 
 def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., torch.Tensor] | None) -> Any:

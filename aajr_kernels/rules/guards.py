@@ -13,13 +13,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.utils
 import torch.utils._pytree as pytree
 from torch.utils.hooks import BackwardHook
 
 from ..runtime import GUARDS, UnsupportedOperation
 from .common import is_dual
 
-__all__ = ["guard_backward_hooks", "guard_functions"]
+__all__ = ["guard_backward_hooks", "guard_bound_functions", "guard_functions"]
+
+
+_REMEDY = (
+    "call it on plain tensors, replace it by differentiable torch functions, or give the function around it a "
+    "rule that applies it to x.stacked"
+)
 
 
 def _holds_dual(values: Any) -> bool:
@@ -38,8 +45,7 @@ def guard_functions() -> None:
             remedy = (
                 "use non-reentrant checkpointing (use_reentrant=False)"
                 if cls.__name__ == "CheckpointFunction"
-                else "call it on plain tensors, replace it by differentiable torch functions, or give the function "
-                "around it a rule that applies it to x.stacked"
+                else _REMEDY
             )
             raise UnsupportedOperation(
                 f"{cls.__module__}.{cls.__qualname__}.apply would drop the gradient of a Dual: {remedy}."
@@ -48,6 +54,23 @@ def guard_functions() -> None:
 
     apply._refuses_duals = True  # type: ignore[attr-defined]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+
+
+def guard_bound_functions() -> None:
+    """Make an ``apply`` that was bound before the guard raise too: its body unwraps its arguments here. Idempotent."""
+    utils = torch._functorch.utils
+    original = getattr(utils, "unwrap_dead_wrappers", None)
+    if original is None or hasattr(original, "_refuses_duals"):
+        return
+
+    @functools.wraps(original)
+    def unwrap(args: Any) -> Any:
+        if _holds_dual(args):
+            raise UnsupportedOperation(f"an autograd.Function would drop the gradient of a Dual: {_REMEDY}.")
+        return original(args)
+
+    unwrap._refuses_duals = True  # type: ignore[attr-defined]
+    utils.unwrap_dead_wrappers = unwrap
 
 
 def _warning(original: Callable[..., Any], what: str) -> Callable[..., Any]:
@@ -74,4 +97,4 @@ def guard_backward_hooks() -> None:
             setattr(BackwardHook, name, _warning(original, what))
 
 
-GUARDS += [guard_functions, guard_backward_hooks]
+GUARDS += [guard_functions, guard_bound_functions, guard_backward_hooks]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..runtime import KINDS, RULES, UnsupportedOperation
+from ..runtime import register as enter
 from .common import Dual, is_dual, num_tangents
 
 _RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
@@ -68,10 +69,6 @@ def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
     return x
 
 
-def _register(func: Callable[..., Any], rule: Callable[..., Any], kind: str) -> None:
-    RULES[func], KINDS[func] = rule, kind
-
-
 def register() -> None:
     """Give every in-place method whose out-of-place form has a rule its own; called after all rules are registered."""
     for name in dir(torch.Tensor):
@@ -84,15 +81,15 @@ def register() -> None:
             continue
         made = _reshaping(rule) if name in _RESHAPING else _in_place(name, rule)
         for func in {method, getattr(torch, name, method), getattr(torch.nn.functional, name, method)}:
-            _register(func, made, KINDS[base])  # type: ignore[index]
+            enter(func, made, KINDS[base])  # type: ignore[index]
     for name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv"):
         method = getattr(torch.Tensor, f"__i{name}__", None)
         out_of_place = RULES.get(getattr(torch.Tensor, f"__{name}__"))
         if method is not None and out_of_place is not None:
-            _register(method, _in_place(f"__i{name}__", out_of_place), "torch")
+            enter(method, _in_place(f"__i{name}__", out_of_place), "torch")
     for method, rule in (
         (torch.Tensor.zero_, _zero),
         (torch.Tensor.fill_, _fill),
         (torch.Tensor.copy_, _copy),
     ):
-        _register(method, rule, "view")
+        enter(method, rule, "view")
