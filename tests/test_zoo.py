@@ -24,6 +24,8 @@ import aajr_kernels as aajr
 
 # Eager may be right by luck in a single number, so that twice its error means little there.
 SCALAR_ULPS = 16.0
+# A few units in the last place for every layer: two roundings of one deep gradient differ by chance.
+MODEL_ULPS = 8.0
 
 both_k = pytest.mark.parametrize("k", [1, 3])
 every_model = pytest.mark.parametrize("name", ENTRIES)
@@ -135,7 +137,9 @@ def test_float32_is_within_the_budget(name, k, record_property):
         shares = [
             assert_within_budget(found.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS),
             assert_within_budget(found.primal, eager.primal, exact.primal, "primal"),
-            assert_gradients_within_budget(found.gradients, eager.gradients, exact.gradients),
+            assert_gradients_within_budget(
+                found.gradients, eager.gradients, exact.gradients, ulps=MODEL_ULPS
+            ),
         ]
         if run is through_the_dual:
             shares.append(assert_within_budget(found.tangents, eager.tangents, exact.tangents, "tangents"))
