@@ -1,0 +1,196 @@
+"""`aajr validate`: every op, dtype and backend against the float64 oracle."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .. import runtime
+from .info import package_version, why_no_accelerator
+from .validation import DEVICES, DTYPES, OPS, Row, Target, find_targets, validate_all
+
+#: failures of one row that are printed; --json has them all
+SHOWN = 5
+
+
+def validate(
+    op: Annotated[list[str] | None, typer.Option(help="Op to check; repeatable. Default: all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Dtype to check; repeatable. Default: all.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend to check; repeatable. Default: all that can run here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Check every op against a float64 oracle: all outputs and all gradients, per dtype and backend.
+
+    The oracle is plain formulas under PyTorch's forward mode and autograd. float64 must agree to 1e-10; a lower dtype
+    may be off by twice the error of the same formula in eager PyTorch plus a few units in the last place. Exit code
+    0: everything passed, 1: something failed, 2: bad arguments.
+    """
+    ops = _chosen("--op", op, list(OPS))
+    dtypes = _chosen("--dtype", dtype, list(DTYPES))
+    backends = _chosen("--backend", backend, list(runtime.BACKENDS)) if backend else None
+    _chosen("--device", [device], list(DEVICES))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"there is no such device: {why_no_accelerator()}.", param_hint="--device")
+    try:
+        targets, left_out = find_targets(backends, device)
+    except runtime.BackendUnavailable as error:
+        raise typer.BadParameter(str(error), param_hint="--backend") from error
+    plan, reasons = _plan(dtypes, targets)
+    if not plan:
+        raise typer.BadParameter(
+            f"nothing is left to check: {'; '.join(dict.fromkeys(reasons.values()))}.", param_hint="--dtype"
+        )
+
+    start = time.perf_counter()
+    rows = _run(ops, plan, seed, quiet=as_json)
+    seconds = time.perf_counter() - start
+    if not any(row.cases or row.failures for row in rows):
+        raise typer.BadParameter(f"nothing was checked: {rows[0].skipped[0]}", param_hint="--backend")
+    left_out |= {f"{dtype} on {target}": reason for (dtype, target), reason in reasons.items()}
+    if as_json:
+        print(json.dumps(_report(rows, left_out, seed, seconds), indent=2))
+    else:
+        _show(rows, left_out, seconds, Console())
+    if any(row.failures for row in rows):
+        raise typer.Exit(1)
+
+
+def _chosen(option: str, names: Sequence[str] | None, choices: Sequence[str]) -> list[str]:
+    """`names` without repetitions, in the order of `choices`; all of them if None."""
+    unknown = [name for name in names or () if name not in choices]
+    if unknown:
+        raise typer.BadParameter(
+            f"{unknown[0]!r} is unknown: choose from {', '.join(choices)}.", param_hint=option
+        )
+    return [name for name in choices if not names or name in names]
+
+
+def _plan(
+    dtypes: Sequence[str], targets: Sequence[Target]
+) -> tuple[dict[str, list[Target]], dict[tuple[str, str], str]]:
+    """Targets by dtype, and why a pair is left out."""
+    plan: dict[str, list[Target]] = {}
+    reasons: dict[tuple[str, str], str] = {}
+    for dtype in dtypes:
+        for target in targets:
+            reason = target.why_not(dtype)
+            if reason is None:
+                plan.setdefault(dtype, []).append(target)
+            else:
+                reasons[dtype, str(target)] = reason
+    return plan, reasons
+
+
+def _run(ops: Sequence[str], plan: Mapping[str, Sequence[Target]], seed: int, quiet: bool) -> list[Row]:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=len(ops) * len(plan))
+        started = 0
+
+        def advance(op: str, dtype: str) -> None:
+            nonlocal started
+            progress.update(task, description=f"{op} {dtype}", completed=started)
+            started += 1
+
+        return validate_all(ops, plan, seed, advance)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _report(rows: Sequence[Row], left_out: Mapping[str, str], seed: int, seconds: float) -> dict[str, Any]:
+    """Everything as plain data; a number that is not finite is null."""
+    return {
+        "passed": not any(row.failures for row in rows),
+        "versions": {name: package_version(name) for name in ("aajr_kernels", "torch", "triton")},
+        "seed": seed,
+        "seconds": round(seconds, 2),
+        "rows": [
+            {
+                "op": row.op,
+                "dtype": row.dtype,
+                "backend": row.backend,
+                "device": row.device,
+                "result": row.result,
+                "cases": row.cases,
+                "worst_error": _finite(row.worst_error),
+                "budget_share": _finite(row.budget_share),
+                "worst": row.worst,
+                "failures": row.failures,
+                "skipped": row.skipped,
+            }
+            for row in rows
+        ],
+        "left_out": dict(left_out),
+    }
+
+
+_STYLES = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "skipped": "[yellow]skipped[/]"}
+
+
+def _show(rows: Sequence[Row], left_out: Mapping[str, str], seconds: float, console: Console) -> None:
+    """The table, what failed, what was left out, and the verdict."""
+    table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
+    for column in ("op", "dtype", "backend"):
+        table.add_column(column, no_wrap=True)
+    for column in ("cases", "worst error", "budget", "result"):
+        table.add_column(column, no_wrap=True, justify="right")
+    for row in rows:
+        name = row.backend if row.device == "cpu" else f"{row.backend} {row.device}"
+        numbers = (f"{row.worst_error:.1e}", f"{row.budget_share:.0%}") if row.cases else ("", "")
+        table.add_row(row.op, row.dtype, name, str(row.cases), *numbers, _STYLES[row.result])
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    for row in rows:
+        for failure in row.failures[:SHOWN]:
+            say(f"[red]{row.op} {row.dtype} {row.backend}:[/] {escape(failure)}")
+        if len(row.failures) > SHOWN:
+            say(
+                f"[red]{row.op} {row.dtype} {row.backend}:[/] {len(row.failures) - SHOWN} more (--json has them all)."
+            )
+    for row in rows:
+        if row.skipped:
+            say(
+                f"[yellow]{row.op} {row.dtype} {row.backend}:[/] {len(row.skipped)} of "
+                f"{len(row.skipped) + row.cases} cases skipped, the first: {escape(row.skipped[0])}"
+            )
+    for name, reason in left_out.items():
+        say(f"[dim]Left out: {name}: {escape(reason)}.[/]")
+    say(_verdict(rows, seconds))
+
+
+def _verdict(rows: Sequence[Row], seconds: float) -> str:
+    failed = [row for row in rows if row.failures]
+    if failed:
+        ops = ", ".join(dict.fromkeys(row.op for row in failed))
+        return f"[bold red]Failed:[/] {ops} ({len(failed)} of {len(rows)} rows), in {seconds:.0f} s."
+    ran = [row for row in rows if row.cases]
+    where = ", ".join(dict.fromkeys(f"{row.backend} on {row.device}" for row in ran))
+    return (
+        f"[bold green]Passed:[/] {sum(row.cases for row in ran)} cases of {len({row.op for row in ran})} ops, "
+        f"{where}; at most {max(row.budget_share for row in ran):.0%} of an error budget used, in {seconds:.0f} s."
+    )

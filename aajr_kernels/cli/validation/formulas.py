@@ -1,0 +1,163 @@
+"""The oracle: every op as the plain formula of a textbook, on plain tensors, in whatever dtype they have.
+
+Nothing here calls our ops or PyTorch's fused layers. Derivatives come from PyTorch alone: :func:`forward_mode` for the
+tangents and ordinary autograd through them for the gradients. In float64 that is the truth an op is measured against;
+in a low dtype it is the eager computation whose error an op may not much exceed. Norms are written out because
+PyTorch's reverse-over-forward through ``torch.nn.functional.layer_norm`` gives wrong gradients without a warning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def forward_mode(
+    func: Callable[..., Any], primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Value of ``func(**primals)`` and its derivatives ``[K, ...]``, one ``torch.func.jvp`` a direction.
+
+    Args:
+        func: returns one tensor; called with every entry of `primals` by name.
+        primals: all its tensors.
+        tangents: ``[K, *shape]`` by name, for those that carry tangents; the others are constants.
+    """
+    names = list(tangents)
+
+    def of_the_moving(*moving: Tensor) -> Tensor:
+        return func(**{**primals, **dict(zip(names, moving))})
+
+    point = tuple(primals[name] for name in names)
+    values = [torch.func.jvp(of_the_moving, point, direction)[:2] for direction in zip(*tangents.values())]
+    return values[0][0], torch.stack([tangent for _, tangent in values])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x @ weight.t()
+    return y if bias is None else y + bias
+
+
+def rms_norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float = 1e-6, offset: float = 0.0
+) -> Tensor:
+    axes = tuple(range(-len(shape), 0))
+    y = x / torch.sqrt((x * x).mean(axes, keepdim=True) + eps)
+    return y if weight is None else y * (weight + offset)
+
+
+def layer_norm(
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    axes = tuple(range(-len(shape), 0))
+    y = rms_norm(x - x.mean(axes, keepdim=True), shape, weight, eps)
+    return y if bias is None else y + bias
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    if approximate == "none":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.zeros_like(x))
+
+
+def relu2(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x * x, torch.zeros_like(x))
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, unsqueeze_dim: int) -> Tensor:
+    """Rotation of the pairs (i, i + R/2), or (2i, 2i + 1) if interleaved, of the first R features."""
+    size = cos.shape[-1]
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    turned, rest = x[..., :size], x[..., size:]
+    if interleaved:
+        partner = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+    else:
+        partner = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], -1)
+    return torch.cat([turned * cos + partner * sin, rest], -1)
+
+
+def allowed_positions(queries: int, keys: int, causal: bool | str, window: int | None) -> Tensor:
+    """``[N, M]`` bool, True where the query may attend to the key."""
+    # distance of a key behind its query; the diagonal starts in the upper left or ends in the lower right corner
+    shift = keys - queries if causal == "lower_right" else 0
+    behind = torch.arange(queries).unsqueeze(1) + shift - torch.arange(keys)
+    allowed = torch.ones(queries, keys, dtype=torch.bool) if not causal else behind >= 0
+    return allowed if window is None else allowed & (behind < window)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Softmax attention with keys repeated over their query heads; a row that may see nothing gives zeros."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = allowed_positions(q.shape[2], k.shape[2], causal, window).to(q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        allowed = allowed & (mask != -math.inf)
+        scores = scores + torch.where(mask == -math.inf, torch.zeros_like(mask), mask)
+    # Disallowed scores are replaced before and their weights zeroed after exp, so that nothing is ever inf - inf.
+    low = torch.finfo(scores.dtype).min / 4
+    scores = torch.where(allowed, scores, torch.full_like(scores, low))
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * allowed.to(scores.dtype)
+    total = weights.sum(-1, keepdim=True)
+    return (weights / torch.where(total == 0, torch.ones_like(total), total)) @ v
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Output of a language-model head, ``cap(scale (W h + b))``."""
+    z = scale * linear(hidden, weight, bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def sensitivity(y: Tensor, y_tan: Tensor, metric: str) -> Tensor:
+    """q ``[K, *batch]``: Σ ẏ² (l2, logits); with p = softmax(y) and e = ẏ − Σ p ẏ: Σ p e² (fisher), Σ p² e² (probs)."""
+    if metric in ("l2", "logits"):
+        return (y_tan * y_tan).sum(-1)
+    p = torch.exp(y - y.logsumexp(-1, keepdim=True))
+    e = y_tan - (p * y_tan).sum(-1, keepdim=True)
+    return (p * e * e).sum(-1) if metric == "fisher" else (p * p * e * e).sum(-1)
+
+
+def negative_log_likelihood(z: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Cross-entropy ``[*batch]`` of logits ``[*batch, V]``, 0 where ignored."""
+    kept = labels != ignore_index
+    chosen = z.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
+    loss = z.logsumexp(-1) - chosen
+    return torch.where(kept, loss, torch.zeros_like(loss))

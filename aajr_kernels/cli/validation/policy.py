@@ -1,0 +1,170 @@
+"""A whole policy in miniature, through :func:`aajr_kernels.aligned_penalty` and through formulas.
+
+The forward pass is written once, over a table of layers: PyTorch's own functions, as in any unmodified model, or the
+formulas of the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...method import LMHead, aligned_penalty
+from . import formulas
+from .case import Case, Draw, Outputs
+
+HEADS, KEY_HEADS, FEATURES = 4, 2, 6  # of the attention; the policy is HEADS * FEATURES wide
+
+
+def _eager_attention(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True)
+
+
+def _oracle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return formulas.attention(q, k, v, bias, causal=bias is None)
+
+
+UNMODIFIED = SimpleNamespace(
+    linear=F.linear,
+    rms_norm=F.rms_norm,
+    layer_norm=F.layer_norm,
+    silu=F.silu,
+    gelu=F.gelu,
+    attention=_eager_attention,
+)
+WRITTEN_OUT = SimpleNamespace(
+    linear=formulas.linear,
+    rms_norm=formulas.rms_norm,
+    layer_norm=formulas.layer_norm,
+    silu=formulas.silu,
+    gelu=formulas.gelu,
+    attention=_oracle_attention,
+)
+
+
+def hidden_states(layers: Any, p: Mapping[str, Tensor], x: Any) -> Any:
+    """Two blocks: RMS norm, causal attention, gated MLP; layer norm, attention with a learned bias, GELU MLP."""
+    size = (x.shape[-1],)
+    h = layers.rms_norm(x, size, p["norm1"], 1e-6)
+    x = x + _attend(layers, p, h, "1", None)
+    h = layers.rms_norm(x, size, p["norm2"], 1e-6)
+    gate, up = layers.linear(h, p["gate"]), layers.linear(h, p["up"])
+    x = x + layers.linear(layers.silu(gate) * up, p["down"])
+    h = layers.layer_norm(x, size, p["norm3"], p["shift3"], 1e-5)
+    x = x + _attend(layers, p, h, "2", p["positions"])
+    h = layers.layer_norm(x, size, p["norm4"], p["shift4"], 1e-5)
+    return x + layers.linear(layers.gelu(layers.linear(h, p["wide"], p["wide_bias"])), p["narrow"])
+
+
+def _attend(layers: Any, p: Mapping[str, Tensor], h: Any, block: str, bias: Tensor | None) -> Any:
+    def heads(name: str, count: int) -> Any:
+        return layers.linear(h, p[name + block]).unflatten(-1, (count, FEATURES)).transpose(1, 2)
+
+    q, k, v = heads("q", HEADS), heads("k", KEY_HEADS), heads("v", KEY_HEADS)
+    mixed = layers.attention(q, k, v, bias).transpose(1, 2).flatten(2)
+    return layers.linear(mixed, p["o" + block])
+
+
+def _parameters(draw: Draw, length: int, vocabulary: int) -> dict[str, Tensor]:
+    size, keys, inner = HEADS * FEATURES, KEY_HEADS * FEATURES, 37
+
+    def matrix(outer: int, inner: int) -> Tensor:
+        return draw(outer, inner, scale=inner**-0.5)
+
+    p = {f"norm{i}": draw(size, scale=0.2, mean=1.0) for i in (1, 2, 3, 4)}
+    p |= {f"shift{i}": draw(size, scale=0.2) for i in (3, 4)}
+    for block in "12":
+        p |= {
+            "q" + block: matrix(size, size),
+            "k" + block: matrix(keys, size),
+            "v" + block: matrix(keys, size),
+        }
+        p |= {"o" + block: matrix(size, size)}
+    p |= {"gate": matrix(inner, size), "up": matrix(inner, size), "down": matrix(size, inner)}
+    p |= {"wide": matrix(inner, size), "wide_bias": draw(inner), "narrow": matrix(size, inner)}
+    p |= {"positions": draw(1, HEADS, length, length)}
+    return p | {"head": matrix(vocabulary, size), "head_bias": draw(vocabulary)}
+
+
+def policy_case(
+    draw: Draw, label: str, metric: str, k: int, *, streamed: bool, form: str = "squared", unit: str = "token"
+) -> Case:
+    """One call of ``aligned_penalty`` with the task loss from the same forward.
+
+    Args:
+        draw: random numbers.
+        label: what is special about it.
+        metric: metric of the penalty.
+        k: number of directions.
+        streamed: hidden states with ``head=`` and labels (the task loss is the cross-entropy), or logits returned by
+            the policy (the task loss is a random linear form of them).
+        form: ``"squared"``, or ``"hinge"`` above a threshold of zero.
+        unit: ``"token"`` or ``"sequence"``.
+    """
+    batch, length, vocabulary, softcap = 2, 7, 29, 8.0
+    tensors = {"x": draw(batch, length, HEADS * FEATURES), **_parameters(draw, length, vocabulary)}
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    mask[0, :2] = False
+    constants = {"mask": mask}
+    if streamed:
+        constants["labels"] = draw.integers(batch, length, high=vocabulary)
+        constants["labels"][1, 3] = -100
+    gamma = 0.0 if form == "hinge" else None
+
+    def ours(x: Any, mask: Tensor, labels: Tensor | None = None, **p: Tensor) -> Outputs:
+        def func(x: Any) -> Any:
+            h = hidden_states(UNMODIFIED, p, x)
+            return h if streamed else F.linear(h, p["head"], p["head_bias"])
+
+        penalty, task = aligned_penalty(
+            func,
+            x.primal,
+            x.tangents,
+            metric=metric,
+            head=LMHead(p["head"], p["head_bias"], softcap=softcap) if streamed else None,
+            labels=labels,
+            gamma=gamma,
+            form=form,
+            mask=mask,
+            unit=unit,
+            return_primal=True,
+        )
+        return {"penalty": penalty, "cross-entropy" if streamed else "logits": task}
+
+    def oracle(primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> Outputs:
+        p = dict(primals)
+        labels = p.pop("labels", None)
+
+        def func(x: Tensor) -> Tensor:
+            h = hidden_states(WRITTEN_OUT, p, x)
+            return formulas.logits(h, p["head"], p["head_bias"], softcap=softcap if streamed else None)
+
+        z, z_tan = formulas.forward_mode(func, {"x": p["x"]}, tangents)
+        q = formulas.sensitivity(z, z_tan, metric) * p["mask"]
+        units = p["mask"].sum() if unit == "token" else batch
+        q = q.sum(-1) if unit == "sequence" else q
+        if form == "hinge":
+            q = torch.where(q > 0, torch.where(q > 0, q, torch.ones_like(q)).sqrt(), torch.zeros_like(q))
+        penalty = q.sum() / (k * units)
+        if labels is None:
+            return {"penalty": penalty, "logits": z}
+        nll = formulas.negative_log_likelihood(z, labels, -100)
+        return {"penalty": penalty, "cross-entropy": nll.sum() / (labels != -100).sum()}
+
+    return Case(
+        f"{metric}, {label}, K={k}", tensors, draw.directions(tensors, "x", k), ours, oracle, constants
+    )
+
+
+def policy_cases(draw: Draw) -> Iterator[Case]:
+    """Penalties of the policy with the task loss from the same forward."""
+    yield policy_case(draw, "head with labels", "fisher", 1, streamed=True)
+    yield policy_case(draw, "head with labels", "probs", 3, streamed=True)
+    yield policy_case(draw, "logits", "fisher", 3, streamed=False)
+    yield policy_case(draw, "logits, per sequence", "logits", 1, streamed=False, unit="sequence")
+    yield policy_case(draw, "hinge", "fisher", 3, streamed=True, form="hinge", unit="sequence")

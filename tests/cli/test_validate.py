@@ -1,0 +1,356 @@
+"""`aajr validate` passes, fails and refuses when it should, and its oracle is right."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import aajr_kernels
+from aajr_kernels import runtime
+from aajr_kernels.cli import main
+from aajr_kernels.cli.validation import DTYPES, OPS, Target, budgets, checks, find_targets, validate_all
+from aajr_kernels.cli.validation.case import Draw
+from aajr_kernels.ops.activation import reference as activation
+from aajr_kernels.ops.attention import reference as attention
+from aajr_kernels.ops.linear import reference as linear
+from aajr_kernels.ops.norm import reference as norm
+
+REFERENCE = Target("reference", "cpu")
+#: public names that are not operations on Duals
+NOT_OPS = {
+    *(
+        "BackendUnavailable",
+        "Coverage",
+        "Dual",
+        "LMHead",
+        "UnsupportedOperation",
+        "backends",
+        "coverage",
+        "dual",
+    ),
+    *("is_dual", "jvp", "normalize", "seed", "unpack", "use_backend", "integrations", "nn"),
+}
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main.app, ["validate", *arguments])
+
+
+def report(*arguments: str, exit_code: int = 0):
+    result = invoke("--json", *arguments)
+    assert result.exit_code == exit_code, result.output
+    return json.loads(result.stdout)
+
+
+def perturbed(function, index, change):
+    """`function` with one of its results changed."""
+
+    def wrong(*args, **kwargs):
+        results = list(function(*args, **kwargs))
+        results[index] = None if results[index] is None else change(results[index])
+        return tuple(results)
+
+    return wrong
+
+
+# -------------------------------------------------------------------------------------------------- it passes
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_exact_in_float64(op):
+    (row,) = validate_all([op], {"float64": [REFERENCE]}, seed=0)
+    assert row.result == "pass", row.failures
+    assert row.cases >= 4
+    assert row.worst_error < 1e-10
+
+
+def test_every_public_op_is_validated():
+    assert set(OPS) == set(aajr_kernels.__all__) - NOT_OPS
+
+
+def test_low_dtypes_pass_within_their_budget():
+    found = report("--op", "linear", "--op", "layer_norm", "--op", "sensitivity")
+    assert found["passed"]
+    assert [row["dtype"] for row in found["rows"]] == 3 * list(DTYPES)
+    for row in found["rows"]:
+        assert row["result"] == "pass" and row["budget_share"] <= 1 and row["worst"]
+        eps = torch.finfo(DTYPES[row["dtype"]]).eps
+        assert row["worst_error"] <= 64 * eps
+    assert set(found["left_out"]) == {name for name, reason in runtime.backends().items() if reason}
+
+
+def test_a_policy_passes_in_bfloat16():
+    (row,) = report("--op", "aligned_penalty", "--dtype", "bfloat16")["rows"]
+    assert row["cases"] == 5 and row["result"] == "pass"
+
+
+def test_table_and_verdict():
+    result = invoke("--op", "silu", "--dtype", "float32", "--dtype", "float64")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    rows = [line.split() for line in lines if line.split()[:1] == ["silu"]]
+    assert [row[:4] for row in rows] == [["silu", d, "reference", "4"] for d in ("float64", "float32")]
+    assert {row[-1] for row in rows} == {"pass"}
+    assert [line for line in lines if line.strip()][-1].startswith(
+        "Passed: 8 cases of 1 ops, reference on cpu;"
+    )
+
+
+def test_numbers_depend_on_the_seed_alone():
+    def numbers(seed):
+        rows = report("--op", "gelu", "--op", "silu", "--dtype", "float32", "--seed", seed)["rows"]
+        return [(row["worst_error"], row["budget_share"], row["worst"]) for row in rows]
+
+    first = numbers("3")
+    assert numbers("3") == first != numbers("4")
+    alone = report("--op", "silu", "--dtype", "float32", "--seed", "3")["rows"][0]
+    assert alone["worst_error"] == first[1][0]  # whatever else is validated
+
+
+# --------------------------------------------------------------------------------------------------- it fails
+@pytest.mark.parametrize(
+    ("op", "module", "name", "index", "tensor"),
+    [
+        ("rms_norm", norm, "norm_bwd", 1, "gradient of weight"),
+        ("layer_norm", norm, "norm_bwd", 2, "gradient of bias"),
+        ("linear", linear, "linear_bwd", 0, "gradient of x"),
+        ("swiglu", activation, "gated_bwd", 1, "gradient of up"),
+        ("attention", attention, "attention_bwd", 1, "gradient of k"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_planted_wrong_gradient(monkeypatch, op, module, name, index, tensor, dtype):
+    error = 1e-6 if dtype == "float64" else 0.3
+    monkeypatch.setattr(module, name, perturbed(getattr(module, name), index, lambda g: g * (1 + error)))
+    result = invoke("--op", op, "--dtype", dtype)
+    assert result.exit_code == 1, result.output
+    assert f"{op} {dtype} reference:" in result.output
+    assert tensor in result.output
+    assert "FAIL" in result.output
+    assert result.output.strip().splitlines()[-1].startswith(f"Failed: {op} (1 of 1 rows)")
+
+
+def test_forgotten_second_derivative(monkeypatch):
+    """The classic: a backward that drops the tangent's contribution to the primal."""
+
+    def forgetful(y_bar, x, kind):
+        _, slope = activation.derivatives(kind, x[0], 1)
+        return y_bar * slope
+
+    monkeypatch.setattr(activation, "pointwise_bwd", forgetful)
+    found = report("--op", "tanh", "--op", "linear", "--dtype", "float32", exit_code=1)
+    assert not found["passed"]
+    assert {row["op"]: row["result"] for row in found["rows"]} == {"linear": "pass", "tanh": "fail"}
+    failures = next(row["failures"] for row in found["rows"] if row["op"] == "tanh")
+    assert failures and all(
+        "gradient of x:" in failure for failure in failures
+    )  # its tangents' gradient is right
+
+
+def test_wrong_gradient_deep_in_a_policy(monkeypatch):
+    monkeypatch.setattr(norm, "norm_bwd", perturbed(norm.norm_bwd, 1, lambda g: g * (1 + 1e-7)))
+    failures = report("--op", "aligned_penalty", "--dtype", "float64", exit_code=1)["rows"][0]["failures"]
+    assert any("gradient of norm1:" in failure for failure in failures)
+    assert not any("gradient of shift3:" in failure for failure in failures)
+
+
+def test_wrong_tangent_nan_and_exception_are_failures(monkeypatch):
+    right = linear.linear_fwd
+
+    def outcome(forward):
+        monkeypatch.setattr(linear, "linear_fwd", forward)
+        (row,) = report("--op", "linear", "--dtype", "float32", exit_code=1)["rows"]
+        assert row["result"] == "fail"
+        return row
+
+    def halved(*args):
+        y = right(*args)
+        y[1:] /= 2
+        return y
+
+    assert any("output's tangents" in failure for failure in outcome(halved)["failures"])
+    row = outcome(lambda *args: right(*args) * float("nan"))
+    assert row["budget_share"] is None and any("NaN" in failure for failure in row["failures"])
+
+    def broken(*args):
+        raise IndexError("out of [range]")
+
+    row = outcome(broken)
+    assert len(row["failures"]) == row["cases"] and "IndexError: out of [range]" in row["failures"][0]
+
+
+# ------------------------------------------------------------------------------------------------- it refuses
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--op", "conv"), ["--op", "'conv'", *OPS]),
+        (("--dtype", "int8"), ["--dtype", "'int8'", *DTYPES]),
+        (("--backend", "tpu"), ["--backend", "'tpu'", *runtime.BACKENDS]),
+        (("--device", "gpu"), ["--device", "'gpu'", "auto", "cpu", "cuda"]),
+        (("--seed", "-1"), ["--seed", "greater than or equal to 0"]),
+    ],
+)
+def test_unknown_arguments(arguments, words):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    for word in words:
+        assert word in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_device():
+    result = invoke("--device", "cuda", "--op", "relu")
+    assert result.exit_code == 2
+    assert "no such device" in result.output
+
+
+def unwrapped(output: str) -> str:
+    """The text of an error panel on one line."""
+    return " ".join(output.replace("│", " ").split())
+
+
+def test_missing_backend(monkeypatch):
+    monkeypatch.setattr(
+        runtime, "backends", lambda: {"reference": None, "native": "no compiler", "triton": None}
+    )
+    result = invoke("--backend", "native")
+    assert result.exit_code == 2
+    assert "native cannot run here: no compiler." in unwrapped(result.output)
+    targets, left_out = find_targets(None, "cpu")
+    assert targets == [REFERENCE]
+    assert left_out["native"] == "no compiler" and "need a CUDA" in left_out["triton"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    targets, _ = find_targets(["triton"], "cpu")
+    assert [targets[0].why_not(dtype) is None for dtype in DTYPES] == [False, True, False, True]
+
+
+# --------------------------------------------------------------------------------------------- other backends
+@pytest.fixture
+def native(monkeypatch):
+    """A second backend that has the linear layer alone, made of the reference's."""
+    module = ModuleType("native")
+    module.linear_fwd, module.linear_bwd = linear.linear_fwd, linear.linear_bwd
+    original = runtime.implementation
+
+    def implementation(op, backend):
+        return module if (op, backend) == ("linear", "native") else original(op, backend)
+
+    monkeypatch.setattr(
+        runtime, "backends", lambda: {"reference": None, "native": None, "triton": "no triton"}
+    )
+    monkeypatch.setattr(runtime, "implementation", implementation)
+    return module
+
+
+def test_every_available_backend_gets_rows(native):
+    found = report("--op", "linear", "--op", "silu", "--dtype", "float64", "--dtype", "float32")
+    rows = {(row["op"], row["dtype"], row["backend"]): row["result"] for row in found["rows"]}
+    assert rows == {
+        ("linear", "float64", "reference"): "pass",  # the only one that computes it
+        ("linear", "float32", "reference"): "pass",
+        ("linear", "float32", "native"): "pass",
+        ("silu", "float64", "reference"): "pass",
+        ("silu", "float32", "reference"): "pass",
+        ("silu", "float32", "native"): "skipped",
+    }
+    assert set(found["left_out"]) == {"triton", "float64 on native on cpu"}
+    native.linear_bwd = perturbed(native.linear_bwd, 1, lambda g: g * 1.01)
+    found = report("--op", "linear", "--dtype", "float32", exit_code=1)
+    assert [(row["backend"], row["result"]) for row in found["rows"]] == [
+        ("reference", "pass"),
+        ("native", "fail"),
+    ]
+
+
+def test_a_backend_that_has_no_such_op_or_dtype_is_refused(native):
+    result = invoke("--op", "silu", "--dtype", "float32", "--backend", "native")
+    assert result.exit_code == 2
+    assert "op 'activation' has no 'native' backend" in unwrapped(result.output)
+    result = invoke("--op", "linear", "--dtype", "float64", "--backend", "native")
+    assert result.exit_code == 2
+    assert "float64 is computed by the reference backend alone" in unwrapped(result.output)
+
+
+def test_falling_back_is_a_failure(native, monkeypatch):
+    monkeypatch.setattr(runtime, "select_backend", lambda op, *tensors: "reference")
+    (row,) = report("--op", "linear", "--dtype", "float32", "--backend", "native", exit_code=1)["rows"]
+    assert "ran on reference, not native" in row["failures"][0]
+
+
+# ------------------------------------------------------------------------------------------------- the oracle
+@pytest.mark.parametrize("op", OPS)
+def test_oracle_agrees_with_finite_differences(op):
+    """Tangents against differences of values, and gradients against differences of Σ ⟨cotangent, output⟩."""
+    kinks = op in ("relu", "relu2")  # which a difference must not straddle
+    for case in list(OPS[op](Draw(op, 1)))[: 1 if kinks else 3]:
+        draw = Draw("differences", 1)
+        truth = checks.Truth.of(case, torch.float64, "cpu", draw)
+        leaves = checks.Leaves.of(case, torch.float64, "cpu")
+        tensors = {**leaves.tensors, **{f"{name}'s tangents": t for name, t in leaves.tangents.items()}}
+        moves = {name: draw(*t.shape) for name, t in tensors.items()}
+
+        @torch.no_grad()
+        def total(step, case=case, truth=truth, leaves=leaves, moves=moves):
+            tensors = {name: t + step * moves[name] for name, t in leaves.tensors.items()}
+            tangents = {name: t + step * moves[f"{name}'s tangents"] for name, t in leaves.tangents.items()}
+            outputs = case.oracle({**tensors, **leaves.constants}, tangents)
+            return sum((truth.cotangents[name] * y).sum().item() for name, y in outputs.items())
+
+        expected = sum(
+            (moves[name.removeprefix("gradient of ")] * gradient).sum().item()
+            for name, gradient in truth.gradients.items()
+            if gradient is not None
+        )
+        h = 1e-6 if kinks else 1e-4
+        found = (8 * (total(h) - total(-h)) - (total(2 * h) - total(-2 * h))) / (12 * h)
+        assert found == pytest.approx(expected, rel=1e-7, abs=1e-7), case.label
+
+
+def test_oracle_tangents_agree_with_differences_of_values():
+    for op in ("linear", "rms_norm", "layer_norm", "gelu", "swiglu", "rotary", "attention"):
+        case = next(iter(OPS[op](Draw(op, 2))))
+        leaves = checks.Leaves.of(case, torch.float64, "cpu")
+
+        @torch.no_grad()
+        def value(step, case=case, leaves=leaves):
+            moved = {
+                name: t + step * leaves.tangents[name][0]
+                for name, t in leaves.tensors.items()
+                if name in leaves.tangents
+            }
+            return case.oracle({**leaves.tensors, **moved, **leaves.constants}, leaves.tangents)["output"]
+
+        h = 1e-4
+        found = (8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))) / (12 * h)
+        tangents = case.oracle({**leaves.tensors, **leaves.constants}, leaves.tangents)["output's tangents"]
+        torch.testing.assert_close(found, tangents[0], rtol=1e-8, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ the budgets
+def test_budgets():
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    off = exact + torch.tensor([0.0, 5e-10])
+    assert budgets.error_of(exact, None, exact, torch.float64) == budgets.Error(0.0, 0.0)
+    assert budgets.error_of(off, None, exact, torch.float64).share == pytest.approx(1.0, rel=1e-4)
+    # twice the eager error plus four units in the last place of the size, 5
+    eager = exact + torch.tensor([0.01, 0.0])
+    wrong = exact + torch.tensor([0.0, 0.02 + 20 * 2**-7])
+    assert budgets.error_of(wrong, eager, exact, torch.bfloat16).share == pytest.approx(1.0)
+    overflow = torch.tensor([float("inf"), 4.0])
+    assert budgets.error_of(wrong, overflow, exact, torch.bfloat16).share > 1  # excuses nothing
+
+
+def test_what_is_missing_or_stray_is_an_error():
+    exact = torch.ones(3, dtype=torch.float64)
+    for actual in (None, exact * float("nan"), exact.reshape(3, 1)):
+        assert budgets.error_of(actual, None, exact, torch.float64).share == float("inf")
+    assert budgets.error_of(exact, None, None, torch.float64).share == float("inf")
+    assert budgets.error_of(exact * 0, None, None, torch.float64).share == 0
+    assert budgets.error_of(None, None, exact * 0, torch.float64).share == 0
+    # rounding where a gradient vanishes is measured by the size of the others
+    assert budgets.error_of(exact * 1e-12, None, exact * 0, torch.float64).share == float("inf")
+    assert budgets.error_of(exact * 1e-12, None, exact * 0, torch.float64, floor=1.0).share == pytest.approx(
+        0.01
+    )
