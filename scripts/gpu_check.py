@@ -4,7 +4,8 @@
     make gpu-check PART=2/4           the second quarter of the test files alone, for machines lent by the minute
     make gpu-check PY=python3         with an interpreter that has torch, pytest and a GPU, without any set-up
 
-Exit codes (make itself turns any but 0 into 2): 0 all passed; 1 a test failed or a part ran out of time; 3 there is no device; 5 there are no GPU tests.
+Exit codes: 0 all passed; 1 a test failed or a part ran out of time; 3 there is no device; 5 there are no GPU tests.
+make prints that code and exits with 2 itself.
 """
 
 from __future__ import annotations
