@@ -38,9 +38,11 @@ def validate(
 ) -> None:
     """Check every op against a float64 oracle: all outputs and all gradients, per dtype and backend.
 
-    The oracle is plain formulas under PyTorch's forward mode and autograd. float64 must agree to 1e-10; a lower dtype
-    may be off by twice the error of the same formula in eager PyTorch plus a few units in the last place. Exit code
-    0: everything passed, 1: something failed, 2: bad arguments.
+    The oracle is plain formulas under PyTorch's forward mode and autograd.
+    float64 must agree to 1e-10; a lower dtype may be off by twice the error of
+    the same formula in eager PyTorch plus a few units in the last place.
+
+    Exit code 0: everything passed, 1: something failed, 2: bad arguments.
     """
     ops = _chosen("--op", op, list(OPS))
     dtypes = _chosen("--dtype", dtype, list(DTYPES))
