@@ -51,28 +51,43 @@ def derivatives(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, .
 
 
 def _x_sigmoid(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ...]:
-    """f = xσ(w(x)): silu with w = x, quick_gelu with w = βx, gelu's tanh form with (1 + tanh v)/2 = σ(2v)."""
-    w1: torch.Tensor | float
-    w2: torch.Tensor | float
+    """f = xσ(w(x)): silu with w = x, quick_gelu with w = βx, gelu's tanh form with (1 + tanh v)/2 = σ(2v).
+
+    f' = σ + w' xs and f'' = 2w's + (w'' + (1−2σ)w'²) xs, with s = σ(1−σ). s is σ(w)σ(−w), because xw'² would enlarge
+    what cancels in 1 − σ.
+    """
     if kind == "gelu_tanh":
         near = x.clamp(-40.0, 40.0)  # beyond, σ is 0 or 1, and x³ must not overflow
         square = near * near
         w = ((square * _GELU_CUBIC + 1.0) * near).mul_(2.0 * _GELU_SCALE)
+        p, rest = w.sigmoid(), w.neg().sigmoid_()
+        slope = p * rest
+        x_slope = x * slope
         w1 = (square * (3.0 * _GELU_CUBIC) + 1.0).mul_(2.0 * _GELU_SCALE)
-        w2 = near * (12.0 * _GELU_SCALE * _GELU_CUBIC)
-    else:
-        w1, w2 = (_QUICK, 0.0) if kind == "quick_gelu" else (1.0, 0.0)
-        w = x * w1 if w1 != 1.0 else x
+        first = torch.addcmul(p, x_slope, w1)
+        if order < 2:
+            return x * p, first
+        w2 = near.mul_(12.0 * _GELU_SCALE * _GELU_CUBIC)
+        bend = rest.sub_(p).mul_(w1).mul_(w1).add_(w2)
+        return x * p, first, slope.mul_(w1).mul_(2.0).addcmul_(x_slope, bend)
+    beta = _QUICK if kind == "quick_gelu" else 1.0
+    w = x * beta if beta != 1.0 else x
     p, rest = w.sigmoid(), w.neg().sigmoid_()
-    slope = p * rest  # not p(1 − p): x w'² enlarges what cancels in 1 − p
-    first = p + x * slope * w1
+    slope = p * rest
+    x_slope = x * slope
+    first = p.add(x_slope, alpha=beta)
     if order < 2:
         return x * p, first
-    return x * p, first, slope * (2.0 * w1 + x * (w2 + (rest - p) * w1 * w1))
+    return x * p, first, slope.mul_(2.0 * beta).addcmul_(x_slope, rest.sub_(p), value=beta * beta)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _over_tangents(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the leading axis of K; a view where K is 1."""
+    return x[0] if x.shape[0] == 1 else x.sum(0)
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -100,7 +115,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     for xs, ys in _blocks(x, y):
         f, f1 = derivatives(kind, _wide(xs[0]), 1)
         ys[0] = f
-        ys[1:] = xs[1:] * f1
+        torch.mul(xs[1:], f1, out=ys[1:])
     return y
 
 
@@ -112,9 +127,9 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
         g = _wide(gs)
         primal = g[0] * f1
         if x.shape[0] > 1:
-            primal.addcmul_((g[1:] * xs[1:]).sum(0), f2)
+            primal.addcmul_(_over_tangents(g[1:] * xs[1:]), f2)
         out[0] = primal
-        out[1:] = g[1:] * f1
+        torch.mul(g[1:], f1, out=out[1:])
     return x_bar
 
 
@@ -133,12 +148,12 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     for gs, us, hs in _blocks(gate, up, h):
         f, f1 = derivatives(kind, _wide(gs[0]), 1)
         u = _wide(us[0])
-        hs[0] = f * u
+        torch.mul(f, u, out=hs[0])
         if gs.shape[0] > 1:
             tangents = gs[1:] * f1.mul_(u)
             hs[1:] = tangents.addcmul_(_wide(us[1:]), f) if us.shape[0] > 1 else tangents
         elif us.shape[0] > 1:
-            hs[1:] = us[1:] * f
+            torch.mul(us[1:], f, out=hs[1:])
     return h
 
 
@@ -152,16 +167,16 @@ def gated_bwd(
     for hs, gs, us, *outs in _blocks(h_bar, gate, up, *outputs):
         f, f1, f2 = derivatives(kind, _wide(gs[0]), 2)
         u, h = _wide(us[0]), _wide(hs)
-        slope = (h[1:] * gs[1:]).sum(0) if gs.shape[0] > 1 else None  # Σ_k ḣ̄_k∘ġ_k
+        slope = _over_tangents(h[1:] * gs[1:]) if gs.shape[0] > 1 else None  # Σ_k ḣ̄_k∘ġ_k
         if gate_bar is not None:
             out = outs.pop(0)
             primal = h[0] * u
             if us.shape[0] > 1:
-                primal += (h[1:] * us[1:]).sum(0)
+                primal += _over_tangents(h[1:] * us[1:])
             primal *= f1
             if slope is not None:
-                primal.addcmul_(slope, f2 * u)
-                out[1:] = h[1:] * (u * f1)
+                primal.addcmul_(slope, f2.mul_(u))
+                torch.mul(h[1:], u * f1, out=out[1:])
             out[0] = primal
         if up_bar is not None:
             out = outs.pop(0)
@@ -170,5 +185,5 @@ def gated_bwd(
                 primal.addcmul_(slope, f1)
             out[0] = primal
             if us.shape[0] > 1:
-                out[1:] = h[1:] * f
+                torch.mul(h[1:], f, out=out[1:])
     return gate_bar, up_bar
