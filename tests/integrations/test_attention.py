@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from zoo import LENGTH, WINDOW, embeddings, padding
 
 import aajr_kernels as aajr
-
 from aajr_kernels.integrations.transformers import fuse, register
 from aajr_kernels.integrations.transformers.attention import attention_forward
 from aajr_kernels.integrations.transformers.masks import Visibility, mask_builder
@@ -23,8 +22,10 @@ masking = transformers.masking_utils
 build = mask_builder(masking)
 
 
+register()
+
+
 def config(window: int | None = None) -> SimpleNamespace:
-    register()
     return SimpleNamespace(_attn_implementation="aajr", sliding_window=window, is_causal=True)
 
 
@@ -57,6 +58,28 @@ def test_no_mask_without_padding(mask):
     assert created("create_sliding_window_causal_mask", mask, WINDOW) == Visibility("lower_right", WINDOW)
     assert created("create_sliding_window_causal_mask", mask, LENGTH) == Visibility("lower_right")
     assert created("create_bidirectional_mask", mask) == Visibility()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_under_compilation(padded):
+    """Dynamo cannot look into closures: the window is read from what transformers passes beside them."""
+    mask = padding((LENGTH, 9)) if padded else None
+
+    settings = config(WINDOW)
+
+    def masks(x):
+        causal = masking.create_causal_mask(settings, x, mask, None)
+        window = masking.create_sliding_window_causal_mask(settings, x, mask, None)
+        return x + 1, causal, window, masking.create_bidirectional_sliding_window_mask(settings, x, mask)
+
+    x = embeddings(2, LENGTH, 4)
+    torch._dynamo.reset()
+    found = torch.compile(masks, fullgraph=True, backend="eager")(x)[1:]
+    torch._dynamo.reset()
+    for got, want in zip(found, masks(x)[1:]):
+        assert (got.causal, got.window) == (want.causal, want.window)
+        assert (got.mask is None) == (want.mask is None)
+        assert want.mask is None or torch.equal(got.mask, want.mask)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -177,7 +200,6 @@ def test_a_mask_prepared_by_the_user(kind):
 
 
 def test_the_implementation_alone_by_name():
-    register()
     model, x = tiny("llama"), embeddings(2, LENGTH, 32)
     mask = padding((LENGTH, 9), "left")
     expected = model(inputs_embeds=x, attention_mask=mask.long()).logits

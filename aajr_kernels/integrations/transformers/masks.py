@@ -53,6 +53,8 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
             return False, None
         if function is causal:
             return True, None
+        if torch.compiler.is_compiling():  # which cannot look into closures
+            return None
         if _is(function, overlay):
             return False, _cell(function, "sliding_window")
         if not _is(function, both):
@@ -73,10 +75,21 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
         attention_mask: torch.Tensor | None = None,
         device: Any = "cpu",
         use_vmap: bool = False,
+        local_size: int | None = None,
+        allow_is_causal_skip: bool = False,
+        config: Any = None,
         **kwargs: Any,
     ) -> Visibility:
         """Visibility of `kv_length` keys from `kv_offset` for `q_length` queries from `q_offset`."""
         found = structure(mask_function)
+        if (
+            found is None
+            and torch.compiler.is_compiling()
+            and allow_is_causal_skip
+            and local_size is not None
+        ):
+            # transformers lets a mask be skipped only if it is causal with a plain window, or made of chunks
+            found = (True, local_size) if getattr(config, "attention_chunk_size", None) is None else None
         alignment = _alignment(q_length, kv_length, q_offset, kv_offset)
         if found is None or (found[0] and alignment is None) or (found[1] is not None and not found[0]):
             mask = masking.sdpa_mask(
