@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from .attention import attention_forward
@@ -39,8 +40,13 @@ def register() -> None:
     attention a mask of None, and padding would be attended to.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or builds masks from other arguments than this package knows.
     """
     library = _library()
+    if "q_length" not in inspect.signature(library.masking_utils.sdpa_mask).parameters:
+        raise ImportError(
+            f"transformers {library.__version__} describes masks by cache positions, which aajr_kernels does not "
+            'support: install a current one with pip install --upgrade "aajr_kernels[hf]".'
+        )
     library.AttentionInterface.register(NAME, attention_forward)
     library.AttentionMaskInterface.register(NAME, mask_builder(library.masking_utils))
