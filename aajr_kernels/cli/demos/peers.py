@@ -49,8 +49,8 @@ def forward_mode(model: torch.nn.Module, problem: Problem) -> torch.Tensor:
     def logits(x: torch.Tensor) -> torch.Tensor:
         return model(inputs_embeds=x, use_cache=False).logits
 
-    z, z_tan = torch.func.jvp(logits, (problem.x,), (problem.v,))
-    return fisher(z, z_tan, problem.mask)
+    outputs = torch.func.jvp(logits, (problem.x,), (problem.v,))
+    return fisher(outputs[0], outputs[1], problem.mask)
 
 
 def math_attention(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
@@ -71,7 +71,9 @@ def value_and_gradients(
     """The penalty and its gradient for every parameter (zeros where it does not depend on one)."""
     value = penalty()
     gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-    return value.item(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return value.item(), [
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
+    ]
 
 
 def _rms_norm_in_own_dtype(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,11 @@ the reply, summed over its tokens. Replies are the policy's own greedy ones: wha
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from .data import require
 from .meter import Cost, measure
 
 SYSTEM = "You are a helpful assistant."
+PLAIN, OURS, FUSED, FORWARD_MODE = "plain step", "ours", "ours, fused, streamed", "PyTorch forward mode"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class PolicyConfig:
     repeats: int = 2
     lora_steps: int = 6
     rank: int = 8
-    learning_rate: float = 1e-3
-    weight: float = 5e-3
+    learning_rate: float = 6e-4
+    weight: float = 0.03
     radius: float = 0.2
     difference_steps: tuple[float, ...] = (1e-2, 1e-3)
 
@@ -63,6 +67,9 @@ class Dialogues:
     ids: torch.Tensor
     labels: torch.Tensor
     user: torch.Tensor
+
+    def to(self, device: torch.device) -> Dialogues:
+        return Dialogues(self.ids.to(device), self.labels.to(device), self.user.to(device))
 
     @property
     def reply(self) -> torch.Tensor:
@@ -92,7 +99,10 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
 
 def collate(prompts: list[tuple[list[int], list[bool]]], replies: list[list[int]]) -> Dialogues:
     """One right-padded batch."""
-    rows = [(ids + reply, user + [False] * len(reply)) for (ids, user), reply in zip(prompts, replies, strict=True)]
+    rows = [
+        (ids + reply, user + [False] * len(reply))
+        for (ids, user), reply in zip(prompts, replies, strict=True)
+    ]
     shape = (len(rows), max(len(ids) for ids, _ in rows) - 1)  # the last token predicts nothing
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
     user = torch.zeros(shape, dtype=torch.bool)
@@ -193,32 +203,33 @@ def compare(
         )
 
     methods: dict[str, Callable[[], torch.Tensor]] = {
-        "plain step (no penalty)": lambda: reply_loss(model, x, batch.labels),
-        "ours, unmodified model": ours,
-        "ours, fused, streamed head": lambda: streamed_penalty(model, problem.x, problem.v, batch)[0],
-        "PyTorch forward mode": lambda: peers.forward_mode(model, problem),
+        PLAIN: lambda: reply_loss(model, x, batch.labels),
+        OURS: ours,
+        FUSED: lambda: streamed_penalty(model, problem.x, problem.v, batch)[0],
+        FORWARD_MODE: lambda: peers.forward_mode(model, problem),
     }
     for h in config.difference_steps:
-        methods[f"finite differences, h = {h:g}"] = lambda h=h: peers.finite_difference(model, problem, h)
-    rows = []
-    for name, penalty in methods.items():
-        fusion = fuse(model) if "fused" in name else None
-        costs: list[Cost] = []
-        for _ in range(config.repeats):
+        methods[f"differences, h={h:g}"] = _differences(model, problem, h)
+    costs: dict[str, list[Cost]] = {name: [] for name in methods}
+    rows = {}
+    for _ in range(config.repeats):  # interleaved, so that a slow moment of the machine hits all of them
+        for name, penalty in methods.items():
             on_run(name)
-            with peers.math_attention(name == "PyTorch forward mode"):
-                (value, gradients), cost = measure(
-                    lambda run=penalty: peers.value_and_gradients(run, parameters), x.device
-                )
-            costs.append(cost)
-        if fusion is not None:
-            fusion.undo()
-        plain = name.startswith("plain")
-        error = None if plain else peers.relative_error(gradients, truth)
-        peaks = [max(0, c.peak_bytes - gradient_bytes) for c in costs if c.peak_bytes is not None]
-        seconds = min(c.seconds for c in costs)
-        rows.append(MethodRow(name, value, error, seconds, min(peaks) if peaks else None))
-    return rows
+            fusion = fuse(model) if name == FUSED else contextlib.nullcontext()
+            run = functools.partial(peers.value_and_gradients, penalty, parameters)
+            with fusion, peers.math_attention(name == FORWARD_MODE):
+                (value, gradients), cost = measure(run, x.device)
+            costs[name].append(cost)
+            error = None if name == PLAIN else peers.relative_error(gradients, truth)
+            del gradients
+            peaks = [max(0, c.peak_bytes - gradient_bytes) for c in costs[name] if c.peak_bytes is not None]
+            seconds = min(c.seconds for c in costs[name])
+            rows[name] = MethodRow(name, value, error, seconds, min(peaks) if peaks else None)
+    return list(rows.values())
+
+
+def _differences(model: Any, problem: peers.Problem, h: float) -> Callable[[], torch.Tensor]:
+    return lambda: peers.finite_difference(model, problem, h)
 
 
 def _oracle(model: Any, problem: peers.Problem, on_run: Callable[[str], None]) -> list[torch.Tensor]:
@@ -299,7 +310,10 @@ def adapt(
 
     torch.manual_seed(seed)
     targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=targets))
+    options = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it renamed
+        lora = get_peft_model(model, options)
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=config.learning_rate)
     x = embed(lora, train)
     penalties: list[float] = []
@@ -327,7 +341,3 @@ def adapt(
     for p in model.parameters():
         p.requires_grad_(True)
     return LoraRun(weight, penalties, losses, after)
-
-
-def as_dict(row: Any) -> dict[str, Any]:
-    return asdict(row)

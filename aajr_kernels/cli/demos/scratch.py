@@ -8,6 +8,7 @@ inflating its embeddings.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,12 +44,12 @@ class ScratchConfig:
     intermediate: int = 384
     context: int = 64
     batch: int = 16
-    steps: int = 240
+    steps: int = 220
     learning_rate: float = 4e-3
     weight: float = 0.1
-    attack_steps: int = 8
-    radii: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-    eval_windows: int = 48
+    attack_steps: int = 6
+    radii: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    eval_windows: int = 32
 
 
 @dataclass
@@ -177,7 +178,9 @@ def train(
     model = build(config, seed).to(device)
     batches, held_out = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     probe = corpus.batch("valid", config.batch, config.context, held_out).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     warm_up = max(1, config.steps // 10)
 
     def rate(step: int) -> float:
@@ -185,7 +188,7 @@ def train(
         return min(1.0, (step + 1) / warm_up) * decay
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    run = ScratchRun(weight)
+    run, start = ScratchRun(weight), time.perf_counter()
     for step in range(config.steps):
         if step % max(1, config.steps // 12) == 0:
             run.sensitivity.append((step, sensitivity(model, probe)))
@@ -202,6 +205,7 @@ def train(
         schedule.step()
         run.loss.append(task.item())
         on_step(run.loss[-1])
+    run.seconds = time.perf_counter() - start
     run.sensitivity.append((config.steps, sensitivity(model, probe)))
     windows = corpus.batch("valid", config.eval_windows, config.context, held_out).to(device)
     run.robust_loss = robustness(model, windows, config)
