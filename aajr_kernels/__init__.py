@@ -3,6 +3,7 @@
 The public names, once. See README.md for a tour and the docstrings for shapes, dtypes and errors.
 """
 
+from . import integrations, nn
 from . import rules as _rules  # noqa: F401  registers every rule
 from .dual import Dual, dual, is_dual, unpack
 from .method import LMHead, aligned_penalty, normalize, seed
@@ -31,11 +32,13 @@ __all__ = [
     "dual",
     "geglu",
     "gelu",
+    "integrations",
     "is_dual",
     "jvp",
     "layer_norm",
     "linear",
     "lm_head_penalty",
+    "nn",
     "normalize",
     "quick_gelu",
     "relu",

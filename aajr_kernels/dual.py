@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -83,6 +83,10 @@ class Dual:
     """
 
     stacked: torch.Tensor
+
+    if TYPE_CHECKING:  # the methods and properties that are attached below
+
+        def __getattr__(self, name: str) -> Any: ...
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
@@ -165,6 +169,10 @@ class Dual:
 
     def element_size(self) -> int:
         return self.stacked.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel() * self.element_size()
 
     def data_ptr(self) -> int:
         return self.stacked.data_ptr()
@@ -270,32 +278,15 @@ class Dual:
 
 
 def _forward_property(name: str) -> property:
-    return property(lambda self: getattr(self.stacked, name), doc=f"``{name}`` of the primal.")
+    return property(
+        lambda self: getattr(self.stacked, name), doc=f"``{name}``, the same for primal and tangents."
+    )
 
 
-for _name in (
-    "dtype",
-    "device",
-    "layout",
-    "is_cuda",
-    "is_cpu",
-    "is_meta",
-    "is_sparse",
-    "is_quantized",
-    "itemsize",
-):
-    setattr(Dual, _name, _forward_property(_name))
-for _name in (
-    "is_mps",
-    "is_xpu",
-    "is_nested",
-    "is_mkldnn",
-    "is_xla",
-    "is_vulkan",
-    "is_ipu",
-    "is_maia",
-    "is_mtia",
-):
+for _name in """
+dtype device layout is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized is_mps is_xpu is_nested is_mkldnn is_xla
+is_vulkan is_ipu is_maia is_mtia itemsize output_nr retains_grad
+""".split():
     setattr(Dual, _name, _forward_property(_name))
 
 

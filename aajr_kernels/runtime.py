@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -28,8 +29,12 @@ __all__ = [
 ]
 
 
-class UnsupportedOperation(TypeError):
-    """A function was called on a Dual for which no exact derivative rule is known."""
+class UnsupportedOperation(NotImplementedError):
+    """A function was called on a Dual for which no exact derivative rule is known.
+
+    Not a TypeError: torch turns those into NotImplemented inside operators, and Python would then rebind the name in
+    ``buffer += dual`` instead of raising.
+    """
 
 
 class BackendUnavailable(RuntimeError):
@@ -106,24 +111,19 @@ def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
     return "reference"
 
 
-_implementations: dict[tuple[str, str], ModuleType] = {}
-
-
 def implementation(op: str, backend: str) -> ModuleType:
     """The module ``aajr_kernels.ops.<op>.<backend>`` with the kernels of one op on one backend, imported lazily.
 
     Raises:
         BackendUnavailable: there is no such module, or it cannot be imported.
     """
-    module = _implementations.get(
-        (op, backend)
-    )  # torch.compile traces the look-up, it could not trace an import
+    name = f"aajr_kernels.ops.{op}.{backend}"
+    module = sys.modules.get(name)  # torch.compile traces the look-up, it could not trace an import
     if module is None:
         try:
-            module = importlib.import_module(f"aajr_kernels.ops.{op}.{backend}")
+            module = importlib.import_module(name)
         except ImportError as error:
             raise BackendUnavailable(f"op {op!r} has no {backend!r} backend: {error}.") from error
-        _implementations[op, backend] = module
     return module
 
 

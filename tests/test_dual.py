@@ -196,7 +196,6 @@ def test_operators_on_both_sides(name, sides):
     assert_exact(y.tangent, expected, tolerance=1e-7)
 
 
-@pytest.mark.xfail(reason="Tensor.__rmod__ has no rule")
 def test_a_number_modulo_a_dual():
     test_operators_on_both_sides("mod", "sd")
 

@@ -308,12 +308,7 @@ def test_gradients_flow_through_writes_to_views():
     [
         lambda buffer, d: buffer.copy_(d),
         lambda buffer, d: buffer.add_(d),
-        pytest.param(
-            lambda buffer, d: operator.iadd(buffer, d),
-            marks=pytest.mark.xfail(
-                reason="Tensor.__iadd__ swallows every TypeError, and then `buffer += d` binds buffer + d"
-            ),
-        ),
+        operator.iadd,
         lambda buffer, d: buffer.__setitem__(0, d[0]),
         lambda buffer, d: buffer.index_add_(0, torch.tensor([0]), d[:1]),
     ],
@@ -354,3 +349,16 @@ def test_compiled_in_one_graph(backend):
     for got, want in zip(torch.autograd.grad(found, leaves), gradients):
         assert_exact(got, want)
     torch._dynamo.reset()
+
+
+def test_compiled_matmul_operator_refuses_swapped_operands_and_torch_matmul_is_right():
+    weight = torch.randn(3, 3, dtype=torch.float64)
+
+    def product(multiply, x, v):
+        return multiply(aajr.dual(x, v), weight).tangent
+
+    x, v = torch.randn(2, 3, 3, dtype=torch.float64)
+    compiled = torch.compile(product, fullgraph=True, backend="eager")
+    assert_exact(compiled(torch.matmul, x, v), v @ weight)
+    with pytest.raises(Exception, match="swaps the operands"):
+        compiled(operator.matmul, x, v)

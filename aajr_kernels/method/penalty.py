@@ -129,8 +129,9 @@ def _through_head(
     result = lm_head_penalty(
         hidden, head.weight, head.bias, metric=metric, scale=head.scale, softcap=head.softcap, labels=labels
     )
-    if labels is None:
+    if not isinstance(result, tuple):
         return result, primal_tree(output)
+    assert labels is not None
     q, nll = result
     count = (labels != -100).sum().clamp(min=1) if denominator is None else denominator
     return q, nll.sum() / count

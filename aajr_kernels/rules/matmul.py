@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..ops.linear import linear
-from ..runtime import record, recording, rule
+from ..runtime import UnsupportedOperation, record, recording, rule
 from .common import Dual, is_dual, join, num_tangents
 
 
@@ -21,7 +21,7 @@ def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
         record(name, "torch", 2.0 * out.numel() * inner * products)
 
 
-@rule("matmul", "mm", "bmm", "mv", torch.Tensor.__matmul__, kind="op")
+@rule("matmul", "mm", "bmm", "mv", kind="op")
 def _matmul(a: Any, b: Any) -> Any:
     """ȧ b + a ḃ, with torch's meaning of one-dimensional factors."""
     if b.dim() == 1 and (is_dual(b) or a.dim() == 1):
@@ -60,6 +60,16 @@ def _product(x: Dual, plain: torch.Tensor, function: Callable[..., torch.Tensor]
 
 
 rule(torch.Tensor.__rmatmul__, kind="op")(lambda b, a: _matmul(a, b))
+
+
+@rule(torch.Tensor.__matmul__, kind="op")
+def _matmul_operator(a: Any, b: Any) -> Any:
+    # Dynamo takes a first operand that is no Tensor for a number, and swaps the two
+    if not is_dual(a) and torch.compiler.is_compiling():
+        raise UnsupportedOperation(
+            "torch.compile swaps the operands of `@` between a Dual and a tensor: write torch.matmul(a, b)."
+        )
+    return _matmul(a, b)
 
 
 @rule("dot", "vdot", "inner", kind="op")
@@ -160,15 +170,15 @@ def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
     return [*values[:index], value, *values[index + 1 :]]
 
 
-rule("chain_matmul?", kind="op")(lambda *m: _multi_dot(m))
-
-
 @rule(torch.linalg.multi_dot, kind="op")
 def _multi_dot(matrices: Any) -> Any:
     result = matrices[0]
     for matrix in matrices[1:]:
         result = result @ matrix
     return result
+
+
+rule("chain_matmul?", kind="op")(lambda *matrices: _multi_dot(matrices))
 
 
 @rule("bilinear", kind="op")

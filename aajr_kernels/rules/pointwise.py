@@ -271,8 +271,12 @@ def _tensors(a: Any, b: Any) -> list[Any]:
 
 rule("clamp_min")(lambda x, min: _clamp(x, min=min))
 rule("clamp_max")(lambda x, max: _clamp(x, max=max))
-rule("remainder", torch.Tensor.__mod__)(
-    elementwise(torch.remainder, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.floor(a / b))
+_remainder = elementwise(
+    torch.remainder, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.floor(a / b)
+)
+rule("remainder", torch.Tensor.__mod__)(_remainder)
+rule(torch.Tensor.__rmod__)(
+    lambda b, a: _remainder(torch.as_tensor(a), b) if is_number(a) else _remainder(a, b)
 )
 rule("fmod")(elementwise(torch.fmod, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.trunc(a / b)))
 rule("atan2", "arctan2")(

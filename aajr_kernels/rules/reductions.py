@@ -193,7 +193,8 @@ _extremum("min")
 
 @rule("aminmax")
 def _aminmax(x: Dual, *, dim: int | None = None, keepdim: bool = False) -> Any:
-    return torch.return_types.aminmax((_amin(x, dim, keepdim), _amax(x, dim, keepdim)))
+    values: Any = (_amin(x, dim, keepdim), _amax(x, dim, keepdim))
+    return torch.return_types.aminmax(values)
 
 
 def _ordered(name: str) -> None:

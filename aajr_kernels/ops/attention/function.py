@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ... import runtime
+from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
 class AttentionFunction(torch.autograd.Function):
