@@ -351,14 +351,15 @@ def test_compiled_in_one_graph(backend):
     torch._dynamo.reset()
 
 
-def test_compiled_matmul_operator_refuses_swapped_operands_and_torch_matmul_is_right():
+def test_compiled_products_are_right_and_a_swapped_operator_raises():
+    """Dynamo swaps the operands of ``dual @ tensor``; a matrix that does not commute would show it."""
     weight = torch.randn(3, 3, dtype=torch.float64)
-
-    def product(multiply, x, v):
-        return multiply(aajr.dual(x, v), weight).tangent
-
     x, v = torch.randn(2, 3, 3, dtype=torch.float64)
-    compiled = torch.compile(product, fullgraph=True, backend="eager")
-    assert_exact(compiled(torch.matmul, x, v), v @ weight)
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend="eager")(x, v)
+
+    assert_exact(compiled(lambda x, v: torch.matmul(aajr.dual(x, v), weight).tangent), v @ weight)
+    assert_exact(compiled(lambda x, v: aajr.dual(x, v).matmul(weight).tangent), v @ weight)
     with pytest.raises(Exception, match="swaps the operands"):
-        compiled(operator.matmul, x, v)
+        compiled(lambda x, v: (aajr.dual(x, v) @ weight).tangent)

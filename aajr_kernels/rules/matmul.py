@@ -62,9 +62,9 @@ def _product(x: Dual, plain: torch.Tensor, function: Callable[..., torch.Tensor]
 rule(torch.Tensor.__rmatmul__, kind="op")(lambda b, a: _matmul(a, b))
 
 
-@rule(torch.Tensor.__matmul__, kind="op")
+@rule(torch.Tensor.__matmul__, torch.Tensor.matmul, kind="op")
 def _matmul_operator(a: Any, b: Any) -> Any:
-    # Dynamo takes a first operand that is no Tensor for a number, and swaps the two
+    # Dynamo takes a first operand that is no Tensor for a number, swaps the two and calls Tensor.matmul(b, a)
     if not is_dual(a) and torch.compiler.is_compiling():
         raise UnsupportedOperation(
             "torch.compile swaps the operands of `@` between a Dual and a tensor: write torch.matmul(a, b)."

@@ -275,9 +275,7 @@ _remainder = elementwise(
     torch.remainder, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.floor(a / b)
 )
 rule("remainder", torch.Tensor.__mod__)(_remainder)
-rule(torch.Tensor.__rmod__)(
-    lambda b, a: _remainder(torch.as_tensor(a), b) if is_number(a) else _remainder(a, b)
-)
+rule(torch.Tensor.__rmod__)(lambda b, a: _remainder(*_tensors(a, b)))
 rule("fmod")(elementwise(torch.fmod, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.trunc(a / b)))
 rule("atan2", "arctan2")(
     elementwise(torch.atan2, lambda y, a, b: b / (a * a + b * b), lambda y, a, b: -a / (a * a + b * b))

@@ -28,9 +28,9 @@ def _figure(panels: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean."""
-    spans = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+def _smooth(values: Sequence[float], half: int) -> list[float]:
+    """Mean over a window centred on each step."""
+    spans = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(span) / len(span) for span in spans]
 
 
@@ -96,9 +96,9 @@ def scratch_picture(path: Path, runs: Sequence[ScratchRun], config: ScratchConfi
     for run in runs:
         color = OURS if run.weight else OTHER
         label = f"penalty, weight {run.weight:g}" if run.weight else "no penalty"
-        loss.plot(range(1, len(run.loss) + 1), run.loss, color=color, alpha=0.2, linewidth=0.7)
-        window = max(1, len(run.loss) // 12)
-        loss.plot(range(1, len(run.loss) + 1), _smooth(run.loss, window), color=color, label=label)
+        loss.plot(range(1, len(run.loss) + 1), run.loss, color=color, alpha=0.25, linewidth=0.7)
+        half = max(1, len(run.loss) // 50)
+        loss.plot(range(1, len(run.loss) + 1), _smooth(run.loss, half), color=color, label=label)
         size.plot(*zip(*run.sensitivity, strict=True), "o-", color=color, markersize=3.5, label=label)
         attack.plot(config.radii, run.robust_loss, "o-", color=color, markersize=4, label=label)
     loss.set(xlabel="step", ylabel="training loss, nats per byte", title="Training on Shakespeare")
