@@ -46,7 +46,7 @@ class PolicyConfig:
     train: int = 3
     held_out: int = 4
     repeats: int = 2
-    lora_steps: int = 6
+    lora_steps: int = 5
     rank: int = 8
     learning_rate: float = 6e-4
     weight: float = 0.03

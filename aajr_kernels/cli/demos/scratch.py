@@ -44,7 +44,7 @@ class ScratchConfig:
     intermediate: int = 384
     context: int = 64
     batch: int = 16
-    steps: int = 220
+    steps: int = 160
     learning_rate: float = 4e-3
     weight: float = 0.1
     attack_steps: int = 6
@@ -177,7 +177,7 @@ def train(
     """
     model = build(config, seed).to(device)
     batches, held_out = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-    probe = corpus.batch("valid", config.batch, config.context, held_out).to(device)
+    probe = corpus.batch("valid", config.batch // 2, config.context, held_out).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -190,7 +190,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     run, start = ScratchRun(weight), time.perf_counter()
     for step in range(config.steps):
-        if step % max(1, config.steps // 12) == 0:
+        if step % max(1, config.steps // 8) == 0:
             run.sensitivity.append((step, sensitivity(model, probe)))
         windows = corpus.batch("train", config.batch, config.context, batches).to(device)
         if weight:
