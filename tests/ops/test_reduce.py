@@ -96,3 +96,13 @@ def test_errors():
         sensitivity(Dual(torch.randn(2)), "l2")
     with pytest.raises(ValueError, match="non-empty last axis"):
         sensitivity(Dual(torch.zeros(2, 3, 0)), "fisher")
+
+
+def test_a_large_vocabulary_keeps_float32_accuracy():
+    """torch's float32 softmax on a CPU does not sum to one over many classes; the budget of eager would hide it."""
+    stacked = torch.randn(2, 3, 49152)
+    low, exact = (stacked.to(t).requires_grad_() for t in (torch.float32, torch.float64))
+    q, q_exact = (sensitivity(Dual(s), "fisher") for s in (low, exact))
+    (g,), (g_exact,) = (torch.autograd.grad(value.sum(), s) for value, s in ((q, low), (q_exact, exact)))
+    assert (q - q_exact).norm() < 2e-6 * q_exact.norm()
+    assert (g - g_exact).norm() < 4e-6 * g_exact.norm()
