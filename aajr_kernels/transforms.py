@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -74,5 +75,26 @@ def jvp(
 
 
 def primal_tree(tree: Any) -> Any:
-    """`tree` with every Dual replaced by its primal, still attached to the graph."""
-    return pytree.tree_map(lambda y: y.primal if isinstance(y, Dual) else y, tree, is_leaf=is_dual)
+    """`tree` with every Dual replaced by its primal, still attached to the graph.
+
+    An object that pytree does not know and that holds a Dual (a key-value cache, a dataclass) is copied to that end.
+    """
+    seen: set[int] = set()
+
+    def plain(leaf: Any) -> Any:
+        if isinstance(leaf, Dual):
+            return leaf.primal
+        if isinstance(leaf, (torch.Tensor, torch.nn.Module, type)) or not hasattr(leaf, "__dict__"):
+            return leaf
+        if id(leaf) in seen or torch.compiler.is_compiling():
+            return leaf
+        seen.add(id(leaf))
+        held, structure = pytree.tree_flatten(vars(leaf), is_leaf=is_dual)
+        replaced = [plain(value) for value in held]
+        if all(new is old for new, old in zip(replaced, held)):
+            return leaf
+        result = copy.copy(leaf)
+        vars(result).update(pytree.tree_unflatten(replaced, structure))
+        return result
+
+    return pytree.tree_map(plain, tree, is_leaf=is_dual)

@@ -26,7 +26,8 @@ def normalize(g: torch.Tensor, scope: str = "token", mask: torch.Tensor | None =
         g: ``[..., T, C]`` (or ``[B, C]``), floating point; typically a detached gradient.
         scope: ``"token"``, the norm over the last axis, or ``"sequence"``, over the last two (the last one when `g`
             has two axes).
-        mask: ``[..., T]``, bool or integer, nonzero = included; masked entries are set to zero first, be they NaN.
+        mask: the axes of `g` before the last, leading ones may be missing (``[B, T]`` for ``[K, B, T, C]``); bool or
+            integer, nonzero = included. Masked entries are set to zero first, be they NaN.
 
     Returns:
         Tensor like `g`.
@@ -43,7 +44,7 @@ def normalize(g: torch.Tensor, scope: str = "token", mask: torch.Tensor | None =
     if g.dim() == 0:
         raise ValueError("g must have at least one axis, got a 0-dimensional tensor.")
     if mask is not None:
-        mask = included(mask, tuple(g.shape[-1 - mask.dim() : -1]), "mask")
+        mask = included(mask, tuple(g.shape[-1 - mask.dim() : -1]), "mask").to(g.device)
         g = torch.where(mask.unsqueeze(-1), g, 0.0)
     work = g if g.dtype in (torch.float32, torch.float64) else g.float()
     dims = [-1] if scope == "token" or g.dim() <= 2 else [-2, -1]

@@ -86,6 +86,7 @@ def aligned_penalty(
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; `v` is not finite (checked
             on the CPU; on accelerators, where the check would stall the stream, and in compiled code NaN reaches the
             penalty); the output does not depend on `x`; it is a model output without ``.logits``.
+        RuntimeError: the dtypes of hidden states and head do not agree.
         UnsupportedOperation: `func` uses a function without a derivative rule.
     """
     _check_choices(metric, form, unit, reduction, gamma, denominator)
@@ -121,11 +122,18 @@ def _through_head(
     """q, and the primal or the mean cross-entropy, from one pass over the vocabulary."""
     if metric == "l2" and labels is None:
         return sensitivity(hidden, "l2"), primal_tree(output)
-    if labels is not None and (labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1])):
-        raise ValueError(
-            f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
-            f"{tuple(labels.shape)}."
-        )
+    if labels is not None:
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}.")
+        if labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1]):
+            raise ValueError(
+                f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
+                f"{tuple(labels.shape)}."
+            )
+        if labels.device != hidden.device:
+            raise ValueError(
+                f"labels must be on the device of the hidden states ({hidden.device}), got {labels.device}."
+            )
     result = lm_head_penalty(
         hidden, head.weight, head.bias, metric=metric, scale=head.scale, softcap=head.softcap, labels=labels
     )

@@ -139,9 +139,13 @@ def bilinear(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
 for _name in ("kron", "tensordot"):
     rule(_name, kind="op")(bilinear(getattr(torch, _name)))
 rule("cross", kind="op")(bilinear(torch.linalg.cross))
-rule(torch.cross, torch.Tensor.cross, kind="op")(
-    lambda a, b, dim=-1: bilinear(torch.linalg.cross)(a, b, dim=-1 if dim is None else dim)
-)
+
+
+@rule(torch.cross, torch.Tensor.cross, kind="op")
+def _cross(input: Any, other: Any, dim: int | None = None) -> Any:
+    if dim is None:  # torch's legacy choice: the first axis of size 3
+        dim = next((i for i, size in enumerate(input.shape) if size == 3), -1)
+    return bilinear(torch.linalg.cross)(input, other, dim=dim)
 
 
 @rule("einsum", kind="op")

@@ -236,12 +236,20 @@ def _wins(sign: int) -> Callable[..., torch.Tensor]:
     return share
 
 
-for _names, _sign in ((("maximum", "fmax"), 1), (("minimum", "fmin"), -1)):
-    for _name in _names:
-        _share = _wins(_sign)
-        rule(_name)(
-            elementwise(getattr(torch, _name), _share, lambda out, a, b, _share=_share: 1 - _share(out, a, b))
-        )
+def _over_nan(share: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same for fmax and fmin, which take the other argument where one is NaN."""
+    return lambda out, a, b: torch.where(b.isnan(), 1.0, torch.where(a.isnan(), 0.0, share(out, a, b)))
+
+
+for _name, _share in (
+    ("maximum", _wins(1)),
+    ("minimum", _wins(-1)),
+    ("fmax", _over_nan(_wins(1))),
+    ("fmin", _over_nan(_wins(-1))),
+):
+    rule(_name)(
+        elementwise(getattr(torch, _name), _share, lambda out, a, b, _share=_share: 1 - _share(out, a, b))
+    )
 
 
 @rule("clamp", "clip")

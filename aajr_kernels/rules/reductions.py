@@ -98,11 +98,19 @@ def _var(x: Dual, *args: Any, **kwargs: Any) -> Dual:
     return _dropped(*_variance(x, args, kwargs))
 
 
+def _deviation(variance: Dual) -> Dual:
+    """The root of a variance. Where that is zero the derivative is 0, torch's choice as well."""
+    primal, tangents = split(variance)
+    constant = primal == 0
+    root = torch.where(constant, 1.0, primal).sqrt()
+    return join(torch.where(constant, 0.0, root), torch.where(constant, 0.0, tangents / (2 * root)))
+
+
 @rule("std")
 @_vector
 def _std(x: Dual, *args: Any, **kwargs: Any) -> Dual:
     variance, dims, keepdim = _variance(x, args, kwargs)
-    return _dropped(variance.sqrt(), dims, keepdim)
+    return _dropped(_deviation(variance), dims, keepdim)
 
 
 @rule("var_mean")
@@ -116,7 +124,7 @@ def _var_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
 @_vector
 def _std_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
     variance, dims, keepdim = _variance(x, args, kwargs)
-    return _dropped(variance.sqrt(), dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
+    return _dropped(_deviation(variance), dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
 
 
 @rule("prod")
@@ -225,7 +233,7 @@ rule("msort")(lambda x: torch.sort(x, dim=0).values)
 # -- norms ------------------------------------------------------------------------------------------------------------
 
 
-@rule("norm", torch.linalg.vector_norm, torch.linalg.norm)
+@rule("norm", torch.linalg.vector_norm)
 def _norm(
     x: Dual, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, **kwargs: Any
 ) -> Dual:
@@ -267,6 +275,21 @@ def _softmax_axis(x: Dual, dim: int | None) -> int:
 def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
     """p∘(ẋ − Σ p ẋ)."""
     d = _softmax_axis(x, dim)
+@rule(torch.linalg.norm)
+def _linalg_norm(
+    x: Dual, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Dual:
+    """A matrix norm where an order meets two axes, a vector norm otherwise."""
+    if ord is not None and dim is None and x.dim() > 2:
+        raise ValueError(
+            f"dim of linalg.norm must be given with ord={ord!r} for more than two axes, got shape {tuple(x.shape)}."
+        )
+    matrix = x.dim() == 2 if dim is None else isinstance(dim, (tuple, list)) and len(dim) == 2
+    if matrix and ord not in (None, "fro"):
+        return torch.linalg.matrix_norm(x, ord, dim or (-2, -1), keepdim, dtype=dtype)  # type: ignore[arg-type,return-value]
+    return _norm(x, ord, dim, keepdim, dtype)
+
+
     primal, tangents = split(x if dtype is None else x.to(dtype))
     out = primal.softmax(d)
     centred = tangents - (out * tangents).sum(d, keepdim=True)
@@ -308,12 +331,18 @@ def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
 @rule("logcumsumexp")
 def _scan_logsumexp(x: Dual, dim: int) -> Dual:
     d = axis(x, dim)
-    primal, tangents = split(x)
-    out = primal.logcumsumexp(d)
-    top = primal.amax(d, keepdim=True)
-    return join(out, ((primal - top).exp() * tangents).cumsum(d) * (top - out).exp())
+    primal, tangents = (part.movedim(d, -1) for part in split(x))
+    out = primal.logcumsumexp(-1)
+    n = primal.shape[-1]
+    later = torch.ones(n, n, dtype=torch.bool, device=out.device).triu(1)
+    exponents = primal.unsqueeze(-2) - torch.where(torch.isinf(out), 0.0, out).unsqueeze(-1)
+    weights = exponents.masked_fill(later, float("-inf")).exp()
+    tangent = (weights @ tangents.unsqueeze(-1)).squeeze(-1)
+    return join(out.movedim(-1, d), tangent.movedim(-1, d))
 
 
 @rule("dist")
 def _dist(a: Any, b: Any, p: float = 2) -> Any:
     return torch.linalg.vector_norm((a - b) if is_dual(a) else -(b - a), p)
+@_vector
+    """Σ_{j ≤ i} e^(x_j − y_i) ẋ_j by a matrix of weights: a running sum of e^x ẋ would underflow before a late peak."""

@@ -146,6 +146,11 @@ def _diagonal(x: Dual, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Dual:
     return Dual(x.stacked.diagonal(offset, axis(x, dim1), axis(x, dim2)))
 
 
+@rule(torch.linalg.diagonal, kind="view")
+def _linalg_diagonal(A: Dual, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Dual:
+    return _diagonal(A, offset, dim1, dim2)
+
+
 @rule(torch.Tensor.unfold, kind="view")
 def _unfold(x: Dual, dimension: int, size: int, step: int) -> Dual:
     return Dual(x.stacked.unfold(axis(x, dimension), size, step))

@@ -201,6 +201,36 @@ def test_a_model_output_is_measured_by_its_logits():
     assert torch.equal(aajr.aligned_penalty(func, x, v), aajr.aligned_penalty(policy, x, v))
 
 
+class Cache:
+    """Something that pytree does not know, as the key-value cache in a model's output."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+
+def test_the_primal_holds_no_dual_where_pytree_cannot_look():
+    policy, x, v = problem()
+
+    def func(d):
+        hidden = policy.hidden(d)
+        return SimpleNamespace(logits=policy.head(hidden), cache=Cache([Cache(hidden)]), size=3)
+
+    _, output = aajr.aligned_penalty(func, x, v, return_primal=True)
+    assert type(output.logits) is torch.Tensor and output.size == 3
+    torch.testing.assert_close(output.cache.layers[0].layers, policy.hidden(x), rtol=0, atol=1e-14)
+    assert output.cache.layers[0].layers.requires_grad
+
+
+def test_bad_labels():
+    policy, x, v = problem()
+    options = dict(head=policy.head, return_primal=True)
+    with pytest.raises(TypeError, match="labels must be a tensor of class indices, got list"):
+        aajr.aligned_penalty(policy.hidden, x, v, labels=[1], **options)
+    labels = torch.zeros(B, T, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError, match="labels must be on the device of the hidden states"):
+        aajr.aligned_penalty(policy.hidden, x, v, labels=labels, **options)
+
+
 def test_gradient_against_finite_differences_of_the_penalty():
     policy, x, v = problem(1)
     parameters = dict(policy.named_parameters())

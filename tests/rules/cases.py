@@ -58,6 +58,9 @@ ROW, COL, V, W = real(4), real(3, 1), real(4), real(4)
 S = real(3, 3) * 0.5 + 3 * torch.eye(3, dtype=torch.float64)
 SPD = S @ S.mT + torch.eye(3, dtype=torch.float64)
 B3, C3, IMG, SEQ = real(2, 3, 4), real(2, 4, 5), real(2, 4, 4, 6), real(2, 4, 7)
+# e^x of the first two underflows beside the third
+LATE = torch.tensor([0.0, 1.0, 800.0, 700.0], dtype=torch.float64)
+GAPS = torch.tensor([float("nan"), 0.05, float("nan"), -0.05], dtype=torch.float64)
 IDX = torch.tensor([2, 0, 2])
 AT = torch.tensor([[0, 2, 1, 0], [1, 1, 0, 2]])
 MASK = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
@@ -109,6 +112,7 @@ case("maximum", torch.maximum, X, Y, duals=BOTH)
 case("minimum", torch.minimum, X, Y, duals=(1,))
 case("fmax", torch.fmax, X, Y, duals=BOTH)
 case("fmin", torch.fmin, X, Y)
+case("fmax(NaN)", lambda x: torch.fmax(x, GAPS) + torch.fmin(GAPS, x), X)
 case("clamp", lambda x: x.clamp(-0.6, 0.9), X)
 case("clamp(tensor)", lambda x, a, b: torch.clamp(x, a, b), X, -P, P, duals=(0, 1, 2))
 case("clamp_min", lambda x: x.clamp_min(0.4), X)
@@ -150,6 +154,7 @@ for _name, _fn in {
     "narrow": lambda x: x.narrow(1, 1, 2),
     "select": lambda x: x.select(0, 1),
     "diagonal": lambda x: x.diagonal(1),
+    "linalg.diagonal": lambda x: linalg.diagonal(torch.stack([x, x * x]), offset=1),
     "Tensor.unfold": lambda x: x.unfold(1, 2, 1),
     "split": lambda x: x.split(3, 1),
     "chunk": lambda x: x.chunk(2, 1),
@@ -222,10 +227,15 @@ case("cov", torch.cov, X)
 case("corrcoef", torch.corrcoef, X)
 case("renorm", lambda x: torch.renorm(x, 2, 0, 1.0), X)
 case("norm(1)", lambda x: torch.norm(x, 1), X)
-case("linalg.norm(inf)", lambda x: linalg.vector_norm(x, float("inf"), dim=1), X)
-case("linalg.norm(3)", lambda x: linalg.vector_norm(x, 3, dim=1, keepdim=True), X)
+case("linalg.vector_norm(inf)", lambda x: linalg.vector_norm(x, float("inf"), dim=1), X)
+case("linalg.vector_norm(3)", lambda x: linalg.vector_norm(x, 3, dim=1, keepdim=True), X)
 case("linalg.matrix_norm", lambda x: linalg.matrix_norm(x), X)
 case("frobenius_norm", lambda x: torch.frobenius_norm(x, dim=(0, 1)), X)
+for _ord in (None, "fro", "nuc", 1, 2, -2, float("inf")):
+    case(f"linalg.norm({_ord})", lambda x, _ord=_ord: linalg.norm(x, _ord), X, up=False)
+case("linalg.norm(two axes)", lambda x: linalg.norm(x, 2, dim=(0, 2)), B3, up=False)
+case("linalg.norm(one axis)", lambda x: linalg.norm(x, 1, dim=1), X)
+case("logcumsumexp(late peak)", lambda x: torch.logcumsumexp(x + LATE, 1), X, up=False)
 case("F.normalize", lambda x: F.normalize(x, dim=1), X)
 case("F.cosine_similarity", F.cosine_similarity, X, Y, duals=BOTH)
 case("F.pairwise_distance", F.pairwise_distance, X, Y, duals=BOTH)
@@ -250,6 +260,7 @@ case("einsum", lambda x, y: torch.einsum("bij,bjk->bki", x, y), B3, C3, duals=BO
 case("tensordot", lambda x, y: torch.tensordot(x, y, dims=([2], [1])), B3, C3, duals=BOTH)
 case("kron", torch.kron, X, Y[:2], duals=BOTH)
 case("cross", lambda x, y: torch.cross(x, y, dim=0), X, Y, duals=BOTH)
+case("cross(first axis of size 3)", torch.cross, S, S.flip(0), duals=BOTH)
 case("linalg.multi_dot", lambda x, y: linalg.multi_dot([x, y, y.mT]), X, C3[0], duals=BOTH)
 case("chain_matmul", lambda x, y: torch.chain_matmul(x, y), X, C3[0], duals=BOTH)
 case("F.linear", F.linear, B3, real(5, 4), real(5), duals=(0, 1, 2))
