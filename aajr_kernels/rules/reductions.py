@@ -262,19 +262,6 @@ def _norm(
     return _dropped(join(out, (weight * tangents).sum(dims, keepdim=True)), dims, keepdim)
 
 
-# -- softmax family ---------------------------------------------------------------------------------------------------
-
-
-def _softmax_axis(x: Dual, dim: int | None) -> int:
-    if dim is None:  # torch's legacy choice for F.softmax without dim
-        dim = 0 if x.dim() in (0, 1, 3) else 1
-    return axis(x, dim)
-
-
-@_vector
-def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
-    """p∘(ẋ − Σ p ẋ)."""
-    d = _softmax_axis(x, dim)
 @rule(torch.linalg.norm)
 def _linalg_norm(
     x: Dual, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
@@ -290,6 +277,19 @@ def _linalg_norm(
     return _norm(x, ord, dim, keepdim, dtype)
 
 
+# -- softmax family ---------------------------------------------------------------------------------------------------
+
+
+def _softmax_axis(x: Dual, dim: int | None) -> int:
+    if dim is None:  # torch's legacy choice for F.softmax without dim
+        dim = 0 if x.dim() in (0, 1, 3) else 1
+    return axis(x, dim)
+
+
+@_vector
+def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
+    """p∘(ẋ − Σ p ẋ)."""
+    d = _softmax_axis(x, dim)
     primal, tangents = split(x if dtype is None else x.to(dtype))
     out = primal.softmax(d)
     centred = tangents - (out * tangents).sum(d, keepdim=True)
@@ -329,7 +329,9 @@ def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
 
 
 @rule("logcumsumexp")
+@_vector
 def _scan_logsumexp(x: Dual, dim: int) -> Dual:
+    """Σ_{j ≤ i} e^(x_j − y_i) ẋ_j by a matrix of weights: a running sum of e^x ẋ would underflow before a late peak."""
     d = axis(x, dim)
     primal, tangents = (part.movedim(d, -1) for part in split(x))
     out = primal.logcumsumexp(-1)
@@ -344,5 +346,3 @@ def _scan_logsumexp(x: Dual, dim: int) -> Dual:
 @rule("dist")
 def _dist(a: Any, b: Any, p: float = 2) -> Any:
     return torch.linalg.vector_norm((a - b) if is_dual(a) else -(b - a), p)
-@_vector
-    """Σ_{j ≤ i} e^(x_j − y_i) ẋ_j by a matrix of weights: a running sum of e^x ẋ would underflow before a late peak."""
