@@ -13,7 +13,9 @@ def _moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """p ``[*batch, V]`` and e = ż − μ ``[K, *batch, V]``."""
     z, z_tan = y[0], y[1:]
     p = z.softmax(-1)
-    p = p / p.sum(-1, keepdim=True)  # torch's float32 softmax on a CPU is off by 3e-5 in its sum over 49k classes
+    p = p / p.sum(
+        -1, keepdim=True
+    )  # torch's float32 softmax on a CPU is off by 3e-5 in its sum over 49k classes
     reference = z_tan.gather(-1, z.argmax(-1, keepdim=True).expand(*z_tan.shape[:-1], 1))
     e = z_tan - reference
     return p, e - (p * e).sum(-1, keepdim=True)
