@@ -43,6 +43,8 @@ def dispatch(
         raise runtime.UnsupportedOperation(
             f"{function_name(func)}(out=...) cannot write a Dual: assign the result to a name instead."
         )
+    if kwargs:
+        args, kwargs = runtime.positional(args, kwargs)
     result = rule(*args, **kwargs)
     if runtime.recording():
         _record(func, result)

@@ -321,6 +321,28 @@ def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[C
     return decorate
 
 
+#: names by which torch takes NumPy's keywords, and the operands after the first in the order of their positions
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "self": "input"}
+_OPERANDS = """
+mat1 mat batch1 tensor1 vec1 other exponent mat2 batch2 tensor2 vec vec2 tensor
+""".split()
+
+
+def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands that were named moved to their places, and NumPy's keywords under torch's names.
+
+    Rules name their operands as the mathematics does; torch's builtins accept ``input=``, ``other=``, ``mat2=``...
+    """
+    if "condition" in kwargs or "sorted_sequence" in kwargs:
+        return args, kwargs  # torch.where and searchsorted, whose ``input`` is the second operand
+    kwargs = {_ALIASES.get(name, name): value for name, value in kwargs.items()}
+    if not args and "input" in kwargs:
+        args = (kwargs.pop("input"),)
+    if "input" not in kwargs:
+        args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
+    return args, kwargs
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Guards
 # ---------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,14 @@ def align(stacked: torch.Tensor, ndim: int) -> torch.Tensor:
 
 def is_number(x: Any) -> bool:
     """A Python scalar (or symbolic one), as opposed to a tensor or Dual."""
-    return not isinstance(x, (torch.Tensor, Dual))
+    if isinstance(x, (torch.Tensor, Dual)):
+        return False
+    if getattr(x, "shape", ()) != ():  # an array would broadcast against the stack axis
+        raise TypeError(
+            f"an operand beside a Dual must be a tensor, a Dual or a number, got {type(x).__name__} of shape "
+            f"{tuple(x.shape)}: convert it with torch.as_tensor."
+        )
+    return True
 
 
 def parts(x: Any, ndim: int) -> tuple[Any, torch.Tensor | None]:

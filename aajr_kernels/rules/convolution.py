@@ -168,11 +168,18 @@ def _grid_sample(x: Any, grid: Any, *args: Any, **kwargs: Any) -> Dual:
     return per_slice(lambda part: F.grid_sample(part, grid, *args, **kwargs), x)
 
 
+def _at_least_three(name: str, x: Dual) -> None:
+    if x.dim() < 3:
+        raise ValueError(f"input of {name} must be [..., C, H, W], got {tuple(x.shape)}.")
+
+
 @rule("pixel_shuffle")
 def _pixel_shuffle(x: Dual, upscale_factor: int) -> Dual:
+    _at_least_three("pixel_shuffle", x)
     return Dual(torch.pixel_shuffle(x.stacked, upscale_factor))
 
 
 @rule("pixel_unshuffle")
 def _pixel_unshuffle(x: Dual, downscale_factor: int) -> Dual:
+    _at_least_three("pixel_unshuffle", x)
     return Dual(torch.pixel_unshuffle(x.stacked, downscale_factor))

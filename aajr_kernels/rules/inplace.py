@@ -30,6 +30,10 @@ def _in_place(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
         args = tuple(before if a is x else a for a in args)
         kwargs.pop("inplace", None)
         result = rule(before, *args, **kwargs)
+        if not is_dual(result):
+            raise UnsupportedOperation(
+                f"Tensor.{name} would overwrite a Dual by values without a derivative: use the out-of-place form."
+            )
         if result.shape != x.shape:
             raise ValueError(
                 f"{name} of a Dual of shape {tuple(x.shape)} cannot hold a result of {tuple(result.shape)}."
@@ -63,6 +67,19 @@ def _fill(x: Any, value: Any) -> Any:
     return _copy(x, value if is_dual(value) else torch.as_tensor(value, dtype=x.dtype, device=x.device))
 
 
+def _drawn(name: str) -> Callable[..., Any]:
+    """Random values in place: the same as torch draws, with tangents of zero."""
+
+    def draw(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+        if not is_dual(x) or any(is_dual(value) for value in (*args, *kwargs.values())):
+            raise UnsupportedOperation(f"Tensor.{name} has no derivative in its parameters: pass them plain.")
+        with torch.no_grad():
+            values = getattr(torch.empty_like(x.stacked[0]), name)(*args, **kwargs)
+        return _copy(x, values)
+
+    return draw
+
+
 def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
     if not is_dual(x):
         return RULES[torch.Tensor.add_](x, source)  # raises: no room for the tangent
@@ -77,6 +94,8 @@ def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
 
 def register() -> None:
     """Give every in-place method whose out-of-place form has a rule its own; called after all rules are registered."""
+    for name in ("bernoulli_", "normal_", "uniform_", "exponential_", "random_", "log_normal_", "cauchy_"):
+        enter(getattr(torch.Tensor, name), _drawn(name), "view")
     for name in dir(torch.Tensor):
         if not name.endswith("_") or name.endswith("__"):
             continue

@@ -107,7 +107,11 @@ def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = Fal
     return _masked(torch.dropout, x, p, training, inplace)
 
 
-rule(torch.dropout)(_dropout)
+@rule(torch.dropout)
+def _torch_dropout(x: Dual, p: float, train: bool) -> Dual:
+    return _dropout(x, p, train)
+
+
 rule(torch.dropout_)(lambda x, p, train: _dropout(x, p, train, inplace=True))
 rule(torch.feature_dropout)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, False))
 rule(torch.feature_dropout_)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, True))

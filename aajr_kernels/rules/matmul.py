@@ -28,7 +28,8 @@ def _matmul(a: Any, b: Any) -> Any:
         return _matmul(a, _columns(b)).squeeze(-1)
     if a.dim() == 1 and (is_dual(a) or b.dim() > 2):
         return _matmul(a.unsqueeze(0), b).squeeze(-2)
-    num_tangents(a, b)
+    if not num_tangents(a, b):
+        return torch.matmul(a, b)
     if not is_dual(b):
         return _product(a, b, torch.matmul)
     if not is_dual(a):
@@ -85,14 +86,20 @@ def _outer(a: Any, b: Any) -> Any:
     return a.unsqueeze(-1) * b.unsqueeze(0)
 
 
+def _beside(x: Any, product: Any) -> Any:
+    """The summand of a product: under autocast in the low dtype of the product, as torch's fused sum has it."""
+    return x.to(product.dtype) if torch.is_autocast_enabled(product.device.type) else x
+
+
 def _affine(name: str) -> Callable[..., Any]:
     def affine(x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        product = _matmul(a, b) if is_dual(a) or is_dual(b) else torch.matmul(a, b)
+        product = _matmul(a, b)
         if name in ("addbmm",):
             product = product.sum(0)
         product = product if alpha == 1 else product * alpha
         if isinstance(beta, (int, float)) and beta == 0:  # torch ignores the input, be it NaN
             return product.expand(torch.broadcast_shapes(tuple(x.shape), tuple(product.shape)))
+        x = x if name == "addmv" else _beside(x, product)
         return product + (x if beta == 1 else x * beta)
 
     return affine
@@ -112,7 +119,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if is_dual(x) and not is_dual(weight) and not is_dual(bias):
         return linear(x, weight, bias)
     product = _matmul(x, weight.mT if weight.dim() > 1 else weight)
-    return product if bias is None else product + bias
+    return product if bias is None else product + _beside(bias, product)
 
 
 def bilinear(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:

@@ -31,7 +31,8 @@ from .common import (
 
 def _plus(a: Any, b: Any) -> Any:
     """a + b with the cheapest form for each mixture of Dual, tensor and number."""
-    num_tangents(a, b)
+    if not num_tangents(a, b):
+        return a + b
     n = ndim_of(a, b)
     if is_dual(a) and is_dual(b) and a.dim() and b.dim():
         return Dual(torch.add(align(a.stacked, n), align(b.stacked, n)))
@@ -98,12 +99,13 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         k = num_tangents(a, b)
         primal = torch.div(primal_of(a), primal_of(b), rounding_mode=rounding_mode)
         return Dual(torch.cat([primal.unsqueeze(0), primal.new_zeros((k, *primal.shape))]))
+    if not num_tangents(a, b):
+        return a / b
     if is_number(b):
         return Dual(a.stacked / b)
     n = ndim_of(a, b)
     if not is_dual(b):
         return _scaled(torch.div, a, b, n)
-    num_tangents(a, b)
     (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
     out = p / q
     tangents = -out * q_tan if p_tan is None else p_tan - out * q_tan
@@ -290,10 +292,17 @@ rule("atan2", "arctan2")(
 )
 rule("hypot")(elementwise(torch.hypot, lambda y, a, b: a / y, lambda y, a, b: b / y))
 rule("logaddexp")(elementwise(torch.logaddexp, lambda y, a, b: (a - y).exp(), lambda y, a, b: (b - y).exp()))
+
+
+def _log_beside(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """log b, the slope of a log b in a; 0 where a = 0 and the logarithm does not exist, as in torch."""
+    return torch.where((a == 0) & (b <= 0), 1.0, b).log()
+
+
 rule("xlogy")(
     elementwise(
         torch.xlogy,
-        lambda y, a, b: torch.where(torch.as_tensor(a) == 0, 0.0, torch.as_tensor(b).log()),
+        lambda y, a, b: _log_beside(torch.as_tensor(a), torch.as_tensor(b)),
         lambda y, a, b: a / b,
     )
 )

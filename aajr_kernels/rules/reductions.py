@@ -146,6 +146,19 @@ def _prod(x: Dual, dim: int | None = None, keepdim: bool = False, *, dtype: Any 
     return join(primal.prod(d, keepdim), (tangents * (before * after)).sum(d, keepdim))
 
 
+@rule("cumprod")
+@_vector
+def _cumprod(x: Dual, dim: int, *, dtype: Any = None) -> Dual:
+    """Products of Duals at doubling distance: no division, so exact at zeros, where torch's own gradient is NaN."""
+    x = x if dtype is None else x.to(dtype)
+    step, size = 1, x.shape[dim]
+    while step < size:
+        later = x.narrow(dim, step, size - step) * x.narrow(dim, 0, size - step)
+        x = torch.cat([x.narrow(dim, 0, step), later], dim)  # type: ignore[list-item,assignment]
+        step *= 2
+    return x
+
+
 # -- extrema ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..runtime import rule
+from ..runtime import UnsupportedOperation, rule
 from .common import (
     Dual,
     align,
@@ -189,7 +189,8 @@ def _clone(x: Dual, *, memory_format: Any = None) -> Dual:
 
 @rule("contiguous", kind="view")
 def _contiguous(x: Dual, memory_format: Any = None) -> Dual:
-    return Dual(x.stacked.contiguous())
+    # a primal that is contiguous is returned as it is, like a tensor: writes through the result must reach it
+    return x if x.stacked[0].is_contiguous() else Dual(x.stacked.contiguous())
 
 
 @rule("detach", kind="view")
@@ -233,7 +234,12 @@ def _repeat_interleave(x: Dual, repeats: Any, dim: int | None = None, **kwargs: 
 
 def _on_last_axes(name: str) -> None:
     function = getattr(torch, name)
-    rule(name, kind="view")(lambda x, diagonal=0: Dual(function(x.stacked, diagonal)))
+
+    @rule(name, kind="view")
+    def on_last_axes(x: Dual, diagonal: int = 0) -> Dual:
+        if x.dim() < 2:
+            raise ValueError(f"input of {name} must have at least two axes, got {tuple(x.shape)}.")
+        return Dual(function(x.stacked, diagonal))
 
 
 def _slice_by_slice(name: str) -> None:
@@ -264,10 +270,8 @@ def _pad(x: Dual, pad: Sequence[int], mode: str = "constant", value: float | Non
 # -- joins ------------------------------------------------------------------------------------------------------------
 
 
-def _lifted(tensors: Sequence[Any]) -> tuple[list[torch.Tensor], Dual]:
-    k = num_tangents(*tensors)
-    first = next(t for t in tensors if is_dual(t))
-    return [t.stacked if is_dual(t) else lift(t, k).stacked for t in tensors], first
+def _lifted(tensors: Sequence[Any], k: int) -> list[torch.Tensor]:
+    return [t.stacked if is_dual(t) else lift(t, k).stacked for t in tensors]
 
 
 @rule("cat", "concat", "concatenate", kind="view")
@@ -275,15 +279,17 @@ def _cat(tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Dual:
     dim = kwargs.get("axis", dim)
     # torch ignores the shapeless empty tensor that key-value caches start from
     kept = [t for t in tensors if tuple(t.shape) != (0,)] or list(tensors)[:1]
-    stacks, first = _lifted(kept)
-    return Dual(torch.cat(stacks, axis(first, dim)))
+    stacks = _lifted(kept, num_tangents(*tensors))
+    if not -stacks[0].dim() < dim < stacks[0].dim() - 1:
+        raise IndexError(f"dim must be in [{1 - stacks[0].dim()}, {stacks[0].dim() - 2}], got {dim}.")
+    return Dual(torch.cat(stacks, dim + 1 if dim >= 0 else dim))
 
 
 @rule("stack", kind="view")
 def _stack(tensors: Sequence[Any], dim: int = 0) -> Dual:
-    stacks, first = _lifted(tensors)
-    if not -first.dim() - 1 <= dim <= first.dim():
-        raise IndexError(f"dim must be in [{-first.dim() - 1}, {first.dim()}], got {dim}.")
+    stacks = _lifted(tensors, num_tangents(*tensors))
+    if not -stacks[0].dim() <= dim < stacks[0].dim():
+        raise IndexError(f"dim must be in [{-stacks[0].dim()}, {stacks[0].dim() - 1}], got {dim}.")
     return Dual(torch.stack(stacks, dim + 1 if dim >= 0 else dim))
 
 
@@ -407,6 +413,11 @@ for _name in (
 
 def _created(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     def create(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        if not is_dual(x) or any(is_dual(value) for value in (*args, *kwargs.values())):
+            raise UnsupportedOperation(
+                f"{function.__name__} would fill a tensor with the value of a Dual and drop its tangent: expand it to "
+                "the shape instead."
+            )
         if kwargs.get("memory_format") is not None:
             kwargs["memory_format"] = None
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
