@@ -363,6 +363,15 @@ def _masked_fill(x: Any, mask: torch.Tensor, value: Any) -> Dual:
 # -- casts and creation -----------------------------------------------------------------------------------------------
 
 
+def _recast(stacked: torch.Tensor) -> Any:
+    """A Dual again, or the plain primal where the new dtype is of integers."""
+    if stacked.is_complex():
+        raise UnsupportedOperation(
+            f"a Dual cannot hold {stacked.dtype}, its derivative would be lost: write it in real arithmetic."
+        )
+    return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+
+
 @rule("to", kind="view")
 def _to(x: Any, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
     args = tuple(a.stacked if is_dual(a) else a for a in args)
@@ -370,7 +379,7 @@ def _to(x: Any, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
     if not is_dual(x):
         return x.to(*args, **kwargs)
     stacked = x.stacked.to(*args, **kwargs)
-    return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+    return _recast(stacked)
 
 
 @rule("type", kind="view")
@@ -378,7 +387,7 @@ def _type(x: Dual, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
         return x.primal.type()
     stacked = x.stacked.type(dtype)
-    return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+    return _recast(stacked)
 
 
 @rule("type_as", kind="view")

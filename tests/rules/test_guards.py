@@ -268,3 +268,10 @@ def test_forward_hooks_see_the_dual() -> None:
     layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
     y = layer(made(4, 3))
     assert seen[0][1] is y and aajr.is_dual(seen[0][0])
+
+
+def test_a_cast_to_complex_numbers_does_not_drop_the_tangent():
+    x = aajr.dual(torch.ones(2), torch.ones(2))
+    for cast in (lambda: x.to(torch.complex64), lambda: x.type(torch.complex64)):
+        with pytest.raises(aajr.UnsupportedOperation, match="cannot hold torch.complex64"):
+            cast()
