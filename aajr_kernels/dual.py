@@ -86,6 +86,12 @@ class Dual:
 
     stacked: torch.Tensor
 
+    def __post_init__(self) -> None:
+        if isinstance(self.stacked, torch.Tensor) and self.stacked.is_complex():
+            raise runtime.UnsupportedOperation(
+                "a Dual cannot be complex: write the computation in real arithmetic."
+            )
+
     if TYPE_CHECKING:  # the methods and properties that are attached below
 
         def __getattr__(self, name: str) -> Any: ...
@@ -402,8 +408,8 @@ def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
         if not value.is_floating_point():
             raise TypeError(
-                f"{name} must be floating point, got {value.dtype}: integers have no derivative; for token ids "
-                "seed the embedding with aajr_kernels.seed."
+                f"{name} must be floating point, got {value.dtype}: a Dual is real; for token ids seed "
+                "the embedding with aajr_kernels.seed."
             )
     if v.dtype != x.dtype:
         raise TypeError(f"v must have the dtype of x ({x.dtype}), got {v.dtype}: cast it with v.to(x.dtype).")

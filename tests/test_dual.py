@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import operator
 import pickle
 
@@ -310,3 +311,27 @@ def test_it_is_a_dataclass_that_distributed_code_can_walk():
     assert [t is d.stacked for t in _find_tensors((d,))] == [True]
     moved = _apply_to_tensors(lambda t: t + 1, {"x": (d,)})["x"][0]
     assert type(moved) is Dual and torch.equal(moved.stacked, d.stacked + 1)
+
+
+def test_a_dual_is_real_and_an_integer_reduction_plain():
+    for make in (lambda d: d + 1j, lambda d: d * torch.ones(3, dtype=torch.complex128)):
+        with pytest.raises(aajr.UnsupportedOperation, match="cannot be complex"):
+            make(number(3))
+    total = number(3).sum(dtype=torch.long)
+    assert isinstance(total, torch.Tensor) and total.dtype == torch.long
+
+
+@pytest.mark.parametrize("shapes", [((), ()), ((), (3,)), ((3,), ()), ((3,), (3,))])
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div", "pow", "maximum"])
+def test_dtypes_promote_as_in_torch(name, shapes):
+    function = getattr(torch, name)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.int64)
+    for left, right in itertools.product(dtypes, repeat=2):
+        a, b = ((torch.rand(shape) * 3 + 1).to(t) for shape, t in zip(shapes, (left, right)))
+        for duals in ("d ", " d", "dd"):
+            if any(flag == "d" and not x.is_floating_point() for flag, x in zip(duals, (a, b))):
+                continue
+            y = function(
+                *(dual(x, torch.ones_like(x)) if flag == "d" else x for flag, x in zip(duals, (a, b)))
+            )
+            assert y.dtype == function(a, b).dtype, (left, right, duals)

@@ -183,7 +183,7 @@ def reduce_units(
     denominator: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """From q ``[K, *batch]`` to the penalty; arguments as in :func:`aligned_penalty`."""
-    keep = None if mask is None else included(mask.to(q.device), tuple(q.shape[1:]), "mask")
+    keep = None if mask is None else included(mask, tuple(q.shape[1:]), "mask").to(q.device)
     if unit == "sequence" and q.dim() > 1:
         masked = q if keep is None else torch.where(keep, q, 0.0)
         q = masked.flatten(2).sum(-1) if q.dim() > 2 else masked
@@ -222,7 +222,7 @@ def _check_choices(metric: str, form: str, unit: str, reduction: str, gamma: Any
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
     if gamma is None and form != "squared":
         raise ValueError(f"gamma must be given with form={form!r}: the threshold on the root of q.")
-    if gamma is not None and not (gamma >= 0 and gamma < float("inf")):
+    if gamma is not None and not (isinstance(gamma, (int, float)) and 0 <= gamma < float("inf")):
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
     if denominator is not None:
         if reduction != "mean":

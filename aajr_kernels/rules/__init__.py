@@ -3,7 +3,8 @@
 ========================  ==================================================================================
 module                    functions
 ========================  ==================================================================================
-``structural``            views, shapes, joins, casts, creation
+``structural``            views, shapes, joins
+``creation``              casts, and tensors made like a Dual
 ``pointwise``             arithmetic, unary mathematics, comparisons
 ``reductions``            sums, moments, extrema, norms, scans, softmax family
 ``matmul``                products
@@ -19,12 +20,13 @@ module                    functions
 ========================  ==================================================================================
 """
 
-from . import structural, pointwise, reductions, matmul, indexing  # isort: skip
+from . import structural, creation, pointwise, reductions, matmul, indexing  # isort: skip
 from . import normalisation, layers, losses, convolution, composites, fallback, guards, inplace  # isort: skip
 
 __all__ = [
     "composites",
     "convolution",
+    "creation",
     "fallback",
     "guards",
     "indexing",

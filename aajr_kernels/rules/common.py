@@ -6,6 +6,7 @@ them is the stacked result. Differentiating a rule is left to autograd: ``split`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ __all__ = [
     "parts",
     "per_slice",
 ]
-__all__ += ["axes", "axis", "lift", "ndim_of", "primal_of", "sizes_of", "split"]
+__all__ += ["axes", "axis", "lift", "ndim_of", "primal_of", "recast", "settled", "sizes_of", "split"]
 
 
 def split(x: Dual) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +81,23 @@ def ndim_of(*values: Any) -> int:
     return max([0] + [v.dim() for v in values if not is_number(v)])
 
 
+def settled(*values: Any) -> tuple[Any, ...]:
+    """`values`, cast to the dtype that torch gives their combination where a shapeless Dual is among them.
+
+    The stack axis would otherwise give it the say that torch gives only to tensors with axes.
+    """
+    tensors = [value for value in values if not is_number(value)]
+    if not any(is_dual(value) and value.dim() == 0 for value in tensors):
+        return values
+    shaped = [value.dtype for value in tensors if value.dim()]
+    dtype = functools.reduce(torch.promote_types, shaped or [value.dtype for value in tensors])
+    if not dtype.is_floating_point:  # integers with axes: the shapeless operands are of a higher category
+        dtype = functools.reduce(
+            torch.promote_types, [value.dtype for value in tensors if not value.dim()], dtype
+        )
+    return tuple(value if is_number(value) else value.to(dtype) for value in values)
+
+
 def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., torch.Tensor] | None) -> Any:
     """The rule of an elementwise `function` of ``len(partials)`` broadcast arguments.
 
@@ -93,7 +111,7 @@ def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., 
     """
 
     def rule(*args: Any, **kwargs: Any) -> Any:
-        values = args[: len(partials)]
+        values = settled(*args[: len(partials)])
         num_tangents(*values)
         ndim = ndim_of(*values)
         pairs = [parts(value, ndim) for value in values]
@@ -140,6 +158,11 @@ def sizes_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(args) == 1 and isinstance(args[0], (tuple, list, torch.Size)):
         return tuple(args[0])
     return args
+
+
+def recast(stacked: torch.Tensor) -> Any:
+    """The Dual of a stack whose dtype may have changed, or the plain primal where it became one of integers."""
+    return Dual(stacked) if stacked.is_floating_point() or stacked.is_complex() else stacked[0]
 
 
 def lift(x: torch.Tensor, k: int) -> Dual:

@@ -102,6 +102,11 @@ def _leading(query: Any, key: Any, value: Any, enable_gqa: bool) -> list[int]:
         if hk != hv:  # each divides H: repeating to the larger is what torch does for both
             hk = hv = h
         return [*lead, h, hk]
+    if len({h, hk, hv} - {1}) > 1:
+        raise ValueError(
+            f"query, key and value must have the same number of heads, got {h}, {hk} and {hv}: pass enable_gqa=True "
+            "where heads share keys."
+        )
     key_heads = hk if hk == hv else max(hk, hv)
     heads = max(h, key_heads)
     return [*lead, heads, key_heads]

@@ -24,6 +24,7 @@ from .common import (
     num_tangents,
     parts,
     primal_of,
+    settled,
 )
 
 # -- sums and products ------------------------------------------------------------------------------------------------
@@ -33,6 +34,7 @@ def _plus(a: Any, b: Any) -> Any:
     """a + b with the cheapest form for each mixture of Dual, tensor and number."""
     if not num_tangents(a, b):
         return a + b
+    a, b = settled(a, b)
     n = ndim_of(a, b)
     if is_dual(a) and is_dual(b) and a.dim() and b.dim():
         return Dual(torch.add(align(a.stacked, n), align(b.stacked, n)))
@@ -76,20 +78,13 @@ def _multiply(a: Any, b: Any) -> Any:
         return a * b
     if is_number(b):
         return Dual(a.stacked * b)
+    a, b = settled(a, b)
     n = ndim_of(a, b)
     if not is_dual(b):
-        return _scaled(torch.mul, a, b, n)
+        return Dual(align(a.stacked, n) * b)
     num_tangents(a, b)
     (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
     return join(p * q, p_tan * q + p * q_tan)
-
-
-def _scaled(function: Callable[..., torch.Tensor], a: Dual, b: torch.Tensor, n: int) -> Dual:
-    """A function linear in `a` alone, in one kernel over the stack."""
-    if a.dim() == 0:  # a shapeless factor must not gain a say in the dtype through the stack axis
-        dtype = torch.result_type(a.stacked[0], b)
-        return Dual(function(align(a.stacked, n).to(dtype), b.to(dtype)))
-    return Dual(function(align(a.stacked, n), b))
 
 
 @rule("div", "divide", "true_divide", torch.Tensor.__truediv__)
@@ -103,9 +98,10 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         return a / b
     if is_number(b):
         return Dual(a.stacked / b)
+    a, b = settled(a, b)
     n = ndim_of(a, b)
     if not is_dual(b):
-        return _scaled(torch.div, a, b, n)
+        return Dual(align(a.stacked, n) / b)
     (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
     out = p / q
     tangents = -out * q_tan if p_tan is None else p_tan - out * q_tan

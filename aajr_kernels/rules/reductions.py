@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..runtime import UnsupportedOperation, rule
-from .common import Dual, axes, axis, is_dual, join, split
+from .common import Dual, axes, axis, is_dual, join, recast, split
 
 
 def _dims(x: Dual, dim: Any) -> list[int]:
@@ -37,9 +37,9 @@ def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
 def _linear(name: str) -> Callable[..., Any]:
     def reduce(
         x: Dual, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
-    ) -> Dual:
+    ) -> Any:
         dims = _dims(x, axis if dim is None else dim)
-        return Dual(
+        return recast(
             getattr(x.stacked, name)(dims, keepdim, dtype=dtype) if dims else x.stacked.to(dtype or x.dtype)
         )
 
@@ -52,8 +52,8 @@ for _name in ("sum", "mean"):
 
 @rule("cumsum")
 @_vector
-def _cumsum(x: Dual, dim: int, *, dtype: Any = None) -> Dual:
-    return Dual(x.stacked.cumsum(axis(x, dim), dtype=dtype))
+def _cumsum(x: Dual, dim: int, *, dtype: Any = None) -> Any:
+    return recast(x.stacked.cumsum(axis(x, dim), dtype=dtype))
 
 
 def _centred(x: Dual, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:

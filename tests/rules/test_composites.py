@@ -185,3 +185,10 @@ def test_recurrent_cells_are_exact_and_their_layers_raise() -> None:
     for layer in (nn.LSTM(3, 2), nn.GRU(3, 2), nn.RNN(3, 2), nn.RNN(3, 2, nonlinearity="relu")):
         with pytest.raises(UnsupportedOperation, match="Cell"):
             layer.double()(made(4, 2, 3))
+
+
+def test_attention_with_unequal_heads_asks_for_enable_gqa():
+    q, k = (dual(torch.randn(1, h, 3, 4), torch.randn(1, h, 3, 4)) for h in (4, 2))
+    with pytest.raises(ValueError, match="pass enable_gqa=True"):
+        F.scaled_dot_product_attention(q, k, k)
+    assert F.scaled_dot_product_attention(q, k, k, enable_gqa=True).shape == q.shape

@@ -273,5 +273,5 @@ def test_forward_hooks_see_the_dual() -> None:
 def test_a_cast_to_complex_numbers_does_not_drop_the_tangent():
     x = aajr.dual(torch.ones(2), torch.ones(2))
     for cast in (lambda: x.to(torch.complex64), lambda: x.type(torch.complex64)):
-        with pytest.raises(aajr.UnsupportedOperation, match="cannot hold torch.complex64"):
+        with pytest.raises(aajr.UnsupportedOperation, match="cannot be complex"):
             cast()

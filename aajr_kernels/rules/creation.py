@@ -1,0 +1,93 @@
+"""Rules of casts and of tensors made like a Dual: ``to``, ``float``, ``zeros_like``, ``new_zeros`` and their kin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..runtime import UnsupportedOperation, rule
+from .common import Dual, is_dual, lift, recast
+
+
+@rule("to", kind="view")
+def _to(x: Any, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
+    args = tuple(a.stacked if is_dual(a) else a for a in args)
+    kwargs = {name: a.stacked if is_dual(a) else a for name, a in kwargs.items()}
+    if not is_dual(x):
+        return x.to(*args, **kwargs)
+    stacked = x.stacked.to(*args, **kwargs)
+    return recast(stacked)
+
+
+@rule("type", kind="view")
+def _type(x: Dual, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is None:
+        return x.primal.type()
+    stacked = x.stacked.type(dtype)
+    return recast(stacked)
+
+
+@rule("type_as", kind="view")
+def _type_as(x: Any, other: Any) -> Any:
+    return x.to(device=other.device, dtype=other.dtype)
+
+
+def _cast(name: str) -> Callable[..., Any]:
+    def cast(x: Dual, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
+        stacked = getattr(x.stacked, name)(*args, **kwargs)
+        return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+
+    return cast
+
+
+for _name in (
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "cpu",
+    "cuda",
+    "xpu",
+    "int",
+    "long",
+    "bool",
+    "short",
+    "byte",
+):
+    rule(getattr(torch.Tensor, _name), kind="view")(_cast(_name))
+
+
+def _created(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    def create(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        if not is_dual(x) or any(is_dual(value) for value in (*args, *kwargs.values())):
+            raise UnsupportedOperation(
+                f"{function.__name__} would fill a tensor with the value of a Dual and drop its tangent: expand it to "
+                "the shape instead."
+            )
+        if kwargs.get("memory_format") is not None:
+            kwargs["memory_format"] = None
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        result = function(x.stacked[0].detach(), *args, **kwargs)
+        return lift(result, x.num_tangents) if result.is_floating_point() else result
+
+    return create
+
+
+for _name in ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"):
+    rule(_name, kind="view")(_created(getattr(torch, _name)))
+for _name in ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"):
+    rule(_name, kind="view")(_created(getattr(torch.Tensor, _name)))
+rule("randint_like", kind="view")(
+    lambda x, *args, **kwargs: torch.randint_like(x.primal.detach(), *args, **kwargs)
+)
+
+
+@rule("stride", kind="view")
+def _stride(x: Dual, dim: int | None = None) -> Any:
+    return x.stride(dim)
+
+
+rule("numel", kind="view")(lambda x: math.prod(x.shape))
