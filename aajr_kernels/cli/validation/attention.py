@@ -51,8 +51,9 @@ def attention_cases(draw: Draw) -> Iterator[Case]:
     )
     barred = draw(6, 9).masked_fill(~masked[0, 0], float("-inf"))
     yield both("additive mask with -inf", tensors=make(6, 9), constants={"mask": barred})
-    large = {name: 3 * t for name, t in make(61, 61).items()}
-    yield both("large scores", tensors=large, options={"causal": True}, k=3)
+    for n in (9, 61):
+        large = {name: 3 * t for name, t in make(n, n).items()}
+        yield both(f"large scores, {n} positions", tensors=large, options={"causal": True}, k=3)
     yield both("strided", tensors=make(7, 9), strided=True, k=3)
     # the softmax of one score is 1: nothing depends on queries and keys
     yield both("one key", tensors=make(3, 1, d=4), vanishing="q k")

@@ -19,8 +19,8 @@ and dS, dS'_k are the gradients of the bias and its tangents. With tau = tanh(S0
 cap'' = -2 tau cap' / c.
 
 A tile holds the scores of one block against the keys that it may see, so memory is linear in the sequence length. The
-rows of all query heads that share a key head form one matrix, so keys are never repeated. Row constants (-shift, -mu,
--D0, -D1) ride along as one more column of a product whose other side is a column of ones, which saves a pass over the
+rows of all query heads that share a key head form one matrix, so keys are never repeated. Row constants (-mu, -D0, -D1)
+ride along as one more column of a product whose other side is a column of ones, which saves a pass over the
 tile. Tiles are float32 (float64 for float64 inputs).
 
 Saved for the backward: the output and, per row, shift (the largest score), norm (1 / sum of the exponentials) and mu.
