@@ -3,14 +3,14 @@
 For a policy π, a point x and a direction v the derivative J v is carried forward by the Dual, reduced to one number q
 per token by a metric, shaped by a form, and averaged. The gradient flows through the derivative to every parameter.
 
-=========  =========================================  ============================================================
-metric     q                                          meaning
-=========  =========================================  ============================================================
-``l2``     Σ ẏ²                                       hidden states, continuous actions
-``logits``  Σ ż²                                      logits z
-``fisher``  Σ p (ż − Σ p ż)², p = softmax z           twice the second-order term of KL(π(x) ‖ π(x + t v))
-``probs``  Σ p² (ż − Σ p ż)²                          ‖J_π v‖² of the probabilities
-=========  =========================================  ============================================================
+==========  ================================  =====================================================
+metric      q                                 meaning
+==========  ================================  =====================================================
+``l2``      Σ ẏ²                              hidden states, continuous actions
+``logits``  Σ ż²                              logits z
+``fisher``  Σ p (ż − Σ p ż)², p = softmax z   twice the second-order term of KL(π(x) ‖ π(x + t v))
+``probs``   Σ p² (ż − Σ p ż)²                 ‖J_π v‖² of the probabilities
+==========  ================================  =====================================================
 """
 
 from __future__ import annotations

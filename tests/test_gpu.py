@@ -1,0 +1,42 @@
+"""On a GPU: every op against the float64 oracle, and a model against the same model on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from budgets import relative_error
+from typer.testing import CliRunner
+from zoo import ENTRIES
+
+import aajr_kernels as aajr
+from aajr_kernels.cli.main import app
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_every_op_is_within_its_budget(dtype):
+    result = CliRunner().invoke(app, ["validate", "--device", "cuda", "--dtype", dtype])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_small_attention_with_every_kind_of_input(dtype):
+    q, k = (aajr.dual(*torch.randn(2, 1, h, 37, 16, device="cuda", dtype=dtype)) for h in (4, 2))
+    mask = torch.rand(1, 1, 37, 37, device="cuda") > 0.2
+    out = aajr.attention(q, k, k, mask=mask, causal=True)
+    assert out.stacked.isfinite().all() and out.tangent.abs().max() > 0
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_model_gives_what_it_gives_on_the_cpu(k):
+    subject = next(entry for name, entry in ENTRIES.items() if entry.decoder)().double()
+    v = torch.randn(k, *subject.x.shape, dtype=torch.float64)
+    outcomes = []
+    for device in ("cpu", "cuda"):
+        subject.model.to(device)
+        pen = aajr.aligned_penalty(subject.tensor, subject.x.to(device), v.to(device), metric="fisher")
+        gradients = torch.autograd.grad(pen, list(subject.parameters.values()), allow_unused=True)
+        outcomes.append([pen.cpu(), *(g.cpu() for g in gradients if g is not None)])
+    assert all(relative_error(a, b, floor=1e-6) < 1e-6 for a, b in zip(*outcomes))
