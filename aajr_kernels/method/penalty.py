@@ -94,6 +94,7 @@ def aligned_penalty(
         raise ValueError(
             "labels need head= and return_primal=True: without a head compute the loss from the returned primal."
         )
+    description = None if head is None else as_head(head)
     x_dual = dual(x, v)
     eager_cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager_cpu and not torch.isfinite(v.detach()).all():
@@ -102,26 +103,25 @@ def aligned_penalty(
         )
     output = func(x_dual)
     y = _sensitive_output(output, metric, head is not None)
-    primal: Any = None
-    if head is None:
+    loss: torch.Tensor | None = None
+    if description is None:
         q = sensitivity(y, metric)
-        primal = primal_tree(output) if return_primal else None
     else:
-        q, primal = _through_head(
-            y, output, as_head(head), metric, labels, denominator if unit == "token" else None
-        )
+        q, loss = _through_head(y, description, metric, labels, denominator if unit == "token" else None)
     penalty = reduce_units(
         q, gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
     )
-    return (penalty, primal) if return_primal else penalty
+    if not return_primal:
+        return penalty
+    return penalty, primal_tree(output) if loss is None else loss
 
 
 def _through_head(
-    hidden: Dual, output: Any, head: LMHead, metric: str, labels: torch.Tensor | None, denominator: Any
-) -> tuple[torch.Tensor, Any]:
-    """q, and the primal or the mean cross-entropy, from one pass over the vocabulary."""
+    hidden: Dual, head: LMHead, metric: str, labels: torch.Tensor | None, denominator: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q and, given labels, the mean cross-entropy, from one pass over the vocabulary."""
     if metric == "l2" and labels is None:
-        return sensitivity(hidden, "l2"), primal_tree(output)
+        return sensitivity(hidden, "l2"), None
     if labels is not None:
         if not isinstance(labels, torch.Tensor):
             raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}.")
@@ -138,7 +138,7 @@ def _through_head(
         hidden, head.weight, head.bias, metric=metric, scale=head.scale, softcap=head.softcap, labels=labels
     )
     if not isinstance(result, tuple):
-        return result, primal_tree(output)
+        return result, None
     assert labels is not None
     q, nll = result
     count = (labels != -100).sum().clamp(min=1) if denominator is None else denominator

@@ -57,12 +57,6 @@ def _zero(x: Dual) -> Dual:
     return x
 
 
-def _detach(x: Dual) -> None:
-    raise UnsupportedOperation(
-        "detach_() would drop the tangent of a Dual in place: use y.detach(), the plain primal."
-    )
-
-
 def _fill(x: Any, value: Any) -> Any:
     return _copy(x, value if is_dual(value) else torch.as_tensor(value, dtype=x.dtype, device=x.device))
 

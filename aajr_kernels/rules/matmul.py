@@ -9,11 +9,7 @@ import torch
 
 from ..ops.linear import linear
 from ..runtime import UnsupportedOperation, record, recording, rule
-from .common import Dual, is_dual, join, num_tangents
-
-
-def _columns(x: Any) -> Any:
-    return x.unsqueeze(-1)
+from .common import Dual, align, is_dual, join, num_tangents
 
 
 def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
@@ -25,7 +21,7 @@ def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
 def _matmul(a: Any, b: Any) -> Any:
     """ȧ b + a ḃ, with torch's meaning of one-dimensional factors."""
     if b.dim() == 1 and (is_dual(b) or a.dim() == 1):
-        return _matmul(a, _columns(b)).squeeze(-1)
+        return _matmul(a, b.unsqueeze(-1)).squeeze(-1)
     if a.dim() == 1 and (is_dual(a) or b.dim() > 2):
         return _matmul(a.unsqueeze(0), b).squeeze(-2)
     if not num_tangents(a, b):
@@ -35,27 +31,15 @@ def _matmul(a: Any, b: Any) -> Any:
     if not is_dual(a):
         return _product(b, a, lambda stacked, plain: torch.matmul(plain, stacked))
     n = max(a.dim(), b.dim())
-    p, p_tan = _batched(a, n)
-    q, q_tan = _batched(b, n)
+    p, p_tan = align(a.stacked, n).split([1, a.num_tangents])
+    q, q_tan = align(b.stacked, n).split([1, b.num_tangents])
     primal = torch.matmul(p, q)
     _count("torch.matmul", primal, a.shape[-1], 1 + 2 * p_tan.shape[0])
     return join(primal, torch.matmul(p_tan, q) + torch.matmul(p, q_tan))
 
 
-def _batched(x: Dual, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Primal and tangents with enough batch axes for torch.matmul to broadcast against `n` axes."""
-    stacked = x.stacked
-    while stacked.dim() < n + 1:
-        stacked = stacked.unsqueeze(1)
-    primal, tangents = stacked.split([1, x.num_tangents])
-    return primal, tangents
-
-
 def _product(x: Dual, plain: torch.Tensor, function: Callable[..., torch.Tensor]) -> Dual:
-    stacked = x.stacked
-    while stacked.dim() < plain.dim() + 1:
-        stacked = stacked.unsqueeze(1)
-    result = function(stacked, plain)
+    result = function(align(x.stacked, plain.dim()), plain)
     _count("torch.matmul", result, x.shape[-1], 1)
     return Dual(result)
 
@@ -157,7 +141,7 @@ def _cross(input: Any, other: Any, dim: int | None = None) -> Any:
 
 @rule("einsum", kind="op")
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """Multilinear: Σ over the factors of the product with that factor's tangent, by stacked einsum where possible."""
+    """Multilinear: Σ over the factors of the product with that factor's tangent, one tangent at a time."""
     if not isinstance(equation, str):
         raise TypeError("einsum of a Dual takes its equation as a string: einsum('bij,jk->bik', x, w).")
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):

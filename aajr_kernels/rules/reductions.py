@@ -35,10 +35,8 @@ def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _linear(name: str) -> Callable[..., Any]:
-    def reduce(
-        x: Dual, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
-    ) -> Any:
-        dims = _dims(x, axis if dim is None else dim)
+    def reduce(x: Dual, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+        dims = _dims(x, dim)
         return recast(
             getattr(x.stacked, name)(dims, keepdim, dtype=dtype) if dims else x.stacked.to(dtype or x.dtype)
         )

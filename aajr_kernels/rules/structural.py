@@ -275,8 +275,7 @@ def _lifted(tensors: Sequence[Any], k: int) -> list[torch.Tensor]:
 
 
 @rule("cat", "concat", "concatenate", kind="view")
-def _cat(tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Dual:
-    dim = kwargs.get("axis", dim)
+def _cat(tensors: Sequence[Any], dim: int = 0) -> Dual:
     # torch ignores the shapeless empty tensor that key-value caches start from
     kept = [t for t in tensors if tuple(t.shape) != (0,)] or list(tensors)[:1]
     stacks = _lifted(kept, num_tangents(*tensors))
