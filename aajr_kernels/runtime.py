@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -100,15 +101,34 @@ def check_backend(name: str) -> None:
         raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}.")
 
 
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
+
+
+@functools.cache
+def _has_native(op: str) -> bool:
+    """Whether the native module was built and has kernels for the op."""
+    module = f"aajr_kernels.ops.{op}.native"
+    return backends()["native"] is None and importlib.util.find_spec(module) is not None
+
+
+def _fits_native(t: torch.Tensor) -> bool:
+    """A CPU tensor with memory of its own: no subclass that intercepts operations, no dtype without kernels."""
+    plain = type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    return plain and t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
+
+
 def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
     """The backend that `op` runs on for these inputs.
 
-    A name chosen by the user is final. ``auto`` takes the reference, which is also where float64 always goes.
+    A name chosen by the user is final. ``auto`` takes the native kernels for float32, bfloat16 and float16 on a CPU
+    and the reference for everything else: float64, other devices, and code that is being compiled.
     """
     if _choice != "auto":
         check_backend(_choice)
         return _choice
-    return "reference"
+    if torch.compiler.is_compiling() or not all(_fits_native(t) for t in tensors if t is not None):
+        return "reference"
+    return "native" if _has_native(op) else "reference"
 
 
 def implementation(op: str, backend: str) -> ModuleType:

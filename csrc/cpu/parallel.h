@@ -1,0 +1,77 @@
+// Parallel loops and scratch memory of the kernel files. Results never depend on which thread ran what: a loop body
+// writes only what belongs to its index, and sums over indices are taken afterwards in the order of the indices.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+#include <atomic>
+#include <thread>
+#endif
+
+namespace aajr {
+namespace AAJR_ARCH {
+
+// body(index, slot) for every index in [0, n); indices are handed out one by one in ascending order (put the longest
+// first). slot < threads tells which scratch memory is free; nothing else may depend on it.
+template <class Body>
+inline void parallel_dynamic(int64_t n, int threads, const Body& body) {
+  if (threads > n) threads = static_cast<int>(n);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i, 0);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
+#else
+  struct Shared {
+    std::atomic<int64_t> next{0};
+  } shared;
+  auto work = [&](int slot) {
+    for (int64_t i; (i = shared.next.fetch_add(1)) < n;) body(i, slot);
+  };
+  std::thread* pool = new std::thread[threads - 1];
+  for (int t = 1; t < threads; ++t) pool[t - 1] = std::thread(work, t);
+  work(0);
+  for (int t = 1; t < threads; ++t) pool[t - 1].join();
+  delete[] pool;
+#endif
+}
+
+// body(first, last, part) for `parts` contiguous shares of [0, n), parts <= threads; a share may be empty only if n is
+// smaller than parts. The shares depend on n and the thread count alone.
+template <class Body>
+inline void parallel_ranges(int64_t n, int threads, const Body& body) {
+  const int64_t parts = threads > n ? (n > 0 ? n : 1) : threads;
+  parallel_dynamic(parts, threads, [&](int64_t part, int) {
+    body(n * part / parts, n * (part + 1) / parts, static_cast<int>(part));
+  });
+}
+
+// Uninitialised memory aligned to cache lines. Allocate outside of parallel regions: exceptions must not leave one.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    memory_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return memory_; }
+  T& operator[](int64_t i) const { return memory_[i]; }
+
+ private:
+  T* memory_;
+};
+
+}  // namespace AAJR_ARCH
+}  // namespace aajr
