@@ -1,17 +1,22 @@
 """Build of the optional native CPU module; everything else is declared in pyproject.toml.
 
-`aajr_kernels._native` is built through CMake and Ninja when csrc/bindings.cpp is there and a C++ compiler is found.
-Otherwise the package installs as pure Python. Either way aajr_kernels/_build_info.json records what happened, for
-`aajr info` and for error messages. AAJR_NATIVE=0 skips the native module, AAJR_NATIVE=1 makes its absence an error.
+`aajr_kernels._native` is built through CMake and Ninja when its sources and a C++ compiler are there. Otherwise, or
+when the compilation fails, the package installs as pure Python and runs on the reference backend. Either way
+aajr_kernels/_build_info.json records what happened, for `aajr info` and for error messages.
+
+AAJR_NATIVE=0 skips the native module, AAJR_NATIVE=1 makes its absence an error. AAJR_CMAKE_ARGS adds options for
+CMake, CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs (two otherwise).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,19 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 WISH = os.environ.get("AAJR_NATIVE", "auto")
+CMAKE = (3, 24)
+# an editable install keeps this folder, so that the next one compiles only what changed
+EDITABLE_BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+
+
+def find(name: str) -> str | None:
+    """Path of an executable: of this Python environment, activated or not, or from PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
 def find_compiler() -> str | None:
     """Path of the C++ compiler CMake would take: $CXX, else the usual names."""
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
@@ -36,8 +49,13 @@ def why_not_native() -> str | None:
         return "it was left out at installation (AAJR_NATIVE=0)"
     if not (ROOT / "csrc" / "bindings.cpp").exists():
         return "this source tree holds no native sources (csrc/bindings.cpp)"
+    if os.name == "nt":
+        return "its kernels use the vector types of g++ and clang++, which the Windows compiler does not have"
     if find_compiler() is None:
-        return "no C++ compiler was found at installation: install g++ or clang++ and reinstall the package"
+        wanted = (
+            f"CXX={os.environ['CXX']} was not found" if os.environ.get("CXX") else "no C++ compiler was found"
+        )
+        return f"{wanted} at installation: install g++ or clang++ and reinstall the package"
     return None
 
 
@@ -46,56 +64,117 @@ if REASON is not None and WISH == "1":
     raise SystemExit(f"AAJR_NATIVE=1 asks for the native module, but {REASON}.")
 
 
-def write_build_info(package_dir: str, **entries: Any) -> None:
+def build_requirements() -> list[str]:
+    """What an isolated build needs beside setuptools; tools that this machine has are not downloaded."""
+    missing = []
+    for tool, minimum, requirement in (("cmake", CMAKE, "cmake>=3.24"), ("ninja", (1, 10), "ninja>=1.10")):
+        try:
+            answer = subprocess.run(
+                [find(tool) or tool, "--version"], capture_output=True, text=True, check=True
+            )
+            version = re.search(r"(\d+)\.(\d+)", answer.stdout)
+            found = version is not None and (int(version[1]), int(version[2])) >= minimum
+        except (OSError, subprocess.CalledProcessError):
+            found = False
+        if not found:
+            missing.append(requirement)
+    return ["pybind11>=2.13", *missing]
+
+
+def write_build_info(package: Path, **entries: Any) -> None:
     """Record how the installation was built, beside the package's modules."""
-    path = Path(package_dir) / "_build_info.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"python": sys.version.split()[0], **entries}, indent=1) + "\n")
+    package.mkdir(parents=True, exist_ok=True)
+    facts = {"python": sys.version.split()[0], **entries}
+    (package / "_build_info.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def remove_module(package: Path) -> None:
+    """Delete the module that an earlier build left in a source tree: it would be older than its Python side."""
+    (package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+
+
+def first_error(output: str) -> str:
+    """The line of a failed build that says most."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):
+            return " ".join(lines[i + 1 : i + 4])[:300]
+        if re.search(r"\berror\b", line, re.IGNORECASE):
+            return line[:300]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+class BuildFailed(Exception):
+    """A step of the native build ended with an error; the message is one line."""
+
+
+def run(*command: str) -> None:
+    """Run a step of the build, its output passed on."""
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
+    try:
+        done = subprocess.run(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+    except OSError as error:
+        raise BuildFailed(f"{command[0]} cannot be started ({error})") from error
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise BuildFailed(first_error(done.stdout))
 
 
 class BuildPython(build_py):
     def run(self) -> None:
         super().run()
-        target = ROOT if self.editable_mode else Path(self.build_lib)
-        write_build_info(str(target / "aajr_kernels"), native=False, reason=REASON or "it was not built")
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "aajr_kernels"
+        if self.editable_mode and REASON:
+            remove_module(package)
+        write_build_info(package, native=False, reason=REASON or "it was not built")
 
 
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        source_dir = Path(self.get_finalized_command("build_py").get_package_dir("aajr_kernels"))
-        target = ROOT / source_dir if self.editable_mode else Path(self.build_lib) / "aajr_kernels"
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "aajr_kernels"
         compiler = find_compiler()
         try:
-            self._cmake(library)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = f"its compilation with {compiler} failed ({error})"
-            write_build_info(str(target), native=False, reason=reason, compiler=compiler)
+            self._cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
+        except BuildFailed as error:
+            reason = f"its compilation with {compiler} failed: {error}"
+            remove_module(package)
+            write_build_info(package, native=False, reason=reason, compiler=compiler)
             if WISH == "1":
-                raise SystemExit(f"The native module was asked for (AAJR_NATIVE=1), but {reason}.") from error
+                raise SystemExit(f"The native module was asked for (AAJR_NATIVE=1), but {reason}") from error
             raise CompileError(reason) from error
-        write_build_info(str(target), native=True, reason=None, compiler=compiler)
+        write_build_info(package, native=True, reason=None, compiler=compiler)
 
     def _cmake(self, library: Path) -> None:
-        import pybind11  # a build requirement, see setup_requires below
-
-        build = Path(self.build_temp).resolve()
-        configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        try:
+            import pybind11
+        except ImportError as error:
+            raise BuildFailed("pybind11 is not installed: pip install 'pybind11>=2.13'") from error
+        build = EDITABLE_BUILD if self.editable_mode else Path(self.build_temp).resolve()
+        run(
+            *(find("cmake") or "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={find('ninja') or 'ninja'}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={library.parent}",
+            # constant, or every build would link again
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            # written out, because the folder remembers what an earlier build was given
+            *("-DAAJR_OPENMP=ON", "-DAAJR_EMULATED=OFF", "-DAAJR_SANITIZE="),
             *os.environ.get("AAJR_CMAKE_ARGS", "").split(),
-        ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        )
+        run(find("cmake") or "cmake", "--build", str(build))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # a new file, never new contents in one that a running process has mapped
+        library.unlink(missing_ok=True)
+        shutil.copy2(build / "out" / library.name, library)
 
 
 setup(
     # optional: a failed compilation leaves a working package on the reference backend and a recorded reason
     ext_modules=[] if REASON else [Extension("aajr_kernels._native", [], optional=True)],
     # read by the isolated build as its further requirements; a pure-Python build needs none of them
-    setup_requires=[] if REASON else ["pybind11>=2.13", "cmake>=3.24", "ninja"],
+    setup_requires=[] if REASON else build_requirements(),
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

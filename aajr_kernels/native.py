@@ -3,11 +3,20 @@
 The module knows no torch: tensors cross as ``(data_ptr, dtype code, shape, strides)``, every call names its thread
 count, and the interpreter lock is released while a kernel runs. Entry points check shapes, dtypes and strides before
 they touch memory and raise ValueError.
+
+``AAJR_CPU_CAPABILITY`` names the instruction set to use instead of the best one, ``AAJR_NATIVE_MODULE`` the file of
+another build of the module (with sanitizers, say).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import importlib.util
+import json
+import os
+import platform
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,11 +33,67 @@ def module() -> ModuleType:
 
     Raises:
         ImportError: it was not built, or cannot be loaded.
+        ValueError: AAJR_CPU_CAPABILITY names a capability that this build or this processor does not have, or
+            AAJR_NATIVE_MODULE a file that cannot be loaded: a wish that cannot be granted must not pass in silence.
     """
     # torch's OpenMP library has to be in the process before ours looks for one, hence the import of torch above
-    from . import _native
+    path = os.environ.get("AAJR_NATIVE_MODULE")
+    loaded = _load(path) if path else importlib.import_module("aajr_kernels._native")
+    wish = os.environ.get("AAJR_CPU_CAPABILITY")
+    if wish:
+        try:
+            loaded.set_capability(wish)
+        except ValueError as error:
+            runnable = ", ".join(name for name, runs in loaded.capabilities() if runs)
+            raise ValueError(f"AAJR_CPU_CAPABILITY={wish}: {error} Choose one of {runnable}.") from error
+    return loaded
 
-    return _native
+
+def _load(path: str) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader("aajr_kernels._native", path)
+    try:
+        loaded = importlib.util.module_from_spec(
+            importlib.machinery.ModuleSpec(loader.name, loader, origin=path)
+        )
+        loader.exec_module(loaded)
+    except ImportError as error:
+        raise ValueError(f"AAJR_NATIVE_MODULE={path}: {error}.") from error
+    return loaded
+
+
+def build_info() -> dict[str, Any]:
+    """What the installation recorded about the module: ``native``, ``reason`` and ``compiler``."""
+    path = Path(__file__).parent / "_build_info.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except OSError:
+        return {"native": False, "reason": "the package runs from a source tree that was never installed"}
+    except ValueError:
+        return {"native": False, "reason": f"{path.name} cannot be read: reinstall the package"}
+    return found
+
+
+def missing() -> str | None:
+    """None where the module can be used, or one sentence saying why it cannot.
+
+    Raises:
+        ValueError: as :func:`module`.
+    """
+    try:
+        module()
+    except ModuleNotFoundError as error:
+        if error.name != "aajr_kernels._native":
+            return f"the native CPU module cannot be loaded ({error})"
+        build = build_info()
+        if not build["native"]:
+            return f"this installation has no native CPU module: {build['reason']}"
+        return (
+            f"the native CPU module was built for Python {build.get('python')}, and there is none for this Python "
+            f"{platform.python_version()}: reinstall the package"
+        )
+    except ImportError as error:
+        return f"the native CPU module cannot be loaded ({error})"
+    return None
 
 
 def _view(t: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
@@ -55,7 +120,12 @@ def call(
             )
     # a negative view shares memory with numbers of the other sign
     tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
-    getattr(module(), name)(tuple(map(_view, tensors)), ints, floats, torch.get_num_threads())
+    entry = getattr(module(), name, None)
+    if entry is None:
+        raise ImportError(
+            f"the native CPU module has no {name}, it is older than the package: run pip install again."
+        )
+    entry(tuple(map(_view, tensors)), ints, floats, torch.get_num_threads())
 
 
 def row_dense(x: torch.Tensor) -> torch.Tensor:
@@ -64,11 +134,13 @@ def row_dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def info() -> dict[str, Any]:
-    """What the module is: capability in use, capabilities built and runnable, compiler, OpenMP."""
+    """What the module is: file, capability in use, capabilities built in (True: it runs here), compiler, OpenMP."""
     m = module()
     return {
+        "file": m.__file__,
         "capability": m.capability(),
         "capabilities": dict(m.capabilities()),
-        "openmp": m.openmp,
         "compiler": m.compiler,
+        "openmp": m.openmp,
+        "threads": torch.get_num_threads(),
     }

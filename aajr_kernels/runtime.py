@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import native
+
 __all__ = [
     "BackendUnavailable",
     "Coverage",
@@ -60,9 +62,13 @@ def _missing(module: str, hint: str) -> str | None:
 
 def backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and a one-sentence reason where it cannot."""
+    try:
+        without_native = native.missing()
+    except ValueError as error:
+        without_native = str(error)
     return {
         "reference": None,
-        "native": _missing("_native", "this installation was built without the native CPU module"),
+        "native": without_native,
         "triton": _missing(
             "ops.attention.triton", "this version of aajr_kernels ships no Triton kernels yet"
         ),
@@ -98,7 +104,7 @@ def check_backend(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown: choose one of auto, {', '.join(BACKENDS)}.")
     if name in BACKENDS[1:] and (reason := backends()[name]) is not None:
-        raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}.")
+        raise BackendUnavailable(f"backend {name!r} cannot run here: {reason.rstrip('.')}.")
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
@@ -106,9 +112,12 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torc
 
 @functools.cache
 def _has_native(op: str) -> bool:
-    """Whether the native module was built and has kernels for the op."""
-    module = f"aajr_kernels.ops.{op}.native"
-    return backends()["native"] is None and importlib.util.find_spec(module) is not None
+    """Whether the native module was built and has kernels for the op; raises where a wish cannot be granted."""
+    try:
+        reason = native.missing()
+    except ValueError as error:
+        raise BackendUnavailable(str(error)) from error
+    return reason is None and importlib.util.find_spec(f"aajr_kernels.ops.{op}.native") is not None
 
 
 def _fits_native(t: torch.Tensor) -> bool:

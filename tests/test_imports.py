@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
-LAYERS = {"runtime": 0, "native": 0, "dual": 1, "ops": 2, "rules": 3, "transforms": 3, "method": 4}
-LAYERS |= {"integrations": 5, "nn": 5, "cli": 6}
+LAYERS = {"native": 0, "runtime": 1, "dual": 2, "ops": 3, "rules": 4, "transforms": 4, "method": 5}
+LAYERS |= {"integrations": 6, "nn": 6, "cli": 7}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {

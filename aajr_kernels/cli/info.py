@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import runtime
+from .. import native, runtime
 
 PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
 
@@ -53,7 +53,8 @@ def collect() -> dict[str, Any]:
         "no_accelerator": None if torch.cuda.is_available() else why_no_accelerator(),
         "backends": runtime.backends(),
         "chosen_backend": os.environ.get("AAJR_BACKEND", "auto"),
-        "build": build_info(),
+        "native": native_info(),
+        "build": native.build_info(),
     }
 
 
@@ -108,16 +109,9 @@ def why_no_accelerator() -> str:
     )
 
 
-def build_info() -> dict[str, Any]:
-    """What the installation recorded about the native CPU module."""
-    path = Path(__file__).parent.parent / "_build_info.json"
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except OSError:
-        return {"native": False, "reason": "the package runs from a source tree that was never installed"}
-    except ValueError:
-        return {"native": False, "reason": f"{path.name} cannot be read: reinstall the package"}
-    return found
+def native_info() -> dict[str, Any] | None:
+    """What the native CPU module is, or None where it cannot run; the backends say why."""
+    return None if runtime.backends()["native"] else native.info()
 
 
 def show(facts: dict[str, Any], console: Console) -> None:
@@ -145,9 +139,28 @@ def show(facts: dict[str, Any], console: Console) -> None:
         backends.add_row(name, _missing("missing", reason) if reason else Text("available", "green"))
     console.print(backends)
 
-    build = facts["build"]
-    native = f"with {build.get('compiler')}" if build["native"] else f"none, {build['reason']}"
-    console.print(Text(f"Native module in this installation: {native}"))
+    console.print(_native_table(facts))
+
+
+def _native_table(facts: dict[str, Any]) -> Table | Text:
+    module, build = facts["native"], facts["build"]
+    if module is None:
+        return Text(f"Native CPU kernels: none. {facts['backends']['native']}", "yellow")
+    table = _table("Native CPU kernels", "what", "value")
+    able = [name for name, runs in module["capabilities"].items() if runs]
+    unable = [name for name, runs in module["capabilities"].items() if not runs]
+    table.add_row("capability in use", Text(module["capability"], "green"))
+    table.add_row(
+        "built in", ", ".join(able) + (f"; not on this processor: {', '.join(unable)}" if unable else "")
+    )
+    table.add_row(
+        "threads", f"{module['threads']}, {'of OpenMP' if module['openmp'] else 'its own: no OpenMP'}"
+    )
+    table.add_row(
+        "compiler", module["compiler"] + (f", {build['compiler']}" if build.get("compiler") else "")
+    )
+    table.add_row("file", module["file"])
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -30,6 +30,11 @@ def test_json_reports_versions_devices_backends_and_build():
     assert facts["backends"] == aajr_kernels.runtime.backends()
     assert facts["backends"]["reference"] is None
     assert isinstance(facts["build"]["native"], bool)
+    if facts["backends"]["native"] is None:
+        assert facts["native"]["capabilities"][facts["native"]["capability"]] is True
+        assert facts["native"]["threads"] == torch.get_num_threads()
+    else:
+        assert facts["native"] is None
     assert bool(facts["accelerators"]) == torch.cuda.is_available()
     assert (facts["no_accelerator"] is None) == torch.cuda.is_available()
 
@@ -37,6 +42,7 @@ def test_json_reports_versions_devices_backends_and_build():
 def test_tables_name_what_is_missing_and_why():
     facts = info.collect()
     facts["backends"] = {"reference": None, "native": "it was built without a compiler [sic]"}
+    facts["native"] = None
     facts["versions"]["triton"] = None
     facts["accelerators"] = []
     facts["no_accelerator"] = "torch is a CPU build"
@@ -49,14 +55,28 @@ def test_tables_name_what_is_missing_and_why():
     assert "torch is a CPU build" in text
 
 
-def test_build_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(info, "__file__", str(tmp_path / "cli" / "info.py"))
-    assert "never installed" in info.build_info()["reason"]
-    record = tmp_path / "_build_info.json"
-    record.write_text("{")
-    assert "reinstall" in info.build_info()["reason"]
-    record.write_text('{"native": true, "compiler": "/usr/bin/c++"}')
-    assert info.build_info()["native"] is True
+def test_tables_describe_the_native_module():
+    facts = info.collect()
+    facts["backends"]["native"] = None
+    facts["build"] = {"native": True, "compiler": "/usr/bin/c++"}
+    facts["native"] = {
+        "file": "_native.so",
+        "capability": "avx2",
+        "capabilities": {"default": True, "avx2": True, "amx": False},
+        "compiler": "GCC 12.2.0",
+        "openmp": False,
+        "threads": 7,
+    }
+    console = Console(width=120, record=True, file=io.StringIO())
+    info.show(facts, console)
+    text = console.export_text()
+    for part in (
+        "default, avx2; not on this processor: amx",
+        "7, its own",
+        "GCC 12.2.0, /usr/bin/c++",
+        "_native.so",
+    ):
+        assert part in text, part
 
 
 def test_overview_lists_the_commands():
