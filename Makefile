@@ -17,7 +17,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format gpu-check dist clean
+.PHONY: help setup demo test test-all sanitize lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(SETUP)  ## the tests, without the slow ones and those that need a GPU
 
 test-all: $(SETUP)  ## every test, the packaging ones too; GPU tests say why they are skipped
 	$(PYTEST)
+
+sanitize: $(SETUP)  ## the tests of the kernels with address and undefined-behaviour sanitizers (another build)
+	$(PY) scripts/sanitize.py --jobs $(JOBS)
 
 lint: $(SETUP)  ## ruff's checks and format, mypy
 	$(PY) -m ruff check .

@@ -10,6 +10,7 @@
 namespace aajr {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, boolean = 3, i64 = 4 };
+constexpr int kDTypes = 5;
 
 inline int64_t item_size(DType t) {
   switch (t) {
@@ -47,6 +48,9 @@ struct View {
   T* as() const { return reinterpret_cast<T*>(data); }
   int64_t numel() const {
     int64_t n = 1;
+    // first, since the other sizes of an empty tensor may overflow
+    for (int i = 0; i < dim; ++i)
+      if (size[i] == 0) return 0;
     for (int i = 0; i < dim; ++i) n *= size[i];
     return n;
   }

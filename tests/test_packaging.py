@@ -65,7 +65,7 @@ def test_make_targets_are_listed_by_help():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     text = run("make", "help")
-    for target in ("demo", "test", "test-all", "lint", "gpu-check", "clean"):
+    for target in ("demo", "test", "test-all", "sanitize", "lint", "gpu-check", "clean"):
         assert f"make {target} " in text
 
 
@@ -188,54 +188,160 @@ def test_pure_python_wheel_works_in_a_clean_environment(source, tmp_path):
 
 BINDINGS = """
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_native, m) { m.def("answer", [] { return 42; }); }
+int answer();
+PYBIND11_MODULE(_native, m) { m.def("answer", &answer); }
+"""
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++) is installed")
+
+
+@pytest.fixture
+def small(source, tmp_path) -> Path:
+    """The source tree with three small C++ files instead of the kernels."""
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("csrc", "build", "*.egg-info"))
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "bindings.cpp").write_text(BINDINGS)
+    (tree / "csrc" / "answer.cpp").write_text("int answer() { return 42; }\n")
+    (tree / "csrc" / "other.cpp").write_text("int other() { return 1; }\n")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def native_wheel(source, tmp_path_factory) -> Path:
+    """The wheel as `pip wheel .` makes it: isolated, every kernel compiled."""
+    return build_wheel(source, tmp_path_factory.mktemp("dist"), AAJR_NATIVE="1", AAJR_CMAKE_ARGS="")
+
+
+USE = """
+import torch, aajr_kernels as a
+from aajr_kernels import native
+d = a.dual(torch.randn(5, 7), torch.randn(5, 7))
+with a.use_backend("native"), a.coverage() as cov:
+    y = a.rms_norm(d, 7)
+with a.use_backend("reference"):
+    torch.testing.assert_close(y.stacked, a.rms_norm(d, 7).stacked)
+print(native.info()["file"])
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++) is installed")
-def test_native_module_is_built_when_its_sources_are_there(source, tmp_path):
-    tree = tmp_path / "tree"
-    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("csrc", "build", "*.egg-info"))
-    (tree / "csrc").mkdir()
-    (tree / "csrc" / "bindings.cpp").write_text(BINDINGS)
-    wheel = build_wheel(tree, tmp_path / "dist", AAJR_NATIVE="1")
-    assert not wheel.name.endswith("none-any.whl")
-    python = clean_environment(tmp_path / "clean", wheel)
-    code = "from aajr_kernels import _native; from aajr_kernels.cli.info import build_info"
-    output = run(python, "-c", f"{code}; print(_native.answer(), build_info())", cwd=tmp_path)
-    assert output.startswith("42 ")
-    assert "'native': True" in output
+@pytest.mark.timeout(1800)
+@needs_compiler
+def test_native_wheel_works_in_a_clean_environment(native_wheel, tmp_path):
+    tag = f"{sys.implementation.cache_tag.replace('cpython-', 'cp')}"
+    assert f"-{tag}-{tag}-" in native_wheel.name and not native_wheel.name.endswith("-any.whl")
+    opened = zipfile.ZipFile(native_wheel)
+    libraries = [name for name in opened.namelist() if ".so" in name or name.endswith((".pyd", ".dylib"))]
+    assert libraries == [
+        f"aajr_kernels/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    ]  # and no copy of libgomp
+    (metadata,) = (name for name in opened.namelist() if name.endswith(".dist-info/WHEEL"))
+    text = opened.read(metadata).decode()
+    assert "Root-Is-Purelib: false" in text and f"Tag: {tag}-{tag}-" in text
+    run(sys.executable, "-m", "twine", "check", "--strict", native_wheel)
+    run(sys.executable, "-m", "check_wheel_contents", native_wheel)
+
+    python = clean_environment(tmp_path / "clean", native_wheel)
+    facts = json.loads(run(python.parent / "aajr", "info", "--json", cwd=tmp_path))
+    assert facts["build"]["native"] is True and facts["backends"]["native"] is None
+    assert facts["native"]["file"].startswith(str(tmp_path))
+    assert not [name for name in facts["native"]["capabilities"] if "emulated" in name]
+    assert str(tmp_path) in run(python, "-c", USE, cwd=tmp_path)
+    if shutil.which("objdump"):
+        dynamic = run("objdump", "-p", facts["native"]["file"])
+        assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+        needed = [line.split()[1] for line in dynamic.splitlines() if "NEEDED" in line]
+        assert not [name for name in needed if "gomp" in name and name != "libgomp.so.1"]
+        assert not [name for name in needed if "torch" in name or "python" in name]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++) is installed")
-def test_a_failed_compilation_leaves_a_working_package_and_its_reason(source, tmp_path):
-    tree = tmp_path / "tree"
-    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("csrc", "build", "*.egg-info"))
-    (tree / "csrc").mkdir()
-    (tree / "csrc" / "bindings.cpp").write_text("this is not C++\n")
-    wheel = build_wheel(tree, tmp_path / "dist")
+@needs_compiler
+def test_a_failed_compilation_leaves_a_working_package_and_its_reason(small, tmp_path):
+    (small / "csrc" / "answer.cpp").write_text("this is not C++\n")
+    wheel = build_wheel(small, tmp_path / "dist")
     python = clean_environment(tmp_path / "clean", wheel)
     facts = json.loads(run(python.parent / "aajr", "info", "--json", cwd=tmp_path))
-    assert facts["build"]["native"] is False
-    assert "compilation" in facts["build"]["reason"]
+    assert facts["build"]["native"] is False and facts["native"] is None
+    assert "compilation" in facts["build"]["reason"] and "answer.cpp:1:1: error" in facts["build"]["reason"]
+    assert facts["build"]["reason"] in facts["backends"]["native"]
     assert facts["backends"]["reference"] is None
 
 
+def without_compilers(folder: Path) -> str:
+    """A PATH that holds what an installation needs besides a compiler."""
+    folder.mkdir()
+    for name in ("sh", "env", "uname", "cmake", "ninja"):
+        if (path := shutil.which(name)) is not None:
+            (folder / name).symlink_to(path)
+    return str(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_without_a_compiler_the_package_installs(source, tmp_path):
-    tree = tmp_path / "tree"
-    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("csrc", "build", "*.egg-info"))
-    (tree / "csrc").mkdir()
-    (tree / "csrc" / "bindings.cpp").write_text(BINDINGS)
-    wheel = build_wheel(tree, tmp_path / "dist", CXX="no-such-compiler")
+def test_without_a_compiler_the_package_installs_and_says_why(small, tmp_path):
+    path = without_compilers(tmp_path / "bin")
+    wheel = build_wheel(small, tmp_path / "dist", PATH=path, CXX="")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    python = clean_environment(tmp_path / "clean", wheel)
+    facts = json.loads(run(python.parent / "aajr", "info", "--json", cwd=tmp_path))
+    assert "no C++ compiler was found at installation: install g++" in facts["backends"]["native"]
+    code = USE.replace('"native"', '"auto"').replace('print(native.info()["file"])', "print(cov)")
+    assert "reference" in run(python, "-c", code, cwd=tmp_path)
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "none", "."],
+        cwd=small,
+        env={**os.environ, "PATH": path, "CXX": "no-such-compiler", "AAJR_NATIVE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert asked.returncode != 0
+    assert "AAJR_NATIVE=1 asks for the native module, but CXX=no-such-compiler was not found" in asked.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_broken_compiler_is_named_with_its_words(small, tmp_path):
+    compiler = tmp_path / "c++broken"
+    compiler.write_text("#!/bin/sh\necho 'error: no space left in the crystal' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    wheel = build_wheel(small, tmp_path / "dist", CXX=str(compiler))
     info = json.loads(zipfile.ZipFile(wheel).read("aajr_kernels/_build_info.json"))
-    assert info["native"] is False
-    assert "no C++ compiler" in info["reason"]
+    assert info["native"] is False and str(compiler) in info["reason"]
+    assert "not able to compile a simple test program" in info["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@needs_compiler
+def test_an_editable_install_builds_in_place_and_again_only_what_changed(small, tmp_path):
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+
+    def install(**env: str) -> None:
+        options = ["-q", "--no-deps", "--editable", "."]
+        run(sys.executable, "-m", "pip", "--python", python, "install", *options, cwd=small, **env)
+
+    def answer() -> int:
+        code = "import importlib.util as u; s = u.spec_from_file_location('_native', '{}'); m = u.module_from_spec(s)"
+        (module,) = (small / "aajr_kernels").glob("_native*.so")
+        return int(run(python, "-c", f"{code.format(module)}; s.loader.exec_module(m); print(m.answer())"))
+
+    install()
+    assert answer() == 42
+    (folder,) = (small / "build").glob("native-*")
+    (other,) = folder.glob("CMakeFiles/ops.dir/**/other.cpp.o")
+    before = other.stat().st_mtime_ns
+    (small / "csrc" / "answer.cpp").write_text("int answer() { return 43; }\n")
+    install()
+    assert answer() == 43
+    assert other.stat().st_mtime_ns == before
+    assert json.loads((small / "aajr_kernels" / "_build_info.json").read_text())["native"] is True
+
+    install(AAJR_NATIVE="0")  # no stale module stays behind
+    assert list((small / "aajr_kernels").glob("_native*.so")) == []
 
 
 @pytest.mark.slow

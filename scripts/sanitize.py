@@ -1,0 +1,109 @@
+"""Build the native module with AddressSanitizer and UndefinedBehaviourSanitizer and run the kernel tests with it.
+
+    python scripts/sanitize.py [--jobs N] [pytest arguments]
+
+The module goes to build/sanitize and leaves the installed one alone. The sanitizer's library has to be loaded before
+Python itself, so the tests run under LD_PRELOAD; leaks are not looked for, because the interpreter keeps memory until
+it ends. Any report ends the test process. Linux, with g++ or clang++.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitize"
+TESTS = ["tests/native", "tests/ops", "tests/test_native.py"]
+SETTINGS = {
+    "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:strict_string_checks=1:allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+def fail(message: str) -> None:
+    raise SystemExit(f"[sanitize] error: {message}")
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if path is None:
+        fail(f"{name} was not found: run `make setup`, or install it.")
+    return str(path)
+
+
+def compiler() -> str:
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    path = next((path for name in names if (path := shutil.which(name))), None)
+    if path is None:
+        fail("no C++ compiler was found: install g++ or clang++.")
+    return str(path)
+
+
+def build() -> Path:
+    """Compile what changed; the module."""
+    import pybind11
+
+    configure = [
+        *(tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        # without optimisation the vector code would be too slow to test, with all of it too slow to compile
+        *("-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1"),
+        *("-DAAJR_SANITIZE=address,undefined", "-DAAJR_EMULATED=ON"),
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
+    subprocess.run([tool("cmake"), "--build", str(BUILD)], check=True, env=environment)
+    return BUILD / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def runtime_library() -> str:
+    """The library with AddressSanitizer's allocator."""
+    for name in ("libasan.so", "libclang_rt.asan-x86_64.so", "libclang_rt.asan.so"):
+        done = subprocess.run(
+            [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        )
+        if Path(done.stdout.strip()).is_absolute():
+            return str(Path(done.stdout.strip()).resolve())
+    fail("the compiler has no AddressSanitizer library.")
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", default="1", help="test processes")
+    parser.add_argument("tests", nargs="*", help=f"pytest arguments instead of {' '.join(TESTS)}")
+    options, rest = parser.parse_known_args()
+    if not sys.platform.startswith("linux"):
+        fail("the sanitizers are set up for Linux only.")
+    try:
+        module = build()
+    except subprocess.CalledProcessError as error:
+        fail(f"the build failed ({error}).")
+    environment = {
+        **os.environ,
+        **SETTINGS,
+        "LD_PRELOAD": runtime_library(),
+        "AAJR_NATIVE_MODULE": str(module),
+        "AAJR_SANITIZE": "1",
+    }
+    workers = ["-n", options.jobs] if options.jobs != "1" else []
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *workers]
+    command = [sys.executable, "-m", "pytest", *arguments, *(options.tests or TESTS), *rest]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
