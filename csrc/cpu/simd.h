@@ -86,8 +86,9 @@ AAJR_INLINE void store(bf16* p, vf x) {
 AAJR_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 AAJR_INLINE void store(f16* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
 #elif defined(__AVX512F__) && AAJR_VECTOR_BYTES == 64
-AAJR_INLINE vf load(const f16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-AAJR_INLINE void store(f16* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
+// the forms with a mask: gcc 12 warns of an uninitialised operand inside the others
+AAJR_INLINE vf load(const f16* p) { return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+AAJR_INLINE void store(f16* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0)); }
 #else
 AAJR_INLINE vf load(const f16* p) { return widen(load_raw<vh>(p), f16{}); }
 AAJR_INLINE void store(f16* p, vf x) {

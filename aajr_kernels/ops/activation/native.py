@@ -1,0 +1,75 @@
+"""Activations and gated products on stacked tensors, by the native CPU kernels; contracts as in reference.py.
+
+Tensors are read in place whatever their strides. Kernels run along the last axis, so the axes are put in the order of
+the output's strides if that is not the dense one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ... import native
+from .reference import POINTWISE
+
+_CODES = {kind: code for code, kind in enumerate(POINTWISE)}
+_MOST_AXES = 8
+
+
+def _dense_rows(t: torch.Tensor | None) -> bool:
+    return t is None or t.dim() < 2 or ((t.stride(-1) == 1 or t.shape[-1] == 1) and t.dim() <= _MOST_AXES)
+
+
+def _call(
+    name: str, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor | None, ...], code: int
+) -> None:
+    """Run `name` on tensors whose last axis is dense in all of them; a copy of an input is the last resort."""
+    if all(map(_dense_rows, inputs)) and all(map(_dense_rows, outputs)):
+        native.call(name, (*inputs, *outputs), (code,))
+        return
+    guide: Any = next(t for t in outputs if t is not None)
+    if guide.dim() > _MOST_AXES:  # two axes are enough for any output, since it is dense; others are copied
+        results = [None if t is None else t.new_empty(t.shape) for t in outputs]
+        flat = [None if t is None else t.flatten(1) for t in results]
+        native.call(name, (*(t.flatten(1) for t in inputs), *flat), (code,))
+        for t, result in zip(outputs, results):
+            if t is not None and result is not None:
+                t.copy_(result)
+        return
+    order = [0, *sorted(range(1, guide.dim()), key=lambda axis: -guide.stride(axis))]
+    inputs = tuple(t.permute(order) for t in inputs)
+    inputs = tuple(t if _dense_rows(t) else t.contiguous() for t in inputs)
+    native.call(name, (*inputs, *(None if t is None else t.permute(order) for t in outputs)), (code,))
+
+
+def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
+    y = torch.empty_like(x)
+    _call("pointwise_fwd", (x,), (y,), _CODES[kind])
+    return y
+
+
+def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Stacked cotangent of x, ``[1 + K, *shape]``."""
+    x_bar = torch.empty_like(x)
+    _call("pointwise_bwd", (x, y_bar), (x_bar,), _CODES[kind])
+    return x_bar
+
+
+def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
+    h = torch.empty_like(gate if gate.shape[0] > 1 else up)
+    _call("gated_fwd", (gate, up), (h,), _CODES[kind])
+    return h
+
+
+def gated_bwd(
+    h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Stacked cotangents of gate and up, shaped like them; None where not needed."""
+    gate_bar = torch.empty_like(gate) if need_gate else None
+    up_bar = torch.empty_like(up) if need_up else None
+    if need_gate or need_up:
+        _call("gated_bwd", (gate, up, h_bar), (gate_bar, up_bar), _CODES[kind])
+    return gate_bar, up_bar
