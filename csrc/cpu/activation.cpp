@@ -1,20 +1,21 @@
 // Pointwise activations of stacked tensors: y = f(x), ẏ = f'(x)ẋ, and backwards x̄ = ȳf' + Σ ẏ̄ f''ẋ, ẋ̄ = ẏ̄f'.
 #include "activation_functions.h"
+#include "elementwise.h"
 
 namespace aajr {
 namespace AAJR_ARCH {
 namespace {
 
-// K is the number of tangents where it is known, else 0; n >= W where the tail is excluded (`Whole`).
+// K is the number of tangents where it is known, else 0; `Whole` excludes the tail.
 template <class F, class T>
 struct ForwardStep {
   template <int K, bool Whole>
   static AAJR_INLINE void run(const Pointwise& p, T* const* at, int64_t i, int64_t n) {
-    const int64_t k_count = K ? K : p.tangents, left = Whole ? W : n - i;
+    const int64_t k_count = K ? K : p.tangents, left = Whole ? Group<T>::size : n - i;
     const T* x = at[0] + i;
     T* y = at[1] + i;
-    vf f, f1;
-    F::first(take(x, left), f, f1);
+    Group<T> f, f1;
+    first<F>(take(x, left), f, f1);
     give(y, f, left);
     for (int64_t k = 1; k <= k_count; ++k) give(y + k * p.out.stack, take(x + k * p.x.stack, left) * f1, left);
   }
@@ -24,14 +25,14 @@ template <class F, class T>
 struct BackwardStep {
   template <int K, bool Whole>
   static AAJR_INLINE void run(const Pointwise& p, T* const* at, int64_t i, int64_t n) {
-    const int64_t k_count = K ? K : p.tangents, left = Whole ? W : n - i;
+    const int64_t k_count = K ? K : p.tangents, left = Whole ? Group<T>::size : n - i;
     const T *x = at[0] + i, *g = at[2] + i;
     T* out = at[1] + i;
-    vf f, f1, f2, along = vf{};
-    F::second(take(x, left), f, f1, f2);
+    Group<T> f, f1, f2, along{};
+    second<F>(take(x, left), f, f1, f2);
     for (int64_t k = 1; k <= k_count; ++k) {
-      const vf cotangent = take(g + k * p.y_bar.stack, left);
-      along += cotangent * take(x + k * p.x.stack, left);
+      const Group<T> cotangent = take(g + k * p.y_bar.stack, left);
+      along = along + cotangent * take(x + k * p.x.stack, left);
       give(out + k * p.out.stack, cotangent * f1, left);
     }
     give(out, take(g, left) * f1 + along * f2, left);
@@ -44,8 +45,8 @@ void rows(const Pointwise& p) {
   for_rows<T>(p.layout, streams, 1 + p.tangents, p.threads, [&](T* const(&at)[3], int64_t n) {
     int64_t i = 0;
     if (p.tangents == 1)
-      for (; i + W <= n; i += W) Step<F, T>::template run<1, true>(p, at, i, n);
-    for (; i < n; i += W) Step<F, T>::template run<0, false>(p, at, i, n);
+      for (; i + Group<T>::size <= n; i += Group<T>::size) Step<F, T>::template run<1, true>(p, at, i, n);
+    for (; i < n; i += Group<T>::size) Step<F, T>::template run<0, false>(p, at, i, n);
   });
 }
 

@@ -1,12 +1,10 @@
-// Activations with their first and second derivatives on vectors, and the loop over rows that kernels of them share.
+// Activations with their first and second derivatives on vectors.
 //
 // Every struct has first(x, f, f1) and second(x, f, f1, f2). None of the formulas takes a difference that cancels in the
 // tails: sigma(x) and sigma(-x), tanh and its slope, the normal distribution and its density come in pairs.
 #pragma once
 
-#include "activation.h"
 #include "math.h"
-#include "parallel.h"
 
 namespace aajr {
 namespace AAJR_ARCH {
@@ -113,49 +111,6 @@ struct GeluTanh {
     second(x, f, f1, f2);
   }
 };
-
-// A whole vector, or the first n elements of one. The rare path is kept out of line: it is long, and used many times.
-template <class T>
-__attribute__((noinline)) vf take_part(const T* p, int64_t n) { return load_part(p, n); }
-template <class T>
-__attribute__((noinline)) void give_part(T* p, vf x, int64_t n) { store_part(p, x, n); }
-template <class T>
-AAJR_INLINE vf take(const T* p, int64_t n) { return n >= W ? load(p) : take_part(p, n); }
-template <class T>
-AAJR_INLINE void give(T* p, vf x, int64_t n) {
-  if (n >= W)
-    store(p, x);
-  else
-    give_part(p, x, n);
-}
-
-// body(pointers, n) for every piece of a row, `pointers[i]` its first element in streams[i] (null where that is null).
-// Pieces are whole rows or multiples of the vector length. Every thread has one contiguous share.
-template <class T, int N, class Body>
-inline void for_rows(const RowLayout& layout, const Stream* const (&streams)[N], int64_t stacks, int threads,
-                     const Body& body) {
-  constexpr int64_t piece = 2048, least = 1 << 14;  // elements; below the latter a second thread does not pay
-  const int64_t per_row = (layout.size + piece - 1) / piece, units = layout.rows() * per_row;
-  if (layout.rows() * layout.size * stacks < least) threads = 1;
-  parallel_ranges(units, threads, [&](int64_t first, int64_t last, int) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t start = unit % per_row * piece;
-      int64_t offset[N];
-      for (int i = 0; i < N; ++i) offset[i] = start;
-      int64_t row = unit / per_row;
-      for (int axis = layout.outer - 1; axis >= 0; --axis) {
-        const int64_t index = axis ? row % layout.outer_size[axis] : row;
-        row /= layout.outer_size[axis];
-        for (int i = 0; i < N; ++i) offset[i] += index * streams[i]->outer[axis];
-      }
-      T* pointers[N];
-      for (int i = 0; i < N; ++i)
-        pointers[i] = streams[i]->data ? reinterpret_cast<T*>(streams[i]->data) + offset[i] : nullptr;
-      const int64_t rest = layout.size - start;
-      body(pointers, rest < piece ? rest : piece);
-    }
-  });
-}
 
 }  // namespace AAJR_ARCH
 }  // namespace aajr

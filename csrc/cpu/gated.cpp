@@ -1,29 +1,30 @@
 // Gated products of stacked tensors: h = f(g)u, ḣ = f'ġu + fu̇, and backwards ḡ = f'(h̄u + Σ ḣ̄u̇) + f''u Σ ḣ̄ġ, ġ̄ = ḣ̄uf',
 // ū = h̄f + f' Σ ḣ̄ġ, u̇̄ = ḣ̄f. Each direction reads and writes every stream once.
 #include "activation_functions.h"
+#include "elementwise.h"
 
 namespace aajr {
 namespace AAJR_ARCH {
 namespace {
 
-// `Plain`: one tangent on both sides, everything wanted, whole vectors; otherwise the fields of `p` decide.
+// `Plain`: one tangent on both sides, everything wanted, no tail; otherwise the fields of `p` decide.
 template <class F, class T>
 struct ForwardStep {
   template <bool Plain>
   static AAJR_INLINE void run(const Gated& p, T* const* at, int64_t i, int64_t n) {
-    const int64_t k_count = Plain ? 1 : p.tangents, left = Plain ? W : n - i;
+    const int64_t k_count = Plain ? 1 : p.tangents, left = Plain ? Group<T>::size : n - i;
     const bool gate_moves = Plain || p.gate_moves, up_moves = Plain || p.up_moves;
     const T *g = at[0] + i, *u = at[1] + i;
     T* h = at[2] + i;
-    vf f, f1;
-    F::first(take(g, left), f, f1);
-    const vf up = take(u, left);
+    Group<T> f, f1;
+    first<F>(take(g, left), f, f1);
+    const Group<T> up = take(u, left);
     give(h, f * up, left);
-    f1 *= up;
+    f1 = f1 * up;
     for (int64_t k = 1; k <= k_count; ++k) {
-      vf tangent = vf{};
+      Group<T> tangent{};
       if (gate_moves) tangent = take(g + k * p.gate.stack, left) * f1;
-      if (up_moves) tangent += take(u + k * p.up.stack, left) * f;
+      if (up_moves) tangent = tangent + take(u + k * p.up.stack, left) * f;
       give(h + k * p.h.stack, tangent, left);
     }
   }
@@ -33,23 +34,23 @@ template <class F, class T>
 struct BackwardStep {
   template <bool Plain>
   static AAJR_INLINE void run(const Gated& p, T* const* at, int64_t i, int64_t n) {
-    const int64_t k_count = Plain ? 1 : p.tangents, left = Plain ? W : n - i;
+    const int64_t k_count = Plain ? 1 : p.tangents, left = Plain ? Group<T>::size : n - i;
     const bool gate_moves = Plain || p.gate_moves, up_moves = Plain || p.up_moves;
     const T *g = at[0] + i, *u = at[1] + i, *h = at[2] + i;
     T *g_bar = at[3], *u_bar = at[4];
     const bool gate_wanted = Plain || g_bar, up_wanted = Plain || u_bar;
-    vf f, f1, f2;
-    F::second(take(g, left), f, f1, f2);
-    const vf up = take(u, left), cotangent = take(h, left), f1_up = f1 * up;
-    vf along_gate = vf{}, along_up = cotangent * up;
+    Group<T> f, f1, f2;
+    second<F>(take(g, left), f, f1, f2);
+    const Group<T> up = take(u, left), cotangent = take(h, left), f1_up = f1 * up;
+    Group<T> along_gate{}, along_up = cotangent * up;
     for (int64_t k = 1; k <= k_count; ++k) {
-      const vf tangent = take(h + k * p.h.stack, left);
+      const Group<T> tangent = take(h + k * p.h.stack, left);
       if (gate_moves) {
-        along_gate += tangent * take(g + k * p.gate.stack, left);
+        along_gate = along_gate + tangent * take(g + k * p.gate.stack, left);
         if (gate_wanted) give(g_bar + i + k * p.gate_bar.stack, tangent * f1_up, left);
       }
       if (up_moves) {
-        along_up += tangent * take(u + k * p.up.stack, left);
+        along_up = along_up + tangent * take(u + k * p.up.stack, left);
         if (up_wanted) give(u_bar + i + k * p.up_bar.stack, tangent * f, left);
       }
     }
@@ -66,8 +67,8 @@ void rows(const Gated& p) {
   for_rows<T>(p.layout, streams, 1 + p.tangents, p.threads, [&](T* const(&at)[5], int64_t n) {
     int64_t i = 0;
     if (plain)
-      for (; i + W <= n; i += W) Step<F, T>::template run<true>(p, at, i, n);
-    for (; i < n; i += W) Step<F, T>::template run<false>(p, at, i, n);
+      for (; i + Group<T>::size <= n; i += Group<T>::size) Step<F, T>::template run<true>(p, at, i, n);
+    for (; i < n; i += Group<T>::size) Step<F, T>::template run<false>(p, at, i, n);
   });
 }
 
