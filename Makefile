@@ -17,7 +17,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize lint format gpu-check dist clean
+.PHONY: help setup demo test test-all sanitize bench bench-ops lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ test-all: $(SETUP)  ## every test, the packaging ones too; GPU tests say why the
 
 sanitize: $(SETUP)  ## the tests of the kernels with address and undefined-behaviour sanitizers (another build)
 	$(PY) scripts/sanitize.py --jobs $(JOBS)
+
+bench: $(SETUP)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --check" (bench/README.md)
+	$(PY) -m aajr_kernels bench $(ARGS)
+
+bench-ops: $(SETUP)  ## pytest-benchmark statistics of single variants; ARGS="-k attention"
+	$(PY) -m pytest bench --benchmark-only --timeout 600 -p no:xdist $(ARGS)
 
 lint: $(SETUP)  ## ruff's checks and format, mypy
 	$(PY) -m ruff check .

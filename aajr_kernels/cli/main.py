@@ -8,6 +8,7 @@ sub-command needs are missing.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any, NoReturn
 
 import typer
@@ -21,6 +22,7 @@ from ..runtime import BackendUnavailable, UnsupportedOperation
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("aajr_kernels.cli.info", "Versions, devices, backends and why one is missing."),
     "validate": ("aajr_kernels.cli.validate", "Check every op against a float64 oracle."),
+    "bench": ("aajr_kernels.cli.bench", "Speed and memory, as ratios to PyTorch's own."),
     "demo": ("aajr_kernels.cli.demo", "The penalty on a real language model and on real text."),
 }
 
@@ -68,6 +70,9 @@ def main() -> None:
         package = (error.name or "").split(".")[0]
         if package in ("", "aajr_kernels"):
             raise
-        fail(f"this sub-command needs the package {package!r}: pip install 'aajr_kernels[demo]' brings it.")
+        extra = "bench" if sys.argv[1:2] == ["bench"] else "demo"
+        fail(
+            f"this sub-command needs the package {package!r}: pip install 'aajr_kernels[{extra}]' brings it."
+        )
     except (BackendUnavailable, UnsupportedOperation) as error:
         fail(str(error))

@@ -1,0 +1,233 @@
+"""`aajr bench`: ratios of the fused ops and of the penalty step, gated, interleaved, written as rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from .benchmarks import Case, Outcome
+
+DTYPES = ("float32", "bfloat16", "float16")
+#: --capability -> what holds every library to it; they read these variables when they start
+CAPABILITIES = {
+    "avx2": {
+        "AAJR_CPU_CAPABILITY": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "avx512": {
+        "AAJR_CPU_CAPABILITY": "avx512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+    },
+}
+
+
+def bench(
+    ctx: typer.Context,
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="Suites, or SUITE:FAMILY; --list names them. Default: all.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Dtype to measure; repeatable. Default: each suite's own.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Sequence lengths, separated by commas. Default: each suite's own.")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed rounds. Default: each case's own.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch and of the native module. Default: 2.")
+    ] = None,
+    capability: Annotated[
+        str | None, typer.Option(help="Hold every library to avx2 or avx512, in a process of its own.")
+    ] = None,
+    peak: Annotated[
+        bool | None,
+        typer.Option(
+            "--peak/--no-peak", help="Peak memory of every case or of none. Default: where bounded."
+        ),
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Append the rows to this file, one JSON line each.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Measure nothing: draw the step ratios in --rows as this picture.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if a row is outside its bounds.")
+    ] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the cases and their bounds.")] = False,
+) -> None:
+    """Speed and memory of the fused ops and of the penalty step, as ratios to PyTorch's own.
+
+    The gradients of a case are compared with float64 first; where they are wrong no speed is reported. Then all its
+    variants run interleaved in this process, and the minimum counts. Peaks of memory come from fresh processes.
+
+    Exit code 0: done, 1: gradients are wrong, or with --check a bound is missed, 2: bad arguments.
+    """
+    if plot is not None:
+        _draw(rows, plot)
+        return
+    if capability is not None:
+        _hold_to(capability, ctx)
+    from .benchmarks import show
+
+    chosen = _cases(suites, dtype, lengths)
+    if listed:
+        show.listing(chosen, _console())
+        return
+    if rows is not None and not rows.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {rows.parent}: make it first.", param_hint="--rows")
+    start = time.perf_counter()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or min(2, os.cpu_count() or 1))
+    try:
+        results = _run(chosen, repeats, peak, rows)
+    finally:
+        torch.set_num_threads(before)
+    show.verdict(results, time.perf_counter() - start, _console())
+    if any(result.failures or (check and result.missed) for result in results):
+        raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """Standard output, wide enough for the tables where it is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _cases(names: list[str] | None, dtypes: list[str] | None, lengths: str | None) -> list[Case]:
+    """The cases of the suites and families that were named."""
+    from .benchmarks import SUITES, Selection
+
+    for name in dtypes or ():
+        if name not in DTYPES:
+            raise typer.BadParameter(
+                f"{name!r} is unknown: choose from {', '.join(DTYPES)}.", param_hint="--dtype"
+            )
+    sizes = _lengths(lengths) if lengths is not None else None
+    wanted: dict[str, list[str] | None] = {}
+    for name in names or SUITES:
+        suite, _, family = name.partition(":")
+        if suite not in SUITES:
+            raise typer.BadParameter(f"suite {suite!r} is unknown: choose from {', '.join(SUITES)}.")
+        if family and family not in SUITES[suite].families:
+            options = ", ".join(f"{suite}:{one}" for one in SUITES[suite].families)
+            raise typer.BadParameter(f"suite {suite} has no family {family!r}: choose from {options}.")
+        families = wanted.setdefault(suite, [])
+        if not family or families is None:
+            wanted[suite] = None
+        else:
+            families.append(family)
+    found: list[Case] = []
+    for suite, families in wanted.items():
+        chosen = None if families is None else tuple(families)
+        found += SUITES[suite].cases(Selection(tuple(dtypes) if dtypes else None, sizes, chosen))
+    return found
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 2:
+        raise typer.BadParameter(
+            f"{text!r} is no list of lengths above 1: write for example 512,2048.", param_hint="--lengths"
+        )
+    return sizes
+
+
+def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path | None) -> list[Outcome]:
+    from .benchmarks import append_rows, environment, run_case, show
+
+    facts = environment()
+    console = _console()
+    native = facts["native_capability"] or "none"
+    console.print(
+        f"{facts['cpu']}, torch {facts['torch']} ({facts['torch_capability']}), native module: {native}, "
+        f"{facts['threads']} threads",
+        highlight=False,
+        soft_wrap=True,
+    )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        console.print(
+            f"[yellow]The machine is busy (load {load:.1f}): ratios may be off.[/]", highlight=False
+        )
+    aside = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    results = []
+    with Progress(*columns, console=aside, transient=True, disable=not aside.is_terminal) as bar:
+        task = bar.add_task("", total=len(cases))
+        for case in cases:
+
+            def tell(text: str, name: str = case.name) -> None:
+                bar.update(task, description=f"{name}: {text}", refresh=True)
+
+            result = run_case(case, facts, repeats=repeats, peak=peak, progress=tell)
+            results.append(result)
+            show.outcome(result, console)
+            if rows is not None:
+                append_rows(rows, result.rows)
+            bar.advance(task)
+    return results
+
+
+def _draw(rows: Path | None, picture: Path) -> None:
+    from .benchmarks import read_rows
+    from .benchmarks.plot import plot_steps
+
+    if rows is None:
+        raise typer.BadParameter("it draws from rows: name their file with --rows.", param_hint="--plot")
+    try:
+        plot_steps(read_rows(rows), picture)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--rows") from error
+
+
+def _hold_to(capability: str, ctx: typer.Context) -> None:
+    """Go on if the libraries of this process are held to the capability; else do the same in one where they are."""
+    if capability not in CAPABILITIES:
+        raise typer.BadParameter(
+            f"{capability!r} is unknown: choose from {', '.join(CAPABILITIES)}.", param_hint="--capability"
+        )
+    settings = CAPABILITIES[capability]
+    if all(os.environ.get(name) == value for name, value in settings.items()):
+        return
+    command = [sys.executable, "-m", "aajr_kernels", "bench", *_arguments(ctx)]
+    raise typer.Exit(subprocess.run(command, check=False, env={**os.environ, **settings}).returncode)
+
+
+def _arguments(ctx: typer.Context) -> list[str]:
+    """The command line that gives these parameters."""
+    found: list[str] = []
+    positional: list[str] = []
+    for parameter in ctx.command.params:
+        value: Any = ctx.params.get(parameter.name or "")
+        if value is None or value == () or value == []:
+            continue
+        values = [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+        if parameter.param_type_name == "argument":
+            positional += values
+        elif isinstance(value, bool):
+            names = parameter.opts if value else parameter.secondary_opts
+            found += names[:1]
+        else:
+            for one in values:
+                found += [parameter.opts[0], one]
+    return found + positional

@@ -1,0 +1,150 @@
+"""Suite `attention`: the dual's forward and backward against torch's own plain attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...dual import Dual
+from ...ops.attention import attention
+from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_native
+
+HEADS, KEY_HEADS = 6, 2
+LENGTHS = {64: (512, 2048), 128: (2048,)}
+#: (features, dtype, length) -> largest ratio to torch's plain attention
+BOUNDS = {
+    (64, "float32", 512): 1.25,
+    (64, "float32", 2048): 2.0,
+    (128, "float32", 2048): 2.2,
+    (64, "bfloat16", 2048): 1.5,
+}
+#: matrix products over the visible pairs, forward and backward
+PLAIN_PRODUCTS, DUAL_PRODUCTS = 7, 21
+
+
+def cases(selection: Selection) -> list[Case]:
+    return [
+        _case(features, dtype, n)
+        for features, lengths in LENGTHS.items()
+        if selection.wants(f"d{features}")
+        for dtype, n in selection.grid(("float32", "bfloat16"), lengths)
+    ]
+
+
+def _case(features: int, dtype: str, length: int) -> Case:
+    product = 2.0 * HEADS * length * (length + 1) / 2 * features
+    make = functools.partial(functools.partial, features=features, dtype=dtype)
+    truth, exact = make(_plain_truth), make(_dual_truth)
+    bound = BOUNDS.get((features, dtype, length))
+    variants = [
+        Variant("plain", make(_plain), truth, flops=PLAIN_PRODUCTS * product),
+        Variant("plain, keys repeated", make(_plain, repeat=True), truth, flops=PLAIN_PRODUCTS * product),
+        Variant(
+            "dual",
+            make(_dual),
+            exact,
+            flops=DUAL_PRODUCTS * product,
+            bounds={} if bound is None else {"ratio": bound},
+        ),
+    ]
+    if has_native("attention"):
+        variants.append(
+            Variant("dual, reference", make(_dual), exact, backend="reference", rounds=3, peak=False)
+        )
+    if length <= 512:
+        variants.append(
+            Variant("torch.func.jvp", make(_forward_mode), exact, optional=True, rounds=3, peak=False)
+        )
+    return Case(
+        "attention",
+        f"d{features}",
+        dtype,
+        length,
+        tuple(variants),
+        base=("plain", "plain, keys repeated"),
+        config={"B": 1, "H": HEADS, "HK": KEY_HEADS, "D": features, "causal": True},
+        gate_length=min(length, 257),
+        repeats=20 if length <= 1024 else 8,
+        why="dual forward + backward ÷ torch's plain attention",
+    )
+
+
+def _inputs(length: int, features: int, dtype: str) -> tuple[list[Tensor], Tensor]:
+    """Stacked q, k, v and the cotangent ``[2, B, N, heads, D]``, in memory as projections leave them."""
+    shapes = [(2, 1, length, heads, features) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
+    *leaves, cotangent = (draw(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    return leaves, cotangent.transpose(2, 3)
+
+
+def _plain(length: int, features: int, dtype: str, repeat: bool = False) -> Run:
+    stacks, cotangent = _inputs(length, features, dtype)
+    leaves = [x[0].clone().requires_grad_() for x in stacks]
+    primal_bar = cotangent[0]
+
+    def call() -> Gradients:
+        q, k, v = (x.transpose(1, 2) for x in leaves)
+        if repeat:
+            k, v = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeat)
+        return torch.autograd.grad(out, leaves, primal_bar)
+
+    return Run(call)
+
+
+def _dual(length: int, features: int, dtype: str) -> Run:
+    leaves, cotangent = _inputs(length, features, dtype)
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def call() -> Gradients:
+        q, k, v = (Dual(x.transpose(2, 3)) for x in leaves)
+        out = attention(q, k, v, causal=True)
+        assert isinstance(out, Dual)
+        return torch.autograd.grad(out.stacked, leaves, cotangent)
+
+    return Run(call)
+
+
+def _forward_mode(length: int, features: int, dtype: str) -> Run:
+    leaves, cotangent = _inputs(length, features, dtype)
+    return Run(
+        functools.partial(_reverse_over_forward, [x.requires_grad_() for x in leaves], cotangent, _sdpa)
+    )
+
+
+def _reverse_over_forward(
+    leaves: list[Tensor], cotangent: Tensor, function: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Gradients:
+    primals, tangents = (tuple(x[i].transpose(1, 2) for x in leaves) for i in (0, 1))
+    with sdpa_kernel(SDPBackend.MATH):
+        out = torch.func.jvp(function, primals, tangents)
+        return torch.autograd.grad(out, leaves, (cotangent[0], cotangent[1]))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+def _plain_truth(length: int, features: int, dtype: str) -> Gradients:
+    stacks, cotangent = _inputs(length, features, dtype)
+    leaves = [x[0].double().requires_grad_() for x in stacks]
+    return torch.autograd.grad(_formula(*(x.transpose(1, 2) for x in leaves)), leaves, cotangent[0].double())
+
+
+def _dual_truth(length: int, features: int, dtype: str) -> Gradients:
+    stacks, cotangent = _inputs(length, features, dtype)
+    return _reverse_over_forward([x.double().requires_grad_() for x in stacks], cotangent.double(), _formula)
+
+
+SUITE = Suite("attention", "attention, causal, B1 H6 KV2, D64 and D128", ("d64", "d128"), cases)

@@ -1,0 +1,168 @@
+"""The models of suite `step`: small Llama and GPT-2 stacks, plain, fused, exact in float64, or on our primal ops."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ... import runtime
+from ...dual import Dual
+from ...ops.activation import gelu, swiglu
+from ...ops.attention.function import AttentionFunction
+from ...ops.norm import layer_norm, rms_norm
+from ...ops.rotary import rotary
+from .case import DTYPES, SEED
+
+HIDDEN, LAYERS, HEADS, KEY_HEADS, INTERMEDIATE = 384, 4, 6, 2, 1024
+CONFIG = {
+    "llama": f"{LAYERS} layers, hidden {HIDDEN}, intermediate {INTERMEDIATE}, heads {HEADS}/{KEY_HEADS}, B1",
+    "gpt2": f"{LAYERS} layers, hidden {HIDDEN}, intermediate {4 * HIDDEN}, heads {HEADS}, B1",
+}
+
+
+def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Module:
+    """A model without a head; the same weights for the same kind, dtype and length."""
+    import transformers
+
+    torch.manual_seed(SEED)
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KEY_HEADS,
+            vocab_size=97,
+            max_position_embeddings=16384,
+            use_cache=False,
+        )
+        model = transformers.LlamaModel._from_config(config, attn_implementation=attention)
+    else:
+        config = transformers.GPT2Config(
+            n_embd=HIDDEN,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            vocab_size=97,
+            bos_token_id=None,
+            eos_token_id=None,
+            n_positions=length,
+            use_cache=False,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        model = transformers.GPT2Model._from_config(config, attn_implementation=attention)
+    # weights that are not constant: a norm whose weight is one hides a wrong gradient
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            with torch.no_grad():
+                parameter.add_(0.1 * torch.randn_like(parameter) if "bias" not in name else 0.02)
+    found: nn.Module = model.to(DTYPES[dtype])
+    return found
+
+
+def make_exact(model: nn.Module) -> nn.Module:
+    """The model in float64, with norms that stay there and that PyTorch's forward mode differentiates rightly."""
+    model = model.double()
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.__dict__["forward"] = _Bound(_rms_norm, module)
+        elif isinstance(module, nn.LayerNorm):
+            module.__dict__["forward"] = _Bound(_layer_norm, module)
+    return model
+
+
+class _Bound:
+    """A function with its module as first argument; torch's own module machinery accepts any callable."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function, self.module = function, module
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(self.module, *args)
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    return module.weight * (x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt())
+
+
+def _layer_norm(module: Any, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return (
+        module.weight * (centred * (centred.square().mean(-1, keepdim=True) + module.eps).rsqrt())
+        + module.bias
+    )
+
+
+def fisher(z: Tensor, z_tan: Tensor) -> Tensor:
+    """Σ p(ż − Σ pż)² of the last axis, p = softmax z, from elementary operations."""
+    p = z.softmax(-1)
+    return (p * (z_tan - (p * z_tan).sum(-1, keepdim=True)).square()).sum(-1)
+
+
+# -- a plain step on our own primal kernels ---------------------------------------------------------------------------
+
+
+def use_primal_ops(model: nn.Module) -> nn.Module:
+    """A fused model whose norms and activations run on our kernels for plain tensors too, as a stack of one.
+
+    Outside the benchmark a plain tensor goes to torch's own function. Attention and rotary follow inside
+    :func:`primal_ops`.
+    """
+    for module in model.modules():
+        name = type(module).__name__
+        if name == "LlamaRMSNorm":
+            module.__dict__["forward"] = _Bound(
+                lambda m, x: _primal(rms_norm, x, m.weight.shape, m.weight, m.variance_epsilon), module
+            )
+        elif name == "LlamaMLP":
+            module.__dict__["forward"] = _Bound(
+                lambda m, x: m.down_proj(_primal_swiglu(m.gate_proj(x), m.up_proj(x))), module
+            )
+        elif name == "NewGELUActivation":
+            module.__dict__["forward"] = _Bound(lambda m, x: _primal(gelu, x, "tanh"), module)
+        elif isinstance(module, nn.LayerNorm):
+            module.__dict__["forward"] = _Bound(
+                lambda m, x: _primal(layer_norm, x, m.normalized_shape, m.weight, m.bias, m.eps), module
+            )
+    return model
+
+
+@contextlib.contextmanager
+def primal_ops() -> Iterator[None]:
+    """Inside, the rotary embedding and the attention of fused models take plain tensors as a stack of one."""
+    from ...integrations.transformers import attention as implementation
+    from ...integrations.transformers import forms
+
+    turned = lambda x, cos, sin, **options: _primal(rotary, x, cos, sin, **options)
+    with (
+        mock.patch.object(forms, "rotary", turned),
+        mock.patch.object(implementation, "attention", _attention),
+    ):
+        yield
+
+
+def _primal(op: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Tensor:
+    y: Tensor = op(Dual(x.unsqueeze(0)), *args, **options).stacked[0]
+    return y
+
+
+def _primal_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y: Tensor = swiglu(Dual(gate.unsqueeze(0)), Dual(up.unsqueeze(0))).stacked[0]  # type: ignore[union-attr]
+    return y
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: Any, scale: float | None, **rest: Any) -> Tensor:
+    if any(value not in (None, 0.0) for value in rest.values()) or not causal:
+        raise ValueError(f"the benchmark's primal attention is causal and has no other options, got {rest}.")
+    stacks = [x.unsqueeze(0) for x in (q, k, v)]
+    backend = runtime.select_backend("attention", *stacks)
+    runtime.record("attention", backend)
+    options = (q.shape[-1] ** -0.5 if scale is None else scale, None, 0, None, 0.0, 0)
+    out: Tensor = AttentionFunction.apply(*stacks, None, options, backend)[0]
+    return out

@@ -1,0 +1,218 @@
+"""Measuring a case: gate, interleaved timing, peak memory in fresh processes, rows."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import gate
+from .case import SEED, Case, Run, Variant
+from .row import Row
+
+#: a timed sample of a short variant repeats it until it lasts about this long
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass
+class Outcome:
+    """What came of one case.
+
+    Attributes:
+        rows: one per variant; none when the gate is red.
+        failures: why the gate is red.
+        left_out: optional variant -> why it cannot run here.
+    """
+
+    case: Case
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def missed(self) -> list[Row]:
+        """Rows that are outside a bound."""
+        return [row for row in self.rows if row.passed is False]
+
+
+def run_case(
+    case: Case,
+    environment: Mapping[str, Any],
+    *,
+    repeats: int | None = None,
+    peak: bool | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Measure one case.
+
+    Args:
+        environment: the fields of a row that are the same for the whole run.
+        repeats: timed rounds in place of the case's own.
+        peak: measure memory everywhere, nowhere, or (None) where the case asks for it.
+        progress: told what is about to happen.
+    """
+    progress("gate")
+    verdict = gate.check(case)
+    outcome = Outcome(case, failures=verdict.failures, left_out=verdict.left_out)
+    if outcome.failures:
+        return outcome
+    variants = [v for v in case.variants if v.name not in verdict.left_out]
+    samples: dict[str, list[float]] = {}
+    if case.timed:
+        samples = _interleaved(case, variants, repeats or case.repeats, outcome, progress)
+        if outcome.failures:
+            return outcome
+    peaks: dict[str, int | None] = {}
+    if case.peak if peak is None else peak:
+        for variant in variants:
+            if variant.peak:
+                progress(f"memory of {variant.name}")
+                peaks[variant.name] = peak_in_new_process(case, variant)
+    bases = [name for name in case.base if name in {v.name for v in variants}]
+    base = min(bases, key=lambda name: min(samples[name], default=math.inf) if samples else 0.0)
+    for variant in variants:
+        error, ops = verdict.errors[variant.name], verdict.ops[variant.name]
+        outcome.rows.append(_row(case, variant, base, samples, peaks, error, ops, environment))
+    return outcome
+
+
+def _interleaved(
+    case: Case, variants: list[Variant], repeats: int, outcome: Outcome, progress: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Seconds per call of every variant; the order changes from round to round."""
+    runs: dict[str, Run] = {}
+    for variant in variants:
+        progress(f"warm-up of {variant.name}")
+        with gate.on_backend(variant):
+            run = runs[variant.name] = variant.make(case.length)
+            if not all(g is None or bool(torch.isfinite(g).all()) for g in run.call()):
+                outcome.failures.append(f"{variant.name}: a gradient is not finite at length {case.length}")
+            if run.reset:
+                run.reset()
+    if outcome.failures:
+        return {}
+    numbers = dict.fromkeys(runs, 1)
+    if not any(run.reset for run in runs.values()):
+        for v in variants:
+            seconds = _sample(case, v, runs[v.name], 1)
+            numbers[v.name] = min(1000, max(1, math.ceil(SAMPLE_SECONDS / seconds)))
+    samples: dict[str, list[float]] = {v.name: [] for v in variants}
+    gc.collect()
+    gc.freeze()  # what lives by now need not be searched before every sample
+    try:
+        for i in range(repeats):
+            progress(f"round {i + 1} of {repeats}")
+            for variant in variants[i % len(variants) :] + variants[: i % len(variants)]:
+                if variant.rounds is None or i < variant.rounds:
+                    name = variant.name
+                    samples[name].append(_sample(case, variant, runs[name], numbers[name]))
+    finally:
+        gc.unfreeze()
+    return samples
+
+
+def _sample(case: Case, variant: Variant, run: Run, number: int) -> float:
+    """Seconds per call, over `number` calls with the garbage collector kept away."""
+    gc.collect()
+    gc.disable()
+    try:
+        with gate.on_backend(variant):
+            _wait(case.device)
+            start = time.perf_counter()
+            for _ in range(number):
+                run.call()
+            _wait(case.device)
+            return (time.perf_counter() - start) / number
+    finally:
+        gc.enable()
+        if run.reset:
+            run.reset()
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def peak_in_new_process(case: Case, variant: Variant) -> int | None:
+    """Peak bytes of one call of a variant of a registered case above its inputs and parameters."""
+    command = [sys.executable, "-m", f"{__package__}.peak", case.suite, case.family, case.dtype]
+    command += [str(case.length), variant.name, str(torch.get_num_threads())]
+    root = str(Path(__file__).resolve().parents[3])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"the peak memory of {variant.name} was not measured: {done.stderr.strip()[-2000:]}"
+        )
+    found: int | None = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _row(
+    case: Case,
+    variant: Variant,
+    base: str,
+    samples: Mapping[str, list[float]],
+    peaks: Mapping[str, int | None],
+    error: float,
+    ops: dict[str, str],
+    environment: Mapping[str, Any],
+) -> Row:
+    times = samples.get(variant.name, [])
+    least = min(times) if times else None
+    ratio = least / min(samples[base]) if least is not None else None
+    peak, base_peak = peaks.get(variant.name), peaks.get(base)
+    peak_ratio = peak / base_peak if peak and base_peak else None
+    extra = peak - (variant.gradient_bytes or 0) if peak is not None else None
+    measured = {"ratio": ratio, "peak_ratio": peak_ratio, "extra_bytes": extra}
+    bounds = {name: limit for name, limit in variant.bounds.items() if measured[name] is not None}
+    held = [float(measured[name] or 0) <= limit for name, limit in bounds.items()]
+    if variant.rival is not None and least is not None and samples.get(variant.rival):
+        rival = min(samples[variant.rival]) / min(samples[base])
+        bounds[f"ratio of {variant.rival}"] = _rounded(rival)
+        held.append(ratio is not None and ratio < rival)
+    return Row(
+        suite=case.suite,
+        family=case.family,
+        config=dict(case.config),
+        length=case.length,
+        variant=variant.name,
+        device=case.device,
+        dtype=case.dtype,
+        backend="+".join(sorted(set(ops.values()))) or "torch",
+        ops=ops,
+        min_ms=None if least is None else _rounded(1e3 * least),
+        median_ms=_rounded(1e3 * statistics.median(times)) if times else None,
+        base=base,
+        ratio=None if ratio is None else _rounded(ratio),
+        gflop_per_s=_rounded(variant.flops / least / 1e9) if variant.flops and least else None,
+        gb_per_s=_rounded(variant.bytes / least / 1e9) if variant.bytes and least else None,
+        peak_bytes=peak,
+        gradient_bytes=variant.gradient_bytes,
+        peak_ratio=None if peak_ratio is None else _rounded(peak_ratio),
+        gradient_error=float(f"{error:.3g}"),
+        bounds=bounds,
+        passed=all(held) if bounds else None,
+        repeats=len(times),
+        seed=SEED,
+        **environment,
+    )
+
+
+def _rounded(x: float) -> float:
+    """Four significant digits: more would be noise."""
+    return float(f"{x:.4g}")

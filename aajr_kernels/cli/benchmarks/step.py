@@ -1,0 +1,299 @@
+"""Suite `step`: one exact penalty step of a small model against Hugging Face's plain step and the rivals.
+
+A step is forward and backward to every parameter. The plain step's loss is ``hidden.square().mean()``, or the
+cross-entropy where there is a head; the penalty is ``l2`` on the hidden states, or ``fisher`` through the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...dual import is_dual
+from ...integrations.transformers import fuse
+from ...method import LMHead, aligned_penalty, normalize
+from . import models
+from .case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, draw
+
+VOCABULARY = 32000
+DIFFERENCE = 1e-2  # step of the finite differences, along directions of unit length per token
+#: (dtype, length) -> largest ratio of the exact fused step to the plain one; the second for libraries held to AVX2
+BOUNDS = {("float32", 512): (1.7, 1.9), ("float32", 2048): (1.9, 2.1), ("bfloat16", 2048): (1.8, 1.8)}
+GPT2_MORE = 0.1
+SHARED, PEAK = 1.1, 2.2
+DIRECTIONS = {("float32", 512): 2.6, ("float32", 2048): 2.9}
+FINITE = "finite differences"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one variant computes.
+
+    Attributes:
+        kind: ``plain``, ``penalty``, ``both`` (loss and penalty), ``differences`` or ``forward mode``.
+        model: ``llama`` or ``gpt2``.
+        form: ``sdpa`` or ``eager`` (unmodified), ``fused``, or ``primal`` (fused, our kernels for plain tensors).
+        head: with a head of 32,000 words, the ``fisher`` metric and the cross-entropy.
+        directions: K.
+    """
+
+    kind: str
+    model: str
+    dtype: str
+    form: str = "sdpa"
+    head: bool = False
+    directions: int = 1
+
+
+def cases(selection: Selection) -> list[Case]:
+    makers: dict[str, tuple[Callable[[str, int], Case], tuple[tuple[str, int], ...]]] = {
+        "llama": (
+            functools.partial(_ratio, "llama"),
+            (*_pairs("float32", 512, 2048), *_pairs("bfloat16", 2048)),
+        ),
+        "gpt2": (
+            functools.partial(_ratio, "gpt2"),
+            (*_pairs("float32", 512, 2048), *_pairs("bfloat16", 2048)),
+        ),
+        "head": (_head, _pairs("float32", 512)),
+        "penalty": (_penalty, _pairs("float32", 512, 2048)),
+        "memory": (_memory, _pairs("float32", 8192)),
+    }
+    found = []
+    for family, (maker, defaults) in makers.items():
+        if not selection.wants(family):
+            continue
+        pairs: Any = defaults
+        if selection.dtypes or selection.lengths:
+            pairs = selection.grid(*(tuple(dict.fromkeys(part)) for part in zip(*defaults)))  # type: ignore[arg-type]
+            if not selection.dtypes:
+                dtypes = {dtype for dtype, _ in defaults}
+                pairs = [pair for pair in pairs if pair[0] == "float32" or len(dtypes) == 1]
+            elif not selection.lengths:
+                pairs = [pair for pair in pairs if pair in defaults] or pairs
+        found += [maker(dtype, n) for dtype, n in pairs]
+    return found
+
+
+def _pairs(dtype: str, *lengths: int) -> tuple[tuple[str, int], ...]:
+    return tuple((dtype, n) for n in lengths)
+
+
+def held_to_avx2() -> bool:
+    """Whether torch has no AVX-512 here, by nature or by ATEN_CPU_CAPABILITY."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
+
+
+def _variant(name: str, task: Task, **options: Any) -> Variant:
+    truth = {"plain": "plain", "both": "both"}.get(task.kind, "penalty")
+    exact = Task(truth, task.model, task.dtype, head=task.head, directions=task.directions)
+    return Variant(
+        name, functools.partial(make, task), functools.partial(true_gradients, exact), key=task, **options
+    )
+
+
+def _case(
+    family: str,
+    model: str,
+    dtype: str,
+    length: int,
+    variants: list[Variant],
+    base: tuple[str, ...],
+    why: str,
+    config: dict[str, Any] | None = None,
+    **options: Any,
+) -> Case:
+    options.setdefault("repeats", 10 if length <= 512 else 6 if length <= 1024 else 4)
+    return Case(
+        "step",
+        family,
+        dtype,
+        length,
+        tuple(variants),
+        base=base,
+        config={"model": model, "sizes": models.CONFIG[model], "metric": "l2", **(config or {})},
+        gate_length=min(length, 128),
+        why=why,
+        **options,
+    )
+
+
+def _ratio(model: str, dtype: str, length: int) -> Case:
+    """The exact step against the plain one and the rivals."""
+    task = functools.partial(Task, model=model, dtype=dtype)
+    bounds = {}
+    if (dtype, length) in BOUNDS:
+        bounds["ratio"] = BOUNDS[dtype, length][held_to_avx2()] + (GPT2_MORE if model == "gpt2" else 0.0)
+    single = dtype == "float32"
+    fused = task("penalty", form="fused")
+    variants = [_variant("plain", task("plain"))]
+    if single and length <= 512:  # it loses to sdpa everywhere, by more as S grows
+        variants.append(_variant("plain, eager attention", task("plain", form="eager")))
+    if single:
+        variants.append(_variant("plain, our primal ops", task("plain", form="primal"), optional=True))
+        variants.append(_variant("exact", task("penalty")))
+    variants.append(
+        _variant("exact, fused", fused, bounds=bounds, rival=FINITE if single and bounds else None)
+    )
+    if single:  # useless in low precision
+        variants.append(_variant(FINITE, task("differences"), exact=False))
+    if single and length <= 512 and model == "llama":  # wrong through layer_norm, so not for GPT-2
+        variants.append(_variant("torch.func.jvp", task("forward mode"), rounds=3, optional=True))
+    base = ("plain", *(v.name for v in variants if v.name == "plain, eager attention"))
+    return _case(model, model, dtype, length, variants, base, "exact penalty step ÷ plain step")
+
+
+def _head(dtype: str, length: int) -> Case:
+    task = functools.partial(Task, model="llama", dtype=dtype, head=True)
+    variants = [
+        _variant("plain", task("plain")),
+        _variant("plain, our primal ops", task("plain", form="primal"), optional=True),
+        _variant("exact, fused", task("penalty", form="fused")),
+        _variant("loss and penalty, fused", task("both", form="fused")),
+        _variant(FINITE, task("differences"), exact=False),
+    ]
+    config = {"metric": "fisher", "V": VOCABULARY}
+    why = "with a 32k-word head, fisher"
+    return _case("head", "llama", dtype, length, variants, ("plain",), why, config, repeats=6)
+
+
+def _penalty(dtype: str, length: int) -> Case:
+    """What comes on top of one penalty: the loss from the same forward, and more directions."""
+    task = functools.partial(Task, model="llama", dtype=dtype, form="fused")
+    bound = DIRECTIONS.get((dtype, length))
+    variants = [
+        _variant("penalty", task("penalty")),
+        _variant("loss and penalty", task("both"), bounds={"ratio": SHARED} if bound else {}),
+        _variant("four directions", task("penalty", directions=4), bounds={"ratio": bound} if bound else {}),
+    ]
+    why = "with the loss, and with four directions ÷ the penalty along one"
+    return _case("penalty", "llama", dtype, length, variants, ("penalty",), why)
+
+
+def _memory(dtype: str, length: int) -> Case:
+    task = functools.partial(Task, model="llama", dtype=dtype)
+    bounds = {"peak_ratio": PEAK} if (dtype, length) == ("float32", 8192) else {}
+    variants = [
+        _variant("plain", task("plain")),
+        _variant("exact, fused", task("penalty", form="fused"), bounds=bounds),
+    ]
+    why = "peak memory of the exact step ÷ the plain step's"
+    return _case("memory", "llama", dtype, length, variants, ("plain",), why, timed=False, peak=True)
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tensor, Tensor, Tensor]:
+    """Model, head, embeddings ``[1, S, C]``, unit directions ``[K, 1, S, C]`` and labels ``[1, S]``."""
+    attention = task.form if task.form in ("sdpa", "eager") else "sdpa"
+    model = models.build(task.model, task.dtype, length, attention)
+    head = nn.Linear(models.HIDDEN, VOCABULARY, bias=False).to(DTYPES[task.dtype]) if task.head else None
+    if task.form in ("fused", "primal"):
+        fuse(model)
+    if task.form == "primal":
+        models.use_primal_ops(model)
+    x = draw(1, length, models.HIDDEN, dtype=task.dtype, seed=1)
+    v = normalize(draw(task.directions, 1, length, models.HIDDEN, dtype="float32", seed=2)).to(x.dtype)
+    labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))
+    return model, head, x, v, labels
+
+
+def make(task: Task, length: int) -> Run:
+    """A step with its gradients in ``.grad``, which are freed between the timed calls."""
+    model, head, x, v, labels = problem(task, length)
+    parameters = [*model.parameters(), *(head.parameters() if head else ())]
+    ours = models.primal_ops if task.form == "primal" else contextlib.nullcontext
+
+    def call() -> Gradients:
+        with ours():
+            loss(task, model, head, x, v, labels).backward()
+        return [p.grad for p in parameters]
+
+    def reset() -> None:
+        for p in parameters:
+            p.grad = None
+
+    return Run(call, reset)
+
+
+def loss(
+    task: Task, model: nn.Module, head: nn.Linear | None, x: Tensor, v: Tensor, labels: Tensor
+) -> Tensor:
+    """The scalar of one step."""
+    hidden: Callable[[Any], Any] = lambda e: model(inputs_embeds=e).last_hidden_state
+    output: Callable[[Any], Any] = hidden if head is None else lambda e: head(hidden(e))
+    if task.kind == "plain":
+        return plain_loss(output(x), head, labels)
+    if task.kind == "differences":
+        y = output(x)
+        return size(y, (output(x + DIFFERENCE * v[0]) - y) / DIFFERENCE, head)
+    if task.kind == "forward mode":
+        with sdpa_kernel(SDPBackend.MATH):
+            pair = torch.func.jvp(output, (x,), (v[0],))
+            return size(pair[0], pair[1], head)
+    directions = v if task.directions > 1 else v[0]
+    options: dict[str, Any] = {"metric": "l2"}
+    if head is not None:
+        options = {"metric": "fisher", "head": LMHead(head.weight)}
+    if task.kind == "penalty":
+        penalty: Tensor = aligned_penalty(hidden, x, directions, **options)
+        return penalty
+    if head is not None:
+        penalty, crossentropy = aligned_penalty(
+            hidden, x, directions, labels=labels, return_primal=True, **options
+        )
+        return penalty + crossentropy
+    penalty, primal = aligned_penalty(hidden, x, directions, return_primal=True, **options)
+    assert not is_dual(primal)
+    return penalty + plain_loss(primal, None, labels)
+
+
+def plain_loss(y: Tensor, head: nn.Linear | None, labels: Tensor) -> Tensor:
+    if head is None:
+        return y.square().mean()
+    wide = y if y.dtype == torch.float64 else y.float()
+    return F.cross_entropy(wide.flatten(0, 1), labels.flatten())
+
+
+def size(y: Tensor, y_tan: Tensor, head: nn.Linear | None) -> Tensor:
+    """The metric, averaged over the tokens, from elementary operations."""
+    return (y_tan.square().sum(-1) if head is None else models.fisher(y, y_tan)).mean()
+
+
+@functools.lru_cache(maxsize=3)
+def true_gradients(task: Task, length: int) -> Gradients:
+    """All gradients in float64 by PyTorch's forward mode on exact layers, for the weights rounded to the dtype."""
+    model, head, x, v, labels = problem(task, length)
+    model = models.make_exact(model)
+    head = None if head is None else head.double()
+    x, v = x.double(), v.double()
+    hidden: Callable[[Any], Any] = lambda e: model(inputs_embeds=e).last_hidden_state
+    output: Callable[[Any], Any] = hidden if head is None else lambda e: head(hidden(e))
+    with sdpa_kernel(SDPBackend.MATH):
+        total = x.new_zeros(())
+        if task.kind != "plain":
+            for direction in v:
+                pair = torch.func.jvp(output, (x,), (direction,))
+                total = total + size(pair[0], pair[1], head) / len(v)
+        if task.kind != "penalty":
+            total = total + plain_loss(output(x), head, labels)
+        total.backward()
+    parameters = [*model.parameters(), *(head.parameters() if head else ())]
+    return [p.grad for p in parameters]
+
+
+SUITE = Suite(
+    "step",
+    "penalty step of 4-layer Llama and GPT-2 models against the plain step",
+    ("llama", "gpt2", "head", "penalty", "memory"),
+    cases,
+)

@@ -1,0 +1,51 @@
+"""The cases of `aajr bench` under pytest-benchmark: one benchmark per variant, grouped by case.
+
+    pytest bench --benchmark-only                       # the ops
+    pytest bench --benchmark-only -k "attention and d64" --benchmark-autosave --benchmark-compare
+
+For statistics of single variants and for comparing two commits. Ratios that are to be quoted come from `aajr bench`,
+which interleaves the variants. A case whose gradients are wrong fails here too, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+from aajr_kernels.cli.benchmarks import SUITES, Case, Selection
+from aajr_kernels.cli.benchmarks.gate import Verdict, check, on_backend
+
+CASES = [case for suite in SUITES.values() for case in suite.cases(Selection()) if case.timed]
+PAIRS = [
+    pytest.param(case, variant.name, id=f"{case.name} {variant.name}".replace(" ", "-"))
+    for case in CASES
+    for variant in case.variants
+]
+
+
+@functools.cache
+def verdict(case: Case) -> Verdict:
+    return check(case)
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_speed(benchmark, case: Case, name: str):
+    found = verdict(case)
+    assert not found.failures, found.failures
+    if name in found.left_out:
+        pytest.skip(found.left_out[name])
+    variant = case.variant(name)
+    benchmark.group = case.name
+    benchmark.extra_info.update(config=dict(case.config), ops=found.ops[name])
+    with on_backend(variant):
+        run = variant.make(case.length)
+        # teardown frees the gradients of one step before the next, outside the clock
+        benchmark.pedantic(
+            run.call,
+            teardown=run.reset,
+            rounds=min(case.repeats, variant.rounds or case.repeats),
+            warmup_rounds=1,
+        )
