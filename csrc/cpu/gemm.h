@@ -47,7 +47,7 @@ template <int ROWS, int TERMS, bool ACCUMULATE>
 inline __attribute__((noinline)) void micro_kernel(const Term* terms, int64_t i, int64_t panel, float* c, int64_t ldc) {
   vf acc[ROWS][NV];
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = ACCUMULATE ? load(c + r * ldc + v * W) : vf{};
+    for (int v = 0; v < NV; ++v) acc[r][v] = vf{};
 #pragma GCC unroll 4
   for (int t = 0; t < TERMS; ++t) {
     const int64_t k = terms[t].k, a_row = terms[t].a_row, a_col = terms[t].a_col, b_row = terms[t].b_row;
@@ -64,8 +64,12 @@ inline __attribute__((noinline)) void micro_kernel(const Term* terms, int64_t i,
       b += b_row;
     }
   }
+  // what was there comes last: a sum of many calls then rounds like a sum of blocks, not like one long chain
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < NV; ++v) store(c + r * ldc + v * W, acc[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* to = c + r * ldc + v * W;
+      store(to, ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <int ROWS, int TERMS, bool ACCUMULATE>

@@ -277,7 +277,7 @@ def test_autocast_runs_the_products_in_the_low_dtype():
 
 def test_coverage():
     with coverage() as cov:
-        lm_head_penalty(Dual(torch.randn(2, 3, 4)), torch.randn(9, 4))
+        lm_head_penalty(Dual(torch.randn(2, 3, 4).double()), torch.randn(9, 4).double())
     assert cov.entries == {("lm_head_penalty", "reference"): [1, 2.0 * 2 * 3 * 4 * 9]}
 
 
