@@ -70,7 +70,7 @@ def layer(name, size, count=2, batch=(2, 3), mean=0.0, **options):
 
 
 # the derivative of a norm of one or two features is a difference of nearly equal terms
-CANCELS = 32.0
+CANCELS = 128.0
 
 NORM = [
     rms("1", 1, ulps=CANCELS),
