@@ -78,11 +78,15 @@ def capabilities() -> tuple[str, ...]:
     return tuple(name for name, runs in native.module().capabilities() if runs)
 
 
-def targets(op: str) -> list[Target]:
-    """Every place where the op is tested. The AMX capabilities differ only where an op has a file for them."""
+def distinct(op: str = "") -> list[str]:
+    """Capabilities under which the op (some op) may compute differently: AMX counts where there are files for it."""
     has_amx = any(CSRC.glob(f"cpu/{op}*_amx.cpp"))
-    names = [name for name in capabilities() if has_amx or not name.startswith("amx")]
-    found = [Target("native", name) for name in names] or [Target("native")]
+    return [name for name in capabilities() if has_amx or not name.startswith("amx")]
+
+
+def targets(op: str) -> list[Target]:
+    """Every place where the op is tested."""
+    found = [Target("native", name) for name in distinct(op)] or [Target("native")]
     return [Target(backend) for backend in DEVICES if backend != "native"] + found
 
 

@@ -240,7 +240,7 @@ def head_bwd(
     inputs = [h[:, rows].flatten(0, 1) for rows in token_blocks]
     sums = [torch.zeros_like(hs, dtype=wide) for hs in inputs] if need_h else []
     w_bar = torch.zeros_like(weight) if need_weight else None
-    b_bar = torch.zeros_like(weight[:, 0], dtype=wide) if need_bias else None
+    b_bar = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else None
     for columns in column_blocks:
         chunk = weight[columns]
         chunk_bar = torch.zeros_like(chunk, dtype=wide) if need_weight else None

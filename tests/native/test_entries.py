@@ -1,0 +1,233 @@
+"""The entry points of the module itself, called past the Python side with arguments that do not fit.
+
+Valid calls are recorded from the small cases of tests/native/test_bad_input.py, forward and backward, and spoiled in
+every way below. Whatever claims more memory than there is must raise ValueError; the rest may raise or run, but must
+not crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from native.cases_products import attention, head
+from native.suite import Target, outcome
+from native.test_bad_input import SMALL
+
+from aajr_kernels import native
+
+PAGE = 4096
+SIZES = [4, 2, 2, 1, 8]  # bytes of the dtype codes
+EXTREMES = [-(2**63), -(2**40), -1, 0, 1, 2, 17, 2**31, 2**40, 2**63 - 1]
+RECORDED = [
+    *SMALL,
+    head("probs", "recorded", (5,), 13, 37),
+    head("l2", "recorded", (5,), 13, 37, labelled=True),
+    attention("recorded", (2, 4, 2, 7, 9, 10, 6), mask="square", softcap=2.0, causal="lower_right", window=3),
+    attention("recorded, q moves", (1, 4, 2, 7, 9, 10, 6), moves=(1, 0, 0)),
+]
+
+
+#: axes (entry, tensor, axis) whose size no other tensor of the call repeats: the words of a head without a bias
+FREE = {("head_fwd", 1, 0)}
+
+
+@dataclass
+class Call:
+    """A valid call whose tensors lie, dense, in the middle of memory that nobody else uses."""
+
+    name: str
+    tensors: list
+    ints: tuple
+    floats: tuple
+    keep: list
+
+    def run(self, **changed) -> None:
+        arguments = {"tensors": tuple(self.tensors), "ints": self.ints, "floats": self.floats, "threads": 2}
+        getattr(native.module(), self.name)(**{**arguments, **changed})
+
+
+def placed(t: torch.Tensor | None, keep: list):
+    if t is None:
+        return None
+    dense = t.detach().contiguous()
+    room = torch.zeros(2 * PAGE + dense.numel() * dense.element_size() * 4, dtype=torch.uint8)
+    start = (-room.data_ptr()) % 64 + PAGE
+    room[start : start + dense.numel() * dense.element_size()] = dense.view(-1).view(torch.uint8)
+    keep.append(room)
+    return room.data_ptr() + start, native._CODES[t.dtype], tuple(dense.shape), dense.stride()
+
+
+@functools.cache
+def calls() -> tuple[Call, ...]:
+    found: dict[tuple, Call] = {}
+    original = native.call
+
+    def record(name, tensors, ints=(), floats=()):
+        original(name, tensors, ints, floats)
+        key = (name, *(None if t is None else (t.dtype, t.dim()) for t in tensors), ints)
+        if key not in found:
+            keep: list = []
+            found[key] = Call(name, [placed(t, keep) for t in tensors], tuple(ints), tuple(floats), keep)
+
+    native.call = record
+    try:
+        for case in RECORDED:
+            if Target("native").why_not(case.op) is None:
+                torch.manual_seed(0)
+                inputs, params = ([t.float() for t in ts] for ts in case.build(2))
+                with Target("native").active():
+                    outcome(case.ours, inputs, params, torch.ones(case.ours(inputs, params).shape))
+    finally:
+        native.call = original
+    return tuple(found.values())
+
+
+@pytest.fixture(autouse=True)
+def some_calls(module):
+    if not calls():
+        pytest.skip("no op has native kernels")
+
+
+def must_raise(call: Call, what: str, **changed) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT012
+        call.run(**changed)
+        pytest.fail(f"{call.name} accepted {what}")
+    assert str(error.value).strip(), f"{call.name}: an empty message for {what}"
+
+
+def may_raise(call: Call, **changed) -> None:
+    with contextlib.suppress(ValueError, TypeError):
+        call.run(**changed)
+
+
+def with_tensor(call: Call, index: int, view) -> tuple:
+    return (*call.tensors[:index], view, *call.tensors[index + 1 :])
+
+
+def present(call: Call):
+    return [(i, t) for i, t in enumerate(call.tensors) if t is not None]
+
+
+def test_the_recorded_calls_are_valid():
+    for call in calls():
+        call.run()
+    names = {call.name for call in calls()}
+    untested = {n for n in dir(native.module()) if n.endswith(("_fwd", "_bwd")) and n not in names}
+    print("entries without a recorded call:", sorted(untested))
+
+
+def test_wrong_numbers_of_arguments():
+    for call in calls():
+        t, i, f = tuple(call.tensors), call.ints, call.floats
+        for changed in ({"tensors": t[:-1]}, {"tensors": (*t, None)}, {"tensors": ()}, {"ints": (*i, 0)}):
+            must_raise(call, str(changed), **changed)
+        must_raise(call, "one more float", floats=(*f, 0.0))
+        if i:
+            must_raise(call, "one integer less", ints=i[:-1])
+        if f:
+            must_raise(call, "one float less", floats=f[:-1])
+        must_raise(call, "no tensor at all", tensors=(None,) * len(t))
+
+
+def test_axes_that_are_longer_than_the_memory():
+    for call in calls():
+        for index, (pointer, code, shape, strides) in present(call):
+            for axis, size in enumerate(shape):
+                if (call.name, index, axis) in FREE:
+                    continue
+                for longer in (size + 1, 2**40, 2**62):
+                    grown = (*shape[:axis], longer, *shape[axis + 1 :])
+                    view = (pointer, code, grown, strides)
+                    must_raise(
+                        call, f"{grown} for tensor {index} {shape}", tensors=with_tensor(call, index, view)
+                    )
+
+
+def test_axes_too_many_and_too_few():
+    for call in calls():
+        for index, (pointer, code, shape, strides) in present(call):
+            more = (pointer, code, (2, *shape), (1, *strides))
+            must_raise(call, f"a new axis on tensor {index}", tensors=with_tensor(call, index, more))
+            scalar = (pointer, code, (), ())
+            if shape:
+                must_raise(call, f"a number as tensor {index}", tensors=with_tensor(call, index, scalar))
+            nine = (pointer, code, (1,) * 9, (1,) * 9)
+            must_raise(call, f"nine axes on tensor {index}", tensors=with_tensor(call, index, nine))
+
+
+def test_types_wider_than_the_memory():
+    for call in calls():
+        for index, (pointer, code, shape, strides) in present(call):
+            for other in range(5):
+                view = (pointer, other, shape, strides)
+                changed = with_tensor(call, index, view)
+                if SIZES[other] > SIZES[code]:
+                    must_raise(call, f"dtype {other} for tensor {index} of dtype {code}", tensors=changed)
+                else:
+                    may_raise(call, tensors=changed)
+            for unknown in (-1, 5, 99, 2**31 - 1):
+                view = (pointer, unknown, shape, strides)
+                must_raise(call, f"dtype {unknown}", tensors=with_tensor(call, index, view))
+
+
+def test_addresses_that_cannot_be():
+    for call in calls():
+        for index, (pointer, code, shape, strides) in present(call):
+            view = (0, code, shape, strides)
+            must_raise(call, f"no memory for tensor {index}", tensors=with_tensor(call, index, view))
+            if SIZES[code] > 1:
+                view = (pointer + 1, code, shape, strides)
+                must_raise(call, f"a crooked tensor {index}", tensors=with_tensor(call, index, view))
+
+
+def test_shorter_axes_missing_tensors_and_no_strides_do_not_crash():
+    for call in calls():
+        for index, (pointer, code, shape, strides) in present(call):
+            may_raise(call, tensors=with_tensor(call, index, None))
+            may_raise(call, tensors=with_tensor(call, index, (pointer, code, shape, (0,) * len(shape))))
+            may_raise(call, tensors=with_tensor(call, index, (pointer, code, shape[::-1], strides[::-1])))
+            for axis, size in enumerate(shape):
+                for shorter in {0, 1, size - 1}:
+                    cut = (*shape[:axis], max(shorter, 0), *shape[axis + 1 :])
+                    may_raise(call, tensors=with_tensor(call, index, (pointer, code, cut, strides)))
+
+
+def test_integers_and_floats_of_every_size():
+    for call in calls():
+        for i in range(len(call.ints)):
+            for value in EXTREMES:
+                may_raise(call, ints=(*call.ints[:i], value, *call.ints[i + 1 :]))
+        for i in range(len(call.floats)):
+            for value in (0.0, -1.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan")):
+                may_raise(call, floats=(*call.floats[:i], value, *call.floats[i + 1 :]))
+
+
+def test_numbers_of_threads_that_make_no_sense():
+    for call in calls():
+        for threads in (-5, 0, 2**31 - 1):
+            call.run(threads=threads)
+
+
+@pytest.mark.parametrize("fill", [-1, 2**40, -(2**62)])
+def test_indices_that_point_nowhere(fill):
+    for call in calls():
+        for index, (_, code, shape, _) in present(call):
+            if code == 4:
+                keep: list = []
+                wild = placed(torch.full(shape, fill, dtype=torch.int64), keep)
+                may_raise(call, tensors=with_tensor(call, index, wild))
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [(1,), ("text",), ((1, 2),), ((1, 2, 3, 4),), ((0, 0, (2,), ()),), ((0, 0, (-1,), (1,)),)],
+    ids=str,
+)
+def test_things_that_are_no_tensors(junk):
+    for call in calls():
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            call.run(tensors=junk * len(call.tensors))
