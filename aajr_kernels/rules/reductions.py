@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..ops.reduce import softmax
 from ..runtime import UnsupportedOperation, rule
 from .common import Dual, axes, axis, is_dual, join, recast, split
 
@@ -299,12 +300,7 @@ def _softmax_axis(x: Dual, dim: int | None) -> int:
 
 @_vector
 def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
-    """p∘(ẋ − Σ p ẋ)."""
-    d = _softmax_axis(x, dim)
-    primal, tangents = split(x if dtype is None else x.to(dtype))
-    out = primal.softmax(d)
-    centred = tangents - (out * tangents).sum(d, keepdim=True)
-    return join(out, out * centred)
+    return softmax(x if dtype is None else x.to(dtype), _softmax_axis(x, dim) - 1)
 
 
 @_vector
@@ -317,12 +313,14 @@ def _log_softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
 
 
 def _softmax_family() -> None:
-    for name, function in (("softmax", _softmax_of), ("log_softmax", _log_softmax_of)):
-        rule(name)(lambda x, dim=None, dtype=None, _f=function, **kwargs: _f(x, dim, dtype))
+    for name, function, kind in (("softmax", _softmax_of, "op"), ("log_softmax", _log_softmax_of, "torch")):
+        rule(name, kind=kind)(lambda x, dim=None, dtype=None, _f=function, **kwargs: _f(x, dim, dtype))
         wrapper = getattr(torch.nn.functional, name)
-        rule(wrapper)(lambda x, dim=None, _stacklevel=3, dtype=None, _f=function: _f(x, dim, dtype))
+        rule(wrapper, kind=kind)(
+            lambda x, dim=None, _stacklevel=3, dtype=None, _f=function: _f(x, dim, dtype)
+        )
     wrapper = torch.nn.functional.softmin
-    rule(wrapper)(lambda x, dim=None, _stacklevel=3, dtype=None: _softmax_of(-x, dim, dtype))
+    rule(wrapper, kind="op")(lambda x, dim=None, _stacklevel=3, dtype=None: _softmax_of(-x, dim, dtype))
 
 
 _softmax_family()

@@ -4,34 +4,13 @@
 
 #include <cstdint>
 
-#include "../view.h"
+#include "../layout.h"
 #include "capabilities.h"
 
 namespace aajr {
 
 // In the order of POINTWISE in aajr_kernels/ops/activation/reference.py.
 enum class Activation : int { gelu, gelu_tanh, silu, quick_gelu, relu, relu2, tanh, sigmoid, count };
-
-// The axes behind the stack axis, collapsed as far as the strides of all tensors allow: rows of `size` elements, dense
-// in every tensor, and the outer axes that count them.
-struct RowLayout {
-  int64_t size;
-  int outer;
-  int64_t outer_size[kMaxDims];
-
-  int64_t rows() const {
-    int64_t n = 1;
-    for (int i = 0; i < outer; ++i) n *= outer_size[i];
-    return n;
-  }
-};
-
-// One stacked tensor in that layout; strides in elements. `data` is null where it is not wanted.
-struct Stream {
-  char* data = nullptr;
-  int64_t stack = 0;
-  int64_t outer[kMaxDims] = {};
-};
 
 struct Pointwise {
   Activation kind;

@@ -95,17 +95,11 @@ inline void for_rows(const RowLayout& layout, const Stream* const (&streams)[N],
   parallel_ranges(units, threads, [&](int64_t first, int64_t last, int) {
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t start = unit % per_row * piece;
-      int64_t offset[N];
-      for (int i = 0; i < N; ++i) offset[i] = start;
-      int64_t row = unit / per_row;
-      for (int axis = layout.outer - 1; axis >= 0; --axis) {
-        const int64_t index = axis ? row % layout.outer_size[axis] : row;
-        row /= layout.outer_size[axis];
-        for (int i = 0; i < N; ++i) offset[i] += index * streams[i]->outer[axis];
-      }
       T* pointers[N];
       for (int i = 0; i < N; ++i)
-        pointers[i] = streams[i]->data ? reinterpret_cast<T*>(streams[i]->data) + offset[i] : nullptr;
+        pointers[i] = streams[i]->data ? reinterpret_cast<T*>(streams[i]->data) + start +
+                                             streams[i]->offset(layout, unit / per_row)
+                                       : nullptr;
       const int64_t rest = layout.size - start;
       body(pointers, rest < piece ? rest : piece);
     }

@@ -6,64 +6,6 @@
 namespace aajr {
 namespace {
 
-constexpr int kMostTensors = 5;
-
-struct Named {
-  const View* view;
-  const char* name;
-  int64_t stacks;  // expected size of the leading axis
-  Stream* stream;
-};
-
-// Checks that all tensors have the trailing shape and dtype of the first one and finds the layout they share: axes that
-// follow each other in the memory of every tensor become one. Tensors that are None are left out.
-RowLayout shared_layout(const Named* tensors, int count) {
-  const View& first = *tensors[0].view;
-  const Named* present[kMostTensors];
-  int used = 0;
-  for (int i = 0; i < count; ++i) {
-    const Named& t = tensors[i];
-    if (!*t.view) {
-      if (i == 0) fail(std::string(t.name) + " must not be None.");
-      continue;
-    }
-    check_floating(*t.view, t.name);
-    check_dtype(*t.view, t.name, first.dtype);
-    bool same = first.dim >= 1 && t.view->dim == first.dim && t.view->size[0] == t.stacks;
-    for (int axis = 1; same && axis < first.dim; ++axis) same = t.view->size[axis] == first.size[axis];
-    if (!same)
-      fail(std::string(t.name) + " must have " + std::to_string(t.stacks) + " stacked tensors of the shape of " +
-           tensors[0].name + ".");
-    present[used++] = &t;
-    t.stream->data = t.view->data;
-    t.stream->stack = t.view->stride[0];
-  }
-  RowLayout layout{1, 0, {}};
-  bool rows_open = true;  // the row can still grow
-  for (int axis = first.dim - 1; axis >= 1; --axis) {
-    const int64_t size = first.size[axis];
-    if (size == 1) continue;
-    bool follows = true;
-    for (int i = 0; i < used; ++i) {
-      const int64_t stride = present[i]->view->stride[axis];
-      const int64_t expected = rows_open ? layout.size
-                                         : present[i]->stream->outer[layout.outer - 1] * layout.outer_size[layout.outer - 1];
-      follows = follows && stride == expected;
-    }
-    if (follows && rows_open) {
-      layout.size *= size;
-    } else if (follows) {
-      layout.outer_size[layout.outer - 1] *= size;
-    } else {
-      rows_open = false;
-      layout.outer_size[layout.outer] = size;
-      for (int i = 0; i < used; ++i) present[i]->stream->outer[layout.outer] = present[i]->view->stride[axis];
-      ++layout.outer;
-    }
-  }
-  return layout;
-}
-
 bool nothing_to_do(const RowLayout& layout) { return layout.rows() == 0 || layout.size == 0; }
 
 Activation kind_of(int64_t code, bool gate) {
@@ -85,10 +27,10 @@ Pointwise pointwise(const Args& a, bool backward) {
   Pointwise p{};
   p.kind = kind_of(a.ints[0], false);
   const int64_t stacks = stacks_of(x, "x");
-  const Named tensors[] = {{&x, "x", stacks, &p.x},
-                           {&out, backward ? "x_bar" : "y", stacks, &p.out},
-                           {backward ? &a.tensors[1] : &x, "y_bar", stacks, &p.y_bar}};
-  p.layout = shared_layout(tensors, backward ? 3 : 2);
+  p.layout = shared_layout({{&x, "x", stacks, &p.x},
+                            {&out, backward ? "x_bar" : "y", stacks, &p.out},
+                            {backward ? &a.tensors[1] : &x, "y_bar", stacks, &p.y_bar}},
+                           false);
   if (!out || !a.tensors[1]) fail("outputs and cotangents must not be None.");
   p.dtype = x.dtype, p.tangents = stacks - 1, p.threads = a.threads;
   return p;
@@ -114,12 +56,12 @@ Gated gated(const Args& a, bool backward) {
     fail("gate and up must have the same number of tangents, or one of them none.");
   const char* h_name = backward ? "h_bar" : "h";
   const View none;
-  const Named tensors[] = {{&h, h_name, stacks, &p.h},
-                           {&gate, "gate", gates, &p.gate},
-                           {&up, "up", ups, &p.up},
-                           {backward ? &a.tensors[3] : &none, "gate_bar", gates, &p.gate_bar},
-                           {backward ? &a.tensors[4] : &none, "up_bar", ups, &p.up_bar}};
-  p.layout = shared_layout(tensors, 5);
+  p.layout = shared_layout({{&h, h_name, stacks, &p.h},
+                            {&gate, "gate", gates, &p.gate},
+                            {&up, "up", ups, &p.up},
+                            {backward ? &a.tensors[3] : &none, "gate_bar", gates, &p.gate_bar},
+                            {backward ? &a.tensors[4] : &none, "up_bar", ups, &p.up_bar}},
+                           false);
   p.dtype = h.dtype, p.tangents = stacks - 1, p.threads = a.threads;
   p.gate_moves = gates > 1, p.up_moves = ups > 1;
   return p;

@@ -1,4 +1,4 @@
-"""The public sensitivity: checks, backend choice, coverage."""
+"""The public sensitivity and softmax: checks, backend choice, coverage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ... import runtime
 from ...dual import Dual
-from .function import SensitivityFunction
+from .function import SensitivityFunction, SoftmaxFunction
 
 METRICS = ("l2", "logits", "fisher", "probs")
 
@@ -43,3 +43,32 @@ def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
     if runtime.recording():
         runtime.record("sensitivity", backend, 5.0 * y.stacked.numel())
     return SensitivityFunction.apply(y.stacked, metric, backend)
+
+
+def softmax(x: Dual, dim: int = -1) -> Dual:
+    """Softmax of a Dual: ``p`` with the tangents ``p∘(ẋ − Σ p ẋ)``.
+
+    Args:
+        x: Dual of at least one axis; low dtypes are computed in float32. Under autocast it is cast to float32.
+        dim: the axis that sums to one.
+
+    Returns:
+        Dual of the shape and dtype of `x`. As in torch, a row without a finite logit is NaN.
+
+    Raises:
+        TypeError: `x` is not a Dual.
+        IndexError: `x` has no axis `dim`.
+    """
+    if not isinstance(x, Dual):
+        raise TypeError(
+            f"softmax: x must be a Dual, got {type(x).__name__}: use torch.softmax for plain tensors."
+        )
+    if not -x.dim() <= dim < x.dim():
+        raise IndexError(f"softmax: dim must be an axis of x with shape {tuple(x.shape)}, got {dim}.")
+    axis = dim % x.dim() + 1
+    (stack,) = runtime.autocast_float32(x.stacked)
+    stack = stack.movedim(axis, -1)
+    backend = runtime.select_backend("reduce", stack)
+    if runtime.recording():
+        runtime.record("softmax", backend, 5.0 * stack.numel())
+    return Dual(SoftmaxFunction.apply(stack, backend).movedim(-1, axis))

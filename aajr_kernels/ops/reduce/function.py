@@ -1,4 +1,4 @@
-"""The autograd Function of the sensitivities."""
+"""The autograd Functions of the sensitivities and of softmax."""
 
 from __future__ import annotations
 
@@ -30,3 +30,24 @@ class SensitivityFunction(torch.autograd.Function):
         with runtime.no_autocast(y.device.type):
             y_bar = runtime.implementation("reduce", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric)
         return y_bar, None, None
+
+
+class SoftmaxFunction(torch.autograd.Function):
+    """``[1 + K, ..., V] -> [1 + K, ..., V]``, along the last axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, backend: str) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        ctx.save_for_backward(x)
+        with runtime.no_autocast(x.device.type):
+            return runtime.implementation("reduce", backend).softmax_fwd(x)
+
+    @staticmethod
+    @runtime.first_order
+    def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        if y_bar is None:
+            return None, None
+        (x,) = ctx.saved_tensors
+        with runtime.no_autocast(x.device.type):
+            return runtime.implementation("reduce", ctx.backend).softmax_bwd(y_bar, x), None

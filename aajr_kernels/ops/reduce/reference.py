@@ -1,4 +1,4 @@
-"""Sensitivities of materialised outputs, in plain PyTorch."""
+"""Sensitivities of materialised outputs, and softmax, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -50,3 +50,28 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
         y_bar[0] = (2.0 * g * (ppe * e - q * p - kappa * pe)).sum(0)
         y_bar[1:] = 2.0 * g * (ppe - kappa * p)
     return y_bar
+
+
+def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
+    """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
+    p, e = _moments(_wide(x))
+    y = torch.empty_like(x)
+    y[0] = p
+    y[1:] = p * e
+    return y
+
+
+def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Stacked cotangent of x.
+
+    With e = ẋ − μ and ν_k = Σ p ẏ̄_k: ``ẋ̄_k = p∘(ẏ̄_k − ν_k)`` and ``x̄ = p∘(a − Σ p a)``, where
+    ``a = ȳ + Σ_k (ẏ̄_k − ν_k)∘e_k``. (The cotangent of p is a up to terms that p's own derivative annihilates.)
+    """
+    g = _wide(y_bar)
+    p, e = _moments(_wide(x))
+    above = g[1:] - (p * g[1:]).sum(-1, keepdim=True)
+    a = g[0] + (above * e).sum(0)
+    x_bar = torch.empty_like(x)
+    x_bar[0] = p * (a - (p * a).sum(-1, keepdim=True))
+    x_bar[1:] = p * above
+    return x_bar

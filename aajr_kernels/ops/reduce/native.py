@@ -1,0 +1,49 @@
+"""Sensitivities and softmax on stacked tensors, by the native CPU kernels; contracts as in reference.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ... import native
+
+_CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
+_MOST_AXES = 8
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with a dense last axis and no more axes than the kernels take."""
+    return native.row_dense(x if x.dim() <= _MOST_AXES else x.flatten(1, -2))
+
+
+def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
+    """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
+    q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32)
+    native.call("sensitivity_fwd", (_rows(y), q.view(q.shape[0], math.prod(q.shape[1:]))), (_CODES[metric],))
+    return q
+
+
+def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+    """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
+    rows = _rows(y)
+    y_bar = torch.empty_like(rows)
+    q_bar = q_bar.reshape(q_bar.shape[0], math.prod(q_bar.shape[1:])).contiguous()
+    native.call("sensitivity_bwd", (rows, q_bar, y_bar), (_CODES[metric],))
+    return y_bar.reshape(y.shape)
+
+
+def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
+    """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
+    rows = _rows(x)
+    y = torch.empty_like(rows)
+    native.call("softmax_fwd", (rows, y))
+    return y.reshape(x.shape)
+
+
+def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Stacked cotangent of x."""
+    rows = _rows(x)
+    x_bar = torch.empty_like(rows)
+    native.call("softmax_bwd", (rows, _rows(y_bar), x_bar))
+    return x_bar.reshape(x.shape)

@@ -1,0 +1,43 @@
+// Softmax, and sensitivities of outputs in memory: the interface between csrc/ops/reduce.cpp and the kernels of every
+// capability.
+#pragma once
+
+#include <cstdint>
+
+#include "../layout.h"
+#include "capabilities.h"
+
+namespace aajr {
+
+// As METRICS in aajr_kernels/ops/reduce/api.py; l2 and logits are one formula.
+enum class Metric : int { squares, fisher, probs, count };
+
+struct Sensitivity {
+  Metric metric;
+  DType dtype;
+  int64_t tangents;
+  RowLayout layout;
+  Stream y, y_bar;     // y_bar in the backward alone
+  float* q;            // [K, rows], dense; forward
+  const float* q_bar;  // the same; backward
+  int threads;
+};
+
+struct Softmax {
+  DType dtype;
+  int64_t tangents;
+  RowLayout layout;
+  Stream x, y, x_bar;  // y is its cotangent in the backward, x_bar in the backward alone
+  int threads;
+};
+
+struct ReduceKernels {
+  void (*sensitivity_forward)(const Sensitivity&);
+  void (*sensitivity_backward)(const Sensitivity&);
+  void (*softmax_forward)(const Softmax&);
+  void (*softmax_backward)(const Softmax&);
+};
+
+AAJR_DECLARE_KERNELS(ReduceKernels, reduce_kernels)
+
+}  // namespace aajr
