@@ -39,17 +39,21 @@ AAJR_INLINE Term row_major(const float* a, int64_t lda, const float* b, int64_t 
 AAJR_INLINE Term packed(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t k) {
   return {a, a_row, a_col, b, NR, k * NR, k};
 }
+// A(i, p) = a[p * lda + i]: the transpose of a row-major matrix.
 AAJR_INLINE Term transposed(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k) {
   return {a, 1, lda, b, ldb, NR, k};
 }
 
-template <int ROWS, int TERMS, bool ACCUMULATE>
-inline __attribute__((noinline)) void micro_kernel(const Term* terms, int64_t i, int64_t panel, float* c, int64_t ldc) {
+template <int ROWS, bool ACCUMULATE>
+inline __attribute__((noinline)) void micro_kernel(const Term* terms, int count, int64_t i, int64_t panel, float* c,
+                                                   int64_t ldc) {
+  // C often lies in an outer cache: it is on its way while the products are formed, and added at the end, so that a sum
+  // of many calls rounds like a sum of blocks and not like one long chain
+  for (int r = 0; r < ROWS; ++r) __builtin_prefetch(c + r * ldc, 1);
   vf acc[ROWS][NV];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < NV; ++v) acc[r][v] = vf{};
-#pragma GCC unroll 4
-  for (int t = 0; t < TERMS; ++t) {
+  for (int t = 0; t < count; ++t) {
     const int64_t k = terms[t].k, a_row = terms[t].a_row, a_col = terms[t].a_col, b_row = terms[t].b_row;
     const float* a = terms[t].a + i * a_row;
     const float* b = terms[t].b + panel * terms[t].b_panel;
@@ -64,7 +68,6 @@ inline __attribute__((noinline)) void micro_kernel(const Term* terms, int64_t i,
       b += b_row;
     }
   }
-  // what was there comes last: a sum of many calls then rounds like a sum of blocks, not like one long chain
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < NV; ++v) {
       float* to = c + r * ldc + v * W;
@@ -72,19 +75,25 @@ inline __attribute__((noinline)) void micro_kernel(const Term* terms, int64_t i,
     }
 }
 
-template <int ROWS, int TERMS, bool ACCUMULATE>
-inline void row_block(const Term* terms, int64_t& i, int64_t m, int64_t panel, float* c, int64_t ldc) {
-  for (; i + ROWS <= m; i += ROWS) micro_kernel<ROWS, TERMS, ACCUMULATE>(terms, i, panel, c + i * ldc, ldc);
-  if constexpr (ROWS > 1) row_block<ROWS / 2, TERMS, ACCUMULATE>(terms, i, m, panel, c, ldc);
+template <int ROWS, bool ACCUMULATE>
+inline void row_block(const Term* terms, int count, int64_t& i, int64_t m, int64_t panel, float* c, int64_t ldc) {
+  for (; i + ROWS <= m; i += ROWS) micro_kernel<ROWS, ACCUMULATE>(terms, count, i, panel, c + i * ldc, ldc);
+  if constexpr (ROWS > 1) row_block<ROWS / 2, ACCUMULATE>(terms, count, i, m, panel, c, ldc);
 }
 
 // The panel of B stays in the first-level cache while the rows of A pass by.
-template <int TERMS, bool ACCUMULATE>
-inline void gemm(int64_t m, int64_t n, const Term (&terms)[TERMS], float* c, int64_t ldc) {
+template <bool ACCUMULATE>
+inline void gemm(int64_t m, int64_t n, const Term* terms, int count, float* c, int64_t ldc) {
   for (int64_t panel = 0; panel * NR < n; ++panel) {
     int64_t i = 0;
-    row_block<MR, TERMS, ACCUMULATE>(terms, i, m, panel, c + panel * NR, ldc);
+    row_block<MR, ACCUMULATE>(terms, count, i, m, panel, c + panel * NR, ldc);
   }
+}
+
+// The same with the number of terms known to the compiler.
+template <int TERMS, bool ACCUMULATE>
+inline void gemm(int64_t m, int64_t n, const Term (&terms)[TERMS], float* c, int64_t ldc) {
+  gemm<ACCUMULATE>(m, n, terms, TERMS, c, ldc);
 }
 
 }  // namespace AAJR_ARCH

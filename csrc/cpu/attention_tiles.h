@@ -1,0 +1,236 @@
+// What attention's forward and backward share: which keys a block of queries sees, packed operands, masked scores.
+#pragma once
+
+#include <cmath>
+
+#include "attention.h"
+#include "gemm.h"
+#include "math.h"
+#include "parallel.h"
+
+namespace aajr {
+namespace AAJR_ARCH {
+
+AAJR_INLINE vf tanh(vf x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
+
+constexpr int64_t QB = 48;         // queries in a tile
+constexpr int64_t KB = 128;        // keys in a tile
+constexpr int64_t LD = KB + 16;    // row stride of a tile: not a power of two, so that columns spread over cache sets
+constexpr float kInf = __builtin_inff();
+
+template <class A>
+AAJR_INLINE A smaller(A a, A b) { return a < b ? a : b; }
+template <class A>
+AAJR_INLINE A larger(A a, A b) { return a > b ? a : b; }
+
+// One batch row, or one packed sequence: where its rows lie and how many there are.
+struct Sequence {
+  int64_t batch, q0, n, k0, m, offset;
+};
+
+inline Sequence sequence(const AttentionProblem& p, int64_t b) {
+  if (p.q_start == nullptr) return {b, 0, p.N, 0, p.M, p.offset};
+  const int64_t n = p.q_start[b + 1] - p.q_start[b], m = p.k_start[b + 1] - p.k_start[b];
+  return {0, p.q_start[b], n, p.k_start[b], m, p.align_right ? m - n : p.offset};
+}
+
+struct Span {
+  int64_t low, high;  // keys [low, high), low a multiple of NR
+};
+
+// The keys that some query in [first, last) may see.
+inline Span visible(const AttentionProblem& p, const Sequence& s, int64_t first, int64_t last) {
+  if (!p.causal) return {0, s.m};
+  const int64_t high = larger<int64_t>(0, smaller(s.m, last + s.offset));
+  int64_t low = p.window ? larger<int64_t>(0, first + s.offset - p.window + 1) : 0;
+  return {low / NR * NR, high};
+}
+
+inline const float* stat_row(const float* stats, const AttentionProblem& p, const Sequence& s, int64_t h) {
+  return stats + (s.batch * p.H + h) * p.N + s.q0;
+}
+inline float* stat_row(float* stats, const AttentionProblem& p, const Sequence& s, int64_t h) {
+  return stats + (s.batch * p.H + h) * p.N + s.q0;
+}
+
+template <class T>
+AAJR_INLINE T* at(const Rows& x, int64_t stack, int64_t batch, int64_t head, int64_t row) {
+  return reinterpret_cast<T*>(x.data) + stack * x.stack + batch * x.batch + head * x.head + row * x.row;
+}
+
+// Row of a sequence's queries (or of anything that has a row for each query).
+template <class T>
+AAJR_INLINE T* row_of(const Rows& x, const Sequence& s, int64_t head, int64_t stack, int64_t row) {
+  return at<T>(x, stack, s.batch, head, s.q0 + row);
+}
+
+// rows x width numbers, times `factor`, to a dense float tile of row stride ld >= width, zero beyond the width.
+template <class T>
+inline void load_rows(const T* src, int64_t stride, int64_t rows, int64_t width, float factor, float* dst, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = src + i * stride;
+    float* to = dst + i * ld;
+    int64_t d = 0;
+    for (; d + W <= width; d += W) store(to + d, load(from + d) * factor);
+    if (d < width) store_part(to + d, load_part(from + d, width - d) * factor, width - d);
+    for (d = width; d < ld; ++d) to[d] = 0.0f;
+  }
+}
+
+template <class T>
+AAJR_INLINE void write_row(T* out, const float* from, int64_t width, float factor) {
+  int64_t d = 0;
+  for (; d + W <= width; d += W) store(out + d, load(from + d) * factor);
+  if (d < width) store_part(out + d, load_part(from + d, width - d) * factor, width - d);
+}
+
+// Panels of NR rows of `src`, transposed: dst[(panel * width + d) * NR + j] = src[panel * NR + j][d], zero rows beyond.
+template <class T>
+inline void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t width, float* dst) {
+  for (int64_t j0 = 0; j0 < rows; j0 += NR, dst += width * NR) {
+    const int64_t count = smaller<int64_t>(NR, rows - j0);
+    int64_t d = 0;
+    for (; d + W <= width; d += W) {
+      float block[NR][W];
+      for (int64_t j = 0; j < count; ++j) store(block[j], load(src + (j0 + j) * stride + d));
+      for (int64_t j = count; j < NR; ++j) store(block[j], vf{});
+      for (int e = 0; e < W; ++e)
+        for (int j = 0; j < NR; ++j) dst[(d + e) * NR + j] = block[j][e];
+    }
+    for (; d < width; ++d)
+      for (int64_t j = 0; j < NR; ++j) dst[d * NR + j] = j < count ? get(src + (j0 + j) * stride + d) : 0.0f;
+  }
+}
+
+// Add the bias to a tile of scores, and set the positions that are not allowed to -inf. Columns [nb, padded) are
+// padding. i0 and j0 are the tile's first query and key.
+template <class B>
+inline void add_bias(const B* from, int64_t col, float* to, int64_t nb) {
+  int64_t j = 0;
+  if (col == 1)
+    for (; j + W <= nb; j += W) store(to + j, load(to + j) + load(from + j));
+  for (; j < nb; ++j) to[j] += get(from + j * col);
+}
+
+inline void add_bias_row(const Mask& mask, int64_t element, float* to, int64_t nb) {
+  if (mask.dtype == DType::f32) add_bias(reinterpret_cast<const float*>(mask.data) + element, mask.col, to, nb);
+  else if (mask.dtype == DType::bf16) add_bias(reinterpret_cast<const bf16*>(mask.data) + element, mask.col, to, nb);
+  else add_bias(reinterpret_cast<const f16*>(mask.data) + element, mask.col, to, nb);
+}
+
+inline void mask_scores(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t i0, int64_t mb, int64_t j0,
+                        int64_t nb, int64_t padded, float* tile) {
+  const Mask& mask = p.mask;
+  if (mask.data != nullptr) {
+    for (int64_t i = 0; i < mb; ++i) {
+      const int64_t element = s.batch * mask.batch + h * mask.head + (i0 + i) * mask.row + j0 * mask.col;
+      float* row = tile + i * LD;
+      if (mask.is_bias()) {
+        add_bias_row(mask, element, row, nb);
+      } else {
+        const bool* allowed = reinterpret_cast<const bool*>(mask.data) + element;
+        if (mask.col == 1)
+          for (int64_t j = 0; j < nb; ++j) row[j] = allowed[j] ? row[j] : -kInf;
+        else
+          for (int64_t j = 0; j < nb; ++j) row[j] = allowed[j * mask.col] ? row[j] : -kInf;
+      }
+    }
+  }
+  for (int64_t i = 0; i < mb; ++i) {
+    float* row = tile + i * LD;
+    int64_t high = nb, low = 0;
+    if (p.causal) {
+      const int64_t last = i0 + i + s.offset;  // the last key this query sees
+      high = larger<int64_t>(0, smaller(nb, last + 1 - j0));
+      if (p.window) low = smaller(high, larger<int64_t>(0, last - p.window + 1 - j0));
+    }
+    for (int64_t j = 0; j < low; ++j) row[j] = -kInf;
+    for (int64_t j = high; j < padded; ++j) row[j] = -kInf;
+  }
+}
+
+// Dropout: the factor of position (i, j) of a head, 0 or 1 / (1 - p), from a hash of the seed and the position alone.
+struct Dropout {
+  float keep_factor = 1.0f;
+  uint32_t threshold = 0, key0 = 0, key1 = 0;
+  bool on = false;
+
+  explicit Dropout(const AttentionProblem& p) {
+    if (p.dropout <= 0.0f) return;
+    on = true;
+    key0 = static_cast<uint32_t>(p.seed), key1 = static_cast<uint32_t>(p.seed >> 32);
+    const double scaled = static_cast<double>(p.dropout) * 4294967296.0;
+    threshold = scaled >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(scaled);
+    keep_factor = p.dropout >= 1.0f ? 0.0f : 1.0f / (1.0f - p.dropout);
+  }
+  // An invertible mix of 32 bits in which every input bit reaches every output bit.
+  template <class U>
+  static AAJR_INLINE U mix(U x) {
+    x ^= x >> 16;
+    x *= 0x21f0aaadu;
+    x ^= x >> 15;
+    x *= 0xd35a2d97u;
+    x ^= x >> 15;
+    return x;
+  }
+  uint32_t row_key(int64_t head, int64_t row) const {
+    const uint32_t r = mix(static_cast<uint32_t>(row) ^ key0);
+    return mix(r + static_cast<uint32_t>(head) * 0x9e3779b9u + static_cast<uint32_t>(head >> 32)) ^ key1;
+  }
+  AAJR_INLINE vf factor(uint32_t key, int64_t column) const {
+    vu index;
+    for (int e = 0; e < W; ++e) index[e] = static_cast<uint32_t>(column + e) * 0x85ebca6bu + key;
+    const vu bits = mix(mix(index) + key);
+    return bits >= threshold ? splat(keep_factor) : vf{};
+  }
+};
+
+// The keys and values of one (batch row, key head) as operands of the products; stacks follow one another.
+struct Panels {  // [stacks][round_up(rows, NR) / NR][width][NR]: the transpose, in panels
+  float* data = nullptr;
+  int64_t width = 0, stack = 0;
+  // Product with rows [first, ...) of the packed matrix as columns; first is a multiple of NR.
+  Term times(const float* a, int64_t lda, int64_t index, int64_t first) const {
+    return packed(a, lda, 1, data + index * stack + first * width, width);
+  }
+};
+struct Dense {  // [stacks][round_up(rows, NR)][ld], zero beyond rows and width
+  float* data = nullptr;
+  int64_t ld = 0, stack = 0;
+  Term times(const float* a, int64_t lda, int64_t index, int64_t first, int64_t k) const {
+    return row_major(a, lda, data + index * stack + first * ld, ld, k);
+  }
+};
+
+inline Panels panels_of(float* data, int64_t rows, int64_t width) { return {data, width, round_up(rows, NR) * width}; }
+inline Dense dense_of(float* data, int64_t rows, int64_t width) {
+  return {data, round_up(width, NR), round_up(rows, NR) * round_up(width, NR)};
+}
+
+// Pack the rows [first, first + count) of every stack; first is a multiple of NR.
+template <class T>
+inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, int64_t count, const Panels& to) {
+  for (int j = 0; j < x.stacks; ++j)
+    pack_transposed(at<const T>(x, j, s.batch, head, s.k0 + first), x.row, count, to.width,
+                    to.data + j * to.stack + first * to.width);
+}
+template <class T>
+inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, int64_t count, int64_t width,
+                 const Dense& to) {
+  for (int j = 0; j < x.stacks; ++j) {
+    float* out = to.data + j * to.stack + first * to.ld;
+    load_rows(at<const T>(x, j, s.batch, head, s.k0 + first), x.row, count, width, 1.0f, out, to.ld);
+    for (int64_t e = count * to.ld; e < round_up(count, NR) * to.ld; ++e) out[e] = 0.0f;
+  }
+}
+
+// How many (batch row, key head) pairs to have packed at a time: enough for all threads, bounded in memory.
+inline int64_t pairs_at_once(int64_t pairs, int64_t units_per_pair, int64_t floats_per_pair, int threads) {
+  const int64_t wanted = (4 * threads + units_per_pair - 1) / larger<int64_t>(units_per_pair, 1);
+  const int64_t budget = (int64_t{64} << 20) / larger<int64_t>(4 * floats_per_pair, 1);
+  const int64_t least = (threads + units_per_pair - 1) / larger<int64_t>(units_per_pair, 1);
+  return smaller(pairs, larger(smaller(wanted, budget), larger<int64_t>(least, 1)));
+}
+
+}  // namespace AAJR_ARCH
+}  // namespace aajr

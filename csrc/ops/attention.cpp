@@ -1,0 +1,153 @@
+#include "../cpu/attention.h"
+
+#include <algorithm>
+
+#include "../dispatch.h"
+#include "../registry.h"
+
+namespace aajr {
+namespace {
+
+Rows rows_of(const View& v, const char* name, DType dtype) {
+  check_dtype(v, name, dtype);
+  if (v.dim != 5) fail(std::string(name) + " must be [stacks, batch, heads, rows, features].");
+  check_last_stride(v, name);
+  return {v.data, v.stride[0], v.stride[1], v.stride[2], v.stride[3], static_cast<int>(v.size[0])};
+}
+
+int64_t stride_unless_one(const View& v, int axis) { return v.size[axis] == 1 ? 0 : v.stride[axis]; }
+
+Mask mask_of(const View& v, const char* name, const AttentionProblem& p) {
+  Mask m;
+  if (!v) return m;
+  if (v.dtype != DType::boolean) check_floating(v, name);
+  if (v.dim != 5) fail(std::string(name) + " must be [stacks, B|1, H|1, N|1, M|1].");
+  const int64_t full[] = {v.size[0], p.B, p.H, p.N, p.M};
+  for (int i = 1; i < 5; ++i)
+    if (v.size[i] != 1 && v.size[i] != full[i]) fail(std::string(name) + " must broadcast to [stacks, B, H, N, M].");
+  if (v.size[0] != 1 && (v.size[0] != 1 + p.K || v.dtype == DType::boolean))
+    fail(std::string(name) + " must have 1 stack, or one for each tangent if it is a bias.");
+  m.data = v.data, m.dtype = v.dtype, m.stacks = static_cast<int>(v.size[0]);
+  m.stack = stride_unless_one(v, 0), m.batch = stride_unless_one(v, 1), m.head = stride_unless_one(v, 2);
+  m.row = stride_unless_one(v, 3), m.col = stride_unless_one(v, 4);
+  return m;
+}
+
+void check_stacks(const View& v, const char* name, int64_t k) {
+  if (v.size[0] != 1 && v.size[0] != 1 + k)
+    fail(std::string(name) + " must have 1 stack or one more than there are tangents.");
+}
+
+// cu_seqlens: ascending row offsets of the packed sequences, from 0 to the number of rows.
+int64_t longest(const View& v, const char* name, int64_t rows) {
+  check_dtype(v, name, DType::i64);
+  check_contiguous(v, name);
+  if (v.dim != 1 || v.size[0] < 1) fail(std::string(name) + " must be a vector with at least one offset.");
+  const int64_t* at = v.as<int64_t>();
+  int64_t most = 0;
+  for (int64_t i = 0; i + 1 < v.size[0]; ++i) {
+    if (at[i + 1] < at[i]) fail(std::string(name) + " must be ascending.");
+    most = std::max(most, at[i + 1] - at[i]);
+  }
+  if (at[0] != 0 || at[v.size[0] - 1] != rows)
+    fail(std::string(name) + " must begin with 0 and end with the number of rows, " + std::to_string(rows) + ".");
+  return most;
+}
+
+// Tensors q, k, v, mask, q_start, k_start, shift, norm, mu, out; ints causal, offset, window, seed, align_right;
+// floats scale, softcap, dropout.
+constexpr size_t kTensors = 10, kInts = 5, kFloats = 3;
+
+void fill(AttentionProblem& p, const Args& a) {
+  const View &q = a.tensors[0], &k = a.tensors[1], &v = a.tensors[2], &out = a.tensors[9];
+  check_floating(q, "q");
+  p.dtype = q.dtype;
+  p.q = rows_of(q, "q", p.dtype), p.k = rows_of(k, "k", p.dtype), p.v = rows_of(v, "v", p.dtype);
+  rows_of(out, "out", p.dtype);
+  p.K = static_cast<int>(out.size[0]) - 1;
+  p.B = q.size[1], p.H = q.size[2], p.N = q.size[3], p.D = q.size[4];
+  p.HK = k.size[2], p.M = k.size[3], p.V = v.size[4];
+  check_stacks(q, "q", p.K), check_stacks(k, "k", p.K), check_stacks(v, "v", p.K);
+  if (p.K < 0) fail("out must have a stack.");
+  if (p.HK < 1 || p.H % p.HK) fail("the heads of q must be a multiple of those of k.");
+  check_shape(k, "k", {k.size[0], p.B, p.HK, p.M, p.D});
+  check_shape(v, "v", {v.size[0], p.B, p.HK, p.M, p.V});
+  check_shape(out, "out", {1 + p.K, p.B, p.H, p.N, p.V});
+  p.mask = mask_of(a.tensors[3], "mask", p);
+  const View &shift = a.tensors[6], &norm = a.tensors[7], &mu = a.tensors[8];
+  check_shape(shift, "shift", {p.B, p.H, p.N});
+  check_shape(norm, "norm", {p.B, p.H, p.N});
+  check_shape(mu, "mu", {p.has_scores() ? p.K : 0, p.B, p.H, p.N});
+  for (const View* s : {&shift, &norm, &mu}) {
+    check_dtype(*s, "the row statistics", DType::f32);
+    check_contiguous(*s, "the row statistics");
+  }
+  p.shift = shift.as<float>(), p.norm = norm.as<float>(), p.mu = mu.as<float>();
+  p.mu_stack = p.B * p.H * p.N;
+  p.causal = a.ints[0] != 0, p.offset = a.ints[1], p.window = a.ints[2];
+  p.seed = static_cast<uint64_t>(a.ints[3]), p.align_right = a.ints[4] != 0;
+  if (p.window < 0) fail("window must be positive, or 0 for none.");
+  p.scale = static_cast<float>(a.floats[0]), p.softcap = static_cast<float>(a.floats[1]);
+  p.dropout = static_cast<float>(a.floats[2]);
+  if (!(p.softcap >= 0.0f)) fail("softcap must be positive, or 0 for none.");
+  if (!(p.dropout >= 0.0f && p.dropout <= 1.0f)) fail("dropout must be between 0 and 1.");
+  p.threads = a.threads;
+  p.q_start = p.k_start = nullptr;
+  p.longest_q = p.N, p.longest_k = p.M;
+  const View &q_start = a.tensors[4], &k_start = a.tensors[5];
+  if (!q_start && !k_start) return;
+  if (!q_start || !k_start) fail("packed sequences need the offsets of queries and keys.");
+  if (p.B != 1 || p.mask.data) fail("packed sequences need one batch row and no mask.");
+  p.longest_q = longest(q_start, "q_start", p.N), p.longest_k = longest(k_start, "k_start", p.M);
+  check_shape(k_start, "k_start", {q_start.size[0]});
+  p.q_start = q_start.as<int64_t>(), p.k_start = k_start.as<int64_t>();
+  p.B = q_start.size[0] - 1;
+}
+
+void attention_fwd(const Args& a) {
+  check_count(a, kTensors, kInts, kFloats);
+  AttentionForward p{};
+  fill(p, a);
+  p.out = rows_of(a.tensors[9], "out", p.dtype);
+  AAJR_SELECT(attention_kernels).forward(p);
+}
+
+void attention_bwd(const Args& a) {
+  check_count(a, kTensors + 5, kInts, kFloats);
+  AttentionBackward p{};
+  fill(p, a);
+  p.out = rows_of(a.tensors[9], "out", p.dtype);
+  const View &out = a.tensors[9], &out_bar = a.tensors[10];
+  p.out_bar = rows_of(out_bar, "out_bar", p.dtype);
+  check_shape(out_bar, "out_bar", {out.size[0], out.size[1], out.size[2], out.size[3], out.size[4]});
+  Rows* const gradients[] = {&p.q_bar, &p.k_bar, &p.v_bar};
+  const char* const names[] = {"q_bar", "k_bar", "v_bar"};
+  for (int i = 0; i < 3; ++i) {
+    const View &bar = a.tensors[11 + i], &x = a.tensors[i];
+    if (!bar) continue;
+    *gradients[i] = rows_of(bar, names[i], p.dtype);
+    check_shape(bar, names[i], {x.size[0], x.size[1], x.size[2], x.size[3], x.size[4]});
+  }
+  const View &bias_bar = a.tensors[14], &mask = a.tensors[3];
+  if (bias_bar) {
+    if (!p.mask.is_bias()) fail("bias_bar needs a floating mask.");
+    check_dtype(bias_bar, "bias_bar", DType::f32);
+    check_contiguous(bias_bar, "bias_bar");
+    check_shape(bias_bar, "bias_bar", {mask.size[0], mask.size[1], mask.size[2], mask.size[3], mask.size[4]});
+    p.bias_bar = bias_bar.as<float>();
+    p.bias_bar_strides = mask_of(bias_bar, "bias_bar", p);
+  }
+  AAJR_SELECT(attention_backward_kernels).backward(p);
+}
+
+const Register register_fwd("attention_fwd",
+                            "tensors: q, k, v, mask|None, q_start|None, k_start|None, shift, norm, mu, out; ints: "
+                            "causal, offset, window, seed, align_right; floats: scale, softcap, dropout",
+                            attention_fwd);
+const Register register_bwd("attention_bwd",
+                            "tensors: those of attention_fwd, then out_bar, q_bar|None, k_bar|None, v_bar|None, "
+                            "bias_bar|None (zeroed); ints and floats as in attention_fwd",
+                            attention_bwd);
+
+}  // namespace
+}  // namespace aajr
