@@ -194,17 +194,17 @@ struct Panels {  // [stacks][round_up(rows, NR) / NR][width][NR]: the transpose,
     return packed(a, lda, 1, data + index * stack + first * width, width);
   }
 };
-struct Dense {  // [stacks][round_up(rows, NR)][ld], zero beyond rows and width
+struct Dense {  // [stacks][round_up(width, NR) / NR][rows][NR]: the rows themselves, in panels; zero beyond the width
   float* data = nullptr;
-  int64_t ld = 0, stack = 0;
+  int64_t rows = 0, ld = 0, stack = 0;
   Term times(const float* a, int64_t lda, int64_t index, int64_t first, int64_t k) const {
-    return row_major(a, lda, data + index * stack + first * ld, ld, k);
+    return {a, lda, 1, data + index * stack + first * NR, NR, rows * NR, k};
   }
 };
 
 inline Panels panels_of(float* data, int64_t rows, int64_t width) { return {data, width, round_up(rows, NR) * width}; }
 inline Dense dense_of(float* data, int64_t rows, int64_t width) {
-  return {data, round_up(width, NR), round_up(rows, NR) * round_up(width, NR)};
+  return {data, rows, round_up(width, NR), rows * round_up(width, NR)};
 }
 
 // Pack the rows [first, first + count) of every stack; first is a multiple of NR.
@@ -217,11 +217,10 @@ inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, 
 template <class T>
 inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, int64_t count, int64_t width,
                  const Dense& to) {
-  for (int j = 0; j < x.stacks; ++j) {
-    float* out = to.data + j * to.stack + first * to.ld;
-    load_rows(at<const T>(x, j, s.batch, head, s.k0 + first), x.row, count, width, 1.0f, out, to.ld);
-    for (int64_t e = count * to.ld; e < round_up(count, NR) * to.ld; ++e) out[e] = 0.0f;
-  }
+  for (int j = 0; j < x.stacks; ++j)
+    for (int64_t d = 0; d < width; d += NR)
+      load_rows(at<const T>(x, j, s.batch, head, s.k0 + first) + d, x.row, count, smaller<int64_t>(NR, width - d),
+                1.0f, to.data + j * to.stack + d * to.rows + first * NR, NR);
 }
 
 // How many (batch row, key head) pairs to have packed at a time: enough for all threads, bounded in memory.

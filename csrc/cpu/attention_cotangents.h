@@ -1,0 +1,211 @@
+// The elementwise part of attention's backward: what a tile holds and how its cotangents follow from it.
+#pragma once
+
+#include "attention_tiles.h"
+
+namespace aajr {
+namespace AAJR_ARCH {
+
+// Operands of one (batch row, key head): floats are laid out in this order.
+struct Operands {
+  Panels k_t, v_t;
+  Dense k;
+  static int64_t floats(const AttentionBackward& p) {
+    return p.k.stacks * (panels_of(nullptr, p.longest_k, p.D).stack + dense_of(nullptr, p.longest_k, p.D).stack) +
+           p.v.stacks * panels_of(nullptr, p.longest_k, p.V).stack;
+  }
+  Operands(float* base, const AttentionBackward& p) {
+    k_t = panels_of(base, p.longest_k, p.D);
+    base += p.k.stacks * k_t.stack;
+    k = dense_of(base, p.longest_k, p.D);
+    base += p.k.stacks * k.stack;
+    v_t = panels_of(base, p.longest_k, p.V);
+  }
+};
+
+// A unit's sums: key gradients [k stacks][M][ld_k], value gradients [v stacks][M][ld_v], and the gradient of a bias
+// that is the same for all queries [bias stacks][heads of the group or 1][M or 1].
+struct Sums {
+  float *k, *v, *bias;
+  int64_t k_stack, v_stack, bias_stack, bias_head, ld_k, ld_v;
+  static bool own_bias(const AttentionBackward& p) { return p.bias_bar != nullptr && p.bias_bar_strides.row == 0; }
+  static int64_t bias_floats(const AttentionBackward& p) {
+    return own_bias(p) ? p.mask.stacks * (p.H / p.HK) * p.longest_k : 0;
+  }
+  static int64_t floats(const AttentionBackward& p) {
+    return (p.k_bar.data ? p.k.stacks * dense_of(nullptr, p.longest_k, p.D).stack : 0) +
+           (p.v_bar.data ? p.v.stacks * dense_of(nullptr, p.longest_k, p.V).stack : 0) + bias_floats(p);
+  }
+  Sums(float* base, const AttentionBackward& p) {
+    const Dense dk = dense_of(base, p.longest_k, p.D), dv = dense_of(nullptr, p.longest_k, p.V);
+    k = base, k_stack = dk.stack, ld_k = dk.ld;
+    if (p.k_bar.data) base += p.k.stacks * k_stack;
+    v = base, v_stack = dv.stack, ld_v = dv.ld;
+    if (p.v_bar.data) base += p.v.stacks * v_stack;
+    bias = base, bias_head = p.longest_k, bias_stack = (p.H / p.HK) * p.longest_k;
+  }
+};
+
+struct Workspace {
+  float *queries, *cotangents, *dq, *scores, *slopes, *sbar, *rates, *raw, *tbar, *d0, *d1;
+  int64_t ld_q, ld_v;
+  static int64_t floats(const AttentionBackward& p) {
+    const int64_t k = p.K, ld_q = round_up(p.D, NR), ld_v = round_up(p.V, NR);
+    return (1 + k) * QB * (2 * ld_q + ld_v) + (3 + 3 * k) * QB * LD + (1 + k) * QB + 64;
+  }
+  Workspace(float* base, const AttentionBackward& p) {
+    const int64_t k = p.K;
+    ld_q = round_up(p.D, NR), ld_v = round_up(p.V, NR);
+    auto take = [&](int64_t n) {
+      float* at = base;
+      base += n;
+      return at;
+    };
+    scores = take(QB * LD);
+    slopes = take(QB * LD);
+    sbar = take(QB * LD);
+    rates = take(k * QB * LD);
+    raw = take(k * QB * LD);  // with a softcap: S'_k before the tangent of the bias
+    tbar = take(k * QB * LD);
+    queries = take((1 + k) * QB * ld_q);
+    dq = take((1 + k) * QB * ld_q);
+    cotangents = take((1 + k) * QB * ld_v);
+    d0 = take(QB);
+    d1 = take(k * QB);
+  }
+  float* query(int64_t t) const { return queries + t * QB * ld_q; }
+  float* cotangent(int64_t t) const { return cotangents + t * QB * ld_v; }
+  float* rate(int64_t t) const { return rates + t * QB * LD; }
+  float* d_query(int64_t t) const { return dq + t * QB * ld_q; }
+  float* t_bar(int64_t t) const { return tbar + t * QB * LD; }
+};
+
+template <class T>
+inline float dot_row(const T* a, const float* b, int64_t width) {
+  vf total{};
+  int64_t d = 0;
+  for (; d + W <= width; d += W) total += load(a + d) * load(b + d);
+  if (d < width) total += load_part(a + d, width - d) * load_part(b + d, width - d);
+  return sum(total);
+}
+
+struct Block {
+  int64_t h, i0, mb;
+};
+
+// Queries (times the scale), cotangents, and D0, D1_k of a block.
+template <class T>
+inline void load_block(const AttentionBackward& p, const Workspace& w, const Sequence& s, const Block& at) {
+  for (int t = 0; t < p.q.stacks; ++t)
+    load_rows<T>(row_of<T>(p.q, s, at.h, t, at.i0), p.q.row, at.mb, p.D, p.scale, w.query(t), w.ld_q);
+  for (int64_t i = 0; i < at.mb; ++i) w.d0[i] = 0.0f;
+  for (int t = 0; t <= p.K; ++t) {
+    load_rows<T>(row_of<T>(p.out_bar, s, at.h, t, at.i0), p.out_bar.row, at.mb, p.V, 1.0f, w.cotangent(t), w.ld_v);
+    for (int64_t i = 0; i < at.mb; ++i) {
+      const float* g = w.cotangent(t) + i * w.ld_v;
+      w.d0[i] += dot_row(row_of<T>(p.out, s, at.h, t, at.i0 + i), g, p.V);
+      if (t) w.d1[(t - 1) * QB + i] = dot_row(row_of<T>(p.out, s, at.h, 0, at.i0 + i), g, p.V);
+    }
+  }
+}
+
+// scores: S -> P with dropout factors; rates: S'_k -> c_k times that; tbar: A_k -> dS'_k; sbar: B -> dS.
+template <bool SCORES, bool DROP>
+inline void differentiate(const AttentionBackward& p, const Workspace& w, const Dropout& dropout, const float* shift,
+                   const float* norm, const float* mu, int64_t head, const Block& at, int64_t j0, int64_t padded) {
+  for (int64_t i = 0; i < at.mb; ++i) {
+    float *score = w.scores + i * LD, *s_bar = w.sbar + i * LD;
+    const float top = shift[at.i0 + i], scale = norm[at.i0 + i], d0 = w.d0[i];
+    const uint32_t key = DROP ? dropout.row_key(head, at.i0 + i) : 0;
+    const int64_t tangents = SCORES ? p.K : 0;
+    for (int64_t j = 0; j < padded; j += W) {
+      const vf prob = exp(load(score + j) - top) * scale;
+      const vf factor = DROP ? dropout.factor(key, j0 + j) : splat(1.0f);
+      const vf kept = DROP ? prob * factor : prob;
+      vf bar = prob * ((DROP ? load(s_bar + j) * factor : load(s_bar + j)) - d0);
+      for (int64_t t = 0; t < tangents; ++t) {
+        float *rate = w.rate(t) + i * LD + j, *t_bar = w.t_bar(t) + i * LD + j;
+        const vf c = load(rate) - mu[t * p.mu_stack + at.i0 + i];
+        const vf a = DROP ? load(t_bar) * factor : load(t_bar);
+        const vf d = prob * (a - w.d1[t * QB + i]);
+        bar += d * c;
+        store(rate, kept * c);
+        store(t_bar, d);
+      }
+      store(score + j, kept);
+      store(s_bar + j, bar);
+    }
+  }
+}
+
+// With a softcap: tau = tanh(S0 / c) goes to `slopes`, S to `scores`.
+inline void cap_scores(float cap, const Block& at, int64_t padded, const Workspace& w) {
+  const float inverse = 1.0f / cap;
+  for (int64_t i = 0; i < at.mb; ++i)
+    for (int64_t j = 0; j < padded; j += W) {
+      const vf t = tanh(load(w.scores + i * LD + j) * inverse);
+      store(w.scores + i * LD + j, t * cap);
+      store(w.slopes + i * LD + j, t);
+    }
+}
+
+inline int64_t bias_element(const Mask& m, const Sequence& s, int64_t stack, int64_t h, int64_t i, int64_t j) {
+  return stack * m.stack + s.batch * m.batch + h * m.head + i * m.row + j * m.col;
+}
+
+// S'_k from S0'_k: cap' and the tangent of the bias.
+inline void finish_rate(const AttentionBackward& p, const Workspace& w, const Sequence& s, const Block& at, int64_t j0,
+                 int64_t nb, int64_t padded, int k) {
+  for (int64_t i = 0; i < at.mb; ++i) {
+    float* rate = w.rate(k) + i * LD;
+    if (p.softcap > 0.0f)
+      for (int64_t j = 0; j < padded; j += W) {
+        const vf t = load(w.slopes + i * LD + j), capped = load(rate + j) * (1.0f - t * t);
+        store(rate + j, capped);
+        store(w.raw + (k * QB + i) * LD + j, capped);
+      }
+    if (p.mask.is_bias() && p.mask.stacks > 1)
+      add_bias_row(p.mask, bias_element(p.mask, s, 1 + k, at.h, at.i0 + i, j0), rate, nb);
+  }
+}
+
+// The gradient of the bias is dS (its tangents': dS'_k), summed over what was broadcast.
+inline void add_bias_gradient(const AttentionBackward& p, const Workspace& w, const Sums& sums, const Sequence& s,
+                       const Block& at, int64_t j0, int64_t nb) {
+  const Mask& m = p.bias_bar_strides;
+  const int64_t group = p.H / p.HK;
+  for (int t = 0; t < p.mask.stacks; ++t)
+    for (int64_t i = 0; i < at.mb; ++i) {
+      const float* from = (t ? w.t_bar(t - 1) : w.sbar) + i * LD;
+      float* to = Sums::own_bias(p)
+                      ? sums.bias + t * sums.bias_stack + at.h % group * sums.bias_head + (m.col ? j0 : 0)
+                      : p.bias_bar + bias_element(m, s, t, at.h, at.i0 + i, j0);
+      if (m.col) {
+        for (int64_t j = 0; j < nb; ++j) to[j] += from[j];  // dense, so col is 1
+      } else {
+        float total = 0.0f;
+        for (int64_t j = 0; j < nb; ++j) total += from[j];
+        *to += total;
+      }
+    }
+}
+
+// dS -> dS0 = cap' dS + sum_k cap'' S0'_k dS'_k and dS'_k -> cap' dS'_k, where cap'' S0'_k = -(2 tau / c) raw_k.
+inline void uncap(const AttentionBackward& p, const Block& at, int64_t padded, const Workspace& w) {
+  const float bend = -2.0f / p.softcap;
+  const int64_t tangents = p.has_scores() ? p.K : 0;
+  for (int64_t i = 0; i < at.mb; ++i)
+    for (int64_t j = 0; j < padded; j += W) {
+      const vf tau = load(w.slopes + i * LD + j), slope = 1.0f - tau * tau;
+      vf bar = load(w.sbar + i * LD + j) * slope;
+      for (int64_t t = 0; t < tangents; ++t) {
+        float* t_bar = w.t_bar(t) + i * LD + j;
+        bar += load(w.raw + (t * QB + i) * LD + j) * load(t_bar) * (bend * tau);
+        store(t_bar, load(t_bar) * slope);
+      }
+      store(w.sbar + i * LD + j, bar);
+    }
+}
+
+}  // namespace AAJR_ARCH
+}  // namespace aajr
