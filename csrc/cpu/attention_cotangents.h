@@ -47,11 +47,11 @@ struct Sums {
 };
 
 struct Workspace {
-  float *queries, *cotangents, *dq, *scores, *slopes, *sbar, *rates, *raw, *tbar, *d0, *d1;
+  float *queries, *cotangents, *dq, *scores, *taus, *slopes, *sbar, *rates, *raw, *tbar, *d0, *d1;
   int64_t ld_q, ld_v;
   static int64_t floats(const AttentionBackward& p) {
     const int64_t k = p.K, ld_q = round_up(p.D, NR), ld_v = round_up(p.V, NR);
-    return (1 + k) * QB * (2 * ld_q + ld_v) + (3 + 3 * k) * QB * LD + (1 + k) * QB + 64;
+    return (1 + k) * QB * (2 * ld_q + ld_v) + (4 + 3 * k) * QB * LD + (1 + k) * QB + 64;
   }
   Workspace(float* base, const AttentionBackward& p) {
     const int64_t k = p.K;
@@ -62,7 +62,8 @@ struct Workspace {
       return at;
     };
     scores = take(QB * LD);
-    slopes = take(QB * LD);
+    taus = take(QB * LD);    // with a softcap: tanh(S0 / c)
+    slopes = take(QB * LD);  // and its derivative cap'
     sbar = take(QB * LD);
     rates = take(k * QB * LD);
     raw = take(k * QB * LD);  // with a softcap: S'_k before the tangent of the bias
@@ -138,14 +139,15 @@ inline void differentiate(const AttentionBackward& p, const Workspace& w, const 
   }
 }
 
-// With a softcap: tau = tanh(S0 / c) goes to `slopes`, S to `scores`.
+// scores: S0 -> S = c tanh(S0 / c).
 inline void cap_scores(float cap, const Block& at, int64_t padded, const Workspace& w) {
   const float inverse = 1.0f / cap;
   for (int64_t i = 0; i < at.mb; ++i)
     for (int64_t j = 0; j < padded; j += W) {
-      const vf t = tanh(load(w.scores + i * LD + j) * inverse);
-      store(w.scores + i * LD + j, t * cap);
-      store(w.slopes + i * LD + j, t);
+      const Tanh t = tanh(load(w.scores + i * LD + j) * inverse);
+      store(w.scores + i * LD + j, t.t * cap);
+      store(w.taus + i * LD + j, t.t);
+      store(w.slopes + i * LD + j, t.slope);
     }
 }
 
@@ -160,7 +162,7 @@ inline void finish_rate(const AttentionBackward& p, const Workspace& w, const Se
     float* rate = w.rate(k) + i * LD;
     if (p.softcap > 0.0f)
       for (int64_t j = 0; j < padded; j += W) {
-        const vf t = load(w.slopes + i * LD + j), capped = load(rate + j) * (1.0f - t * t);
+        const vf capped = load(rate + j) * load(w.slopes + i * LD + j);
         store(rate + j, capped);
         store(w.raw + (k * QB + i) * LD + j, capped);
       }
@@ -196,7 +198,7 @@ inline void uncap(const AttentionBackward& p, const Block& at, int64_t padded, c
   const int64_t tangents = p.has_scores() ? p.K : 0;
   for (int64_t i = 0; i < at.mb; ++i)
     for (int64_t j = 0; j < padded; j += W) {
-      const vf tau = load(w.slopes + i * LD + j), slope = 1.0f - tau * tau;
+      const vf tau = load(w.taus + i * LD + j), slope = load(w.slopes + i * LD + j);
       vf bar = load(w.sbar + i * LD + j) * slope;
       for (int64_t t = 0; t < tangents; ++t) {
         float* t_bar = w.t_bar(t) + i * LD + j;

@@ -45,9 +45,9 @@ void cap_scores(float cap, int64_t mb, int64_t padded, float* scores, float* slo
   const float inverse = 1.0f / cap;
   for (int64_t i = 0; i < mb; ++i)
     for (int64_t j = 0; j < padded; j += W) {
-      const vf t = tanh(load(scores + i * LD + j) * inverse);
-      store(scores + i * LD + j, t * cap);
-      store(slopes + i * LD + j, 1.0f - t * t);
+      const Tanh t = tanh(load(scores + i * LD + j) * inverse);
+      store(scores + i * LD + j, t.t * cap);
+      store(slopes + i * LD + j, t.slope);
     }
 }
 

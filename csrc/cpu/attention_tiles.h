@@ -11,8 +11,6 @@
 namespace aajr {
 namespace AAJR_ARCH {
 
-AAJR_INLINE vf tanh(vf x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
-
 constexpr int64_t QB = 48;         // queries in a tile
 constexpr int64_t KB = 128;        // keys in a tile
 constexpr int64_t LD = KB + 16;    // row stride of a tile: not a power of two, so that columns spread over cache sets

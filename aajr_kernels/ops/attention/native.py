@@ -64,7 +64,23 @@ def attention_bwd(
     ints, floats = _numbers(options)
     native.call(
         "attention_bwd",
-        (q, k, v, _kernel_mask(mask), None, None, shift, norm, mu, out, out_bar, q_bar, k_bar, v_bar, bias_bar),
+        (
+            q,
+            k,
+            v,
+            _kernel_mask(mask),
+            None,
+            None,
+            shift,
+            norm,
+            mu,
+            out,
+            out_bar,
+            q_bar,
+            k_bar,
+            v_bar,
+            bias_bar,
+        ),
         ints,
         floats,
     )
