@@ -285,6 +285,8 @@ def autocast_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off inside a Function, whose inputs were cast by its caller."""
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 

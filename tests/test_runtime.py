@@ -19,7 +19,7 @@ def dual(*shape, dtype=torch.float32):
 
 
 def test_backend_choice_is_scoped_and_checked():
-    assert runtime.select_backend("norm", torch.ones(1)) == "reference"
+    assert runtime.select_backend("norm", torch.ones(1).double()) == "reference"
     with aajr.use_backend("reference"):
         assert runtime.select_backend("norm") == "reference"
     with pytest.raises(ValueError, match="choose one of auto, reference, native, triton"):

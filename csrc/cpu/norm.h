@@ -3,19 +3,24 @@
 
 #include <cstdint>
 
-#include "../view.h"
+#include "../axes.h"
 #include "capabilities.h"
 
 namespace aajr {
 
-// Rows [1 + K, R, C]; strides in elements, the last axis dense. Statistics are [S, R]: r, c_k, and if centred 1 + K
-// row means.
+// Rows [1 + K, *batch, C]: a stride for the stack, axes for the batch, the last axis dense; strides in elements.
+// Statistics are dense [S, R]: r, c_k, and if centred the 1 + K row means.
 struct NormForward {
-  DType dtype, weight_dtype;  // of x and y; of weight and bias
+  DType dtype, weight_dtype, bias_dtype;  // dtype: of x, residual, summed and y
   int64_t stacks, rows, size;
   const char* x;
-  int64_t x_stack, x_row;
-  char* y;  // dense
+  Axes x_rows;
+  int64_t x_stacks, x_stack;  // stacks beyond x_stacks are zero (never so without a residual)
+  const char* residual;       // may be null; then summed is null too
+  Axes residual_rows;
+  int64_t residual_stacks, residual_stack;
+  char* summed;  // x + residual, dense: what is normalised
+  char* y;       // dense
   float* stats;
   const char *weight, *bias;  // may be null
   float eps, offset;
@@ -27,11 +32,13 @@ struct NormBackward {
   DType dtype, weight_dtype;
   int64_t stacks, rows, size;
   const char *x, *y_bar;
-  int64_t x_stack, x_row, y_stack, y_row;
+  Axes x_rows, y_rows, sum_rows;
+  int64_t x_stack, y_stack, sum_stack;
+  const char* sum_bar;  // added to x_bar; may be null
   const float* stats;
-  const char* weight;  // may be null
-  char* x_bar;         // dense; null where not needed, as are the next two
-  float *w_bar, *b_bar;
+  const char* weight;    // may be null
+  char* x_bar;           // dense; null where not needed, as are the next two
+  float *w_bar, *b_bar;  // [C]
   float offset;
   bool centred;
   int threads;

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -44,12 +44,13 @@ AAJR_INLINE vf vabs(vf a) { return bit_cast<vf>(bit_cast<vi>(a) & splati(0x7ffff
 
 // Half precision. bf16 rounds to nearest even; NaN stays NaN.
 AAJR_INLINE vf widen(vh h, bf16) { return bit_cast<vf>(__builtin_convertvector(h, vu) << 16); }
-AAJR_INLINE vh narrow(vf x, bf16) {
+AAJR_INLINE vu narrow_bits(vf x) {  // in the lower halves
   const vu bits = bit_cast<vu>(x);
   const vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const vu nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((x == x ? rounded >> 16 : nan), vh);
+  return x == x ? rounded >> 16 : nan;
 }
+AAJR_INLINE vh narrow(vf x, bf16) { return __builtin_convertvector(narrow_bits(x), vh); }
 AAJR_INLINE vf widen(vh h, f16) {
   // exponent and mantissa move up; the multiplication by 2^112 rebuilds the exponent, subnormals included
   const vu bits = __builtin_convertvector(h, vu);
@@ -76,12 +77,31 @@ AAJR_INLINE V load_raw(const T* p) {
   return v;
 }
 AAJR_INLINE vf load(const float* p) { return load_raw<vf>(p); }
-AAJR_INLINE vf load(const bf16* p) { return widen(load_raw<vh>(p), bf16{}); }
 AAJR_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+// The compiler converts between 16 and 32 bits in twice as many instructions as the processor needs.
+#if defined(__AVX2__) && AAJR_VECTOR_BYTES == 32
+AAJR_INLINE vf load(const bf16* p) {
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+AAJR_INLINE void store(bf16* p, vf x) {
+  const __m256i h = (__m256i)narrow_bits(x);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+}
+#elif defined(__AVX512BW__) && AAJR_VECTOR_BYTES == 64
+AAJR_INLINE vf load(const bf16* p) {
+  const __m512i h = _mm512_maskz_cvtepu16_epi32(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
+  return (vf)_mm512_maskz_slli_epi32(__mmask16(-1), h, 16);
+}
+AAJR_INLINE void store(bf16* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(__mmask16(-1), (__m512i)narrow_bits(x)));
+}
+#else
+AAJR_INLINE vf load(const bf16* p) { return widen(load_raw<vh>(p), bf16{}); }
 AAJR_INLINE void store(bf16* p, vf x) {
   const vh h = narrow(x, bf16{});
   std::memcpy(p, &h, sizeof h);
 }
+#endif
 #if defined(__F16C__) && AAJR_VECTOR_BYTES == 32
 AAJR_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 AAJR_INLINE void store(f16* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
@@ -125,11 +145,14 @@ AAJR_INLINE void put(float* p, float x) { *p = x; }
 
 // Horizontal reductions, in a fixed order.
 AAJR_INLINE float sum(vf x) {
-  float part[W];
-  store(part, x);
-  for (int step = W / 2; step > 0; step /= 2)
+  typedef float quarter __attribute__((vector_size(16)));
+  quarter part[W / 4];
+  std::memcpy(part, &x, sizeof x);
+#pragma GCC unroll 4
+  for (int step = W / 8; step > 0; step /= 2)
+#pragma GCC unroll 4
     for (int i = 0; i < step; ++i) part[i] += part[i + step];
-  return part[0];
+  return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 AAJR_INLINE float maximum(vf x) {
   float part[W];

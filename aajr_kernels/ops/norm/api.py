@@ -154,8 +154,9 @@ def _norm(
     backend = runtime.select_backend("norm", stacked, weight, bias)
     if runtime.recording():
         runtime.record(op, backend, 6.0 * stacked.numel())
-    lead = stacked.shape[: stacked.dim() - len(shape)]
-    rows = stacked.reshape(lead[0], math.prod(lead[1:]), math.prod(shape))
+    if len(shape) == 1:
+        return Dual(NormFunction.apply(stacked, weight, bias, float(eps), float(offset), centred, backend))
+    rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))
     flat = [None if value is None else value.reshape(-1) for value in (weight, bias)]
     y = NormFunction.apply(rows, *flat, float(eps), float(offset), centred, backend)
     return Dual(y.reshape(stacked.shape))

@@ -11,7 +11,7 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 
 
 class NormFunction(torch.autograd.Function):
-    """``[1 + K, R, C]`` rows in, ``[1 + K, R, C]`` rows out."""
+    """``[1 + K, *batch, C]`` in, the same shape out."""
 
     @staticmethod
     def forward(
@@ -44,7 +44,9 @@ class NormFunction(torch.autograd.Function):
         with runtime.no_autocast(y_bar.device.type):
             if x is None:  # only the bias is trained
                 wide = torch.float64 if y_bar.dtype == torch.float64 else torch.float32
-                bias_bar = y_bar[0].sum(0, dtype=wide)
+                bias_bar = (
+                    y_bar[0].flatten(0, -2).sum(0, dtype=wide) if y_bar.dim() > 2 else y_bar[0].to(wide)
+                )
             else:
                 x_bar, weight_bar, bias_bar = runtime.implementation("norm", ctx.backend).norm_bwd(
                     y_bar, x, weight, stats, ctx.offset, ctx.centred, need_x, need_weight, need_bias

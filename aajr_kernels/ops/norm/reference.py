@@ -11,6 +11,7 @@ to float32 block by block. Writing x̂ and ẋ̂ out turns the reverse pass into
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,11 @@ _BLOCK_BYTES = 1 << 20
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``[1 + K, *batch, C]`` as ``[1 + K, R, C]``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _blocks(x: torch.Tensor) -> Iterator[slice]:
@@ -43,7 +49,7 @@ def norm_fwd(
     """Normalised rows and the statistics that the backward needs.
 
     Args:
-        x: ``[1 + K, R, C]``.
+        x: ``[1 + K, *batch, C]``; R is the number of rows of the batch.
         weight: ``[C]`` or None.
         bias: ``[C]`` or None, added to the primal.
         eps: added to the mean square.
@@ -51,11 +57,12 @@ def norm_fwd(
         centred: subtract the row means first (layer norm).
 
     Returns:
-        y ``[1 + K, R, C]`` in the dtype of x, and statistics ``[S, R]`` in float32 (float64 for float64): r, then
+        y in the shape and dtype of x, and statistics ``[S, R]`` in float32 (float64 for float64): r, then
         c_k for every tangent, then, if centred, the 1 + K row means.
     """
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, y = _rows(x), _rows(result)
     k, (rows, size), wide = x.shape[0] - 1, x.shape[1:], _wide(x.dtype)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     stats = x.new_empty((1 + k + (1 + k if centred else 0), rows), dtype=wide)
     scale = None if weight is None else weight.to(wide) + offset
     shift = None if bias is None else bias.to(wide)
@@ -76,7 +83,7 @@ def norm_fwd(
         if shift is not None:
             out[0].add_(shift)
         y[:, block] = out
-    return y, stats
+    return result, stats
 
 
 def norm_bwd(
@@ -90,12 +97,13 @@ def norm_bwd(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Cotangents of the stacked rows ``[1 + K, R, C]``, the weight ``[C]`` and the bias ``[C]``.
+    """Cotangents of the stacked rows ``[1 + K, *batch, C]``, the weight ``[C]`` and the bias ``[C]``.
 
     Weight and bias gradients come in float32 (float64 for float64). None where not needed.
     """
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    x, y_bar, x_bar = _rows(x), _rows(y_bar), None if result is None else _rows(result)
     k, size, wide = x.shape[0] - 1, x.shape[2], _wide(x.dtype)
-    x_bar = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     w_bar = x.new_zeros(size, dtype=wide) if need_weight else None
     b_bar = x.new_zeros(size, dtype=wide) if need_bias else None
     scale = None if weight is None else weight.to(wide) + offset
@@ -133,4 +141,4 @@ def norm_bwd(
         if centred:
             out -= out.mean(-1, keepdim=True)
         x_bar[:, block] = out
-    return x_bar, w_bar, b_bar
+    return result, w_bar, b_bar

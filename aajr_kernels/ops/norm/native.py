@@ -1,0 +1,53 @@
+"""RMS norm and layer norm on stacked rows: native CPU kernels, contracts as in :mod:`.reference`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...native import call, row_dense
+
+_MAX_AXES = 8  # of a tensor that crosses to the native module
+
+
+def norm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    shape = (2 * x.shape[0] if centred else x.shape[0], math.prod(x.shape[1:-1]))
+    stats = torch.empty(shape, dtype=torch.float32)
+    tensors = (_rows(x), _rows(y), stats, _rows(weight), _rows(bias), None, None)
+    call("norm_fwd", tensors, (centred,), (eps, offset))
+    return y, stats
+
+
+def norm_bwd(
+    y_bar: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor,
+    offset: float,
+    centred: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    x_bar = torch.empty(x.shape, dtype=x.dtype) if need_x else None
+    w_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_weight else None
+    b_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_bias else None
+    tensors = (_rows(y_bar), _rows(x), _rows(weight), stats, _rows(x_bar), w_bar, b_bar, None)
+    call("norm_bwd", tensors, (centred,), (offset,))
+    return x_bar, w_bar, b_bar
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x` with a dense last axis and as few axes as the module takes."""
+    if x is None:
+        return None
+    return row_dense(x if x.dim() <= _MAX_AXES else x.flatten(1, -2))
