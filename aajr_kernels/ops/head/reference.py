@@ -268,7 +268,7 @@ def head_bwd(
     if need_h:
         h_bar = torch.empty_like(h, memory_format=torch.contiguous_format)
         for rows, total in zip(token_blocks, sums):
-            total = total.view(stacks, -1, size)
+            total = total.view(stacks, total.shape[0] // stacks, size)
             if metric == "l2" and q_bar is not None:
                 total[1:] += 2.0 * q_bar[:, rows].unsqueeze(-1) * h[1:, rows]
             h_bar[:, rows] = total
