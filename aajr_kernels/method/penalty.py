@@ -26,6 +26,7 @@ from ..ops.head import lm_head_penalty
 from ..ops.reduce import sensitivity
 from ..transforms import primal_tree
 from .directions import included
+from .expected import Reduction, expected_cotangents
 from .head import LMHead, as_head
 
 __all__ = ["aligned_penalty"]
@@ -51,6 +52,7 @@ def aligned_penalty(
     reduction: str = "mean",
     denominator: float | torch.Tensor | None = None,
     return_primal: bool = False,
+    penalty_weight: float | None = None,
 ) -> Any:
     """Penalty on the sensitivity of `func` at `x` along `v`, exact, with exact gradients.
 
@@ -77,6 +79,9 @@ def aligned_penalty(
             or data parallelism. With `labels` and ``unit="token"`` it divides the cross-entropy too.
         return_primal: also return what `func` returned with Duals replaced by their primals, attached to the graph;
             with `labels` the mean cross-entropy instead, from the same stream.
+        penalty_weight: with `labels`, λ of the objective ``loss + λ · penalty`` where it is known. It changes nothing
+            but speed: the head can then compute its gradients while it computes the loss, and does so without
+            `labels` in any case.
 
     Returns:
         The penalty (float32, or float64 for float64 inputs), or ``(penalty, primal)``. Gradients reach `x`, `v` and
@@ -107,7 +112,8 @@ def aligned_penalty(
     if description is None:
         q = sensitivity(y, metric)
     else:
-        q, loss = _through_head(y, description, metric, labels, denominator if unit == "token" else None)
+        shape = Reduction(gamma, form, mask, unit, reduction, denominator)
+        q, loss = _through_head(y, description, metric, labels, shape, penalty_weight)
     penalty = reduce_units(
         q, gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
     )
@@ -117,7 +123,12 @@ def aligned_penalty(
 
 
 def _through_head(
-    hidden: Dual, head: LMHead, metric: str, labels: torch.Tensor | None, denominator: Any
+    hidden: Dual,
+    head: LMHead,
+    metric: str,
+    labels: torch.Tensor | None,
+    shape: Reduction,
+    penalty_weight: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q and, given labels, the mean cross-entropy, from one pass over the vocabulary."""
     if metric == "l2" and labels is None:
@@ -134,14 +145,15 @@ def _through_head(
             raise ValueError(
                 f"labels must be on the device of the hidden states ({hidden.device}), got {labels.device}."
             )
-    result = lm_head_penalty(
-        hidden, head.weight, head.bias, metric=metric, scale=head.scale, softcap=head.softcap, labels=labels
-    )
+    count: Any = shape.denominator if shape.unit == "token" else None
+    if labels is not None and count is None:
+        count = (labels != -100).sum().clamp(min=1)
+    expected = expected_cotangents(hidden, shape, labels, count, penalty_weight)
+    options: dict[str, Any] = dict(metric=metric, scale=head.scale, softcap=head.softcap, labels=labels)
+    result = lm_head_penalty(hidden, head.weight, head.bias, **options, expected=expected)
     if not isinstance(result, tuple):
         return result, None
-    assert labels is not None
     q, nll = result
-    count = (labels != -100).sum().clamp(min=1) if denominator is None else denominator
     return q, nll.sum() / count
 
 

@@ -1,5 +1,6 @@
-// The streamed head in two passes over the vocabulary: 2 (1 + K) products forward and backward 3 (1 + K), of
-// [tokens, hidden] by [hidden, vocabulary]. Threads take shares of the vocabulary.
+// The streamed head in two passes over the vocabulary: 1 + K products forward and 3 (1 + K) backward, of [tokens,
+// hidden] by [hidden, vocabulary]. Threads take shares of the vocabulary. For few tokens the caller may have the
+// logits kept in between, which saves the backward 1 + K of them.
 #include "head.h"
 
 #include <cmath>
@@ -14,15 +15,16 @@ namespace {
 // Memory of one thread: a block of the weight, its tile of logits, and for the backward the block in panels and its
 // cotangent.
 struct Workspace {
-  float *weight, *bias, *tile, *panels, *w_bar;
+  float *weight, *bias, *exponentials, *tile, *panels, *w_bar;
 
   static int64_t floats(const Layout& l, bool backward) {
-    return kWords * (l.w_ld + 16 + l.ld + (backward ? 2 * l.padded : 0)) + 64;
+    return kWords * (l.w_ld + 16 + W + l.ld + (backward ? 2 * l.padded : 0));
   }
   Workspace(float* memory, const Layout& l) {
     weight = memory;
     bias = weight + kWords * l.w_ld;
-    tile = bias + kWords * 16;
+    exponentials = bias + kWords * 16;
+    tile = exponentials + kWords * W;
     panels = tile + kWords * l.ld;
     w_bar = panels + kWords * l.padded;
   }
@@ -41,18 +43,19 @@ struct ForwardChunk {
   float* at_label;
 
   void add_tile(const Workspace& w, int64_t block, int64_t word, int64_t words, bool first, const State& s) const {
-    logits_product(l, words, w.weight, transposed + block * l.hidden(), w.tile);
+    float* tile = p.kept != nullptr ? p.kept + word * l.ld : w.tile;
+    logits_product(l, words, w.weight, transposed + block * l.hidden(), tile);
     const int64_t begin = block * l.block, count = min64(l.block, tokens - begin);
     const bool primal = l.active.primal;
     for (int64_t i = 0; i < count; i += W) {
-      const Lanes t = lanes_of(l, w.tile, words, i);
+      const Lanes t = lanes_of(l, tile, w.exponentials, words, i);
       const vf peak = cap.plain ? peak_of(t, primal)
                       : cap.capped ? finish_logits<true>(t, primal, w.bias, cap)
                                    : finish_logits<false>(t, primal, w.bias, cap);
       if (p.labels != nullptr)
         for (int64_t j = i; j < min64(i + W, count); ++j) {
           const int64_t label = p.labels[token + begin + j] - word;
-          if (label >= 0 && label < words) at_label[begin + j] = w.tile[label * l.ld + j];
+          if (label >= 0 && label < words) at_label[begin + j] = tile[label * l.ld + j];
         }
       add_words(t, p.metric, primal, first, peak, s, begin + i);
     }
@@ -105,11 +108,22 @@ void squared_norms(const HeadForward& p) {
     }
 }
 
+Active active_forward(const HeadInput& p) {
+  return {p.metric == Metric::fisher || p.metric == Metric::probs || p.labels != nullptr || p.cap > 0.0f,
+          p.metric == Metric::l2 ? 0 : p.stacks - 1};
+}
+
+int64_t kept_size(const HeadInput& p) {
+  HeadInput kept = p;
+  float mark = 0.0f;
+  kept.kept = &mark;
+  return p.tokens == 0 || active_forward(p).count() == 0 ? 0 : p.words * layout_of(kept, active_forward(p)).ld;
+}
+
 void forward(const HeadForward& p) {
   const Metric metric = p.metric;
   if (metric == Metric::l2) squared_norms(p);
-  const Active active{metric == Metric::fisher || metric == Metric::probs || p.labels != nullptr || p.cap > 0.0f,
-                      metric == Metric::l2 ? 0 : p.stacks - 1};
+  const Active active = active_forward(p);
   if (p.tokens == 0 || active.count() == 0 || (metric == Metric::l2 && p.labels == nullptr)) return;
   const Layout l = layout_of(p, active);
   const int64_t blocks = l.blocks(l.chunk), padded = blocks * l.block;
@@ -117,7 +131,8 @@ void forward(const HeadForward& p) {
   Scratch<float> transposed(blocks * l.hidden()), rows(blocks * l.padded), states(l.parts * state),
       memory(l.parts * work), at_label(padded);
   for (int64_t token = 0; token < p.tokens; token += l.chunk) {
-    const ForwardChunk chunk{p, l, cap_of(p), token, min64(l.chunk, p.tokens - token), transposed.get(), at_label.get()};
+    const ForwardChunk chunk{p, l, cap_of(p), token, min64(l.chunk, p.tokens - token), transposed.get(),
+                             at_label.get()};
     parallel_dynamic(l.blocks(chunk.tokens), p.threads, [&](int64_t b, int) {
       pack_hidden(p, l, token + b * l.block, min64(l.block, chunk.tokens - b * l.block),
                   transposed.get() + b * l.hidden(), nullptr, rows.get() + b * l.padded);
@@ -146,18 +161,23 @@ struct BackwardChunk {
 
   void stream(int64_t part, const Workspace& w, float* h_bar) const {
     const int64_t last = share(l, p.words, part + 1), start = share(l, p.words, part), blocks = l.blocks(tokens);
-    const bool need_h = p.h_bar != nullptr, need_w = p.w_bar != nullptr;
+    const bool need_h = p.h_bar != nullptr, need_w = p.w_bar != nullptr, more = p.more || token > 0;
+    Cap c = cap;
+    if (p.kept != nullptr) c.in = 1.0f;  // the forward has finished the logits
     for (int64_t word = start; word < last; word += kWords) {
       const int64_t words = min64(kWords, last - word);
       pack_words(p, l, word, words, w.weight, need_h ? w.panels : nullptr, w.bias);
-      if (need_w && token > 0)
+      if (p.kept != nullptr)
+        for (int64_t v = 0; v < words; ++v) w.bias[v] = 0.0f;
+      if (need_w && more)
         for (int64_t v = 0; v < words; ++v) copy_wide(w_sum + (word + v) * l.size, l.size, w.w_bar + v * l.padded);
       for (int64_t b = 0; b < blocks; ++b) {
-        logits_product(l, words, w.weight, transposed + b * l.hidden(), w.tile);
-        to_cotangents(l, p.metric, w.tile, words, w.bias, cap, known, b * l.block, word);
-        if (p.b_bar != nullptr && l.active.primal) add_bias(w.tile, word, words, token == 0 && b == 0);
-        if (need_h) hidden_product(l, words, w.tile, w.panels, word > start, h_bar + b * l.hidden_rows());
-        if (need_w) weight_product(l, words, w.tile, rows + b * l.hidden_rows(), token + b > 0, w.w_bar);
+        float* tile = p.kept != nullptr ? p.kept + word * l.ld : w.tile;
+        if (p.kept == nullptr) logits_product(l, words, w.weight, transposed + b * l.hidden(), tile);
+        to_cotangents(l, p.metric, tile, words, w.bias, c, known, b * l.block, word);
+        if (p.b_bar != nullptr && l.active.primal) add_bias(tile, word, words, !more && b == 0);
+        if (need_h) hidden_product(l, words, tile, w.panels, word > start, h_bar + b * l.hidden_rows());
+        if (need_w) weight_product(l, words, tile, rows + b * l.hidden_rows(), more || b > 0, w.w_bar);
       }
       if (need_w) store_weight(w.w_bar, word, words);
     }
@@ -197,7 +217,7 @@ struct BackwardChunk {
       }
       for (int64_t k = 0; k < l.active.tangents; ++k) {
         for (int f = 0; f < 4; ++f) known.of(k, f)[i] = p.stats[(2 + f * k_count + k) * p.tokens + t];
-        known.of(k, 4)[i] = p.q_bar[k * p.tokens + t];
+        known.of(k, 4)[i] = p.q_bar == nullptr ? 0.0f : p.q_bar[k * p.tokens + t];
       }
     }
   }
@@ -210,7 +230,8 @@ struct BackwardChunk {
       if (a >= 0 && a < l.active.count()) {
         const float* from = partial + offset + (a * l.block + t % l.block) * l.padded;
         for (int part = 0; part < l.parts; ++part)
-          for (int64_t c = 0; c < l.padded; c += W) store(row + c, load(row + c) + load(from + part * partial_size + c));
+          for (int64_t c = 0; c < l.padded; c += W)
+            store(row + c, load(row + c) + load(from + part * partial_size + c));
       }
       narrow_row(row, p.dtype, (s * p.tokens + token + t) * p.size, p.size, p.h_bar);
     }
@@ -235,15 +256,15 @@ void clear(char* memory, int64_t bytes) {
 
 void backward(const HeadBackward& p) {
   const Metric metric = p.metric;
-  const bool vocabulary = p.q_bar != nullptr && metric != Metric::l2, loss = p.nll_bar != nullptr && p.labels != nullptr;
-  const Active active{loss || (vocabulary && (metric != Metric::logits || p.cap > 0.0f)),
-                      vocabulary ? p.stacks - 1 : 0};
+  const bool vocabulary = p.q_bar != nullptr && metric != Metric::l2;
+  const bool loss = p.nll_bar != nullptr && p.labels != nullptr;
+  const Active active = p.kept != nullptr ? active_forward(p)
+                                          : Active{loss || (vocabulary && (metric != Metric::logits || p.cap > 0.0f)),
+                                                   vocabulary ? p.stacks - 1 : 0};
   const bool streams = p.tokens > 0 && active.count() > 0;
-  if (!streams) {
-    clear(p.h_bar, p.stacks * p.tokens * p.size * item_size(p.dtype));
-    clear(p.w_bar, p.words * p.size * item_size(p.dtype));
-  }
-  if (!streams || !active.primal) clear(reinterpret_cast<char*>(p.b_bar), p.words * 4);
+  if (!streams) clear(p.h_bar, p.stacks * p.tokens * p.size * item_size(p.dtype));
+  if (!streams && !p.more) clear(p.w_bar, p.words * p.size * item_size(p.dtype));
+  if ((!streams || !active.primal) && !p.more) clear(reinterpret_cast<char*>(p.b_bar), p.words * 4);
   if (streams) {
     const Layout l = layout_of(p, active);
     const int64_t blocks = l.blocks(l.chunk), padded = blocks * l.block, work = Workspace::floats(l, true);
@@ -278,7 +299,7 @@ void backward(const HeadBackward& p) {
 }  // namespace
 
 const HeadKernels& head_kernels() {
-  static const HeadKernels kernels{forward, backward};
+  static const HeadKernels kernels{kept_size, forward, backward};
   return kernels;
 }
 

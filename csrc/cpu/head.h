@@ -23,6 +23,7 @@ struct HeadInput {
   int64_t ignore;
   Metric metric;
   float scale, cap;  // cap 0 for none
+  float* kept;       // null, or where the forward keeps its logits for the backward
   int threads;
 };
 
@@ -35,9 +36,11 @@ struct HeadBackward : HeadInput {
   const float *stats, *q_bar, *nll_bar;  // the cotangents [K, T] and [T] may be null
   char *h_bar, *w_bar;                   // [1 + K, T, C] and [V, C], dense, of the dtype; null where not needed
   float* b_bar;                          // [V]
+  bool more;  // w_bar (float32) and b_bar hold the sums over other tokens, to be added to
 };
 
 struct HeadKernels {
+  int64_t (*kept_size)(const HeadInput&);  // floats
   void (*forward)(const HeadForward&);
   void (*backward)(const HeadBackward&);
 };

@@ -12,23 +12,25 @@ namespace aajr {
 namespace AAJR_ARCH {
 
 struct Cap {
-  float scale, cap, inverse;
+  float scale, in;  // s of the logits, and what is left to multiply the tile with
+  float cap, inverse;
   bool capped, plain;  // plain: z = W h as it is
 };
 
 inline Cap cap_of(const HeadInput& p) {
   const bool capped = p.cap > 0.0f;
-  return {p.scale, p.cap, capped ? 1.0f / p.cap : 0.0f, capped, !capped && p.scale == 1.0f && p.bias == nullptr};
+  return {p.scale, p.scale, p.cap, capped ? 1.0f / p.cap : 0.0f, capped,
+          !capped && p.scale == 1.0f && p.bias == nullptr};
 }
 
-// The columns of W tokens in a tile: z at z[v * ld], tangent k at z[v * ld + first + k * step].
+// The columns of W tokens in a tile: z at z[v * ld], tangent k at z[v * ld + first + k * step]; room for e^(z - peak).
 struct Lanes {
-  float* z;
+  float *z, *w;
   int64_t ld, words, first, step, tangents;
 };
 
-AAJR_INLINE Lanes lanes_of(const Layout& l, float* tile, int64_t words, int64_t lane) {
-  return {tile + lane, l.ld, words, l.active.primal ? l.block : 0, l.block, l.active.tangents};
+AAJR_INLINE Lanes lanes_of(const Layout& l, float* tile, float* w, int64_t words, int64_t lane) {
+  return {tile + lane, w, l.ld, words, l.active.primal ? l.block : 0, l.block, l.active.tangents};
 }
 
 // ---- Statistics ----------------------------------------------------------------------------------------------------
@@ -113,12 +115,12 @@ AAJR_INLINE vf word_sum(int64_t words, const F& f) {
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// One tangent of a tile under the weights w or w² that took the place of the logits.
+// One tangent of a tile under the weights w or w².
 template <bool SQUARED>
 inline void add_moments(const Lanes& t, int64_t k, vf reference, const Mix& m, vf total, float* mean, float* square) {
   const float* tangents = t.z + t.first + k * t.step;
   const auto weight = [&](int64_t v) {
-    const vf w = load(t.z + v * t.ld);
+    const vf w = load(t.w + v * W);
     return SQUARED ? w * w : w;
   };
   const vf new_mean = word_sum(t.words, [&](int64_t v) {
@@ -131,7 +133,7 @@ inline void add_moments(const Lanes& t, int64_t k, vf reference, const Mix& m, v
   merge(mean, square, m, new_mean, new_square);
 }
 
-// Takes a tile of finished logits into the state at the given lane; the logits are overwritten.
+// Takes a tile of finished logits into the state at the given lane.
 inline void add_words(const Lanes& t, Metric metric, bool primal, bool first, vf tile_peak, const State& s,
                       int64_t lane) {
   if (metric == Metric::logits)
@@ -149,7 +151,7 @@ inline void add_words(const Lanes& t, Metric metric, bool primal, bool first, vf
   store(s.peak() + lane, peak);
   const vf total = word_sum(t.words, [&](int64_t v) {
     const vf w = exp(load(t.z + v * t.ld) - base);
-    store(t.z + v * t.ld, w);
+    store(t.w + v * W, w);
     return w;
   });
   const Mix m = mix(s.weight() + lane, decay, total);
@@ -158,7 +160,7 @@ inline void add_words(const Lanes& t, Metric metric, bool primal, bool first, vf
   Mix m2{};
   if (metric == Metric::probs) {
     total2 = word_sum(t.words, [&](int64_t v) {
-      const vf w = load(t.z + v * t.ld);
+      const vf w = load(t.w + v * W);
       return w * w;
     });
     m2 = mix(s.weight2() + lane, decay * decay, total2);
@@ -230,7 +232,7 @@ inline void cotangents(const Lanes& t, const float* bias, const Cap& c, const Kn
     float* row = t.z + v * t.ld;
     vf z{}, p{}, z_bar{}, through{}, slope = splat(1.0f);
     if constexpr (PRIMAL) {
-      z = (load(row) + bias[v]) * c.scale;
+      z = (load(row) + bias[v]) * c.in;
       if constexpr (CAPPED) {
         const Tanh h = tanh(z * c.inverse);
         z = h.t * c.cap;
@@ -241,7 +243,7 @@ inline void cotangents(const Lanes& t, const float* bias, const Cap& c, const Kn
     }
     for (int64_t k = 0; k < tangents; ++k) {
       float* tangent = row + t.first + k * t.step;
-      const vf z_tan = load(tangent) * (c.scale * slope), g = load(known.of(k, 4) + lane);
+      const vf z_tan = load(tangent) * (c.in * slope), g = load(known.of(k, 4) + lane);
       vf z_tan_bar;
       if constexpr (METRIC == Metric::logits) {
         z_tan_bar = 2.0f * g * z_tan;
@@ -268,7 +270,7 @@ template <Metric METRIC, bool PRIMAL, bool CAPPED>
 inline void cotangents_of_tile(const Layout& l, float* tile, int64_t words, const float* bias, const Cap& c,
                                const Known& known, int64_t lane, int64_t word) {
   for (int64_t i = 0; i < l.block; i += W) {
-    const Lanes t = lanes_of(l, tile, words, i);
+    const Lanes t = lanes_of(l, tile, nullptr, words, i);
     if (t.tangents == 1) cotangents<METRIC, PRIMAL, CAPPED, 1>(t, bias, c, known, lane + i, word);
     else cotangents<METRIC, PRIMAL, CAPPED, 0>(t, bias, c, known, lane + i, word);
   }
@@ -277,7 +279,9 @@ inline void cotangents_of_tile(const Layout& l, float* tile, int64_t words, cons
 // A tile of products to cotangents; `lane` is that of its first token in `known`.
 inline void to_cotangents(const Layout& l, Metric metric, float* tile, int64_t words, const float* bias, const Cap& c,
                           const Known& known, int64_t lane, int64_t word) {
-  const auto run = [&](auto kernel, auto capped) { (c.capped ? capped : kernel)(l, tile, words, bias, c, known, lane, word); };
+  const auto run = [&](auto kernel, auto capped) {
+    (c.capped ? capped : kernel)(l, tile, words, bias, c, known, lane, word);
+  };
   if (!l.active.primal)
     cotangents_of_tile<Metric::logits, false, false>(l, tile, words, bias, c, known, lane, word);
   else if (metric == Metric::logits)

@@ -60,7 +60,9 @@ inline Layout layout_of(const HeadInput& p, Active active) {
   const int64_t fit = min64(kChunk / floats, kPartials / (floats * l.parts));
   l.chunk = max64(round_up(128, most), fit / most * most);
   if (l.chunk > p.tokens) l.chunk = p.tokens;
-  l.block = round_up(ceil_div(l.chunk, max64(1, ceil_div(l.chunk, most))), W);
+  if (p.kept != nullptr) l.chunk = p.tokens;
+  l.block = p.kept != nullptr ? round_up(p.tokens, W)  // all in one
+                              : round_up(ceil_div(l.chunk, max64(1, ceil_div(l.chunk, most))), W);
   l.columns = round_up(active.count() * l.block, NR);
   l.ld = spread(l.columns);
   return l;

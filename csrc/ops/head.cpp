@@ -38,6 +38,18 @@ void read_input(const Args& a, HeadInput& p) {
   p.threads = a.threads;
 }
 
+// Where the logits are kept between forward and backward of a few tokens; soft-capped logits cannot be.
+void read_kept(const View& kept, HeadInput& p) {
+  if (!kept) return;
+  check_dtype(kept, "kept", DType::f32);
+  check_contiguous(kept, "kept");
+  if (p.cap > 0.0f) fail("kept logits have no cap.");
+  const int64_t needed = AAJR_SELECT(head_kernels).kept_size(p);
+  if (kept.numel() < needed || kept.numel() == 0)
+    fail("kept must have at least " + std::to_string(needed) + " elements, got " + std::to_string(kept.numel()) + ".");
+  p.kept = kept.as<float>();
+}
+
 void check_output(const View& v, const char* name, DType dtype, std::initializer_list<int64_t> shape) {
   if (!v) return;
   check_shape(v, name, shape);
@@ -46,7 +58,7 @@ void check_output(const View& v, const char* name, DType dtype, std::initializer
 }
 
 void head_fwd(const Args& a) {
-  check_count(a, 6, 2, 2);
+  check_count(a, 7, 2, 2);
   HeadForward p{};
   read_input(a, p);
   const View &stats = a.tensors[4], &nll = a.tensors[5];
@@ -54,12 +66,13 @@ void head_fwd(const Args& a) {
   check_output(stats, "stats", DType::f32, {2 + 4 * (p.stacks - 1), p.tokens});
   check_output(nll, "nll", DType::f32, {p.tokens});
   if (static_cast<bool>(nll) != static_cast<bool>(a.tensors[3])) fail("nll and labels come together.");
+  read_kept(a.tensors[6], p);
   p.stats = stats.as<float>(), p.nll = nll ? nll.as<float>() : nullptr;
   AAJR_SELECT(head_kernels).forward(p);
 }
 
 void head_bwd(const Args& a) {
-  check_count(a, 10, 2, 2);
+  check_count(a, 11, 3, 2);
   HeadBackward p{};
   read_input(a, p);
   const View &stats = a.tensors[4], &q_bar = a.tensors[5], &nll_bar = a.tensors[6];
@@ -71,6 +84,9 @@ void head_bwd(const Args& a) {
   check_output(h_bar, "h_bar", p.dtype, {p.stacks, p.tokens, p.size});
   check_output(w_bar, "w_bar", p.dtype, {p.words, p.size});
   check_output(b_bar, "b_bar", DType::f32, {p.words});
+  read_kept(a.tensors[10], p);
+  p.more = a.ints[2] != 0;
+  if (p.more && p.dtype != DType::f32) fail("sums of several calls must be float32.");
   p.stats = stats.as<float>();
   p.q_bar = q_bar ? q_bar.as<float>() : nullptr, p.nll_bar = nll_bar ? nll_bar.as<float>() : nullptr;
   p.h_bar = h_bar.data, p.w_bar = w_bar.data, p.b_bar = b_bar.as<float>();
@@ -78,12 +94,13 @@ void head_bwd(const Args& a) {
 }
 
 const Register register_fwd("head_fwd",
-                            "tensors: h, weight, bias|None, labels|None, stats, nll|None; ints: metric, ignore; "
-                            "floats: scale, cap (0 for none)",
+                            "tensors: h, weight, bias|None, labels|None, stats, nll|None, kept|None; "
+                            "ints: metric, ignore; floats: scale, cap (0 for none)",
                             head_fwd);
 const Register register_bwd("head_bwd",
                             "tensors: h, weight, bias|None, labels|None, stats, q_bar|None, nll_bar|None, h_bar|None, "
-                            "w_bar|None, b_bar|None; ints: metric, ignore; floats: scale, cap (0 for none)",
+                            "w_bar|None, b_bar|None, kept|None; ints: metric, ignore, more; "
+                            "floats: scale, cap (0 for none)",
                             head_bwd);
 
 }  // namespace

@@ -240,11 +240,13 @@ def test_named_backend_does_not_fall_back():
         (3, torch.zeros(3), "labels must be int64, got float32"),
         (4, torch.zeros(4, 3), r"stats must have shape \[6, 3\]"),
         (5, None, "nll and labels come together"),
+        (6, torch.zeros(9), "kept must have at least [0-9]+ elements, got 9"),
+        (6, torch.zeros(10000).bfloat16(), "kept must be float32"),
     ],
 )
 def test_entry_points_check_before_they_touch_memory(index, value, words):
     tensors = [torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(9), torch.zeros(3, dtype=torch.long)]
-    tensors += [torch.zeros(6, 3), torch.zeros(3)]
+    tensors += [torch.zeros(6, 3), torch.zeros(3), None]
     native.call("head_fwd", tuple(tensors), (2, -100), (1.0, 0.0))
     tensors[index] = value
     with pytest.raises(ValueError, match=words):
@@ -261,20 +263,26 @@ def run(tokens, words, size):
     h = torch.randn(2, tokens, size, requires_grad=True)
     w = torch.randn(words, size).mul_(0.05).requires_grad_()
     def step():
-        lm_head_penalty(Dual(h), w).mean().backward()
+        lm_head_penalty(Dual(h), w, expected=EXPECTED).mean().backward()
     _, cost = measure(step, h.device)
     gradients = 4 * (h.numel() + w.numel())
     return -1 if cost.peak_bytes is None else cost.peak_bytes - gradients
 run(8, 100, 16)
-print(run(512, 32000, SIZE))
+print(run(512, 32000, 96))
 """
 
 
-@pytest.mark.parametrize("size", [32, pytest.param(384, marks=pytest.mark.slow)])
-def test_memory_beside_the_gradients(size):
-    script = MEASURE.replace("SIZE", str(size))
+@pytest.mark.parametrize(
+    ("expected", "megabytes"),
+    [
+        ("None", 32),
+        pytest.param("lambda q, rows: (torch.ones_like(q), None)", 64, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_beside_the_gradients(expected, megabytes):
+    script = MEASURE.replace("EXPECTED", expected)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     extra = int(done.stdout)
     if extra < 0:
         pytest.skip("this system does not tell the resident memory of a process (/proc/self/statm)")
-    assert extra < 32 * 2**20  # the logits alone would take 64 MB
+    assert extra < megabytes * 2**20  # the logits and their tangents would take 128
