@@ -176,7 +176,7 @@ def _check_options(
         )
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"attention: dropout must be a probability between 0 and 1, got {dropout!r}.")
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
 
 
 def _plain(
