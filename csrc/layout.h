@@ -13,7 +13,10 @@ struct RowLayout {
 
   int64_t rows() const {
     int64_t n = 1;
-    for (int i = 0; i < outer; ++i) n *= outer_size[i];
+    for (int i = 0; i < outer; ++i)
+      if (outer_size[i] == 0) return 0;
+    for (int i = 0; i < outer; ++i)  // rows without elements may be more than can be counted
+      if (__builtin_mul_overflow(n, outer_size[i], &n)) return INT64_MAX;
     return n;
   }
 };
