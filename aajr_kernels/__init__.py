@@ -11,7 +11,7 @@ from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu,
 from .ops.attention import attention
 from .ops.head import lm_head_penalty
 from .ops.linear import linear
-from .ops.norm import layer_norm, rms_norm
+from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .ops.reduce import sensitivity
 from .ops.rotary import rotary
 from .runtime import BackendUnavailable, Coverage, UnsupportedOperation, backends, coverage, use_backend
@@ -25,6 +25,8 @@ __all__ = [
     "Dual",
     "LMHead",
     "UnsupportedOperation",
+    "add_layer_norm",
+    "add_rms_norm",
     "aligned_penalty",
     "attention",
     "backends",

@@ -54,7 +54,7 @@ def test_an_op_without_that_backend_says_so():
 
 
 def test_coverage_counts_ops_shares_and_what_is_unsupported():
-    x, weight = dual(4, 8), torch.randn(16, 8)
+    x, weight = dual(4, 8, dtype=torch.float64), torch.randn(16, 8, dtype=torch.float64)
     with aajr.coverage() as outer:
         with aajr.coverage() as inner:
             F.linear(x, weight).tanh().sum()

@@ -19,8 +19,6 @@ namespace aajr {
 namespace AAJR_ARCH {
 namespace {
 
-constexpr int kSumRows = 64;  // rows that a first level of the parameter gradients takes before it is emptied
-
 template <bool Centred, class T, class Tag>
 AAJR_INLINE vf centred(const T* x, float mean, Tag tag) {
   // elements past the end are zero after the subtraction too
@@ -250,14 +248,6 @@ void backward_row(const NormBackward& p, const float* scale, Tangent* each, cons
   T* x_bar = reinterpret_cast<T*>(p.x_bar) + index * n;
   if (tangents == 1) backward_write<T, Centred, true>(p, row, scale, add, x_bar, s, mean_a);
   else backward_write<T, Centred, false>(p, row, scale, add, x_bar, s, mean_a);
-}
-
-AAJR_INLINE void clear(float* x, int64_t n) {
-  if (x) std::memset(x, 0, n * sizeof(float));
-}
-AAJR_INLINE void flush(float* from, float* to, int64_t n) {
-  if (!from) return;
-  for (int64_t i = 0; i < n; ++i) to[i] += from[i], from[i] = 0.0f;
 }
 
 template <class T>

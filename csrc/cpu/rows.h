@@ -65,5 +65,16 @@ inline void widen_row(const char* from, DType dtype, float* to, int64_t n, float
   else widen_row(reinterpret_cast<const f16*>(from), to, n, offset);
 }
 
+// Sums over rows have two levels: the first takes this many rows before it is emptied into the second.
+constexpr int kSumRows = 64;
+
+AAJR_INLINE void clear(float* x, int64_t n) {
+  if (x) std::memset(x, 0, n * sizeof(float));
+}
+AAJR_INLINE void flush(float* from, float* to, int64_t n) {
+  if (!from) return;
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i], from[i] = 0.0f;
+}
+
 }  // namespace AAJR_ARCH
 }  // namespace aajr

@@ -163,6 +163,32 @@ def test_weights_of_another_dtype(capability):
     compare(x, g, weight.half(), bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [(2, 2), (1, 3), (4, 1), (1, 1)])
+def test_sum_and_norm(capability, dtype, counts):
+    weight, bias = draw(37, dtype=dtype), draw(37, dtype=dtype)
+    x, residual = (
+        draw(counts[0], 5, 3, 40, dtype=dtype)[..., 1:38].transpose(1, 2),
+        draw(counts[1], 3, 5, 37, dtype=dtype),
+    )
+    g, sum_bar = (
+        draw(max(counts), 3, 5, 37, dtype=dtype),
+        draw(max(counts), 5, 3, 50, dtype=dtype)[..., :37].transpose(1, 2),
+    )
+    results = []
+    for module, cast in ((ours, lambda t: t), (reference, lambda t: t), (reference, torch.Tensor.double)):
+        x_, residual_, weight_, bias_, g_, sum_bar_ = map(cast, (x, residual, weight, bias, g, sum_bar))
+        y, summed, stats = module.add_norm_fwd(x_, residual_, weight_, bias_, 1e-5, 0.0, True)
+        # at the rounded sum: how the rounding moves the rest is no error of the kernel
+        at = cast(results[0][1]) if results else summed
+        y, stats = module.norm_fwd(at, weight_, bias_, 1e-5, 0.0, True) if results else (y, stats)
+        bars = module.norm_bwd(g_, at, weight_, stats, 0.0, True, True, True, True, sum_bar_)
+        results.append((y, summed, *bars))
+    assert torch.equal(results[0][1], results[1][1])
+    for mine, theirs, truth in zip(*results):
+        assert_within_budget(mine, theirs, truth)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

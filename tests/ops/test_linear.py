@@ -111,7 +111,8 @@ def test_autocast_uses_the_low_dtype():
 def test_coverage_counts_the_product():
     with coverage() as cov:
         linear(Dual(torch.randn(3, 2, 5)), torch.randn(4, 5))
-    assert cov.entries == {("linear", "reference"): [1, 2.0 * 3 * 2 * 5 * 4]}
+    assert [op for op, _ in cov.entries] == ["linear"]
+    assert list(cov.entries.values()) == [[1, 2.0 * 3 * 2 * 5 * 4]]
 
 
 @pytest.mark.parametrize(

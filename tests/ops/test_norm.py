@@ -11,7 +11,7 @@ from budgets import assert_exact, assert_within_budget, relative_error
 from ops.op_checks import check, check_low, forward_mode, outcome, stacks
 
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
-from aajr_kernels.ops.norm import layer_norm, reference, rms_norm
+from aajr_kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, reference, rms_norm
 
 EPS = 1e-3
 
@@ -259,5 +259,131 @@ def test_coverage():
     ],
 )
 def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call(Dual(torch.randn(2, 3, 5)))
+
+
+# ------------------------------------------------------------------------------------- sums with a residual stream
+
+
+def one_stack(pair):
+    """Both results of a fused sum and norm as one Dual, so that both cotangents are seen."""
+    return Dual(torch.cat([result.stacked for result in pair], -1))
+
+
+def pair_of(formula):
+    def both(x, residual, *w):
+        summed = x + residual
+        return torch.cat([formula(summed, *w), summed], -1)
+
+    return both
+
+
+@pytest.mark.parametrize("stacks_of", [(1, 1), (3, 3), (0, 2), (1, 0)])
+@pytest.mark.parametrize("size", [2, 37])
+def test_add_norms(stacks_of, size):
+    x, residual = (stacks(2, 3, size, k=k) for k in stacks_of)
+    check(
+        lambda x, r, w: one_stack(add_rms_norm(x, r, size, w, EPS, offset=1.0)),
+        pair_of(rms_formula(offset=1.0)),
+        [x, residual],
+        weights(size),
+    )
+    check(
+        lambda x, r, w, b: one_stack(add_layer_norm(x, r, (size,), w, b, EPS)),
+        pair_of(layer_formula()),
+        [x, residual],
+        weights(size, count=2),
+    )
+
+
+def test_add_norms_of_several_axes():
+    x, residual = stacks(3, 4, 5), stacks(3, 4, 5, k=0)
+    check(
+        lambda x, r, w: one_stack(add_rms_norm(x, r, (4, 5), w, EPS)),
+        pair_of(rms_formula(2)),
+        [x, residual],
+        weights(4, 5),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_add_norms_in_low_dtypes(dtype):
+    def eager(formula):
+        # as the models do: the sum is rounded to the dtype, the norm computed in float32
+        def both(x, residual, *w):
+            summed = x + residual
+            return torch.cat([formula(summed.float(), *(v.float() for v in w)).to(x.dtype), summed], -1)
+
+        return both
+
+    x, residual = stacks(31, 96, k=2, scale=3.0), stacks(31, 96, k=2)
+    op = lambda x, r, w: one_stack(add_rms_norm(x, r, 96, w, EPS))
+    check_low(op, eager(rms_formula()), [x, residual], weights(96), dtype, pair_of(rms_formula()))
+    op = lambda x, r, w, b: one_stack(add_layer_norm(x, r, 96, w, b, EPS))
+    check_low(
+        op, eager(layer_formula()), [x, residual], weights(96, count=2), dtype, pair_of(layer_formula())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_add_norms_are_the_sum_and_its_norm(dtype):
+    x, residual, w = stacks(4, 6).to(dtype), stacks(4, 6).to(dtype), torch.randn(6, dtype=dtype)
+    with coverage() as cov:
+        normed, summed = add_rms_norm(Dual(x), Dual(residual), 6, w)
+    assert {op for op, _ in cov.entries} == {"add_rms_norm"}
+    assert torch.equal(summed.stacked, x + residual)
+    torch.testing.assert_close(normed.stacked, rms_norm(Dual(x + residual), 6, w).stacked)
+    for op, norm in ((add_rms_norm, rms_norm), (add_layer_norm, layer_norm)):
+        normed, summed = op(x[0], residual[0], 6, w)
+        assert torch.equal(summed, x[0] + residual[0]) and torch.equal(normed, norm(summed, 6, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_add_norms_where_one_result_is_unused(dtype):
+    x, residual, w = (t.to(dtype).requires_grad_() for t in (stacks(4, 6), stacks(4, 6, k=0), torch.randn(6)))
+    leaves = (x, residual, w)
+    normed, summed = add_layer_norm(Dual(x), residual[0], 6, w)
+    only_sum = torch.autograd.grad(summed.stacked.sum(), leaves, retain_graph=True, allow_unused=True)
+    assert torch.equal(only_sum[0], torch.ones_like(x)) and torch.equal(
+        only_sum[1], torch.ones_like(residual)
+    )
+    assert only_sum[2] is None
+    got = torch.autograd.grad(normed.stacked.square().sum(), leaves)
+    expected = torch.autograd.grad(layer_norm(Dual(x) + residual[0], 6, w).stacked.square().sum(), leaves)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_add_norms_under_autocast_and_with_mixed_dtypes():
+    x, residual, w = stacks(3, 5).bfloat16(), stacks(3, 5).float(), torch.ones(5)
+    normed, summed = add_rms_norm(Dual(x), Dual(residual), 5, w)
+    assert normed.dtype == summed.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        normed, summed = add_rms_norm(Dual(x), Dual(x), 5, w)
+        assert normed.dtype == torch.float32 and summed.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x: add_rms_norm(x, torch.randn(5), 5), ValueError, "residual must have the shape of x"),
+        (lambda x: add_layer_norm(x, x, 6), ValueError, "normalized_shape must be the trailing axes of x"),
+        (lambda x: add_rms_norm(x, x, 5, torch.ones(4)), ValueError, "weight must have shape"),
+        (lambda x: add_rms_norm(x, x, 5, offset=1.0), ValueError, "offset is 1.0 but weight is None"),
+        (
+            lambda x: add_layer_norm(x, x, 5, torch.ones(5).double()),
+            RuntimeError,
+            "weight must have the dtype",
+        ),
+        (lambda x: add_layer_norm(x, Dual(torch.randn(3, 3, 5)), 5), ValueError, "1 and 2 tangents"),
+        (
+            lambda x: add_rms_norm(x, x, 5, dual(torch.ones(5), torch.ones(5))),
+            UnsupportedOperation,
+            "is a Dual",
+        ),
+    ],
+)
+def test_add_norm_errors(call, error, words):
     with pytest.raises(error, match=words):
         call(Dual(torch.randn(2, 3, 5)))

@@ -107,7 +107,7 @@ def test_tables_without_gradient_save_no_input():
 def test_coverage():
     with coverage() as cov:
         rotary(Dual(torch.randn(2, 1, 1, 3, 4)), torch.ones(1, 3, 4), torch.ones(1, 3, 4))
-    assert list(cov.entries) == [("rotary", "reference")]
+    assert [op for op, _ in cov.entries] == ["rotary"]
 
 
 @pytest.mark.parametrize(

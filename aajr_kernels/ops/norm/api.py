@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ... import runtime
-from ...dual import Dual, is_dual
+from ...dual import Dual
+from .checks import check_dtypes, check_offset, check_shapes, refuse_dual_weights, trailing_shape, wide_dtype
 from .function import NormFunction
 
 
@@ -62,18 +63,17 @@ def rms_norm(
         UnsupportedOperation: `weight` is a Dual.
         ValueError: shapes do not agree, or an offset comes without a weight.
     """
-    _refuse_dual_weights("rms_norm", weight=weight)
-    shape = _shape("rms_norm", x, normalized_shape)
-    if weight is None and offset != 0.0:
-        raise ValueError(f"rms_norm: offset is {offset} but weight is None: an offset is added to a weight.")
+    refuse_dual_weights("rms_norm", weight=weight)
+    shape = trailing_shape("rms_norm", x, normalized_shape)
+    check_offset("rms_norm", weight, offset)
     if not isinstance(x, Dual):
         if offset == 0.0:
             return F.rms_norm(x, shape, weight, eps)
         assert weight is not None
-        wide = _wide(x.dtype)
+        wide = wide_dtype(x.dtype)
         return F.rms_norm(x.to(wide), shape, weight.to(wide) + offset, eps).to(x.dtype)
     if eps is None:
-        eps = torch.finfo(_wide(x.stacked.dtype)).eps
+        eps = torch.finfo(wide_dtype(x.stacked.dtype)).eps
     return _norm("rms_norm", x, shape, weight, None, eps, offset, False)
 
 
@@ -124,16 +124,12 @@ def layer_norm(
         ValueError: shapes do not agree.
         RuntimeError: dtypes do not agree.
     """
-    _refuse_dual_weights("layer_norm", weight=weight, bias=bias)
-    shape = _shape("layer_norm", x, normalized_shape)
+    refuse_dual_weights("layer_norm", weight=weight, bias=bias)
+    shape = trailing_shape("layer_norm", x, normalized_shape)
     if not isinstance(x, Dual):
         return F.layer_norm(x, shape, weight, bias, eps)
-    dtype, autocast = x.stacked.dtype, torch.is_autocast_enabled(x.stacked.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and not autocast and value.dtype not in (dtype, _wide(dtype)):
-            raise RuntimeError(
-                f"layer_norm: {name} must have the dtype of x ({dtype}), got {value.dtype}: cast one of them."
-            )
+    if not torch.is_autocast_enabled(x.stacked.device.type):
+        check_dtypes("layer_norm", x.stacked.dtype, weight=weight, bias=bias)
     return _norm("layer_norm", x, shape, weight, bias, eps, 0.0, True)
 
 
@@ -147,9 +143,7 @@ def _norm(
     offset: float,
     centred: bool,
 ) -> Dual:
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(value.shape)}.")
+    check_shapes(op, shape, weight=weight, bias=bias)
     stacked, weight, bias = runtime.autocast_float32(x.stacked, weight, bias)
     backend = runtime.select_backend("norm", stacked, weight, bias)
     if runtime.recording():
@@ -160,25 +154,3 @@ def _norm(
     flat = [None if value is None else value.reshape(-1) for value in (weight, bias)]
     y = NormFunction.apply(rows, *flat, float(eps), float(offset), centred, backend)
     return Dual(y.reshape(stacked.shape))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _shape(op: str, x: torch.Tensor | Dual, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
-        raise ValueError(
-            f"{op}: normalized_shape must be the trailing axes of x, whose shape is {tuple(x.shape)}, got {shape}."
-        )
-    return shape
-
-
-def _refuse_dual_weights(op: str, **weights: object) -> None:
-    for name, value in weights.items():
-        if is_dual(value):
-            raise runtime.UnsupportedOperation(
-                f"{op}: {name} is a Dual, and this op takes plain weights: call it without {name} and apply {name} "
-                f"with * or +, or pass {name}.primal where no tangent is wanted."
-            )

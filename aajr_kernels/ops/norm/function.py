@@ -39,20 +39,77 @@ class NormFunction(torch.autograd.Function):
         if y_bar is None:
             return (None,) * 7
         x, weight, stats = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        weight_bar = bias_bar = x_bar = None
-        with runtime.no_autocast(y_bar.device.type):
-            if x is None:  # only the bias is trained
-                wide = torch.float64 if y_bar.dtype == torch.float64 else torch.float32
-                bias_bar = (
-                    y_bar[0].flatten(0, -2).sum(0, dtype=wide) if y_bar.dim() > 2 else y_bar[0].to(wide)
-                )
-            else:
-                x_bar, weight_bar, bias_bar = runtime.implementation("norm", ctx.backend).norm_bwd(
-                    y_bar, x, weight, stats, ctx.offset, ctx.centred, need_x, need_weight, need_bias
-                )
-        if weight_bar is not None:
-            weight_bar = weight_bar.to(weight.dtype)
-        if bias_bar is not None:
-            bias_bar = bias_bar.to(ctx.bias_dtype)
-        return x_bar, weight_bar, bias_bar, None, None, None, None
+        return *_gradients(ctx, y_bar, x, weight, stats, ctx.needs_input_grad[:3]), None, None, None, None
+
+
+class AddNormFunction(torch.autograd.Function):
+    """The norm of ``x + residual`` and the sum, both ``[1 + K, *batch, C]``; either input may be ``[1, *batch, C]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        offset: float,
+        centred: bool,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.offset, ctx.centred, ctx.backend = offset, centred, backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.stacks = x.shape[0], residual.shape[0]
+        with runtime.no_autocast(x.device.type):
+            y, summed, stats = runtime.implementation("norm", backend).add_norm_fwd(
+                x, residual, weight, bias, eps, offset, centred
+            )
+        needed = any(ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*((summed, weight, stats) if needed else (None, None, None)))
+        return y, summed
+
+    @staticmethod
+    @runtime.first_order
+    def backward(
+        ctx: Any, y_bar: torch.Tensor | None, sum_bar: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+        both, weight_bar, bias_bar = sum_bar, None, None
+        if y_bar is not None:
+            summed, weight, stats = ctx.saved_tensors
+            needs = need_x or need_residual, need_weight, need_bias
+            both, weight_bar, bias_bar = _gradients(ctx, y_bar, summed, weight, stats, needs, sum_bar)
+        bars = [
+            both[:count]
+            if need and both is not None
+            else None  # an input without tangents takes the primal's part
+            for need, count in zip((need_x, need_residual), ctx.stacks)
+        ]
+        return *bars, weight_bar, bias_bar, None, None, None, None
+
+
+def _gradients(
+    ctx: Any,
+    y_bar: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+    sum_bar: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Cotangents of what was normalised, the weight and the bias, the latter two in their dtypes."""
+    x_bar = weight_bar = bias_bar = None
+    with runtime.no_autocast(y_bar.device.type):
+        if x is None:  # only the bias is trained
+            wide = torch.float64 if y_bar.dtype == torch.float64 else torch.float32
+            bias_bar = y_bar[0].reshape(-1, y_bar.shape[-1]).sum(0, dtype=wide)
+        else:
+            x_bar, weight_bar, bias_bar = runtime.implementation("norm", ctx.backend).norm_bwd(
+                y_bar, x, weight, stats, ctx.offset, ctx.centred, *needs, sum_bar
+            )
+    if weight_bar is not None and weight is not None:
+        weight_bar = weight_bar.to(weight.dtype)
+    if bias_bar is not None:
+        bias_bar = bias_bar.to(ctx.bias_dtype)
+    return x_bar, weight_bar, bias_bar

@@ -27,6 +27,24 @@ def norm_fwd(
     return y, stats
 
 
+def add_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    stacks = max(x.shape[0], residual.shape[0])
+    y, summed = (torch.empty((stacks, *x.shape[1:]), dtype=x.dtype) for _ in range(2))
+    shape = (2 * stacks if centred else stacks, math.prod(x.shape[1:-1]))
+    stats = torch.empty(shape, dtype=torch.float32)
+    tensors = (_rows(x), _rows(y), stats, _rows(weight), _rows(bias), _rows(residual), _rows(summed))
+    call("norm_fwd", tensors, (centred,), (eps, offset))
+    return y, summed, stats
+
+
 def norm_bwd(
     y_bar: torch.Tensor,
     x: torch.Tensor,
@@ -37,11 +55,12 @@ def norm_bwd(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    sum_bar: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     x_bar = torch.empty(x.shape, dtype=x.dtype) if need_x else None
     w_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_weight else None
     b_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_bias else None
-    tensors = (_rows(y_bar), _rows(x), _rows(weight), stats, _rows(x_bar), w_bar, b_bar, None)
+    tensors = (_rows(y_bar), _rows(x), _rows(weight), stats, _rows(x_bar), w_bar, b_bar, _rows(sum_bar))
     call("norm_bwd", tensors, (centred,), (offset,))
     return x_bar, w_bar, b_bar
 

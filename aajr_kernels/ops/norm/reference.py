@@ -86,6 +86,33 @@ def norm_fwd(
     return result, stats
 
 
+def add_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`norm_fwd` of ``x + residual``, rounded to their dtype first.
+
+    Args:
+        x: ``[1 + K, *batch, C]``, or ``[1, *batch, C]`` where it has no tangents.
+        residual: likewise.
+
+    Returns:
+        y, the sum, statistics.
+    """
+    if x.shape[0] == residual.shape[0]:
+        summed = x + residual
+    else:
+        more, fewer = (x, residual) if x.shape[0] > residual.shape[0] else (residual, x)
+        summed = torch.cat([more[:1] + fewer, more[1:]])
+    y, stats = norm_fwd(summed, weight, bias, eps, offset, centred)
+    return y, summed, stats
+
+
 def norm_bwd(
     y_bar: torch.Tensor,
     x: torch.Tensor,
@@ -96,13 +123,17 @@ def norm_bwd(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    sum_bar: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Cotangents of the stacked rows ``[1 + K, *batch, C]``, the weight ``[C]`` and the bias ``[C]``.
+
+    `sum_bar`, what comes to x from elsewhere, is added to the first.
 
     Weight and bias gradients come in float32 (float64 for float64). None where not needed.
     """
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     x, y_bar, x_bar = _rows(x), _rows(y_bar), None if result is None else _rows(result)
+    more = None if sum_bar is None else _rows(sum_bar)
     k, size, wide = x.shape[0] - 1, x.shape[2], _wide(x.dtype)
     w_bar = x.new_zeros(size, dtype=wide) if need_weight else None
     b_bar = x.new_zeros(size, dtype=wide) if need_bias else None
@@ -140,5 +171,7 @@ def norm_bwd(
             out[0].addcmul_(xs[1 + i], (r2 * beta[i]).unsqueeze(-1), value=-1)
         if centred:
             out -= out.mean(-1, keepdim=True)
+        if more is not None:
+            out += more[:, block]
         x_bar[:, block] = out
     return result, w_bar, b_bar
