@@ -29,6 +29,22 @@ inline Axes axes_of(const View& v, int first, int last) {
   return a;
 }
 
+// How many rows the axes [first, last) count.
+inline int64_t rows_of(const View& v, int first, int last) {
+  int64_t rows = 1;
+  for (int i = first; i < last; ++i)
+    if (v.size[i] == 0) return 0;
+  for (int i = first; i < last; ++i)
+    if (__builtin_mul_overflow(rows, v.size[i], &rows)) fail("a tensor has more rows than can be counted.");
+  return rows;
+}
+
+// Threads worth starting for so many elements: one costs about as much as 32768 of them take.
+inline int threads_for(int threads, int64_t elements) {
+  const int64_t most = 1 + elements / 32768;
+  return most < threads ? static_cast<int>(most) : threads;
+}
+
 // Offset of row number `index` in elements. Internal linkage: kernel files compile it for different processors.
 static inline __attribute__((always_inline)) int64_t offset_of(const Axes& a, int64_t index) {
   int64_t offset = 0;

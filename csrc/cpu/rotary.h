@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../view.h"
+#include "../axes.h"
 #include "capabilities.h"
 
 namespace aajr {

@@ -6,11 +6,6 @@
 namespace aajr {
 namespace {
 
-int threads_for(int threads, int64_t elements) {
-  const int64_t most = 1 + elements / 32768;
-  return most < threads ? static_cast<int>(most) : threads;
-}
-
 void linear_bias(const Args& a) {
   check_count(a, 3, 0, 0);
   const View &product = a.tensors[0], &y = a.tensors[1], &bias = a.tensors[2];
@@ -50,11 +45,10 @@ void column_sum(const Args& a) {
   check_shape(sum, "sum", {p.size});
   check_dtype(sum, "sum", x.dtype);
   check_contiguous(sum, "sum");
-  p.rows = x.size[0] > 0 ? 1 : 0;
-  for (int i = 1; i + 1 < x.dim; ++i) p.rows *= x.size[i];
+  p.rows = x.size[0] > 0 ? rows_of(x, 1, x.dim - 1) : 0;
   p.x = x.data, p.x_rows = axes_of(x, 1, x.dim - 1);
   p.sum = sum.data;
-  p.threads = threads_for(a.threads, p.rows * p.size);
+  p.threads = threads_for(a.threads, x.numel());
   if (p.size > 0) AAJR_SELECT(linear_kernels).column_sum(p);
 }
 

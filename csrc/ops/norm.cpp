@@ -13,12 +13,6 @@ void check_rows(const View& v, const char* name) {
   check_last_stride(v, name);
 }
 
-int64_t rows_of(const View& v) {
-  int64_t rows = 1;
-  for (int i = 1; i + 1 < v.dim; ++i) rows *= v.size[i];
-  return rows;
-}
-
 // the shape of `like`, but `stacks` for its first axis
 void check_like(const View& v, const char* name, const View& like, int64_t stacks) {
   bool same = v.present && v.dim == like.dim && v.size[0] == stacks;
@@ -40,12 +34,6 @@ void check_output(const View& v, const char* name, std::initializer_list<int64_t
   check_contiguous(v, name);
 }
 
-// Starting a thread costs about as much as 32768 elements take.
-int threads_for(int threads, int64_t elements) {
-  const int64_t most = 1 + elements / 32768;
-  return most < threads ? static_cast<int>(most) : threads;
-}
-
 void norm_fwd(const Args& a) {
   check_count(a, 7, 1, 2);
   const View &x = a.tensors[0], &y = a.tensors[1], &stats = a.tensors[2], &weight = a.tensors[3], &bias = a.tensors[4],
@@ -53,7 +41,7 @@ void norm_fwd(const Args& a) {
   check_rows(x, "x");
   const bool centred = a.ints[0] != 0;
   int64_t s = x.size[0];
-  const int64_t rows = rows_of(x), size = x.size[x.dim - 1];
+  const int64_t rows = rows_of(x, 1, x.dim - 1), size = x.size[x.dim - 1];
   if (residual) {
     check_rows(residual, "residual");
     check_like(residual, "residual", x, residual.size[0]);
@@ -79,7 +67,7 @@ void norm_fwd(const Args& a) {
   p.y = y.data, p.stats = stats.as<float>();
   p.weight = weight.data, p.bias = bias.data;
   p.eps = static_cast<float>(a.floats[0]), p.offset = static_cast<float>(a.floats[1]);
-  p.centred = centred, p.threads = threads_for(a.threads, s * rows * size);
+  p.centred = centred, p.threads = threads_for(a.threads, y.numel());
   if (s > 0 && rows > 0 && size > 0) AAJR_SELECT(norm_kernels).forward(p);
 }
 
@@ -88,7 +76,7 @@ void norm_bwd(const Args& a) {
   const View &y_bar = a.tensors[0], &x = a.tensors[1], &weight = a.tensors[2], &stats = a.tensors[3],
              &x_bar = a.tensors[4], &w_bar = a.tensors[5], &b_bar = a.tensors[6], &sum_bar = a.tensors[7];
   check_rows(x, "x");
-  const int64_t s = x.size[0], rows = rows_of(x), size = x.size[x.dim - 1];
+  const int64_t s = x.size[0], rows = rows_of(x, 1, x.dim - 1), size = x.size[x.dim - 1];
   const bool centred = a.ints[0] != 0;
   check_like(y_bar, "y_bar", x, s);
   check_last_stride(y_bar, "y_bar");
@@ -109,7 +97,7 @@ void norm_bwd(const Args& a) {
   p.weight = weight.data;
   p.x_bar = x_bar.data, p.w_bar = w_bar.as<float>(), p.b_bar = b_bar.as<float>();
   p.offset = static_cast<float>(a.floats[0]);
-  p.centred = centred, p.threads = threads_for(a.threads, s * rows * size);
+  p.centred = centred, p.threads = threads_for(a.threads, x.numel());
   // without rows the parameter gradients are zero, and somebody has to write them
   if (s > 0 && size > 0) AAJR_SELECT(norm_kernels).backward(p);
 }

@@ -43,11 +43,6 @@ void append(RotaryAxes& a, int64_t size, int64_t x, int64_t y, int64_t cos, int6
   a.size[i] = size, a.x[i] = x, a.y[i] = y, a.cos[i] = cos, a.sin[i] = sin;
 }
 
-int threads_for(int threads, int64_t elements) {
-  const int64_t most = 1 + elements / 32768;
-  return most < threads ? static_cast<int>(most) : threads;
-}
-
 void rotary(const Args& a) {
   check_count(a, 4, 2, 0);
   const View &x = a.tensors[0], &y = a.tensors[1], &cos = a.tensors[2], &sin = a.tensors[3];
@@ -62,9 +57,8 @@ void rotary(const Args& a) {
   if (sin.size[sin.dim - 1] != p.rotated) fail("sin must turn as many features as cos.");
   // the order in which x lies in memory; rows of one position that differ by the head share a table row then
   int order[kMaxDims], axes = 0;
-  p.rows = 1;
+  p.rows = rows_of(x, 0, x.dim - 1);
   for (int i = 0; i + 1 < x.dim; ++i) {
-    p.rows *= x.size[i];
     if (x.size[i] == 1) continue;
     int at = axes++;
     for (; at > 0 && x.stride[order[at - 1]] < x.stride[i]; --at) order[at] = order[at - 1];
@@ -96,6 +90,7 @@ void rotary_tables(const Args& a) {
   RotaryTables p{};
   p.dtype = x.dtype;
   p.rotated = cos_bar.size[cos_bar.dim - 1];
+  rows_of(x, 0, x.dim - 1);  // can be counted
   p.tables = p.rows = 1;
   for (int i = 0; i + 1 < x.dim; ++i) {
     const int j = i - (x.dim - cos_bar.dim);

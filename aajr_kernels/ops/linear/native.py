@@ -9,19 +9,22 @@ import torch
 from ...native import call, row_dense
 from . import reference
 
+_MAX_AXES = 8  # of a tensor that crosses to the native module
+
 
 def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     bias = None if bias is None else row_dense(bias)
     if _widen(x.dtype):
         product = torch.nn.functional.linear(x.float(), weight.float())
         y = torch.empty(product.shape, dtype=x.dtype)
-        _bias(product.contiguous(), y, bias)
+        call("linear_bias", (_rows(product.contiguous()), _rows(y), bias))
         return y
     y = torch.nn.functional.linear(x, weight)
     if bias is not None:
         if not y.is_contiguous():
             y = y.contiguous()
-        _bias(y, y, bias)
+        rows = _rows(y)
+        call("linear_bias", (rows, rows, bias))  # of the primal, the first of the stacked tensors
     return y
 
 
@@ -31,8 +34,7 @@ def linear_bwd(
     bias_bar = None
     if need_bias:
         bias_bar = torch.empty(y_bar.shape[-1], dtype=y_bar.dtype)
-        rows = y_bar if y_bar.dim() <= 3 else y_bar.flatten(1, -2)
-        call("column_sum", (row_dense(rows), bias_bar))
+        call("column_sum", (row_dense(_rows(y_bar)), bias_bar))
     if _widen(y_bar.dtype):
         wide_x, wide_weight = (None if t is None else t.float() for t in (x, weight))
         x_bar, weight_bar, _ = reference.linear_bwd(y_bar.float(), wide_x, wide_weight, False)
@@ -42,13 +44,9 @@ def linear_bwd(
     return x_bar, weight_bar, bias_bar
 
 
-def _bias(product: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
-    # the bias belongs to the primal, the first of the stacked tensors
-    shape = (y.shape[0], -1, y.shape[-1])
-    if y.dim() > 3 and y.numel():
-        call("linear_bias", (product.view(shape), y.view(shape), bias))
-    else:
-        call("linear_bias", (product, y, bias))
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with as few axes as the module takes."""
+    return x if x.dim() <= _MAX_AXES else x.flatten(1, -2)
 
 
 @functools.cache
