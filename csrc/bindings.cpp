@@ -18,11 +18,6 @@ namespace py = pybind11;
 
 namespace aajr {
 
-std::vector<Registered>& registry() {
-  static std::vector<Registered> entries;
-  return entries;
-}
-
 namespace {
 
 View view_of(const py::handle& item) {
