@@ -68,7 +68,7 @@ struct AttentionBackwardKernels {
   void (*backward)(const AttentionBackward&);
 };
 
-AAJR_DECLARE_KERNELS(AttentionKernels, attention_kernels)
-AAJR_DECLARE_KERNELS(AttentionBackwardKernels, attention_backward_kernels)
+AAJR_DECLARE_AMX_KERNELS(AttentionKernels, attention_kernels)
+AAJR_DECLARE_AMX_KERNELS(AttentionBackwardKernels, attention_backward_kernels)
 
 }  // namespace aajr

@@ -5,37 +5,13 @@
 // and the products with them. A unit of work is a share of the query blocks of one (batch row, key head): it owns
 // their query gradients and has a sum of its own for the key and value gradients; the sums of a key head's units are
 // added in order, so results do not depend on scheduling.
+//
+// attention_backward_amx.cpp compiles this file once more, for bfloat16 products.
 #include "attention_cotangents.h"
 
 namespace aajr {
 namespace AAJR_ARCH {
 namespace {
-
-// C += (or =) a sum of products of any number of terms.
-class Product {
- public:
-  Product(int64_t m, int64_t n, float* c, int64_t ldc, bool accumulate = true)
-      : m_(m), n_(n), c_(c), ldc_(ldc), accumulate_(accumulate) {}
-  void add(const Term& term) {
-    if (count_ == kMost) run();
-    terms_[count_++] = term;
-  }
-  void run() {
-    if (accumulate_) gemm<true>(m_, n_, terms_, count_, c_, ldc_);
-    else gemm<false>(m_, n_, terms_, count_, c_, ldc_);
-    accumulate_ = true;
-    count_ = 0;
-  }
-
- private:
-  static constexpr int kMost = 8;
-  int64_t m_, n_;
-  float* c_;
-  int64_t ldc_;
-  bool accumulate_;
-  int count_ = 0;
-  Term terms_[kMost];
-};
 
 // Scores, their tangents and cotangents of a tile, down to dS0, dS0'_k, P and P c_k.
 void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums,
@@ -43,25 +19,28 @@ void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Op
                         const Dropout& dropout) {
   const int64_t padded = round_up(nb, NR);
   const bool scores = p.has_scores(), need_scores = p.q_bar.data || p.k_bar.data || p.bias_bar;
+  const float rest = scale_of_products(p);
+  const bool early = p.softcap > 0.0f || p.mask.is_bias() || !(rest > 0.0f);  // as in the forward
   Product s0(at.mb, padded, w.scores, LD, false);
-  s0.add(of.k_t.times(w.query(0), w.ld_q, 0, j0));
+  s0.add(of.k_t.times(w.query(0), 0, j0));
   s0.run();
-  if (p.softcap > 0.0f) cap_scores(p.softcap, at, padded, w);
+  if (p.softcap > 0.0f) cap_scores(p.softcap, rest, at, padded, w);
+  else if (early && rest != 1.0f) scale_tile(rest, at.mb, padded, w.scores);
   mask_scores(p, s, at.h, at.i0, at.mb, j0, nb, padded, w.scores);
   for (int t = 0; scores && t < p.K; ++t) {
     Product rate(at.mb, padded, w.rate(t), LD, false);
-    if (p.q.stacks > 1) rate.add(of.k_t.times(w.query(1 + t), w.ld_q, 0, j0));
-    if (p.k.stacks > 1) rate.add(of.k_t.times(w.query(0), w.ld_q, 1 + t, j0));
+    if (p.q.stacks > 1) rate.add(of.k_t.times(w.query(1 + t), 0, j0));
+    if (p.k.stacks > 1) rate.add(of.k_t.times(w.query(0), 1 + t, j0));
     rate.run();
-    finish_rate(p, w, s, at, j0, nb, padded, t);
+    finish_rate(p, w, s, at, j0, nb, padded, t, early ? rest : 1.0f);
   }
   if (need_scores) {
     Product b(at.mb, padded, w.sbar, LD, false);
-    for (int t = 0; t < p.v.stacks; ++t) b.add(of.v_t.times(w.cotangent(t), w.ld_v, t, j0));
+    for (int t = 0; t < p.v.stacks; ++t) b.add(of.v_t.times(w.cotangent(t), t, j0));
     b.run();
     for (int t = 0; scores && t < p.K; ++t) {
       Product a(at.mb, padded, w.t_bar(t), LD, false);
-      a.add(of.v_t.times(w.cotangent(1 + t), w.ld_v, 0, j0));
+      a.add(of.v_t.times(w.cotangent(1 + t), 0, j0));
       a.run();
     }
   }
@@ -69,49 +48,55 @@ void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Op
   const float* mu = scores ? stat_row(p.mu, p, s, at.h) : nullptr;
   const auto pass = scores ? (dropout.on ? differentiate<true, true> : differentiate<true, false>)
                            : (dropout.on ? differentiate<false, true> : differentiate<false, false>);
-  pass(p, w, dropout, shift, norm, mu, head, at, j0, padded);
+  pass(p, w, dropout, shift, norm, mu, head, at, j0, padded, early ? 1.0f : rest);
   if (p.bias_bar) add_bias_gradient(p, w, sums, s, at, j0, nb);
   if (p.softcap > 0.0f && need_scores) uncap(p, at, padded, w);
 }
 
-// The tile's share of the gradients of q (in w.dq), k and v (in the unit's sums).
-void multiply_tile(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums,
-                   const Block& at, int64_t j0, int64_t nb) {
-  const bool scores = p.has_scores(), has_q = p.q.stacks > 1, has_k = p.k.stacks > 1;
-  const int64_t mb = at.mb;
-  if (p.v_bar.data) {
-    Product dv(nb, sums.ld_v, sums.v + j0 * sums.ld_v, sums.ld_v);
-    dv.add(transposed(w.scores, LD, w.cotangent(0), w.ld_v, mb));
-    for (int t = 0; scores && t < p.K; ++t) dv.add(transposed(w.rate(t), LD, w.cotangent(1 + t), w.ld_v, mb));
-    dv.run();
-    for (int t = 1; t < p.v.stacks; ++t) {
-      Product tangent(nb, sums.ld_v, sums.v + t * sums.v_stack + j0 * sums.ld_v, sums.ld_v);
-      tangent.add(transposed(w.scores, LD, w.cotangent(t), w.ld_v, mb));
+// The tile's share of the gradients of values, in the unit's sums.
+void multiply_weights(const AttentionBackward& p, const Workspace& w, const Sums& sums, int64_t mb, int64_t j0,
+                      int64_t nb) {
+  const int64_t padded = round_up(nb, NR);
+  const TileOperand weights = w.weight(0, mb, padded);
+  Product dv(sums.v.target(0, j0, nb));
+  dv.add(KeySums::term(weights, w.cotangent(0), mb));
+  for (int t = 0; p.has_scores() && t < p.K; ++t)
+    dv.add(KeySums::term(w.weight(1 + t, mb, padded), w.cotangent(1 + t), mb));
+  dv.run();
+  for (int t = 1; t < p.v.stacks; ++t) {
+    Product tangent(sums.v.target(t, j0, nb));
+    tangent.add(KeySums::term(weights, w.cotangent(t), mb));
+    tangent.run();
+  }
+}
+
+// The same of queries (in w.dq) and keys. A rounded tile serves both.
+void multiply_bars(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums, int64_t mb,
+                   int64_t j0, int64_t nb) {
+  const bool has_q = p.q.stacks > 1, has_k = p.k.stacks > 1;
+  const bool for_queries = p.q_bar.data != nullptr, for_keys = p.k_bar.data != nullptr;
+  const int64_t padded = round_up(nb, NR);
+  const TileOperand bar = w.bar(0, mb, padded, for_queries, for_keys);
+  Product dk(sums.k.target(0, j0, nb)), dq(mb, w.ld_q, w.d_query(0), w.ld_q);
+  if (for_keys) dk.add(KeySums::term(bar, w.query(0), mb));
+  if (for_queries) dq.add(of.k.times(bar, 0, j0, nb));
+  for (int t = 0; (has_q || has_k) && t < p.K; ++t) {
+    const TileOperand t_bar = w.bar(1 + t, mb, padded, for_queries, for_keys);
+    if (for_keys && has_q) dk.add(KeySums::term(t_bar, w.query(1 + t), mb));
+    if (for_queries && has_k) dq.add(of.k.times(t_bar, 1 + t, j0, nb));
+    if (for_keys && has_k) {
+      Product tangent(sums.k.target(1 + t, j0, nb));
+      tangent.add(KeySums::term(t_bar, w.query(0), mb));
       tangent.run();
     }
-  }
-  if (p.k_bar.data) {
-    Product dk(nb, sums.ld_k, sums.k + j0 * sums.ld_k, sums.ld_k);
-    dk.add(transposed(w.sbar, LD, w.query(0), w.ld_q, mb));
-    for (int t = 0; scores && has_q && t < p.K; ++t) dk.add(transposed(w.t_bar(t), LD, w.query(1 + t), w.ld_q, mb));
-    dk.run();
-    for (int t = 0; has_k && t < p.K; ++t) {
-      Product tangent(nb, sums.ld_k, sums.k + (1 + t) * sums.k_stack + j0 * sums.ld_k, sums.ld_k);
-      tangent.add(transposed(w.t_bar(t), LD, w.query(0), w.ld_q, mb));
-      tangent.run();
-    }
-  }
-  if (p.q_bar.data) {
-    Product dq(mb, w.ld_q, w.d_query(0), w.ld_q);
-    dq.add(of.k.times(w.sbar, LD, 0, j0, nb));
-    for (int t = 0; has_k && t < p.K; ++t) dq.add(of.k.times(w.t_bar(t), LD, 1 + t, j0, nb));
-    dq.run();
-    for (int t = 0; has_q && t < p.K; ++t) {
+    if (for_queries && has_q) {
       Product tangent(mb, w.ld_q, w.d_query(1 + t), w.ld_q);
-      tangent.add(of.k.times(w.t_bar(t), LD, 0, j0, nb));
+      tangent.add(of.k.times(t_bar, 0, j0, nb));
       tangent.run();
     }
   }
+  if (for_keys) dk.run();
+  if (for_queries) dq.run();
 }
 
 template <class T>
@@ -123,7 +108,8 @@ void query_block(const AttentionBackward& p, const Workspace& w, const Operands&
   for (int64_t j0 = span.low; j0 < span.high; j0 += KB) {
     const int64_t nb = smaller(KB, span.high - j0);
     differentiate_tile(p, w, of, sums, s, at, head, j0, nb, dropout);
-    multiply_tile(p, w, of, sums, at, j0, nb);
+    if (p.v_bar.data) multiply_weights(p, w, sums, at.mb, j0, nb);
+    if (p.q_bar.data || p.k_bar.data) multiply_bars(p, w, of, sums, at.mb, j0, nb);
   }
   for (int t = 0; p.q_bar.data && t < p.q.stacks; ++t)
     for (int64_t i = 0; i < at.mb; ++i)
@@ -132,17 +118,12 @@ void query_block(const AttentionBackward& p, const Workspace& w, const Operands&
 
 // Add the units' sums of the rows [first, last) in order and write them.
 template <class T>
-void write_sums(const Rows& to, const Sequence& s, int64_t head, const float* sums, int64_t stack, int64_t ld,
-                int64_t width, int64_t parts, int64_t part_stride, int64_t first, int64_t last, float* row) {
+void write_sums(const Rows& to, const Sequence& s, int64_t head, const KeySums& sums, int64_t width, float factor,
+                int64_t parts, int64_t part_stride, int64_t first, int64_t last, float* row) {
   for (int t = 0; t < to.stacks; ++t)
     for (int64_t j = first; j < last; ++j) {
-      const float* from = sums + t * stack + j * ld;
-      for (int64_t d = 0; d < ld; d += W) {
-        vf total = load(from + d);
-        for (int64_t part = 1; part < parts; ++part) total += load(from + part * part_stride + d);
-        store(row + d, total);
-      }
-      write_row(at<T>(to, t, s.batch, head, s.k0 + j), row, width, 1.0f);
+      sums.read(t, j, parts, part_stride, row);
+      write_row(at<T>(to, t, s.batch, head, s.k0 + j), row, width, factor);
     }
 }
 
@@ -180,14 +161,15 @@ void backward_typed(const AttentionBackward& p) {
       if (rows <= 0) return;
       const Operands of = operands(i);
       pack<T>(p.k, s, head, j0, rows, of.k_t);
-      pack<T>(p.k, s, head, j0, rows, p.D, of.k);
+      pack<T>(p.k, s, head, j0, rows, of.k);
       pack<T>(p.v, s, head, j0, rows, of.v_t);
     });
     parallel_dynamic(count * parts, p.threads, [&](int64_t index, int slot) {
       const int64_t i = index / parts, part = index % parts, b = (first + i) / p.HK, hk = (first + i) % p.HK;
       const Workspace w(scratch.get() + work * slot, p);
+      const TileScope tiles;
       const Sums own = sums(i, part);
-      for (int64_t e = 0; e < sum_floats; ++e) own.k[e] = 0.0f;
+      for (int64_t e = 0; e < sum_floats; ++e) own.k.data[e] = 0.0f;
       const Sequence s = sequence(p, b);
       for (int64_t block = 0; block * QB < s.n; ++block) {
         // to and fro, so that under causality every share gets short and long blocks
@@ -199,7 +181,6 @@ void backward_typed(const AttentionBackward& p) {
         }
       }
     });
-    const int64_t part_stride = sum_floats;
     parallel_dynamic(count * key_blocks, p.threads, [&](int64_t index, int slot) {
       const int64_t i = index / key_blocks, j0 = index % key_blocks * KB, head = (first + i) % p.HK;
       const Sequence s = sequence(p, (first + i) / p.HK);
@@ -207,9 +188,8 @@ void backward_typed(const AttentionBackward& p) {
       const Sums own = sums(i, 0);
       float* row = scratch.get() + work * slot;
       if (p.k_bar.data)
-        write_sums<T>(p.k_bar, s, head, own.k, own.k_stack, own.ld_k, p.D, parts, part_stride, j0, last, row);
-      if (p.v_bar.data)
-        write_sums<T>(p.v_bar, s, head, own.v, own.v_stack, own.ld_v, p.V, parts, part_stride, j0, last, row);
+        write_sums<T>(p.k_bar, s, head, own.k, p.D, scale_of_products(p), parts, sum_floats, j0, last, row);
+      if (p.v_bar.data) write_sums<T>(p.v_bar, s, head, own.v, p.V, 1.0f, parts, sum_floats, j0, last, row);
     });
     for (int64_t unit = 0; Sums::own_bias(p) && unit < count * parts; ++unit) {
       const Sums own = sums(unit / parts, unit % parts);
@@ -225,9 +205,14 @@ void backward_typed(const AttentionBackward& p) {
 }
 
 void backward(const AttentionBackward& p) {
+#if defined(AAJR_AMX_PRODUCTS)
+  if (fits_tiles(p)) backward_typed<bf16>(p);
+  else AAJR_WITHOUT_AMX::attention_backward_kernels().backward(p);
+#else
   if (p.dtype == DType::f32) backward_typed<float>(p);
   else if (p.dtype == DType::bf16) backward_typed<bf16>(p);
   else backward_typed<f16>(p);
+#endif
 }
 
 }  // namespace

@@ -6,56 +6,92 @@
 namespace aajr {
 namespace AAJR_ARCH {
 
-// Operands of one (batch row, key head): floats are laid out in this order.
-struct Operands {
-  Panels k_t, v_t;
-  Dense k;
-  static int64_t floats(const AttentionBackward& p) {
-    return p.k.stacks * (panels_of(nullptr, p.longest_k, p.D).stack + dense_of(nullptr, p.longest_k, p.D).stack) +
-           p.v.stacks * panels_of(nullptr, p.longest_k, p.V).stack;
+// C += (or =) a sum of products of any number of terms.
+class Product {
+ public:
+  Product(int64_t m, int64_t n, float* c, int64_t ldc, bool accumulate = true)
+      : m_(m), n_(n), c_(c), ldc_(ldc), accumulate_(accumulate) {}
+  explicit Product(const KeySums::Target& to) : Product(to.m, to.n, to.c, to.ldc) {}
+  void add(const ProductTerm& term) {
+    if (count_ == kMost) run();
+    terms_[count_++] = term;
   }
-  Operands(float* base, const AttentionBackward& p) {
-    k_t = panels_of(base, p.longest_k, p.D);
-    base += p.k.stacks * k_t.stack;
-    k = dense_of(base, p.longest_k, p.D);
-    base += p.k.stacks * k.stack;
-    v_t = panels_of(base, p.longest_k, p.V);
+  void run() {
+    if (accumulate_) gemm<true>(m_, n_, terms_, count_, c_, ldc_);
+    else gemm<false>(m_, n_, terms_, count_, c_, ldc_);
+    accumulate_ = true;
+    count_ = 0;
   }
+
+ private:
+  static constexpr int kMost = 8;
+  int64_t m_, n_;
+  float* c_;
+  int64_t ldc_;
+  bool accumulate_;
+  int count_ = 0;
+  ProductTerm terms_[kMost];
 };
 
-// A unit's sums: key gradients [k stacks][M][ld_k], value gradients [v stacks][M][ld_v], and the gradient of a bias
-// that is the same for all queries [bias stacks][heads of the group or 1][M or 1].
+// Operands of one (batch row, key head), laid out in this order.
+struct Operands {
+  Panels k_t;
+  Dense k;
+  Panels v_t;
+  static int64_t k_t_floats(const AttentionBackward& p) {
+    return floats_for(p.k.stacks * Panels(nullptr, p.longest_k, p.D).stack);
+  }
+  static int64_t k_floats(const AttentionBackward& p) {
+    return floats_for(p.k.stacks * Dense(nullptr, p.longest_k, p.D).stack);
+  }
+  static int64_t floats(const AttentionBackward& p) {
+    return k_t_floats(p) + k_floats(p) + floats_for(p.v.stacks * Panels(nullptr, p.longest_k, p.V).stack);
+  }
+  Operands(float* base, const AttentionBackward& p)
+      : k_t(as_numbers(base), p.longest_k, p.D),
+        k(as_numbers(base + k_t_floats(p)), p.longest_k, p.D),
+        v_t(as_numbers(base + k_t_floats(p) + k_floats(p)), p.longest_k, p.V) {}
+};
+
+// A unit's sums: key gradients, value gradients, and the gradient of a bias that is the same for all queries [bias
+// stacks][heads of the group or 1][M or 1].
 struct Sums {
-  float *k, *v, *bias;
-  int64_t k_stack, v_stack, bias_stack, bias_head, ld_k, ld_v;
+  KeySums k, v;
+  float* bias;
+  int64_t bias_stack, bias_head;
   static bool own_bias(const AttentionBackward& p) { return p.bias_bar != nullptr && p.bias_bar_strides.row == 0; }
   static int64_t bias_floats(const AttentionBackward& p) {
     return own_bias(p) ? p.mask.stacks * (p.H / p.HK) * p.longest_k : 0;
   }
+  static int64_t k_floats(const AttentionBackward& p) {
+    return p.k_bar.data ? p.k.stacks * KeySums(nullptr, p.longest_k, p.D).stack : 0;
+  }
+  static int64_t v_floats(const AttentionBackward& p) {
+    return p.v_bar.data ? p.v.stacks * KeySums(nullptr, p.longest_k, p.V).stack : 0;
+  }
   static int64_t floats(const AttentionBackward& p) {
-    return (p.k_bar.data ? p.k.stacks * dense_of(nullptr, p.longest_k, p.D).stack : 0) +
-           (p.v_bar.data ? p.v.stacks * dense_of(nullptr, p.longest_k, p.V).stack : 0) + bias_floats(p);
+    return round_up(k_floats(p) + v_floats(p) + bias_floats(p), 16);  // whole cache lines
   }
-  Sums(float* base, const AttentionBackward& p) {
-    const Dense dk = dense_of(base, p.longest_k, p.D), dv = dense_of(nullptr, p.longest_k, p.V);
-    k = base, k_stack = dk.stack, ld_k = dk.ld;
-    if (p.k_bar.data) base += p.k.stacks * k_stack;
-    v = base, v_stack = dv.stack, ld_v = dv.ld;
-    if (p.v_bar.data) base += p.v.stacks * v_stack;
-    bias = base, bias_head = p.longest_k, bias_stack = (p.H / p.HK) * p.longest_k;
-  }
+  Sums(float* base, const AttentionBackward& p)
+      : k(base, p.longest_k, p.D),
+        v(base + k_floats(p), p.longest_k, p.V),
+        bias(base + k_floats(p) + v_floats(p)),
+        bias_stack((p.H / p.HK) * p.longest_k),
+        bias_head(p.longest_k) {}
 };
 
 struct Workspace {
-  float *queries, *cotangents, *dq, *scores, *taus, *slopes, *sbar, *rates, *raw, *tbar, *d0, *d1;
-  int64_t ld_q, ld_v;
+  float *queries, *cotangents, *factors, *dq, *scores, *taus, *slopes, *sbar, *rates, *raw, *tbar, *d0, *d1;
+  int64_t ld_q, width_q, width_v, tangents;
+  static int64_t operand_floats(int64_t width) { return floats_for(QueryOperand::numbers(width, true)); }
   static int64_t floats(const AttentionBackward& p) {
-    const int64_t k = p.K, ld_q = round_up(p.D, NR), ld_v = round_up(p.V, NR);
-    return (1 + k) * QB * (2 * ld_q + ld_v) + (4 + 3 * k) * QB * LD + (1 + k) * QB + 64;
+    const int64_t k = p.K;
+    return (1 + k) * (QB * round_up(p.D, NR) + operand_floats(p.D) + operand_floats(p.V)) +
+           2 * (1 + k) * floats_for(TileOperand::numbers()) + (4 + 3 * k) * QB * LD + (1 + k) * QB + 64;
   }
   Workspace(float* base, const AttentionBackward& p) {
     const int64_t k = p.K;
-    ld_q = round_up(p.D, NR), ld_v = round_up(p.V, NR);
+    ld_q = round_up(p.D, NR), width_q = p.D, width_v = p.V, tangents = k;
     auto take = [&](int64_t n) {
       float* at = base;
       base += n;
@@ -68,21 +104,36 @@ struct Workspace {
     rates = take(k * QB * LD);
     raw = take(k * QB * LD);  // with a softcap: S'_k before the tangent of the bias
     tbar = take(k * QB * LD);
-    queries = take((1 + k) * QB * ld_q);
+    queries = take((1 + k) * operand_floats(width_q));
     dq = take((1 + k) * QB * ld_q);
-    cotangents = take((1 + k) * QB * ld_v);
+    cotangents = take((1 + k) * operand_floats(width_v));
     d0 = take(QB);
     d1 = take(k * QB);
+    factors = take(2 * (1 + k) * floats_for(TileOperand::numbers()));
   }
-  float* query(int64_t t) const { return queries + t * QB * ld_q; }
-  float* cotangent(int64_t t) const { return cotangents + t * QB * ld_v; }
+  QueryOperand query(int64_t t) const {
+    return {as_numbers(queries + t * operand_floats(width_q)), width_q, true};
+  }
+  QueryOperand cotangent(int64_t t) const {
+    return {as_numbers(cotangents + t * operand_floats(width_v)), width_v, true};
+  }
   float* rate(int64_t t) const { return rates + t * QB * LD; }
   float* d_query(int64_t t) const { return dq + t * QB * ld_q; }
   float* t_bar(int64_t t) const { return tbar + t * QB * LD; }
+  // Tiles as factors of products: P and P c_k, for the gradients of values; dS and dS'_k.
+  TileOperand weight(int64_t t, int64_t mb, int64_t padded) const {
+    return {t ? rate(t - 1) : scores, factor(t), mb, padded, false, true};
+  }
+  TileOperand bar(int64_t t, int64_t mb, int64_t padded, bool for_queries, bool for_keys) const {
+    return {t ? t_bar(t - 1) : sbar, factor(1 + tangents + t), mb, padded, for_queries, for_keys};
+  }
+
+ private:
+  Number* factor(int64_t i) const { return as_numbers(factors + i * floats_for(TileOperand::numbers())); }
 };
 
 template <class T>
-inline float dot_row(const T* a, const float* b, int64_t width) {
+inline float dot_row(const T* a, const T* b, int64_t width) {
   vf total{};
   int64_t d = 0;
   for (; d + W <= width; d += W) total += load(a + d) * load(b + d);
@@ -98,35 +149,36 @@ struct Block {
 template <class T>
 inline void load_block(const AttentionBackward& p, const Workspace& w, const Sequence& s, const Block& at) {
   for (int t = 0; t < p.q.stacks; ++t)
-    load_rows<T>(row_of<T>(p.q, s, at.h, t, at.i0), p.q.row, at.mb, p.D, p.scale, w.query(t), w.ld_q);
+    w.query(t).load(row_of<const T>(p.q, s, at.h, t, at.i0), p.q.row, at.mb, p.scale);
   for (int64_t i = 0; i < at.mb; ++i) w.d0[i] = 0.0f;
   for (int t = 0; t <= p.K; ++t) {
-    load_rows<T>(row_of<T>(p.out_bar, s, at.h, t, at.i0), p.out_bar.row, at.mb, p.V, 1.0f, w.cotangent(t), w.ld_v);
+    w.cotangent(t).load(row_of<const T>(p.out_bar, s, at.h, t, at.i0), p.out_bar.row, at.mb, 1.0f);
     for (int64_t i = 0; i < at.mb; ++i) {
-      const float* g = w.cotangent(t) + i * w.ld_v;
-      w.d0[i] += dot_row(row_of<T>(p.out, s, at.h, t, at.i0 + i), g, p.V);
-      if (t) w.d1[(t - 1) * QB + i] = dot_row(row_of<T>(p.out, s, at.h, 0, at.i0 + i), g, p.V);
+      const T* g = row_of<const T>(p.out_bar, s, at.h, t, at.i0 + i);
+      w.d0[i] += dot_row(row_of<const T>(p.out, s, at.h, t, at.i0 + i), g, p.V);
+      if (t) w.d1[(t - 1) * QB + i] = dot_row(row_of<const T>(p.out, s, at.h, 0, at.i0 + i), g, p.V);
     }
   }
 }
 
-// scores: S -> P with dropout factors; rates: S'_k -> c_k times that; tbar: A_k -> dS'_k; sbar: B -> dS.
+// scores: S / scale -> P with dropout factors; rates: S'_k / scale -> c_k times that; tbar: A_k -> dS'_k; sbar: B -> dS.
 template <bool SCORES, bool DROP>
 inline void differentiate(const AttentionBackward& p, const Workspace& w, const Dropout& dropout, const float* shift,
-                   const float* norm, const float* mu, int64_t head, const Block& at, int64_t j0, int64_t padded) {
+                   const float* norm, const float* mu, int64_t head, const Block& at, int64_t j0, int64_t padded,
+                   float scale) {
   for (int64_t i = 0; i < at.mb; ++i) {
     float *score = w.scores + i * LD, *s_bar = w.sbar + i * LD;
-    const float top = shift[at.i0 + i], scale = norm[at.i0 + i], d0 = w.d0[i];
+    const float top = shift[at.i0 + i], share = norm[at.i0 + i], d0 = w.d0[i];
     const uint32_t key = DROP ? dropout.row_key(head, at.i0 + i) : 0;
     const int64_t tangents = SCORES ? p.K : 0;
     for (int64_t j = 0; j < padded; j += W) {
-      const vf prob = exp(load(score + j) - top) * scale;
+      const vf prob = exp(load(score + j) * scale - top) * share;
       const vf factor = DROP ? dropout.factor(key, j0 + j) : splat(1.0f);
       const vf kept = DROP ? prob * factor : prob;
       vf bar = prob * ((DROP ? load(s_bar + j) * factor : load(s_bar + j)) - d0);
       for (int64_t t = 0; t < tangents; ++t) {
         float *rate = w.rate(t) + i * LD + j, *t_bar = w.t_bar(t) + i * LD + j;
-        const vf c = load(rate) - mu[t * p.mu_stack + at.i0 + i];
+        const vf c = load(rate) * scale - mu[t * p.mu_stack + at.i0 + i];
         const vf a = DROP ? load(t_bar) * factor : load(t_bar);
         const vf d = prob * (a - w.d1[t * QB + i]);
         bar += d * c;
@@ -139,9 +191,9 @@ inline void differentiate(const AttentionBackward& p, const Workspace& w, const 
   }
 }
 
-// scores: S0 -> S = c tanh(S0 / c).
-inline void cap_scores(float cap, const Block& at, int64_t padded, const Workspace& w) {
-  const float inverse = 1.0f / cap;
+// scores: S0 / scale -> S = c tanh(S0 / c).
+inline void cap_scores(float cap, float scale, const Block& at, int64_t padded, const Workspace& w) {
+  const float inverse = scale / cap;
   for (int64_t i = 0; i < at.mb; ++i)
     for (int64_t j = 0; j < padded; j += W) {
       const Tanh t = tanh(load(w.scores + i * LD + j) * inverse);
@@ -155,14 +207,15 @@ inline int64_t bias_element(const Mask& m, const Sequence& s, int64_t stack, int
   return stack * m.stack + s.batch * m.batch + h * m.head + i * m.row + j * m.col;
 }
 
-// S'_k from S0'_k: cap' and the tangent of the bias.
+// S'_k from S0'_k / scale: cap' and the tangent of the bias.
 inline void finish_rate(const AttentionBackward& p, const Workspace& w, const Sequence& s, const Block& at, int64_t j0,
-                 int64_t nb, int64_t padded, int k) {
+                 int64_t nb, int64_t padded, int k, float scale) {
+  if (p.softcap == 0.0f && scale != 1.0f) scale_tile(scale, at.mb, padded, w.rate(k));
   for (int64_t i = 0; i < at.mb; ++i) {
     float* rate = w.rate(k) + i * LD;
     if (p.softcap > 0.0f)
       for (int64_t j = 0; j < padded; j += W) {
-        const vf capped = load(rate + j) * load(w.slopes + i * LD + j);
+        const vf capped = load(rate + j) * load(w.slopes + i * LD + j) * scale;
         store(rate + j, capped);
         store(w.raw + (k * QB + i) * LD + j, capped);
       }

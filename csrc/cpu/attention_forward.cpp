@@ -3,6 +3,11 @@
 // Per tile of QB queries and KB keys: S = s Q K^T, S'_k = s (Q'_k K^T + Q K'_k^T), P = exp(S - m), then
 // O += P V and T_k += (P S'_k) V + P V'_k, all rescaled when the running row maximum m grows. At the end
 // O = O / l and O'_k = T_k / l - mu_k O with mu_k = sum(P S'_k) / l.
+//
+// P S'_k rounded to bfloat16 would leave nothing of that difference where mu_k is large. Products of rounded tiles take
+// P (S'_k - r_k) instead, with r_k the mean mu_k of the keys so far: T_k then lacks r_k O, exactly.
+//
+// attention_forward_amx.cpp compiles this file once more, for bfloat16 products.
 #include "attention_tiles.h"
 
 namespace aajr {
@@ -11,15 +16,16 @@ namespace {
 
 // Scratch of one thread. `k` counts tangents.
 struct Workspace {
-  float *queries, *scores, *slopes, *rates, *sums, *top, *total, *moment;
-  int64_t ld_v;
+  float *queries, *factors, *scores, *slopes, *rates, *sums, *top, *total, *moment, *reference;
+  int64_t ld_v, width;
   static int64_t floats(const AttentionForward& p) {
     const int64_t k = p.K, ld_v = round_up(p.V, NR);
-    return (1 + k) * QB * p.D + (2 + k) * QB * LD + (1 + k) * QB * ld_v + (2 + k) * QB + 64;
+    return (2 + k) * QB * LD + (1 + k) * QB * ld_v + (2 + 2 * k) * QB + 64 +
+           (1 + k) * (floats_for(QueryOperand::numbers(p.D, false)) + floats_for(TileOperand::numbers()));
   }
   Workspace(float* base, const AttentionForward& p) {
     const int64_t k = p.K;
-    ld_v = round_up(p.V, NR);
+    ld_v = round_up(p.V, NR), width = p.D;
     auto take = [&](int64_t n) {
       float* at = base;
       base += n;
@@ -32,7 +38,17 @@ struct Workspace {
     top = take(QB);
     total = take(QB);
     moment = take(k * QB);
-    queries = take((1 + k) * QB * p.D);
+    reference = take(k * QB);
+    queries = take((1 + k) * floats_for(QueryOperand::numbers(p.D, false)));
+    factors = take((1 + k) * floats_for(TileOperand::numbers()));
+  }
+  QueryOperand query(int64_t t) const {
+    return {as_numbers(queries + t * floats_for(QueryOperand::numbers(width, false))), width, false};
+  }
+  // A tile as the left factor of products: 0 is P, 1 + t is P S'_t.
+  TileOperand factor(int64_t t, int64_t mb, int64_t padded) const {
+    return {t ? rates + (t - 1) * QB * LD : scores, as_numbers(factors + t * floats_for(TileOperand::numbers())), mb,
+            padded, true, false};
   }
 };
 
@@ -40,9 +56,9 @@ struct Block {
   int64_t h, i0, mb;
 };
 
-// scores: S0 -> S, and slopes: cap'.
-void cap_scores(float cap, int64_t mb, int64_t padded, float* scores, float* slopes) {
-  const float inverse = 1.0f / cap;
+// scores: S0 / scale -> S, and slopes: cap'.
+void cap_scores(float cap, float scale, int64_t mb, int64_t padded, float* scores, float* slopes) {
+  const float inverse = scale / cap;
   for (int64_t i = 0; i < mb; ++i)
     for (int64_t j = 0; j < padded; j += W) {
       const Tanh t = tanh(load(scores + i * LD + j) * inverse);
@@ -51,19 +67,31 @@ void cap_scores(float cap, int64_t mb, int64_t padded, float* scores, float* slo
     }
 }
 
-// rates: S0' -> S' = cap' S0' + bias'.
+// rates: S0' / scale -> S' = cap' S0' + bias'.
 void finish_rates(const AttentionProblem& p, const Sequence& s, const Block& at, int64_t j0, int64_t nb, int64_t padded,
-                  int k, const float* slopes, float* rates) {
-  if (p.softcap > 0.0f)
+                  int k, float scale, const float* slopes, float* rates) {
+  if (p.softcap > 0.0f) {
     for (int64_t i = 0; i < at.mb; ++i)
       for (int64_t j = 0; j < padded; j += W)
-        store(rates + i * LD + j, load(rates + i * LD + j) * load(slopes + i * LD + j));
+        store(rates + i * LD + j, load(rates + i * LD + j) * load(slopes + i * LD + j) * scale);
+  } else if (scale != 1.0f) {
+    scale_tile(scale, at.mb, padded, rates);
+  }
   if (p.mask.is_bias() && p.mask.stacks > 1)
     for (int64_t i = 0; i < at.mb; ++i)
       add_bias_row(p.mask,
                    (1 + k) * p.mask.stack + s.batch * p.mask.batch + at.h * p.mask.head + (at.i0 + i) * p.mask.row +
                        j0 * p.mask.col,
                    rates + i * LD, nb);
+}
+
+// The running sums of tangent t take P (S' - now) from here on.
+AAJR_INLINE void move_reference(const Workspace& w, int64_t t, int64_t i, float now) {
+  const float step = w.reference[t * QB + i] - now;
+  const float* primal = w.sums + i * w.ld_v;
+  float* row = w.sums + ((1 + t) * QB + i) * w.ld_v;
+  for (int64_t d = 0; d < w.ld_v; d += W) store(row + d, load(row + d) + load(primal + d) * step);
+  w.reference[t * QB + i] = now;
 }
 
 // Scale the running sums of row i.
@@ -74,15 +102,16 @@ AAJR_INLINE void rescale(const Workspace& w, int64_t stacks, int64_t i, float fa
   }
 }
 
-// scores: S -> P (with the dropout factors), rates: S' -> P S' (likewise); the running statistics move on.
+// scores: S / scale -> P (with the dropout factors), rates: S' / scale -> P S', or P (S' - r) (likewise); the running
+// statistics move on.
 void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropout, int64_t head, const Block& at,
-            int64_t j0, int64_t padded, bool has_scores) {
+            int64_t j0, int64_t padded, bool has_scores, float scale) {
   const int64_t k = has_scores ? p.K : 0;
   for (int64_t i = 0; i < at.mb; ++i) {
     float* row = w.scores + i * LD;
     vf peak = splat(-kInf);
     for (int64_t j = 0; j < padded; j += W) peak = vmax(load(row + j), peak);
-    const float before = w.top[i], now = larger(before, maximum(peak));
+    const float before = w.top[i], now = larger(before, maximum(peak) * scale);
     const float base = now == -kInf ? 0.0f : now;
     if (now > before && before != -kInf) {
       const float factor = exp(splat(before - now))[0];
@@ -93,7 +122,7 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
     w.top[i] = now;
     vf total{};
     for (int64_t j = 0; j < padded; j += W) {
-      const vf e = exp(load(row + j) - base);
+      const vf e = exp(load(row + j) * scale - base);
       total += e;
       store(row + j, e);
     }
@@ -102,11 +131,17 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
       float* rate = w.rates + (t * QB + i) * LD;
       vf moment{};
       for (int64_t j = 0; j < padded; j += W) {
-        const vf product = load(row + j) * load(rate + j);
+        const vf product = load(row + j) * (load(rate + j) * scale);
         moment += product;
-        store(rate + j, product);
+        if constexpr (!kRounded) store(rate + j, product);
       }
       w.moment[t * QB + i] += sum(moment);
+      if constexpr (kRounded) {
+        const float mean = w.total[i] == 0.0f ? 0.0f : w.moment[t * QB + i] / w.total[i];
+        move_reference(w, t, i, mean);
+        for (int64_t j = 0; j < padded; j += W)
+          store(rate + j, load(row + j) * (load(rate + j) * scale - mean));
+      }
     }
     if (dropout.on) {
       const uint32_t key = dropout.row_key(head, at.i0 + i);
@@ -137,8 +172,9 @@ void finish(const AttentionForward& p, const Workspace& w, const Sequence& s, co
       float* tangent = w.sums + ((1 + t) * QB + i) * w.ld_v;
       const float mu = p.has_scores() ? w.moment[t * QB + i] * norm : 0.0f;
       if (p.has_scores()) stat_row(p.mu + t * p.mu_stack, p, s, at.h)[row] = mu;
+      const float rest = kRounded ? 0.0f : mu;  // the last reference is mu
       for (int64_t d = 0; d < w.ld_v; d += W)
-        store(tangent + d, load(tangent + d) * norm - load(primal + d) * mu);
+        store(tangent + d, load(tangent + d) * norm - load(primal + d) * rest);
       write_row(row_of<T>(p.out, s, at.h, 1 + t, row), tangent, p.V, 1.0f);
     }
   }
@@ -150,33 +186,38 @@ void query_block(const AttentionForward& p, const Workspace& w, const Sequence& 
                  const Panels& keys, const Dense& values, const Dropout& dropout) {
   const bool has_q = p.q.stacks > 1, has_k = p.k.stacks > 1, has_v = p.v.stacks > 1, has_scores = p.has_scores();
   for (int t = 0; t < p.q.stacks; ++t)
-    load_rows<T>(row_of<T>(p.q, s, at.h, t, at.i0), p.q.row, at.mb, p.D, p.scale, w.queries + t * QB * p.D, p.D);
+    w.query(t).load(row_of<const T>(p.q, s, at.h, t, at.i0), p.q.row, at.mb, p.scale);
   for (int64_t e = 0; e < (1 + p.K) * QB * w.ld_v; ++e) w.sums[e] = 0.0f;
   for (int64_t i = 0; i < QB; ++i) w.top[i] = -kInf, w.total[i] = 0.0f;
-  for (int64_t i = 0; i < p.K * QB; ++i) w.moment[i] = 0.0f;
+  for (int64_t i = 0; i < p.K * QB; ++i) w.moment[i] = 0.0f, w.reference[i] = 0.0f;
 
+  const float rest = scale_of_products(p);
+  // the softmax applies the scale unless something comes before it
+  const bool early = p.softcap > 0.0f || p.mask.is_bias() || !(rest > 0.0f);
   const Span span = visible(p, s, at.i0, at.i0 + at.mb);
   for (int64_t j0 = span.low; j0 < span.high; j0 += KB) {
     const int64_t nb = smaller(KB, span.high - j0), padded = round_up(nb, NR);
-    Term terms[2] = {keys.times(w.queries, p.D, 0, j0)};
+    ProductTerm terms[2] = {keys.times(w.query(0), 0, j0)};
     gemm<false>(at.mb, padded, terms, 1, w.scores, LD);
-    if (p.softcap > 0.0f) cap_scores(p.softcap, at.mb, padded, w.scores, w.slopes);
+    if (p.softcap > 0.0f) cap_scores(p.softcap, rest, at.mb, padded, w.scores, w.slopes);
+    else if (early && rest != 1.0f) scale_tile(rest, at.mb, padded, w.scores);
     mask_scores(p, s, at.h, at.i0, at.mb, j0, nb, padded, w.scores);
     if (has_scores)
       for (int t = 0; t < p.K; ++t) {
         int count = 0;
-        if (has_q) terms[count++] = keys.times(w.queries + (1 + t) * QB * p.D, p.D, 0, j0);
-        if (has_k) terms[count++] = keys.times(w.queries, p.D, 1 + t, j0);
+        if (has_q) terms[count++] = keys.times(w.query(1 + t), 0, j0);
+        if (has_k) terms[count++] = keys.times(w.query(0), 1 + t, j0);
         gemm<false>(at.mb, padded, terms, count, w.rates + t * QB * LD, LD);
-        finish_rates(p, s, at, j0, nb, padded, t, w.slopes, w.rates + t * QB * LD);
+        finish_rates(p, s, at, j0, nb, padded, t, early ? rest : 1.0f, w.slopes, w.rates + t * QB * LD);
       }
-    soften(p, w, dropout, head, at, j0, padded, has_scores);
-    terms[0] = values.times(w.scores, LD, 0, j0, nb);
+    soften(p, w, dropout, head, at, j0, padded, has_scores, early ? 1.0f : rest);
+    const TileOperand weights = w.factor(0, at.mb, padded);
+    terms[0] = values.times(weights, 0, j0, nb);
     gemm<true>(at.mb, w.ld_v, terms, 1, w.sums, w.ld_v);
     for (int t = 0; t < p.K; ++t) {
       int count = 0;
-      if (has_scores) terms[count++] = values.times(w.rates + t * QB * LD, LD, 0, j0, nb);
-      if (has_v) terms[count++] = values.times(w.scores, LD, 1 + t, j0, nb);
+      if (has_scores) terms[count++] = values.times(w.factor(1 + t, at.mb, padded), 0, j0, nb);
+      if (has_v) terms[count++] = values.times(weights, 1 + t, j0, nb);
       if (count) gemm<true>(at.mb, w.ld_v, terms, count, w.sums + (1 + t) * QB * w.ld_v, w.ld_v);
     }
   }
@@ -186,23 +227,24 @@ void query_block(const AttentionForward& p, const Workspace& w, const Sequence& 
 template <class T>
 void forward_typed(const AttentionForward& p) {
   const int64_t group = p.H / p.HK, blocks = (p.longest_q + QB - 1) / QB;
-  const int64_t k_floats = p.k.stacks * panels_of(nullptr, p.longest_k, p.D).stack;
-  const int64_t v_floats = p.v.stacks * dense_of(nullptr, p.longest_k, p.V).stack;
+  const int64_t k_floats = floats_for(p.k.stacks * Panels(nullptr, p.longest_k, p.D).stack);
+  const int64_t v_floats = floats_for(p.v.stacks * Dense(nullptr, p.longest_k, p.V).stack);
   const int64_t pairs = p.B * p.HK, step = pairs_at_once(pairs, group * blocks, k_floats + v_floats, p.threads);
   const int64_t work = Workspace::floats(p);
   const Scratch<float> operands(step * (k_floats + v_floats)), scratch(work * p.threads);
   const Dropout dropout(p);
   for (int64_t first = 0; first < pairs; first += step) {
     const int64_t count = smaller(step, pairs - first), key_blocks = (p.longest_k + KB - 1) / KB;
-    auto keys = [&](int64_t i) { return panels_of(operands.get() + i * (k_floats + v_floats), p.longest_k, p.D); };
-    auto values = [&](int64_t i) { return dense_of(operands.get() + i * (k_floats + v_floats) + k_floats, p.longest_k, p.V); };
+    auto memory = [&](int64_t i) { return operands.get() + i * (k_floats + v_floats); };
+    auto keys = [&](int64_t i) { return Panels(as_numbers(memory(i)), p.longest_k, p.D); };
+    auto values = [&](int64_t i) { return Dense(as_numbers(memory(i) + k_floats), p.longest_k, p.V); };
     parallel_dynamic(count * key_blocks, p.threads, [&](int64_t index, int) {
       const int64_t i = index / key_blocks, j0 = index % key_blocks * KB;
       const Sequence s = sequence(p, (first + i) / p.HK);
       const int64_t rows = smaller(KB, s.m - j0), head = (first + i) % p.HK;
       if (rows <= 0) return;
       pack<T>(p.k, s, head, j0, rows, keys(i));
-      pack<T>(p.v, s, head, j0, rows, p.V, values(i));
+      pack<T>(p.v, s, head, j0, rows, values(i));
     });
     // the last blocks see the most keys: they go first
     parallel_dynamic(count * group * blocks, p.threads, [&](int64_t index, int slot) {
@@ -212,15 +254,21 @@ void forward_typed(const AttentionForward& p) {
       const Block at{h, block * QB, smaller(QB, s.n - block * QB)};
       if (at.mb <= 0) return;
       const Workspace w(scratch.get() + work * slot, p);
+      const TileScope tiles;
       query_block<T>(p, w, s, at, b * p.H + h, keys(i), values(i), dropout);
     });
   }
 }
 
 void forward(const AttentionForward& p) {
+#if defined(AAJR_AMX_PRODUCTS)
+  if (fits_tiles(p)) forward_typed<bf16>(p);
+  else AAJR_WITHOUT_AMX::attention_kernels().forward(p);
+#else
   if (p.dtype == DType::f32) forward_typed<float>(p);
   else if (p.dtype == DType::bf16) forward_typed<bf16>(p);
   else forward_typed<f16>(p);
+#endif
 }
 
 }  // namespace

@@ -4,16 +4,17 @@
 #include <cmath>
 
 #include "attention.h"
-#include "gemm.h"
+#if defined(AAJR_AMX_PRODUCTS)
+#include "attention_products_amx.h"
+#else
+#include "attention_products.h"
+#endif
 #include "math.h"
 #include "parallel.h"
 
 namespace aajr {
 namespace AAJR_ARCH {
 
-constexpr int64_t QB = 48;         // queries in a tile
-constexpr int64_t KB = 128;        // keys in a tile
-constexpr int64_t LD = KB + 16;    // row stride of a tile: not a power of two, so that columns spread over cache sets
 constexpr float kInf = __builtin_inff();
 
 template <class A>
@@ -62,42 +63,11 @@ AAJR_INLINE T* row_of(const Rows& x, const Sequence& s, int64_t head, int64_t st
   return at<T>(x, stack, s.batch, head, s.q0 + row);
 }
 
-// rows x width numbers, times `factor`, to a dense float tile of row stride ld >= width, zero beyond the width.
-template <class T>
-inline void load_rows(const T* src, int64_t stride, int64_t rows, int64_t width, float factor, float* dst, int64_t ld) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* from = src + i * stride;
-    float* to = dst + i * ld;
-    int64_t d = 0;
-    for (; d + W <= width; d += W) store(to + d, load(from + d) * factor);
-    if (d < width) store_part(to + d, load_part(from + d, width - d) * factor, width - d);
-    for (d = width; d < ld; ++d) to[d] = 0.0f;
-  }
-}
-
 template <class T>
 AAJR_INLINE void write_row(T* out, const float* from, int64_t width, float factor) {
   int64_t d = 0;
   for (; d + W <= width; d += W) store(out + d, load(from + d) * factor);
   if (d < width) store_part(out + d, load_part(from + d, width - d) * factor, width - d);
-}
-
-// Panels of NR rows of `src`, transposed: dst[(panel * width + d) * NR + j] = src[panel * NR + j][d], zero rows beyond.
-template <class T>
-inline void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t width, float* dst) {
-  for (int64_t j0 = 0; j0 < rows; j0 += NR, dst += width * NR) {
-    const int64_t count = smaller<int64_t>(NR, rows - j0);
-    int64_t d = 0;
-    for (; d + W <= width; d += W) {
-      float block[NR][W];
-      for (int64_t j = 0; j < count; ++j) store(block[j], load(src + (j0 + j) * stride + d));
-      for (int64_t j = count; j < NR; ++j) store(block[j], vf{});
-      for (int e = 0; e < W; ++e)
-        for (int j = 0; j < NR; ++j) dst[(d + e) * NR + j] = block[j][e];
-    }
-    for (; d < width; ++d)
-      for (int64_t j = 0; j < NR; ++j) dst[d * NR + j] = j < count ? get(src + (j0 + j) * stride + d) : 0.0f;
-  }
 }
 
 // Add the bias to a tile of scores, and set the positions that are not allowed to -inf. Columns [nb, padded) are
@@ -183,43 +153,31 @@ struct Dropout {
   }
 };
 
-// The keys and values of one (batch row, key head) as operands of the products; stacks follow one another.
-struct Panels {  // [stacks][round_up(rows, NR) / NR][width][NR]: the transpose, in panels
-  float* data = nullptr;
-  int64_t width = 0, stack = 0;
-  // Product with rows [first, ...) of the packed matrix as columns; first is a multiple of NR.
-  Term times(const float* a, int64_t lda, int64_t index, int64_t first) const {
-    return packed(a, lda, 1, data + index * stack + first * width, width);
-  }
-};
-struct Dense {  // [stacks][round_up(width, NR) / NR][rows][NR]: the rows themselves, in panels; zero beyond the width
-  float* data = nullptr;
-  int64_t rows = 0, ld = 0, stack = 0;
-  Term times(const float* a, int64_t lda, int64_t index, int64_t first, int64_t k) const {
-    return {a, lda, 1, data + index * stack + first * NR, NR, rows * NR, k};
-  }
-};
-
-inline Panels panels_of(float* data, int64_t rows, int64_t width) { return {data, width, round_up(rows, NR) * width}; }
-inline Dense dense_of(float* data, int64_t rows, int64_t width) {
-  return {data, rows, round_up(width, NR), rows * round_up(width, NR)};
-}
-
 // Pack the rows [first, first + count) of every stack; first is a multiple of NR.
-template <class T>
-inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, int64_t count, const Panels& to) {
+template <class T, class Operand>
+inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, int64_t count, const Operand& to) {
   for (int j = 0; j < x.stacks; ++j)
-    pack_transposed(at<const T>(x, j, s.batch, head, s.k0 + first), x.row, count, to.width,
-                    to.data + j * to.stack + first * to.width);
+    to.pack(at<const T>(x, j, s.batch, head, s.k0 + first), x.row, j, first, count);
 }
-template <class T>
-inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, int64_t count, int64_t width,
-                 const Dense& to) {
-  for (int j = 0; j < x.stacks; ++j)
-    for (int64_t d = 0; d < width; d += NR)
-      load_rows(at<const T>(x, j, s.batch, head, s.k0 + first) + d, x.row, count, smaller<int64_t>(NR, width - d),
-                1.0f, to.data + j * to.stack + d * to.rows + first * NR, NR);
+
+// What is left to multiply scores with: float32 queries carry the scale, bfloat16 ones would lose digits by it.
+AAJR_INLINE float scale_of_products(const AttentionProblem& p) { return kRounded ? p.scale : 1.0f; }
+
+AAJR_INLINE void scale_tile(float scale, int64_t mb, int64_t padded, float* tile) {
+  for (int64_t i = 0; i < mb; ++i)
+    for (int64_t j = 0; j < padded; j += W) store(tile + i * LD + j, load(tile + i * LD + j) * scale);
 }
+
+#if defined(AAJR_AMX_PRODUCTS)
+// Whether the tile registers help: a few queries would leave most of their rows empty.
+inline bool fits_tiles(const AttentionProblem& p) { return p.dtype == DType::bf16 && p.longest_q >= 4; }
+#endif
+
+// Floats that hold so many factors of products, in whole cache lines.
+AAJR_INLINE int64_t floats_for(int64_t numbers) {
+  return round_up(numbers * static_cast<int64_t>(sizeof(Number)), 64) / static_cast<int64_t>(sizeof(float));
+}
+AAJR_INLINE Number* as_numbers(float* memory) { return reinterpret_cast<Number*>(memory); }
 
 // How many (batch row, key head) pairs to have packed at a time: enough for all threads, bounded in memory.
 inline int64_t pairs_at_once(int64_t pairs, int64_t units_per_pair, int64_t floats_per_pair, int threads) {

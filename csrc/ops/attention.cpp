@@ -109,7 +109,7 @@ void attention_fwd(const Args& a) {
   AttentionForward p{};
   fill(p, a);
   p.out = rows_of(a.tensors[9], "out", p.dtype);
-  AAJR_SELECT(attention_kernels).forward(p);
+  AAJR_SELECT_AMX(attention_kernels).forward(p);
 }
 
 void attention_bwd(const Args& a) {
@@ -137,7 +137,7 @@ void attention_bwd(const Args& a) {
     p.bias_bar = bias_bar.as<float>();
     p.bias_bar_strides = mask_of(bias_bar, "bias_bar", p);
   }
-  AAJR_SELECT(attention_backward_kernels).backward(p);
+  AAJR_SELECT_AMX(attention_backward_kernels).backward(p);
 }
 
 const Register register_fwd("attention_fwd",

@@ -1,0 +1,3 @@
+// Attention forward with bfloat16 products on the tile registers; other problems go to the AVX-512 kernels.
+#define AAJR_AMX_PRODUCTS
+#include "attention_forward.cpp"
