@@ -52,9 +52,9 @@ def module() -> ModuleType:
 def _load(path: str) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader("aajr_kernels._native", path)
     try:
-        loaded = importlib.util.module_from_spec(
-            importlib.machinery.ModuleSpec(loader.name, loader, origin=path)
-        )
+        spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+        assert spec is not None  # the loader is given
+        loaded = importlib.util.module_from_spec(spec)  # with __file__, unlike that of a bare ModuleSpec
         loader.exec_module(loaded)
     except ImportError as error:
         raise ValueError(f"AAJR_NATIVE_MODULE={path}: {error}.") from error

@@ -138,3 +138,13 @@ print(json.dumps(sorted({l.split()[-1] for l in open("/proc/self/maps") if "libg
     if any("libgomp-" in name for name in found):
         pytest.skip("this torch brings an OpenMP library under a name of its own")
     assert len(found) <= 1, found
+
+
+@needs_native
+def test_another_build_is_loaded_from_its_file():
+    file = native.module().__file__
+    done = start(
+        "from aajr_kernels import native; print(native.info()['file'])", AAJR_NATIVE_MODULE=str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(file)
