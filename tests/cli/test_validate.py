@@ -73,21 +73,26 @@ def test_every_public_op_is_validated():
 def test_low_dtypes_pass_within_their_budget():
     found = report("--op", "linear", "--op", "layer_norm", "--op", "sensitivity")
     assert found["passed"]
-    assert [row["dtype"] for row in found["rows"]] == 3 * list(DTYPES)
+    for backend in {row["backend"] for row in found["rows"]}:
+        dtypes = [dtype for dtype in DTYPES if backend == "reference" or dtype != "float64"]
+        assert [row["dtype"] for row in found["rows"] if row["backend"] == backend] == 3 * dtypes
     for row in found["rows"]:
         assert row["result"] == "pass" and row["budget_share"] <= 1 and row["worst"]
         eps = torch.finfo(DTYPES[row["dtype"]]).eps
         assert row["worst_error"] <= 64 * eps
-    assert set(found["left_out"]) == {name for name, reason in runtime.backends().items() if reason}
+    available = {name for name, reason in runtime.backends().items() if reason is None}
+    assert {row["backend"] for row in found["rows"]} == available
+    refused = {f"float64 on {name} on cpu" for name in available - {"reference"}}
+    assert set(found["left_out"]) == set(runtime.backends()) - available | refused
 
 
 def test_a_policy_passes_in_bfloat16():
-    (row,) = report("--op", "aligned_penalty", "--dtype", "bfloat16")["rows"]
-    assert row["cases"] == 5 and row["result"] == "pass"
+    for row in report("--op", "aligned_penalty", "--dtype", "bfloat16")["rows"]:
+        assert row["cases"] == 5 and row["result"] == "pass"
 
 
 def test_table_and_verdict():
-    result = invoke("--op", "silu", "--dtype", "float32", "--dtype", "float64")
+    result = invoke("--op", "silu", "--dtype", "float32", "--dtype", "float64", "--backend", "reference")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     rows = [line.split() for line in lines if line.split()[:1] == ["silu"]]
@@ -99,13 +104,15 @@ def test_table_and_verdict():
 
 
 def test_numbers_depend_on_the_seed_alone():
+    backend = ("--backend", "reference")
+
     def numbers(seed):
-        rows = report("--op", "gelu", "--op", "silu", "--dtype", "float32", "--seed", seed)["rows"]
+        rows = report("--op", "gelu", "--op", "silu", "--dtype", "float32", "--seed", seed, *backend)["rows"]
         return [(row["worst_error"], row["budget_share"], row["worst"]) for row in rows]
 
     first = numbers("3")
     assert numbers("3") == first != numbers("4")
-    alone = report("--op", "silu", "--dtype", "float32", "--seed", "3")["rows"][0]
+    alone = report("--op", "silu", "--dtype", "float32", "--seed", "3", *backend)["rows"][0]
     assert alone["worst_error"] == first[1][0]  # whatever else is validated
 
 
@@ -124,7 +131,7 @@ def test_numbers_depend_on_the_seed_alone():
 def test_planted_wrong_gradient(monkeypatch, op, module, name, index, tensor, dtype):
     error = 1e-6 if dtype == "float64" else 0.3
     monkeypatch.setattr(module, name, perturbed(getattr(module, name), index, lambda g: g * (1 + error)))
-    result = invoke("--op", op, "--dtype", dtype)
+    result = invoke("--op", op, "--dtype", dtype, "--backend", "reference")
     assert result.exit_code == 1, result.output
     assert f"{op} {dtype} reference:" in result.output
     assert tensor in result.output
@@ -140,7 +147,9 @@ def test_forgotten_second_derivative(monkeypatch):
         return y_bar * slope
 
     monkeypatch.setattr(activation, "pointwise_bwd", forgetful)
-    found = report("--op", "tanh", "--op", "linear", "--dtype", "float32", exit_code=1)
+    found = report(
+        "--op", "tanh", "--op", "linear", "--dtype", "float32", "--backend", "reference", exit_code=1
+    )
     assert not found["passed"]
     assert {row["op"]: row["result"] for row in found["rows"]} == {"linear": "pass", "tanh": "fail"}
     failures = next(row["failures"] for row in found["rows"] if row["op"] == "tanh")
@@ -161,7 +170,7 @@ def test_wrong_tangent_nan_and_exception_are_failures(monkeypatch):
 
     def outcome(forward):
         monkeypatch.setattr(linear, "linear_fwd", forward)
-        (row,) = report("--op", "linear", "--dtype", "float32", exit_code=1)["rows"]
+        (row,) = report("--op", "linear", "--dtype", "float32", "--backend", "reference", exit_code=1)["rows"]
         assert row["result"] == "fail"
         return row
 
@@ -235,7 +244,11 @@ def native(monkeypatch):
     original = runtime.implementation
 
     def implementation(op, backend):
-        return module if (op, backend) == ("linear", "native") else original(op, backend)
+        if backend != "native":
+            return original(op, backend)
+        if op != "linear":
+            raise runtime.BackendUnavailable(f"op {op!r} has no 'native' backend.")
+        return module
 
     monkeypatch.setattr(
         runtime, "backends", lambda: {"reference": None, "native": None, "triton": "no triton"}

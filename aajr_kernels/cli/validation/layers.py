@@ -67,6 +67,25 @@ def layer_norm_cases(draw: Draw) -> Iterator[Case]:
     )
 
 
+def add_norm_cases(
+    op: Callable[..., Any], formula: Callable[..., Tensor], affine: str, draw: Draw
+) -> Iterator[Case]:
+    def make(batch: tuple[int, ...], size: int, affine: str) -> dict[str, Tensor]:
+        return {**_norm_tensors(draw, batch, size, affine=affine), "residual": draw(*batch, size, mean=-0.2)}
+
+    def joined(x: Any, residual: Any, **rest: Any) -> Any:
+        return torch.cat(op(x, residual, **rest), -1)
+
+    def oracle(x: Tensor, residual: Tensor, normalized_shape: tuple[int, ...], **rest: Any) -> Tensor:
+        return torch.cat([formula(x + residual, normalized_shape, **rest), x + residual], -1)
+
+    both = partial(case, draw, op=joined, formula=oracle)
+    yield both(affine, tensors=make((3, 5), 37, affine), options=_norm((37,)))
+    yield both("plain", tensors=make((7,), 21, ""), options=_norm((21,)), k=3)
+    yield both("strided", tensors=make((4, 5), 9, affine), options=_norm((9,)), k=3, strided=True)
+    yield both("611 rows of 252", tensors=make((611,), 252, affine), options=_norm((252,)))
+
+
 def _norm(shape: tuple[int, ...], **options: float) -> dict[str, Any]:
     return {"normalized_shape": shape, "eps": 1e-6, **options}
 

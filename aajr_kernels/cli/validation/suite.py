@@ -8,10 +8,19 @@ from functools import partial
 import torch
 
 from ...ops import activation
+from ...ops.norm import add_layer_norm, add_rms_norm
 from . import formulas
 from .attention import attention_cases
 from .case import Case, Draw
-from .layers import gated_cases, layer_norm_cases, linear_cases, pointwise_cases, rms_norm_cases, rotary_cases
+from .layers import (
+    add_norm_cases,
+    gated_cases,
+    layer_norm_cases,
+    linear_cases,
+    pointwise_cases,
+    rms_norm_cases,
+    rotary_cases,
+)
 from .outputs import lm_head_penalty_cases, sensitivity_cases
 from .policy import policy_cases
 
@@ -20,6 +29,8 @@ OPS: dict[str, Callable[[Draw], Iterable[Case]]] = {
     "linear": linear_cases,
     "rms_norm": rms_norm_cases,
     "layer_norm": layer_norm_cases,
+    "add_rms_norm": partial(add_norm_cases, add_rms_norm, formulas.rms_norm, "weight"),
+    "add_layer_norm": partial(add_norm_cases, add_layer_norm, formulas.layer_norm, "weight bias"),
     "gelu": partial(pointwise_cases, activation.gelu, formulas.gelu, forms=("none", "tanh")),
     "silu": partial(pointwise_cases, activation.silu, formulas.silu),
     "relu": partial(pointwise_cases, activation.relu, formulas.relu),
