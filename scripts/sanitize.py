@@ -67,16 +67,22 @@ def build() -> Path:
     return BUILD / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def runtime_library() -> str:
-    """The library with AddressSanitizer's allocator."""
-    for name in ("libasan.so", "libclang_rt.asan-x86_64.so", "libclang_rt.asan.so"):
+def library(*names: str) -> str:
+    """Path of the first of these libraries that the compiler knows."""
+    for name in names:
         done = subprocess.run(
             [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
         )
         if Path(done.stdout.strip()).is_absolute():
             return str(Path(done.stdout.strip()).resolve())
-    fail("the compiler has no AddressSanitizer library.")
+    fail(f"the compiler has no {names[0]}.")
     return ""
+
+
+def preloaded() -> str:
+    """AddressSanitizer, and the C++ library whose exceptions it has to find when it starts."""
+    address = library("libasan.so", "libclang_rt.asan-x86_64.so", "libclang_rt.asan.so")
+    return f"{address} {library('libstdc++.so.6', 'libstdc++.so')}"
 
 
 def main() -> int:
@@ -95,12 +101,12 @@ def main() -> int:
     environment = {
         **os.environ,
         **SETTINGS,
-        "LD_PRELOAD": runtime_library(),
+        "LD_PRELOAD": preloaded(),
         "AAJR_NATIVE_MODULE": str(module),
-        "AAJR_SANITIZE": "1",
     }
     workers = ["-n", options.jobs] if options.jobs != "1" else []
-    arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *workers]
+    # a report goes to the terminal, also from a process that it ends
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", "--capture=sys", *workers]
     command = [sys.executable, "-m", "pytest", *arguments, *(options.tests or TESTS), *rest]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
