@@ -96,7 +96,8 @@ inline void mask_scores(const AttentionProblem& p, const Sequence& s, int64_t h,
       if (mask.is_bias()) {
         add_bias_row(mask, element, row, nb);
       } else {
-        const bool* allowed = reinterpret_cast<const bool*>(mask.data) + element;
+        // bytes: memory that was viewed as bool may hold others than 0 and 1
+        const uint8_t* allowed = reinterpret_cast<const uint8_t*>(mask.data) + element;
         if (mask.col == 1)
           for (int64_t j = 0; j < nb; ++j) row[j] = allowed[j] ? row[j] : -kInf;
         else

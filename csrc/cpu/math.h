@@ -39,10 +39,10 @@ AAJR_INLINE vf exp(vf x) { return select(x == x, exp_of_sum(x, vf{}), x); }
 // Natural logarithm: -inf at 0, NaN below; subnormal arguments count.
 AAJR_INLINE vf log(vf x) {
   const vi tiny = x < 0x1p-126f;
-  const vi bits = bit_cast<vi>(select(tiny, x * 0x1p25f, x));
+  const vu bits = bit_cast<vu>(select(tiny, x * 0x1p25f, x));  // unsigned, for the bits of numbers below 0 overflow
   // x = 2^e (1 + f) with 1 + f between the roots of 1/2 and 2
-  const vi e = (bits - 0x3f3504f3) >> 23;
-  const vf f = bit_cast<vf>(bits - (e << 23)) - 1.0f;
+  const vi e = bit_cast<vi>(bits - 0x3f3504f3u) >> 23;
+  const vf f = bit_cast<vf>(bits - (bit_cast<vu>(e) << 23)) - 1.0f;
   const vf n = __builtin_convertvector(e, vf) - select(tiny, splat(25.0f), vf{});
   vf p = f * 0x1.14760cp-4f - 0x1.de02bcp-4f;
   p = p * f + 0x1.e6bf3ap-4f;

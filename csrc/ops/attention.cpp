@@ -87,6 +87,9 @@ void fill(AttentionProblem& p, const Args& a) {
   p.causal = a.ints[0] != 0, p.offset = a.ints[1], p.window = a.ints[2];
   p.seed = static_cast<uint64_t>(a.ints[3]), p.align_right = a.ints[4] != 0;
   if (p.window < 0) fail("window must be positive, or 0 for none.");
+  constexpr int64_t kFar = int64_t{1} << 60;  // so that sums of positions, offset and window cannot overflow
+  if (p.offset < -kFar || p.offset > kFar) fail("offset must lie between -2^60 and 2^60.");
+  if (p.window > kFar) p.window = kFar;
   p.scale = static_cast<float>(a.floats[0]), p.softcap = static_cast<float>(a.floats[1]);
   p.dropout = static_cast<float>(a.floats[2]);
   if (!(p.softcap >= 0.0f)) fail("softcap must be positive, or 0 for none.");
