@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
-#include <new>
+
+#include "../scratch.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -58,18 +59,16 @@ inline void parallel_ranges(int64_t n, int threads, const Body& body) {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    memory_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (memory_ == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(memory_); }
+  explicit Scratch(int64_t count)
+      : bytes_(static_cast<size_t>(count) * sizeof(T)), memory_(static_cast<T*>(take_scratch(bytes_))) {}
+  ~Scratch() { give_scratch(memory_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return memory_; }
   T& operator[](int64_t i) const { return memory_[i]; }
 
  private:
+  size_t bytes_;
   T* memory_;
 };
 

@@ -124,8 +124,8 @@ float sum_of_squares(const T* x, int64_t n) {
 
 // q and, for probs, κ of one tangent.
 template <class T>
-float moment(const Row& r, const T* z_tan, int64_t k, Metric metric, float* kappa) {
-  if (metric == Metric::fisher)
+float moment(const Row& r, const T* z_tan, int64_t k, RowMetric metric, float* kappa) {
+  if (metric == RowMetric::fisher)
     return r.inverse * sum_over(r.n, [&](int64_t i, auto io) {
              const vf c = centred(r, z_tan, k, i, io);
              return io.load(r.e + i) * c * c;
@@ -163,7 +163,7 @@ template <class T>
 struct Forward {
   static void run(const Sensitivity& p) {
     const int64_t n = p.layout.size, k_count = p.tangents, rows = p.layout.rows();
-    const bool squares = p.metric == Metric::squares;
+    const bool squares = p.metric == RowMetric::squares;
     each_row(p.layout, k_count, p.threads, scratch_floats(n, 1, k_count, 2), [&](int64_t row, float* memory) {
       const T* z = row_of<T>(p.y, p.layout, row);
       Row r{n, k_count, memory, 0.0f, memory + row_floats(n), memory + row_floats(n) + k_count};
@@ -194,9 +194,9 @@ struct Backward {
   }
 
   static void run(const Sensitivity& p) {
-    if (p.metric == Metric::squares) return squares(p);
+    if (p.metric == RowMetric::squares) return squares(p);
     const int64_t n = p.layout.size, k_count = p.tangents, rows = p.layout.rows();
-    const bool fisher = p.metric == Metric::fisher;
+    const bool fisher = p.metric == RowMetric::fisher;
     each_row(p.layout, k_count, p.threads, scratch_floats(n, 1, k_count, 5), [&](int64_t row, float* memory) {
       const T* z = row_of<T>(p.y, p.layout, row);
       T* out = row_of<T>(p.y_bar, p.layout, row);

@@ -10,10 +10,10 @@
 namespace aajr {
 
 // As METRICS in aajr_kernels/ops/reduce/api.py; l2 and logits are one formula.
-enum class Metric : int { squares, fisher, probs, count };
+enum class RowMetric : int { squares, fisher, probs, count };
 
 struct Sensitivity {
-  Metric metric;
+  RowMetric metric;
   DType dtype;
   int64_t tangents;
   RowLayout layout;

@@ -17,11 +17,11 @@ Sensitivity sensitivity(const Args& a, bool backward) {
   const char* q_name = backward ? "q_bar" : "q";
   Sensitivity p{};
   const int64_t stacks = stacks_of(y, "y");
-  if (a.ints[0] < 0 || a.ints[0] >= static_cast<int64_t>(Metric::count)) fail("metric must be the code of a metric.");
-  p.metric = static_cast<Metric>(a.ints[0]);
+  if (a.ints[0] < 0 || a.ints[0] >= static_cast<int64_t>(RowMetric::count)) fail("metric must be the code of a metric.");
+  p.metric = static_cast<RowMetric>(a.ints[0]);
   p.layout = shared_layout({{&y, "y", stacks, &p.y}, {backward ? &a.tensors[2] : &y, "y_bar", stacks, &p.y_bar}}, true);
   if (backward && !a.tensors[2]) fail("y_bar must not be None.");
-  if (p.metric != Metric::squares && p.layout.size == 0) fail("y must have a last axis with elements.");
+  if (p.metric != RowMetric::squares && p.layout.size == 0) fail("y must have a last axis with elements.");
   p.dtype = y.dtype, p.tangents = stacks - 1, p.threads = a.threads;
   check_shape(q, q_name, {p.tangents, p.layout.rows()});
   check_dtype(q, q_name, DType::f32);

@@ -70,13 +70,17 @@ def common_factor(
     got: tuple[torch.Tensor | None, ...], expected: tuple[torch.Tensor | None, ...]
 ) -> float | None:
     """The number c with got = c expected up to the rounding of a few operations, or None; None stands for zeros."""
-    pairs = [(g, e) for g, e in zip(got, expected) if g is not None or e is not None]
-    given = torch.cat(
-        [torch.zeros_like(e).flatten() if g is None else g.flatten() for g, e in pairs]
-    ).double()
-    wanted = torch.cat(
-        [torch.zeros_like(g).flatten() if e is None else e.flatten() for g, e in pairs]
-    ).double()
+    given, wanted = [], []
+    for g, e in zip(got, expected):
+        present = g if e is None else e
+        if present is not None:
+            zeros = torch.zeros_like(present)
+            given.append((zeros if g is None else g).flatten())
+            wanted.append((zeros if e is None else e).flatten())
+    return _ratio(torch.cat(given).double(), torch.cat(wanted).double())
+
+
+def _ratio(given: torch.Tensor, wanted: torch.Tensor) -> float | None:
     largest = wanted.abs().argmax()
     if not wanted[largest]:
         return None
