@@ -4,6 +4,10 @@
 #include <mutex>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace aajr {
 namespace {
 
@@ -22,7 +26,23 @@ Pool& pool() {
   return *it;
 }
 
-size_t rounded(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
+
+size_t rounded(size_t bytes) {
+  const size_t step = bytes >= kHugePage / 2 ? kHugePage : kPage;
+  return (bytes + step - 1) / step * step;
+}
+
+// Large blocks ask for large pages: the kernels walk megabytes in strides, and small pages exceed what the processor
+// remembers of the page table.
+void* allocate(size_t bytes) {
+  const bool huge = bytes % kHugePage == 0;
+  void* block = std::aligned_alloc(huge ? kHugePage : kPage, bytes);
+#if defined(__linux__)
+  if (huge && block != nullptr) madvise(block, bytes, MADV_HUGEPAGE);
+#endif
+  return block;
+}
 
 }  // namespace
 
@@ -39,7 +59,7 @@ void* take_scratch(size_t bytes) {
         return found;
       }
   }
-  void* fresh = std::aligned_alloc(4096, bytes);
+  void* fresh = allocate(bytes);
   if (fresh == nullptr) throw std::bad_alloc();
   return fresh;
 }

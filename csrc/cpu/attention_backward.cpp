@@ -136,7 +136,8 @@ int64_t shares(int64_t pairs, int64_t blocks, int64_t threads, bool ordered) {
 
 template <class T>
 void backward_typed(const AttentionBackward& p) {
-  const int64_t group = p.H / p.HK, blocks = (p.longest_q + QB - 1) / QB, pairs = p.B * p.HK;
+  const int64_t group = p.H / p.HK, rows_at_once = query_rows(p),
+                blocks = (p.longest_q + rows_at_once - 1) / rows_at_once, pairs = p.B * p.HK;
   const Mask& m = p.bias_bar_strides;
   // heads or batch rows that share the rows of a bias gradient add to it one after another
   const bool ordered = p.bias_bar && m.row != 0 && ((m.batch == 0 && p.B > 1) || (m.head == 0 && p.HK > 1));
@@ -171,12 +172,12 @@ void backward_typed(const AttentionBackward& p) {
       const Sums own = sums(i, part);
       for (int64_t e = 0; e < sum_floats; ++e) own.k.data[e] = 0.0f;
       const Sequence s = sequence(p, b);
-      for (int64_t block = 0; block * QB < s.n; ++block) {
+      for (int64_t block = 0; block * rows_at_once < s.n; ++block) {
         // to and fro, so that under causality every share gets short and long blocks
         const int64_t turn = block % (2 * parts);
         if ((turn < parts ? turn : 2 * parts - 1 - turn) != part) continue;
         for (int64_t g = 0; g < group; ++g) {
-          const Block at{hk * group + g, block * QB, smaller(QB, s.n - block * QB)};
+          const Block at{hk * group + g, block * rows_at_once, smaller(rows_at_once, s.n - block * rows_at_once)};
           query_block<T>(p, w, operands(i), own, s, at, b * p.H + at.h, dropout);
         }
       }

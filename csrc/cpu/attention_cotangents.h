@@ -172,7 +172,7 @@ inline void differentiate(const AttentionBackward& p, const Workspace& w, const 
     const uint32_t key = DROP ? dropout.row_key(head, at.i0 + i) : 0;
     const int64_t tangents = SCORES ? p.K : 0;
     for (int64_t j = 0; j < padded; j += W) {
-      const vf prob = exp(load(score + j) * scale - top) * share;
+      const vf prob = exp_flushed(load(score + j) * scale - top) * share;
       const vf factor = DROP ? dropout.factor(key, j0 + j) : splat(1.0f);
       const vf kept = DROP ? prob * factor : prob;
       vf bar = prob * ((DROP ? load(s_bar + j) * factor : load(s_bar + j)) - d0);

@@ -120,20 +120,30 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
       rescale(w, 1 + p.K, i, factor);
     }
     w.top[i] = now;
-    vf total{};
+    // the first tangent rides along with the exponentials
+    float* first = k > 0 ? w.rates + i * LD : nullptr;
+    vf total{}, first_moment{};
     for (int64_t j = 0; j < padded; j += W) {
-      const vf e = exp(load(row + j) * scale - base);
+      const vf e = exp_flushed(load(row + j) * scale - base);
       total += e;
       store(row + j, e);
+      if (first != nullptr) {
+        const vf product = e * (load(first + j) * scale);
+        first_moment += product;
+        if constexpr (!kRounded) store(first + j, product);
+      }
     }
     w.total[i] += sum(total);
     for (int64_t t = 0; t < k; ++t) {
       float* rate = w.rates + (t * QB + i) * LD;
-      vf moment{};
-      for (int64_t j = 0; j < padded; j += W) {
-        const vf product = load(row + j) * (load(rate + j) * scale);
-        moment += product;
-        if constexpr (!kRounded) store(rate + j, product);
+      vf moment = first_moment;
+      if (t > 0) {
+        moment = vf{};
+        for (int64_t j = 0; j < padded; j += W) {
+          const vf product = load(row + j) * (load(rate + j) * scale);
+          moment += product;
+          if constexpr (!kRounded) store(rate + j, product);
+        }
       }
       w.moment[t * QB + i] += sum(moment);
       if constexpr (kRounded) {
@@ -226,7 +236,7 @@ void query_block(const AttentionForward& p, const Workspace& w, const Sequence& 
 
 template <class T>
 void forward_typed(const AttentionForward& p) {
-  const int64_t group = p.H / p.HK, blocks = (p.longest_q + QB - 1) / QB;
+  const int64_t group = p.H / p.HK, rows_at_once = query_rows(p), blocks = (p.longest_q + rows_at_once - 1) / rows_at_once;
   const int64_t k_floats = floats_for(p.k.stacks * Panels(nullptr, p.longest_k, p.D).stack);
   const int64_t v_floats = floats_for(p.v.stacks * Dense(nullptr, p.longest_k, p.V).stack);
   const int64_t pairs = p.B * p.HK, step = pairs_at_once(pairs, group * blocks, k_floats + v_floats, p.threads);
@@ -251,7 +261,7 @@ void forward_typed(const AttentionForward& p) {
       const int64_t block = blocks - 1 - index / (count * group), i = index % (count * group) / group;
       const int64_t b = (first + i) / p.HK, h = (first + i) % p.HK * group + index % group;
       const Sequence s = sequence(p, b);
-      const Block at{h, block * QB, smaller(QB, s.n - block * QB)};
+      const Block at{h, block * rows_at_once, smaller(rows_at_once, s.n - block * rows_at_once)};
       if (at.mb <= 0) return;
       const Workspace w(scratch.get() + work * slot, p);
       const TileScope tiles;

@@ -10,7 +10,8 @@ namespace AAJR_ARCH {
 
 using Number = float;       // what products multiply
 using ProductTerm = Term;
-constexpr int64_t QB = 48;         // queries in a tile
+constexpr int64_t QB = 48;         // queries in a tile, at most
+constexpr int64_t kShort = 1024;   // up to this many queries half as many: less is wasted along the diagonal
 constexpr int64_t KB = 128;        // keys in a tile
 constexpr int64_t LD = KB + 16;    // row stride of a tile: not a power of two, so that columns spread over cache sets
 constexpr bool kRounded = false;   // whether operands have fewer digits than float32

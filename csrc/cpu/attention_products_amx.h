@@ -13,6 +13,7 @@ namespace AAJR_ARCH {
 using Number = bf16;
 using ProductTerm = PairTerm;
 constexpr int64_t QB = 64;
+constexpr int64_t kShort = 0;
 constexpr int64_t KB = 256;
 constexpr int64_t LD = KB + 16;
 constexpr int64_t kLeft = KB + kDepth;  // row stride of a rounded tile

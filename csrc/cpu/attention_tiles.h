@@ -33,6 +33,9 @@ inline Sequence sequence(const AttentionProblem& p, int64_t b) {
   return {0, p.q_start[b], n, p.k_start[b], m, p.align_right ? m - n : p.offset};
 }
 
+// Queries in a tile of this problem.
+inline int64_t query_rows(const AttentionProblem& p) { return p.causal && p.longest_q <= kShort ? QB / 2 : QB; }
+
 struct Span {
   int64_t low, high;  // keys [low, high), low a multiple of NR
 };

@@ -17,6 +17,7 @@ AAJR_INLINE vf value(MathFunction f, vf x) {
     case MathFunction::tanh_slope: return tanh(x).slope;
     case MathFunction::normal_cdf: return normal(x).cdf;
     case MathFunction::normal_density: return normal(x).density;
+    case MathFunction::exp_flushed: return exp_flushed(x);
     case MathFunction::count: break;
   }
   return x;

@@ -8,7 +8,7 @@
 namespace aajr {
 
 enum class MathFunction : int {
-  exp, log, sigmoid, sigmoid_complement, tanh, tanh_slope, normal_cdf, normal_density, count
+  exp, log, sigmoid, sigmoid_complement, tanh, tanh_slope, normal_cdf, normal_density, exp_flushed, count
 };
 
 struct MathKernels {

@@ -20,7 +20,7 @@ void math_eval(const Args& a) {
 }
 
 const Register register_eval("math_eval",
-                             "For tests. tensors: x, y; ints: function (0 exp, 1 log, 2 sigmoid, 3 its complement, "
+                             "For tests. tensors: x, y; ints: function (8 exp_flushed, 0 exp, 1 log, 2 sigmoid, 3 its complement, "
                              "4 tanh, 5 its slope, 6 normal cdf, 7 normal density)",
                              math_eval);
 

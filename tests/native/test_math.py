@@ -102,3 +102,17 @@ def test_sigmoid_and_its_complement_sum_to_one(capability):
     x = torch.linspace(-30, 30, 1001)
     total = evaluate("sigmoid", x).double() + evaluate("sigmoid_complement", x).double()
     assert (total - 1.0).abs().max() < 3e-7
+
+
+def test_the_exponential_of_a_softmax(capability):
+    """Within its range as accurate as exp, zero below it, NaN kept."""
+    x = SAMPLES[SAMPLES < 88.0]
+    y = torch.empty_like(x)
+    native.call("math_eval", (x, y), (8,))
+    exact = torch.where(x < -87.33, 0.0, x.double().exp())
+    unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
+    assert ((y.double() - exact).abs() / unit).max() <= 1.25
+    special = torch.tensor([-math.inf, math.nan, 0.0])
+    out = torch.empty_like(special)
+    native.call("math_eval", (special, out), (8,))
+    assert out[0] == 0.0 and out[1].isnan() and out[2] == 1.0
