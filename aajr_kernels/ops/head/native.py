@@ -125,12 +125,22 @@ def head_joint(
             (_METRICS[metric], ignore_index, int(start > 0)),
             (scale, 0.0),
         )
-        if outputs[0] is not None:
+        if outputs[0] is not None and part is not None:
             outputs[0][:, rows] = part
-    q, nll, stats, q_bar, nll_bar = (
-        None if column[0] is None else torch.cat(column, -1) for column in (*zip(*results), *zip(*cotangents))
+    q, stats = _joined([q for q, _, _ in results]), _joined([stats for _, _, stats in results])
+    assert q is not None and stats is not None
+    nll = _joined([nll for _, nll, _ in results])
+    q_bar, nll_bar = (
+        _joined([q_bar for q_bar, _ in cotangents]),
+        _joined([nll_bar for _, nll_bar in cotangents]),
     )
     return (q, nll, stats), (q_bar, nll_bar, *outputs)
+
+
+def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """The chunks along the tokens, None if they are."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, -1) if present else None
 
 
 def _outputs(
