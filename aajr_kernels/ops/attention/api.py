@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ... import runtime
 from ...dual import Dual, num_tangents, stack_of
 from .function import AttentionFunction
+from .packed import Bounds, packed_bounds, pieces
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS: Any = (Tensor, Dual)
@@ -29,6 +31,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -42,6 +45,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | Dual: ...
 
 
@@ -56,6 +60,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | Dual:
     """Attention ``O = P V`` with ``P = softmax(cap(s Q Kᵀ) + bias)`` and its tangents, in memory linear in N and M.
 
@@ -75,6 +80,10 @@ def attention(
         window: a query sees its last `window` keys only, its own position included; needs `causal`.
         dropout: probability of dropping an attention weight, one mask for primal and tangents, drawn anew in the
             backward from a seed that comes from torch's generator.
+        cu_seqlens: packed sequences: ascending offsets ``[sequences + 1]`` from 0 to N, int32 or int64. `q`, `k`, `v`
+            are then ``[H, N, D]`` (or with a batch axis of one), all sequences one after another, and every sequence
+            attends to its own keys; `causal` and `window` count within a sequence, and `mask` is None. A pair
+            (cu_seqlens_q, cu_seqlens_k) where a sequence has other numbers of queries and keys; either may be 0.
 
     Returns:
         ``[*batch, H, N, V]`` in the dtype of `q`, a Dual if any argument is one. A query that may see no key gives
@@ -86,11 +95,10 @@ def attention(
     """
     _check_tensors(q, k, v, mask)
     scale = _check_options(q, causal, scale, softcap, window, dropout)
-    tangents = num_tangents(q, k, v, mask)
-    queries, keys = q.shape[-2], k.shape[-2]
-    offset = None if causal is False else keys - queries if causal == "lower_right" else 0
-    if not tangents and softcap is None:
-        return _plain(q, k, v, mask, offset, window, scale, dropout)
+    tangents, dual = num_tangents(q, k, v, mask), any(isinstance(x, Dual) for x in (q, k, v, mask))
+    bounds = packed_bounds(q, k, mask, cu_seqlens)
+    if not dual and softcap is None:
+        return _plain(q, k, v, mask, causal, window, scale, dropout, bounds)
     batch = q.shape[:-3]
     qs, ks, vs = runtime.autocast_low(*(_five_axes(stack_of(x)) for x in (q, k, v)))
     for name, x in (("k", ks), ("v", vs)):
@@ -102,12 +110,24 @@ def attention(
     seed = int(torch.randint(1 << 62, (), device=qs.device)) if dropout > 0 else 0
     backend = runtime.select_backend("attention", qs, ks, vs)
     if runtime.recording():
-        pairs = _visible_pairs(queries, keys, offset, window) * qs.shape[1] * qs.shape[2]
+        sizes = [(qs.shape[-2], ks.shape[-2])]
+        if bounds is not None:
+            sizes = [(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in pieces(bounds)]
+        pairs = sum(_visible_pairs(n, m, _offset(causal, n, m), window) for n, m in sizes)
+        pairs *= qs.shape[1] * qs.shape[2]
         runtime.record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (qs.shape[-1] + vs.shape[-1]))
-    options = (scale, softcap, offset, window, dropout, seed)
-    out = AttentionFunction.apply(qs, ks, vs, bias, options, backend)
+    align_right = bounds is not None and causal == "lower_right"
+    offset = 0 if align_right else _offset(causal, qs.shape[-2], ks.shape[-2])
+    options = (scale, softcap, offset, window, dropout, seed, align_right)
+    starts = () if bounds is None else [torch.tensor(x, device=qs.device) for x in bounds]
+    out = AttentionFunction.apply(qs, ks, vs, bias, options, backend, *starts)
     out = out.reshape(out.shape[0], *batch, *out.shape[2:])
-    return Dual(out) if tangents else out[0]
+    return Dual(out) if dual else out[0]
+
+
+def _offset(causal: bool | str, queries: int, keys: int) -> int | None:
+    """Query i sees the keys j <= i + offset."""
+    return None if causal is False else keys - queries if causal == "lower_right" else 0
 
 
 def _check_tensors(q: Any, k: Any, v: Any, mask: Any) -> None:
@@ -180,9 +200,26 @@ def _check_options(
 
 
 def _plain(
-    q: Any, k: Any, v: Any, mask: Any, offset: int | None, window: int | None, scale: float, dropout: float
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    causal: bool | str,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    bounds: Bounds | None,
 ) -> Tensor:
-    """torch's own attention of plain tensors."""
+    """torch's own attention of plain tensors, of packed ones a sequence at a time."""
+    if bounds is not None:
+        parts = [
+            _plain(
+                q[..., rows, :], k[..., keys, :], v[..., keys, :], None, causal, window, scale, dropout, None
+            )
+            for rows, keys in pieces(bounds)
+        ]
+        return torch.cat(parts, -2) if parts else q.new_zeros(*q.shape[:-1], v.shape[-1])
+    offset = _offset(causal, q.shape[-2], k.shape[-2])
     gqa = q.shape[-3] != k.shape[-3]
     if mask is None and window is None and offset in (None, 0):
         return F.scaled_dot_product_attention(

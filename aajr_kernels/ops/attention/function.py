@@ -13,8 +13,9 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 class AttentionFunction(torch.autograd.Function):
     """q ``[1|1+K, B, H, N, D]``, k, v ``[1|1+K, B, HK, M, D|V]`` and a mask -> ``[1 + K, B, H, N, V]``.
 
-    The options are those of the reference's ``Options``: (scale, softcap, offset, window, dropout, seed). A backend
-    returns the output and whatever tensors its own backward wants to see again.
+    The options are those of the reference's ``Options``: (scale, softcap, offset, window, dropout, seed, align_right).
+    Packed sequences come with the int64 offsets of their queries and keys, without gradient. A backend returns the
+    output and whatever tensors its own backward wants to see again.
     """
 
     @staticmethod
@@ -24,28 +25,33 @@ class AttentionFunction(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: torch.Tensor | None,
-        options: tuple[float, float | None, int | None, int | None, float, int],
+        options: tuple[Any, ...],
         backend: str,
+        q_start: torch.Tensor | None = None,
+        k_start: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         module = runtime.implementation("attention", backend)
         with runtime.no_autocast(q.device.type):
-            out, *residuals = module.attention_fwd(q, k, v, mask, module.Options(*options))
-        ctx.save_for_backward(q, k, v, mask, out, *residuals)
+            starts = None if q_start is None else (q_start, k_start)
+            out, *residuals = module.attention_fwd(q, k, v, mask, module.Options(*options), starts)
+        ctx.save_for_backward(q_start, k_start, q, k, v, mask, out, *residuals)
         return out
 
     @staticmethod
     @runtime.first_order
     def backward(ctx: Any, out_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if out_bar is None:
-            return None, None, None, None, None, None
+            return (None,) * 8
         module = runtime.implementation("attention", ctx.backend)
         with runtime.no_autocast(out_bar.device.type):
+            q_start, k_start, *saved = ctx.saved_tensors
             grads = module.attention_bwd(
                 out_bar,
-                *ctx.saved_tensors,
+                *saved,
                 options=module.Options(*ctx.options),
                 needs=ctx.needs_input_grad[:4],
+                starts=None if q_start is None else (q_start, k_start),
             )
-        return *grads, None, None
+        return *grads, None, None, None, None

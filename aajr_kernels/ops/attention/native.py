@@ -13,7 +13,7 @@ __all__ = ["Options", "attention_bwd", "attention_fwd"]
 
 def _numbers(options: Options) -> tuple[tuple[int, ...], tuple[float, ...]]:
     causal = options.offset is not None
-    ints = (int(causal), options.offset or 0, options.window or 0, options.seed, 0)
+    ints = (int(causal), options.offset or 0, options.window or 0, options.seed, int(options.align_right))
     return ints, (options.scale, options.softcap or 0.0, options.dropout)
 
 
@@ -25,7 +25,12 @@ def _kernel_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference."""
     q, k, v = (native.row_dense(x) for x in (q, k, v))
@@ -39,7 +44,10 @@ def attention_fwd(
     shift, norm, mu = stats[0], stats[1], stats[2:]
     ints, floats = _numbers(options)
     native.call(
-        "attention_fwd", (q, k, v, _kernel_mask(mask), None, None, shift, norm, mu, out), ints, floats
+        "attention_fwd",
+        (q, k, v, _kernel_mask(mask), *(starts or (None, None)), shift, norm, mu, out),
+        ints,
+        floats,
     )
     return out, shift, norm, mu
 
@@ -56,6 +64,7 @@ def attention_bwd(
     mu: Tensor,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
+    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
     q, k, v, out_bar = (native.row_dense(x) for x in (q, k, v, out_bar))
@@ -69,8 +78,7 @@ def attention_bwd(
             k,
             v,
             _kernel_mask(mask),
-            None,
-            None,
+            *(starts or (None, None)),
             shift,
             norm,
             mu,

@@ -34,13 +34,18 @@ import math
 import torch
 from torch import Tensor
 
-from .tiling import Options, Tiles
+from .tiling import Options, Tiles, sequences
 
 __all__ = ["Options", "attention_bwd", "attention_fwd"]
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output and its tangents.
 
@@ -50,11 +55,20 @@ def attention_fwd(
         v: ``[1 | 1+K, B, HK, M, V]``.
         mask: None, bool ``[1, B|1, H|1, N|1, M|1]`` (True = attend) or floating ``[1 | 1+K, B|1, H|1, N|1, M|1]``.
         options: scale, softcap, causality, window, dropout.
+        starts: with packed sequences, ascending int64 offsets ``[sequences + 1]`` of their queries and of their keys;
+            then B is 1 and there is no mask.
 
     Returns:
         out ``[1+K, B, H, N, V]`` in the dtype of q, and for the backward shift ``[B, H, N]``, norm ``[B, H, N]`` and
         mu ``[K | 0, B, H, N]`` in float32 (float64 for float64).
     """
+    if starts is not None:
+        parts = [
+            attention_fwd(q[..., rows, :], k[..., keys, :], v[..., keys, :], None, each)
+            for rows, keys, each in sequences(options, starts)
+        ]
+        out, shift, norm, mu = (torch.cat(x, axis) for x, axis in zip(zip(*parts), (-2, -1, -1, -1)))
+        return out, shift, norm, mu
     t = Tiles(q, k, v, mask, options)
     B, HK, G, N, V, K = t.B, t.HK, t.G, t.N, t.V, t.K
     out = q.new_zeros(1 + K, B, HK, G, N, V)
@@ -106,18 +120,30 @@ def attention_bwd(
     mu: Tensor,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
+    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to q, k, v and the bias.
 
     Args:
         out_bar: ``[1+K, B, H, N, V]``, cotangents of the output and of its tangents.
-        q, k, v, mask, options: as given to :func:`attention_fwd`.
+        q, k, v, mask, options, starts: as given to :func:`attention_fwd`.
         out, shift, norm, mu: what it returned.
         needs: which of the four gradients to compute.
 
     Returns:
         For each of q, k, v, mask a tensor of its shape and dtype, or None where it is not needed.
     """
+    if starts is not None:
+        parts = []
+        for rows, keys, each in sequences(options, starts):
+            inputs = (q[..., rows, :], k[..., keys, :], v[..., keys, :])
+            saved = (out[..., rows, :], shift[..., rows], norm[..., rows], mu[..., rows])
+            parts.append(attention_bwd(out_bar[..., rows, :], *inputs, None, *saved, each, needs))
+        q_bar, k_bar, v_bar, _ = (
+            torch.cat(x, -2) if need else None
+            for x, need in zip(zip(*parts), needs)  # type: ignore[arg-type]
+        )
+        return q_bar, k_bar, v_bar, None
     t = Tiles(q, k, v, mask, options)
     D, V = t.D, t.V
     need_q, need_k, need_v, need_bias = needs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Options:
         window: and only the keys j > i + offset - window; None for all.
         dropout: probability of dropping an attention weight.
         seed: seed of the dropout mask.
+        align_right: with packed sequences, offset = keys - queries of each sequence.
     """
 
     scale: float
@@ -36,6 +38,7 @@ class Options:
     window: int | None = None
     dropout: float = 0.0
     seed: int = 0
+    align_right: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,3 +262,12 @@ class Tiles:
 
 def slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def sequences(options: Options, starts: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, slice, Options]]:
+    """Packed sequences one by one: query rows, key rows and options of each; an empty one where there is none."""
+    rows, keys = (x.tolist() if x.numel() > 1 else [0, 0] for x in starts)
+    for i, (q0, q1, k0, k1) in enumerate(zip(rows, rows[1:], keys, keys[1:])):
+        offset = k1 - k0 - (q1 - q0) if options.align_right else options.offset
+        # every sequence draws a dropout mask of its own
+        yield slice(q0, q1), slice(k0, k1), replace(options, offset=offset, seed=options.seed + i)

@@ -1,0 +1,81 @@
+"""Packed sequences: the offsets of several sequences that lie one after another along the positions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dual import Dual
+
+Bounds = tuple[list[int], list[int]]
+
+
+def packed_bounds(
+    q: Tensor | Dual, k: Tensor | Dual, mask: Any, cu_seqlens: Tensor | Sequence[Tensor] | None
+) -> Bounds | None:
+    """Checked offsets of the sequences' queries and keys as numbers; None without packed sequences.
+
+    Reading them waits for the device where they live on one.
+    """
+    if cu_seqlens is None:
+        return None
+    if mask is not None:
+        raise ValueError(
+            "attention: mask must be None with cu_seqlens, whose sequences attend within themselves: use causal and "
+            "window, or pad the sequences and pass the mask alone."
+        )
+    if len(q.shape) > 4 or any(n != 1 for n in q.shape[:-3]):
+        raise ValueError(
+            f"attention: q must be [H, N, D] or [1, H, N, D] with cu_seqlens, got {tuple(q.shape)}: lay the sequences "
+            "one after another along the positions."
+        )
+    if isinstance(cu_seqlens, (tuple, list)):
+        if len(cu_seqlens) != 2:
+            raise ValueError(
+                f"attention: cu_seqlens must be a tensor of offsets or a pair (cu_seqlens_q, cu_seqlens_k), got "
+                f"{len(cu_seqlens)} values."
+            )
+        q_bounds = _offsets("cu_seqlens_q", cu_seqlens[0], "queries", q.shape[-2])
+        k_bounds = _offsets("cu_seqlens_k", cu_seqlens[1], "keys", k.shape[-2])
+    else:
+        if q.shape[-2] != k.shape[-2]:
+            raise ValueError(
+                f"attention: q and k must have equally many positions with one cu_seqlens, got {q.shape[-2]} and "
+                f"{k.shape[-2]}: pass a pair (cu_seqlens_q, cu_seqlens_k)."
+            )
+        q_bounds = k_bounds = _offsets("cu_seqlens", cu_seqlens, "positions", q.shape[-2])
+    if len(q_bounds) != len(k_bounds):
+        raise ValueError(
+            f"attention: cu_seqlens_q and cu_seqlens_k must be of equally many sequences, got {len(q_bounds) - 1} and "
+            f"{len(k_bounds) - 1}."
+        )
+    return q_bounds, k_bounds
+
+
+def _offsets(name: str, value: Any, what: str, size: int) -> list[int]:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"attention: {name} must be an int32 or int64 tensor, got {type(value).__name__}.")
+    if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or not value.numel():
+        raise ValueError(
+            f"attention: {name} must be an int32 or int64 tensor [sequences + 1], got {value.dtype} of shape "
+            f"{tuple(value.shape)}."
+        )
+    bounds: list[int] = value.tolist()
+    if bounds[0] != 0 or bounds[-1] != size:
+        raise ValueError(
+            f"attention: {name} must begin with 0 and end with the number of {what}, {size}, got {bounds[0]} and "
+            f"{bounds[-1]}."
+        )
+    if any(b < a for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"attention: {name} must be ascending offsets, got a sequence of negative length.")
+    return bounds
+
+
+def pieces(bounds: Bounds) -> list[tuple[slice, slice]]:
+    """Query and key positions of every sequence."""
+    rows, keys = ([slice(*pair) for pair in itertools.pairwise(x)] for x in bounds)
+    return list(zip(rows, keys))
