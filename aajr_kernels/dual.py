@@ -363,21 +363,21 @@ def _duals_in(values: Any) -> list[Dual]:
 
 
 def num_tangents(*values: Any) -> int:
-    """K of the Duals among `values`, 0 if there is none.
+    """K of the Duals among `values`, 0 if there is none (or only Duals that are a primal without tangents).
 
     Raises:
         ValueError: the Duals carry different numbers of tangents.
     """
-    k = 0
+    k = None
     for value in values:
         if isinstance(value, Dual):
-            if k and value.num_tangents != k:
+            if k is not None and value.num_tangents != k:
                 raise ValueError(
                     f"Duals with {k} and {value.num_tangents} tangents meet in one operation: build them with the "
                     "same number of directions."
                 )
             k = value.num_tangents
-    return k
+    return k or 0
 
 
 def stack_of(x: Any) -> Any:

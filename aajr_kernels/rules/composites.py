@@ -202,8 +202,8 @@ def grouped_mm(
     else:
         b, b_tan = split(mat_b)
         both = _grouped_stack(mat_a.stacked, b[0], offs)
-        other = torch.stack([_grouped(mat_a.stacked[0], part, offs) for part in b_tan.unbind(0)])
-        out = join(both[:1], both[1:] + other)
+        others = [_grouped(mat_a.stacked[0], part, offs) for part in b_tan.unbind(0)]
+        out = join(both[:1], both[1:] + torch.stack(others)) if others else Dual(both)
     if recording():
         # every row meets one group's columns, unless a 3-D left operand meets columns split into groups
         columns = mat_b.shape[-1] / (mat_a.shape[0] if mat_a.dim() == 3 and mat_b.dim() == 2 else 1)

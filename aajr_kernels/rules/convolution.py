@@ -66,8 +66,9 @@ def _convolution(function: Callable[..., torch.Tensor], spatial: int) -> Callabl
             w, w_tan = split(weight)
             stack = x.stacked if is_dual(x) else x.unsqueeze(0)
             by_input = product(stack, w[0])
-            by_weight = torch.cat([product(stack[:1], part) for part in w_tan.unbind(0)])
-            out = join(by_input[:1], by_input[1:] + by_weight if is_dual(x) else by_weight)
+            by_weight = [product(stack[:1], part) for part in w_tan.unbind(0)]
+            moved = torch.cat(by_weight) if by_weight else by_input[:0]
+            out = join(by_input[:1], by_input[1:] + moved if is_dual(x) else moved)
         if bias is None:
             return out
         return _add_bias(out, bias, spatial)

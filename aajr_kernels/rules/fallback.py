@@ -52,11 +52,12 @@ def generic(function: Callable[..., Any]) -> Callable[..., Any]:
             torch.func.jvp(call, primals, tuple(leaves[i].stacked[j] for i in places))
             for j in range(1, k + 1)
         ]
-        if any(y.is_complex() for y in pytree.tree_leaves(runs[0][0])):
+        value = runs[0][0] if runs else call(*primals)
+        if any(y.is_complex() for y in pytree.tree_leaves(value)):
             raise UnsupportedOperation(
                 f"{function.__name__} gives complex numbers, which a Dual cannot hold: write it in real arithmetic."
             )
-        primal_leaves, result = pytree.tree_flatten(runs[0][0])
+        primal_leaves, result = pytree.tree_flatten(value)
         tangent_leaves = [pytree.tree_leaves(run[1]) for run in runs]
         outputs = [
             Dual(torch.stack([value, *(leaves[i] for leaves in tangent_leaves)]))

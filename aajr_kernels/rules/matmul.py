@@ -24,7 +24,8 @@ def _matmul(a: Any, b: Any) -> Any:
         return _matmul(a, b.unsqueeze(-1)).squeeze(-1)
     if a.dim() == 1 and (is_dual(a) or b.dim() > 2):
         return _matmul(a.unsqueeze(0), b).squeeze(-2)
-    if not num_tangents(a, b):
+    num_tangents(a, b)
+    if not is_dual(a) and not is_dual(b):
         return torch.matmul(a, b)
     if not is_dual(b):
         return _product(a, b, torch.matmul)

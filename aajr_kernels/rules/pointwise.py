@@ -32,7 +32,8 @@ from .common import (
 
 def _plus(a: Any, b: Any) -> Any:
     """a + b with the cheapest form for each mixture of Dual, tensor and number."""
-    if not num_tangents(a, b):
+    num_tangents(a, b)
+    if not is_dual(a) and not is_dual(b):
         return a + b
     a, b = settled(a, b)
     n = ndim_of(a, b)
@@ -94,7 +95,8 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         k = num_tangents(a, b)
         primal = torch.div(primal_of(a), primal_of(b), rounding_mode=rounding_mode)
         return Dual(torch.cat([primal.unsqueeze(0), primal.new_zeros((k, *primal.shape))]))
-    if not num_tangents(a, b):
+    num_tangents(a, b)
+    if not is_dual(a) and not is_dual(b):
         return a / b
     if is_number(b):
         return Dual(a.stacked / b)

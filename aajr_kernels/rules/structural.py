@@ -328,8 +328,8 @@ def _where(condition: Any, input: Any = None, other: Any = None) -> Any:
     condition = primal_of(condition)
     if input is None and other is None:
         return torch.where(condition)
-    k = num_tangents(input, other)
-    if k == 0:
+    num_tangents(input, other)
+    if not is_dual(input) and not is_dual(other):
         return torch.where(condition, input, other)
     input, other = settled(input, other)
     n = ndim_of(condition, input, other)
