@@ -175,7 +175,7 @@ def test_dropout_is_the_formula_with_the_mask_that_was_drawn(target):
         if not weights.numel():
             dropped.append(weights)
             continue
-        _n, m = weights.shape[-2:]
+        m = weights.shape[-1]
         plain = formula(zero[:1, 0].double()[..., rows, :], case.leaves["k"][0][..., keys, :].detach(),
                         torch.eye(m, dtype=torch.float64).expand(1, 2, m, m), **options)  # fmt: skip
         dropped.append(torch.where(plain > 0, weights / plain.clamp(min=1e-300), 1.0))
