@@ -135,10 +135,10 @@ def attention_bwd(
     """
     if starts is not None:
         parts = []
-        for rows, keys, each in sequences(options, starts):
-            inputs = (q[..., rows, :], k[..., keys, :], v[..., keys, :])
-            saved = (out[..., rows, :], shift[..., rows], norm[..., rows], mu[..., rows])
-            parts.append(attention_bwd(out_bar[..., rows, :], *inputs, None, *saved, each, needs))
+        for mine, theirs, each in sequences(options, starts):
+            inputs = (q[..., mine, :], k[..., theirs, :], v[..., theirs, :])
+            saved = (out[..., mine, :], shift[..., mine], norm[..., mine], mu[..., mine])
+            parts.append(attention_bwd(out_bar[..., mine, :], *inputs, None, *saved, each, needs))
         q_bar, k_bar, v_bar, _ = (
             torch.cat(x, -2) if need else None
             for x, need in zip(zip(*parts), needs)  # type: ignore[arg-type]
