@@ -65,7 +65,9 @@ def test_our_ops_and_their_gradients(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine, plain, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [torch.add, torch.mul, torch.matmul, torch.where, aajr.swiglu], ids=str)
+@pytest.mark.parametrize(
+    "function", [torch.add, torch.mul, torch.matmul, torch.where, aajr.swiglu], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("swap", [False, True])
 def test_beside_a_dual_with_tangents_it_raises(function: object, swap: bool) -> None:
     x = torch.randn(3, 3)
