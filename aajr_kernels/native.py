@@ -128,6 +128,28 @@ def call(
     entry(tuple(map(_view, tensors)), ints, floats, torch.get_num_threads())
 
 
+#: bytes from which a tensor asks for large pages: a few of them at least
+_LARGE = 4 << 20
+
+
+def _on_large_pages(t: torch.Tensor) -> torch.Tensor:
+    if t.nbytes >= _LARGE:
+        module().prefer_large_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``torch.empty`` for the output of an entry point. Memory fresh from the system comes in pages of 4 KB, each of
+    which costs an interruption when first written, and together more than most kernels: large tensors ask for larger
+    pages, as torch itself does if ``THP_MEM_ALLOC_ENABLE=1`` is set."""
+    return _on_large_pages(torch.empty(shape, dtype=dtype))
+
+
+def empty_like(x: torch.Tensor, **options: Any) -> torch.Tensor:
+    """``torch.empty_like`` on such pages."""
+    return _on_large_pages(torch.empty_like(x, **options))
+
+
 def row_dense(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied only if its last axis is not dense (kernels take any strides on the other axes)."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

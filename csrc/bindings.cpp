@@ -10,6 +10,7 @@
 
 #include "dispatch.h"
 #include "registry.h"
+#include "scratch.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -85,6 +86,10 @@ PYBIND11_MODULE(_native, m) {
   }
   m.def("capability", [] { return std::string(capability_name(current_capability())); },
         "Name of the CPU capability in use.");
+  m.def(
+      "prefer_large_pages",
+      [](uintptr_t memory, size_t bytes) { prefer_large_pages(reinterpret_cast<void*>(memory), bytes); },
+      py::arg("memory"), py::arg("bytes"), "Ask for large pages for memory that is about to be written.");
   m.def("set_capability", &set_capability, py::arg("name"), "Use another capability from now on.");
   m.def("capabilities", [] {
     std::vector<std::pair<std::string, bool>> all;

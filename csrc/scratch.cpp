@@ -1,5 +1,6 @@
 #include "scratch.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -38,9 +39,7 @@ size_t rounded(size_t bytes) {
 void* allocate(size_t bytes) {
   const bool huge = bytes % kHugePage == 0;
   void* block = std::aligned_alloc(huge ? kHugePage : kPage, bytes);
-#if defined(__linux__)
-  if (huge && block != nullptr) madvise(block, bytes, MADV_HUGEPAGE);
-#endif
+  if (huge && block != nullptr) prefer_large_pages(block, bytes);
   return block;
 }
 
@@ -62,6 +61,16 @@ void* take_scratch(size_t bytes) {
   void* fresh = allocate(bytes);
   if (fresh == nullptr) throw std::bad_alloc();
   return fresh;
+}
+
+void prefer_large_pages(void* memory, size_t bytes) noexcept {
+#if defined(__linux__)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 void give_scratch(void* block, size_t bytes) noexcept {

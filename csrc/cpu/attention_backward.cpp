@@ -21,25 +21,27 @@ void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Op
   const bool scores = p.has_scores(), need_scores = p.q_bar.data || p.k_bar.data || p.bias_bar;
   const float rest = scale_of_products(p);
   const bool early = p.softcap > 0.0f || p.mask.is_bias() || !(rest > 0.0f);  // as in the forward
-  Product s0(at.mb, padded, w.scores, LD, false);
+  const int64_t diagonal = diagonal_of(p, s, at.i0, j0);
+  const LowerResult lower(diagonal);
+  Product<LowerResult> s0(lower, at.mb, padded, w.scores, LD, false);
   s0.add(of.k_t.times(w.query(0), 0, j0));
   s0.run();
   if (p.softcap > 0.0f) cap_scores(p.softcap, rest, at, padded, w);
   else if (early && rest != 1.0f) scale_tile(rest, at.mb, padded, w.scores);
-  mask_scores(p, s, at.h, at.i0, at.mb, j0, nb, padded, w.scores);
+  mask_scores(p, s, at.h, at.i0, at.mb, j0, nb, padded, diagonal, w.scores);
   for (int t = 0; scores && t < p.K; ++t) {
-    Product rate(at.mb, padded, w.rate(t), LD, false);
+    Product<LowerResult> rate(lower, at.mb, padded, w.rate(t), LD, false);
     if (p.q.stacks > 1) rate.add(of.k_t.times(w.query(1 + t), 0, j0));
     if (p.k.stacks > 1) rate.add(of.k_t.times(w.query(0), 1 + t, j0));
     rate.run();
     finish_rate(p, w, s, at, j0, nb, padded, t, early ? rest : 1.0f);
   }
   if (need_scores) {
-    Product b(at.mb, padded, w.sbar, LD, false);
+    Product<LowerResult> b(lower, at.mb, padded, w.sbar, LD, false);
     for (int t = 0; t < p.v.stacks; ++t) b.add(of.v_t.times(w.cotangent(t), t, j0));
     b.run();
     for (int t = 0; scores && t < p.K; ++t) {
-      Product a(at.mb, padded, w.t_bar(t), LD, false);
+      Product<LowerResult> a(lower, at.mb, padded, w.t_bar(t), LD, false);
       a.add(of.v_t.times(w.cotangent(1 + t), 0, j0));
       a.run();
     }
@@ -48,23 +50,24 @@ void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Op
   const float* mu = scores ? stat_row(p.mu, p, s, at.h) : nullptr;
   const auto pass = scores ? (dropout.on ? differentiate<true, true> : differentiate<true, false>)
                            : (dropout.on ? differentiate<false, true> : differentiate<false, false>);
-  pass(p, w, dropout, shift, norm, mu, head, at, j0, padded, early ? 1.0f : rest);
+  pass(p, w, dropout, shift, norm, mu, head, at, j0, padded, diagonal, early ? 1.0f : rest);
   if (p.bias_bar) add_bias_gradient(p, w, sums, s, at, j0, nb);
   if (p.softcap > 0.0f && need_scores) uncap(p, at, padded, w);
 }
 
 // The tile's share of the gradients of values, in the unit's sums.
 void multiply_weights(const AttentionBackward& p, const Workspace& w, const Sums& sums, int64_t mb, int64_t j0,
-                      int64_t nb) {
+                      int64_t nb, int64_t diagonal) {
   const int64_t padded = round_up(nb, NR);
   const TileOperand weights = w.weight(0, mb, padded);
-  Product dv(sums.v.target(0, j0, nb));
+  const UpperLeft upper(diagonal);
+  Product<UpperLeft> dv(upper, sums.v.target(0, j0, nb));
   dv.add(KeySums::term(weights, w.cotangent(0), mb));
   for (int t = 0; p.has_scores() && t < p.K; ++t)
     dv.add(KeySums::term(w.weight(1 + t, mb, padded), w.cotangent(1 + t), mb));
   dv.run();
   for (int t = 1; t < p.v.stacks; ++t) {
-    Product tangent(sums.v.target(t, j0, nb));
+    Product<UpperLeft> tangent(upper, sums.v.target(t, j0, nb));
     tangent.add(KeySums::term(weights, w.cotangent(t), mb));
     tangent.run();
   }
@@ -72,12 +75,15 @@ void multiply_weights(const AttentionBackward& p, const Workspace& w, const Sums
 
 // The same of queries (in w.dq) and keys. A rounded tile serves both.
 void multiply_bars(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums, int64_t mb,
-                   int64_t j0, int64_t nb) {
+                   int64_t j0, int64_t nb, int64_t diagonal) {
   const bool has_q = p.q.stacks > 1, has_k = p.k.stacks > 1;
   const bool for_queries = p.q_bar.data != nullptr, for_keys = p.k_bar.data != nullptr;
   const int64_t padded = round_up(nb, NR);
   const TileOperand bar = w.bar(0, mb, padded, for_queries, for_keys);
-  Product dk(sums.k.target(0, j0, nb)), dq(mb, w.ld_q, w.d_query(0), w.ld_q);
+  const UpperLeft upper(diagonal);
+  const LowerLeft lower(diagonal);
+  Product<UpperLeft> dk(upper, sums.k.target(0, j0, nb));
+  Product<LowerLeft> dq(lower, mb, w.ld_q, w.d_query(0), w.ld_q);
   if (for_keys) dk.add(KeySums::term(bar, w.query(0), mb));
   if (for_queries) dq.add(of.k.times(bar, 0, j0, nb));
   for (int t = 0; (has_q || has_k) && t < p.K; ++t) {
@@ -85,12 +91,12 @@ void multiply_bars(const AttentionBackward& p, const Workspace& w, const Operand
     if (for_keys && has_q) dk.add(KeySums::term(t_bar, w.query(1 + t), mb));
     if (for_queries && has_k) dq.add(of.k.times(t_bar, 1 + t, j0, nb));
     if (for_keys && has_k) {
-      Product tangent(sums.k.target(1 + t, j0, nb));
+      Product<UpperLeft> tangent(upper, sums.k.target(1 + t, j0, nb));
       tangent.add(KeySums::term(t_bar, w.query(0), mb));
       tangent.run();
     }
     if (for_queries && has_q) {
-      Product tangent(mb, w.ld_q, w.d_query(1 + t), w.ld_q);
+      Product<LowerLeft> tangent(lower, mb, w.ld_q, w.d_query(1 + t), w.ld_q);
       tangent.add(of.k.times(t_bar, 0, j0, nb));
       tangent.run();
     }
@@ -106,10 +112,10 @@ void query_block(const AttentionBackward& p, const Workspace& w, const Operands&
   for (int64_t e = 0; e < (1 + p.K) * QB * w.ld_q; ++e) w.dq[e] = 0.0f;
   const Span span = visible(p, s, at.i0, at.i0 + at.mb);
   for (int64_t j0 = span.low; j0 < span.high; j0 += KB) {
-    const int64_t nb = smaller(KB, span.high - j0);
+    const int64_t nb = smaller(KB, span.high - j0), diagonal = diagonal_of(p, s, at.i0, j0);
     differentiate_tile(p, w, of, sums, s, at, head, j0, nb, dropout);
-    if (p.v_bar.data) multiply_weights(p, w, sums, at.mb, j0, nb);
-    if (p.q_bar.data || p.k_bar.data) multiply_bars(p, w, of, sums, at.mb, j0, nb);
+    if (p.v_bar.data) multiply_weights(p, w, sums, at.mb, j0, nb, diagonal);
+    if (p.q_bar.data || p.k_bar.data) multiply_bars(p, w, of, sums, at.mb, j0, nb, diagonal);
   }
   for (int t = 0; p.q_bar.data && t < p.q.stacks; ++t)
     for (int64_t i = 0; i < at.mb; ++i)
@@ -136,8 +142,7 @@ int64_t shares(int64_t pairs, int64_t blocks, int64_t threads, bool ordered) {
 
 template <class T>
 void backward_typed(const AttentionBackward& p) {
-  const int64_t group = p.H / p.HK, rows_at_once = query_rows(p),
-                blocks = (p.longest_q + rows_at_once - 1) / rows_at_once, pairs = p.B * p.HK;
+  const int64_t group = p.H / p.HK, blocks = (p.longest_q + QB - 1) / QB, pairs = p.B * p.HK;
   const Mask& m = p.bias_bar_strides;
   // heads or batch rows that share the rows of a bias gradient add to it one after another
   const bool ordered = p.bias_bar && m.row != 0 && ((m.batch == 0 && p.B > 1) || (m.head == 0 && p.HK > 1));
@@ -172,12 +177,12 @@ void backward_typed(const AttentionBackward& p) {
       const Sums own = sums(i, part);
       for (int64_t e = 0; e < sum_floats; ++e) own.k.data[e] = 0.0f;
       const Sequence s = sequence(p, b);
-      for (int64_t block = 0; block * rows_at_once < s.n; ++block) {
+      for (int64_t block = 0; block * QB < s.n; ++block) {
         // to and fro, so that under causality every share gets short and long blocks
         const int64_t turn = block % (2 * parts);
         if ((turn < parts ? turn : 2 * parts - 1 - turn) != part) continue;
         for (int64_t g = 0; g < group; ++g) {
-          const Block at{hk * group + g, block * rows_at_once, smaller(rows_at_once, s.n - block * rows_at_once)};
+          const Block at{hk * group + g, block * QB, smaller(QB, s.n - block * QB)};
           query_block<T>(p, w, operands(i), own, s, at, b * p.H + at.h, dropout);
         }
       }

@@ -7,24 +7,26 @@ namespace aajr {
 namespace AAJR_ARCH {
 
 // C += (or =) a sum of products of any number of terms.
+template <class Shape>
 class Product {
  public:
-  Product(int64_t m, int64_t n, float* c, int64_t ldc, bool accumulate = true)
-      : m_(m), n_(n), c_(c), ldc_(ldc), accumulate_(accumulate) {}
-  explicit Product(const KeySums::Target& to) : Product(to.m, to.n, to.c, to.ldc) {}
+  Product(const Shape& shape, int64_t m, int64_t n, float* c, int64_t ldc, bool accumulate = true)
+      : shape_(shape), m_(m), n_(n), c_(c), ldc_(ldc), accumulate_(accumulate) {}
+  Product(const Shape& shape, const KeySums::Target& to) : Product(shape, to.m, to.n, to.c, to.ldc) {}
   void add(const ProductTerm& term) {
     if (count_ == kMost) run();
     terms_[count_++] = term;
   }
   void run() {
-    if (accumulate_) gemm<true>(m_, n_, terms_, count_, c_, ldc_);
-    else gemm<false>(m_, n_, terms_, count_, c_, ldc_);
+    if (accumulate_) gemm<true>(m_, n_, terms_, count_, c_, ldc_, shape_);
+    else gemm<false>(m_, n_, terms_, count_, c_, ldc_, shape_);
     accumulate_ = true;
     count_ = 0;
   }
 
  private:
   static constexpr int kMost = 8;
+  Shape shape_;
   int64_t m_, n_;
   float* c_;
   int64_t ldc_;
@@ -165,13 +167,13 @@ inline void load_block(const AttentionBackward& p, const Workspace& w, const Seq
 template <bool SCORES, bool DROP>
 inline void differentiate(const AttentionBackward& p, const Workspace& w, const Dropout& dropout, const float* shift,
                    const float* norm, const float* mu, int64_t head, const Block& at, int64_t j0, int64_t padded,
-                   float scale) {
+                   int64_t diagonal, float scale) {
   for (int64_t i = 0; i < at.mb; ++i) {
     float *score = w.scores + i * LD, *s_bar = w.sbar + i * LD;
     const float top = shift[at.i0 + i], share = norm[at.i0 + i], d0 = w.d0[i];
     const uint32_t key = DROP ? dropout.row_key(head, at.i0 + i) : 0;
-    const int64_t tangents = SCORES ? p.K : 0;
-    for (int64_t j = 0; j < padded; j += W) {
+    const int64_t tangents = SCORES ? p.K : 0, held = extent(i, diagonal, padded);
+    for (int64_t j = 0; j < held; j += W) {
       const vf prob = exp_flushed(load(score + j) * scale - top) * share;
       const vf factor = DROP ? dropout.factor(key, j0 + j) : splat(1.0f);
       const vf kept = DROP ? prob * factor : prob;
@@ -187,6 +189,12 @@ inline void differentiate(const AttentionBackward& p, const Workspace& w, const 
       }
       store(score + j, kept);
       store(s_bar + j, bar);
+    }
+    clear_beyond(score, held, padded);
+    clear_beyond(s_bar, held, padded);
+    for (int64_t t = 0; t < tangents; ++t) {
+      clear_beyond(w.rate(t) + i * LD, held, padded);
+      clear_beyond(w.t_bar(t) + i * LD, held, padded);
     }
   }
 }

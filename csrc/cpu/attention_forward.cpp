@@ -105,12 +105,13 @@ AAJR_INLINE void rescale(const Workspace& w, int64_t stacks, int64_t i, float fa
 // scores: S / scale -> P (with the dropout factors), rates: S' / scale -> P S', or P (S' - r) (likewise); the running
 // statistics move on.
 void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropout, int64_t head, const Block& at,
-            int64_t j0, int64_t padded, bool has_scores, float scale) {
+            int64_t j0, int64_t padded, int64_t diagonal, bool has_scores, float scale) {
   const int64_t k = has_scores ? p.K : 0;
   for (int64_t i = 0; i < at.mb; ++i) {
     float* row = w.scores + i * LD;
+    const int64_t held = extent(i, diagonal, padded);
     vf peak = splat(-kInf);
-    for (int64_t j = 0; j < padded; j += W) peak = vmax(load(row + j), peak);
+    for (int64_t j = 0; j < held; j += W) peak = vmax(load(row + j), peak);
     const float before = w.top[i], now = larger(before, maximum(peak) * scale);
     const float base = now == -kInf ? 0.0f : now;
     if (now > before && before != -kInf) {
@@ -123,7 +124,7 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
     // the first tangent rides along with the exponentials
     float* first = k > 0 ? w.rates + i * LD : nullptr;
     vf total{}, first_moment{};
-    for (int64_t j = 0; j < padded; j += W) {
+    for (int64_t j = 0; j < held; j += W) {
       const vf e = exp_flushed(load(row + j) * scale - base);
       total += e;
       store(row + j, e);
@@ -139,7 +140,7 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
       vf moment = first_moment;
       if (t > 0) {
         moment = vf{};
-        for (int64_t j = 0; j < padded; j += W) {
+        for (int64_t j = 0; j < held; j += W) {
           const vf product = load(row + j) * (load(rate + j) * scale);
           moment += product;
           if constexpr (!kRounded) store(rate + j, product);
@@ -149,13 +150,13 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
       if constexpr (kRounded) {
         const float mean = w.total[i] == 0.0f ? 0.0f : w.moment[t * QB + i] / w.total[i];
         move_reference(w, t, i, mean);
-        for (int64_t j = 0; j < padded; j += W)
+        for (int64_t j = 0; j < held; j += W)
           store(rate + j, load(row + j) * (load(rate + j) * scale - mean));
       }
     }
     if (dropout.on) {
       const uint32_t key = dropout.row_key(head, at.i0 + i);
-      for (int64_t j = 0; j < padded; j += W) {
+      for (int64_t j = 0; j < held; j += W) {
         const vf factor = dropout.factor(key, j0 + j);
         store(row + j, load(row + j) * factor);
         for (int64_t t = 0; t < k; ++t) {
@@ -164,6 +165,8 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
         }
       }
     }
+    clear_beyond(row, held, padded);
+    for (int64_t t = 0; t < k; ++t) clear_beyond(w.rates + (t * QB + i) * LD, held, padded);
   }
 }
 
@@ -208,27 +211,30 @@ void query_block(const AttentionForward& p, const Workspace& w, const Sequence& 
   for (int64_t j0 = span.low; j0 < span.high; j0 += KB) {
     const int64_t nb = smaller(KB, span.high - j0), padded = round_up(nb, NR);
     ProductTerm terms[2] = {keys.times(w.query(0), 0, j0)};
-    gemm<false>(at.mb, padded, terms, 1, w.scores, LD);
+    const int64_t diagonal = diagonal_of(p, s, at.i0, j0);
+    const LowerResult lower(diagonal);
+    const LowerLeft left(diagonal);
+    gemm<false>(at.mb, padded, terms, 1, w.scores, LD, lower);
     if (p.softcap > 0.0f) cap_scores(p.softcap, rest, at.mb, padded, w.scores, w.slopes);
     else if (early && rest != 1.0f) scale_tile(rest, at.mb, padded, w.scores);
-    mask_scores(p, s, at.h, at.i0, at.mb, j0, nb, padded, w.scores);
+    mask_scores(p, s, at.h, at.i0, at.mb, j0, nb, padded, diagonal, w.scores);
     if (has_scores)
       for (int t = 0; t < p.K; ++t) {
         int count = 0;
         if (has_q) terms[count++] = keys.times(w.query(1 + t), 0, j0);
         if (has_k) terms[count++] = keys.times(w.query(0), 1 + t, j0);
-        gemm<false>(at.mb, padded, terms, count, w.rates + t * QB * LD, LD);
+        gemm<false>(at.mb, padded, terms, count, w.rates + t * QB * LD, LD, lower);
         finish_rates(p, s, at, j0, nb, padded, t, early ? rest : 1.0f, w.slopes, w.rates + t * QB * LD);
       }
-    soften(p, w, dropout, head, at, j0, padded, has_scores, early ? 1.0f : rest);
+    soften(p, w, dropout, head, at, j0, padded, diagonal, has_scores, early ? 1.0f : rest);
     const TileOperand weights = w.factor(0, at.mb, padded);
     terms[0] = values.times(weights, 0, j0, nb);
-    gemm<true>(at.mb, w.ld_v, terms, 1, w.sums, w.ld_v);
+    gemm<true>(at.mb, w.ld_v, terms, 1, w.sums, w.ld_v, left);
     for (int t = 0; t < p.K; ++t) {
       int count = 0;
       if (has_scores) terms[count++] = values.times(w.factor(1 + t, at.mb, padded), 0, j0, nb);
       if (has_v) terms[count++] = values.times(weights, 1 + t, j0, nb);
-      if (count) gemm<true>(at.mb, w.ld_v, terms, count, w.sums + (1 + t) * QB * w.ld_v, w.ld_v);
+      if (count) gemm<true>(at.mb, w.ld_v, terms, count, w.sums + (1 + t) * QB * w.ld_v, w.ld_v, left);
     }
   }
   finish<T>(p, w, s, at);
@@ -236,7 +242,7 @@ void query_block(const AttentionForward& p, const Workspace& w, const Sequence& 
 
 template <class T>
 void forward_typed(const AttentionForward& p) {
-  const int64_t group = p.H / p.HK, rows_at_once = query_rows(p), blocks = (p.longest_q + rows_at_once - 1) / rows_at_once;
+  const int64_t group = p.H / p.HK, blocks = (p.longest_q + QB - 1) / QB;
   const int64_t k_floats = floats_for(p.k.stacks * Panels(nullptr, p.longest_k, p.D).stack);
   const int64_t v_floats = floats_for(p.v.stacks * Dense(nullptr, p.longest_k, p.V).stack);
   const int64_t pairs = p.B * p.HK, step = pairs_at_once(pairs, group * blocks, k_floats + v_floats, p.threads);
@@ -261,7 +267,7 @@ void forward_typed(const AttentionForward& p) {
       const int64_t block = blocks - 1 - index / (count * group), i = index % (count * group) / group;
       const int64_t b = (first + i) / p.HK, h = (first + i) % p.HK * group + index % group;
       const Sequence s = sequence(p, b);
-      const Block at{h, block * rows_at_once, smaller(rows_at_once, s.n - block * rows_at_once)};
+      const Block at{h, block * QB, smaller(QB, s.n - block * QB)};
       if (at.mb <= 0) return;
       const Workspace w(scratch.get() + work * slot, p);
       const TileScope tiles;

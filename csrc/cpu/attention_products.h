@@ -10,8 +10,7 @@ namespace AAJR_ARCH {
 
 using Number = float;       // what products multiply
 using ProductTerm = Term;
-constexpr int64_t QB = 48;         // queries in a tile, at most
-constexpr int64_t kShort = 1024;   // up to this many queries half as many: less is wasted along the diagonal
+constexpr int64_t QB = 48;         // queries in a tile
 constexpr int64_t KB = 128;        // keys in a tile
 constexpr int64_t LD = KB + 16;    // row stride of a tile: not a power of two, so that columns spread over cache sets
 constexpr bool kRounded = false;   // whether operands have fewer digits than float32
@@ -19,6 +18,17 @@ constexpr bool kRounded = false;   // whether operands have fewer digits than fl
 struct TileScope {
   TileScope() {}
 };
+
+// Columns of row i that a tile holds: products form row blocks and panels with a key that some query of the row block
+// sees, key j being seen by queries i >= j - diagonal. One more panel is zeroed for products that run over columns.
+AAJR_INLINE int64_t extent(int64_t i, int64_t diagonal, int64_t padded) {
+  const int64_t seen = i / MR * MR + MR + diagonal;
+  return seen >= padded ? padded : seen <= 0 ? 0 : round_up(seen, NR);
+}
+AAJR_INLINE void clear_beyond(float* row, int64_t extent, int64_t padded) {
+  if (extent < padded)
+    for (int64_t j = extent; j < extent + NR; j += W) store(row + j, vf{});
+}
 
 // rows x width numbers, times `factor`, to a dense float tile of row stride ld >= width, zero beyond the width.
 template <class T>

@@ -13,11 +13,18 @@ namespace AAJR_ARCH {
 using Number = bf16;
 using ProductTerm = PairTerm;
 constexpr int64_t QB = 64;
-constexpr int64_t kShort = 0;
 constexpr int64_t KB = 256;
 constexpr int64_t LD = KB + 16;
 constexpr int64_t kLeft = KB + kDepth;  // row stride of a rounded tile
 constexpr bool kRounded = true;
+
+// Tiles are held whole.
+AAJR_INLINE int64_t extent(int64_t, int64_t, int64_t padded) { return padded; }
+AAJR_INLINE void clear_beyond(float*, int64_t, int64_t) {}
+template <bool ACCUMULATE, class Shape>
+inline void gemm(int64_t m, int64_t n, const PairTerm* terms, int count, float* c, int64_t ldc, const Shape&) {
+  gemm<ACCUMULATE>(m, n, terms, count, c, ldc);
+}
 
 // The rows, and where `both` their transpose.
 struct QueryOperand {

@@ -33,9 +33,6 @@ inline Sequence sequence(const AttentionProblem& p, int64_t b) {
   return {0, p.q_start[b], n, p.k_start[b], m, p.align_right ? m - n : p.offset};
 }
 
-// Queries in a tile of this problem.
-inline int64_t query_rows(const AttentionProblem& p) { return p.causal && p.longest_q <= kShort ? QB / 2 : QB; }
-
 struct Span {
   int64_t low, high;  // keys [low, high), low a multiple of NR
 };
@@ -46,6 +43,13 @@ inline Span visible(const AttentionProblem& p, const Sequence& s, int64_t first,
   const int64_t high = larger<int64_t>(0, smaller(s.m, last + s.offset));
   int64_t low = p.window ? larger<int64_t>(0, first + s.offset - p.window + 1) : 0;
   return {low / NR * NR, high};
+}
+
+// The last key that the first query of a tile sees, counted from the tile's first key. What works on whole tiles knows
+// no diagonal.
+inline int64_t diagonal_of(const AttentionProblem& p, const Sequence& s, int64_t i0, int64_t j0) {
+  const bool whole = !p.causal || p.softcap > 0.0f || p.mask.is_bias();
+  return whole ? KB : i0 + s.offset - j0;
 }
 
 inline const float* stat_row(const float* stats, const AttentionProblem& p, const Sequence& s, int64_t h) {
@@ -90,7 +94,7 @@ inline void add_bias_row(const Mask& mask, int64_t element, float* to, int64_t n
 }
 
 inline void mask_scores(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t i0, int64_t mb, int64_t j0,
-                        int64_t nb, int64_t padded, float* tile) {
+                        int64_t nb, int64_t padded, int64_t diagonal, float* tile) {
   const Mask& mask = p.mask;
   if (mask.data != nullptr) {
     for (int64_t i = 0; i < mb; ++i) {
@@ -117,7 +121,8 @@ inline void mask_scores(const AttentionProblem& p, const Sequence& s, int64_t h,
       if (p.window) low = smaller(high, larger<int64_t>(0, last - p.window + 1 - j0));
     }
     for (int64_t j = 0; j < low; ++j) row[j] = -kInf;
-    for (int64_t j = high; j < padded; ++j) row[j] = -kInf;
+    const int64_t held = extent(i, diagonal, padded);
+    for (int64_t j = high; j < held; ++j) row[j] = -kInf;
   }
 }
 

@@ -133,7 +133,8 @@ void attention_bwd(const Args& a) {
   }
   const View &bias_bar = a.tensors[14], &mask = a.tensors[3];
   if (bias_bar) {
-    if (!p.mask.is_bias()) fail("bias_bar needs a floating mask.");
+    // not is_bias(): a mask without elements may have no memory
+    if (!mask || mask.dtype == DType::boolean) fail("bias_bar needs a floating mask.");
     check_dtype(bias_bar, "bias_bar", DType::f32);
     check_contiguous(bias_bar, "bias_bar");
     check_shape(bias_bar, "bias_bar", {mask.size[0], mask.size[1], mask.size[2], mask.size[3], mask.size[4]});

@@ -45,21 +45,21 @@ def _call(
 
 def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
-    y = torch.empty_like(x)
+    y = native.empty_like(x)
     _call("pointwise_fwd", (x,), (y,), _CODES[kind])
     return y
 
 
 def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
-    x_bar = torch.empty_like(x)
+    x_bar = native.empty_like(x)
     _call("pointwise_bwd", (x, y_bar), (x_bar,), _CODES[kind])
     return x_bar
 
 
 def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
-    h = torch.empty_like(gate if gate.shape[0] > 1 else up)
+    h = native.empty_like(gate if gate.shape[0] > 1 else up)
     _call("gated_fwd", (gate, up), (h,), _CODES[kind])
     return h
 
@@ -68,8 +68,8 @@ def gated_bwd(
     h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Stacked cotangents of gate and up, shaped like them; None where not needed."""
-    gate_bar = torch.empty_like(gate) if need_gate else None
-    up_bar = torch.empty_like(up) if need_up else None
+    gate_bar = native.empty_like(gate) if need_gate else None
+    up_bar = native.empty_like(up) if need_up else None
     if need_gate or need_up:
         _call("gated_bwd", (gate, up, h_bar), (gate_bar, up_bar), _CODES[kind])
     return gate_bar, up_bar

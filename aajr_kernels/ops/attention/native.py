@@ -39,7 +39,7 @@ def attention_fwd(
     _, b, h, n, _ = q.shape
     has_scores = q.shape[0] > 1 or k.shape[0] > 1 or (biased and mask is not None and mask.shape[0] > 1)
     # heads next to features: the caller's transpose back is then a view
-    out = torch.empty((stacks, b, n, h, v.shape[-1]), dtype=q.dtype).transpose(2, 3)
+    out = native.empty((stacks, b, n, h, v.shape[-1]), dtype=q.dtype).transpose(2, 3)
     stats = torch.empty((2 + (stacks - 1 if has_scores else 0), b, h, n))
     shift, norm, mu = stats[0], stats[1], stats[2:]
     ints, floats = _numbers(options)
@@ -68,7 +68,7 @@ def attention_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
     q, k, v, out_bar = (native.row_dense(x) for x in (q, k, v, out_bar))
-    q_bar, k_bar, v_bar = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs))
+    q_bar, k_bar, v_bar = (native.empty_like(x) if need else None for x, need in zip((q, k, v), needs))
     bias_bar = torch.zeros(mask.shape) if needs[3] and mask is not None else None
     ints, floats = _numbers(options)
     native.call(

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ...native import call, row_dense
+from ...native import call, empty, row_dense
 from . import reference
 
 _MAX_AXES = 8  # of a tensor that crosses to the native module
@@ -16,7 +16,7 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     bias = None if bias is None else row_dense(bias)
     if _widen(x.dtype):
         product = torch.nn.functional.linear(x.float(), weight.float())
-        y = torch.empty(product.shape, dtype=x.dtype)
+        y = empty(product.shape, dtype=x.dtype)
         call("linear_bias", (_rows(product.contiguous()), _rows(y), bias))
         return y
     y = torch.nn.functional.linear(x, weight)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ...native import call, row_dense
+from ...native import call, empty, row_dense
 
 _MAX_AXES = 8  # of a tensor that crosses to the native module
 
@@ -19,7 +19,7 @@ def norm_fwd(
     offset: float,
     centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, dtype=x.dtype)
     shape = (2 * x.shape[0] if centred else x.shape[0], math.prod(x.shape[1:-1]))
     stats = torch.empty(shape, dtype=torch.float32)
     tensors = (_rows(x), _rows(y), stats, _rows(weight), _rows(bias), None, None)
@@ -37,7 +37,7 @@ def add_norm_fwd(
     centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     stacks = max(x.shape[0], residual.shape[0])
-    y, summed = (torch.empty((stacks, *x.shape[1:]), dtype=x.dtype) for _ in range(2))
+    y, summed = (empty((stacks, *x.shape[1:]), dtype=x.dtype) for _ in range(2))
     shape = (2 * stacks if centred else stacks, math.prod(x.shape[1:-1]))
     stats = torch.empty(shape, dtype=torch.float32)
     tensors = (_rows(x), _rows(y), stats, _rows(weight), _rows(bias), _rows(residual), _rows(summed))
@@ -57,7 +57,7 @@ def norm_bwd(
     need_bias: bool,
     sum_bar: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    x_bar = torch.empty(x.shape, dtype=x.dtype) if need_x else None
+    x_bar = empty(x.shape, dtype=x.dtype) if need_x else None
     w_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_weight else None
     b_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_bias else None
     tensors = (_rows(y_bar), _rows(x), _rows(weight), stats, _rows(x_bar), w_bar, b_bar, _rows(sum_bar))

@@ -27,7 +27,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = _rows(y)
-    y_bar = torch.empty_like(rows)
+    y_bar = native.empty_like(rows)
     q_bar = q_bar.reshape(q_bar.shape[0], math.prod(q_bar.shape[1:])).contiguous()
     native.call("sensitivity_bwd", (rows, q_bar, y_bar), (_CODES[metric],))
     return y_bar.reshape(y.shape)
@@ -36,7 +36,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     rows = _rows(x)
-    y = torch.empty_like(rows)
+    y = native.empty_like(rows)
     native.call("softmax_fwd", (rows, y))
     return y.reshape(x.shape)
 
@@ -44,6 +44,6 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
     rows = _rows(x)
-    x_bar = torch.empty_like(rows)
+    x_bar = native.empty_like(rows)
     native.call("softmax_bwd", (rows, _rows(y_bar), x_bar))
     return x_bar.reshape(x.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...native import call, row_dense
+from ...native import call, empty_like, row_dense
 
 _MAX_AXES = 8  # of a tensor that crosses to the native module
 
@@ -35,18 +35,16 @@ def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transposed: bool
 ) -> torch.Tensor:
     x = row_dense(x)
-    y = torch.empty_like(
-        x
-    )  # x is mostly [1 + K, B, N, H, D] seen as [1 + K, B, H, N, D], and so is the result
+    y = empty_like(x)  # x is mostly [1 + K, B, N, H, D] seen as [1 + K, B, H, N, D], and so is the result
     if y.shape[-1] > 1 and y.stride(-1) != 1:  # heads of stride 0, for instance
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = empty_like(x, memory_format=torch.contiguous_format)
     if cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
     rows = (x, y)
     if x.dim() > _MAX_AXES:
         shape = (*x.shape[1:-1], cos.shape[-1])
         cos, sin = (t.expand(shape).flatten(0, -2) for t in (cos, sin))
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = empty_like(x, memory_format=torch.contiguous_format)
         rows = (x.flatten(1, -2), y.flatten(1, -2))
     call("rotary", (*rows, row_dense(cos), row_dense(sin)), (interleaved, transposed))
     return y
