@@ -153,8 +153,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path | None) -> list[Outcome]:
-    from .benchmarks import append_rows, environment, run_case, show
+    from .benchmarks import append_rows, environment, keep_memory, run_case, show
 
+    keep_memory()
     facts = environment()
     console = _console()
     native = facts["native_capability"] or "none"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,23 @@ from aajr_kernels.ops.norm import reference as norm
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 FACTS = row.environment()
+
+
+@pytest.fixture(autouse=True)
+def allocator(monkeypatch):
+    """Other tests of this process find the allocator as it was."""
+    monkeypatch.setattr(benchmarks, "keep_memory", lambda: None)
+
+
+def test_the_allocator_keeps_memory_in_a_process_that_measures():
+    code = (
+        "from aajr_kernels.cli.benchmarks import allocator; before = allocator.in_use(); "
+        "print(before, '|', allocator.keep_memory(), '|', allocator.in_use())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    before, got, after = done.stdout.strip().split(" | ")
+    assert before == "default" and got == after
+    assert got == ("glibc, freed memory kept" if platform.libc_ver()[0] == "glibc" else "default")
 
 
 def invoke(*arguments: object, exit_code: int = 0) -> str:

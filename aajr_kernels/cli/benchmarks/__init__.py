@@ -6,6 +6,7 @@ module          what it holds
 ``case``        what a suite is made of: Suite, Case, Variant, Run, Selection
 ``gate``        gradients against float64; no speed without it
 ``run``, ``peak``  timing, memory in fresh processes, rows
+``allocator``   freed memory stays with the process while it measures
 ``row``         the schema of a results file
 ``attention``, ``pointwise``, ``head``, ``step``, ``models``  the suites
 ``show``, ``plot``  tables on the terminal, pictures from rows
@@ -15,6 +16,7 @@ To add a suite, write a module with a function from a Selection to Cases and ent
 """
 
 from . import attention, head, pointwise, step
+from .allocator import keep_memory
 from .case import Case, Run, Selection, Suite, Variant
 from .row import Row, append_rows, environment, read_rows
 from .run import Outcome, run_case
@@ -30,6 +32,7 @@ __all__ = [
     "Variant",
     "append_rows",
     "environment",
+    "keep_memory",
     "read_rows",
     "run_case",
 ]

@@ -18,6 +18,7 @@ import torch
 
 from ... import native
 from ..info import cpu_model, package_version
+from . import allocator
 
 #: environment variables that decide how fast something runs; those that are set go into every row
 SETTINGS = (
@@ -59,6 +60,7 @@ class Row:
         torch_capability, native_capability: instruction sets in use by torch and by the native module.
         threads: of torch, which are those of the native module.
         settings: the environment variables of :data:`SETTINGS` that were set.
+        allocator: of memory, while timing: what :func:`.allocator.in_use` says.
         python, torch, transformers, aajr_kernels: versions.
         commit, dirty: of the checkout, and whether its code was changed since; None outside a checkout.
     """
@@ -92,6 +94,7 @@ class Row:
     native_capability: str | None
     threads: int
     settings: dict[str, str]
+    allocator: str
     python: str
     torch: str
     transformers: str | None
@@ -175,6 +178,7 @@ def environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "native_capability": native_capability(),
         "threads": torch.get_num_threads(),
         "settings": {name: environ[name] for name in SETTINGS if name in environ},
+        "allocator": allocator.in_use(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": package_version("transformers"),

@@ -19,10 +19,8 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
         y = empty(product.shape, dtype=x.dtype)
         call("linear_bias", (_rows(product.contiguous()), _rows(y), bias))
         return y
-    y = torch.nn.functional.linear(x, weight)
+    y = _product(x.flatten(0, -2), weight.t(), (*x.shape[:-1], weight.shape[0]))
     if bias is not None:
-        if not y.is_contiguous():
-            y = y.contiguous()
         rows = _rows(y)
         call("linear_bias", (rows, rows, bias))  # of the primal, the first of the stacked tensors
     return y
@@ -39,9 +37,18 @@ def linear_bwd(
         wide_x, wide_weight = (None if t is None else t.float() for t in (x, weight))
         x_bar, weight_bar, _ = reference.linear_bwd(y_bar.float(), wide_x, wide_weight, False)
         x_bar, weight_bar = (None if t is None else t.to(y_bar.dtype) for t in (x_bar, weight_bar))
-    else:
-        x_bar, weight_bar, _ = reference.linear_bwd(y_bar, x, weight, False)
+        return x_bar, weight_bar, bias_bar
+    rows = y_bar.flatten(0, -2)
+    x_bar = None if weight is None else _product(rows, weight, (*y_bar.shape[:-1], weight.shape[1]))
+    weight_bar = None if x is None else rows.t().mm(x.flatten(0, -2))
     return x_bar, weight_bar, bias_bar
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The product of two matrices, seen in that shape."""
+    out = empty(shape, dtype=a.dtype)
+    torch.mm(a, b, out=out.view(a.shape[0], b.shape[1]))
+    return out
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
