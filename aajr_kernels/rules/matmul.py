@@ -76,8 +76,22 @@ def _beside(x: Any, product: Any) -> Any:
     return x.to(product.dtype) if torch.is_autocast_enabled(product.device.type) else x
 
 
+def _is_linear(bias: Any, a: Any, weight: Any) -> bool:
+    """Whether ``addmm(bias, a, weight)`` is the linear layer of a Dual with plain parameters."""
+    return (
+        is_dual(a)
+        and not (is_dual(bias) or is_dual(weight))
+        and (a.dim(), weight.dim(), bias.dim()) == (2, 2, 1)
+        and a.shape[1] == weight.shape[0]
+        and bias.shape[0] == weight.shape[1]
+        and (a.dtype == weight.dtype == bias.dtype or torch.is_autocast_enabled(a.device.type))
+    )
+
+
 def _affine(name: str) -> Callable[..., Any]:
     def affine(x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        if name == "addmm" and beta == 1 and alpha == 1 and _is_linear(x, a, b):
+            return linear(a, b.t(), x)  # transformers' Conv1D
         product = _matmul(a, b)
         if name in ("addbmm",):
             product = product.sum(0)

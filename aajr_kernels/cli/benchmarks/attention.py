@@ -69,7 +69,7 @@ def _case(features: int, dtype: str, length: int) -> Case:
         base=("plain", "plain, keys repeated"),
         config={"B": 1, "H": HEADS, "HK": KEY_HEADS, "D": features, "causal": True},
         gate_length=min(length, 257),
-        repeats=20 if length <= 1024 else 8,
+        repeats=60 if length <= 1024 else 16,
         why="dual forward + backward ÷ torch's plain attention",
     )
 

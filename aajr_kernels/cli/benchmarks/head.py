@@ -73,7 +73,7 @@ def _case(dtype: str, length: int) -> Case:
         base=("plain",),
         config={"V": VOCABULARY, "C": HIDDEN, "metric": "fisher"},
         gate_length=min(length, 67),
-        repeats=6,
+        repeats=10,
         peak=True,
         why="Fisher head, forward + backward ÷ plain linear + cross-entropy",
     )
@@ -91,7 +91,7 @@ def _shared(dtype: str, length: int) -> Case:
         base=("fisher",),
         config={"V": VOCABULARY, "C": HIDDEN, "metric": "fisher"},
         gate_length=min(length, 67),
-        repeats=6,
+        repeats=10,
         why="loss and penalty from one stream ÷ the penalty alone",
     )
 

@@ -111,7 +111,7 @@ def _case(
     config: dict[str, Any] | None = None,
     **options: Any,
 ) -> Case:
-    options.setdefault("repeats", 10 if length <= 512 else 6 if length <= 1024 else 4)
+    options.setdefault("repeats", 16 if length <= 512 else 10 if length <= 1024 else 8)
     return Case(
         "step",
         family,
