@@ -25,6 +25,8 @@ import torch
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
 #: dtypes the kernels compute with; float64 is the reference's
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: axes of a tensor that crosses to the module, at most
+MAX_AXES = 8
 
 
 @functools.cache
@@ -153,6 +155,11 @@ def empty_like(x: torch.Tensor, **options: Any) -> torch.Tensor:
 def row_dense(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied only if its last axis is not dense (kernels take any strides on the other axes)."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def few_axes(x: torch.Tensor) -> torch.Tensor:
+    """`x` with as few axes as the module takes; the stack and the last axis stay as they are."""
+    return x if x.dim() <= MAX_AXES else x.flatten(1, -2)
 
 
 def info() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-from native.suite import Target, distinct
+from native.suite import Target, capabilities, distinct
 
 from aajr_kernels import native, runtime
 
@@ -24,3 +24,12 @@ def capability(request: pytest.FixtureRequest, module: ModuleType):
     """Every capability that runs here, emulated ones included; the native backend is chosen by name."""
     with Target("native", request.param).active():
         yield request.param
+
+
+@pytest.fixture(params=[name for name in capabilities() if not name.startswith("amx")] or ("none",))
+def vectors(request: pytest.FixtureRequest, module: ModuleType):
+    """Every capability with vectors of its own (AMX adds tiles to AVX-512's); `auto` goes on choosing backends."""
+    before = module.capability()
+    module.set_capability(request.param)
+    yield request.param
+    module.set_capability(before)

@@ -1,4 +1,4 @@
-"""What is particular to the native activations: every storage type and capability, strides, tails, missing parts."""
+"""What is particular to the native activations: every storage type and vectors, strides, tails, missing parts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,7 @@ from aajr_kernels.ops.activation import reference
 pytest.importorskip("aajr_kernels._native")
 from aajr_kernels.ops.activation import native as kernels
 
-MODULE = native.module()
-CAPABILITIES = [name for name, runs in MODULE.capabilities() if runs and not name.startswith("amx")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = MODULE.capability()
-    MODULE.set_capability(request.param)
-    yield request.param
-    MODULE.set_capability(before)
 
 
 def compare(name: str, args: tuple) -> None:
@@ -47,7 +37,7 @@ def compare(name: str, args: tuple) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", reference.POINTWISE)
-def test_pointwise(kind, dtype, capability):
+def test_pointwise(kind, dtype, vectors):
     for k, size in itertools.product((0, 1, 3), (1, 5, 37, 507)):
         x = (3.0 * torch.randn(1 + k, 2, size)).to(dtype)
         compare("pointwise_fwd", (x, kind))
@@ -56,7 +46,7 @@ def test_pointwise(kind, dtype, capability):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", reference.GATES)
-def test_gated(kind, dtype, capability):
+def test_gated(kind, dtype, vectors):
     for (gates, ups), size in itertools.product(((1, 1), (1, 0), (0, 1), (3, 3), (3, 0), (0, 3)), (5, 252)):
         gate, up = (2.0 * torch.randn(1 + gates, 3, size)).to(dtype), torch.randn(1 + ups, 3, size).to(dtype)
         compare("gated_fwd", (gate, up, kind))
@@ -82,7 +72,7 @@ def views(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype, capability):
+def test_strides(dtype, vectors):
     for gate, up in views(dtype):
         h_bar = torch.randn(gate.shape).to(dtype)
         compare("gated_fwd", (gate, up, "silu"))
@@ -101,7 +91,7 @@ def test_halves_of_a_projection_are_not_copied(monkeypatch):
 
 @pytest.mark.parametrize("kind", reference.POINTWISE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_low_number(kind, dtype, capability):
+def test_every_low_number(kind, dtype, vectors):
     """All 65536 numbers, infinities and NaN among them: the float32 result rounded once, or its neighbour."""
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     ones = torch.ones_like(x)
@@ -116,7 +106,7 @@ def test_every_low_number(kind, dtype, capability):
 
 
 @pytest.mark.parametrize("kind", reference.POINTWISE)
-def test_non_finite_numbers_propagate_as_in_the_reference(kind, capability):
+def test_non_finite_numbers_propagate_as_in_the_reference(kind, vectors):
     x = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38, 1e-45, -0.0, 20.0]).repeat(3)
     tangents = torch.ones(24)
     tangents[8], tangents[17] = math.inf, math.nan
@@ -134,7 +124,7 @@ def test_non_finite_numbers_propagate_as_in_the_reference(kind, capability):
 
 
 @pytest.mark.parametrize("kind", ["gelu", "silu", "gelu_tanh", "tanh", "sigmoid"])
-def test_tails_keep_their_digits(kind, capability):
+def test_tails_keep_their_digits(kind, vectors):
     x = torch.linspace(-9.0, 9.0, 4001)
     stack = torch.stack([x, torch.ones_like(x)])
     ours, exact = kernels.pointwise_fwd(stack, kind), reference.pointwise_fwd(stack.double(), kind)
@@ -147,7 +137,7 @@ def test_tails_keep_their_digits(kind, capability):
     assert error[1][far].max() < 2e-5
 
 
-def test_nothing_is_written_outside(capability):
+def test_nothing_is_written_outside(vectors):
     for dtype, size in itertools.product(DTYPES, (1, 7, 33, 100)):
         memory = torch.full((2, 3, size + 2), 9.0, dtype=dtype)
         x = torch.randn(2, 3, size).to(dtype)

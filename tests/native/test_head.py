@@ -19,16 +19,6 @@ from aajr_kernels import Dual, native, use_backend
 from aajr_kernels.ops.head import METRICS, lm_head_penalty
 
 pytest.importorskip("aajr_kernels._native")
-MODULE = native.module()
-CAPABILITIES = [name for name, runs in MODULE.capabilities() if runs and not name.startswith("amx")]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = MODULE.capability()
-    MODULE.set_capability(request.param)
-    yield request.param
-    MODULE.set_capability(before)
 
 
 @pytest.fixture
@@ -97,7 +87,7 @@ def problem(tokens, words, size, k=1, dtype=torch.float32, bias=True):
 @pytest.mark.parametrize(
     ("tokens", "words", "size"), [(1, 1, 1), (37, 507, 37), (252, 37, 1), (40, 150, 400)]
 )
-def test_sizes(capability, metric, k, options, tokens, words, size):
+def test_sizes(vectors, metric, k, options, tokens, words, size):
     labels = torch.randint(words, (tokens,)) if tokens % 2 else None
     if labels is not None and tokens > 1:
         labels[::5] = -100
@@ -106,13 +96,13 @@ def test_sizes(capability, metric, k, options, tokens, words, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("metric", METRICS)
-def test_low_dtypes(capability, dtype, metric):
+def test_low_dtypes(vectors, dtype, metric):
     labels = torch.randint(507, (37,))
     compare(problem(37, 507, 65, 3, dtype, bias=False), metric, labels=labels, softcap=5.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strides_are_read_in_place(capability, dtype, monkeypatch):
+def test_strides_are_read_in_place(vectors, dtype, monkeypatch):
     tokens, words, size = 21, 50, 19
     h = torch.randn(tokens, 3, size + 5, dtype=dtype).transpose(0, 1)[..., 2 : 2 + size]
     w = torch.randn(2 * words, size + 3, dtype=dtype)[::2, 1 : 1 + size]
@@ -131,7 +121,7 @@ def test_more_tokens_than_a_chunk(dtype, metric, threads):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_bitwise_equal_for_every_thread_count(capability, metric, threads):
+def test_bitwise_equal_for_every_thread_count(vectors, metric, threads):
     tensors, cotangent = problem(90, 507, 40), torch.randn(2, 90)
     labels = torch.randint(507, (90,))
     for count in (1, 2, 3):
@@ -142,7 +132,7 @@ def test_bitwise_equal_for_every_thread_count(capability, metric, threads):
 
 
 @pytest.mark.parametrize("metric", ["fisher", "probs"])
-def test_tangents_with_an_offset_of_many_deviations(capability, metric, threads):
+def test_tangents_with_an_offset_of_many_deviations(vectors, metric, threads):
     # One-hot hidden states copy columns of the weight: the products are exact and only the stream is tested.
     threads(3)
     tokens, words = 6, 4000
@@ -157,7 +147,7 @@ def test_tangents_with_an_offset_of_many_deviations(capability, metric, threads)
     assert_exact(got[2], exact[2], "weight", tolerance=5e-6)
 
 
-def test_offset_of_the_logits(capability):
+def test_offset_of_the_logits(vectors):
     h, w, _ = problem(9, 700, 5)
     compare([h, w, 1000.0 + torch.randn(700)], "fisher", labels=torch.randint(700, (9,)))
     sharp = compare([torch.cat([1e4 * h[:1], h[1:]]), w, None], "fisher")
@@ -165,7 +155,7 @@ def test_offset_of_the_logits(capability):
 
 
 @pytest.mark.parametrize("metric", ["fisher", "probs"])
-def test_words_that_are_excluded(capability, metric, threads):
+def test_words_that_are_excluded(vectors, metric, threads):
     threads(3)
     h, w, b = problem(20, 600, 7, 2)
     b[:250], b[400:] = -torch.inf, -torch.inf  # the first and the last share hold no word that can be drawn
@@ -180,7 +170,7 @@ def test_words_that_are_excluded(capability, metric, threads):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(capability, value):
+def test_what_is_not_finite_stays_in_its_row(vectors, value):
     h, w, _ = problem(5, 40, 6)
     h[0, 2, 3] = value
     q = ours(h, w, None, "fisher", 1.0, None, None)
@@ -190,7 +180,7 @@ def test_what_is_not_finite_stays_in_its_row(capability, value):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_gradients_nobody_asks_for(capability, metric):
+def test_gradients_nobody_asks_for(vectors, metric):
     tensors, labels = problem(19, 61, 8, 2), torch.randint(61, (19,))
     everything = results(ours, tensors, torch.ones(3, 19), metric, 1.0, 3.0, labels)[1:]
     for wanted in ((True, False, False), (False, True, False), (False, False, True), (True, True, False)):
@@ -210,7 +200,7 @@ def test_gradients_nobody_asks_for(capability, metric):
                 assert_exact(got.grad, want.grad, tolerance=1e-5, floor=1e-3)
 
 
-def test_empty(capability):
+def test_empty(vectors):
     h, w, b = (t.requires_grad_() for t in problem(0, 9, 4))
     q, nll = lm_head_penalty(Dual(h), w, b, labels=torch.zeros(0, dtype=torch.long))
     (q.sum() + nll.sum()).backward()

@@ -12,17 +12,7 @@ from aajr_kernels.ops.linear import reference
 pytest.importorskip("aajr_kernels._native")
 from aajr_kernels.ops.linear import native as ours
 
-MODULE = native.module()
-CAPABILITIES = [name for name, runs in MODULE.capabilities() if runs and not name.startswith("amx")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = MODULE.capability()
-    MODULE.set_capability(request.param)
-    yield request.param
-    MODULE.set_capability(before)
 
 
 def draw(*shape, dtype=torch.float32):
@@ -46,20 +36,20 @@ def compare(x, g, weight, bias):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out", [1, 37, 252])
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (1, 2, 1, 2, 1, 2, 1, 2)])
-def test_shapes(capability, dtype, out, batch, widened, monkeypatch):
+def test_shapes(vectors, dtype, out, batch, widened, monkeypatch):
     monkeypatch.setattr(ours, "_widen", lambda dtype: widened and dtype != torch.float32)
     for k in (0, 1, 3):
         x, g = draw(1 + k, *batch, 9, dtype=dtype), draw(1 + k, *batch, out, dtype=dtype)
         compare(x, g, draw(out, 9, dtype=dtype), draw(out, dtype=dtype))
 
 
-def test_strides(capability):
+def test_strides(vectors):
     x, g = draw(2, 7, 4, 6)[..., :3].transpose(1, 2), draw(2, 4, 7, 10)[..., 5:]
     compare(x, g, draw(3, 5).t(), draw(10)[::2])
     compare(x, draw(1).expand(2, 4, 7, 5), draw(5, 3), draw(1).expand(5))
 
 
-def test_the_bias_gradient_of_many_rows(capability):
+def test_the_bias_gradient_of_many_rows(vectors):
     for dtype in DTYPES:
         g = draw(2, 5000, 7, dtype=dtype) + 1.0
         _, _, mine = ours.linear_bwd(g, None, None, True)
@@ -67,7 +57,7 @@ def test_the_bias_gradient_of_many_rows(capability):
         assert_within_budget(mine, eager, g[0].double().sum(0))
 
 
-def test_skipped_gradients_and_no_bias(capability):
+def test_skipped_gradients_and_no_bias(vectors):
     x, g, weight, bias = draw(2, 5, 6), draw(2, 5, 4), draw(4, 6), draw(4)
     assert torch.equal(ours.linear_fwd(x, weight, None), reference.linear_fwd(x, weight, None))
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
@@ -76,13 +66,13 @@ def test_skipped_gradients_and_no_bias(capability):
 
 
 @pytest.mark.parametrize("sizes", [(0, 6, 4), (5, 0, 4), (5, 6, 0)])
-def test_empty(capability, sizes):
+def test_empty(vectors, sizes):
     rows, size, out = sizes
     compare(draw(2, rows, size), draw(2, rows, out), draw(out, size), draw(out))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bitwise_repeatable(capability, threads):
+def test_bitwise_repeatable(vectors, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -13,8 +13,6 @@ import torch
 from aajr_kernels import native
 
 pytest.importorskip("aajr_kernels._native")
-MODULE = native.module()
-CAPABILITIES = [name for name, runs in MODULE.capabilities() if runs and not name.startswith("amx")]
 
 #: number in the module, float64 truth, largest error in ulps
 FUNCTIONS = {
@@ -27,14 +25,6 @@ FUNCTIONS = {
     "normal_cdf": (6, lambda x: 0.5 * torch.erfc(-x * math.sqrt(0.5)), 8.0),
     "normal_density": (7, lambda x: torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi), 2.5),
 }
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = MODULE.capability()
-    MODULE.set_capability(request.param)
-    yield request.param
-    MODULE.set_capability(before)
 
 
 def evaluate(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -73,14 +63,14 @@ def error_in_ulps(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_error(name, capability):
+def test_error(name, vectors):
     _, truth, bound = FUNCTIONS[name]
     error = error_in_ulps(evaluate(name, SAMPLES), truth(SAMPLES.double()))
     assert error.max().item() <= bound
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_limits_and_tails(name, capability):
+def test_limits_and_tails(name, vectors):
     x = torch.tensor([math.inf, -math.inf, math.nan])
     torch.testing.assert_close(
         evaluate(name, x), FUNCTIONS[name][1](x.double()).float(), rtol=0, atol=0, equal_nan=True
@@ -93,18 +83,18 @@ def test_limits_and_tails(name, capability):
         assert guarded[0] == 7.0 and guarded[-1] == 7.0
 
 
-def test_signed_zero(capability):
+def test_signed_zero(vectors):
     assert math.copysign(1.0, evaluate("tanh", torch.tensor([-0.0])).item()) == -1.0
     assert evaluate("exp", torch.tensor([-0.0])).item() == 1.0
 
 
-def test_sigmoid_and_its_complement_sum_to_one(capability):
+def test_sigmoid_and_its_complement_sum_to_one(vectors):
     x = torch.linspace(-30, 30, 1001)
     total = evaluate("sigmoid", x).double() + evaluate("sigmoid_complement", x).double()
     assert (total - 1.0).abs().max() < 3e-7
 
 
-def test_the_exponential_of_a_softmax(capability):
+def test_the_exponential_of_a_softmax(vectors):
     """Within its range as accurate as exp, zero below it, NaN kept."""
     x = SAMPLES[SAMPLES < 88.0]
     y = torch.empty_like(x)

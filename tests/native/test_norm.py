@@ -12,17 +12,7 @@ from aajr_kernels.ops.norm import reference
 pytest.importorskip("aajr_kernels._native")
 from aajr_kernels.ops.norm import native as ours
 
-MODULE = native.module()
-CAPABILITIES = [name for name, runs in MODULE.capabilities() if runs and not name.startswith("amx")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = MODULE.capability()
-    MODULE.set_capability(request.param)
-    yield request.param
-    MODULE.set_capability(before)
 
 
 def both(module, x, g, weight, bias, offset=0.0, needs=(True, True, True)):
@@ -49,7 +39,7 @@ def draw(*shape, dtype=torch.float32, scale=1.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 37, 64, 252, 507])
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 4])
-def test_sizes_and_tails(capability, dtype, size, k):
+def test_sizes_and_tails(vectors, dtype, size, k):
     x, g, weight, bias = (
         draw(*s, dtype=dtype) for s in ((1 + k, 5, size), (1 + k, 5, size), (size,), (size,))
     )
@@ -58,7 +48,7 @@ def test_sizes_and_tails(capability, dtype, size, k):
         compare(x, g, weight, bias)
 
 
-def test_long_rows_and_many_rows(capability):
+def test_long_rows_and_many_rows(vectors):
     for rows, size in ((2, 70_001), (3000, 5)):
         x, g, weight, bias = draw(2, rows, size), draw(2, rows, size), draw(size), draw(size)
         x += 0.5
@@ -68,7 +58,7 @@ def test_long_rows_and_many_rows(capability):
 
 
 @pytest.mark.parametrize("shift", [1e3, -1e3])
-def test_a_large_mean_cancels_nothing(capability, shift):
+def test_a_large_mean_cancels_nothing(vectors, shift):
     x, g, weight, bias = draw(3, 7, 384), draw(3, 7, 384), draw(384), draw(384)
     x[:, :4] += shift
     g[:, 3:] += shift
@@ -76,7 +66,7 @@ def test_a_large_mean_cancels_nothing(capability, shift):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides_are_read_in_place(capability, dtype, monkeypatch):
+def test_strides_are_read_in_place(vectors, dtype, monkeypatch):
     wide = draw(2, 3, 4, 5, 90, dtype=dtype)
     x, g = wide[..., 1:38].transpose(1, 2), wide.flip(0)[..., 40:77].permute(0, 3, 1, 2, 4)[:, :4, :, :3]
     g = g.reshape(2, 4, 3, 3, 37)[:, :, :, :1].expand(2, 4, 3, 5, 37)  # stride 0 within the batch
@@ -88,7 +78,7 @@ def test_strides_are_read_in_place(capability, dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-def test_a_last_axis_that_is_not_dense(capability):
+def test_a_last_axis_that_is_not_dense(vectors):
     x, g, weight, bias = (
         draw(2, 9, 6).transpose(1, 2),
         draw(2, 6, 1).expand(2, 6, 9),
@@ -98,13 +88,13 @@ def test_a_last_axis_that_is_not_dense(capability):
     compare(x, g, weight, bias)
 
 
-def test_more_axes_than_the_module_takes(capability):
+def test_more_axes_than_the_module_takes(vectors):
     shape = (2, 1, 2, 1, 2, 1, 2, 1, 3, 10)
     compare(draw(*shape), draw(*shape), draw(10), draw(10))
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4), (2, 3, 0), (3, 0, 2, 4), (2, 5)])
-def test_empty_and_no_batch(capability, shape):
+def test_empty_and_no_batch(vectors, shape):
     x, g, weight = draw(*shape), draw(*shape), draw(shape[-1])
     y, x_bar, w_bar, b_bar = both(ours, x, g, weight, weight)
     assert y.shape == x_bar.shape == shape
@@ -112,7 +102,7 @@ def test_empty_and_no_batch(capability, shape):
         assert not w_bar.any() and not b_bar.any() and w_bar.shape == weight.shape
 
 
-def test_gradients_nobody_needs(capability):
+def test_gradients_nobody_needs(vectors):
     x, g, weight, bias = draw(2, 70, 33), draw(2, 70, 33), draw(33), draw(33)
     every = both(ours, x, g, weight, bias)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
@@ -128,7 +118,7 @@ def test_gradients_nobody_needs(capability):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bitwise_repeatable(capability, threads):
+def test_bitwise_repeatable(vectors, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -141,7 +131,7 @@ def test_bitwise_repeatable(capability, threads):
         torch.set_num_threads(before)
 
 
-def test_rows_that_are_not_finite_stay_alone(capability):
+def test_rows_that_are_not_finite_stay_alone(vectors):
     x, g, weight, bias = draw(2, 4, 37), draw(2, 4, 37), draw(37), draw(37)
     x[0, 1, 5], x[1, 2, 36], x[0, 3, 0] = float("inf"), float("nan"), float("nan")
     for b in (None, bias):
@@ -152,7 +142,7 @@ def test_rows_that_are_not_finite_stay_alone(capability):
         assert torch.isfinite(y[:, 0]).all() and not torch.isfinite(y[:, 3]).any()
 
 
-def test_weights_of_another_dtype(capability):
+def test_weights_of_another_dtype(vectors):
     x, g, weight, bias = (
         draw(2, 9, 40, dtype=torch.bfloat16),
         draw(2, 9, 40, dtype=torch.bfloat16),
@@ -165,7 +155,7 @@ def test_weights_of_another_dtype(capability):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", [(2, 2), (1, 3), (4, 1), (1, 1)])
-def test_sum_and_norm(capability, dtype, counts):
+def test_sum_and_norm(vectors, dtype, counts):
     weight, bias = draw(37, dtype=dtype), draw(37, dtype=dtype)
     x, residual = (
         draw(counts[0], 5, 3, 40, dtype=dtype)[..., 1:38].transpose(1, 2),

@@ -15,17 +15,7 @@ from aajr_kernels.ops.reduce import METRICS, reference
 pytest.importorskip("aajr_kernels._native")
 from aajr_kernels.ops.reduce import native as kernels
 
-MODULE = native.module()
-CAPABILITIES = [name for name, runs in MODULE.capabilities() if runs and not name.startswith("amx")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = MODULE.capability()
-    MODULE.set_capability(request.param)
-    yield request.param
-    MODULE.set_capability(before)
 
 
 def compare(name: str, args: tuple, floor: float = 0.0) -> None:
@@ -42,7 +32,7 @@ def compare(name: str, args: tuple, floor: float = 0.0) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
-def test_sensitivity(metric, dtype, capability):
+def test_sensitivity(metric, dtype, vectors):
     for k, size in itertools.product((1, 3), (1, 5, 37, 252, 1031)):
         y = (2.0 * torch.randn(1 + k, 2, 3, size)).to(dtype)
         floor = 1e-3 if size == 1 else 0.0  # one class: the sensitivity is zero
@@ -51,7 +41,7 @@ def test_sensitivity(metric, dtype, capability):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax(dtype, capability):
+def test_softmax(dtype, vectors):
     for k, size in itertools.product((0, 1, 3), (1, 5, 37, 252, 1031)):
         x = (2.0 * torch.randn(1 + k, 2, 3, size)).to(dtype)
         floor = 1e-3 if size == 1 else 0.0
@@ -73,7 +63,7 @@ def views(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype, capability):
+def test_strides(dtype, vectors):
     for y in views(dtype):
         cotangent = torch.randn(y.shape).to(dtype)
         q_bar = torch.randn(y.shape[0], *y.shape[1:-1]).movedim(0, -1).contiguous().movedim(-1, 0)[1:]
@@ -86,7 +76,7 @@ def test_strides(dtype, capability):
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
-def test_a_common_offset_of_the_tangent_cancels_exactly(offset, capability):
+def test_a_common_offset_of_the_tangent_cancels_exactly(offset, vectors):
     """ż + offset where the sum is exact: not one bit of a result may change."""
     y = torch.randn(2, 6, 500)
     y[1] = (y[1] * 64).round() / 64
@@ -102,7 +92,7 @@ def test_a_common_offset_of_the_tangent_cancels_exactly(offset, capability):
     assert torch.equal(kernels.softmax_bwd(cotangent, y), kernels.softmax_bwd(cotangent, moved))
 
 
-def test_the_tangent_at_the_largest_logit_may_be_an_outlier(capability):
+def test_the_tangent_at_the_largest_logit_may_be_an_outlier(vectors):
     """Nothing cancels although the reference point is far from the mean."""
     y = torch.randn(2, 4, 1000)
     y[1].scatter_(-1, y[0].argmax(-1, keepdim=True), 1e3)
@@ -111,7 +101,7 @@ def test_the_tangent_at_the_largest_logit_may_be_an_outlier(capability):
         compare("sensitivity_bwd", (torch.ones(1, 4), y, metric))
 
 
-def test_many_classes_sum_to_one(capability):
+def test_many_classes_sum_to_one(vectors):
     x = torch.randn(2, 2, 131_073)
     y, exact = kernels.softmax_fwd(x), reference.softmax_fwd(x.double())
     assert (y[0].double().sum(-1) - 1.0).abs().max() < 1e-6
@@ -120,7 +110,7 @@ def test_many_classes_sum_to_one(capability):
     torch.testing.assert_close(q.double(), q_exact, rtol=4e-6, atol=0)
 
 
-def test_non_finite_logits_as_in_torch(capability):
+def test_non_finite_logits_as_in_torch(vectors):
     for size in (5, 40, 600):
         x = torch.randn(2, 6, size)
         x[0, 0] = -math.inf  # nothing to choose

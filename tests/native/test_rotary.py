@@ -12,17 +12,7 @@ from aajr_kernels.ops.rotary import reference
 pytest.importorskip("aajr_kernels._native")
 from aajr_kernels.ops.rotary import native as ours
 
-MODULE = native.module()
-CAPABILITIES = [name for name, runs in MODULE.capabilities() if runs and not name.startswith("amx")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = MODULE.capability()
-    MODULE.set_capability(request.param)
-    yield request.param
-    MODULE.set_capability(before)
 
 
 def draw(*shape, dtype=torch.float32):
@@ -56,7 +46,7 @@ def compare(x, g, cos, sin, interleaved):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "rotated"), [(2, 2), (64, 64), (37, 6), (37, 36), (80, 46), (16, 0)])
 @pytest.mark.parametrize("k", [0, 1, 3])
-def test_sizes_and_tails(capability, dtype, size, rotated, interleaved, k):
+def test_sizes_and_tails(vectors, dtype, size, rotated, interleaved, k):
     x, g = heads(k, 2, 3, 5, size, dtype), heads(k, 2, 3, 5, size, dtype)
     cos, sin = draw(2, 1, 5, rotated, dtype=dtype), draw(2, 1, 5, rotated, dtype=dtype)
     compare(x, g, cos, sin, interleaved)
@@ -64,19 +54,19 @@ def test_sizes_and_tails(capability, dtype, size, rotated, interleaved, k):
 
 @pytest.mark.parametrize("shape", [(1, 1, 5), (1, 3, 1), (2, 1, 1), (2, 3, 5), (5,), (3, 5), (1,), ()])
 @pytest.mark.parametrize("tables", [torch.float32, torch.float16])
-def test_broadcast_tables(capability, shape, tables):
+def test_broadcast_tables(vectors, shape, tables):
     x, g = heads(2, 2, 3, 5, 20), draw(3, 2, 3, 5, 20)
     compare(x, g, draw(*shape, 14, dtype=tables), draw(*shape, 14, dtype=tables), False)
 
 
-def test_tables_of_two_dtypes_and_strides(capability):
+def test_tables_of_two_dtypes_and_strides(vectors):
     x, g = heads(1, 2, 3, 5, 16, torch.bfloat16), heads(1, 2, 3, 5, 16, torch.bfloat16)
     compare(x, g, draw(5, 16), draw(5, 16, dtype=torch.bfloat16), True)
     compare(x, g, draw(2, 1, 1, 16).expand(2, 1, 5, 16), draw(16, 5).t().expand(2, 1, 5, 16), False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts_are_read_in_place_and_kept(capability, dtype, monkeypatch):
+def test_layouts_are_read_in_place_and_kept(vectors, dtype, monkeypatch):
     fused = draw(2, 2, 5, 9, 24, dtype=dtype)  # queries and keys of one product
     cos, sin = draw(2, 1, 5, 24, dtype=dtype), draw(2, 1, 5, 24, dtype=dtype)
     expected = ours.rotary_fwd(fused[..., 2:5, :].transpose(2, 3).contiguous(), cos, sin, False)
@@ -87,7 +77,7 @@ def test_layouts_are_read_in_place_and_kept(capability, dtype, monkeypatch):
         assert y.transpose(2, 3).is_contiguous()
 
 
-def test_strides_of_zero_and_a_last_axis_that_is_not_dense(capability):
+def test_strides_of_zero_and_a_last_axis_that_is_not_dense(vectors):
     cos, sin = draw(5, 6), draw(5, 6)
     for g in (
         draw(2, 2, 1, 5, 6).expand(2, 2, 3, 5, 6),
@@ -99,13 +89,13 @@ def test_strides_of_zero_and_a_last_axis_that_is_not_dense(capability):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_more_axes_than_the_module_takes(capability, interleaved):
+def test_more_axes_than_the_module_takes(vectors, interleaved):
     x, g = draw(2, 1, 2, 1, 2, 1, 2, 1, 3, 10), draw(2, 1, 2, 1, 2, 1, 2, 1, 3, 10)
     compare(x, g, draw(2, 1, 3, 6), draw(2, 1, 3, 6), interleaved)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 5, 8), (2, 1, 0, 5, 8), (2, 1, 3, 0, 8)])
-def test_empty(capability, shape):
+def test_empty(vectors, shape):
     x = draw(*shape)
     cos = draw(shape[1], 1, shape[3], 8)
     assert ours.rotary_fwd(x, cos, cos, False).shape == shape
@@ -113,13 +103,13 @@ def test_empty(capability, shape):
     assert cos_bar.shape == sin_bar.shape == cos.shape and not cos_bar.any() and not sin_bar.any()
 
 
-def test_many_rows_in_one_table(capability):
+def test_many_rows_in_one_table(vectors):
     x, g = draw(2, 5000, 4) + 1.0, draw(2, 5000, 4) + 1.0
     compare(x, g, draw(1, 4), draw(1, 4), False)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bitwise_repeatable(capability, threads):
+def test_bitwise_repeatable(vectors, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

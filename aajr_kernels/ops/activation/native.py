@@ -14,11 +14,12 @@ from ... import native
 from .reference import POINTWISE
 
 _CODES = {kind: code for code, kind in enumerate(POINTWISE)}
-_MOST_AXES = 8
 
 
 def _dense_rows(t: torch.Tensor | None) -> bool:
-    return t is None or t.dim() < 2 or ((t.stride(-1) == 1 or t.shape[-1] == 1) and t.dim() <= _MOST_AXES)
+    return (
+        t is None or t.dim() < 2 or ((t.stride(-1) == 1 or t.shape[-1] == 1) and t.dim() <= native.MAX_AXES)
+    )
 
 
 def _call(
@@ -29,7 +30,9 @@ def _call(
         native.call(name, (*inputs, *outputs), (code,))
         return
     guide: Any = next(t for t in outputs if t is not None)
-    if guide.dim() > _MOST_AXES:  # two axes are enough for any output, since it is dense; others are copied
+    if (
+        guide.dim() > native.MAX_AXES
+    ):  # two axes are enough for any output, since it is dense; others are copied
         results = [None if t is None else t.new_empty(t.shape) for t in outputs]
         flat = [None if t is None else t.flatten(1) for t in results]
         native.call(name, (*(t.flatten(1) for t in inputs), *flat), (code,))

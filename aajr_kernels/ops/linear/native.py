@@ -6,10 +6,8 @@ import functools
 
 import torch
 
-from ...native import call, empty, row_dense
+from ...native import call, empty, few_axes, row_dense
 from . import reference
-
-_MAX_AXES = 8  # of a tensor that crosses to the native module
 
 
 def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -17,11 +15,11 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     if _widen(x.dtype):
         product = torch.nn.functional.linear(x.float(), weight.float())
         y = empty(product.shape, dtype=x.dtype)
-        call("linear_bias", (_rows(product.contiguous()), _rows(y), bias))
+        call("linear_bias", (few_axes(product.contiguous()), few_axes(y), bias))
         return y
     y = _product(x.flatten(0, -2), weight.t(), (*x.shape[:-1], weight.shape[0]))
     if bias is not None:
-        rows = _rows(y)
+        rows = few_axes(y)
         call("linear_bias", (rows, rows, bias))  # of the primal, the first of the stacked tensors
     return y
 
@@ -32,7 +30,7 @@ def linear_bwd(
     bias_bar = None
     if need_bias:
         bias_bar = torch.empty(y_bar.shape[-1], dtype=y_bar.dtype)
-        call("column_sum", (row_dense(_rows(y_bar)), bias_bar))
+        call("column_sum", (row_dense(few_axes(y_bar)), bias_bar))
     if _widen(y_bar.dtype):
         wide_x, wide_weight = (None if t is None else t.float() for t in (x, weight))
         x_bar, weight_bar, _ = reference.linear_bwd(y_bar.float(), wide_x, wide_weight, False)
@@ -49,11 +47,6 @@ def _product(a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]) -> torch.
     out = empty(shape, dtype=a.dtype)
     torch.mm(a, b, out=out.view(a.shape[0], b.shape[1]))
     return out
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with as few axes as the module takes."""
-    return x if x.dim() <= _MAX_AXES else x.flatten(1, -2)
 
 
 @functools.cache

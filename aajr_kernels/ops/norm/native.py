@@ -6,9 +6,7 @@ import math
 
 import torch
 
-from ...native import call, empty, row_dense
-
-_MAX_AXES = 8  # of a tensor that crosses to the native module
+from ...native import call, empty, few_axes, row_dense
 
 
 def norm_fwd(
@@ -69,4 +67,4 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """`x` with a dense last axis and as few axes as the module takes."""
     if x is None:
         return None
-    return row_dense(x if x.dim() <= _MAX_AXES else x.flatten(1, -2))
+    return row_dense(few_axes(x))

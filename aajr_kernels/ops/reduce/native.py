@@ -9,12 +9,11 @@ import torch
 from ... import native
 
 _CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
-_MOST_AXES = 8
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """`x` with a dense last axis and no more axes than the kernels take."""
-    return native.row_dense(x if x.dim() <= _MOST_AXES else x.flatten(1, -2))
+    return native.row_dense(native.few_axes(x))
 
 
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...native import call, empty_like, row_dense
-
-_MAX_AXES = 8  # of a tensor that crosses to the native module
+from ...native import MAX_AXES, call, empty_like, row_dense
 
 
 def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -20,7 +18,7 @@ def rotary_bwd(y_bar: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interl
 def rotary_tables_bwd(
     y_bar: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if x.dim() > _MAX_AXES:
+    if x.dim() > MAX_AXES:
         shape = (*x.shape[1:-1], cos.shape[-1])
         rows_cos, rows_sin = (t.expand(shape).flatten(0, -2) for t in (cos, sin))
         bars = rotary_tables_bwd(y_bar.flatten(1, -2), x.flatten(1, -2), rows_cos, rows_sin, interleaved)
@@ -41,7 +39,7 @@ def _rotate(
     if cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
     rows = (x, y)
-    if x.dim() > _MAX_AXES:
+    if x.dim() > MAX_AXES:
         shape = (*x.shape[1:-1], cos.shape[-1])
         cos, sin = (t.expand(shape).flatten(0, -2) for t in (cos, sin))
         y = empty_like(x, memory_format=torch.contiguous_format)
