@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import native
+from . import gpu, native
 
 __all__ = [
     "BackendUnavailable",
@@ -52,14 +52,6 @@ BACKENDS = ("reference", "native", "triton")
 _choice = os.environ.get("AAJR_BACKEND", "auto")
 
 
-def _missing(module: str, hint: str) -> str | None:
-    try:
-        importlib.import_module(f"aajr_kernels.{module}")
-    except ImportError as error:
-        return f"{hint} ({error})"
-    return None
-
-
 def backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and a one-sentence reason where it cannot."""
     try:
@@ -69,9 +61,7 @@ def backends() -> dict[str, str | None]:
     return {
         "reference": None,
         "native": without_native,
-        "triton": _missing(
-            "ops.attention.triton", "this version of aajr_kernels ships no Triton kernels yet"
-        ),
+        "triton": gpu.missing(),
     }
 
 
@@ -111,13 +101,18 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torc
 
 
 @functools.cache
+def _has(op: str, backend: str) -> bool:
+    return importlib.util.find_spec(f"aajr_kernels.ops.{op}.{backend}") is not None
+
+
+@functools.cache
 def _has_native(op: str) -> bool:
     """Whether the native module was built and has kernels for the op; raises where a wish cannot be granted."""
     try:
         reason = native.missing()
     except ValueError as error:
         raise BackendUnavailable(str(error)) from error
-    return reason is None and importlib.util.find_spec(f"aajr_kernels.ops.{op}.native") is not None
+    return reason is None and _has(op, "native")
 
 
 def _fits_native(t: torch.Tensor) -> bool:
@@ -129,12 +124,23 @@ def _fits_native(t: torch.Tensor) -> bool:
 def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
     """The backend that `op` runs on for these inputs.
 
-    A name chosen by the user is final. ``auto`` takes the native kernels for float32, bfloat16 and float16 on a CPU
-    and the reference for everything else: float64, other devices, and code that is being compiled.
+    A name chosen by the user is final. ``auto`` takes the native kernels for float32, bfloat16 and float16 on a CPU,
+    the Triton kernels for the same on CUDA and ROCm devices, and the reference for everything else: float64, other
+    devices, and code for a CPU that is being compiled.
+
+    Raises:
+        BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
     """
     if _choice != "auto":
         check_backend(_choice)
+        if _choice == "triton":
+            for t in tensors:
+                if t is not None and (reason := gpu.why_not(t)) is not None:
+                    raise BackendUnavailable(f"{op}: backend 'triton' got {reason}, or use backend 'auto'.")
         return _choice
+    if any(t is not None and t.device.type == "cuda" for t in tensors):
+        fits = all(t is None or gpu.why_not(t) is None for t in tensors) and gpu.missing() is None
+        return "triton" if fits and _has(op, "triton") else "reference"
     if torch.compiler.is_compiling() or not all(_fits_native(t) for t in tensors if t is not None):
         return "reference"
     return "native" if _has_native(op) else "reference"

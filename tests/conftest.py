@@ -17,10 +17,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Without a device Triton's kernels run in its interpreter; they decide so when they are first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Both keep tables keyed by torch.empty and its relatives: they have to see the true ones, before the patch below.
 import torch._dynamo
 
 import aajr_kernels  # noqa: F401
+from aajr_kernels import gpu
 
 NAN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tests are small: more threads cost more than they bring, above all beside other workers.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+    if gpu.interpreted() and gpu.missing() is None:
+        from gpu_tests import interpreter
+
+        interpreter.patch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

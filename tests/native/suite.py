@@ -24,8 +24,8 @@ from aajr_kernels import native, runtime
 
 PACKAGE = Path(runtime.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
-#: backend -> the device its tensors live on
-DEVICES = {"reference": "cpu", "native": "cpu"}
+#: backend -> the device its tensors live on; without a GPU, Triton's kernels run in its interpreter
+DEVICES = {"reference": "cpu", "native": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Stacks = Sequence[Tensor]

@@ -1,0 +1,107 @@
+"""What all Triton kernels share: where they can run, and the one way to launch them.
+
+Triton is imported on first use. A launcher calls :func:`launch`, which runs the kernel on the device of its tensors,
+in Triton's interpreter (``TRITON_INTERPRET=1``, set before the first kernel is used; tensors on the CPU, for tests), or,
+inside :func:`aajr_kernels.gpu.offline.offline`, compiles it for a processor that need not be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: dtypes the kernels compute with; float64 is the reference's
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+#: set by offline.py: takes (kernel, arguments, options) instead of the device
+_recorder: Callable[..., None] | None = None
+_recorded_architecture = ""
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install triton"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def missing() -> str | None:
+    """None where Triton kernels can run, or one sentence saying why they cannot."""
+    reason = _import_error()
+    if reason is None and not (interpreted() or _recorder is not None or torch.cuda.is_available()):
+        reason = (
+            f"torch {torch.__version__} sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on a CPU, "
+            "for tests)"
+        )
+    return reason
+
+
+def why_not(t: torch.Tensor) -> str | None:
+    """None where the kernels take the tensor, or what it is and what it should be."""
+    device = "cpu" if interpreted() else "meta" if _recorder is not None else "cuda"
+    if t.device.type != device:
+        return f"a tensor on {t.device}: move it to a {'CUDA or ROCm' if device == 'cuda' else device} device"
+    if t.is_floating_point() and t.dtype not in FLOATS:
+        return f"a tensor of {t.dtype}: cast it to float32, bfloat16 or float16"
+    return None
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``...; ``"interpreter"`` where there is no device."""
+    if _recorder is not None:
+        return _recorded_architecture
+    if interpreted():
+        return "interpreter"
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, num_warps: int = 4, **options: Any
+) -> None:
+    """Run a kernel; nothing is launched where the grid is empty.
+
+    Args:
+        kernel: decorated with ``triton.jit``.
+        grid: programs along up to three axes.
+        device: that of the tensors.
+        args: the kernel's arguments in order, tensors and descriptors among them.
+        num_warps: of a program.
+        options: constants of the kernel and ``num_stages``, by name.
+    """
+    if 0 in grid:
+        return
+    # contraction to multiply-add is the default of some versions and backends only
+    options = {"enable_fp_fusion": True, **options, "num_warps": num_warps}
+    if _recorder is not None:
+        _recorder(kernel, grid, args, options)
+        return
+    with _guard(device):
+        kernel[grid](*args, **options)
