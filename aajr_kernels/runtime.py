@@ -121,6 +121,19 @@ def _fits_native(t: torch.Tensor) -> bool:
     return plain and t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
 
 
+def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
+    first: torch.Tensor | None = None
+    for t in tensors:
+        if t is None:
+            continue
+        if (reason := gpu.why_not(t)) is not None:
+            return reason
+        first = t if first is None else first
+        if t.device != first.device:
+            return f"tensors on {first.device} and on {t.device}: move them to one device"
+    return None
+
+
 def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
     """The backend that `op` runs on for these inputs.
 
@@ -133,13 +146,11 @@ def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
     """
     if _choice != "auto":
         check_backend(_choice)
-        if _choice == "triton":
-            for t in tensors:
-                if t is not None and (reason := gpu.why_not(t)) is not None:
-                    raise BackendUnavailable(f"{op}: backend 'triton' got {reason}, or use backend 'auto'.")
+        if _choice == "triton" and (reason := _why_not_triton(*tensors)) is not None:
+            raise BackendUnavailable(f"{op}: backend 'triton' got {reason}, or use backend 'auto'.")
         return _choice
     if any(t is not None and t.device.type == "cuda" for t in tensors):
-        fits = all(t is None or gpu.why_not(t) is None for t in tensors) and gpu.missing() is None
+        fits = _why_not_triton(*tensors) is None and gpu.missing() is None
         return "triton" if fits and _has(op, "triton") else "reference"
     if torch.compiler.is_compiling() or not all(_fits_native(t) for t in tensors if t is not None):
         return "reference"

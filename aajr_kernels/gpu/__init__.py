@@ -1,7 +1,7 @@
 """What all Triton kernels share: where they can run, and the one way to launch them.
 
-Triton is imported on first use. A launcher calls :func:`launch`, which runs the kernel on the device of its tensors,
-in Triton's interpreter (``TRITON_INTERPRET=1``, set before the first kernel is used; tensors on the CPU, for tests), or,
+Triton is imported on first use. A launcher calls :func:`launch`, which runs the kernel on the device of its tensors, in
+Triton's interpreter (``TRITON_INTERPRET=1``, set before the first kernel is used; tensors on the CPU, for tests), or,
 inside :func:`aajr_kernels.gpu.offline.offline`, compiles it for a processor that need not be there.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -25,12 +25,13 @@ _recorded_architecture = ""
 
 
 @functools.cache
-def _import_error() -> str | None:
+def _not_installed() -> str | None:
+    """Looked up, not imported: what only lists the backends need not wait for it."""
     try:
-        importlib.import_module("triton")
+        found, why = importlib.util.find_spec("triton") is not None, ""
     except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install triton"
-    return None
+        found, why = False, f" ({error})"
+    return None if found else f"triton is not installed{why}: pip install triton"
 
 
 def interpreted() -> bool:
@@ -40,7 +41,7 @@ def interpreted() -> bool:
 
 def missing() -> str | None:
     """None where Triton kernels can run, or one sentence saying why they cannot."""
-    reason = _import_error()
+    reason = _not_installed()
     if reason is None and not (interpreted() or _recorder is not None or torch.cuda.is_available()):
         reason = (
             f"torch {torch.__version__} sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on a CPU, "

@@ -8,11 +8,13 @@ therefore what a device would run.
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from .. import gpu
@@ -50,7 +52,8 @@ def offline(architecture: str) -> Iterator[list[Any]]:
     """Launches inside the block compile for `architecture` and run nothing.
 
     Yields:
-        The compiled kernels in the order of their launches (``triton.compiler.CompiledKernel``).
+        The compiled kernels in the order of their launches (``triton.compiler.CompiledKernel``); those that were not
+        in Triton's cache with what the assembler said, as ``assembler_log``.
 
     Raises:
         RuntimeError: Triton's interpreter is on, whose kernels cannot be compiled.
@@ -62,7 +65,13 @@ def offline(architecture: str) -> Iterator[list[Any]]:
     compiled: list[Any] = []
 
     def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        compiled.append(kernel.warmup(*args, grid=grid, **options))
+        log = io.StringIO()
+        with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+            knobs.nvidia.dump_ptxas_log = True
+            binary = kernel.warmup(*args, grid=grid, **options)
+        if log.getvalue():
+            binary.assembler_log = log.getvalue()
+        compiled.append(binary)
 
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_NoDevice(architecture))

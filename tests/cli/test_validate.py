@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -221,6 +225,7 @@ def unwrapped(output: str) -> str:
 
 
 def test_missing_backend(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(
         runtime, "backends", lambda: {"reference": None, "native": "no compiler", "triton": None}
     )
@@ -232,7 +237,23 @@ def test_missing_backend(monkeypatch):
     assert left_out["native"] == "no compiler" and "need a CUDA" in left_out["triton"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     targets, _ = find_targets(["triton"], "cpu")
-    assert [targets[0].why_not(dtype) is None for dtype in DTYPES] == [False, True, False, True]
+    assert str(targets[0]) == "triton on cpu"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_bfloat16_on_the_interpreter_is_validated_only_where_it_computes_it():
+    """This process repairs the interpreter (gpu_tests/interpreter.py), that of a user does not."""
+    code = "from aajr_kernels.cli.validation import DTYPES, Target\n"
+    code += "print([dtype for dtype in DTYPES if Target('triton', 'cpu').why_not(dtype) is None])"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['float32', 'float16']"
+    if not torch.cuda.is_available():
+        here = [dtype for dtype in DTYPES if Target("triton", "cpu").why_not(dtype) is None]
+        assert here == ["float32", "bfloat16", "float16"]
 
 
 # --------------------------------------------------------------------------------------------- other backends

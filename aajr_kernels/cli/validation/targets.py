@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ... import runtime
+from ... import gpu, runtime
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -33,8 +32,11 @@ class Target:
         """Why this dtype cannot be validated here, or None if it can."""
         if dtype == "float64" and self.backend != "reference":
             return "float64 is computed by the reference backend alone"
-        if dtype == "bfloat16" and self.backend == "triton" and self.device == "cpu":
-            return "Triton's interpreter computes wrong bfloat16 products"
+        if dtype == "bfloat16" and self.backend == "triton":
+            from ...gpu import probe  # brings Triton along
+
+            if not probe.exact_bfloat16():
+                return "Triton's interpreter computes wrong bfloat16 products"
         try:
             x = torch.ones(2, 2, dtype=DTYPES[dtype], device=self.device)
             (x @ x).exp().sum()
@@ -79,6 +81,6 @@ def _device(backend: str, device: str) -> str:
 def _misplaced(backend: str, device: str) -> str | None:
     if backend == "native" and device != "cpu":
         return "its kernels are made for the CPU, use --device cpu or auto"
-    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "triton" and device == "cpu" and not gpu.interpreted():
         return "its kernels need a CUDA or ROCm device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
     return None
