@@ -277,9 +277,14 @@ def record_unsupported(name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is active; torch raises for the devices that have none, such as ``meta``."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(dtype: torch.dtype | None, tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
     device = next((t.device.type for t in tensors if t is not None), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(device):
         return tensors
     target = torch.get_autocast_dtype(device) if dtype is None else dtype
 
@@ -302,7 +307,7 @@ def autocast_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off inside a Function, whose inputs were cast by its caller."""
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasting(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..ops.linear import linear
-from ..runtime import UnsupportedOperation, record, recording, rule
+from ..runtime import UnsupportedOperation, autocasting, record, recording, rule
 from .common import Dual, align, is_dual, join, num_tangents
 
 
@@ -73,7 +73,7 @@ def _outer(a: Any, b: Any) -> Any:
 
 def _beside(x: Any, product: Any) -> Any:
     """The summand of a product: under autocast in the low dtype of the product, as torch's fused sum has it."""
-    return x.to(product.dtype) if torch.is_autocast_enabled(product.device.type) else x
+    return x.to(product.dtype) if autocasting(product.device.type) else x
 
 
 def _is_linear(bias: Any, a: Any, weight: Any) -> bool:
@@ -84,7 +84,7 @@ def _is_linear(bias: Any, a: Any, weight: Any) -> bool:
         and (a.dim(), weight.dim(), bias.dim()) == (2, 2, 1)
         and a.shape[1] == weight.shape[0]
         and bias.shape[0] == weight.shape[1]
-        and (a.dtype == weight.dtype == bias.dtype or torch.is_autocast_enabled(a.device.type))
+        and (a.dtype == weight.dtype == bias.dtype or autocasting(a.device.type))
     )
 
 

@@ -107,7 +107,7 @@ def _fusible(x: Any, residual: Any, shape: tuple[int, ...]) -> bool:
     """Whether the sum and its norm are one kernel; several normalised axes and casts in between are rare."""
     if len(shape) > 1 or not (is_dual(x) or is_dual(residual)) or x.dtype != residual.dtype:
         return False
-    return not torch.is_autocast_enabled(x.device.type)
+    return not runtime.autocasting(x.device.type)
 
 
 def _add_norm(

@@ -128,7 +128,7 @@ def layer_norm(
     shape = trailing_shape("layer_norm", x, normalized_shape)
     if not isinstance(x, Dual):
         return F.layer_norm(x, shape, weight, bias, eps)
-    if not torch.is_autocast_enabled(x.stacked.device.type):
+    if not runtime.autocasting(x.stacked.device.type):
         check_dtypes("layer_norm", x.stacked.dtype, weight=weight, bias=bias)
     return _norm("layer_norm", x, shape, weight, bias, eps, 0.0, True)
 
