@@ -15,10 +15,17 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
+import torch
+
 from aajr_kernels.cli.benchmarks import SUITES, Case, Selection
 from aajr_kernels.cli.benchmarks.gate import Verdict, check, on_backend
 
-CASES = [case for suite in SUITES.values() for case in suite.cases(Selection()) if case.timed]
+CASES = [
+    case
+    for suite in SUITES.values()
+    for case in suite.cases(Selection())
+    if case.timed and (case.device == "cpu" or torch.cuda.is_available())
+]
 PAIRS = [
     pytest.param(case, variant.name, id=f"{case.name} {variant.name}".replace(" ", "-"))
     for case in CASES

@@ -38,7 +38,8 @@ CAPABILITIES = {
 def bench(
     ctx: typer.Context,
     suites: Annotated[
-        list[str] | None, typer.Argument(help="Suites, or SUITE:FAMILY; --list names them. Default: all.")
+        list[str] | None,
+        typer.Argument(help="Suites, or SUITE:FAMILY; --list names them. Default: all that can run here."),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="Dtype to measure; repeatable. Default: each suite's own.")
@@ -67,6 +68,10 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Measure nothing: draw the step ratios in --rows as this picture.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Measure nothing: predict the times on h100, a100, b200, mi300x... (suite gpu)."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 if a row is outside its bounds.")
     ] = False,
@@ -82,11 +87,14 @@ def bench(
     if plot is not None:
         _draw(rows, plot)
         return
+    if model is not None:
+        _predict(model, suites or ["gpu"], dtype, lengths)
+        return
     if capability is not None:
         _hold_to(capability, ctx)
     from .benchmarks import show
 
-    chosen = _cases(suites, dtype, lengths)
+    chosen = _cases(suites, dtype, lengths, everything=listed)
     if listed:
         show.listing(chosen, _console())
         return
@@ -110,10 +118,15 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
-def _cases(names: list[str] | None, dtypes: list[str] | None, lengths: str | None) -> list[Case]:
-    """The cases of the suites and families that were named."""
+def _cases(
+    names: list[str] | None, dtypes: list[str] | None, lengths: str | None, everything: bool = False
+) -> list[Case]:
+    """The cases of the suites and families that were named; those without a device for them only on request."""
     from .benchmarks import SUITES, Selection
 
+    absent = [
+        name for name, suite in SUITES.items() if suite.device != "cpu" and not torch.cuda.is_available()
+    ]
     for name in dtypes or ():
         if name not in DTYPES:
             raise typer.BadParameter(
@@ -121,13 +134,17 @@ def _cases(names: list[str] | None, dtypes: list[str] | None, lengths: str | Non
             )
     sizes = _lengths(lengths) if lengths is not None else None
     wanted: dict[str, list[str] | None] = {}
-    for name in names or SUITES:
+    for name in names or [suite for suite in SUITES if everything or suite not in absent]:
         suite, _, family = name.partition(":")
         if suite not in SUITES:
             raise typer.BadParameter(f"suite {suite!r} is unknown: choose from {', '.join(SUITES)}.")
         if family and family not in SUITES[suite].families:
             options = ", ".join(f"{suite}:{one}" for one in SUITES[suite].families)
             raise typer.BadParameter(f"suite {suite} has no family {family!r}: choose from {options}.")
+        if suite in absent and not everything:
+            raise typer.BadParameter(
+                f"suite {suite} needs a CUDA or ROCm device, and torch sees none: --model h100 predicts its times."
+            )
         families = wanted.setdefault(suite, [])
         if not family or families is None:
             wanted[suite] = None
@@ -187,6 +204,23 @@ def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path |
                 append_rows(rows, result.rows)
             bar.advance(task)
     return results
+
+
+def _predict(model: str, suites: list[str], dtypes: list[str] | None, lengths: str | None) -> None:
+    from .benchmarks import modelled
+    from .benchmarks.roofline import DEVICES
+
+    if model not in DEVICES:
+        raise typer.BadParameter(
+            f"{model!r} is unknown: choose from {', '.join(DEVICES)}.", param_hint="--model"
+        )
+    cases = [c for c in _cases(suites, dtypes, lengths, everything=True) if any(v.work for v in c.variants)]
+    if not cases:
+        raise typer.BadParameter(
+            f"nothing of {', '.join(suites)} is modelled: name suite gpu or a family of it.",
+            param_hint="--model",
+        )
+    modelled.show(cases, DEVICES[model], _console())
 
 
 def _draw(rows: Path | None, picture: Path) -> None:

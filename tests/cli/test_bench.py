@@ -265,6 +265,7 @@ def test_environment_records_what_decides_the_speed(monkeypatch):
     facts = row.environment({"MKL_ENABLE_INSTRUCTIONS": "AVX2", "HOME": "/root"})
     assert facts["settings"] == {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}
     assert set(facts) < {field.name for field in dataclasses.fields(Row)}
+    assert facts["device_name"] is None or torch.cuda.is_available()
     assert facts["torch_capability"] == torch.backends.cpu.get_cpu_capability()
     if aajr_kernels.backends()["native"] is None:
         assert facts["native_capability"] == aajr_kernels.native.info()["capability"]

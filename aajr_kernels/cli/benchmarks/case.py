@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ... import runtime
+from .roofline import Work
 
 SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,9 +53,10 @@ class Variant:
         peak: whether its peak is taken where the case measures memory.
         flops, bytes: arithmetic and memory traffic of one call, for the rates.
         gradient_bytes: size of the gradients, where memory is bounded beside them.
-        bounds: ``ratio``, ``peak_ratio``, ``extra_bytes`` -> largest value.
+        bounds: ``ratio``, ``peak_ratio``, ``extra_bytes``, ``ms``, ``copy_ratio`` -> largest value.
         rival: a variant that this one has to beat.
         key: the same for variants, also of other cases, that compute the same; the gate judges them once.
+        work: its kernels in the roofline model; empty where it is not modelled.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Variant:
     bounds: Mapping[str, float] = field(default_factory=dict)
     rival: str | None = None
     key: Hashable = None
+    work: tuple[Work, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +87,7 @@ class Case:
         timed: False for a case that only measures memory.
         peak: whether the peak of memory is measured by default.
         warm_length: run once before the peak is taken, so that code and small buffers are in place.
+        graph: on a device, calls are replayed from a captured graph, so that short kernels do not wait for Python.
         why: what the case shows, in a few words.
     """
 
@@ -100,6 +104,7 @@ class Case:
     peak: bool = False
     warm_length: int = 64
     device: str = "cpu"
+    graph: bool = False
     why: str = ""
 
     @property
@@ -128,17 +133,28 @@ class Selection:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of families of cases."""
+    """A named set of families of cases; those for a device run where there is one, or are modelled."""
 
     name: str
     summary: str
     families: tuple[str, ...]
     cases: Callable[[Selection], list[Case]]
+    device: str = "cpu"
 
 
 def has_native(op: str) -> bool:
     """Whether ``auto`` runs the op natively on a CPU, so that its reference is another variant."""
     return runtime.select_backend(op, torch.zeros(1)) == "native"
+
+
+def half(
+    forward: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], cotangent: torch.Tensor, part: str
+) -> Run:
+    """``"forward"`` of a function, as training runs it, or its ``"backward"`` again and again."""
+    if part == "forward":
+        return Run(lambda: [forward().detach()])
+    out = forward()
+    return Run(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True))
 
 
 def draw(*shape: int, dtype: str, seed: int = SEED) -> torch.Tensor:

@@ -90,8 +90,8 @@ def errors(gradients: Gradients, exact: Gradients) -> tuple[float, float]:
         like = a if b is None else b
         if like is not None:
             zero = torch.zeros_like(like, dtype=torch.float64)
-            got.append(zero if a is None else a.detach().double())
-            want.append(zero if b is None else b)
+            got.append((zero if a is None else a.detach().double()).cpu())
+            want.append((zero if b is None else b).cpu())
     if any(a.shape != b.shape for a, b in zip(got, want)):
         return math.inf, math.inf
     off = [torch.linalg.vector_norm(a - b).item() for a, b in zip(got, want)]

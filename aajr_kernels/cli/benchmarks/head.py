@@ -21,6 +21,15 @@ RATIO, EXTRA_BYTES = 2.3, 64e6
 SHARED = 1.1
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Features, words, and where the tensors live."""
+
+    hidden: int
+    words: int
+    device: str = "cpu"
+
+
 def cases(selection: Selection) -> list[Case]:
     found = []
     for dtype, n in selection.grid(("float32",), (512,)):
@@ -31,11 +40,13 @@ def cases(selection: Selection) -> list[Case]:
     return found
 
 
-def _variants(dtype: str, length: int) -> dict[str, Variant]:
-    make = functools.partial(functools.partial, dtype=dtype)
-    product = 2.0 * length * VOCABULARY * HIDDEN
+def variants(dtype: str, length: int, sizes: Sizes | None = None) -> dict[str, Variant]:
+    """Everything that can be compared, by name."""
+    sizes = sizes or Sizes(HIDDEN, VOCABULARY)
+    make = functools.partial(functools.partial, dtype=dtype, sizes=sizes)
+    product = 2.0 * length * sizes.words * sizes.hidden
     item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    gradients = item * HIDDEN * (VOCABULARY + 2 * length)
+    gradients = item * sizes.hidden * (sizes.words + 2 * length)
     penalty, both = make(_fisher, loss=False), make(_fisher, loss=True)
     found = [
         Variant(
@@ -43,7 +54,7 @@ def _variants(dtype: str, length: int) -> dict[str, Variant]:
             make(_plain),
             make(_plain_truth),
             flops=3 * product,
-            gradient_bytes=item * HIDDEN * (VOCABULARY + length),
+            gradient_bytes=item * sizes.hidden * (sizes.words + length),
         ),
         Variant("fisher", penalty, make(_truth, loss=False), flops=8 * product, gradient_bytes=gradients),
         Variant(
@@ -61,7 +72,7 @@ def _bounded(variant: Variant, dtype: str, length: int, **bounds: float) -> Vari
 
 
 def _case(dtype: str, length: int) -> Case:
-    found = _variants(dtype, length)
+    found = variants(dtype, length)
     names = ["plain", "fisher"] + ["fisher, reference"] * has_native("head")
     found["fisher"] = _bounded(found["fisher"], dtype, length, ratio=RATIO, extra_bytes=EXTRA_BYTES)
     return Case(
@@ -80,7 +91,7 @@ def _case(dtype: str, length: int) -> Case:
 
 
 def _shared(dtype: str, length: int) -> Case:
-    found = _variants(dtype, length)
+    found = variants(dtype, length)
     both = _bounded(found["fisher and loss"], dtype, length, ratio=SHARED)
     return Case(
         "head",
@@ -96,16 +107,16 @@ def _shared(dtype: str, length: int) -> Case:
     )
 
 
-def _inputs(length: int, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(length: int, dtype: str, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """Stacked hidden states ``[2, 1, N, C]``, weight ``[V, C]``, labels ``[1, N]``."""
-    hidden = draw(2, 1, length, HIDDEN, dtype=dtype)
-    weight = (draw(VOCABULARY, HIDDEN, dtype="float32", seed=1) * HIDDEN**-0.5).to(hidden.dtype)
-    labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(2))
-    return hidden, weight, labels
+    hidden = draw(2, 1, length, sizes.hidden, dtype=dtype)
+    weight = draw(sizes.words, sizes.hidden, dtype="float32", seed=1) * sizes.hidden**-0.5
+    labels = torch.randint(sizes.words, (1, length), generator=torch.Generator().manual_seed(2))
+    return hidden, weight.to(hidden.dtype), labels
 
 
-def _plain(length: int, dtype: str) -> Run:
-    stacked, weight, labels = _inputs(length, dtype)
+def _plain(length: int, dtype: str, sizes: Sizes) -> Run:
+    stacked, weight, labels = (t.to(sizes.device) for t in _inputs(length, dtype, sizes))
     leaves = [stacked[0].clone().requires_grad_(), weight.requires_grad_()]
 
     def call() -> Gradients:
@@ -115,8 +126,8 @@ def _plain(length: int, dtype: str) -> Run:
     return Run(call)
 
 
-def _fisher(length: int, dtype: str, loss: bool) -> Run:
-    stacked, weight, labels = _inputs(length, dtype)
+def _fisher(length: int, dtype: str, loss: bool, sizes: Sizes) -> Run:
+    stacked, weight, labels = (t.to(sizes.device) for t in _inputs(length, dtype, sizes))
     leaves = [stacked.requires_grad_(), weight.requires_grad_()]
 
     def call() -> Gradients:
@@ -129,15 +140,15 @@ def _fisher(length: int, dtype: str, loss: bool) -> Run:
 
 
 @functools.lru_cache(maxsize=1)
-def _plain_truth(length: int, dtype: str) -> Gradients:
-    stacked, weight, labels = _inputs(length, dtype)
+def _plain_truth(length: int, dtype: str, sizes: Sizes) -> Gradients:
+    stacked, weight, labels = _inputs(length, dtype, sizes)
     leaves = [stacked[0].double().requires_grad_(), weight.double().requires_grad_()]
     return torch.autograd.grad(F.cross_entropy(F.linear(*leaves).flatten(0, 1), labels.flatten()), leaves)
 
 
 @functools.lru_cache(maxsize=2)
-def _truth(length: int, dtype: str, loss: bool) -> Gradients:
-    stacked, weight, labels = _inputs(length, dtype)
+def _truth(length: int, dtype: str, loss: bool, sizes: Sizes) -> Gradients:
+    stacked, weight, labels = _inputs(length, dtype, sizes)
     leaves = [stacked.double().requires_grad_(), weight.double().requires_grad_()]
     z, z_tan = (F.linear(leaves[0][i], leaves[1]) for i in (0, 1))
     total = fisher(z, z_tan).mean()

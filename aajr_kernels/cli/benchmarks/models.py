@@ -17,6 +17,7 @@ from ...ops.attention.function import AttentionFunction
 from ...ops.norm import layer_norm, rms_norm
 from ...ops.rotary import rotary
 from .case import DTYPES, SEED
+from .roofline import Decoder
 
 HIDDEN, LAYERS, HEADS, KEY_HEADS, INTERMEDIATE = 384, 4, 6, 2, 1024
 CONFIG = {
@@ -25,18 +26,30 @@ CONFIG = {
 }
 
 
+#: up to this length the large model has two layers: enough for its gradients to be checked in float64
+SHALLOW = 128
+
+
+def sizes(kind: str, length: int) -> Decoder:
+    """Sizes of a model by name."""
+    if kind == "llama-1b":
+        return Decoder(2048, 16 if length > SHALLOW else 2, 32, 8, 8192)
+    return Decoder(HIDDEN, LAYERS, HEADS, KEY_HEADS, INTERMEDIATE)
+
+
 def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Module:
     """A model without a head; the same weights for the same kind, dtype and length."""
     import transformers
 
     torch.manual_seed(SEED)
-    if kind == "llama":
+    if kind in ("llama", "llama-1b"):
+        found = sizes(kind, length)
         config = transformers.LlamaConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KEY_HEADS,
+            hidden_size=found.hidden,
+            intermediate_size=found.intermediate,
+            num_hidden_layers=found.layers,
+            num_attention_heads=found.heads,
+            num_key_value_heads=found.key_heads,
             vocab_size=97,
             max_position_embeddings=16384,
             use_cache=False,
@@ -62,8 +75,8 @@ def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Mod
         if parameter.dim() == 1:
             with torch.no_grad():
                 parameter.add_(0.1 * torch.randn_like(parameter) if "bias" not in name else 0.02)
-    found: nn.Module = model.to(DTYPES[dtype])
-    return found
+    built: nn.Module = model.to(DTYPES[dtype])
+    return built
 
 
 def make_exact(model: nn.Module) -> nn.Module:

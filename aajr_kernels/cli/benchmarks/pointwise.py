@@ -67,22 +67,23 @@ def _gelu_tanh_formula(x: Tensor) -> Tensor:
 
 
 def _rotary_formula(x: Tensor) -> Tensor:
-    cos, sin = (t.to(x.dtype).unsqueeze(1) for t in _tables(x.shape[-2], x.dtype == torch.float64))
+    tables = _tables(x.shape[-2], x.dtype == torch.float64, x.device)
+    cos, sin = (t.to(x.dtype).unsqueeze(1) for t in tables)
     turned = torch.cat((-x[..., ROTARY_HEAD // 2 :], x[..., : ROTARY_HEAD // 2]), dim=-1)
     return x * cos + turned * sin
 
 
 @functools.lru_cache(maxsize=4)
-def _tables(length: int, double: bool = False) -> tuple[Tensor, Tensor]:
+def _tables(length: int, double: bool = False, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """cos and sin ``[1, N, D]``, float32 numbers as in Hugging Face."""
     speed = 10000.0 ** (-torch.arange(0, ROTARY_HEAD, 2).float() / ROTARY_HEAD)
     angle = torch.outer(torch.arange(length).float(), speed).repeat(1, 2).unsqueeze(0)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().to(device), angle.sin().to(device)
     return (cos.double(), sin.double()) if double else (cos, sin)
 
 
 def _rotary(x: Any) -> Any:
-    return rotary(x, *_tables(x.shape[-2]))
+    return rotary(x, *_tables(x.shape[-2], device=x.device))
 
 
 OPS = {
@@ -172,7 +173,7 @@ def _case(family: str, op: Op, dtype: str, length: int) -> Case:
     )
 
 
-def _inputs(length: int, op: Op, features: int, dtype: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def inputs(length: int, op: Op, features: int, dtype: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Stacked inputs, weights, and the cotangent like an input."""
     shape: tuple[int, ...] = (2, 2, length, features)
     if op.suite == "rotary":
@@ -183,14 +184,14 @@ def _inputs(length: int, op: Op, features: int, dtype: str) -> tuple[list[Tensor
 
 
 def _plain(length: int, op: Op, features: int, dtype: str, function: Callable[..., Tensor]) -> Run:
-    stacks, weights, cotangent = _inputs(length, op, features, dtype)
+    stacks, weights, cotangent = inputs(length, op, features, dtype)
     leaves = [x.requires_grad_() for x in [*(x[0].clone() for x in stacks), *weights]]
     primal_bar = cotangent[0]
     return Run(lambda: torch.autograd.grad(function(*leaves), leaves, primal_bar))
 
 
 def _dual(length: int, op: Op, features: int, dtype: str) -> Run:
-    stacks, weights, cotangent = _inputs(length, op, features, dtype)
+    stacks, weights, cotangent = inputs(length, op, features, dtype)
     leaves = [x.requires_grad_() for x in [*stacks, *weights]]
 
     def call() -> Gradients:
@@ -201,7 +202,7 @@ def _dual(length: int, op: Op, features: int, dtype: str) -> Run:
 
 
 def _truth(length: int, op: Op, features: int, dtype: str, stacked: bool) -> Gradients:
-    stacks, weights, cotangent = _inputs(length, op, features, dtype)
+    stacks, weights, cotangent = inputs(length, op, features, dtype)
     vectors = [w.double().requires_grad_() for w in weights]
     function = lambda *xs: op.formula(*xs, *vectors)
     if not stacked:

@@ -63,6 +63,13 @@ class Row:
         allocator: of memory, while timing: what :func:`.allocator.in_use` says.
         python, torch, transformers, aajr_kernels: versions.
         commit, dirty: of the checkout, and whether its code was changed since; None outside a checkout.
+
+    Rows from before these fields have their defaults:
+        device_name, triton: name of the accelerator; version of Triton.
+        timing: ``graph`` where calls were replayed from a captured CUDA graph, else ``calls``.
+        flop_share, byte_share: gflop_per_s and gb_per_s over the ceilings.
+        ceilings: of the device, measured in the same run: ``gflop_per_s`` of a large product in the dtype, ``gb_per_s``
+            of a copy. Empty on a CPU.
     """
 
     suite: str
@@ -101,6 +108,12 @@ class Row:
     aajr_kernels: str
     commit: str | None
     dirty: bool | None
+    device_name: str | None = None
+    triton: str | None = None
+    timing: str = "calls"
+    flop_share: float | None = None
+    byte_share: float | None = None
+    ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
         """The row as one line of JSON."""
@@ -111,20 +124,26 @@ class Row:
         """The row of one line.
 
         Raises:
-            ValueError: it is no JSON object with exactly the fields of this class, each of its type.
+            ValueError: it is no JSON object with the fields of this class, each of its type; only those with defaults
+                may be missing.
         """
         found = json.loads(line)
         if not isinstance(found, dict):
             raise ValueError(f"a row must be a JSON object, got {type(found).__name__}.")
         hints = typing.get_type_hints(cls)
-        if wrong := sorted(set(found) ^ set(hints)):
+        later = {field.name for field in dataclasses.fields(cls) if _has_default(field)} - set(found)
+        if wrong := sorted((set(found) ^ set(hints)) - later):
             raise ValueError(
                 f"a row must have exactly the fields of Row; missing or unknown: {', '.join(wrong)}."
             )
         for name, hint in hints.items():
-            if not _fits(found[name], hint):
+            if name in found and not _fits(found[name], hint):
                 raise ValueError(f"{name} of a row must be {hint}, got {found[name]!r}.")
         return cls(**found)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -182,6 +201,8 @@ def environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": package_version("transformers"),
+        "triton": package_version("triton"),
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "aajr_kernels": _version(),
         "commit": commit,
         "dirty": dirty,

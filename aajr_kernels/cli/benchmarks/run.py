@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 
 from . import gate
-from .case import SEED, Case, Run, Variant
+from .case import SEED, Case, Gradients, Run, Variant
+from .ceilings import Ceilings, measured
 from .row import Row
 
 #: a timed sample of a short variant repeats it until it lasts about this long
@@ -33,12 +35,14 @@ class Outcome:
         rows: one per variant; none when the gate is red.
         failures: why the gate is red.
         left_out: optional variant -> why it cannot run here.
+        graphed: variants whose calls were replayed from a graph.
     """
 
     case: Case
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    graphed: set[str] = field(default_factory=set)
 
     @property
     def missed(self) -> list[Row]:
@@ -68,6 +72,9 @@ def run_case(
     if outcome.failures:
         return outcome
     variants = [v for v in case.variants if v.name not in verdict.left_out]
+    if case.device != "cpu":
+        progress("what the device reaches")
+    limits = measured(case.device, case.dtype) if case.device != "cpu" else None
     samples: dict[str, list[float]] = {}
     if case.timed:
         samples = _interleaved(case, variants, repeats or case.repeats, outcome, progress)
@@ -83,7 +90,9 @@ def run_case(
     base = min(bases, key=lambda name: min(samples[name], default=math.inf) if samples else 0.0)
     for variant in variants:
         error, ops = verdict.errors[variant.name], verdict.ops[variant.name]
-        outcome.rows.append(_row(case, variant, base, samples, peaks, error, ops, environment))
+        timing = "graph" if variant.name in outcome.graphed else "calls"
+        facts = {**environment, "timing": timing}
+        outcome.rows.append(_row(case, variant, base, samples, peaks, error, ops, limits, facts))
     return outcome
 
 
@@ -102,6 +111,14 @@ def _interleaved(
                 run.reset()
     if outcome.failures:
         return {}
+    if case.graph and case.device != "cpu":
+        for variant in variants:
+            with (
+                gate.on_backend(variant),
+                contextlib.suppress(RuntimeError),
+            ):  # torch's own op may not allow it
+                runs[variant.name] = captured(runs[variant.name])
+                outcome.graphed.add(variant.name)
     numbers = dict.fromkeys(runs, 1)
     if not any(run.reset for run in runs.values()):
         for v in variants:
@@ -120,6 +137,23 @@ def _interleaved(
     finally:
         gc.unfreeze()
     return samples
+
+
+def captured(run: Run) -> Run:
+    """The same call, replayed from a CUDA graph: what the device takes for it, without Python."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run.call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        results = run.call()
+
+    def replay() -> Gradients:
+        graph.replay()
+        return results
+
+    return Run(replay)
 
 
 def _sample(case: Case, variant: Variant, run: Run, number: int) -> float:
@@ -170,6 +204,7 @@ def _row(
     peaks: Mapping[str, int | None],
     error: float,
     ops: dict[str, str],
+    limits: Ceilings | None,
     environment: Mapping[str, Any],
 ) -> Row:
     times = samples.get(variant.name, [])
@@ -178,9 +213,19 @@ def _row(
     peak, base_peak = peaks.get(variant.name), peaks.get(base)
     peak_ratio = peak / base_peak if peak and base_peak else None
     extra = peak - (variant.gradient_bytes or 0) if peak is not None else None
-    measured = {"ratio": ratio, "peak_ratio": peak_ratio, "extra_bytes": extra}
-    bounds = {name: limit for name, limit in variant.bounds.items() if measured[name] is not None}
-    held = [float(measured[name] or 0) <= limit for name, limit in bounds.items()]
+    flops = variant.flops / least if variant.flops and least else None
+    moved = variant.bytes / least if variant.bytes and least else None
+    flop_share = flops / limits.flops if flops and limits else None
+    byte_share = moved / limits.bytes if moved and limits else None
+    found = {
+        "ratio": ratio,
+        "peak_ratio": peak_ratio,
+        "extra_bytes": extra,
+        "ms": None if least is None else 1e3 * least,
+        "copy_ratio": None if byte_share is None else 1 / byte_share,
+    }
+    bounds = {name: limit for name, limit in variant.bounds.items() if found[name] is not None}
+    held = [float(found[name] or 0) <= limit for name, limit in bounds.items()]
     if variant.rival is not None and least is not None and samples.get(variant.rival):
         rival = min(samples[variant.rival]) / min(samples[base])
         bounds[f"ratio of {variant.rival}"] = _rounded(rival)
@@ -199,8 +244,13 @@ def _row(
         median_ms=_rounded(1e3 * statistics.median(times)) if times else None,
         base=base,
         ratio=None if ratio is None else _rounded(ratio),
-        gflop_per_s=_rounded(variant.flops / least / 1e9) if variant.flops and least else None,
-        gb_per_s=_rounded(variant.bytes / least / 1e9) if variant.bytes and least else None,
+        gflop_per_s=_rounded(flops / 1e9) if flops else None,
+        gb_per_s=_rounded(moved / 1e9) if moved else None,
+        flop_share=_rounded(flop_share) if flop_share else None,
+        byte_share=_rounded(byte_share) if byte_share else None,
+        ceilings={"gflop_per_s": _rounded(limits.flops / 1e9), "gb_per_s": _rounded(limits.bytes / 1e9)}
+        if limits
+        else {},
         peak_bytes=peak,
         gradient_bytes=variant.gradient_bytes,
         peak_ratio=None if peak_ratio is None else _rounded(peak_ratio),

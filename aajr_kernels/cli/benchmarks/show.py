@@ -36,7 +36,8 @@ def _limit(name: str, value: float) -> str:
         return f"≤ {value / 1e6:.0f} MB extra"
     if name.startswith("ratio of "):
         return f"< {value:.2f} ({name.removeprefix('ratio of ')})"
-    return f"≤ {value:g}" if name == "ratio" else f"≤ {value:g} peak"
+    units = {"ratio": "", "peak_ratio": " peak", "ms": " ms", "copy_ratio": " of a copy"}
+    return f"≤ {value:g}{units[name]}"
 
 
 def outcome(result: Outcome, console: Console) -> None:
@@ -64,6 +65,7 @@ def _table(rows: Sequence[Row]) -> Table:
         "ratio": [_number(row.ratio, "{:.2f}") for row in rows],
         "GFLOP/s": [_number(row.gflop_per_s, "{:.0f}") for row in rows],
         "GB/s": [_number(row.gb_per_s, "{:.1f}") for row in rows],
+        "of ceiling": [_number(row.flop_share or row.byte_share, "{:.0%}") for row in rows],
         "peak MB": [_number(row.peak_bytes, "{:.0f}", 1e-6) for row in rows],
         "extra MB": [
             _number(

@@ -39,10 +39,11 @@ class Task:
 
     Attributes:
         kind: ``plain``, ``penalty``, ``both`` (loss and penalty), ``differences`` or ``forward mode``.
-        model: ``llama`` or ``gpt2``.
+        model: ``llama``, ``gpt2`` or ``llama-1b``.
         form: ``sdpa`` or ``eager`` (unmodified), ``fused``, or ``primal`` (fused, our kernels for plain tensors).
         head: with a head of 32,000 words, the ``fisher`` metric and the cross-entropy.
         directions: K.
+        device: where it runs.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Task:
     form: str = "sdpa"
     head: bool = False
     directions: int = 1
+    device: str = "cpu"
 
 
 def cases(selection: Selection) -> list[Case]:
@@ -92,7 +94,7 @@ def held_to_avx2() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
 
 
-def _variant(name: str, task: Task, **options: Any) -> Variant:
+def variant(name: str, task: Task, **options: Any) -> Variant:
     truth = {"plain": "plain", "both": "both"}.get(task.kind, "penalty")
     exact = Task(truth, task.model, task.dtype, head=task.head, directions=task.directions)
     return Variant(
@@ -135,19 +137,19 @@ def _ratio(model: str, dtype: str, length: int) -> Case:
     single = dtype == "float32"
     fused = task("penalty", form="fused")
     # without instructions for bfloat16 the plain step takes ten times as long as ours
-    variants = [_variant("plain", task("plain"), rounds=None if single else 2)]
+    variants = [variant("plain", task("plain"), rounds=None if single else 2)]
     if single and length <= 512:  # it loses to sdpa everywhere, by more as S grows
-        variants.append(_variant("plain, eager attention", task("plain", form="eager")))
+        variants.append(variant("plain, eager attention", task("plain", form="eager")))
     if single:
-        variants.append(_variant("plain, our primal ops", task("plain", form="primal"), optional=True))
-        variants.append(_variant("exact", task("penalty")))
+        variants.append(variant("plain, our primal ops", task("plain", form="primal"), optional=True))
+        variants.append(variant("exact", task("penalty")))
     variants.append(
-        _variant("exact, fused", fused, bounds=bounds, rival=FINITE if single and bounds else None)
+        variant("exact, fused", fused, bounds=bounds, rival=FINITE if single and bounds else None)
     )
     if single:  # useless in low precision
-        variants.append(_variant(FINITE, task("differences"), exact=False))
+        variants.append(variant(FINITE, task("differences"), exact=False))
     if single and length <= 512 and model == "llama":  # wrong through layer_norm, so not for GPT-2
-        variants.append(_variant("torch.func.jvp", task("forward mode"), rounds=3, optional=True))
+        variants.append(variant("torch.func.jvp", task("forward mode"), rounds=3, optional=True))
     base = ("plain", *(v.name for v in variants if v.name == "plain, eager attention"))
     return _case(model, model, dtype, length, variants, base, "exact penalty step ÷ plain step")
 
@@ -155,11 +157,11 @@ def _ratio(model: str, dtype: str, length: int) -> Case:
 def _head(dtype: str, length: int) -> Case:
     task = functools.partial(Task, model="llama", dtype=dtype, head=True)
     variants = [
-        _variant("plain", task("plain")),
-        _variant("plain, our primal ops", task("plain", form="primal"), optional=True),
-        _variant("exact, fused", task("penalty", form="fused")),
-        _variant("loss and penalty, fused", task("both", form="fused")),
-        _variant(FINITE, task("differences"), exact=False),
+        variant("plain", task("plain")),
+        variant("plain, our primal ops", task("plain", form="primal"), optional=True),
+        variant("exact, fused", task("penalty", form="fused")),
+        variant("loss and penalty, fused", task("both", form="fused")),
+        variant(FINITE, task("differences"), exact=False),
     ]
     config = {"metric": "fisher", "V": VOCABULARY}
     why = "with a 32k-word head, fisher"
@@ -171,9 +173,9 @@ def _penalty(dtype: str, length: int) -> Case:
     task = functools.partial(Task, model="llama", dtype=dtype, form="fused")
     bound = DIRECTIONS.get((dtype, length))
     variants = [
-        _variant("penalty", task("penalty")),
-        _variant("loss and penalty", task("both"), bounds={"ratio": SHARED} if bound else {}),
-        _variant("four directions", task("penalty", directions=4), bounds={"ratio": bound} if bound else {}),
+        variant("penalty", task("penalty")),
+        variant("loss and penalty", task("both"), bounds={"ratio": SHARED} if bound else {}),
+        variant("four directions", task("penalty", directions=4), bounds={"ratio": bound} if bound else {}),
     ]
     why = "with the loss, and with four directions ÷ the penalty along one"
     return _case("penalty", "llama", dtype, length, variants, ("penalty",), why)
@@ -183,8 +185,8 @@ def _memory(dtype: str, length: int) -> Case:
     task = functools.partial(Task, model="llama", dtype=dtype)
     bounds = {"peak_ratio": PEAK} if (dtype, length) == ("float32", 8192) else {}
     variants = [
-        _variant("plain", task("plain")),
-        _variant("exact, fused", task("penalty", form="fused"), bounds=bounds),
+        variant("plain", task("plain")),
+        variant("exact, fused", task("penalty", form="fused"), bounds=bounds),
     ]
     why = "peak memory of the exact step ÷ the plain step's"
     return _case("memory", "llama", dtype, length, variants, ("plain",), why, timed=False, peak=True)
@@ -197,15 +199,22 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tenso
     """Model, head, embeddings ``[1, S, C]``, unit directions ``[K, 1, S, C]`` and labels ``[1, S]``."""
     attention = task.form if task.form in ("sdpa", "eager") else "sdpa"
     model = models.build(task.model, task.dtype, length, attention)
-    head = nn.Linear(models.HIDDEN, VOCABULARY, bias=False).to(DTYPES[task.dtype]) if task.head else None
+    head = (
+        nn.Linear(models.sizes(task.model, length).hidden, VOCABULARY, bias=False).to(DTYPES[task.dtype])
+        if task.head
+        else None
+    )
     if task.form in ("fused", "primal"):
         fuse(model)
     if task.form == "primal":
         models.use_primal_ops(model)
-    x = draw(1, length, models.HIDDEN, dtype=task.dtype, seed=1)
-    v = normalize(draw(task.directions, 1, length, models.HIDDEN, dtype="float32", seed=2)).to(x.dtype)
+    hidden = models.sizes(task.model, length).hidden
+    x = draw(1, length, hidden, dtype=task.dtype, seed=1)
+    v = normalize(draw(task.directions, 1, length, hidden, dtype="float32", seed=2)).to(x.dtype)
     labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))
-    return model, head, x, v, labels
+    if head is not None:
+        head = head.to(task.device)
+    return model.to(task.device), head, x.to(task.device), v.to(task.device), labels.to(task.device)
 
 
 def make(task: Task, length: int) -> Run:

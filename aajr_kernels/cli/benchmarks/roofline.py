@@ -1,0 +1,231 @@
+"""The roofline model: arithmetic and memory traffic of the ops, and the time a device would take for them.
+
+What is counted is what the kernels do (docs/triton.md), not the least that would do: the backward of attention
+recomputes scores in each of its kernels. A prediction is, summed over the kernels, the longer of arithmetic at the rate
+assumed for its kind and traffic at the bandwidth assumed. It leaves out launches, tails and everything between kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+#: of the peak: what fused attention reaches. 480 of an H100's 989 TFLOP/s; published plain kernels reach 350 to 650
+#: forward and less backward. The same share is assumed of every device.
+ATTENTION_SHARE = 0.485
+#: of the peak: what large products of a vendor's library reach
+PRODUCT_SHARE = 0.7
+#: of the bandwidth: what a copy kernel reaches
+COPY_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Device:
+    """A processor as its data sheet has it, which is the source of both numbers.
+
+    Attributes:
+        name: of the product.
+        tflops: dense bfloat16 products with float32 sums, 10¹² operations a second, at boost clock.
+        bandwidth: of the memory, bytes a second.
+    """
+
+    name: str
+    tflops: float
+    bandwidth: float
+
+    def rate(self, kind: str) -> float:
+        """Operations a second assumed for ``"attention"`` or ``"product"``."""
+        return 1e12 * self.tflops * (ATTENTION_SHARE if kind == "attention" else PRODUCT_SHARE)
+
+
+DEVICES = {
+    "a100": Device("A100 SXM 80 GB", 312.0, 2.039e12),
+    "h100": Device("H100 SXM", 989.4, 3.35e12),
+    "h200": Device("H200 SXM", 989.4, 4.8e12),
+    "b200": Device("B200 SXM", 2250.0, 8.0e12),  # half of the sheet's number, which is with sparsity
+    "mi300x": Device("Instinct MI300X", 1307.4, 5.3e12),
+    "rtx4090": Device("GeForce RTX 4090", 165.2, 1.008e12),
+    "rtx5090": Device("GeForce RTX 5090", 209.5, 1.792e12),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel does.
+
+    Attributes:
+        op: whose kernel it is.
+        kind: ``"attention"``, ``"product"``, or ``"stream"`` where only the memory counts.
+        flops: multiplications and additions of matrix products.
+        bytes: read and written once each.
+    """
+
+    op: str
+    kind: str
+    flops: float
+    bytes: float
+
+    def seconds(self, device: Device) -> float:
+        """What the device takes for it."""
+        arithmetic = self.flops / device.rate(self.kind) if self.flops else 0.0
+        return max(arithmetic, self.bytes / (COPY_SHARE * device.bandwidth))
+
+
+def seconds(work: Iterable[Work], device: Device) -> float:
+    """What the device takes for kernels that run one after another."""
+    return sum(one.seconds(device) for one in work)
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+@dataclass(frozen=True)
+class Attention:
+    """Sizes of an attention: B batches, H query heads on HK key heads, N queries on M keys, D features, K tangents."""
+
+    B: int
+    H: int
+    HK: int
+    N: int
+    M: int
+    D: int
+    causal: bool = False
+    K: int = 1
+    item: int = 2
+
+    @property
+    def product(self) -> float:
+        """Operations of one product over the visible pairs; a causal mask leaves half of them."""
+        pairs = self.N * (self.N + 1) / 2 if self.causal else self.N * self.M
+        return 2.0 * self.B * self.H * pairs * self.D
+
+    @property
+    def queries(self) -> float:
+        """Bytes of one tensor like the queries."""
+        return float(self.item * self.B * self.H * self.N * self.D)
+
+    @property
+    def keys(self) -> float:
+        """Bytes of one tensor like the keys."""
+        return float(self.item * self.B * self.HK * self.M * self.D)
+
+    def forward(self) -> list[Work]:
+        """The dual's: S, Ṡ (2 a tangent), O, Ȯ (2 a tangent)."""
+        stack = 1 + self.K
+        return [
+            Work(
+                "attention",
+                "attention",
+                (2 + 4 * self.K) * self.product,
+                stack * 2 * (self.queries + self.keys),
+            )
+        ]
+
+    def backward(self) -> list[Work]:
+        """The dual's. K = 1: 24 products in three kernels at D = 128 (6 for V, 9 for K, 9 for Q), 21 in two at D = 64.
+
+        The least is 5 + 10 K, in a single pass. For every further tangent the kernels run again.
+        """
+        stack = 1 + self.K
+        per_tangent = {"keys": 12} if self.D <= 64 else {"values": 6, "keys": 9}
+        traffic = stack * (2 * self.queries + 4 * self.keys)  # reads q, out_bar, k, v; writes k_bar, v_bar
+        rows = Work("attention rows", "stream", 0.0, stack * 2 * self.queries)
+        kernels = [
+            Work("attention", "attention", self.K * count * self.product, traffic)
+            for count in (*per_tangent.values(), 9)
+        ]
+        return [rows, *kernels]
+
+    def plain_forward(self) -> list[Work]:
+        return [Work("attention", "attention", 2 * self.product, 2 * (self.queries + self.keys))]
+
+    def plain_backward(self) -> list[Work]:
+        return [
+            Work("attention rows", "stream", 0.0, 2 * self.queries),
+            Work("attention", "attention", 5 * self.product, 4 * self.queries + 4 * self.keys),
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------- rows
+#: streams of the size of one input, read and written: (forward, backward); every one is of stacked tensors
+STREAMS = {"norm": (2, 3), "add": (4, 4), "pointwise": (2, 3), "gated": (3, 5), "rotary": (2, 2)}
+
+
+def stream(kind: str, numbers: float, backward: bool, K: int = 1, item: int = 2) -> Work:
+    """A norm, activation or rotary embedding on `numbers` elements of the primal; each stream passes once."""
+    count = STREAMS[kind][backward]
+    return Work(kind, "stream", 0.0, float(count * (1 + K) * item * numbers))
+
+
+def linear(rows: float, inputs: int, outputs: int, backward: bool, K: int = 1, item: int = 2) -> list[Work]:
+    """A linear layer over the stacked rows: one product forward, two backward."""
+    flops = 2.0 * (1 + K) * rows * inputs * outputs
+    traffic = item * ((1 + K) * rows * (inputs + outputs) + inputs * outputs)
+    return [Work("linear", "product", flops, float(traffic))] * (2 if backward else 1)
+
+
+def head(rows: int, features: int, words: int, K: int = 1, item: int = 2) -> list[Work]:
+    """The Fisher head forward and backward: 1 + K products and again, then 2 (1 + K) of the gradients.
+
+    Nothing of the size of the logits moves.
+    """
+    product = 2.0 * rows * features * words
+    traffic = item * ((1 + K) * rows * features + features * words)
+    parts = {
+        "forward": 1 + K,
+        "logits again": 1 + K,
+        "gradient of hidden": 1 + K,
+        "gradient of weight": 1 + K,
+    }
+    return [
+        Work(f"head, {name}", "product", count * product, float(traffic)) for name, count in parts.items()
+    ]
+
+
+def plain_head(rows: int, features: int, words: int, item: int = 2) -> list[Work]:
+    """Linear and cross-entropy, forward and backward, eager: the logits move in `item` and in four bytes."""
+    product = 2.0 * rows * features * words
+    traffic = item * (rows * features + features * words + rows * words)
+    logits = float(rows) * words
+    # cast to float32; log-softmax read and written; its gradient; cast back
+    moved = logits * ((item + 4) + 8 + 12 + (4 + item))
+    return [
+        *[Work("head, product", "product", product, float(traffic))] * 3,
+        Work("cross-entropy", "stream", 0.0, moved),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- a step
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a Llama-like model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    intermediate: int
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    def step(self, length: int, K: int, item: int = 2) -> list[Work]:
+        """Forward and backward to all parameters of one sequence; K = 0 is the plain step."""
+        C, D = self.hidden, self.head_size
+        attention = Attention(1, self.heads, self.key_heads, length, length, D, True, max(K, 1), item)
+        sizes = [
+            (C, C),
+            (C, 2 * self.key_heads * D),
+            (C, C),
+            (C, 2 * self.intermediate),
+            (self.intermediate, C),
+        ]
+        layer: list[Work] = []
+        for back in (False, True):
+            for inputs, outputs in sizes:
+                layer += linear(length, inputs, outputs, back, K, item)
+            layer += [stream("add", length * C, back, K, item)] * 2
+            layer.append(stream("rotary", length * D * (self.heads + self.key_heads), back, K, item))
+            layer.append(stream("gated", length * self.intermediate, back, K, item))
+        layer += attention.forward() if K else attention.plain_forward()
+        layer += attention.backward() if K else attention.plain_backward()
+        return layer * self.layers
