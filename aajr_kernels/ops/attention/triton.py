@@ -1,0 +1,411 @@
+"""Attention on Triton kernels; functions and contracts are those of the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...gpu import architecture, launch
+from .configs import Tile, tile
+from .tiling import Options
+from .triton_backward import _attention_bwd_kv_kernel, _attention_bwd_q_kernel, _attention_rows_kernel
+from .triton_bias import _attention_bwd_bias_kernel
+from .triton_forward import _attention_fwd_kernel
+
+__all__ = ["Options", "attention_bwd", "attention_fwd"]
+
+_PADDING = 128  # statistics are padded to a multiple of it: blocks of queries read them without a mask
+
+
+def _block(features: int) -> int:
+    """Features of a tile: a power of two, and no product has an inner dimension below 16."""
+    return max(16, 1 << (features - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all kernels of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    options: Options
+    starts: tuple[Tensor, Tensor] | None
+
+    @property
+    def tangents(self) -> int:
+        biased = self.mask is not None and self.mask.dtype != torch.bool
+        stacks = [x.shape[0] for x in (self.q, self.k, self.v)]
+        return max(*stacks, self.mask.shape[0] if biased and self.mask is not None else 1) - 1
+
+    @property
+    def mask_kind(self) -> int:
+        return 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2
+
+    @property
+    def moves(self) -> bool:
+        """Whether the scores have tangents."""
+        stacked = (self.q, self.k, *((self.mask,) if self.mask_kind == 2 else ()))
+        return any(x is not None and x.shape[0] > 1 for x in stacked)
+
+    @property
+    def padded(self) -> int:
+        return -(-self.q.shape[3] // _PADDING) * _PADDING
+
+    def constants(self, index: int) -> dict[str, Any]:
+        """Constants of the kernels for the tangent `index`; -1 is none."""
+        options, (D, V) = self.options, (self.q.shape[-1], self.v.shape[-1])
+        some = index >= 0
+        return {
+            "GROUP": self.q.shape[2] // self.k.shape[2],
+            "D": D,
+            "V": V,
+            "BLOCK_D": _block(D),
+            "BLOCK_V": _block(V),
+            "CAUSAL": options.offset is not None,
+            "WINDOW": options.window is not None,
+            "MASK": self.mask_kind,
+            "SOFTCAP": options.softcap is not None,
+            "DROPOUT": options.dropout > 0,
+            "Q_TAN": some and self.q.shape[0] > 1,
+            "K_TAN": some and self.k.shape[0] > 1,
+            "V_TAN": some and self.v.shape[0] > 1,
+            "MASK_TAN": some and self.mask_kind == 2 and self.mask is not None and self.mask.shape[0] > 1,
+            "PACKED": self.starts is not None,
+            "ALIGN_RIGHT": options.align_right,
+            "FIRST": index <= 0,
+            "PRECISION": _precision(self.q.dtype),
+        }
+
+    def scalars(self) -> tuple[Any, ...]:
+        options = self.options
+        (H, N), M = self.q.shape[2:4], self.k.shape[3]
+        return (
+            options.scale,
+            options.softcap or 1.0,
+            options.dropout,
+            options.seed,
+            H,
+            N,
+            M,
+            self.padded,
+            options.offset or 0,
+            options.window or 0,
+        )
+
+    def masks(self, index: int) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+        """The mask, its tangent and its strides, 0 where it is broadcast."""
+        if self.mask is None:
+            return None, None, (0, 0, 0, 0)
+        strides = tuple(s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
+        return self.mask[0], stack(self.mask, index), strides
+
+    def grid(self, tile: int) -> tuple[int, int]:
+        """Blocks of queries, of every sequence if packed, by batch rows and heads."""
+        blocks = -(-self.q.shape[3] // tile)
+        sequences = 1 if self.starts is None else self.starts[0].shape[0] - 1
+        return blocks * sequences, self.q.shape[1] * self.q.shape[2]
+
+
+def stack(x: Tensor, index: int) -> Tensor:
+    """Tangent `index` of a stacked tensor; the primal where it has none, as a stand-in nobody reads."""
+    return x[1 + index if x.shape[0] > 1 and index >= 0 else 0]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def row_dense(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def descriptors_fit(arch: str, *tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator can load them: it wants rows of whole 16 bytes."""
+    if not arch.startswith("sm_") or int(arch.removeprefix("sm_")) < 90:
+        return False
+    for x in tensors:
+        size = x.element_size()
+        if x.data_ptr() % 16 or any(s * size % 16 or s <= 0 for s in x.stride()[:-1]) or x.shape[-1] * size < 16:
+            return False
+    return True
+
+
+def rows(x: Tensor, block: tuple[int, int], tma: bool) -> Any:
+    """A tensor ``[B, H, N, D]`` as a kernel takes it."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, *block]) if tma else x
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    starts: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``), statistics of the softmax, means of tangents.
+
+    The statistics are ``[2, B, H, NP]`` with N padded to NP: shift and -log2 of the normaliser with a bias, and the
+    log2 of the sum of the exponentials without one; +inf where a query sees nothing. The means are ``[K, B, H, NP]``.
+    """
+    q, k, v = (row_dense(x) for x in (q, k, v))
+    p = Problem(q, k, v, mask, options, starts)
+    _, B, H, N, _ = q.shape
+    V, K = v.shape[-1], p.tangents
+    # heads next to features: the caller's transpose back is then a view
+    out = q.new_empty((1 + K, B, N, H, V)).transpose(2, 3)
+    stats = q.new_empty((2 if p.mask_kind == 2 else 1, B, H, p.padded), dtype=torch.float32)
+    mu = stats.new_empty((K if p.moves else 0, B, H, p.padded))
+    if k.shape[3] == 0:
+        out.zero_()
+        stats.fill_(float("inf"))
+        mu.zero_()
+        return out, stats, mu
+    for index in range(min(K - 1, 0), K):
+        chosen = tile("fwd", architecture(q.device), q.dtype, q.shape[-1], V, options.offset is not None)
+        launch_fwd(p, chosen, index, out, stats, mu)
+    return out, stats, mu
+
+
+def attention_bwd(
+    out_bar: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    mu: Tensor,
+    options: Options,
+    needs: tuple[bool, bool, bool, bool],
+    starts: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v and the bias, None where not needed."""
+    q, k, v, out_bar = (row_dense(x) for x in (q, k, v, out_bar))
+    p = Problem(q, k, v, mask, options, starts)
+    need_bias = needs[3] and mask is not None
+    bars = [torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs)]
+    bias_bar = torch.empty(mask.shape, dtype=torch.float32, device=q.device) if need_bias else None
+    if 0 in (*q.shape[1:4], k.shape[3]):
+        for bar in (*bars, bias_bar):
+            if bar is not None:
+                bar.zero_()
+    else:
+        _launch_bwd(p, out_bar, out, stats, mu, *bars, bias_bar)
+    return *bars, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)
+
+
+def _launch_bwd(
+    p: Problem,
+    out_bar: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    mu: Tensor,
+    q_bar: Tensor | None,
+    k_bar: Tensor | None,
+    v_bar: Tensor | None,
+    bias_bar: Tensor | None,
+) -> None:
+    K = p.tangents
+    delta = torch.empty((2, *stats.shape[1:]), dtype=torch.float32, device=stats.device)
+    # the primal's gradients are summed over several tangents in float32
+    sums = [
+        torch.empty(x.shape[1:], dtype=torch.float32, device=x.device) if x is not None and K > 1 else None
+        for x in (q_bar, k_bar, v_bar)
+    ]
+    for index in range(min(K - 1, 0), K):
+        launch_rows(p, index, out, out_bar, delta)
+        context = Backward(p, index, out_bar, stats, mu, delta)
+        if v_bar is not None or k_bar is not None:
+            context.launch_kv(k_bar, v_bar, *sums[1:])
+        if q_bar is not None:
+            context.launch_q(q_bar, sums[0])
+        if bias_bar is not None:
+            context.launch_bias(bias_bar)
+
+
+def launch_fwd(p: Problem, chosen: Tile, index: int, out: Tensor, stats: Tensor, mu: Tensor) -> None:
+    constants = p.constants(index)
+    arch, size, width = architecture(p.q.device), constants["BLOCK_D"], constants["BLOCK_V"]
+    tensors = [x[0] for x in (p.q, p.k, p.v)] + [stack(x, index) for x in (p.q, p.k, p.v)]
+    tma = p.starts is None and descriptors_fit(arch, *tensors)
+    blocks = [(chosen.m, size), (chosen.n, size), (chosen.n, width)] * 2
+    mask, mask_tan, mask_strides = p.masks(index)
+    launch(
+        _attention_fwd_kernel,
+        p.grid(chosen.m),
+        p.q.device,
+        *(rows(x, block, tma) for x, block in zip(tensors, blocks)),
+        mask,
+        mask_tan,
+        *(p.starts or (None, None)),
+        out[0],
+        stack(out, index),
+        stats,
+        mu[index] if p.moves and index >= 0 else None,
+        *(x.stride()[1:4] for x in (p.q, p.k, p.v)),
+        mask_strides,
+        out.stride()[1:4],
+        *p.scalars(),
+        **constants,
+        TMA=tma,
+        BLOCK_M=chosen.m,
+        BLOCK_N=chosen.n,
+        STAGES=chosen.stages,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+
+
+def launch_rows(p: Problem, index: int, out: Tensor, out_bar: Tensor, delta: Tensor) -> None:
+    H, N = p.q.shape[2:4]
+    V = out.shape[-1]
+    block = 32
+    launch(
+        _attention_rows_kernel,
+        (-(-p.padded // block), p.q.shape[1] * H),
+        p.q.device,
+        out[0],
+        stack(out, index),
+        out_bar[0],
+        stack(out_bar, index),
+        delta[0],
+        delta[1],
+        out.stride()[1:4],
+        out_bar.stride()[1:4],
+        H,
+        N,
+        p.padded,
+        V=V,
+        BLOCK_V=_block(V),
+        TANGENT=index >= 0,
+        FIRST=index <= 0,
+        BLOCK_M=block,
+        num_warps=4,
+    )
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The launches of one tangent's backward."""
+
+    p: Problem
+    index: int
+    out_bar: Tensor
+    stats: Tensor
+    mu: Tensor
+    delta: Tensor
+
+    def shared(self, kernel: str, m_side: bool) -> tuple[Tile, tuple[Any, ...], dict[str, Any]]:
+        """The tile, the first arguments (inputs, cotangents, masks) and the constants of a kernel."""
+        p, index = self.p, self.index
+        D, V = p.q.shape[-1], p.v.shape[-1]
+        arch = architecture(p.q.device)
+        chosen = tile(kernel, arch, p.q.dtype, D, V, p.options.offset is not None)
+        constants = p.constants(index)
+        stacks = (p.q, p.k, p.v, self.out_bar)
+        tensors = [x[0] for x in stacks] + [stack(x, index) for x in stacks]
+        tma = kernel != "bias" and p.starts is None and descriptors_fit(arch, *tensors)
+        size, width = constants["BLOCK_D"], constants["BLOCK_V"]
+        blocks = [(chosen.m, size), (chosen.n, size), (chosen.n, width), (chosen.m, width)] * 2
+        mask, mask_tan, _ = p.masks(index)
+        arguments = (*(rows(x, block, tma) for x, block in zip(tensors, blocks)), mask, mask_tan)
+        constants |= {"TANGENT": index >= 0, "BLOCK_M": chosen.m, "BLOCK_N": chosen.n}
+        constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
+        if kernel != "bias":
+            constants |= {"TMA": tma, "LAST": index >= p.tangents - 1, "STAGES": chosen.stages}
+        return chosen, arguments, constants
+
+    def statistics(self) -> tuple[Any, ...]:
+        mu = self.mu[self.index] if self.p.moves and self.index >= 0 else None
+        return self.stats, mu, self.delta[0], self.delta[1]
+
+    def strides(self) -> tuple[Any, ...]:
+        p = self.p
+        return (*(x.stride()[1:4] for x in (p.q, p.k, p.v, self.out_bar)), p.masks(self.index)[2])
+
+    def launch_kv(
+        self, k_bar: Tensor | None, v_bar: Tensor | None, k_sum: Tensor | None, v_sum: Tensor | None
+    ) -> None:
+        """Both pairs in one kernel where the accumulators of both fit into the registers, otherwise in two."""
+        p = self.p
+        both = k_bar is not None and v_bar is not None
+        fused = both and max(_block(p.q.shape[-1]), _block(p.v.shape[-1])) <= 64
+        passes = [(k_bar, v_bar)] if fused or not both else [(None, v_bar), (k_bar, None)]
+        sequences = 1 if p.starts is None else p.starts[1].shape[0] - 1
+        for k_out, v_out in passes:
+            kernel = "dkv" if k_out is not None and v_out is not None else "dv" if k_out is None else "dk"
+            chosen, arguments, constants = self.shared(kernel, False)
+            blocks = -(-p.k.shape[3] // chosen.n)
+            launch(
+                _attention_bwd_kv_kernel,
+                (blocks * sequences, p.k.shape[1] * p.k.shape[2]),
+                p.q.device,
+                *arguments,
+                *(p.starts or (None, None)),
+                *((k_out[0], stack(k_out, self.index)) if k_out is not None else (None, None)),
+                *((v_out[0], stack(v_out, self.index)) if v_out is not None else (None, None)),
+                k_sum if k_out is not None else None,
+                v_sum if v_out is not None else None,
+                *self.statistics(),
+                *self.strides(),
+                k_out.stride()[1:4] if k_out is not None else (0, 0, 0),
+                v_out.stride()[1:4] if v_out is not None else (0, 0, 0),
+                *p.scalars(),
+                NEED_K=k_out is not None,
+                NEED_V=v_out is not None,
+                **constants,
+            )
+
+    def launch_q(self, q_bar: Tensor, q_sum: Tensor | None) -> None:
+        p = self.p
+        chosen, arguments, constants = self.shared("dq", True)
+        launch(
+            _attention_bwd_q_kernel,
+            p.grid(chosen.m),
+            p.q.device,
+            *arguments,
+            *(p.starts or (None, None)),
+            q_bar[0],
+            stack(q_bar, self.index),
+            q_sum,
+            *self.statistics(),
+            *self.strides(),
+            q_bar.stride()[1:4],
+            *p.scalars(),
+            **constants,
+        )
+
+    def launch_bias(self, bias_bar: Tensor) -> None:
+        p = self.p
+        chosen, arguments, constants = self.shared("bias", True)
+        per = [n > 1 for n in bias_bar.shape[1:]]
+        for name in ("PACKED", "ALIGN_RIGHT"):
+            del constants[name]
+        n_blocks, m_blocks = -(-p.q.shape[3] // chosen.m), -(-p.k.shape[3] // chosen.n)
+        launch(
+            _attention_bwd_bias_kernel,
+            (
+                (n_blocks if per[2] else 1) * (m_blocks if per[3] else 1),
+                bias_bar.shape[1] * bias_bar.shape[2],
+            ),
+            p.q.device,
+            *arguments,
+            bias_bar[0],
+            stack(bias_bar, self.index),
+            *self.statistics(),
+            *self.strides(),
+            bias_bar.stride()[1:5],
+            p.q.shape[1],
+            *p.scalars(),
+            **dict(zip(("PER_B", "PER_H", "PER_N", "PER_M"), per)),
+            **constants,
+        )

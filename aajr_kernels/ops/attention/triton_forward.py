@@ -1,0 +1,191 @@
+"""The dual forward of attention: one pass over the keys, two accumulators."""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    kept,
+    load_rows,
+    mask_tile,
+    product,
+    row_product,
+    scores,
+    sequence,
+    store_rows,
+)
+
+_SIZES = ["H", "N", "M", "offset", "window", "seed", "NP"]
+
+
+@triton.jit
+def _fwd_loop(
+    acc, acc_tan, top, total, mean, reference, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
+    mask, mask_tan, mask_strides, i, b, h, hk, heads, low, high, k_first, n, m, k_end, offset, window,
+    scale, softcap, dropout, seed,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The keys ``[low, high)``; CHECK where some of them may be invisible."""
+    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
+    for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+        s = product(qs, keys, False, PRECISION)
+        if MOVES:
+            t = tl.zeros_like(s)
+            if Q_TAN:
+                t = product(q_tans, keys, False, PRECISION)
+            if K_TAN:
+                key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+                t += product(qs, key_tans, False, PRECISION)
+        s, tau = scores(
+            s, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
+            CAUSAL, WINDOW, MASK, SOFTCAP, CHECK,
+        )  # fmt: skip
+        peak = tl.maximum(top, tl.max(s, 1))
+        finite = tl.where(peak == float("-inf"), 0.0, peak)  # nothing visible so far
+        if MASK == 2:
+            p = tl.exp(s - finite[:, None])
+            decay = tl.exp(top - finite)
+        else:
+            p = tl.exp2(s - finite[:, None])
+            decay = tl.exp2(top - finite)
+        top = peak
+        total = total * decay + tl.sum(p, 1)
+        weight = p
+        if DROPOUT:
+            keep = kept(seed, b, h, heads, i, j, dropout)
+            weight = p * keep
+        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+        low_weight = weight.to(values.dtype)
+        acc = tl.dot(low_weight, values, acc * decay[:, None], input_precision=PRECISION)
+        if MOVES or V_TAN:
+            acc_tan = acc_tan * decay[:, None]
+        if MOVES:
+            # less a constant per row: what is rounded to the dtype of the values is of the size of the result
+            slope = scale
+            if SOFTCAP:
+                slope = scale * (1.0 - tau * tau)
+            moved = t * slope - reference[:, None]
+            if MASK_TAN:
+                moved += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
+            moved = p * moved
+            mean = mean * decay + tl.sum(moved, 1)
+            if DROPOUT:
+                moved = moved * keep
+            acc_tan = tl.dot(moved.to(values.dtype), values, acc_tan, input_precision=PRECISION)
+        if V_TAN:
+            value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+            acc_tan = tl.dot(low_weight, value_tans, acc_tan, input_precision=PRECISION)
+    return acc, acc_tan, top, total, mean
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _attention_fwd_kernel(
+    q, k, v, q_tan, k_tan, v_tan, mask, mask_tan, q_start, k_start, out, out_tan, stats, mu,
+    q_strides, k_strides, v_strides, mask_strides, out_strides,
+    scale, softcap, dropout, seed, H, N, M, NP, offset, window,
+    GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
+    PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of queries: output and one tangent of it.
+
+    Programs: (blocks of queries, times sequences if packed; batch rows times heads). FIRST stores the primal, the
+    statistics ``[2, B, H, NP]`` (shift, and with a bias -log2 of the normaliser) and mu ``[B, H, NP]``.
+    """
+    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
+    # the last blocks see the most keys: they go first
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    hk = h // GROUP
+    q_first, k_first, n, m, block, offset = sequence(
+        q_start, k_start, block, N, M, offset, BLOCK_M, PACKED, ALIGN_RIGHT
+    )
+    i0 = block * BLOCK_M
+    if i0 >= n:
+        return
+    q_end = q_first + n
+    k_end = k_first + m
+    rows = i0 + tl.arange(0, BLOCK_M)
+    i = rows[:, None]
+    qs = load_rows(q, q_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_D, D, TMA)
+    q_tans = qs
+    if Q_TAN:
+        q_tans = load_rows(q_tan, q_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_D, D, TMA)
+
+    low = 0
+    high = m
+    free = (m // BLOCK_N) * BLOCK_N  # up to here every query of the block sees every key
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(m, i0 + BLOCK_M + offset), 0)
+        free = tl.maximum(tl.minimum(free, ((i0 + offset + 1) // BLOCK_N) * BLOCK_N), 0)
+        if WINDOW:
+            low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
+            free = low
+
+    reference = tl.zeros([BLOCK_M], tl.float32)
+    if Q_TAN or K_TAN:
+        # the tangent of the score of one visible key stands for those of all
+        at = k_first + tl.minimum(low, tl.maximum(m - 1, 0))
+        if Q_TAN:
+            reference += row_product(q_tans, k, k_strides, b, hk, at, k_end, BLOCK_D, D, TMA)
+        if K_TAN:
+            reference += row_product(qs, k_tan, k_strides, b, hk, at, k_end, BLOCK_D, D, TMA)
+        reference *= scale
+        reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    acc_tan = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    if not (WINDOW or PACKED):
+        acc, acc_tan, top, total, mean = _fwd_loop(
+            acc, acc_tan, top, total, mean, reference, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
+            mask, mask_tan, mask_strides, i, b, h, hk, H, low, free, k_first, n, m, k_end, offset, window,
+            scale, softcap, dropout, seed,
+            BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+            Q_TAN, K_TAN, V_TAN, MASK_TAN, TMA, PRECISION, False, STAGES,
+        )  # fmt: skip
+        low = free
+    acc, acc_tan, top, total, mean = _fwd_loop(
+        acc, acc_tan, top, total, mean, reference, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
+        mask, mask_tan, mask_strides, i, b, h, hk, H, low, high, k_first, n, m, k_end, offset, window,
+        scale, softcap, dropout, seed,
+        BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+        Q_TAN, K_TAN, V_TAN, MASK_TAN, TMA, PRECISION, True, STAGES,
+    )  # fmt: skip
+
+    empty = total == 0.0  # but not where NaN
+    total = tl.where(empty, 1.0, total)
+    inverse = tl.where(empty, 0.0, 1.0 / total)
+    acc = acc * inverse[:, None]
+    at = tl.program_id(1).to(tl.int64) * NP + q_first + rows
+    if FIRST:
+        store_rows(out, out_strides, b, h, q_first + i0, q_end, acc, BLOCK_M, BLOCK_V, V)
+        # beyond the last query shift is +inf, so that weights vanish there; packed rows belong to the next sequence
+        real = rows < n
+        present = real if PACKED else q_first + rows < NP
+        if MASK == 2:
+            shift = top
+            lnorm = -tl.log2(total)
+            tl.store(stats + tl.num_programs(1).to(tl.int64) * NP + at, tl.where(real, lnorm, 0.0), mask=present)
+        else:
+            shift = top + tl.log2(total)
+        tl.store(stats + at, tl.where(empty | (rows >= n), float("inf"), shift), mask=present)
+    if MOVES or V_TAN:
+        if MOVES:
+            mean = mean * inverse
+            present = rows < n if PACKED else q_first + rows < NP
+            full = tl.where(empty | (rows >= n), 0.0, mean + reference)
+            tl.store(mu + at, full, mask=present)
+            acc_tan = acc_tan * inverse[:, None] - mean[:, None] * acc
+        else:
+            acc_tan = acc_tan * inverse[:, None]
+        store_rows(out_tan, out_strides, b, h, q_first + i0, q_end, acc_tan, BLOCK_M, BLOCK_V, V)

@@ -1,0 +1,186 @@
+"""Device functions that the attention kernels share: loads, masks, scores, products, dropout.
+
+A tile of scores is ``[queries, keys]`` or, TRANSPOSED, ``[keys, queries]``; positions and row statistics come
+already as a column or a row, so that every function below serves both.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(
+    x, strides, b, h, start, end, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows ``[start, start + ROWS)`` of ``x[b, h]``, ``[ROWS, COLS]``; zeros from `end` and WIDTH on.
+
+    `x` is a descriptor of blocks ``[1, 1, ROWS, COLS]`` with TMA, whose bounds end the rows, and a pointer
+    without it.
+    """
+    if TMA:
+        tile = x.load([b, h, start, 0]).reshape(ROWS, COLS)
+    else:
+        base = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+        base += start.to(tl.int64) * strides[2]
+        row = tl.arange(0, ROWS)
+        col = tl.arange(0, COLS)
+        pointers = base + row[:, None] * strides[2] + col[None, :]
+        inside = (start + row < end)[:, None]
+        if COLS != WIDTH:
+            inside = inside & (col < WIDTH)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    x, strides, b, h, start, end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Store ``[ROWS, COLS]`` where :func:`load_rows` with a pointer reads."""
+    base = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    base += start.to(tl.int64) * strides[2]
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    inside = (start + row < end)[:, None]
+    if COLS != WIDTH:
+        inside = inside & (col < WIDTH)[None, :]
+    tl.store(base + row[:, None] * strides[2] + col[None, :], tile.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_product(rows, x, strides, b, h, at, end, COLS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+    """Products of all rows ``[R, COLS]`` with the row `at` of ``x[b, h]``, in float32."""
+    if TMA:
+        # a descriptor loads whole blocks; its first row is taken
+        block = x.load([b, h, at, 0])
+        block = block.reshape(block.shape[2], COLS)
+        first = tl.arange(0, block.shape[0])[:, None] == 0
+        row = tl.sum(tl.where(first, block.to(tl.float32), 0.0), 0)
+    else:
+        base = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + at.to(tl.int64) * strides[2]
+        col = tl.arange(0, COLS)
+        row = tl.load(base + col, mask=(col < WIDTH) & (at < end), other=0.0).to(tl.float32)
+    return tl.sum(rows.to(tl.float32) * row[None, :], 1)
+
+
+@triton.jit
+def sequence(q_start, k_start, block, N, M, offset, BLOCK: tl.constexpr, PACKED: tl.constexpr, RIGHT: tl.constexpr):
+    """First query and key, sizes, block within the sequence and diagonal of the sequence a program works on."""
+    if PACKED:
+        blocks = (N + BLOCK - 1) // BLOCK
+        index = block // blocks
+        q_first = tl.load(q_start + index).to(tl.int32)
+        k_first = tl.load(k_start + index).to(tl.int32)
+        n = tl.load(q_start + index + 1).to(tl.int32) - q_first
+        m = tl.load(k_start + index + 1).to(tl.int32) - k_first
+        block = block % blocks
+        if RIGHT:
+            offset = m - n
+    else:
+        q_first, k_first, n, m = N * 0, N * 0, N, M
+    return q_first, k_first, n, m, block, offset
+
+
+@triton.jit
+def product(a, b, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """``a bᵀ`` of the rows a of queries and b of keys, or its transpose."""
+    if TRANSPOSED:
+        c = tl.dot(b, tl.trans(a), input_precision=PRECISION)
+    else:
+        c = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def add_product(total, a, b, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + a bᵀ``, or its transpose."""
+    if TRANSPOSED:
+        c = tl.dot(b, tl.trans(a), total, input_precision=PRECISION)
+    else:
+        c = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def expand(x, TRANSPOSED: tl.constexpr):
+    """A statistic per query as a column, or as a row of transposed tiles."""
+    return x[None, :] if TRANSPOSED else x[:, None]
+
+
+@triton.jit
+def visible(i, j, n, m, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys j the queries i may see: those that exist, up to the diagonal, inside the window."""
+    allowed = (i < n) & (j < m)
+    if CAUSAL:
+        allowed = allowed & (j <= i + offset)
+        if WINDOW:
+            allowed = allowed & (j > i + offset - window)
+    return allowed
+
+
+@triton.jit
+def mask_tile(mask, strides, b, h, i, j, inside):
+    """The tile of a mask ``[B|1, H|1, N|1, M|1]`` (strides 0 along broadcast axes), zero outside."""
+    base = mask + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    pointers = base + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3]
+    return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def tanh(x):
+    """Accurate near zero too, where 1 - 2 / (e^2x + 1) cancels."""
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    y = x * x
+    # x P(x²) / Q(x²): the continued fraction of tanh, whose error is below rounding up to 0.6
+    near = size * (945.0 + y * (105.0 + y)) / (945.0 + y * (420.0 + 15.0 * y))
+    return tl.where(x < 0, -1.0, 1.0) * tl.where(size < 0.25, near, far)
+
+
+@triton.jit
+def scores(
+    qk, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Scores from the products of queries and keys, −∞ where masked, and tanh's value under a soft cap.
+
+    In units of log 2, so that their exponentials are powers of two; with a bias in natural units, since a bias near
+    the largest number must not be multiplied. MASK is 0 (none), 1 (bool) or 2 (bias).
+    """
+    tau = 0.0
+    if SOFTCAP:
+        tau = tanh(qk * (scale / softcap))
+        s = tau * (softcap if MASK == 2 else softcap * LOG2E)
+    else:
+        s = qk * (scale if MASK == 2 else scale * LOG2E)
+    if CHECK or MASK != 0:
+        inside = visible(i, j, n, m, offset, window, CAUSAL, WINDOW)
+        if MASK == 1:
+            inside = inside & (mask_tile(mask, mask_strides, b, h, i, j, inside) != 0)
+        if MASK == 2:
+            s += mask_tile(mask, mask_strides, b, h, i, j, inside).to(tl.float32)
+        s = tl.where(inside, s, float("-inf"))
+    return s, tau
+
+
+@triton.jit
+def weights(s, shift, lnorm, MASK: tl.constexpr):
+    """Normalised weights from scores and the saved statistics of the rows (a column or a row)."""
+    if MASK == 2:
+        p = tl.exp2((s - shift) * LOG2E + lnorm)
+    else:
+        p = tl.exp2(s - shift)
+    return p
+
+
+@triton.jit
+def kept(seed, b, h, heads, i, j, dropout):
+    """1 / (1 − p) where a weight is kept and 0 where it is dropped: a function of seed and position alone."""
+    zero = (i + j) * 0
+    word, _, _, _ = tl.philox(seed, zero + j, zero + i, zero + (b * heads + h), zero)
+    # 24 bits: as many as float32 holds below one
+    uniform = (word >> 8).to(tl.float32) * 5.9604644775390625e-8
+    return tl.where(uniform >= dropout, 1.0 / (1.0 - dropout), 0.0)
