@@ -15,7 +15,7 @@ def _attention_bwd_bias_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
-    FIRST: tl.constexpr, TANGENT: tl.constexpr,
+    FIRST: tl.constexpr, TANGENT: tl.constexpr, SPLIT: tl.constexpr,
     PER_B: tl.constexpr, PER_H: tl.constexpr, PER_N: tl.constexpr, PER_M: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def _attention_bwd_bias_kernel(
     first_h = tl.program_id(1) % own_h
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total_tan = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, loop_b * loop_h * loop_n * loop_m):
+    for step in range(loop_b * loop_h * loop_n * loop_m):
         j0 = (first_m + step % loop_m) * BLOCK_N
         rest = step // loop_m
         i0 = (first_n + rest % loop_n) * BLOCK_M
@@ -63,7 +63,7 @@ def _attention_bwd_bias_kernel(
             key_tans = load_rows(k_tan, k_strides, b, hk, j0, M, BLOCK_N, BLOCK_D, D, False)
         p, tau = tile_weights(
             qs, q_tans, keys, key_tans, shift, lnorm, mask, mask_strides, b, h, i, j, N, M, offset, window, scale,
-            softcap, CAUSAL, WINDOW, MASK, SOFTCAP, True, False, PRECISION,
+            softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, True, False, PRECISION,
         )  # fmt: skip
         keep = 1.0
         if DROPOUT:
@@ -84,7 +84,7 @@ def _attention_bwd_bias_kernel(
             t_bar = product(g_tans, values, False, PRECISION) * keep
             t_bar = p * (t_bar - tl.load(delta_tan + at, mask=here, other=0.0)[:, None])
             center = tl.load(mu + at, mask=here, other=0.0)
-            t, c = tile_tangent(
+            _, c = tile_tangent(
                 qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, N, M, scale,
                 Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, PRECISION,
             )  # fmt: skip

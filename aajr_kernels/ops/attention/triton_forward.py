@@ -14,8 +14,6 @@ from .triton_tiles import (
     store_rows,
 )
 
-_SIZES = ["H", "N", "M", "offset", "window", "seed", "NP"]
-
 
 @triton.jit
 def _fwd_loop(
@@ -38,7 +36,9 @@ def _fwd_loop(
             if Q_TAN:
                 t = product(q_tans, keys, False, PRECISION)
             if K_TAN:
-                key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+                key_tans = load_rows(
+                    k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA
+                )
                 t += product(qs, key_tans, False, PRECISION)
         s, tau = scores(
             s, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
@@ -82,7 +82,7 @@ def _fwd_loop(
     return acc, acc_tan, top, total, mean
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window", "seed"])
 def _attention_fwd_kernel(
     q, k, v, q_tan, k_tan, v_tan, mask, mask_tan, q_start, k_start, out, out_tan, stats, mu,
     q_strides, k_strides, v_strides, mask_strides, out_strides,
@@ -90,13 +90,14 @@ def _attention_fwd_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
-    PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, SPLIT: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of queries: output and one tangent of it.
 
     Programs: (blocks of queries, times sequences if packed; batch rows times heads). FIRST stores the primal, the
-    statistics ``[2, B, H, NP]`` (shift, and with a bias -log2 of the normaliser) and mu ``[B, H, NP]``.
+    statistics ``[1 | 2, B, H, NP]`` (shift, and if SPLIT -log2 of the normaliser) and mu ``[B, H, NP]``.
     """
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
     # the last blocks see the most keys: they go first
@@ -172,10 +173,12 @@ def _attention_fwd_kernel(
         # beyond the last query shift is +inf, so that weights vanish there; packed rows belong to the next sequence
         real = rows < n
         present = real if PACKED else q_first + rows < NP
-        if MASK == 2:
+        if SPLIT:
             shift = top
             lnorm = -tl.log2(total)
-            tl.store(stats + tl.num_programs(1).to(tl.int64) * NP + at, tl.where(real, lnorm, 0.0), mask=present)
+            tl.store(
+                stats + tl.num_programs(1).to(tl.int64) * NP + at, tl.where(real, lnorm, 0.0), mask=present
+            )
         else:
             shift = top + tl.log2(total)
         tl.store(stats + at, tl.where(empty | (rows >= n), float("inf"), shift), mask=present)

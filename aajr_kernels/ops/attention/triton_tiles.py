@@ -67,7 +67,9 @@ def row_product(rows, x, strides, b, h, at, end, COLS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def sequence(q_start, k_start, block, N, M, offset, BLOCK: tl.constexpr, PACKED: tl.constexpr, RIGHT: tl.constexpr):
+def sequence(
+    q_start, k_start, block, N, M, offset, BLOCK: tl.constexpr, PACKED: tl.constexpr, RIGHT: tl.constexpr
+):
     """First query and key, sizes, block within the sequence and diagonal of the sequence a program works on."""
     if PACKED:
         blocks = (N + BLOCK - 1) // BLOCK
@@ -113,7 +115,7 @@ def expand(x, TRANSPOSED: tl.constexpr):
 @triton.jit
 def visible(i, j, n, m, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Which keys j the queries i may see: those that exist, up to the diagonal, inside the window."""
-    allowed = (i < n) & (j < m)
+    allowed = j < m
     if CAUSAL:
         allowed = allowed & (j <= i + offset)
         if WINDOW:
@@ -167,10 +169,16 @@ def scores(
 
 
 @triton.jit
-def weights(s, shift, lnorm, MASK: tl.constexpr):
-    """Normalised weights from scores and the saved statistics of the rows (a column or a row)."""
+def weights(s, shift, lnorm, MASK: tl.constexpr, SPLIT: tl.constexpr):
+    """Normalised weights from scores and the saved statistics of the rows (a column or a row).
+
+    SPLIT: the logarithm of the normaliser is kept apart from the shift, beside which it would be rounded: a bias may
+    be near the largest number, and float32 scores are worth it.
+    """
     if MASK == 2:
         p = tl.exp2((s - shift) * LOG2E + lnorm)
+    elif SPLIT:
+        p = tl.exp2((s - shift) + lnorm)
     else:
         p = tl.exp2(s - shift)
     return p

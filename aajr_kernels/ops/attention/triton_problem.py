@@ -1,0 +1,146 @@
+"""What the kernels of one call of attention share: sizes, constants, scalars, descriptors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .tiling import Options
+
+_PADDING = 128  # statistics are padded to a multiple of it: blocks of queries read them without a mask
+
+
+def block_size(features: int) -> int:
+    """Features of a tile: a power of two, and no product has an inner dimension below 16."""
+    return max(16, 1 << (features - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all kernels of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    options: Options
+    starts: tuple[Tensor, Tensor] | None
+
+    @property
+    def tangents(self) -> int:
+        biased = self.mask is not None and self.mask.dtype != torch.bool
+        stacks = [x.shape[0] for x in (self.q, self.k, self.v)]
+        return max(*stacks, self.mask.shape[0] if biased and self.mask is not None else 1) - 1
+
+    @property
+    def mask_kind(self) -> int:
+        return 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2
+
+    @property
+    def split(self) -> bool:
+        """Whether the two statistics of a row are kept apart."""
+        return self.mask_kind == 2 or self.q.dtype == torch.float32
+
+    @property
+    def moves(self) -> bool:
+        """Whether the scores have tangents."""
+        stacked = (self.q, self.k, *((self.mask,) if self.mask_kind == 2 else ()))
+        return any(x is not None and x.shape[0] > 1 for x in stacked)
+
+    @property
+    def padded(self) -> int:
+        return -(-self.q.shape[3] // _PADDING) * _PADDING
+
+    def constants(self, index: int) -> dict[str, Any]:
+        """Constants of the kernels for the tangent `index`; -1 is none."""
+        options, (D, V) = self.options, (self.q.shape[-1], self.v.shape[-1])
+        some = index >= 0
+        return {
+            "GROUP": self.q.shape[2] // self.k.shape[2],
+            "D": D,
+            "V": V,
+            "BLOCK_D": block_size(D),
+            "BLOCK_V": block_size(V),
+            "CAUSAL": options.offset is not None,
+            "WINDOW": options.window is not None,
+            "MASK": self.mask_kind,
+            "SOFTCAP": options.softcap is not None,
+            "DROPOUT": options.dropout > 0,
+            "Q_TAN": some and self.q.shape[0] > 1,
+            "K_TAN": some and self.k.shape[0] > 1,
+            "V_TAN": some and self.v.shape[0] > 1,
+            "MASK_TAN": some and self.mask_kind == 2 and self.mask is not None and self.mask.shape[0] > 1,
+            "PACKED": self.starts is not None,
+            "ALIGN_RIGHT": options.align_right,
+            "FIRST": index <= 0,
+            "SPLIT": self.split,
+            "PRECISION": _precision(self.q.dtype),
+        }
+
+    def scalars(self) -> tuple[Any, ...]:
+        options = self.options
+        (H, N), M = self.q.shape[2:4], self.k.shape[3]
+        return (
+            options.scale,
+            options.softcap or 1.0,
+            options.dropout,
+            options.seed,
+            H,
+            N,
+            M,
+            self.padded,
+            options.offset or 0,
+            options.window or 0,
+        )
+
+    def masks(self, index: int) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+        """The mask, its tangent and its strides, 0 where it is broadcast."""
+        if self.mask is None:
+            return None, None, (0, 0, 0, 0)
+        strides = tuple(s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
+        return self.mask[0], stack(self.mask, index), strides
+
+    def grid(self, tile: int) -> tuple[int, int]:
+        """Blocks of queries, of every sequence if packed, by batch rows and heads."""
+        blocks = -(-self.q.shape[3] // tile)
+        sequences = 1 if self.starts is None else self.starts[0].shape[0] - 1
+        return blocks * sequences, self.q.shape[1] * self.q.shape[2]
+
+
+def stack(x: Tensor, index: int) -> Tensor:
+    """Tangent `index` of a stacked tensor; the primal where it has none, as a stand-in nobody reads."""
+    return x[1 + index if x.shape[0] > 1 and index >= 0 else 0]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def row_dense(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def descriptors_fit(arch: str, *tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator can load them: it wants rows of whole 16 bytes."""
+    if not arch.startswith("sm_") or int(arch.removeprefix("sm_")) < 90:
+        return False
+    for x in tensors:
+        size = x.element_size()
+        if (
+            x.data_ptr() % 16
+            or any(s * size % 16 or s <= 0 for s in x.stride()[:-1])
+            or x.shape[-1] * size < 16
+        ):
+            return False
+    return True
+
+
+def rows(x: Tensor, block: tuple[int, int], tma: bool) -> Any:
+    """A tensor ``[B, H, N, D]`` as a kernel takes it."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, *block]) if tma else x

@@ -1,0 +1,178 @@
+"""Gradients of the queries, a block of them at a time."""
+
+import triton
+import triton.language as tl
+
+from .triton_backward import bend, finish, tile_tangent, tile_weights
+from .triton_tiles import add_product, kept, load_rows, product, sequence, store_rows
+
+
+@triton.jit
+def _dq_loop(
+    q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
+    k_strides, v_strides, mask_strides, i, b, h, hk, H, low, high, k_first, n, m, k_end, offset, window,
+    scale, softcap, dropout, seed,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
+    FIRST: tl.constexpr, TANGENT: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The keys ``[low, high)`` of a block of queries; CHECK where some of them may be invisible."""
+    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
+    for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+        j = (start + tl.arange(0, BLOCK_N))[None, :]
+        keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+        key_tans = keys
+        if K_TAN:
+            key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+        p, tau = tile_weights(
+            qs, q_tans, keys, key_tans, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
+            softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False, PRECISION,
+        )  # fmt: skip
+        keep = 1.0
+        if DROPOUT:
+            keep = kept(seed, b, h, H, i, j, dropout)
+        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+        t_bar = p
+        t = p
+        moved = tl.zeros_like(p)
+        if MOVES and TANGENT:
+            # in this order the fewest tiles live at a time
+            t, c = tile_tangent(
+                qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
+                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, PRECISION,
+            )  # fmt: skip
+            t_bar = product(g_tans, values, False, PRECISION)
+            if DROPOUT:
+                t_bar = t_bar * keep
+            t_bar = p * (t_bar - d1[:, None])
+            if not SOFTCAP:
+                low_t_bar = t_bar.to(keys.dtype)
+                if Q_TAN:
+                    q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
+                if K_TAN:
+                    q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
+            moved = t_bar * c
+        if FIRST:
+            s_bar = product(gs, values, False, PRECISION)
+            if V_TAN:
+                value_tans = load_rows(
+                    v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA
+                )
+                s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
+        elif V_TAN:
+            value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+            s_bar = product(g_tans, value_tans, False, PRECISION)
+        else:
+            s_bar = tl.zeros_like(p)
+        if DROPOUT:
+            s_bar = s_bar * keep
+        s_bar = p * (s_bar - d0[:, None]) + moved
+        if SOFTCAP:
+            s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, MOVES and TANGENT)
+            if MOVES and TANGENT:
+                low_t_bar = t_bar.to(keys.dtype)
+                if Q_TAN:
+                    q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
+                if K_TAN:
+                    q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
+        q_acc = tl.dot(s_bar.to(keys.dtype), keys, q_acc, input_precision=PRECISION)
+    return q_acc, q_tan_acc
+
+
+@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window", "seed"])
+def _attention_bwd_q_kernel(
+    q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, q_start, k_start,
+    q_bar, q_tan_bar, q_sum, stats, mu, delta, delta_tan,
+    q_strides, k_strides, v_strides, g_strides, mask_strides, q_bar_strides,
+    scale, softcap, dropout, seed, H, N, M, NP, offset, window,
+    GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
+    PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of queries: gradients of the queries and their tangent; programs as in the forward."""
+    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    hk = h // GROUP
+    q_first, k_first, n, m, block, offset = sequence(
+        q_start, k_start, block, N, M, offset, BLOCK_M, PACKED, ALIGN_RIGHT
+    )
+    i0 = block * BLOCK_M
+    if i0 >= n:
+        return
+    q_end = q_first + n
+    k_end = k_first + m
+    i = (i0 + tl.arange(0, BLOCK_M))[:, None]
+    qs = load_rows(q, q_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_D, D, TMA)
+    q_tans = qs
+    if Q_TAN:
+        q_tans = load_rows(q_tan, q_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_D, D, TMA)
+    gs = load_rows(g, g_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_V, V, TMA)
+    g_tans = gs
+    if TANGENT:
+        g_tans = load_rows(g_tan, g_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_V, V, TMA)
+    at = tl.program_id(1).to(tl.int64) * NP + q_first + i0 + tl.arange(0, BLOCK_M)
+    here = i0 + tl.arange(0, BLOCK_M) < n
+    shift = tl.load(stats + at, mask=here, other=float("inf"))
+    lnorm = shift
+    if SPLIT:
+        lnorm = tl.load(stats + tl.num_programs(1).to(tl.int64) * NP + at, mask=here, other=0.0)
+    d0 = tl.load(delta + at, mask=here, other=0.0)
+    d1 = d0
+    center = d0
+    if MOVES and TANGENT:
+        d1 = tl.load(delta_tan + at, mask=here, other=0.0)
+        center = tl.load(mu + at, mask=here, other=0.0)
+
+    low = 0
+    high = m
+    free = (m // BLOCK_N) * BLOCK_N
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(m, i0 + BLOCK_M + offset), 0)
+        free = tl.maximum(tl.minimum(free, ((i0 + offset + 1) // BLOCK_N) * BLOCK_N), 0)
+        if WINDOW:
+            low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
+            free = low
+    q_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    q_tan_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if not (WINDOW or PACKED):
+        q_acc, q_tan_acc = _dq_loop(
+            q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
+            k_strides, v_strides, mask_strides, i, b, h, hk, H, low, free, k_first, n, m, k_end, offset, window,
+            scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+            Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PRECISION, False, STAGES,
+        )  # fmt: skip
+        low = free
+    q_acc, q_tan_acc = _dq_loop(
+        q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
+        k_strides, v_strides, mask_strides, i, b, h, hk, H, low, high, k_first, n, m, k_end, offset, window,
+        scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+        Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PRECISION, True, STAGES,
+    )  # fmt: skip
+    finish(
+        q_bar,
+        q_bar_strides,
+        q_sum,
+        b,
+        h,
+        H,
+        N,
+        q_first + i0,
+        q_end,
+        q_acc * scale,
+        BLOCK_M,
+        BLOCK_D,
+        D,
+        FIRST,
+        LAST,
+    )
+    if Q_TAN:
+        store_rows(
+            q_tan_bar, q_bar_strides, b, h, q_first + i0, q_end, q_tan_acc * scale, BLOCK_M, BLOCK_D, D
+        )
