@@ -70,16 +70,17 @@ def attention_bwd(
     """Gradients of q, k, v and the bias, None where not needed."""
     q, k, v, out_bar = (row_dense(x) for x in (q, k, v, out_bar))
     p = Problem(q, k, v, mask, options, starts)
-    need_bias = needs[3] and mask is not None
-    bars = [torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs)]
-    bias_bar = torch.empty(mask.shape, dtype=torch.float32, device=q.device) if need_bias else None
+    q_bar, k_bar, v_bar = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs))
+    bias_bar = None
+    if needs[3] and mask is not None:
+        bias_bar = torch.empty(mask.shape, dtype=torch.float32, device=q.device)
     if 0 in (*q.shape[1:4], k.shape[3]):
-        for bar in (*bars, bias_bar):
+        for bar in (q_bar, k_bar, v_bar, bias_bar):
             if bar is not None:
                 bar.zero_()
     else:
-        _launch_bwd(p, out_bar, out, stats, mu, *bars, bias_bar)
-    return *bars, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)
+        _launch_bwd(p, out_bar, out, stats, mu, q_bar, k_bar, v_bar, bias_bar)
+    return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)
 
 
 def _launch_bwd(
