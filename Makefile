@@ -52,8 +52,8 @@ format: $(SETUP)  ## apply ruff's format and safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-gpu-check: $(SETUP)  ## the GPU tests in parts of under ten minutes (PART=2/4 runs one); fails without a GPU
-	$(PY) scripts/gpu_check.py $(if $(PART),--part $(PART))
+gpu-check: $(SETUP)  ## what needs a GPU: tests in parts (PART=2/4 runs one), compute-sanitizer, benchmarks (ONLY=bench)
+	$(PY) scripts/gpu_check.py $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
 
 dist: $(SETUP)  ## source archive and wheel in dist/, checked
 	rm -rf build dist

@@ -27,6 +27,8 @@ import torch._dynamo
 import aajr_kernels  # noqa: F401
 from aajr_kernels import gpu
 
+#: cases of each op in the shared suite that run under compute-sanitizer too
+SANITIZED = 4
 NAN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,8 +42,30 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.patch()
 
 
+#: files of tests/gpu_tests that need no device: they compile, or look at who gets the kernels
+DEVICELESS = ("test_compile.py", "test_loops.py", "test_choice.py")
+
+
+def _mark_for_the_device(items: list[pytest.Item]) -> None:
+    """Where there is a device, tests of Triton kernels run on it: `-m gpu` chooses them, compute-sanitizer a few."""
+    seen: dict[str, int] = {}
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        own = item.path.parent.name == "gpu_tests" and item.path.name not in DEVICELESS
+        if own or getattr(parameters.get("target"), "backend", "") == "triton":
+            item.add_marker("gpu")
+        if not own and "gpu" in item.keywords and parameters.get("k") == 1:
+            op = getattr(parameters.get("case"), "op", "")
+            if op and parameters.get("dtype") == torch.bfloat16:
+                seen[op] = seen.get(op, 0) + 1
+                if seen[op] <= SANITIZED:
+                    item.add_marker("sanitizer")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        _mark_for_the_device(items)
         return
     skip = pytest.mark.skip(reason="no CUDA or ROCm device: torch.cuda.is_available() is False")
     for item in items:

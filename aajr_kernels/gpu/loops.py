@@ -32,7 +32,8 @@ SASS = Dialect(
     label=re.compile(r"^(\.L_x_\w+|\$?[\w.$]+):"),
     instruction=re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(\S.*?)\s*;"),
     target=re.compile(r"`\((\.L_x_\w+)\)"),
-    jump=re.compile(r"^(BRA|BRX|JMP|EXIT|RET)\b(?!.*(\bU?P\d|!U?P))"),
+    # with a predicate in front, as an operand, or where threads differ (DIV) the next line may follow
+    jump=re.compile(r"^(BRA|BRX|JMP|EXIT|RET)\b(?!\.DIV|.*(\bU?P\d|!U?P))"),
 )
 AMDGCN = Dialect(
     label=re.compile(r"^(\.LBB\w+|\w+):"),
