@@ -1,0 +1,41 @@
+"""Products of low-precision matrices with float32 sums, by the vendor's library."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a b`` in float32.
+
+    Asking for float32 results also keeps the library from adding parts of a long sum in the low dtype.
+    """
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cpu":  # the interpreter's
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a b`` for a float32 `total`, in one kernel where the library can."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type != "cpu" and _adds_in_place(a.device):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += product(a, b)
+
+
+@functools.cache
+def _adds_in_place(device: torch.device) -> bool:
+    """Whether this torch adds a float32 matrix to a product of low-precision ones; earlier ones wanted one dtype."""
+    a = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
+    total = torch.zeros((16, 16), dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
