@@ -1,0 +1,44 @@
+"""Sums over rows in a fixed order: partial sums of parts of the rows, then the sum of the parts."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from .. import gpu
+from .layout import row_axes
+from .rows import column_sum_kernel
+
+_PARTS = 256  # of the rows, at most; a constant, so that the order depends on nothing but the sizes
+
+
+def column_sums(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``[C]`` sums of the rows of ``[*batch, C]``, added in float32 in an order that depends on the sizes alone.
+
+    Args:
+        x: float32, bfloat16 or float16, any strides.
+        dtype: of the result.
+    """
+    cols = x.shape[-1]
+    rows, sizes, (strides,) = row_axes((x.unsqueeze(0),), 0)
+    if rows == 0 or cols == 0:
+        return torch.zeros(cols, dtype=dtype, device=x.device)
+    block_c = min(128, max(16, triton.next_power_of_2(cols)))
+    block_r = 2048 // block_c
+    parts = min(_PARTS, triton.cdiv(rows, 4 * block_r))
+    out = torch.empty((parts, cols), dtype=torch.float32 if parts > 1 else dtype, device=x.device)
+    gpu.launch(
+        column_sum_kernel,
+        (triton.cdiv(cols, block_c), parts),
+        x.device,
+        x,
+        out,
+        strides,
+        sizes,
+        rows,
+        cols,
+        triton.cdiv(rows, parts),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+    )
+    return out[0] if parts == 1 else column_sums(out, dtype)

@@ -1,0 +1,197 @@
+"""RMS norm and layer norm on stacked rows: Triton kernels, contracts and formulas as in :mod:`.reference`.
+
+A program holds whole rows in registers: every stream is read once and written once in each direction. The tangents go
+by one after another beside the primal, the next one's loads under way while one is reduced. In the backward a program
+takes several tiles of rows and keeps its share of the parameter gradients in registers; the shares are added by a
+second kernel in a fixed order. Rows too long for that are in :mod:`.triton_long`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ... import gpu
+from ...gpu.layout import row_axes
+from ...gpu.sums import column_sums
+from .triton_long import _norm_bwd_long_kernel, _norm_fwd_long_kernel, _norm_weight_bwd_kernel
+from .triton_short import _norm_bwd_kernel, _norm_fwd_kernel
+
+#: features of a row that is held in registers, at most; in a backward beside the sums of the parameter gradients
+_LONGEST, _LONGEST_BACKWARD = 8192, 4096
+#: programs that share the rows of a backward with parameter gradients: two on each of a device's processors
+_PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "sm_120": 340, "gfx942": 608}
+
+
+def _tile(rows: int, size: int, architecture: str, per_thread: int) -> tuple[int, dict[str, int]]:
+    """Number of tiles, and their rows, columns and warps, with about `per_thread` elements for a thread."""
+    block_c = max(16, triton.next_power_of_2(size))
+    block_r = max(1, 1024 // block_c)
+    threads = max(128, min(512, block_r * block_c // per_thread))
+    warps = threads // (64 if architecture.startswith("gfx") else 32)
+    return triton.cdiv(rows, block_r), {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+
+
+def norm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, _, stats = _forward(x, None, weight, bias, eps, offset, centred)
+    return y, stats
+
+
+def add_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, summed, stats = _forward(x, residual, weight, bias, eps, offset, centred)
+    assert summed is not None
+    return y, summed, stats
+
+
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    stacks = max(x.shape[0], 0 if residual is None else residual.shape[0])
+    y = torch.empty((stacks, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    summed = None if residual is None else torch.empty_like(y)
+    rows, sizes, (x_strides, residual_strides) = row_axes((x, residual))
+    shape = (2 * stacks if centred else stacks, rows)
+    stats = torch.empty(shape, dtype=torch.float32, device=x.device)
+    size = x.shape[-1]
+    if rows == 0 or size == 0:
+        return y, summed, stats
+    arguments = (x, residual, _dense(weight), _dense(bias), y, summed, stats, x_strides, residual_strides)
+    kernel, grid, options = _norm_fwd_kernel, *_tile(rows, size, gpu.architecture(x.device), 16)
+    if size > _LONGEST:
+        kernel, grid, options = _norm_fwd_long_kernel, rows, {"BLOCK": 4096, "num_warps": 8}
+    gpu.launch(
+        kernel,
+        (grid,),
+        x.device,
+        *arguments,
+        sizes,
+        rows,
+        size,
+        float(eps),
+        float(offset),
+        K=stacks - 1,
+        CENTRED=centred,
+        X_TAN=x.shape[0] > 1,
+        RESIDUAL_TAN=residual is not None and residual.shape[0] > 1,
+        **options,
+    )
+    return y, summed, stats
+
+
+def norm_bwd(
+    y_bar: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor,
+    offset: float,
+    centred: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    sum_bar: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    size, arch = x.shape[-1], gpu.architecture(x.device)
+    rows, sizes, strides = row_axes((y_bar, x, sum_bar))
+    if x.numel() == 0:
+        w_bar, b_bar = (
+            torch.zeros(size, dtype=torch.float32, device=x.device) if need else None
+            for need in (need_weight, need_bias)
+        )
+        return x_bar, w_bar, b_bar
+    long = size > _LONGEST_BACKWARD
+    kernel, programs, options = _norm_bwd_kernel, *_tile(rows, size, arch, 8)
+    if long:  # one block where the sums of the weight gradient are to stay in registers
+        block, warps = (8192, 16) if size <= _LONGEST else (4096, 8)
+        kernel, programs, options = _norm_bwd_long_kernel, rows, {"BLOCK": block, "num_warps": warps}
+    sum_weight = need_weight and (need_x if long else True) and size <= _LONGEST
+    sum_bias = need_bias and (need_x or need_weight) and not long
+    if sum_weight or sum_bias:
+        programs = min(programs, _PROGRAMS.get(arch, _PROGRAMS["sm_90"]))
+    w_parts, b_parts = (
+        torch.empty((programs, size), dtype=torch.float32, device=x.device) if held else None
+        for held in (sum_weight, sum_bias)
+    )
+    if need_x or sum_weight:
+        gpu.launch(
+            kernel,
+            (programs,),
+            x.device,
+            y_bar,
+            x,
+            _dense(weight) if need_x else None,
+            stats,
+            sum_bar,
+            x_bar,
+            w_parts,
+            *(() if long else (b_parts,)),
+            *strides,
+            sizes,
+            rows,
+            size,
+            float(offset),
+            K=x.shape[0] - 1,
+            CENTRED=centred,
+            **options,
+        )
+    w_bar = b_bar = None
+    if need_weight:
+        w_bar = _weight_gradient(y_bar, x, stats, centred) if w_parts is None else column_sums(w_parts)
+    if need_bias:
+        b_bar = column_sums(y_bar[0] if b_parts is None else b_parts)
+    return x_bar, w_bar, b_bar
+
+
+def _dense(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def _weight_gradient(
+    y_bar: torch.Tensor, x: torch.Tensor, stats: torch.Tensor, centred: bool
+) -> torch.Tensor:
+    """``[C]`` in float32, from partial sums over parts of the rows."""
+    rows, sizes, strides = row_axes((y_bar, x))
+    size, block_r, block_c = x.shape[-1], 4, 256
+    parts = min(128, triton.cdiv(rows, block_r))
+    w_parts = torch.empty((parts, size), dtype=torch.float32, device=x.device)
+    gpu.launch(
+        _norm_weight_bwd_kernel,
+        (triton.cdiv(size, block_c), parts),
+        x.device,
+        y_bar,
+        x,
+        stats,
+        w_parts,
+        *strides,
+        sizes,
+        rows,
+        size,
+        triton.cdiv(rows, parts),
+        K=x.shape[0] - 1,
+        CENTRED=centred,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return column_sums(w_parts)
