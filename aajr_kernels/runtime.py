@@ -100,9 +100,35 @@ def check_backend(name: str) -> None:
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
 
 
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function whose result torch.compile takes as a constant instead of tracing it.
+
+    That is all ``torch.compiler.assume_constant_result`` does, beside importing the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
 def _has(op: str, backend: str) -> bool:
     return importlib.util.find_spec(f"aajr_kernels.ops.{op}.{backend}") is not None
+
+
+@_constant
+def _named(op: str, backend: str) -> str:
+    """The backend that was chosen by name, checked and loaded."""
+    check_backend(backend)
+    implementation(op, backend)
+    return backend
+
+
+@_constant
+def _on_device(op: str) -> str:
+    """What ``auto`` takes on CUDA and ROCm devices, loaded."""
+    if gpu.missing() is not None or not _has(op, "triton"):
+        return "reference"
+    implementation(op, "triton")
+    return "triton"
 
 
 @functools.cache
@@ -145,13 +171,12 @@ def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
         BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
     """
     if _choice != "auto":
-        check_backend(_choice)
+        _named(op, _choice)
         if _choice == "triton" and (reason := _why_not_triton(*tensors)) is not None:
             raise BackendUnavailable(f"{op}: backend 'triton' got {reason}, or use backend 'auto'.")
         return _choice
     if any(t is not None and t.device.type == "cuda" for t in tensors):
-        fits = _why_not_triton(*tensors) is None and gpu.missing() is None
-        return "triton" if fits and _has(op, "triton") else "reference"
+        return _on_device(op) if _why_not_triton(*tensors) is None else "reference"
     if torch.compiler.is_compiling() or not all(_fits_native(t) for t in tensors if t is not None):
         return "reference"
     return "native" if _has_native(op) else "reference"

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 #: dtypes the kernels compute with; float64 is the reference's
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-#: set by offline.py: takes (kernel, arguments, options) instead of the device
+#: set by `recording`: takes (kernel, grid, arguments, options) instead of the device
 _recorder: Callable[..., None] | None = None
 _recorded_architecture = ""
 
@@ -39,6 +39,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+# a constant to torch.compile, which does not see changes of the environment
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def missing() -> str | None:
     """None where Triton kernels can run, or one sentence saying why they cannot."""
     reason = _not_installed()
@@ -52,12 +56,36 @@ def missing() -> str | None:
 
 def why_not(t: torch.Tensor) -> str | None:
     """None where the kernels take the tensor, or what it is and what it should be."""
-    device = "cpu" if interpreted() else "meta" if _recorder is not None else "cuda"
+    device = "meta" if _recorder is not None else "cpu" if interpreted() else "cuda"
     if t.device.type != device:
         return f"a tensor on {t.device}: move it to a {'CUDA or ROCm' if device == 'cuda' else device} device"
     if t.is_floating_point() and t.dtype not in FLOATS:
         return f"a tensor of {t.dtype}: cast it to float32, bfloat16 or float16"
     return None
+
+
+@contextlib.contextmanager
+def dry_run(architecture: str = "") -> Iterator[list[Any]]:
+    """Launchers allocate their outputs and launch nothing; tensors may have no memory (meta, fake).
+
+    Yields:
+        The kernels that would have been launched.
+    """
+    launched: list[Any] = []
+    with recording(lambda kernel, grid, args, options: launched.append(kernel), architecture):
+        yield launched
+
+
+@contextlib.contextmanager
+def recording(recorder: Callable[..., None], architecture: str) -> Iterator[None]:
+    """Every launch inside the block goes to `recorder` instead of a device."""
+    global _recorder, _recorded_architecture
+    before = _recorder, _recorded_architecture
+    _recorder, _recorded_architecture = recorder, architecture
+    try:
+        yield
+    finally:
+        _recorder, _recorded_architecture = before
 
 
 @functools.cache

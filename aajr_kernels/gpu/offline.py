@@ -75,9 +75,8 @@ def offline(architecture: str) -> Iterator[list[Any]]:
 
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_NoDevice(architecture))
-    gpu._recorder, gpu._recorded_architecture = record, architecture
     try:
-        yield compiled
+        with gpu.recording(record, architecture):
+            yield compiled
     finally:
-        gpu._recorder, gpu._recorded_architecture = None, ""
         triton.runtime.driver._active = before

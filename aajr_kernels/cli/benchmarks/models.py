@@ -176,6 +176,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: Any, scale: float | N
     stacks = [x.unsqueeze(0) for x in (q, k, v)]
     backend = runtime.select_backend("attention", *stacks)
     runtime.record("attention", backend)
-    options = (q.shape[-1] ** -0.5 if scale is None else scale, None, 0, None, 0.0, 0)
+    options = (q.shape[-1] ** -0.5 if scale is None else scale, None, 0, None, 0.0, False)
     out: Tensor = AttentionFunction.apply(*stacks, None, options, backend)[0]
     return out

@@ -107,7 +107,8 @@ def attention(
                 f"attention: {name} must have the dtype of q ({qs.dtype}), got {x.dtype}: cast one of them."
             )
     bias = None if mask is None else _mask_five_axes(stack_of(mask), batch)
-    seed = int(torch.randint(1 << 62, (), device=qs.device)) if dropout > 0 else 0
+    # drawn on the device: a kernel reads it there, nobody waits, and a captured graph draws anew
+    seed = torch.randint(1 << 62, (), device=qs.device) if dropout > 0 else None
     backend = runtime.select_backend("attention", qs, ks, vs)
     if runtime.recording():
         sizes = [(qs.shape[-2], ks.shape[-2])]
@@ -118,9 +119,9 @@ def attention(
         runtime.record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (qs.shape[-1] + vs.shape[-1]))
     align_right = bounds is not None and causal == "lower_right"
     offset = 0 if align_right else _offset(causal, qs.shape[-2], ks.shape[-2])
-    options = (scale, softcap, offset, window, dropout, seed, align_right)
+    options = (scale, softcap, offset, window, dropout, align_right)
     starts = () if bounds is None else [torch.tensor(x, device=qs.device) for x in bounds]
-    out = AttentionFunction.apply(qs, ks, vs, bias, options, backend, *starts)
+    out = AttentionFunction.apply(qs, ks, vs, bias, options, backend, seed, *starts)
     out = out.reshape(out.shape[0], *batch, *out.shape[2:])
     return Dual(out) if dual else out[0]
 

@@ -13,9 +13,10 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 class AttentionFunction(torch.autograd.Function):
     """q ``[1|1+K, B, H, N, D]``, k, v ``[1|1+K, B, HK, M, D|V]`` and a mask -> ``[1 + K, B, H, N, V]``.
 
-    The options are those of the reference's ``Options``: (scale, softcap, offset, window, dropout, seed, align_right).
-    Packed sequences come with the int64 offsets of their queries and keys, without gradient. A backend returns the
-    output and whatever tensors its own backward wants to see again.
+    The options are those of the reference's ``Options`` but the last: (scale, softcap, offset, window, dropout,
+    align_right); the seed of the dropout mask is a tensor, None without dropout. Packed sequences come with the int64
+    offsets of their queries and keys, without gradient. A backend returns the output and whatever tensors its own
+    backward wants to see again.
     """
 
     @staticmethod
@@ -27,6 +28,7 @@ class AttentionFunction(torch.autograd.Function):
         mask: torch.Tensor | None,
         options: tuple[Any, ...],
         backend: str,
+        seed: torch.Tensor | None = None,
         q_start: torch.Tensor | None = None,
         k_start: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -35,23 +37,27 @@ class AttentionFunction(torch.autograd.Function):
         module = runtime.implementation("attention", backend)
         with runtime.no_autocast(q.device.type):
             starts = None if q_start is None else (q_start, k_start)
-            out, *residuals = module.attention_fwd(q, k, v, mask, module.Options(*options), starts)
-        ctx.save_for_backward(q_start, k_start, q, k, v, mask, out, *residuals)
+            out, *residuals = module.attention_fwd(q, k, v, mask, _options(module, options, seed), starts)
+        ctx.save_for_backward(seed, q_start, k_start, q, k, v, mask, out, *residuals)
         return out
 
     @staticmethod
     @runtime.first_order
     def backward(ctx: Any, out_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if out_bar is None:
-            return (None,) * 8
+            return (None,) * 9
         module = runtime.implementation("attention", ctx.backend)
         with runtime.no_autocast(out_bar.device.type):
-            q_start, k_start, *saved = ctx.saved_tensors
+            seed, q_start, k_start, *saved = ctx.saved_tensors
             grads = module.attention_bwd(
                 out_bar,
                 *saved,
-                options=module.Options(*ctx.options),
+                options=_options(module, ctx.options, seed),
                 needs=ctx.needs_input_grad[:4],
                 starts=None if q_start is None else (q_start, k_start),
             )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def _options(module: Any, options: tuple[Any, ...], seed: torch.Tensor | None) -> Any:
+    return module.Options(*options, seed=0 if seed is None else seed)

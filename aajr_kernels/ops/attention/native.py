@@ -13,7 +13,13 @@ __all__ = ["Options", "attention_bwd", "attention_fwd"]
 
 def _numbers(options: Options) -> tuple[tuple[int, ...], tuple[float, ...]]:
     causal = options.offset is not None
-    ints = (int(causal), options.offset or 0, options.window or 0, options.seed, int(options.align_right))
+    ints = (
+        int(causal),
+        options.offset or 0,
+        options.window or 0,
+        int(options.seed),
+        int(options.align_right),
+    )
     return ints, (options.scale, options.softcap or 0.0, options.dropout)
 
 

@@ -28,8 +28,8 @@ class Options:
         offset: query i sees the keys j <= i + offset; None without causality.
         window: and only the keys j > i + offset - window; None for all.
         dropout: probability of dropping an attention weight.
-        seed: seed of the dropout mask.
         align_right: with packed sequences, offset = keys - queries of each sequence.
+        seed: seed of the dropout mask; a number or a tensor of one, int64, that stays on its device.
     """
 
     scale: float
@@ -37,8 +37,8 @@ class Options:
     offset: int | None = None
     window: int | None = None
     dropout: float = 0.0
-    seed: int = 0
     align_right: bool = False
+    seed: int | Tensor = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Tiles:
         self.unit, self.exp_ = (_LOG2E, torch.exp2_) if self.bias is None else (1.0, torch.exp_)
         self.generator = None
         if options.dropout > 0:
-            self.generator = torch.Generator(device=q.device).manual_seed(options.seed)
+            self.generator = torch.Generator(device=q.device).manual_seed(int(options.seed))
         self.workspace: dict[str, Tensor] = {}
 
     def grouped(self, mask: Tensor) -> Tensor:
@@ -270,4 +270,4 @@ def sequences(options: Options, starts: tuple[Tensor, Tensor]) -> Iterator[tuple
     for i, (q0, q1, k0, k1) in enumerate(zip(rows, rows[1:], keys, keys[1:])):
         offset = k1 - k0 - (q1 - q0) if options.align_right else options.offset
         # every sequence draws a dropout mask of its own
-        yield slice(q0, q1), slice(k0, k1), replace(options, offset=offset, seed=options.seed + i)
+        yield slice(q0, q1), slice(k0, k1), replace(options, offset=offset, seed=int(options.seed) + i)

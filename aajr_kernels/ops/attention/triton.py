@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...gpu import architecture, launch
+from ...gpu.operators import operator
 from .configs import Tile, tile
 from .tiling import Options
 from .triton_backward import _attention_rows_kernel
@@ -35,23 +36,8 @@ def attention_fwd(
     float32, otherwise ``[1, B, H, NP]``: the log2 of the sum of the exponentials; +inf where a query sees nothing.
     The means are ``[K, B, H, NP]``.
     """
-    q, k, v = (row_dense(x) for x in (q, k, v))
-    p = Problem(q, k, v, mask, options, starts)
-    _, B, H, N, _ = q.shape
-    V, K = v.shape[-1], p.tangents
-    # heads next to features: the caller's transpose back is then a view
-    out = q.new_empty((1 + K, B, N, H, V)).transpose(2, 3)
-    stats = q.new_empty((2 if p.split else 1, B, H, p.padded), dtype=torch.float32)
-    mu = stats.new_empty((K if p.moves else 0, B, H, p.padded))
-    if k.shape[3] == 0:
-        out.zero_()
-        stats.fill_(float("inf"))
-        mu.zero_()
-        return out, stats, mu
-    for index in range(min(K - 1, 0), K):
-        chosen = tile("fwd", architecture(q.device), q.dtype, q.shape[-1], V, options.offset is not None)
-        launch_fwd(p, chosen, index, out, stats, mu)
-    return out, stats, mu
+    result: tuple[Tensor, Tensor, Tensor] = _attention_fwd(q, k, v, mask, *_flat(options, starts))
+    return result
 
 
 def attention_bwd(
@@ -68,11 +54,84 @@ def attention_bwd(
     starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
+    needs = (*needs[:3], needs[3] and mask is not None)
+    result: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = _attention_bwd(
+        out_bar, q, k, v, mask, out, stats, mu, *needs, *_flat(options, starts)
+    )
+    return result
+
+
+_OPTIONS = (
+    "float scale, float? softcap, int? offset, int? window, float dropout, bool align_right, Tensor? seed, "
+    "Tensor? q_start, Tensor? k_start"
+)
+
+
+def _flat(options: Options, starts: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
+    """The options and offsets as an operator takes them."""
+    o, seed = options, options.seed
+    seed = seed if isinstance(seed, Tensor) else None
+    return o.scale, o.softcap, o.offset, o.window, o.dropout, o.align_right, seed, *(starts or (None, None))
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[Any, ...]) -> Problem:
+    *options, seed, q_start, k_start = flat
+    if options[4] and seed is None:
+        raise TypeError("attention: the Triton kernels take the seed of the dropout mask as a tensor.")
+    starts = None if q_start is None else (q_start, k_start)
+    return Problem(q, k, v, mask, Options(*options, seed=0 if seed is None else seed), starts)
+
+
+@operator(f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+def _attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (row_dense(x) for x in (q, k, v))
+    p = _problem(q, k, v, mask, flat)
+    _, B, H, N, _ = q.shape
+    V, K = v.shape[-1], p.tangents
+    # heads next to features: the caller's transpose back is then a view
+    out = q.new_empty((1 + K, B, N, H, V)).transpose(2, 3)
+    stats = q.new_empty((2 if p.split else 1, B, H, p.padded), dtype=torch.float32)
+    mu = stats.new_empty((K if p.moves else 0, B, H, p.padded))
+    if k.shape[3] == 0:
+        out.zero_()
+        stats.fill_(float("inf"))
+        mu.zero_()
+        return out, stats, mu
+    for index in range(min(K - 1, 0), K):
+        chosen = tile("fwd", architecture(q.device), q.dtype, q.shape[-1], V, p.options.offset is not None)
+        launch_fwd(p, chosen, index, out, stats, mu)
+    return out, stats, mu
+
+
+@operator(
+    "(Tensor out_bar, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor stats, Tensor mu, bool need_q, "
+    f"bool need_k, bool need_v, bool need_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: args[8:12],
+)
+def _attention_bwd(
+    out_bar: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    mu: Tensor,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    need_bias: bool,
+    *flat: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     q, k, v, out_bar = (row_dense(x) for x in (q, k, v, out_bar))
-    p = Problem(q, k, v, mask, options, starts)
-    q_bar, k_bar, v_bar = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs))
+    p = _problem(q, k, v, mask, flat)
+    q_bar = torch.empty_like(q) if need_q else None
+    k_bar = torch.empty_like(k) if need_k else None
+    v_bar = torch.empty_like(v) if need_v else None
     bias_bar = None
-    if needs[3] and mask is not None:
+    if need_bias and mask is not None:
         bias_bar = torch.empty(mask.shape, dtype=torch.float32, device=q.device)
     if 0 in (*q.shape[1:4], k.shape[3]):
         for bar in (q_bar, k_bar, v_bar, bias_bar):

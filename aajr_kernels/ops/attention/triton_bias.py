@@ -7,7 +7,7 @@ from .triton_backward import tile_tangent, tile_weights
 from .triton_tiles import add_product, kept, load_rows, product
 
 
-@triton.jit(do_not_specialize=["B", "H", "N", "M", "offset", "window", "seed", "NP"])
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "offset", "window", "NP"])
 def _attention_bwd_bias_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, bias_bar, bias_tan_bar, stats, mu, delta, delta_tan,
     q_strides, k_strides, v_strides, g_strides, mask_strides, bar_strides,

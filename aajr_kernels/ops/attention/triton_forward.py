@@ -82,7 +82,7 @@ def _fwd_loop(
     return acc, acc_tan, top, total, mean
 
 
-@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window", "seed"])
+@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
 def _attention_fwd_kernel(
     q, k, v, q_tan, k_tan, v_tan, mask, mask_tan, q_start, k_start, out, out_tan, stats, mu,
     q_strides, k_strides, v_strides, mask_strides, out_strides,

@@ -7,7 +7,7 @@ from .triton_backward import bend, finish, tile_tangent, tile_weights
 from .triton_tiles import add_product, kept, load_rows, product, sequence, store_rows
 
 
-@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window", "seed"])
+@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
 def _attention_bwd_kv_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, q_start, k_start,
     k_bar, k_tan_bar, v_bar, v_tan_bar, k_sum, v_sum, stats, mu, delta, delta_tan,

@@ -88,7 +88,7 @@ class Problem:
             options.scale,
             options.softcap or 1.0,
             options.dropout,
-            options.seed,
+            options.seed if isinstance(options.seed, Tensor) else None,
             H,
             N,
             M,

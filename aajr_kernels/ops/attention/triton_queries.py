@@ -81,7 +81,7 @@ def _dq_loop(
     return q_acc, q_tan_acc
 
 
-@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window", "seed"])
+@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
 def _attention_bwd_q_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, q_start, k_start,
     q_bar, q_tan_bar, q_sum, stats, mu, delta, delta_tan,

@@ -188,7 +188,7 @@ def weights(s, shift, lnorm, MASK: tl.constexpr, SPLIT: tl.constexpr):
 def kept(seed, b, h, heads, i, j, dropout):
     """1 / (1 − p) where a weight is kept and 0 where it is dropped: a function of seed and position alone."""
     zero = (i + j) * 0
-    word, _, _, _ = tl.philox(seed, zero + j, zero + i, zero + (b * heads + h), zero)
+    word, _, _, _ = tl.philox(tl.load(seed), zero + j, zero + i, zero + (b * heads + h), zero)
     # 24 bits: as many as float32 holds below one
     uniform = (word >> 8).to(tl.float32) * 5.9604644775390625e-8
     return tl.where(uniform >= dropout, 1.0 / (1.0 - dropout), 0.0)
