@@ -16,6 +16,7 @@ import concurrent.futures
 import importlib
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,17 @@ def compile_all(pairs: list[tuple[Any, str]], jobs: int) -> dict[tuple[str, str]
     """What the kernels of every (configuration, processor) take, or why they do not compile."""
     local, started = threading.local(), []
     found: dict[tuple[str, str], Kernels | Exception] = {}
+    seconds: dict[str, float] = {}
 
     def ask(config: Any, architecture: str) -> Kernels:
         if not hasattr(local, "compiler"):
             local.compiler = compiler.Compiler()
             started.append(local.compiler)
-        answer: Kernels = local.compiler.ask("gpu_tests.shipped", config.name, architecture)
+        start = time.monotonic()
+        try:
+            answer: Kernels = local.compiler.ask("gpu_tests.shipped", config.name, architecture)
+        finally:
+            seconds[f"{config.name} {architecture}"] = time.monotonic() - start
         return answer
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as threads:
@@ -59,6 +65,8 @@ def compile_all(pairs: list[tuple[Any, str]], jobs: int) -> dict[tuple[str, str]
     print(file=sys.stderr)
     for process in started:
         process.close()
+    slowest = sorted(seconds.items(), key=lambda item: -item[1])[:8]
+    print("slowest:", "; ".join(f"{name} {took:.0f} s" for name, took in slowest), file=sys.stderr)
     return found
 
 
