@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +171,17 @@ def test_the_committed_table_is_in_its_form_and_knows_only_what_is_shipped():
             for rows in kernels.values():
                 assert set(rows) <= set(shipped.ALL)
                 assert all(set(budget_rules.BOUNDED) <= set(row) for row in rows.values())
+
+
+def test_the_documentation_has_the_table_of_the_budgets():
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("kernel_budgets", root / "scripts" / "kernel_budgets.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.DOCS.read_text()
+    assert script.with_table(page, budget_rules.load()) == page, (
+        "python scripts/kernel_budgets.py --docs writes it"
+    )
 
 
 def test_at_most_sixty_pairs_are_pinned():
