@@ -44,8 +44,8 @@ class Reduction:
             return torch.where(excess > 0, 0.5 / root, 0.0)
         return torch.where(excess > 0, excess / root, 0.0)
 
-    def factor(self, stacks: int, batch: tuple[int, ...], keep: torch.Tensor | None) -> float:
-        """What multiplies the sum over units."""
+    def factor(self, stacks: int, batch: tuple[int, ...], keep: torch.Tensor | None) -> float | torch.Tensor:
+        """What multiplies the sum over units; on the device of `keep` if it is counted there."""
         if self.reduction == "sum":
             return 1.0
         denominator = self.denominator
@@ -54,8 +54,13 @@ class Reduction:
                 units = batch[0] if keep is None else keep.flatten(1).any(-1).sum()
             else:
                 units = math.prod(batch) if keep is None else keep.sum()
-            denominator = max(int(units), 1)
-        return 1.0 / (stacks * float(denominator))
+            denominator = units.clamp(min=1) if isinstance(units, torch.Tensor) else max(units, 1)
+        return 1.0 / (stacks * _number(denominator))
+
+
+def _number(x: Any) -> float | torch.Tensor:
+    """A float where that does not wait for an accelerator."""
+    return x if isinstance(x, torch.Tensor) and x.device.type != "cpu" else float(x)
 
 
 def expected_cotangents(
@@ -74,22 +79,25 @@ def expected_cotangents(
         count: divides the loss.
         penalty_weight: None if unknown.
     """
-    if hidden.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return None  # reading the mask would stall an accelerator
+    if (
+        hidden.device.type not in ("cpu", "cuda")
+        or torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+    ):
+        return None
     batch = tuple(hidden.shape[:-1])
     per_sequence = shape.unit == "sequence" and len(batch) > 0
     unknown = labels is not None and penalty_weight is None
     if unknown or shape.reduction == "none" or (per_sequence and shape.gamma is not None):
         return None
-    keep = None if shape.mask is None else included(shape.mask, batch, "mask")
+    keep = None if shape.mask is None else included(shape.mask, batch, "mask").to(hidden.device)
     factor = shape.factor(hidden.num_tangents, batch, keep)
     flat_keep = None if keep is None else keep.reshape(-1)
     loss_bar = None
     if labels is not None and penalty_weight is not None:
         factor *= float(penalty_weight)
-        loss_bar = torch.full(
-            (labels.numel(),), 1.0 / float(count)
-        )  # at ignored labels too: the sum takes their zeros
+        # at ignored labels too: the sum takes their zeros
+        loss_bar = torch.ones(labels.numel(), device=hidden.device) / _number(count)
 
     def expected(q: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         bar = shape.slope(q) * factor

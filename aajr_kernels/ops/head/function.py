@@ -81,10 +81,9 @@ def common_factor(
 
 
 def _ratio(given: torch.Tensor, wanted: torch.Tensor) -> float | None:
-    largest = wanted.abs().argmax()
-    if not wanted[largest]:
-        return None
-    factor = given[largest] / wanted[largest]
+    largest = wanted.abs().argmax().unsqueeze(0)
+    factor = given.gather(0, largest) / wanted.gather(0, largest)
     scaled = factor * wanted
-    same = bool(((given - scaled).abs() <= 2.0**-21 * scaled.abs()).all())  # false for NaN
-    return float(factor) if same else None
+    same = ((given - scaled).abs() <= 2.0**-21 * scaled.abs()).all() & factor.isfinite()  # false for NaN
+    number, proportional = torch.cat([factor, same.double()]).tolist()  # the one wait for the device
+    return number if proportional else None

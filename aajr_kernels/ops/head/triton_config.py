@@ -19,6 +19,10 @@ class Tile:
     descriptors: bool = False
 
 
+#: of cotangents from logits that are there
+ELEMENTWISE = Tile(32, 128, 32, 8, 1)
+
+
 def precision(x: torch.Tensor) -> str:
     """How float32 products are formed, as torch forms them."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

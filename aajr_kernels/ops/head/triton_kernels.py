@@ -274,7 +274,7 @@ def _cotangents(
     e = z_tan - reference - mean
     pe = p * e
     if METRIC == 1:
-        z_bar = p * 0.0
+        z_bar = tl.zeros_like(p)
         z_tan_bar = 2.0 * g * z_tan
     elif METRIC == 2:
         z_bar = g * (e * pe - p * q)
@@ -324,7 +324,7 @@ def _head_bwd_kernel(
             S, BT, BV, BK, DESCRIPTOR, EVEN, HAS_BIAS, PRECISION,
         )  # fmt: skip
     parts = _parts(raw, S, BT, BV, PARTS)
-    lse = tl.load(stats + tokens, mask=inside, other=0.0)[:, None]
+    lse = tl.load(stats + tokens, mask=inside, other=float("inf"))[:, None]
     for i in tl.static_range(PARTS):
         local = other * BV + i * BC
         z = parts[i][0]

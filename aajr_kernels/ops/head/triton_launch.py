@@ -10,7 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import gpu
-from .triton_config import Tile, precision, tile
+from .triton_config import ELEMENTWISE, Tile, precision, tile
 from .triton_kernels import METRICS, _head_bwd_kernel, _head_fwd_kernel
 from .triton_merge import _head_merge_kernel
 from .triton_products import add_product, product
@@ -227,11 +227,11 @@ def backward(
         for first, count in groups:
             loss_bar = nll_bar if first == 1 else None
             z_bar = _cotangents(p, stats, q_bar, loss_bar, kept, first, count, words, scratch, b_bar)
-            for stack in _matrices(p.tokens, first, count):
-                part, hidden = z_bar[: stack.stop - stack.start], p.h[stack]
-                z_bar = z_bar[stack.stop - stack.start :]
+            primal = loss_bar is not None or p.softcap is not None or p.metric != "logits"
+            for here, there in _matrices(p.tokens, first, count, primal):
+                part, hidden = z_bar[here], p.h[there]
                 if h_sum is not None:
-                    add_product(h_sum[stack], part, p.weight[words])
+                    add_product(h_sum[there], part, p.weight[words])
                 if rows is not None:
                     add_product(rows, part.t(), hidden)
                 elif w_bar is not None:
@@ -253,11 +253,12 @@ def _words_of_a_chunk(p: Problem, stacks: int) -> int:
     return triton.cdiv(triton.cdiv(p.words, chunks), 128) * 128  # equal chunks, rows aligned
 
 
-def _matrices(tokens: int, first: int, count: int) -> list[slice]:
-    """Rows of h that a group's cotangents belong to: the primal, then its tangents, merged where they touch."""
-    if first == 1:
-        return [slice(0, (1 + count) * tokens)]
-    return [slice(0, tokens), slice(first * tokens, (first + count) * tokens)]
+def _matrices(tokens: int, first: int, count: int, primal: bool) -> list[tuple[slice, slice]]:
+    """Rows of a group's cotangents and of h that belong together: the primal's, unless zero, then the tangents'."""
+    if first == 1 and primal:
+        return [(slice(0, (1 + count) * tokens),) * 2]
+    tangents = (slice(tokens, (1 + count) * tokens), slice(first * tokens, (first + count) * tokens))
+    return [(slice(0, tokens), slice(0, tokens)), tangents] if primal else [tangents]
 
 
 def _cotangents(
@@ -273,7 +274,7 @@ def _cotangents(
     b_bar: Optional,
 ) -> torch.Tensor:
     """Cotangents ``[(1 + count) T, words]`` in `scratch`; their sums over the tokens are added to `b_bar`."""
-    t, number = p.tile(1 + count), words.stop - words.start
+    t, number = p.tile(1 + count) if kept is None else ELEMENTWISE, words.stop - words.start
     token_blocks = triton.cdiv(p.tokens, t.tokens)
     b_partial = None if b_bar is None else b_bar.new_empty((token_blocks, number))
     gpu.launch(
@@ -306,7 +307,7 @@ def _cotangents(
         p.softcap or 0.0,
         METRIC=METRICS[p.metric],
         S=1 + count,
-        PARTS=2 if p.softcap is None else 4,
+        PARTS=1 if kept is not None else 2 if p.softcap is None else 4,
         HAS_NLL=nll_bar is not None,
         KEPT=kept is not None,
         NEED_BIAS=b_bar is not None,

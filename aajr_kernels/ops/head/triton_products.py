@@ -16,26 +16,31 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b
     if a.device.type == "cpu":  # the interpreter's
         return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+    if _offers(a.device, "mm"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """``total += a b`` for a float32 `total`, in one kernel where the library can."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.device.type != "cpu" and _adds_in_place(a.device):
+    elif a.device.type != "cpu" and _offers(a.device, "addmm"):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += product(a, b)
 
 
 @functools.cache
-def _adds_in_place(device: torch.device) -> bool:
-    """Whether this torch adds a float32 matrix to a product of low-precision ones; earlier ones wanted one dtype."""
+def _offers(device: torch.device, name: str) -> bool:
+    """Whether this torch has the product with float32 results; early versions lack one or the other on a device."""
     a = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
     total = torch.zeros((16, 16), dtype=torch.float32, device=device)
     try:
-        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
-    except RuntimeError:
+        if name == "mm":
+            torch.mm(a, a, out_dtype=torch.float32)
+        else:
+            torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, NotImplementedError):
         return False
     return True
