@@ -15,16 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aajr_kernels import Dual, LMHead, aligned_penalty, gpu, runtime, use_backend
 from aajr_kernels.ops.head import lm_head_penalty
 
-pytestmark = pytest.mark.skipif(
-    runtime.backends()["triton"] is not None, reason=f"triton: {runtime.backends()['triton']}"
-)
 pytest.importorskip("triton")
 
 from aajr_kernels.ops.head import function, triton_config, triton_launch
 from aajr_kernels.ops.head import triton as kernels
 
+pytestmark = pytest.mark.skipif(
+    runtime.backends()["triton"] is not None, reason=f"triton: {runtime.backends()['triton']}"
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-T, V, C = 34, 201, 40
+T, V, C = 70, 130, 40
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def random_labels(tokens=T, words=V):
     return labels
 
 
-def compare(tensors, ulps=8.0, expected=None, **options):
+def compare(tensors, ulps=8.0, floor=1e-3, expected=None, **options):
     stacks, tokens, _ = tensors[0].shape
     cotangent = torch.randn(stacks - 1 + (options.get("labels") is not None), tokens, device=DEVICE)
     if expected is not None:
@@ -91,15 +91,19 @@ def compare(tensors, ulps=8.0, expected=None, **options):
     names = ("q and nll", "hidden", "weight", "bias")
     gradients = dict(zip(names[1:], exact[1:]))
     for name, mine, theirs, want in zip(names, got, eager, exact):
-        floor = max(gradient_floor(gradients, gradients[name]), 1e-3) if name in gradients else 0.0
-        assert_within_budget(mine, theirs, want, name, ulps=ulps, floor=floor)
+        least = max(gradient_floor(gradients, gradients[name]), floor) if name in gradients else 0.0
+        assert_within_budget(mine, theirs, want, name, ulps=ulps, floor=least)
     return got
 
 
 @pytest.mark.parametrize("metric", ["l2", "logits", "fisher", "probs"])
-@pytest.mark.parametrize("options", [{}, dict(scale=0.3, softcap=2.0)])
-def test_several_shares_chunks_and_blocks(small, metric, options):
-    compare(problem(k=2), metric=metric, labels=random_labels(), **options)
+def test_several_shares_chunks_and_blocks(small, metric):
+    compare(problem(), metric=metric, labels=random_labels())
+
+
+@pytest.mark.parametrize("metric", ["logits", "fisher", "probs"])
+def test_scale_and_soft_cap(small, metric):
+    compare(problem(tokens=9, k=2), metric=metric, labels=random_labels(9), scale=0.3, softcap=2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -110,8 +114,7 @@ def test_low_dtypes_over_chunks(small, dtype):
 @pytest.mark.parametrize("metric", ["logits", "fisher", "probs"])
 def test_more_tangents_than_a_launch_takes(small, metric):
     small.setattr(triton_launch, "TANGENTS", 2)
-    compare(problem(tokens=20, k=5), metric=metric, labels=random_labels(20))
-    compare(problem(tokens=20, k=5), metric=metric)
+    compare(problem(tokens=9, k=3), metric=metric, labels=random_labels(9) if metric == "fisher" else None)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -148,9 +151,9 @@ def test_ignored_labels_have_no_gradient(small):
 
 
 def test_gradients_nobody_asks_for(small):
-    tensors, labels = problem(tokens=20), random_labels(20)
-    cotangent = torch.randn(2, 20, device=DEVICE)
-    options = dict(labels=labels, softcap=3.0)
+    tensors, labels = problem(tokens=9), random_labels(9)
+    cotangent = torch.randn(2, 9, device=DEVICE)
+    options = dict(labels=labels)
     everything = results(ours, tensors, cotangent, **options)[1:]
     for wanted in ((True, False, False), (False, True, False), (False, False, True)):
         leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, wanted)]
@@ -169,7 +172,7 @@ def test_gradients_nobody_asks_for(small):
 @pytest.mark.parametrize("metric", ["fisher", "probs"])
 def test_tangents_with_an_offset_of_many_deviations(small, metric):
     # One-hot hidden states copy columns of the weight: the products are exact and only the stream is tested.
-    tokens, words = 6, 1500
+    tokens, words = 6, 700
     w = torch.randn(words, 2 * tokens)
     w[:, tokens:] += 1000.0
     h = torch.eye(2 * tokens).view(2, tokens, 2 * tokens)
@@ -185,21 +188,22 @@ def test_tangents_with_an_offset_of_many_deviations(small, metric):
 def test_large_logits(small):
     h, w, _ = problem(tokens=9)
     compare([h, w, 1000.0 + torch.randn(V, device=DEVICE)], labels=torch.randint(V, (9,), device=DEVICE))
-    assert all(t.isfinite().all() for t in compare([torch.cat([1e4 * h[:1], h[1:]]), w, None]))
+    # one word has all the probability: centred tangents are rounding errors of tangents of size 1
+    assert all(t.isfinite().all() for t in compare([torch.cat([1e4 * h[:1], h[1:]]), w, None], floor=1.0))
 
 
 @pytest.mark.parametrize("metric", ["fisher", "probs"])
 def test_words_that_are_excluded(small, metric):
     h, w, b = problem(tokens=9, k=2)
-    b[:100], b[150:] = -torch.inf, -torch.inf  # whole blocks and shares hold no word that can be drawn
+    b[:66], b[110:] = -torch.inf, -torch.inf  # whole blocks and shares hold no word that can be drawn
     cotangent = torch.randn(2, 9, device=DEVICE)
     got = results(ours, [h, w, b], cotangent, metric=metric)
-    kept = [h.double(), w[100:150].double(), b[100:150].double()]
+    kept = [h.double(), w[66:110].double(), b[66:110].double()]
     exact = results(written_out, kept, cotangent.double(), metric=metric)
     assert_exact(got[0], exact[0], "q", tolerance=2e-6)
     assert_exact(got[1], exact[1], "hidden", tolerance=1e-5)
-    assert_exact(got[2][100:150], exact[2], "weight", tolerance=1e-5)
-    assert not got[2][:100].any() and not got[2][150:].any()
+    assert_exact(got[2][66:110], exact[2], "weight", tolerance=1e-5)
+    assert not got[2][:66].any() and not got[2][110:].any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -223,7 +227,7 @@ def test_empty(small):
 
 
 def test_two_runs_are_bitwise_equal(small):
-    tensors, cotangent = problem(k=2), torch.randn(3, T, device=DEVICE)
+    tensors, cotangent = problem(), torch.randn(2, T, device=DEVICE)
     labels = random_labels()
     runs = [results(ours, tensors, cotangent, labels=labels, metric="probs") for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
@@ -246,16 +250,23 @@ def passes(monkeypatch):
     return ran
 
 
-@pytest.mark.parametrize("metric", ["logits", "fisher", "probs"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(
+    ("metric", "dtype", "blocks"),
+    [
+        ("logits", torch.float32, 2),
+        ("fisher", torch.float32, 1),
+        ("fisher", torch.bfloat16, 2),
+        ("probs", torch.bfloat16, 1),
+        ("probs", torch.float32, 2),
+    ],
+)
 def test_joint_within_the_same_budget(small, passes, metric, dtype, blocks):
     tokens = 150
-    small.setattr(kernels, "_KEPT_LEAST", 1 << 30 if blocks == 1 else 4 * 2 * (V + 128) * 128)
+    small.setattr(kernels, "_KEPT_LEAST", 1 << 30 if blocks == 1 else 4 * 2 * 256 * 128)
     if blocks == 1:
         small.setattr(kernels, "_KEPT_MOST", 1 << 30)
     else:
-        small.setattr(kernels, "_KEPT_MOST", 4 * 2 * (V + 128) * 128)
+        small.setattr(kernels, "_KEPT_MOST", 4 * 2 * 256 * 128)
     options = dict(metric=metric, labels=random_labels(tokens), softcap=4.0 if metric == "fisher" else None)
     expected = lambda bars: lambda q, rows: (2.0 * bars[:1, rows], 2.0 * bars[1, rows])
     compare(problem(tokens, dtype=dtype), expected=expected, **options)
@@ -345,7 +356,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(128, 2048), (4096, 4096), (65536, 2048)])
+@pytest.mark.parametrize(("tokens", "size"), [(128, 2048), (4096, 4096), (16384, 2048)])
 @pytest.mark.parametrize("form", ["two passes", "joint", "frozen"])
 def test_memory_beside_the_results(monkeypatch, tokens, size, form):
     """At 128 thousand words, with the sizes of real models and nothing computed."""

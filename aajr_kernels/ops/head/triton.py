@@ -137,8 +137,8 @@ def _tokens_of_a_block(stacks: int, tokens: int, weight: torch.Tensor, need_weig
     budget = _KEPT_LEAST
     if need_weight:
         budget = min(max(budget, 8 * weight.numel()), _KEPT_MOST)
-    step = budget // (4 * stacks * (weight.shape[0] + 128))
-    if tokens == 0 or step < min(128, tokens):
+    step = budget // (4 * stacks * triton.cdiv(weight.shape[0], 128) * 128) // 128 * 128
+    if tokens == 0 or step == 0:
         return 0
     blocks = triton.cdiv(tokens, step)
     return min(triton.cdiv(triton.cdiv(tokens, blocks), 128) * 128, tokens)

@@ -32,7 +32,7 @@ def precision(x: torch.Tensor) -> str:
 def tile(architecture: str, stacks: int, dtype: torch.dtype, precision: str) -> Tile:
     """The float32 sums of all stacks share the registers: `stacks` blocks of tokens by words."""
     if architecture == "interpreter":
-        return Tile(32, 64, 32, 4, 1)
+        return Tile(64, 64, 32, 4, 1)
     few = stacks <= 2
     if architecture.startswith("gfx"):
         return Tile(64, 64 if stacks <= 4 else 32, 32, 4, 2)

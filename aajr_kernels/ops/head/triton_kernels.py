@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...gpu.math import tanh
+
 #: metrics as the kernels know them; 0 is none (l2 is one of hidden states and needs no logits)
 METRICS = {"l2": 0, "logits": 1, "fisher": 2, "probs": 3}
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -93,17 +95,8 @@ def _parts(x, S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PARTS: tl.con
 @triton.jit
 def _cap(x, softcap):
     """The soft cap and its slope."""
-    x /= softcap
-    a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
-    r = 1.0 / (1.0 + e)
-    square = a * a
-    p = square * -0.005897966679185629 + 0.02079862542450428
-    p = p * square - 0.05378471687436104
-    p = p * square + 0.13331936299800873
-    p = p * square - 0.33333298563957214
-    tau = tl.where(a < 0.6, a + a * (square * p), (1.0 - e) * r)
-    return softcap * tl.where(x < 0, -tau, tau), 4.0 * e * (r * r)
+    tau, slope = tanh(x / softcap)
+    return softcap * tau, slope
 
 
 @triton.jit
