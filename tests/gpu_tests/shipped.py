@@ -86,6 +86,7 @@ def attention(
     D: int,
     *,
     pinned: Sequence[str] = (),
+    B: int = 2,
     heads: tuple[int, int] = (4, 4),
     N: int = 1024,
     M: int | None = None,
@@ -96,12 +97,12 @@ def attention(
 ) -> None:
     def function(leaf: Callable[..., Tensor]) -> Dual:
         keys = M or N
-        shapes = {"q": (2, heads[0], N, D), "k": (2, heads[1], keys, D), "v": (2, heads[1], keys, D)}
+        shapes = {"q": (B, heads[0], N, D), "k": (B, heads[1], keys, D), "v": (B, heads[1], keys, D)}
         inputs = [leaf(*s, k=k if x in moves else 0) for x, s in shapes.items()]
         q, key, v = (Dual(t) if x in moves else t for x, t in zip("qkv", inputs))
         allowed: Tensor | None = None
         if mask == "padding":
-            allowed = torch.empty(2, 1, 1, keys, dtype=torch.bool, device="meta")
+            allowed = torch.empty(B, 1, 1, keys, dtype=torch.bool, device="meta")
         elif mask == "bias":
             allowed = leaf(1, heads[0], N, keys)
         return aajr.attention(q, key, v, mask=allowed, **options)
@@ -129,6 +130,10 @@ attention("D128 softcap", BF16, 128, causal=True, softcap=50.0)
 attention("D64 softcap", BF16, 64, causal=True, softcap=50.0)
 attention("D128 K3 causal", BF16, 128, k=3, causal=True)
 attention("D64 K3 causal", BF16, 64, k=3, causal=True)
+attention("D64 dropout", BF16, 64, causal=True, dropout=0.1)
+attention("D128 dropout", BF16, 128, causal=True, dropout=0.1)
+attention("D128 packed", BF16, 128, B=1, causal=True, cu_seqlens=torch.tensor([0, 37, 1024]))
+attention("D64 packed", BF16, 64, B=1, causal=True, cu_seqlens=torch.tensor([0, 37, 1024]))
 attention("D64 lower right, N 37", BF16, 64, N=37, M=1000, causal="lower_right")
 attention("D64 q moves", BF16, 64, moves="q", causal=True)
 attention("D64 v moves", BF16, 64, moves="v", causal=True)
