@@ -1,0 +1,98 @@
+"""Sensitivities and softmax on stacked tensors: Triton kernels, contracts as in :mod:`.reference`.
+
+One program a row, which it reads in blocks: a vocabulary is as good as a few classes. The first pass gathers the
+moments of ż under softmax; a backward and softmax itself read the row again, mostly from cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ... import gpu
+from ...gpu.layout import row_axes
+from .triton_kernels import (
+    _sensitivity_bwd_kernel,
+    _sensitivity_fwd_kernel,
+    _softmax_bwd_kernel,
+    _softmax_fwd_kernel,
+)
+
+_METRICS = {"l2": "squares", "logits": "squares", "fisher": "fisher", "probs": "probs"}
+
+
+def _tile(k: int, size: int, device: torch.device) -> dict[str, int]:
+    """Tangents and columns of a block, and the warps that read it."""
+    kp = max(1, triton.next_power_of_2(k))
+    block = min(max(16, triton.next_power_of_2(size)), max(256, 4096 // kp))
+    warps = max(1, min(8, block * kp // 512))
+    if gpu.architecture(device).startswith("gfx"):
+        warps = max(1, warps // 2)
+    return {"K": k, "KP": kp, "BLOCK": block, "num_warps": warps}
+
+
+def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
+    """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
+    k, size = y.shape[0] - 1, y.shape[-1]
+    q = torch.empty((k, *y.shape[1:-1]), dtype=torch.float32, device=y.device)
+    rows, sizes, strides = row_axes((y,))
+    tile = _tile(k, size, y.device)
+    gpu.launch(
+        _sensitivity_fwd_kernel,
+        (rows if k else 0,),
+        y.device,
+        y,
+        q,
+        *strides,
+        sizes,
+        rows,
+        size,
+        METRIC=_METRICS[metric],
+        **tile,
+    )
+    return q
+
+
+def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+    """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
+    y_bar = torch.empty_like(y)
+    k, size = y.shape[0] - 1, y.shape[-1]
+    rows, sizes, strides = row_axes((y, y_bar))
+    gpu.launch(
+        _sensitivity_bwd_kernel,
+        (rows if size else 0,),
+        y.device,
+        q_bar.contiguous(),
+        y,
+        y_bar,
+        *strides,
+        sizes,
+        rows,
+        size,
+        METRIC=_METRICS[metric],
+        **_tile(k, size, y.device),
+    )
+    return y_bar
+
+
+def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
+    """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
+    y = torch.empty_like(x)
+    size = x.shape[-1]
+    rows, sizes, strides = row_axes((x, y))
+    tile = _tile(x.shape[0] - 1, size, x.device)
+    grid = (rows if size else 0,)
+    gpu.launch(_softmax_fwd_kernel, grid, x.device, x, y, *strides, sizes, rows, size, **tile)
+    return y
+
+
+def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Stacked cotangent of x."""
+    x_bar = torch.empty_like(x)
+    size = x.shape[-1]
+    rows, sizes, strides = row_axes((y_bar, x, x_bar))
+    tile = _tile(x.shape[0] - 1, size, x.device)
+    grid = (rows if size else 0,)
+    tensors = (y_bar, x, x_bar)
+    gpu.launch(_softmax_bwd_kernel, grid, x.device, *tensors, *strides, sizes, rows, size, **tile)
+    return x_bar
