@@ -244,7 +244,9 @@ def head(
     k: int = 1,
     **options,
 ):
-    labelled, bias = options.pop("labelled", False), options.pop("bias", False)
+    labelled, bias, joint = (options.pop(name, False) for name in ("labelled", "bias", "joint"))
+    if joint:
+        options["expected"] = lambda q, rows: (torch.empty_like(q), None)
 
     def function(leaf):
         hidden, weight = Dual(leaf(2, 512, C, k=k)), leaf(32000, C)
@@ -266,6 +268,7 @@ linear("bias", BF16, ("sm_90",))
 linear("no bias", FP32, bias=False)
 head("fisher", "C2048", BF16, ALL)
 head("fisher", "C2048 labels", BF16, labelled=True, pinned=("sm_90",))
+head("fisher", "C2048 joint", BF16, joint=True, pinned=("sm_90",))
 head("fisher", "C2048", FP32)
 head("fisher", "C2048", FP16)
 head("fisher", "C2048 K3", BF16, k=3)

@@ -233,6 +233,20 @@ def test_two_runs_are_bitwise_equal(small):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_in_one_piece(small):
+    tensors, labels = problem(tokens=9), random_labels(9)
+    cotangent = torch.randn(2, 9, device=DEVICE)
+    plain = results(ours, tensors, cotangent, labels=labels)
+    compiled = torch.compile(
+        lambda h, w, b: torch.cat([t.view(1, 9) for t in lm_head_penalty(Dual(h), w, b, labels=labels)]),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with use_backend("triton"):
+        assert all(torch.equal(a, b) for a, b in zip(results(compiled, tensors, cotangent), plain))
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """Names of the head's functions, in the order they ran."""

@@ -81,6 +81,8 @@ def common_factor(
 
 
 def _ratio(given: torch.Tensor, wanted: torch.Tensor) -> float | None:
+    if given.is_meta:  # nothing is computed
+        return 1.0
     largest = wanted.abs().argmax().unsqueeze(0)
     factor = given.gather(0, largest) / wanted.gather(0, largest)
     scaled = factor * wanted

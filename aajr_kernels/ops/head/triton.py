@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 
+from ...gpu.operators import operator
 from .triton_launch import TANGENTS, Optional, backward, forward, problem
 
 #: bytes of the logits kept by the joint form: with the sum of the weight's gradient, 8 per element of the weight
@@ -34,6 +35,8 @@ _KEPT_LEAST, _KEPT_MOST = 256 << 20, 2 << 30
 #: hidden size from which keeping the logits is cheaper than forming them again; float32 products are slower
 _JOINT_SIZE = {torch.float32: 128}
 _JOINT_SIZE_LOW = 1024
+#: those of head_fwd, as operators take them
+_OPERANDS = "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, int ignore_index"
 
 
 def head_fwd(
@@ -47,7 +50,13 @@ def head_fwd(
     ignore_index: int,
 ) -> tuple[torch.Tensor, Optional, torch.Tensor]:
     """q ``[K, T]``, nll ``[T]`` or None, and statistics ``[1 + 4K, T]``; float32."""
-    return forward(problem(h, weight, bias, labels, metric, scale, softcap, ignore_index))
+    q, nll, stats = _head_fwd(h, weight, bias, labels, metric, scale, softcap, ignore_index)
+    return q, nll, stats
+
+
+@operator(f"({_OPERANDS}) -> (Tensor, Tensor, Tensor)", lambda *args: (True, args[3] is not None, True))
+def _head_fwd(*operands: Any) -> tuple[torch.Tensor, Optional, torch.Tensor]:
+    return forward(problem(*operands))
 
 
 def head_bwd(
@@ -67,11 +76,23 @@ def head_bwd(
     need_bias: bool,
 ) -> tuple[Optional, Optional, Optional]:
     """Cotangents of h ``[1 + K, T, C]``, weight ``[V, C]`` and bias ``[V]`` (float32); None where not needed."""
-    p = problem(h, weight, bias, labels, metric, scale, softcap, ignore_index)
+    operands = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
+    h_bar, w_bar, b_bar = _head_bwd(*operands, q_bar, nll_bar, stats, need_h, need_weight, need_bias)
+    return h_bar, w_bar, b_bar
+
+
+@operator(
+    f"({_OPERANDS}, Tensor? q_bar, Tensor? nll_bar, Tensor stats, bool need_h, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda *args: args[11:14],
+)
+def _head_bwd(*args: Any) -> tuple[Optional, Optional, Optional]:
+    h, weight, *_ = args
+    q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[8:]
     h_bar = torch.empty(h.shape, dtype=h.dtype, device=h.device) if need_h else None
     w_bar = torch.empty(weight.shape, dtype=h.dtype, device=h.device) if need_weight else None
     b_bar = torch.zeros(weight.shape[0], dtype=torch.float32, device=h.device) if need_bias else None
-    backward(p, stats, q_bar, nll_bar, None, h_bar, w_bar, None, b_bar)
+    backward(problem(*args[:8]), stats, q_bar, nll_bar, None, h_bar, w_bar, None, b_bar)
     return h_bar, w_bar, b_bar
 
 
