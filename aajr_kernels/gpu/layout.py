@@ -26,7 +26,7 @@ def row_axes(
 
     Returns:
         Number of rows, sizes of the axes (at least one), and for every tensor its strides: stack, axes, last. None
-        has strides of zero.
+        has strides of zero. The first size is not needed and given as 0: Triton would specialise on what divides it.
     """
     first = tensors[guide or 0]
     assert first is not None  # the launcher's choice
@@ -55,4 +55,4 @@ def row_axes(
         (0, *m, 0) if t is None else (t.stride(0), *m, t.stride(-1) if t.shape[-1] > 1 else 1)
         for t, m in zip(tensors, merged)
     ]
-    return count, tuple(sizes), strides
+    return count, (0, *sizes[1:]), strides
