@@ -160,23 +160,31 @@ def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def select_backend(op: str, *tensors: torch.Tensor | None) -> str:
+def select_backend(op: str, *tensors: torch.Tensor | None, triton_lacks: str | None = None) -> str:
     """The backend that `op` runs on for these inputs.
 
     A name chosen by the user is final. ``auto`` takes the native kernels for float32, bfloat16 and float16 on a CPU,
     the Triton kernels for the same on CUDA and ROCm devices, and the reference for everything else: float64, other
     devices, and code for a CPU that is being compiled.
 
+    Args:
+        op: package under ``ops``.
+        tensors: its inputs.
+        triton_lacks: what this call asks for that the Triton kernels do not have, and what they have; None if nothing.
+
     Raises:
         BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
     """
     if _choice != "auto":
         _named(op, _choice)
+        if _choice == "triton" and triton_lacks is not None:
+            raise BackendUnavailable(f"{op}: backend 'triton' {triton_lacks}: use backend 'auto'.")
         if _choice == "triton" and (reason := _why_not_triton(*tensors)) is not None:
             raise BackendUnavailable(f"{op}: backend 'triton' got {reason}, or use backend 'auto'.")
         return _choice
     if any(t is not None and t.device.type == "cuda" for t in tensors):
-        return _on_device(op) if _why_not_triton(*tensors) is None else "reference"
+        fits = triton_lacks is None and _why_not_triton(*tensors) is None
+        return _on_device(op) if fits else "reference"
     if torch.compiler.is_compiling() or not all(_fits_native(t) for t in tensors if t is not None):
         return "reference"
     return "native" if _has_native(op) else "reference"

@@ -17,6 +17,7 @@ from .packed import Bounds, packed_bounds, pieces
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS: Any = (Tensor, Dual)
+_TRITON_HEAD = 256  # tiles of larger heads do not fit into the memory of a multiprocessor
 
 
 @overload
@@ -109,7 +110,9 @@ def attention(
     bias = None if mask is None else _mask_five_axes(stack_of(mask), batch)
     # drawn on the device: a kernel reads it there, nobody waits, and a captured graph draws anew
     seed = torch.randint(1 << 62, (), device=qs.device) if dropout > 0 else None
-    backend = runtime.select_backend("attention", qs, ks, vs)
+    largest = max(qs.shape[-1], vs.shape[-1])
+    lacks = f"takes head sizes up to {_TRITON_HEAD}, got {largest}" if largest > _TRITON_HEAD else None
+    backend = runtime.select_backend("attention", qs, ks, vs, triton_lacks=lacks)
     if runtime.recording():
         sizes = [(qs.shape[-2], ks.shape[-2])]
         if bounds is not None:

@@ -69,17 +69,18 @@ _OPTIONS = (
 
 def _flat(options: Options, starts: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
     """The options and offsets as an operator takes them."""
-    o, seed = options, options.seed
-    seed = seed if isinstance(seed, Tensor) else None
+    o = options
+    seed = o.seed if isinstance(o.seed, Tensor) else None
     return o.scale, o.softcap, o.offset, o.window, o.dropout, o.align_right, seed, *(starts or (None, None))
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[Any, ...]) -> Problem:
-    *options, seed, q_start, k_start = flat
-    if options[4] and seed is None:
+    scale, softcap, offset, window, dropout, align_right, seed, q_start, k_start = flat
+    if dropout and seed is None:
         raise TypeError("attention: the Triton kernels take the seed of the dropout mask as a tensor.")
+    options = Options(scale, softcap, offset, window, dropout, align_right, 0 if seed is None else seed)
     starts = None if q_start is None else (q_start, k_start)
-    return Problem(q, k, v, mask, Options(*options, seed=0 if seed is None else seed), starts)
+    return Problem(q, k, v, mask, options, starts)
 
 
 @operator(f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
@@ -180,7 +181,7 @@ def launch_fwd(p: Problem, chosen: Tile, index: int, out: Tensor, stats: Tensor,
     mask, mask_tan, mask_strides = p.masks(index)
     launch(
         _attention_fwd_kernel,
-        p.grid(chosen.m),
+        p.grid(chosen.m, padded=True),
         p.q.device,
         *(rows(x, block, tma) for x, block in zip(tensors, blocks)),
         mask,

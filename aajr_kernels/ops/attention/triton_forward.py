@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    add_product,
     kept,
     load_rows,
     mask_tile,
     product,
-    row_product,
     scores,
     sequence,
     store_rows,
@@ -17,7 +17,7 @@ from .triton_tiles import (
 
 @triton.jit
 def _fwd_loop(
-    acc, acc_tan, top, total, mean, reference, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
+    acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
     mask, mask_tan, mask_strides, i, b, h, hk, heads, low, high, k_first, n, m, k_end, offset, window,
     scale, softcap, dropout, seed,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
@@ -39,7 +39,7 @@ def _fwd_loop(
                 key_tans = load_rows(
                     k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA
                 )
-                t += product(qs, key_tans, False, PRECISION)
+                t = add_product(t, qs, key_tans, False, PRECISION)
         s, tau = scores(
             s, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
             CAUSAL, WINDOW, MASK, SOFTCAP, CHECK,
@@ -60,21 +60,25 @@ def _fwd_loop(
             weight = p * keep
         values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
         low_weight = weight.to(values.dtype)
+        if MOVES:
+            slope = scale
+            if SOFTCAP:
+                slope = scale * (1.0 - tau * tau)
+            t = t * slope
+            if MASK_TAN:
+                t += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
+            # Tangents count from their mean over the keys so far. Only what differs from it is rounded to the dtype of
+            # the values, and nothing is left to be subtracted in the end; the sum so far follows the mean exactly.
+            step = tl.sum(p * (t - mean[:, None]), 1) / tl.where(total == 0.0, 1.0, total)
+            acc_tan = acc_tan - step[:, None] * acc
+            mean += step
+            moved = p * (t - mean[:, None])
+            if DROPOUT:
+                moved = moved * keep
         acc = tl.dot(low_weight, values, acc * decay[:, None], input_precision=PRECISION)
         if MOVES or V_TAN:
             acc_tan = acc_tan * decay[:, None]
         if MOVES:
-            # less a constant per row: what is rounded to the dtype of the values is of the size of the result
-            slope = scale
-            if SOFTCAP:
-                slope = scale * (1.0 - tau * tau)
-            moved = t * slope - reference[:, None]
-            if MASK_TAN:
-                moved += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
-            moved = p * moved
-            mean = mean * decay + tl.sum(moved, 1)
-            if DROPOUT:
-                moved = moved * keep
             acc_tan = tl.dot(moved.to(values.dtype), values, acc_tan, input_precision=PRECISION)
         if V_TAN:
             value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
@@ -110,6 +114,16 @@ def _attention_fwd_kernel(
     )
     i0 = block * BLOCK_M
     if i0 >= n:
+        if not PACKED:  # the padding of the statistics, which larger blocks of other kernels read
+            beyond = tl.program_id(1).to(tl.int64) * NP + i0 + tl.arange(0, BLOCK_M)
+            there = i0 + tl.arange(0, BLOCK_M) < NP
+            if FIRST:
+                tl.store(stats + beyond, tl.full([BLOCK_M], float("inf"), tl.float32), mask=there)
+                if SPLIT:
+                    beyond_all = tl.num_programs(1).to(tl.int64) * NP + beyond
+                    tl.store(stats + beyond_all, tl.zeros([BLOCK_M], tl.float32), mask=there)
+            if MOVES:
+                tl.store(mu + beyond, tl.zeros([BLOCK_M], tl.float32), mask=there)
         return
     q_end = q_first + n
     k_end = k_first + m
@@ -130,17 +144,6 @@ def _attention_fwd_kernel(
             low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
             free = low
 
-    reference = tl.zeros([BLOCK_M], tl.float32)
-    if Q_TAN or K_TAN:
-        # the tangent of the score of one visible key stands for those of all
-        at = k_first + tl.minimum(low, tl.maximum(m - 1, 0))
-        if Q_TAN:
-            reference += row_product(q_tans, k, k_strides, b, hk, at, k_end, BLOCK_D, D, TMA)
-        if K_TAN:
-            reference += row_product(qs, k_tan, k_strides, b, hk, at, k_end, BLOCK_D, D, TMA)
-        reference *= scale
-        reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
-
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc_tan = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -148,7 +151,7 @@ def _attention_fwd_kernel(
     mean = tl.zeros([BLOCK_M], tl.float32)
     if not (WINDOW or PACKED):
         acc, acc_tan, top, total, mean = _fwd_loop(
-            acc, acc_tan, top, total, mean, reference, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
+            acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
             mask, mask_tan, mask_strides, i, b, h, hk, H, low, free, k_first, n, m, k_end, offset, window,
             scale, softcap, dropout, seed,
             BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
@@ -156,7 +159,7 @@ def _attention_fwd_kernel(
         )  # fmt: skip
         low = free
     acc, acc_tan, top, total, mean = _fwd_loop(
-        acc, acc_tan, top, total, mean, reference, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
+        acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
         mask, mask_tan, mask_strides, i, b, h, hk, H, low, high, k_first, n, m, k_end, offset, window,
         scale, softcap, dropout, seed,
         BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
@@ -184,11 +187,7 @@ def _attention_fwd_kernel(
         tl.store(stats + at, tl.where(empty | (rows >= n), float("inf"), shift), mask=present)
     if MOVES or V_TAN:
         if MOVES:
-            mean = mean * inverse
             present = rows < n if PACKED else q_first + rows < NP
-            full = tl.where(empty | (rows >= n), 0.0, mean + reference)
-            tl.store(mu + at, full, mask=present)
-            acc_tan = acc_tan * inverse[:, None] - mean[:, None] * acc
-        else:
-            acc_tan = acc_tan * inverse[:, None]
+            tl.store(mu + at, tl.where(empty | (rows >= n), 0.0, mean), mask=present)
+        acc_tan = acc_tan * inverse[:, None]
         store_rows(out_tan, out_strides, b, h, q_first + i0, q_end, acc_tan, BLOCK_M, BLOCK_V, V)

@@ -104,9 +104,9 @@ class Problem:
         strides = tuple(s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
         return self.mask[0], stack(self.mask, index), strides
 
-    def grid(self, tile: int) -> tuple[int, int]:
+    def grid(self, tile: int, padded: bool = False) -> tuple[int, int]:
         """Blocks of queries, of every sequence if packed, by batch rows and heads."""
-        blocks = -(-self.q.shape[3] // tile)
+        blocks = -(-(self.padded if padded and self.starts is None else self.q.shape[3]) // tile)
         sequences = 1 if self.starts is None else self.starts[0].shape[0] - 1
         return blocks * sequences, self.q.shape[1] * self.q.shape[2]
 

@@ -51,22 +51,6 @@ def store_rows(
 
 
 @triton.jit
-def row_product(rows, x, strides, b, h, at, end, COLS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
-    """Products of all rows ``[R, COLS]`` with the row `at` of ``x[b, h]``, in float32."""
-    if TMA:
-        # a descriptor loads whole blocks; its first row is taken
-        block = x.load([b, h, at, 0])
-        block = block.reshape(block.shape[2], COLS)
-        first = tl.arange(0, block.shape[0])[:, None] == 0
-        row = tl.sum(tl.where(first, block.to(tl.float32), 0.0), 0)
-    else:
-        base = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + at.to(tl.int64) * strides[2]
-        col = tl.arange(0, COLS)
-        row = tl.load(base + col, mask=(col < WIDTH) & (at < end), other=0.0).to(tl.float32)
-    return tl.sum(rows.to(tl.float32) * row[None, :], 1)
-
-
-@triton.jit
 def sequence(
     q_start, k_start, block, N, M, offset, BLOCK: tl.constexpr, PACKED: tl.constexpr, RIGHT: tl.constexpr
 ):
@@ -115,7 +99,7 @@ def expand(x, TRANSPOSED: tl.constexpr):
 @triton.jit
 def visible(i, j, n, m, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Which keys j the queries i may see: those that exist, up to the diagonal, inside the window."""
-    allowed = j < m
+    allowed = (i < n) & (j < m)
     if CAUSAL:
         allowed = allowed & (j <= i + offset)
         if WINDOW:
