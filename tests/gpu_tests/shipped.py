@@ -228,9 +228,9 @@ rotary("R128 interleaved", BF16, interleaved=True)
 
 
 # ------------------------------------------------------------------------------------------------------- products
-def linear(label: str, dtype: torch.dtype, pinned: Sequence[str] = (), k: int = 1, bias: bool = True):
+def linear(label: str, dtype: torch.dtype, pinned: Sequence[str] = (), k: int = 1):
     def function(leaf):
-        return aajr.linear(Dual(leaf(2, 512, 1024, k=k)), leaf(1024, 1024), leaf(1024) if bias else None)
+        return aajr.linear(Dual(leaf(2, 512, 1024, k=k)), leaf(1024, 1024), leaf(1024))
 
     _add("linear", f"linear {label}", dtype, function, pinned)
 
@@ -265,7 +265,6 @@ def sensitivity(metric: str, dtype: torch.dtype, pinned: Sequence[str] = (), k: 
 
 
 linear("bias", BF16, ("sm_90",))
-linear("no bias", FP32, bias=False)
 head("fisher", "C2048", BF16, ALL)
 head("fisher", "C2048 labels", BF16, labelled=True, pinned=("sm_90",))
 head("fisher", "C2048 joint", BF16, joint=True, pinned=("sm_90",))
