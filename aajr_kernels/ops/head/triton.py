@@ -36,7 +36,10 @@ _KEPT_LEAST, _KEPT_MOST = 256 << 20, 2 << 30
 _JOINT_SIZE = {torch.float32: 128}
 _JOINT_SIZE_LOW = 1024
 #: those of head_fwd, as operators take them
-_OPERANDS = "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, int ignore_index"
+_OPERANDS = (
+    "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, "
+    "int ignore_index"
+)
 
 
 def head_fwd(
