@@ -300,6 +300,8 @@ class Backward:
                 k_out.stride()[1:4] if k_out is not None else (0, 0, 0),
                 v_out.stride()[1:4] if v_out is not None else (0, 0, 0),
                 *p.scalars(),
+                FOLD=p.folds,
+                PIN=architecture(p.q.device) == "sm_90",
                 NEED_K=k_out is not None,
                 NEED_V=v_out is not None,
                 **constants,

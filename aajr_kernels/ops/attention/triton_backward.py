@@ -5,13 +5,14 @@ deviations from the mean, and G, H the cotangents of the output and its tangent,
 
     A = H V^T - D1,   B = G V^T + H V'^T - D0,   S'_bar = p A,   S_bar = p B + S'_bar c
 
-in the order S, B, A, S': the products of S'_bar are issued before S_bar is finished, and fewer tiles live at a time.
+in the order S, T (the tangents of the scores, whence c), A, B: the products of S'_bar are issued before B is computed,
+and the fewest tiles live at a time.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_tiles import add_product, expand, load_rows, mask_tile, product, scores, store_rows, weights
+from .triton_tiles import add_product, expand, load_rows, mask_tile, scores, store_rows, weights
 
 
 @triton.jit(do_not_specialize=["N", "NP"])
@@ -40,57 +41,41 @@ def _attention_rows_kernel(
 
 @triton.jit
 def tile_weights(
-    qs, q_tans, keys, key_tans, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
-    CHECK: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap,
+    WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, CHECK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile, and tanh's value under a soft cap."""
-    s = product(qs, keys, TRANSPOSED, PRECISION)
+    """Weights of a tile from the products of its queries and keys, and tanh's value under a soft cap."""
     s, tau = scores(
-        s,
-        mask,
-        mask_strides,
-        b,
-        h,
-        i,
-        j,
-        n,
-        m,
-        offset,
-        window,
-        scale,
-        softcap,
-        CAUSAL,
-        WINDOW,
-        MASK,
-        SOFTCAP,
-        CHECK,
-    )
+        s, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap, WINDOW, MASK, SOFTCAP, CHECK
+    )  # fmt: skip
     return weights(s, expand(shift, TRANSPOSED), expand(lnorm, TRANSPOSED), MASK, SPLIT), tau
 
 
 @triton.jit
 def tile_tangent(
-    qs, q_tans, keys, key_tans, mu, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
+    start, qs, q_tans, keys, key_tans, mu, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, MASK_TAN: tl.constexpr, SOFTCAP: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tangents of the raw scores and, capped, biased and less their mean, those of the scores."""
+    """Tangents of the raw scores and, capped, biased and less their mean, those of the scores.
+
+    With FOLD both are less their mean, which `start` holds.
+    """
+    t = start
     if Q_TAN:
-        t = product(q_tans, keys, TRANSPOSED, PRECISION)
-        if K_TAN:
-            t = add_product(t, qs, key_tans, TRANSPOSED, PRECISION)
-    elif K_TAN:
-        t = product(qs, key_tans, TRANSPOSED, PRECISION)
-    else:
-        t = tl.zeros_like(i + j + 0.0)
+        t = add_product(t, q_tans, keys, TRANSPOSED, PRECISION)
+    if K_TAN:
+        t = add_product(t, qs, key_tans, TRANSPOSED, PRECISION)
     t = t * scale
     c = t
-    if SOFTCAP:
-        c = t * (1.0 - tau * tau)
-    if MASK_TAN:
-        c += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
-    return t, c - expand(mu, TRANSPOSED)
+    if not FOLD:
+        if SOFTCAP:
+            c = t * (1.0 - tau * tau)
+        if MASK_TAN:
+            c += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
+        c = c - expand(mu, TRANSPOSED)
+    return t, c
 
 
 @triton.jit

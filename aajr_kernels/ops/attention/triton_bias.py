@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .triton_backward import tile_tangent, tile_weights
-from .triton_tiles import add_product, kept, load_rows, product
+from .triton_tiles import add_product, kept, load_rows, seen
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "offset", "window", "NP"])
@@ -61,9 +61,11 @@ def _attention_bwd_bias_kernel(
         key_tans = keys
         if K_TAN:
             key_tans = load_rows(k_tan, k_strides, b, hk, j0, M, BLOCK_N, BLOCK_D, D, False)
+        last, before = seen(i, M, offset, window, CAUSAL)
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         p, tau = tile_weights(
-            qs, q_tans, keys, key_tans, shift, lnorm, mask, mask_strides, b, h, i, j, N, M, offset, window, scale,
-            softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, True, False, PRECISION,
+            add_product(zeros, qs, keys, False, PRECISION), shift, lnorm, mask, mask_strides, b, h, i, j, N, M,
+            last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
         )  # fmt: skip
         keep = 1.0
         if DROPOUT:
@@ -73,20 +75,20 @@ def _attention_bwd_bias_kernel(
         g_tans = gs
         if TANGENT:
             g_tans = load_rows(g_tan, g_strides, b, h, i0, N, BLOCK_M, BLOCK_V, V, False)
-        s_bar = tl.zeros_like(p)
+        s_bar = zeros
         if FIRST:
-            s_bar = product(gs, values, False, PRECISION)
+            s_bar = add_product(s_bar, gs, values, False, PRECISION)
         if V_TAN:
             value_tans = load_rows(v_tan, v_strides, b, hk, j0, M, BLOCK_N, BLOCK_V, V, False)
             s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
         s_bar = p * (s_bar * keep - tl.load(delta + at, mask=here, other=0.0)[:, None])
         if MOVES and TANGENT:
-            t_bar = product(g_tans, values, False, PRECISION) * keep
+            t_bar = add_product(zeros, g_tans, values, False, PRECISION) * keep
             t_bar = p * (t_bar - tl.load(delta_tan + at, mask=here, other=0.0)[:, None])
             center = tl.load(mu + at, mask=here, other=0.0)
             _, c = tile_tangent(
-                qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, N, M, scale,
-                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, PRECISION,
+                zeros, qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, N, M, scale,
+                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, False, PRECISION,
             )  # fmt: skip
             s_bar += t_bar * c
             total_tan += t_bar

@@ -8,8 +8,8 @@ from .triton_tiles import (
     kept,
     load_rows,
     mask_tile,
-    product,
     scores,
+    seen,
     sequence,
     store_rows,
 )
@@ -18,10 +18,10 @@ from .triton_tiles import (
 @triton.jit
 def _fwd_loop(
     acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
-    mask, mask_tan, mask_strides, i, b, h, hk, heads, low, high, k_first, n, m, k_end, offset, window,
+    mask, mask_tan, mask_strides, i, last, before, b, h, hk, heads, low, high, k_first, n, m, k_end,
     scale, softcap, dropout, seed,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -30,19 +30,19 @@ def _fwd_loop(
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_N)[None, :]
         keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
-        s = product(qs, keys, False, PRECISION)
+        zeros = tl.zeros([qs.shape[0], BLOCK_N], tl.float32)
+        s = add_product(zeros, qs, keys, False, PRECISION)
         if MOVES:
-            t = tl.zeros_like(s)
+            t = zeros
             if Q_TAN:
-                t = product(q_tans, keys, False, PRECISION)
+                t = add_product(t, q_tans, keys, False, PRECISION)
             if K_TAN:
                 key_tans = load_rows(
                     k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA
                 )
                 t = add_product(t, qs, key_tans, False, PRECISION)
         s, tau = scores(
-            s, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
-            CAUSAL, WINDOW, MASK, SOFTCAP, CHECK,
+            s, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap, WINDOW, MASK, SOFTCAP, CHECK
         )  # fmt: skip
         peak = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(peak == float("-inf"), 0.0, peak)  # nothing visible so far
@@ -143,6 +143,7 @@ def _attention_fwd_kernel(
         if WINDOW:
             low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
             free = low
+    last, before = seen(i, m, offset, window, CAUSAL)
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc_tan = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -152,17 +153,17 @@ def _attention_fwd_kernel(
     if not (WINDOW or PACKED):
         acc, acc_tan, top, total, mean = _fwd_loop(
             acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
-            mask, mask_tan, mask_strides, i, b, h, hk, H, low, free, k_first, n, m, k_end, offset, window,
+            mask, mask_tan, mask_strides, i, last, before, b, h, hk, H, low, free, k_first, n, m, k_end,
             scale, softcap, dropout, seed,
-            BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+            BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
             Q_TAN, K_TAN, V_TAN, MASK_TAN, TMA, PRECISION, False, STAGES,
         )  # fmt: skip
         low = free
     acc, acc_tan, top, total, mean = _fwd_loop(
         acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
-        mask, mask_tan, mask_strides, i, b, h, hk, H, low, high, k_first, n, m, k_end, offset, window,
+        mask, mask_tan, mask_strides, i, last, before, b, h, hk, H, low, high, k_first, n, m, k_end,
         scale, softcap, dropout, seed,
-        BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+        BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
         Q_TAN, K_TAN, V_TAN, MASK_TAN, TMA, PRECISION, True, STAGES,
     )  # fmt: skip
 

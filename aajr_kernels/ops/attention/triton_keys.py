@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from .triton_backward import bend, finish, tile_tangent, tile_weights
-from .triton_tiles import add_product, kept, load_rows, product, sequence, store_rows
+from .triton_tiles import add_product, filled, kept, load_rows, pin, sequence, settle, store_rows
+
+
+@triton.jit
+def row_statistic(x, at, here, other, MASKED: tl.constexpr):
+    """A statistic of a block of queries, which is padded; packed, the next sequence follows instead."""
+    if MASKED:
+        value = tl.load(x + at, mask=here, other=other)
+    else:
+        value = tl.load(x + at)
+    return value
 
 
 @triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
@@ -17,8 +27,9 @@ def _attention_bwd_kv_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
-    SPLIT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, FOLD: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    TMA: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of keys: gradients of the keys and their tangent (NEED_K), of the values and theirs (NEED_V).
 
@@ -64,27 +75,30 @@ def _attention_bwd_kv_kernel(
     k_tan_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     v_tan_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for step in tl.range(0, GROUP * blocks, num_stages=STAGES):
-        h = hk * GROUP + step // blocks
-        start = low + (step % blocks) * BLOCK_M
+    unscale = 1.0
+    if FOLD:
+        unscale = 1.0 / scale
+    start = settle(low, PIN)
+    h = hk * GROUP
+    for _ in tl.range(0, GROUP * blocks, num_stages=STAGES):
         i = (start + tl.arange(0, BLOCK_M))[None, :]
-        at = (b * H + h).to(tl.int64) * NP + q_first + start + tl.arange(0, BLOCK_M)
+        head = (b * H + h).to(tl.int64) * NP
+        at = q_first + start + tl.arange(0, BLOCK_M)
+        here = tl.full([BLOCK_M], True, tl.int1)
         if PACKED:
             here = start + tl.arange(0, BLOCK_M) < n
-            shift = tl.load(stats + at, mask=here, other=float("inf"))
-        else:
-            here = tl.full([BLOCK_M], True, tl.int1)
-            shift = tl.load(stats + at)
+        qs = load_rows(q, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
+        zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        s = add_product(zeros, qs, keys, True, PRECISION)
+        shift = row_statistic(stats + head, at, here, float("inf"), PACKED)
         lnorm = shift
         if SPLIT:
-            lnorm = tl.load(stats + (tl.num_programs(1) * GROUP).to(tl.int64) * NP + at, mask=here, other=0.0)
-        qs = load_rows(q, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
-        q_tans = qs
-        if Q_TAN:
-            q_tans = load_rows(q_tan, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
+            lnorm = row_statistic(
+                stats + (tl.num_programs(1) * GROUP).to(tl.int64) * NP + head, at, here, 0.0, PACKED
+            )
         p, tau = tile_weights(
-            qs, q_tans, keys, key_tans, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
-            softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, CAUSAL or PACKED, True, PRECISION,
+            s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, i + offset, i + offset - window, scale, softcap,
+            WINDOW, MASK, SOFTCAP, SPLIT, CAUSAL, True,
         )  # fmt: skip
         keep = 1.0
         weight = p
@@ -95,48 +109,60 @@ def _attention_bwd_kv_kernel(
         g_tans = gs
         if TANGENT:
             g_tans = load_rows(g_tan, g_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_V, V, TMA)
-        if NEED_V:
-            low_weight = weight.to(gs.dtype)
-            if FIRST:
-                v_acc = tl.dot(low_weight, gs, v_acc, input_precision=PRECISION)
-            if TANGENT and V_TAN:
-                v_tan_acc = tl.dot(low_weight, g_tans, v_tan_acc, input_precision=PRECISION)
+        s_bar = zeros
+        t_bar = zeros
         if NEED_K:
-            s_bar = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            d0 = row_statistic(delta + head, at, here, 0.0, PACKED)
+            s_bar = filled(-d0, BLOCK_N, BLOCK_M, FOLD, PIN)
             if FIRST:
-                s_bar = product(gs, values, True, PRECISION)
+                s_bar = add_product(s_bar, gs, values, True, PRECISION)
             if V_TAN:
                 s_bar = add_product(s_bar, g_tans, value_tans, True, PRECISION)
-            if DROPOUT:
-                s_bar = s_bar * keep
-            s_bar = p * (s_bar - tl.load(delta + at, mask=here, other=0.0)[None, :])
-        t_bar = p
-        t = p
+            if not FOLD:
+                s_bar = s_bar * keep - d0[None, :]
+            s_bar = p * s_bar
+            if MOVES and TANGENT:
+                d1 = row_statistic(delta_tan + head, at, here, 0.0, PACKED)
+                t_bar = add_product(filled(-d1, BLOCK_N, BLOCK_M, FOLD, PIN), g_tans, values, True, PRECISION)
+                if not FOLD:
+                    t_bar = t_bar * keep - d1[None, :]
+                t_bar = p * t_bar
         if MOVES and TANGENT:
-            if NEED_K:
-                t_bar = product(g_tans, values, True, PRECISION)
-                if DROPOUT:
-                    t_bar = t_bar * keep
-                t_bar = p * (t_bar - tl.load(delta_tan + at, mask=here, other=0.0)[None, :])
-            center = tl.load(mu + at, mask=here, other=0.0)
+            center = row_statistic(mu + head, at, here, 0.0, PACKED)
+            q_tans = qs
+            if Q_TAN:
+                q_tans = load_rows(q_tan, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
             t, c = tile_tangent(
-                qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
-                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, True, PRECISION,
+                filled(-center * unscale, BLOCK_N, BLOCK_M, FOLD, PIN), qs, q_tans, keys, key_tans, center, tau,
+                mask_tan, mask_strides, b, h, i, j, n, m, scale,
+                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, True, FOLD, PRECISION,
             )  # fmt: skip
             if NEED_V:
-                v_acc = tl.dot((weight * c).to(gs.dtype), g_tans, v_acc, input_precision=PRECISION)
+                v_acc = tl.dot(pin((weight * c).to(gs.dtype), PIN), g_tans, v_acc, input_precision=PRECISION)
             if NEED_K:
                 s_bar += t_bar * c
-        if NEED_K:
-            if SOFTCAP:
-                s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, MOVES and TANGENT)
-            if MOVES and TANGENT:
-                low_t_bar = t_bar.to(qs.dtype)
+                if SOFTCAP:
+                    s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, True)
+                low_t_bar = pin(t_bar.to(qs.dtype), PIN)
                 if K_TAN:
                     k_tan_acc = tl.dot(low_t_bar, qs, k_tan_acc, input_precision=PRECISION)
                 if Q_TAN:
                     k_acc = tl.dot(low_t_bar, q_tans, k_acc, input_precision=PRECISION)
-            k_acc = tl.dot(s_bar.to(qs.dtype), qs, k_acc, input_precision=PRECISION)
+        elif NEED_K and SOFTCAP:
+            s_bar, t_bar = bend(s_bar, t_bar, t_bar, tau, softcap, False)
+        if NEED_K:
+            k_acc = tl.dot(pin(s_bar.to(qs.dtype), PIN), qs, k_acc, input_precision=PRECISION)
+        if NEED_V:
+            low_weight = pin(weight.to(gs.dtype), PIN)
+            if FIRST:
+                v_acc = tl.dot(low_weight, gs, v_acc, input_precision=PRECISION)
+            if TANGENT and V_TAN:
+                v_tan_acc = tl.dot(low_weight, g_tans, v_tan_acc, input_precision=PRECISION)
+        start += BLOCK_M
+        if GROUP > 1:
+            # the next head of the group
+            h = tl.where(start < high, h, h + 1)
+            start = tl.where(start < high, start, low)
 
     if NEED_V:
         finish(

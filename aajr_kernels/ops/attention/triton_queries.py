@@ -4,16 +4,16 @@ import triton
 import triton.language as tl
 
 from .triton_backward import bend, finish, tile_tangent, tile_weights
-from .triton_tiles import add_product, kept, load_rows, product, sequence, store_rows
+from .triton_tiles import add_product, kept, load_rows, seen, sequence, store_rows
 
 
 @triton.jit
 def _dq_loop(
     q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
-    k_strides, v_strides, mask_strides, i, b, h, hk, H, low, high, k_first, n, m, k_end, offset, window,
+    k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, high, k_first, n, m, k_end,
     scale, softcap, dropout, seed,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     FIRST: tl.constexpr, TANGENT: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
@@ -26,9 +26,10 @@ def _dq_loop(
         key_tans = keys
         if K_TAN:
             key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+        zeros = tl.zeros([qs.shape[0], BLOCK_N], tl.float32)
         p, tau = tile_weights(
-            qs, q_tans, keys, key_tans, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
-            softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False, PRECISION,
+            add_product(zeros, qs, keys, False, PRECISION), shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
+            last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False,
         )  # fmt: skip
         keep = 1.0
         if DROPOUT:
@@ -36,14 +37,14 @@ def _dq_loop(
         values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
         t_bar = p
         t = p
-        moved = tl.zeros_like(p)
+        moved = zeros
         if MOVES and TANGENT:
             # in this order the fewest tiles live at a time
             t, c = tile_tangent(
-                qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
-                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, PRECISION,
+                zeros, qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
+                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, False, PRECISION,
             )  # fmt: skip
-            t_bar = product(g_tans, values, False, PRECISION)
+            t_bar = add_product(zeros, g_tans, values, False, PRECISION)
             if DROPOUT:
                 t_bar = t_bar * keep
             t_bar = p * (t_bar - d1[:, None])
@@ -54,18 +55,12 @@ def _dq_loop(
                 if K_TAN:
                     q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
             moved = t_bar * c
+        s_bar = zeros
         if FIRST:
-            s_bar = product(gs, values, False, PRECISION)
-            if V_TAN:
-                value_tans = load_rows(
-                    v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA
-                )
-                s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
-        elif V_TAN:
+            s_bar = add_product(s_bar, gs, values, False, PRECISION)
+        if V_TAN:
             value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-            s_bar = product(g_tans, value_tans, False, PRECISION)
-        else:
-            s_bar = tl.zeros_like(p)
+            s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
         if DROPOUT:
             s_bar = s_bar * keep
         s_bar = p * (s_bar - d0[:, None]) + moved
@@ -139,20 +134,21 @@ def _attention_bwd_q_kernel(
         if WINDOW:
             low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
             free = low
+    last, before = seen(i, m, offset, window, CAUSAL)
     q_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     q_tan_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if not (WINDOW or PACKED):
         q_acc, q_tan_acc = _dq_loop(
             q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
-            k_strides, v_strides, mask_strides, i, b, h, hk, H, low, free, k_first, n, m, k_end, offset, window,
-            scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+            k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, free, k_first, n, m, k_end,
+            scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
             Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PRECISION, False, STAGES,
         )  # fmt: skip
         low = free
     q_acc, q_tan_acc = _dq_loop(
         q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
-        k_strides, v_strides, mask_strides, i, b, h, hk, H, low, high, k_first, n, m, k_end, offset, window,
-        scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, CAUSAL, WINDOW, MASK, SOFTCAP, DROPOUT,
+        k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, high, k_first, n, m, k_end,
+        scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
         Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PRECISION, True, STAGES,
     )  # fmt: skip
     finish(

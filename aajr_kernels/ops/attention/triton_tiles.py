@@ -71,18 +71,8 @@ def sequence(
 
 
 @triton.jit
-def product(a, b, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """``a bᵀ`` of the rows a of queries and b of keys, or its transpose."""
-    if TRANSPOSED:
-        c = tl.dot(b, tl.trans(a), input_precision=PRECISION)
-    else:
-        c = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    return c
-
-
-@triton.jit
 def add_product(total, a, b, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + a bᵀ``, or its transpose."""
+    """``total + a bᵀ`` of the rows a of queries and b of keys, or its transpose."""
     if TRANSPOSED:
         c = tl.dot(b, tl.trans(a), total, input_precision=PRECISION)
     else:
@@ -97,14 +87,55 @@ def expand(x, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def visible(i, j, n, m, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which keys j the queries i may see: those that exist, up to the diagonal, inside the window."""
-    allowed = (i < n) & (j < m)
+def pin(x, PIN: tl.constexpr):
+    """`x`, which the compiler must have in registers, all of it, at this place and knows nothing of.
+
+    What a warpgroup's product reads from registers or starts from must not be written between the instructions of
+    the product: the assembler would then wait after every one of them. The compiler does so where it computes an
+    operand as late as possible, or keeps one register for equal elements and copies it.
+    """
+    if PIN:
+        if x.dtype.primitive_bitwidth == 16:
+            x = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+            )
+        else:
+            x = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1
+            )
+    return x
+
+
+@triton.jit
+def settle(x, PIN: tl.constexpr):
+    """The scalar `x`, after every warpgroup's product issued so far: none, before the loop.
+
+    The assembler otherwise takes the zeros that accumulators start from, written before the loop, for part of the
+    products that are under way from one iteration to the next, and waits after every product.
+    """
+    if PIN:
+        code: tl.constexpr = "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;"
+        x = tl.inline_asm_elementwise(code, "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
+def filled(row, ROWS: tl.constexpr, COLS: tl.constexpr, FOLD: tl.constexpr, PIN: tl.constexpr):
+    """A tile whose rows are `row`, ``[COLS]``, for products to be added to; zero without FOLD."""
+    if FOLD:
+        tile = pin(tl.broadcast_to(row[None, :], [ROWS, COLS]), PIN)
+    else:
+        tile = tl.zeros([ROWS, COLS], tl.float32)
+    return tile
+
+
+@triton.jit
+def seen(i, m, offset, window, CAUSAL: tl.constexpr):
+    """The last key that the queries i see, and the last one before their window."""
+    last = i * 0 + m - 1
     if CAUSAL:
-        allowed = allowed & (j <= i + offset)
-        if WINDOW:
-            allowed = allowed & (j > i + offset - window)
-    return allowed
+        last = tl.minimum(last, i + offset)
+    return last, i + offset - window
 
 
 @triton.jit
@@ -128,13 +159,14 @@ def tanh(x):
 
 @triton.jit
 def scores(
-    qk, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, CHECK: tl.constexpr,
+    qk, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap,
+    WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Scores from the products of queries and keys, −∞ where masked, and tanh's value under a soft cap.
 
     In units of log 2, so that their exponentials are powers of two; with a bias in natural units, since a bias near
-    the largest number must not be multiplied. MASK is 0 (none), 1 (bool) or 2 (bias).
+    the largest number must not be multiplied. MASK is 0 (none), 1 (bool) or 2 (bias). Where CHECK, queries see the keys
+    up to `last`, with a WINDOW those after `before`.
     """
     tau = 0.0
     if SOFTCAP:
@@ -142,12 +174,17 @@ def scores(
         s = tau * (softcap if MASK == 2 else softcap * LOG2E)
     else:
         s = qk * (scale if MASK == 2 else scale * LOG2E)
-    if CHECK or MASK != 0:
-        inside = visible(i, j, n, m, offset, window, CAUSAL, WINDOW)
+    if MASK != 0:
+        inside = (i < n) & (j < m)
+        tile = mask_tile(mask, mask_strides, b, h, i, j, inside)
         if MASK == 1:
-            inside = inside & (mask_tile(mask, mask_strides, b, h, i, j, inside) != 0)
-        if MASK == 2:
-            s += mask_tile(mask, mask_strides, b, h, i, j, inside).to(tl.float32)
+            s = tl.where(tile != 0, s, float("-inf"))
+        else:
+            s += tile.to(tl.float32)
+    if CHECK:
+        inside = j <= last
+        if WINDOW:
+            inside = inside & (j > before)
         s = tl.where(inside, s, float("-inf"))
     return s, tau
 
