@@ -12,7 +12,6 @@ from budgets import assert_exact, assert_gradients_within_budget, assert_within_
 from integrations.subjects import tiny
 from native.suite import DEVICES, Target
 from test_zoo import MODEL_ULPS, SCALAR_ULPS, problem, through_the_dual
-from zoo import ENTRIES
 
 import aajr_kernels as aajr
 from aajr_kernels import gpu, runtime
@@ -41,7 +40,13 @@ def triton_alone() -> Iterator[None]:
 def test_float32_gradients_of_unmodified_models(name):
     subject, v, exact, probe = problem(name, 1)
     eager = oracle.loss_and_gradients(
-        subject.tensor, subject.x, v, subject.parameters, metric=subject.metric, probe=probe, mask=subject.mask
+        subject.tensor,
+        subject.x,
+        v,
+        subject.parameters,
+        metric=subject.metric,
+        probe=probe,
+        mask=subject.mask,
     )
     with triton_alone():
         found = through_the_dual(subject, v, probe)
@@ -117,5 +122,8 @@ def test_a_step_never_looks_at_a_value():
 
 def test_float64_has_no_kernels():
     x = aajr.dual(*torch.randn(2, 1, 2, 5, 16, dtype=torch.float64))
-    with aajr.use_backend("triton"), pytest.raises(runtime.BackendUnavailable, match=r"float64: cast it to float32"):
+    with (
+        aajr.use_backend("triton"),
+        pytest.raises(runtime.BackendUnavailable, match=r"float64: cast it to float32"),
+    ):
         aajr.attention(x, x, x)

@@ -14,6 +14,7 @@ import triton
 
 from ... import gpu
 from ...gpu.layout import row_axes
+from ...gpu.operators import operator
 from .triton_kernels import _gated_bwd_kernel, _gated_fwd_kernel, _pointwise_bwd_kernel, _pointwise_fwd_kernel
 
 
@@ -45,6 +46,7 @@ def _run(kernel: Any, tensors: Sequence[torch.Tensor | None], guide: torch.Tenso
     )
 
 
+@operator("(Tensor x, str kind) -> Tensor")
 def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = torch.empty_like(x)
@@ -52,6 +54,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     return y
 
 
+@operator("(Tensor y_bar, Tensor x, str kind) -> Tensor")
 def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = torch.empty_like(x)
@@ -59,6 +62,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
     return x_bar
 
 
+@operator("(Tensor gate, Tensor up, str kind) -> Tensor")
 def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = torch.empty_like(gate if gate.shape[0] > 1 else up)
@@ -66,6 +70,10 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     return h
 
 
+@operator(
+    "(Tensor h_bar, Tensor gate, Tensor up, str kind, bool need_gate, bool need_up) -> (Tensor, Tensor)",
+    lambda *args: args[4:6],
+)
 def gated_bwd(
     h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -11,6 +11,7 @@ import triton
 
 from ... import gpu
 from ...gpu.layout import row_axes
+from ...gpu.operators import operator
 from .triton_kernels import (
     _sensitivity_bwd_kernel,
     _sensitivity_fwd_kernel,
@@ -31,6 +32,7 @@ def _tile(k: int, size: int, device: torch.device) -> dict[str, int]:
     return {"K": k, "KP": kp, "BLOCK": block, "num_warps": warps}
 
 
+@operator("(Tensor y, str metric) -> Tensor")
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     k, size = y.shape[0] - 1, y.shape[-1]
@@ -53,6 +55,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     return q
 
 
+@operator("(Tensor q_bar, Tensor y, str metric) -> Tensor")
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     y_bar = torch.empty_like(y)
@@ -75,6 +78,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     return y_bar
 
 
+@operator("(Tensor x) -> Tensor")
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     y = torch.empty_like(x)
@@ -86,6 +90,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+@operator("(Tensor y_bar, Tensor x) -> Tensor")
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
     x_bar = torch.empty_like(x)

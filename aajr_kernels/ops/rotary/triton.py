@@ -14,6 +14,7 @@ import triton
 
 from ... import gpu
 from ...gpu.layout import Strides, row_axes
+from ...gpu.operators import operator
 from ...gpu.sums import column_sums
 from .triton_kernels import _rotary_kernel, _rotary_tables_bwd_kernel
 
@@ -28,10 +29,12 @@ def _tile(half: int, rows: int, architecture: str) -> dict[str, int]:
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
 
 
+@operator("(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
 def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(x, cos, sin, interleaved, False)
 
 
+@operator("(Tensor y_bar, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
 def rotary_bwd(y_bar: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(y_bar, cos, sin, interleaved, True)
 
@@ -71,6 +74,7 @@ def _rotate(
     return y
 
 
+@operator("(Tensor y_bar, Tensor x, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)")
 def rotary_tables_bwd(
     y_bar: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
