@@ -73,8 +73,10 @@ def test_bfloat16_gradients_of_a_llama():
 
 def llama_loss(model: torch.nn.Module, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Loss and penalty of a fused model with a streamed head: everything a training step launches."""
-    penalty, (loss) = aajr.aligned_penalty(
-        lambda d: model.model(inputs_embeds=d, use_cache=False).last_hidden_state,
+    # a whole mask: from a missing one transformers looks for packed sequences, at values
+    mask = torch.ones(x.shape[0], 1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    penalty, loss = aajr.aligned_penalty(
+        lambda d: model.model(inputs_embeds=d, attention_mask=mask, use_cache=False).last_hidden_state,
         x,
         v,
         head=aajr.LMHead(model.lm_head.weight),
@@ -110,9 +112,9 @@ def test_a_fused_model_compiles_in_one_graph():
 
 def test_a_step_never_looks_at_a_value():
     """On meta tensors every look raises: the step can be captured in a CUDA graph, and the host runs ahead."""
-    with torch.device("meta"):
-        model = tiny("llama", num_hidden_layers=2).to("meta", torch.bfloat16)
-        x, v = (torch.empty(2, 40, 32, dtype=torch.bfloat16, requires_grad=True) for _ in "xv")
+    model = tiny("llama", num_hidden_layers=2).to("meta", torch.bfloat16)
+    x, v = torch.empty(2, 2, 40, 32, dtype=torch.bfloat16, device="meta").unbind()
+    x.requires_grad_()
     with fuse(model), gpu.dry_run("sm_90") as launched, aajr.use_backend("triton"):
         llama_loss(model, x, v).backward()
     names = {kernel.__name__ for kernel in launched}
