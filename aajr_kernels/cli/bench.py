@@ -72,6 +72,10 @@ def bench(
         str | None,
         typer.Option(help="Measure nothing: predict the times on h100, a100, b200, mi300x... (suite gpu)."),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="On a GPU: measure tiles of the attention kernels, write the best."),
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 if a row is outside its bounds.")
     ] = False,
@@ -86,6 +90,9 @@ def bench(
     """
     if plot is not None:
         _draw(rows, plot)
+        return
+    if tune:
+        _tune()
         return
     if model is not None:
         _predict(model, suites or ["gpu"], dtype, lengths)
@@ -110,6 +117,19 @@ def bench(
     show.verdict(results, time.perf_counter() - start, _console())
     if any(result.failures or (check and result.missed) for result in results):
         raise typer.Exit(1)
+
+
+def _tune() -> None:
+    """Measure tiles on the device and write the best into the table that the kernels read."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter(
+            "tiles are measured on a CUDA or ROCm device, and torch sees none: edit ops/attention/configs.py and see "
+            "what scripts/kernel_budgets.py says.",
+            param_hint="--tune",
+        )
+    from .benchmarks import tune
+
+    tune.show(tune.on_device(_console()), _console())
 
 
 def _console() -> Console:

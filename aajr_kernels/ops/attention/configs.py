@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import tuned
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -86,11 +88,14 @@ _FLOAT32_LARGE = tuple(Tile(16, 16, 4, 1) for _ in KERNELS)
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: bool) -> Tile:
     """The tile of a kernel of `KERNELS` for head sizes d and v."""
     index, size = KERNELS.index(kernel), max(d, v)
+    limit = 64 if size <= 64 else 128 if size <= 128 else 256
+    measured = tuned.lookup(tuned.key(kernel, arch, dtype, limit, causal))
+    if measured is not None:
+        return Tile(*measured)
     if arch == "interpreter":
         return Tile(32, 32, 1, 1)
     if dtype == torch.float32:
         return (_FLOAT32 if size <= 128 else _FLOAT32_LARGE)[index]
-    limit = 64 if size <= 64 else 128 if size <= 128 else 256
     family = "sm_90" if arch in ("sm_90", "sm_100") else "sm_80"
     found = _TILES[family, limit][index]
     if arch.startswith("gfx"):
