@@ -21,6 +21,7 @@ from aajr_kernels.ops.attention.configs import Tile
 from aajr_kernels.ops.attention.tiling import Options
 
 triton_module = pytest.importorskip("aajr_kernels.ops.attention.triton", reason="triton is not installed")
+triton_problem = pytest.importorskip("aajr_kernels.ops.attention.triton_problem")
 
 DEVICE = DEVICES["triton"]
 pytestmark = [
@@ -252,6 +253,19 @@ def test_two_runs_are_bitwise_equal():
         )
         results.append((*out, *bars))
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("bias", [None, (2, 1, 2, 9, 11), (2, 4, 1, 1, 11)], ids=str)
+def test_more_heads_than_a_grid_takes_are_launched_in_parts(bias, monkeypatch):
+    monkeypatch.setattr(triton_problem, "GRID_LIMIT", 5)  # two batch rows of two heads at a time
+    mask = None if bias is None else torch.randn(bias)
+    both(leaves((4, 2, 1, 9, 11, 16, 16)), mask, Options(0.3))
+
+
+def test_parts_draw_masks_of_their_own(monkeypatch):
+    monkeypatch.setattr(triton_problem, "GRID_LIMIT", 5)
+    mask = drawn(torch.tensor(5, device=DEVICE), 0.5, (4, 2, 9, 16))
+    assert not torch.equal(mask[0], mask[2]) and ((mask == 0) | (mask == 2)).all()
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,17 @@ from .triton_backward import _attention_rows_kernel
 from .triton_bias import _attention_bwd_bias_kernel
 from .triton_forward import _attention_fwd_kernel
 from .triton_keys import _attention_bwd_kv_kernel
-from .triton_problem import Problem, block_size, descriptors_fit, row_dense, rows, stack
+from .triton_problem import (
+    Problem,
+    batch_parts,
+    block_size,
+    descriptors_fit,
+    mask_part,
+    reseeded,
+    row_dense,
+    rows,
+    stack,
+)
 from .triton_queries import _attention_bwd_q_kernel
 
 __all__ = ["Options", "attention_bwd", "attention_fwd"]
@@ -36,8 +46,18 @@ def attention_fwd(
     float32, otherwise ``[1, B, H, NP]``: the log2 of the sum of the exponentials; +inf where a query sees nothing.
     The means are ``[K, B, H, NP]``.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _attention_fwd(q, k, v, mask, *_flat(options, starts))
-    return result
+    parts = batch_parts(q)
+    if len(parts) == 1:
+        result: tuple[Tensor, Tensor, Tensor] = _attention_fwd(q, k, v, mask, *_flat(options, starts))
+        return result
+    results = [
+        _attention_fwd(
+            q[:, at], k[:, at], v[:, at], mask_part(mask, at), *_flat(reseeded(options, i), starts)
+        )
+        for i, at in enumerate(parts)
+    ]
+    out, stats, mu = (torch.cat(x, 1) for x in zip(*results))
+    return out, stats, mu
 
 
 def attention_bwd(
@@ -55,10 +75,27 @@ def attention_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
     needs = (*needs[:3], needs[3] and mask is not None)
-    result: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = _attention_bwd(
-        out_bar, q, k, v, mask, out, stats, mu, *needs, *_flat(options, starts)
+    parts = batch_parts(q)
+    if len(parts) == 1:
+        result: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = _attention_bwd(
+            out_bar, q, k, v, mask, out, stats, mu, *needs, *_flat(options, starts)
+        )
+        return result
+    results = []
+    for i, at in enumerate(parts):
+        inputs = (x[:, at] for x in (out_bar, q, k, v))
+        saved = (x[:, at].contiguous() for x in (stats, mu))
+        flat = _flat(reseeded(options, i), starts)
+        results.append(_attention_bwd(*inputs, mask_part(mask, at), out[:, at], *saved, *needs, *flat))
+    q_bar, k_bar, v_bar = (
+        torch.cat(x, 1) if need else None for x, need in zip(list(zip(*results))[:3], needs)
     )
-    return result
+    if not needs[3] or mask is None:
+        return q_bar, k_bar, v_bar, None
+    bias_bars = [bars[3] for bars in results]
+    if mask.shape[1] > 1:
+        return q_bar, k_bar, v_bar, torch.cat(bias_bars, 1)
+    return q_bar, k_bar, v_bar, torch.stack(bias_bars).sum(0, dtype=torch.float32).to(mask.dtype)
 
 
 _OPTIONS = (

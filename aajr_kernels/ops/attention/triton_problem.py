@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiling import Options
 
+GRID_LIMIT = 65535
 _PADDING = 128  # statistics are padded to a multiple of it: blocks of queries read them without a mask
 
 
@@ -151,3 +152,22 @@ def descriptors_fit(arch: str, *tensors: Tensor) -> bool:
 def rows(x: Tensor, block: tuple[int, int], tma: bool) -> Any:
     """A tensor ``[B, H, N, D]`` as a kernel takes it."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, *block]) if tma else x
+
+
+def batch_parts(q: Tensor) -> list[slice]:
+    """Batch rows that one launch takes: a grid has at most 65,535 programs along its second axis, one for a head."""
+    batch, heads = q.shape[1:3]
+    if batch * heads <= GRID_LIMIT:
+        return [slice(None)]
+    step = GRID_LIMIT // heads
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def mask_part(mask: Tensor | None, at: slice) -> Tensor | None:
+    """The mask of some batch rows."""
+    return mask if mask is None or mask.shape[1] == 1 else mask[:, at]
+
+
+def reseeded(options: Options, part: int) -> Options:
+    """A dropout mask of its own for every part: the kernels count batch rows from its first."""
+    return replace(options, seed=options.seed + part)
