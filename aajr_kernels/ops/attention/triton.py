@@ -298,7 +298,7 @@ class Backward:
         constants |= {"TANGENT": index >= 0, "BLOCK_M": chosen.m, "BLOCK_N": chosen.n}
         constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
         if kernel != "bias":
-            constants |= {"TMA": tma, "LAST": index >= p.tangents - 1, "STAGES": chosen.stages}
+            constants |= {"TMA": tma, "LAST": index >= p.tangents - 1, "STAGES": chosen.stages, "PIN": arch == "sm_90"}
         return chosen, arguments, constants
 
     def statistics(self) -> tuple[Any, ...]:
@@ -337,8 +337,6 @@ class Backward:
                 k_out.stride()[1:4] if k_out is not None else (0, 0, 0),
                 v_out.stride()[1:4] if v_out is not None else (0, 0, 0),
                 *p.scalars(),
-                FOLD=p.folds,
-                PIN=architecture(p.q.device) == "sm_90",
                 NEED_K=k_out is not None,
                 NEED_V=v_out is not None,
                 **constants,

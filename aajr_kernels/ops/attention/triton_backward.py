@@ -53,29 +53,31 @@ def tile_weights(
 
 
 @triton.jit
-def tile_tangent(
-    start, qs, q_tans, keys, key_tans, mu, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
-    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, MASK_TAN: tl.constexpr, SOFTCAP: tl.constexpr,
-    TRANSPOSED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+def add_tangents(
+    t, qs, q_tans, keys, key_tans, Q_TAN: tl.constexpr, K_TAN: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tangents of the raw scores and, capped, biased and less their mean, those of the scores.
-
-    With FOLD both are less their mean, which `start` holds.
-    """
-    t = start
+    """`t` and the tangents of the products of queries and keys."""
     if Q_TAN:
         t = add_product(t, q_tans, keys, TRANSPOSED, PRECISION)
     if K_TAN:
         t = add_product(t, qs, key_tans, TRANSPOSED, PRECISION)
+    return t
+
+
+@triton.jit
+def tile_tangent(
+    t, mu, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
+    MASK_TAN: tl.constexpr, SOFTCAP: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Tangents of the raw scores from those of the products and, capped, biased and less their mean, of the scores."""
     t = t * scale
     c = t
-    if not FOLD:
-        if SOFTCAP:
-            c = t * (1.0 - tau * tau)
-        if MASK_TAN:
-            c += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
-        c = c - expand(mu, TRANSPOSED)
-    return t, c
+    if SOFTCAP:
+        c = t * (1.0 - tau * tau)
+    if MASK_TAN:
+        c += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
+    return t, c - expand(mu, TRANSPOSED)
 
 
 @triton.jit

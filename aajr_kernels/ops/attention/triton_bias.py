@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_backward import tile_tangent, tile_weights
+from .triton_backward import add_tangents, tile_tangent, tile_weights
 from .triton_tiles import add_product, kept, load_rows, seen
 
 
@@ -87,8 +87,8 @@ def _attention_bwd_bias_kernel(
             t_bar = p * (t_bar - tl.load(delta_tan + at, mask=here, other=0.0)[:, None])
             center = tl.load(mu + at, mask=here, other=0.0)
             _, c = tile_tangent(
-                zeros, qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, N, M, scale,
-                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, False, PRECISION,
+                add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, False, PRECISION), center, tau,
+                mask_tan, mask_strides, b, h, i, j, N, M, scale, MASK_TAN, SOFTCAP, False,
             )  # fmt: skip
             s_bar += t_bar * c
             total_tan += t_bar

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_backward import bend, finish, tile_tangent, tile_weights
-from .triton_tiles import add_product, filled, kept, load_rows, pin, sequence, settle, store_rows
+from .triton_backward import add_tangents, bend, finish, tile_tangent, tile_weights
+from .triton_tiles import add_product, kept, load_rows, pin, sequence, settle, store_rows
 
 
 @triton.jit
@@ -17,6 +17,24 @@ def row_statistic(x, at, here, other, MASKED: tl.constexpr):
     return value
 
 
+@triton.jit
+def _weights(
+    qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weights of a transposed tile. Keys that do not exist need no mask: nobody stores their rows."""
+    s = add_product(tl.zeros([keys.shape[0], qs.shape[0]], tl.float32), qs, keys, True, PRECISION)
+    shift = row_statistic(stats + head, at, here, float("inf"), PACKED)
+    lnorm = shift
+    if SPLIT:
+        lnorm = row_statistic(stats + lnorms + head, at, here, 0.0, PACKED)
+    return tile_weights(
+        s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, i + offset, i + offset - window, scale, softcap,
+        WINDOW, MASK, SOFTCAP, SPLIT, CAUSAL, True,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
 def _attention_bwd_kv_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, q_start, k_start,
@@ -27,7 +45,7 @@ def _attention_bwd_kv_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
-    SPLIT: tl.constexpr, FOLD: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    SPLIT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     TMA: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -71,76 +89,76 @@ def _attention_bwd_kv_kernel(
             high = tl.maximum(tl.minimum(n, j0 + BLOCK_N - 1 - offset + window), 0)
     blocks = tl.maximum((high - low + BLOCK_M - 1) // BLOCK_M, 0)
 
+    lnorms = (tl.num_programs(1) * GROUP).to(tl.int64) * NP
     k_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     k_tan_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     v_tan_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    unscale = 1.0
-    if FOLD:
-        unscale = 1.0 / scale
     start = settle(low, PIN)
     h = hk * GROUP
     for _ in tl.range(0, GROUP * blocks, num_stages=STAGES):
         i = (start + tl.arange(0, BLOCK_M))[None, :]
-        head = (b * H + h).to(tl.int64) * NP
-        at = q_first + start + tl.arange(0, BLOCK_M)
-        here = tl.full([BLOCK_M], True, tl.int1)
-        if PACKED:
-            here = start + tl.arange(0, BLOCK_M) < n
         qs = load_rows(q, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
-        zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        s = add_product(zeros, qs, keys, True, PRECISION)
-        shift = row_statistic(stats + head, at, here, float("inf"), PACKED)
-        lnorm = shift
-        if SPLIT:
-            lnorm = row_statistic(
-                stats + (tl.num_programs(1) * GROUP).to(tl.int64) * NP + head, at, here, 0.0, PACKED
-            )
-        p, tau = tile_weights(
-            s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, i + offset, i + offset - window, scale, softcap,
-            WINDOW, MASK, SOFTCAP, SPLIT, CAUSAL, True,
-        )  # fmt: skip
-        keep = 1.0
-        weight = p
-        if DROPOUT:
-            keep = kept(seed, b, h, H, i, j, dropout)
-            weight = p * keep
+        q_tans = qs
+        if Q_TAN:
+            q_tans = load_rows(q_tan, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
         gs = load_rows(g, g_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_V, V, TMA)
         g_tans = gs
         if TANGENT:
             g_tans = load_rows(g_tan, g_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_V, V, TMA)
+        head = (b * H + h).to(tl.int64) * NP
+        at = q_first + start + tl.arange(0, BLOCK_M)
+        here = at < q_end
+        zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        keep = 1.0
+        if DROPOUT:
+            keep = kept(seed, b, h, H, i, j, dropout)
+        p, tau = zeros, 0.0
+        if SOFTCAP:
+            p, tau = _weights(
+                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
+                softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
+            )  # fmt: skip
+        if MOVES and TANGENT:
+            t = add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, True, PRECISION)
+            center = row_statistic(mu + head, at, here, 0.0, PACKED)
+            t, c = tile_tangent(
+                t, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, True
+            )  # fmt: skip
         s_bar = zeros
-        t_bar = zeros
         if NEED_K:
-            d0 = row_statistic(delta + head, at, here, 0.0, PACKED)
-            s_bar = filled(-d0, BLOCK_N, BLOCK_M, FOLD, PIN)
+            if MOVES and TANGENT:
+                t_bar = add_product(zeros, g_tans, values, True, PRECISION)
+                d1 = row_statistic(delta_tan + head, at, here, 0.0, PACKED)
+                t_bar = t_bar * keep - d1[None, :]
+                if not DROPOUT:
+                    s_bar = pin(t_bar * c, PIN)
             if FIRST:
                 s_bar = add_product(s_bar, gs, values, True, PRECISION)
             if V_TAN:
                 s_bar = add_product(s_bar, g_tans, value_tans, True, PRECISION)
-            if not FOLD:
-                s_bar = s_bar * keep - d0[None, :]
+            d0 = row_statistic(delta + head, at, here, 0.0, PACKED)
+            s_bar = s_bar * keep - d0[None, :]
+            if MOVES and TANGENT and DROPOUT:
+                s_bar += t_bar * c
+        if not SOFTCAP:
+            p, tau = _weights(
+                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
+                softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
+            )  # fmt: skip
+        if NEED_V:
+            weight = p * keep
+            low_weight = pin(weight.to(gs.dtype), PIN)
+            if MOVES and TANGENT:
+                v_acc = tl.dot(pin((weight * c).to(gs.dtype), PIN), g_tans, v_acc, input_precision=PRECISION)
+            if FIRST:
+                v_acc = tl.dot(low_weight, gs, v_acc, input_precision=PRECISION)
+            if TANGENT and V_TAN:
+                v_tan_acc = tl.dot(low_weight, g_tans, v_tan_acc, input_precision=PRECISION)
+        if NEED_K:
             s_bar = p * s_bar
             if MOVES and TANGENT:
-                d1 = row_statistic(delta_tan + head, at, here, 0.0, PACKED)
-                t_bar = add_product(filled(-d1, BLOCK_N, BLOCK_M, FOLD, PIN), g_tans, values, True, PRECISION)
-                if not FOLD:
-                    t_bar = t_bar * keep - d1[None, :]
                 t_bar = p * t_bar
-        if MOVES and TANGENT:
-            center = row_statistic(mu + head, at, here, 0.0, PACKED)
-            q_tans = qs
-            if Q_TAN:
-                q_tans = load_rows(q_tan, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
-            t, c = tile_tangent(
-                filled(-center * unscale, BLOCK_N, BLOCK_M, FOLD, PIN), qs, q_tans, keys, key_tans, center, tau,
-                mask_tan, mask_strides, b, h, i, j, n, m, scale,
-                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, True, FOLD, PRECISION,
-            )  # fmt: skip
-            if NEED_V:
-                v_acc = tl.dot(pin((weight * c).to(gs.dtype), PIN), g_tans, v_acc, input_precision=PRECISION)
-            if NEED_K:
-                s_bar += t_bar * c
                 if SOFTCAP:
                     s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, True)
                 low_t_bar = pin(t_bar.to(qs.dtype), PIN)
@@ -148,16 +166,9 @@ def _attention_bwd_kv_kernel(
                     k_tan_acc = tl.dot(low_t_bar, qs, k_tan_acc, input_precision=PRECISION)
                 if Q_TAN:
                     k_acc = tl.dot(low_t_bar, q_tans, k_acc, input_precision=PRECISION)
-        elif NEED_K and SOFTCAP:
-            s_bar, t_bar = bend(s_bar, t_bar, t_bar, tau, softcap, False)
-        if NEED_K:
+            elif SOFTCAP:
+                s_bar, _ = bend(s_bar, s_bar, s_bar, tau, softcap, False)
             k_acc = tl.dot(pin(s_bar.to(qs.dtype), PIN), qs, k_acc, input_precision=PRECISION)
-        if NEED_V:
-            low_weight = pin(weight.to(gs.dtype), PIN)
-            if FIRST:
-                v_acc = tl.dot(low_weight, gs, v_acc, input_precision=PRECISION)
-            if TANGENT and V_TAN:
-                v_tan_acc = tl.dot(low_weight, g_tans, v_tan_acc, input_precision=PRECISION)
         start += BLOCK_M
         if GROUP > 1:
             # the next head of the group

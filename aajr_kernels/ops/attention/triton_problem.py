@@ -47,13 +47,6 @@ class Problem:
         return self.mask_kind == 2 or self.q.dtype == torch.float32
 
     @property
-    def folds(self) -> bool:
-        """Whether products can start from the statistics of the rows: nothing but the scale comes between."""
-        options = self.options
-        plain = options.softcap is None and options.dropout == 0 and options.scale != 0
-        return plain and not self.split
-
-    @property
     def moves(self) -> bool:
         """Whether the scores have tangents."""
         stacked = (self.q, self.k, *((self.mask,) if self.mask_kind == 2 else ()))

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_backward import bend, finish, tile_tangent, tile_weights
-from .triton_tiles import add_product, kept, load_rows, seen, sequence, store_rows
+from .triton_backward import add_tangents, bend, finish, tile_tangent, tile_weights
+from .triton_tiles import add_product, kept, load_rows, pin, seen, sequence, settle, store_rows
 
 
 @triton.jit
@@ -16,63 +16,69 @@ def _dq_loop(
     WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     FIRST: tl.constexpr, TANGENT: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
+    PIN: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys ``[low, high)`` of a block of queries; CHECK where some of them may be invisible."""
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
-    for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(settle(low, PIN), high, BLOCK_N, num_stages=STAGES):
         j = (start + tl.arange(0, BLOCK_N))[None, :]
         keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
         key_tans = keys
         if K_TAN:
             key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
         zeros = tl.zeros([qs.shape[0], BLOCK_N], tl.float32)
-        p, tau = tile_weights(
-            add_product(zeros, qs, keys, False, PRECISION), shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
-            last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False,
-        )  # fmt: skip
         keep = 1.0
         if DROPOUT:
             keep = kept(seed, b, h, H, i, j, dropout)
-        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-        t_bar = p
-        t = p
-        moved = zeros
-        if MOVES and TANGENT:
-            # in this order the fewest tiles live at a time
-            t, c = tile_tangent(
-                zeros, qs, q_tans, keys, key_tans, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale,
-                Q_TAN, K_TAN, MASK_TAN, SOFTCAP, False, False, PRECISION,
+        tau = 0.0
+        if SOFTCAP:
+            s = add_product(zeros, qs, keys, False, PRECISION)
+            p, tau = tile_weights(
+                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
+                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False,
             )  # fmt: skip
-            t_bar = add_product(zeros, g_tans, values, False, PRECISION)
-            if DROPOUT:
-                t_bar = t_bar * keep
-            t_bar = p * (t_bar - d1[:, None])
-            if not SOFTCAP:
-                low_t_bar = t_bar.to(keys.dtype)
-                if Q_TAN:
-                    q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
-                if K_TAN:
-                    q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
-            moved = t_bar * c
+        if MOVES and TANGENT:
+            t, c = tile_tangent(
+                add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, False, PRECISION), center, tau,
+                mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, False,
+            )  # fmt: skip
+        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
         s_bar = zeros
+        if MOVES and TANGENT:
+            t_bar = add_product(zeros, g_tans, values, False, PRECISION)
+            t_bar = t_bar * keep - d1[:, None]
+            if not DROPOUT:
+                s_bar = pin(t_bar * c - d0[:, None], PIN)
         if FIRST:
             s_bar = add_product(s_bar, gs, values, False, PRECISION)
         if V_TAN:
             value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
             s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
         if DROPOUT:
-            s_bar = s_bar * keep
-        s_bar = p * (s_bar - d0[:, None]) + moved
-        if SOFTCAP:
-            s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, MOVES and TANGENT)
+            s_bar = s_bar * keep - d0[:, None]
             if MOVES and TANGENT:
-                low_t_bar = t_bar.to(keys.dtype)
-                if Q_TAN:
-                    q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
-                if K_TAN:
-                    q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
-        q_acc = tl.dot(s_bar.to(keys.dtype), keys, q_acc, input_precision=PRECISION)
+                s_bar += t_bar * c
+        elif not (MOVES and TANGENT):
+            s_bar -= d0[:, None]
+        if not SOFTCAP:
+            s = add_product(zeros, qs, keys, False, PRECISION)
+            p, tau = tile_weights(
+                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
+                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False,
+            )  # fmt: skip
+        s_bar = p * s_bar
+        if MOVES and TANGENT:
+            t_bar = p * t_bar
+            if SOFTCAP:
+                s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, True)
+            low_t_bar = pin(t_bar.to(keys.dtype), PIN)
+            if Q_TAN:
+                q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
+            if K_TAN:
+                q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
+        elif SOFTCAP:
+            s_bar, _ = bend(s_bar, s_bar, s_bar, tau, softcap, False)
+        q_acc = tl.dot(pin(s_bar.to(keys.dtype), PIN), keys, q_acc, input_precision=PRECISION)
     return q_acc, q_tan_acc
 
 
@@ -87,7 +93,8 @@ def _attention_bwd_q_kernel(
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
     SPLIT: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of queries: gradients of the queries and their tangent; programs as in the forward."""
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
@@ -137,19 +144,19 @@ def _attention_bwd_q_kernel(
     last, before = seen(i, m, offset, window, CAUSAL)
     q_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     q_tan_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if not (WINDOW or PACKED):
+    if False:
         q_acc, q_tan_acc = _dq_loop(
             q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
             k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, free, k_first, n, m, k_end,
             scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
-            Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PRECISION, False, STAGES,
+            Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PIN, PRECISION, False, STAGES,
         )  # fmt: skip
         low = free
     q_acc, q_tan_acc = _dq_loop(
         q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
         k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, high, k_first, n, m, k_end,
         scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
-        Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PRECISION, True, STAGES,
+        Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PIN, PRECISION, True, STAGES,
     )  # fmt: skip
     finish(
         q_bar,

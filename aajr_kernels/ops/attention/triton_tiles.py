@@ -120,16 +120,6 @@ def settle(x, PIN: tl.constexpr):
 
 
 @triton.jit
-def filled(row, ROWS: tl.constexpr, COLS: tl.constexpr, FOLD: tl.constexpr, PIN: tl.constexpr):
-    """A tile whose rows are `row`, ``[COLS]``, for products to be added to; zero without FOLD."""
-    if FOLD:
-        tile = pin(tl.broadcast_to(row[None, :], [ROWS, COLS]), PIN)
-    else:
-        tile = tl.zeros([ROWS, COLS], tl.float32)
-    return tile
-
-
-@triton.jit
 def seen(i, m, offset, window, CAUSAL: tl.constexpr):
     """The last key that the queries i see, and the last one before their window."""
     last = i * 0 + m - 1
