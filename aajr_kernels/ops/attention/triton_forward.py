@@ -15,77 +15,6 @@ from .triton_tiles import (
 )
 
 
-@triton.jit
-def _fwd_loop(
-    acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
-    mask, mask_tan, mask_strides, i, last, before, b, h, hk, heads, low, high, k_first, n, m, k_end,
-    scale, softcap, dropout, seed,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The keys ``[low, high)``; CHECK where some of them may be invisible."""
-    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
-    for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
-        j = start + tl.arange(0, BLOCK_N)[None, :]
-        keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
-        zeros = tl.zeros([qs.shape[0], BLOCK_N], tl.float32)
-        s = add_product(zeros, qs, keys, False, PRECISION)
-        if MOVES:
-            t = zeros
-            if Q_TAN:
-                t = add_product(t, q_tans, keys, False, PRECISION)
-            if K_TAN:
-                key_tans = load_rows(
-                    k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA
-                )
-                t = add_product(t, qs, key_tans, False, PRECISION)
-        s, tau = scores(
-            s, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap, WINDOW, MASK, SOFTCAP, CHECK
-        )  # fmt: skip
-        peak = tl.maximum(top, tl.max(s, 1))
-        finite = tl.where(peak == float("-inf"), 0.0, peak)  # nothing visible so far
-        if MASK == 2:
-            p = tl.exp(s - finite[:, None])
-            decay = tl.exp(top - finite)
-        else:
-            p = tl.exp2(s - finite[:, None])
-            decay = tl.exp2(top - finite)
-        top = peak
-        total = total * decay + tl.sum(p, 1)
-        weight = p
-        if DROPOUT:
-            keep = kept(seed, b, h, heads, i, j, dropout)
-            weight = p * keep
-        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-        low_weight = weight.to(values.dtype)
-        if MOVES:
-            slope = scale
-            if SOFTCAP:
-                slope = scale * (1.0 - tau * tau)
-            t = t * slope
-            if MASK_TAN:
-                t += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
-            # Tangents count from their mean over the keys so far. Only what differs from it is rounded to the dtype of
-            # the values, and nothing is left to be subtracted in the end; the sum so far follows the mean exactly.
-            step = tl.sum(p * (t - mean[:, None]), 1) / tl.where(total == 0.0, 1.0, total)
-            acc_tan = acc_tan - step[:, None] * acc
-            mean += step
-            moved = p * (t - mean[:, None])
-            if DROPOUT:
-                moved = moved * keep
-        acc = tl.dot(low_weight, values, acc * decay[:, None], input_precision=PRECISION)
-        if MOVES or V_TAN:
-            acc_tan = acc_tan * decay[:, None]
-        if MOVES:
-            acc_tan = tl.dot(moved.to(values.dtype), values, acc_tan, input_precision=PRECISION)
-        if V_TAN:
-            value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-            acc_tan = tl.dot(low_weight, value_tans, acc_tan, input_precision=PRECISION)
-    return acc, acc_tan, top, total, mean
-
-
 @triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
 def _attention_fwd_kernel(
     q, k, v, q_tan, k_tan, v_tan, mask, mask_tan, q_start, k_start, out, out_tan, stats, mu,
@@ -136,13 +65,10 @@ def _attention_fwd_kernel(
 
     low = 0
     high = m
-    free = (m // BLOCK_N) * BLOCK_N  # up to here every query of the block sees every key
     if CAUSAL:
         high = tl.maximum(tl.minimum(m, i0 + BLOCK_M + offset), 0)
-        free = tl.maximum(tl.minimum(free, ((i0 + offset + 1) // BLOCK_N) * BLOCK_N), 0)
         if WINDOW:
             low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
-            free = low
     last, before = seen(i, m, offset, window, CAUSAL)
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -150,22 +76,62 @@ def _attention_fwd_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
-    if not (WINDOW or PACKED):
-        acc, acc_tan, top, total, mean = _fwd_loop(
-            acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
-            mask, mask_tan, mask_strides, i, last, before, b, h, hk, H, low, free, k_first, n, m, k_end,
-            scale, softcap, dropout, seed,
-            BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
-            Q_TAN, K_TAN, V_TAN, MASK_TAN, TMA, PRECISION, False, STAGES,
+    for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        s = add_product(zeros, qs, keys, False, PRECISION)
+        if MOVES:
+            t = zeros
+            if Q_TAN:
+                t = add_product(t, q_tans, keys, False, PRECISION)
+            if K_TAN:
+                key_tans = load_rows(
+                    k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA
+                )
+                t = add_product(t, qs, key_tans, False, PRECISION)
+        s, tau = scores(
+            s, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap, WINDOW, MASK, SOFTCAP, True
         )  # fmt: skip
-        low = free
-    acc, acc_tan, top, total, mean = _fwd_loop(
-        acc, acc_tan, top, total, mean, qs, q_tans, k, v, k_tan, v_tan, k_strides, v_strides,
-        mask, mask_tan, mask_strides, i, last, before, b, h, hk, H, low, high, k_first, n, m, k_end,
-        scale, softcap, dropout, seed,
-        BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
-        Q_TAN, K_TAN, V_TAN, MASK_TAN, TMA, PRECISION, True, STAGES,
-    )  # fmt: skip
+        peak = tl.maximum(top, tl.max(s, 1))
+        finite = tl.where(peak == float("-inf"), 0.0, peak)  # nothing visible so far
+        if MASK == 2:
+            p = tl.exp(s - finite[:, None])
+            decay = tl.exp(top - finite)
+        else:
+            p = tl.exp2(s - finite[:, None])
+            decay = tl.exp2(top - finite)
+        top = peak
+        total = total * decay + tl.sum(p, 1)
+        weight = p
+        if DROPOUT:
+            keep = kept(seed, b, h, H, i, j, dropout)
+            weight = p * keep
+        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+        low_weight = weight.to(values.dtype)
+        if MOVES:
+            slope = scale
+            if SOFTCAP:
+                slope = scale * (1.0 - tau * tau)
+            t = t * slope
+            if MASK_TAN:
+                t += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
+            # Tangents count from their mean over the keys so far. Only what differs from it is rounded to the dtype of
+            # the values, and nothing is left to be subtracted in the end; the sum so far follows the mean exactly.
+            step = tl.sum(p * (t - mean[:, None]), 1) / tl.where(total == 0.0, 1.0, total)
+            acc_tan = acc_tan - step[:, None] * acc
+            mean += step
+            moved = p * (t - mean[:, None])
+            if DROPOUT:
+                moved = moved * keep
+        acc = tl.dot(low_weight, values, acc * decay[:, None], input_precision=PRECISION)
+        if MOVES or V_TAN:
+            acc_tan = acc_tan * decay[:, None]
+        if MOVES:
+            acc_tan = tl.dot(moved.to(values.dtype), values, acc_tan, input_precision=PRECISION)
+        if V_TAN:
+            value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+            acc_tan = tl.dot(low_weight, value_tans, acc_tan, input_precision=PRECISION)
 
     empty = total == 0.0  # but not where NaN
     total = tl.where(empty, 1.0, total)

@@ -177,30 +177,15 @@ def _attention_bwd_kv_kernel(
 
     if NEED_V:
         finish(
-            v_bar,
-            v_bar_strides,
-            v_sum,
-            b,
-            hk,
-            HK,
-            M,
-            k_first + j0,
-            k_end,
-            v_acc,
-            BLOCK_N,
-            BLOCK_V,
-            V,
-            FIRST,
-            LAST,
-        )
+            v_bar, v_bar_strides, v_sum, b, hk, HK, M, k_first + j0, k_end, v_acc, BLOCK_N, BLOCK_V, V, FIRST, LAST
+        )  # fmt: skip
         if TANGENT and V_TAN:
             store_rows(v_tan_bar, v_bar_strides, b, hk, k_first + j0, k_end, v_tan_acc, BLOCK_N, BLOCK_V, V)
     if NEED_K:
+        k_acc *= scale
         finish(
-            k_bar, k_bar_strides, k_sum, b, hk, HK, M, k_first + j0, k_end, k_acc * scale, BLOCK_N, BLOCK_D, D, FIRST,
-            LAST,
+            k_bar, k_bar_strides, k_sum, b, hk, HK, M, k_first + j0, k_end, k_acc, BLOCK_N, BLOCK_D, D, FIRST, LAST
         )  # fmt: skip
         if K_TAN:
-            store_rows(
-                k_tan_bar, k_bar_strides, b, hk, k_first + j0, k_end, k_tan_acc * scale, BLOCK_N, BLOCK_D, D
-            )
+            k_tan_acc *= scale
+            store_rows(k_tan_bar, k_bar_strides, b, hk, k_first + j0, k_end, k_tan_acc, BLOCK_N, BLOCK_D, D)

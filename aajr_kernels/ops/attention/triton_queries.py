@@ -7,81 +7,6 @@ from .triton_backward import add_tangents, bend, finish, tile_tangent, tile_weig
 from .triton_tiles import add_product, kept, load_rows, pin, seen, sequence, settle, store_rows
 
 
-@triton.jit
-def _dq_loop(
-    q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
-    k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, high, k_first, n, m, k_end,
-    scale, softcap, dropout, seed,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
-    FIRST: tl.constexpr, TANGENT: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-    PIN: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The keys ``[low, high)`` of a block of queries; CHECK where some of them may be invisible."""
-    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
-    for start in tl.range(settle(low, PIN), high, BLOCK_N, num_stages=STAGES):
-        j = (start + tl.arange(0, BLOCK_N))[None, :]
-        keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
-        key_tans = keys
-        if K_TAN:
-            key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
-        zeros = tl.zeros([qs.shape[0], BLOCK_N], tl.float32)
-        keep = 1.0
-        if DROPOUT:
-            keep = kept(seed, b, h, H, i, j, dropout)
-        tau = 0.0
-        if SOFTCAP:
-            s = add_product(zeros, qs, keys, False, PRECISION)
-            p, tau = tile_weights(
-                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
-                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False,
-            )  # fmt: skip
-        if MOVES and TANGENT:
-            t, c = tile_tangent(
-                add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, False, PRECISION), center, tau,
-                mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, False,
-            )  # fmt: skip
-        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-        s_bar = zeros
-        if MOVES and TANGENT:
-            t_bar = add_product(zeros, g_tans, values, False, PRECISION)
-            t_bar = t_bar * keep - d1[:, None]
-            if not DROPOUT:
-                s_bar = pin(t_bar * c - d0[:, None], PIN)
-        if FIRST:
-            s_bar = add_product(s_bar, gs, values, False, PRECISION)
-        if V_TAN:
-            value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-            s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
-        if DROPOUT:
-            s_bar = s_bar * keep - d0[:, None]
-            if MOVES and TANGENT:
-                s_bar += t_bar * c
-        elif not (MOVES and TANGENT):
-            s_bar -= d0[:, None]
-        if not SOFTCAP:
-            s = add_product(zeros, qs, keys, False, PRECISION)
-            p, tau = tile_weights(
-                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
-                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, CHECK, False,
-            )  # fmt: skip
-        s_bar = p * s_bar
-        if MOVES and TANGENT:
-            t_bar = p * t_bar
-            if SOFTCAP:
-                s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, True)
-            low_t_bar = pin(t_bar.to(keys.dtype), PIN)
-            if Q_TAN:
-                q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
-            if K_TAN:
-                q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
-        elif SOFTCAP:
-            s_bar, _ = bend(s_bar, s_bar, s_bar, tau, softcap, False)
-        q_acc = tl.dot(pin(s_bar.to(keys.dtype), PIN), keys, q_acc, input_precision=PRECISION)
-    return q_acc, q_tan_acc
-
-
 @triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
 def _attention_bwd_q_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, q_start, k_start,
@@ -134,48 +59,76 @@ def _attention_bwd_q_kernel(
 
     low = 0
     high = m
-    free = (m // BLOCK_N) * BLOCK_N
     if CAUSAL:
         high = tl.maximum(tl.minimum(m, i0 + BLOCK_M + offset), 0)
-        free = tl.maximum(tl.minimum(free, ((i0 + offset + 1) // BLOCK_N) * BLOCK_N), 0)
         if WINDOW:
             low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
-            free = low
     last, before = seen(i, m, offset, window, CAUSAL)
     q_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     q_tan_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if False:
-        q_acc, q_tan_acc = _dq_loop(
-            q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
-            k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, free, k_first, n, m, k_end,
-            scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
-            Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PIN, PRECISION, False, STAGES,
-        )  # fmt: skip
-        low = free
-    q_acc, q_tan_acc = _dq_loop(
-        q_acc, q_tan_acc, qs, q_tans, gs, g_tans, k, v, k_tan, v_tan, mask, mask_tan, shift, lnorm, center, d0, d1,
-        k_strides, v_strides, mask_strides, i, last, before, b, h, hk, H, low, high, k_first, n, m, k_end,
-        scale, softcap, dropout, seed, BLOCK_N, BLOCK_D, BLOCK_V, D, V, WINDOW, MASK, SOFTCAP, DROPOUT,
-        Q_TAN, K_TAN, V_TAN, MASK_TAN, FIRST, TANGENT, SPLIT, TMA, PIN, PRECISION, True, STAGES,
-    )  # fmt: skip
+    for start in tl.range(settle(low, PIN), high, BLOCK_N, num_stages=STAGES):
+        j = (start + tl.arange(0, BLOCK_N))[None, :]
+        keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+        key_tans = keys
+        if K_TAN:
+            key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        keep = 1.0
+        if DROPOUT:
+            keep = kept(seed, b, h, H, i, j, dropout)
+        tau = 0.0
+        if SOFTCAP:
+            s = add_product(zeros, qs, keys, False, PRECISION)
+            p, tau = tile_weights(
+                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
+                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
+            )  # fmt: skip
+        if MOVES and TANGENT:
+            t, c = tile_tangent(
+                add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, False, PRECISION), center, tau,
+                mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, False,
+            )  # fmt: skip
+        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+        s_bar = zeros
+        if MOVES and TANGENT:
+            t_bar = add_product(zeros, g_tans, values, False, PRECISION)
+            t_bar = t_bar * keep - d1[:, None]
+            if not DROPOUT:
+                s_bar = pin(t_bar * c - d0[:, None], PIN)
+        if FIRST:
+            s_bar = add_product(s_bar, gs, values, False, PRECISION)
+        if V_TAN:
+            value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+            s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
+        if DROPOUT:
+            s_bar = s_bar * keep - d0[:, None]
+            if MOVES and TANGENT:
+                s_bar += t_bar * c
+        elif not (MOVES and TANGENT):
+            s_bar -= d0[:, None]
+        if not SOFTCAP:
+            s = add_product(zeros, qs, keys, False, PRECISION)
+            p, tau = tile_weights(
+                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
+                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
+            )  # fmt: skip
+        s_bar = p * s_bar
+        if MOVES and TANGENT:
+            t_bar = p * t_bar
+            if SOFTCAP:
+                s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, True)
+            low_t_bar = pin(t_bar.to(keys.dtype), PIN)
+            if Q_TAN:
+                q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
+            if K_TAN:
+                q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
+        elif SOFTCAP:
+            s_bar, _ = bend(s_bar, s_bar, s_bar, tau, softcap, False)
+        q_acc = tl.dot(pin(s_bar.to(keys.dtype), PIN), keys, q_acc, input_precision=PRECISION)
+
     finish(
-        q_bar,
-        q_bar_strides,
-        q_sum,
-        b,
-        h,
-        H,
-        N,
-        q_first + i0,
-        q_end,
-        q_acc * scale,
-        BLOCK_M,
-        BLOCK_D,
-        D,
-        FIRST,
-        LAST,
-    )
+        q_bar, q_bar_strides, q_sum, b, h, H, N, q_first + i0, q_end, q_acc * scale, BLOCK_M, BLOCK_D, D, FIRST, LAST
+    )  # fmt: skip
     if Q_TAN:
-        store_rows(
-            q_tan_bar, q_bar_strides, b, h, q_first + i0, q_end, q_tan_acc * scale, BLOCK_M, BLOCK_D, D
-        )
+        q_tan_acc *= scale
+        store_rows(q_tan_bar, q_bar_strides, b, h, q_first + i0, q_end, q_tan_acc, BLOCK_M, BLOCK_D, D)
