@@ -141,10 +141,14 @@ def _has_native(op: str) -> bool:
     return reason is None and _has(op, "native")
 
 
+def _has_memory(t: torch.Tensor) -> bool:
+    """Whether the tensor is what it seems: no subclass that intercepts operations."""
+    return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+
+
 def _fits_native(t: torch.Tensor) -> bool:
-    """A CPU tensor with memory of its own: no subclass that intercepts operations, no dtype without kernels."""
-    plain = type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-    return plain and t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
+    """A CPU tensor with memory of its own and a dtype that has kernels."""
+    return _has_memory(t) and t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
 
 
 def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
@@ -154,6 +158,9 @@ def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
             continue
         if (reason := gpu.why_not(t)) is not None:
             return reason
+        # DTensor, for one, has a pointer of zero
+        if not torch.compiler.is_compiling() and not _has_memory(t):
+            return f"a {type(t).__name__}, which has no memory of its own: pass the local tensor"
         first = t if first is None else first
         if t.device != first.device:
             return f"tensors on {first.device} and on {t.device}: move them to one device"

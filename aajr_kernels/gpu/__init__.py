@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +20,25 @@ import torch
 #: dtypes the kernels compute with; float64 is the reference's
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-#: set by `recording`: takes (kernel, grid, arguments, options) instead of the device
-_recorder: Callable[..., None] | None = None
-_recorded_architecture = ""
+
+class _State(threading.local):
+    """What `recording` sets, for its own thread: others go on launching while one compiles."""
+
+    #: takes (kernel, grid, arguments, options) instead of the device
+    recorder: Callable[..., None] | None = None
+    architecture = ""
+
+
+_state = _State()
+
+
+def is_recorded() -> bool:
+    """Whether launches of this thread go to a recorder."""
+    return _state.recorder is not None
+
+
+# torch.compile cannot trace a look into the state of a thread
+is_recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -46,7 +63,7 @@ interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def missing() -> str | None:
     """None where Triton kernels can run, or one sentence saying why they cannot."""
     reason = _not_installed()
-    if reason is None and not (interpreted() or _recorder is not None or torch.cuda.is_available()):
+    if reason is None and not (interpreted() or is_recorded() or torch.cuda.is_available()):
         reason = (
             f"torch {torch.__version__} sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on a CPU, "
             "for tests)"
@@ -56,7 +73,7 @@ def missing() -> str | None:
 
 def why_not(t: torch.Tensor) -> str | None:
     """None where the kernels take the tensor, or what it is and what it should be."""
-    device = "meta" if _recorder is not None else "cpu" if interpreted() else "cuda"
+    device = "meta" if is_recorded() else "cpu" if interpreted() else "cuda"
     if t.device.type != device:
         return f"a tensor on {t.device}: move it to a {'CUDA or ROCm' if device == 'cuda' else device} device"
     if t.is_floating_point() and t.dtype not in FLOATS:
@@ -79,13 +96,18 @@ def dry_run(architecture: str = "") -> Iterator[list[Any]]:
 @contextlib.contextmanager
 def recording(recorder: Callable[..., None], architecture: str) -> Iterator[None]:
     """Every launch inside the block goes to `recorder` instead of a device."""
-    global _recorder, _recorded_architecture
-    before = _recorder, _recorded_architecture
-    _recorder, _recorded_architecture = recorder, architecture
+    before = _state.recorder, _state.architecture
+    _state.recorder, _state.architecture = recorder, architecture
     try:
         yield
     finally:
-        _recorder, _recorded_architecture = before
+        _state.recorder, _state.architecture = before
+
+
+def float32_products(x: torch.Tensor) -> str:
+    """How products of float32 rows are formed, as torch forms them: ``"tf32"`` or ``"ieee"``, also for low dtypes."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and torch.version.hip is None else "ieee"
 
 
 @functools.cache
@@ -98,8 +120,8 @@ def _architecture(index: int) -> str:
 
 def architecture(device: torch.device) -> str:
     """``"sm_90"``, ``"gfx942"``...; ``"interpreter"`` where there is no device."""
-    if _recorder is not None:
-        return _recorded_architecture
+    if is_recorded():
+        return _state.architecture
     if interpreted():
         return "interpreter"
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
@@ -129,8 +151,8 @@ def launch(
         return
     # contraction to multiply-add is the default of some versions and backends only
     options = {"enable_fp_fusion": True, **options, "num_warps": num_warps}
-    if _recorder is not None:
-        _recorder(kernel, grid, args, options)
+    if _state.recorder is not None:
+        _state.recorder(kernel, grid, args, options)
         return
     with _guard(device):
         kernel[grid](*args, **options)

@@ -8,10 +8,23 @@ have one. The kernel turns the number of a row into an offset with :func:`.rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
 Strides = tuple[int, ...]
+
+
+@overload
+def within_reach(x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def within_reach(x: torch.Tensor | None) -> torch.Tensor | None: ...
+
+
+def within_reach(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x`, copied where offsets along its last axis exceed the 32 bits in which kernels count columns."""
+    far = x is not None and (x.shape[-1] - 1) * x.stride(-1) >= 1 << 31
+    return x.contiguous() if far and x is not None else x
 
 
 def row_axes(

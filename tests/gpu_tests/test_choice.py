@@ -27,6 +27,7 @@ torch.cuda.is_available = lambda: True
 class Fake:
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
+    __torch_dispatch__ = torch._C._disabled_torch_dispatch_impl
     def is_floating_point(self): return self.dtype.is_floating_point
 
 def fake(device="cuda:0", dtype=torch.bfloat16):

@@ -83,6 +83,7 @@ def calls() -> list[tuple[Any, tuple[Any, ...]]]:
     return list(found.values())
 
 
+@pytest.mark.slow
 def test_every_operator_passes_opcheck(calls):
     for func, args in calls:
         plain = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
@@ -90,11 +91,13 @@ def test_every_operator_passes_opcheck(calls):
         torch.library.opcheck(func, plain, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 def test_every_operator_was_reached(calls):
     reached = {str(func).removesuffix(".default").replace(".", "::") for func, _ in calls}
     assert reached == set(operators.names)
 
 
+@pytest.mark.slow
 def test_fake_results_have_the_strides_of_real_ones_for_permuted_inputs(calls):
     for func, args in calls:
         permuted = tuple(

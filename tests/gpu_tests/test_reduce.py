@@ -55,6 +55,7 @@ def views(dtype: torch.dtype):
     yield y[:, 0, 0]
 
 
+@pytest.mark.slow
 def test_strides_are_read_in_place():
     for y in views(torch.bfloat16):
         q_bar = draw(y.shape[0] - 1, *y.shape[1:-1]).movedim(0, -1).contiguous().movedim(-1, 0)

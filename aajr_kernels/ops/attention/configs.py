@@ -91,6 +91,10 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: boo
     limit = 64 if size <= 64 else 128 if size <= 128 else 256
     measured = tuned.lookup(tuned.key(kernel, arch, dtype, limit, causal))
     if measured is not None:
+        if measured[0] > 128:
+            raise ValueError(
+                f"tuned.json: statistics are padded for blocks of 128 queries, got {measured[0]}."
+            )
         return Tile(*measured)
     if arch == "interpreter":
         return Tile(32, 32, 1, 1)

@@ -21,6 +21,7 @@ from .triton_problem import (
     batch_parts,
     block_size,
     descriptors_fit,
+    like,
     mask_part,
     reseeded,
     row_dense,
@@ -165,9 +166,9 @@ def _attention_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     q, k, v, out_bar = (row_dense(x) for x in (q, k, v, out_bar))
     p = _problem(q, k, v, mask, flat)
-    q_bar = torch.empty_like(q) if need_q else None
-    k_bar = torch.empty_like(k) if need_k else None
-    v_bar = torch.empty_like(v) if need_v else None
+    q_bar = like(q) if need_q else None
+    k_bar = like(k) if need_k else None
+    v_bar = like(v) if need_v else None
     bias_bar = None
     if need_bias and mask is not None:
         bias_bar = torch.empty(mask.shape, dtype=torch.float32, device=q.device)
@@ -298,7 +299,12 @@ class Backward:
         constants |= {"TANGENT": index >= 0, "BLOCK_M": chosen.m, "BLOCK_N": chosen.n}
         constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
         if kernel != "bias":
-            constants |= {"TMA": tma, "LAST": index >= p.tangents - 1, "STAGES": chosen.stages, "PIN": arch == "sm_90"}
+            constants |= {
+                "TMA": tma,
+                "LAST": index >= p.tangents - 1,
+                "STAGES": chosen.stages,
+                "PIN": arch == "sm_90",
+            }
         return chosen, arguments, constants
 
     def statistics(self) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...gpu import float32_products
 from .tiling import Options
 
 GRID_LIMIT = 65535
@@ -79,16 +80,17 @@ class Problem:
             "ALIGN_RIGHT": options.align_right,
             "FIRST": index <= 0,
             "SPLIT": self.split,
-            "PRECISION": _precision(self.q.dtype),
+            "PRECISION": float32_products(self.q),
         }
 
     def scalars(self) -> tuple[Any, ...]:
         options = self.options
         (H, N), M = self.q.shape[2:4], self.k.shape[3]
         return (
-            options.scale,
-            options.softcap or 1.0,
-            options.dropout,
+            # floats: an int of 1 would become a constant of the kernel
+            float(options.scale),
+            float(options.softcap or 1.0),
+            float(options.dropout),
             options.seed if isinstance(options.seed, Tensor) else None,
             H,
             N,
@@ -117,12 +119,6 @@ def stack(x: Tensor, index: int) -> Tensor:
     return x[1 + index if x.shape[0] > 1 and index >= 0 else 0]
 
 
-def _precision(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def row_dense(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
@@ -140,6 +136,16 @@ def descriptors_fit(arch: str, *tensors: Tensor) -> bool:
         ):
             return False
     return True
+
+
+def like(x: Tensor) -> Tensor:
+    """Memory for a gradient, in the order of `x` where its last axis stays dense."""
+    bar = torch.empty_like(x)
+    return (
+        bar
+        if x.shape[-1] <= 1 or bar.stride(-1) == 1
+        else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    )
 
 
 def rows(x: Tensor, block: tuple[int, int], tma: bool) -> Any:

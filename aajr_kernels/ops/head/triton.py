@@ -120,14 +120,22 @@ def head_joint(
 
     Returns:
         What `head_fwd` returns, and ``(q_bar, nll_bar, h_bar, weight_bar, bias_bar)``; None where it would not pay or
-        cannot be used: metric l2, few hidden units, many tangents, a CUDA graph that is being captured (the backward
-        compares what arrives with what was expected, on the host).
+        cannot be used: metric l2, float16, few hidden units, many tangents, a CUDA graph that is being captured (the
+        backward compares what arrives with what was expected, on the host).
     """
     stacks, tokens, size = h.shape
     step = _tokens_of_a_block(stacks, tokens, weight, need_weight)
     least = _JOINT_SIZE.get(h.dtype, _JOINT_SIZE_LOW)
     capturing = h.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if metric == "l2" or size < least or stacks - 1 > TANGENTS or step == 0 or capturing:
+    # float16 gradients are scaled against underflow; here they would be formed before the scale is known
+    if (
+        metric == "l2"
+        or h.dtype == torch.float16
+        or size < least
+        or stacks - 1 > TANGENTS
+        or step == 0
+        or capturing
+    ):
         return None
     device, words = h.device, weight.shape[0]
     room = (stacks, triton.cdiv(step, 128) * 128, triton.cdiv(words, 128) * 128)  # whole tiles

@@ -23,12 +23,6 @@ class Tile:
 ELEMENTWISE = Tile(32, 128, 32, 8, 1)
 
 
-def precision(x: torch.Tensor) -> str:
-    """How float32 products are formed, as torch forms them."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 and torch.version.hip is None else "ieee"
-
-
 def tile(architecture: str, stacks: int, dtype: torch.dtype, precision: str) -> Tile:
     """The float32 sums of all stacks share the registers: `stacks` blocks of tokens by words."""
     if architecture == "interpreter":

@@ -10,7 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import gpu
-from .triton_config import ELEMENTWISE, Tile, precision, tile
+from .triton_config import ELEMENTWISE, Tile, tile
 from .triton_kernels import METRICS, _head_bwd_kernel, _head_fwd_kernel
 from .triton_merge import _head_merge_kernel
 from .triton_products import add_product, product
@@ -55,7 +55,7 @@ class Problem:
         return [(k, min(TANGENTS, self.stacks - k)) for k in range(1, self.stacks, TANGENTS)]
 
     def tile(self, stacks: int) -> Tile:
-        chosen = tile(gpu.architecture(self.h.device), stacks, self.h.dtype, precision(self.h))
+        chosen = tile(gpu.architecture(self.h.device), stacks, self.h.dtype, gpu.float32_products(self.h))
         described = chosen.descriptors and all(_describable(x) for x in (self.h, self.weight))
         return replace(chosen, descriptors=described)
 
@@ -76,7 +76,7 @@ class Problem:
             EVEN=self.size % t.depth == 0,
             HAS_BIAS=self.bias is not None,
             HAS_SOFTCAP=self.softcap is not None,
-            PRECISION=precision(self.h),
+            PRECISION=gpu.float32_products(self.h),
             GROUP=8,
             num_warps=t.warps,
             num_stages=t.stages,
@@ -103,12 +103,10 @@ def problem(
     softcap: float | None,
     ignore_index: int,
 ) -> Problem:
-    stacks, tokens, size = h.shape
+    stacks, tokens, _ = h.shape
     h = _dense_rows(h)
-    if tokens > 0 and stacks > 1 and h.stride(0) != tokens * h.stride(1):
-        h = h.contiguous()  # one matrix for products over all stacks
     return Problem(
-        h.as_strided((stacks * tokens, size), (h.stride(1), 1)),
+        h.flatten(0, 1),  # one matrix for products over all stacks: a view where they follow each other
         _dense_rows(weight),
         None if bias is None else bias.contiguous(),
         None if labels is None else labels.contiguous(),
@@ -168,7 +166,7 @@ def _statistics(
         per_split,
         p.ignore_index,
         p.scale,
-        p.softcap or 0.0,
+        float(p.softcap or 0.0),
         METRIC=metric,
         S=1 + count,
         PARTS=1 if p.softcap is None else 4,
@@ -308,7 +306,7 @@ def _cotangents(
         number,
         p.ignore_index,
         p.scale,
-        p.softcap or 0.0,
+        float(p.softcap or 0.0),
         METRIC=METRICS[p.metric],
         S=1 + count,
         PARTS=1 if kept is not None else 2 if p.softcap is None else 4,

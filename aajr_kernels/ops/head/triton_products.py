@@ -34,13 +34,12 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 @functools.cache
 def _offers(device: torch.device, name: str) -> bool:
     """Whether this torch has the product with float32 results; early versions lack one or the other on a device."""
-    a = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
-    total = torch.zeros((16, 16), dtype=torch.float32, device=device)
+    a = torch.ones((16, 16), dtype=torch.bfloat16, device=device)
+    total = torch.ones((16, 16), dtype=torch.float32, device=device)
     try:
         if name == "mm":
-            torch.mm(a, a, out_dtype=torch.float32)
-        else:
-            torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
-    except (RuntimeError, NotImplementedError):
+            return bool((torch.mm(a, a, out_dtype=torch.float32) == 16.0).all())
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        return bool((total == 17.0).all())  # not where a library forgets what was there
+    except (RuntimeError, NotImplementedError, TypeError):
         return False
-    return True

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from ... import gpu
-from ...gpu.layout import row_axes
+from ...gpu.layout import row_axes, within_reach
 from ...gpu.operators import operator
 from ...gpu.sums import column_sums
 from .triton_long import _norm_bwd_long_kernel, _norm_fwd_long_kernel, _norm_weight_bwd_kernel
@@ -78,6 +78,7 @@ def _forward(
     stacks = max(x.shape[0], 0 if residual is None else residual.shape[0])
     y = torch.empty((stacks, *x.shape[1:]), dtype=x.dtype, device=x.device)
     summed = None if residual is None else torch.empty_like(y)
+    x, residual = within_reach(x), within_reach(residual)
     rows, sizes, (x_strides, residual_strides) = row_axes((x, residual))
     shape = (2 * stacks if centred else stacks, rows)
     stats = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -126,6 +127,7 @@ def norm_bwd(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     size, arch = x.shape[-1], gpu.architecture(x.device)
+    y_bar, x, sum_bar = within_reach(y_bar), within_reach(x), within_reach(sum_bar)
     rows, sizes, strides = row_axes((y_bar, x, sum_bar))
     if x.numel() == 0:
         w_bar, b_bar = (

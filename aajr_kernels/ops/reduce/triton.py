@@ -10,7 +10,7 @@ import torch
 import triton
 
 from ... import gpu
-from ...gpu.layout import row_axes
+from ...gpu.layout import row_axes, within_reach
 from ...gpu.operators import operator
 from .triton_kernels import (
     _sensitivity_bwd_kernel,
@@ -35,6 +35,7 @@ def _tile(k: int, size: int, device: torch.device) -> dict[str, int]:
 @operator("(Tensor y, str metric) -> Tensor")
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
+    y = within_reach(y)
     k, size = y.shape[0] - 1, y.shape[-1]
     q = torch.empty((k, *y.shape[1:-1]), dtype=torch.float32, device=y.device)
     rows, sizes, strides = row_axes((y,))
@@ -58,6 +59,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
 @operator("(Tensor q_bar, Tensor y, str metric) -> Tensor")
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
+    y = within_reach(y)
     y_bar = torch.empty_like(y)
     k, size = y.shape[0] - 1, y.shape[-1]
     rows, sizes, strides = row_axes((y, y_bar))
@@ -81,6 +83,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
 @operator("(Tensor x) -> Tensor")
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
+    x = within_reach(x)
     y = torch.empty_like(x)
     size = x.shape[-1]
     rows, sizes, strides = row_axes((x, y))
@@ -93,6 +96,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
 @operator("(Tensor y_bar, Tensor x) -> Tensor")
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
+    y_bar, x = within_reach(y_bar), within_reach(x)
     x_bar = torch.empty_like(x)
     size = x.shape[-1]
     rows, sizes, strides = row_axes((y_bar, x, x_bar))
