@@ -22,11 +22,17 @@ class Tile:
 #: kernels: the forward; gradients of queries; of keys; of values; of both in one; of a bias
 KERNELS = ("fwd", "dq", "dk", "dv", "dkv", "bias")
 
-# (processor, largest head size) -> tiles of KERNELS, for dtypes of 16 bits
+# (processor, largest head size) -> tiles of KERNELS, for dtypes of 16 bits. What decides is registers: two accumulators
+# of float32 take half of them, and no loop may spill. What that takes, by processor:
+# - sm_90 multiplies from shared memory, whole accumulators of 128 rows by 8 warps. Two loops, one of them masked, spill
+#   descriptors of shared memory in both: there is one, always masked. In the gradients the scores come last.
+# - Where products take their operands from registers (sm_80, sm_120) eight warps divide an accumulator by its rows
+#   only if it has at least as many rows as columns; otherwise they share small tiles of scores and repeat them.
+# - sm_100 has 512 columns of tensor memory for accumulators, scores and weights alike: larger tiles do not compile.
 _TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("sm_90", 64): (
         Tile(128, 64, 8, 2),
-        Tile(128, 32, 8, 2),
+        Tile(128, 64, 8, 2),
         Tile(32, 128, 8, 2),
         Tile(64, 128, 8, 2),
         Tile(32, 128, 8, 2),
@@ -40,49 +46,124 @@ _TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
         Tile(32, 128, 8, 2),
         Tile(64, 64, 8, 1),
     ),
+    # heads this large leave no room for 64 rows by warpgroup: products of single warps
     ("sm_90", 256): (
-        Tile(64, 32, 8, 1),
-        Tile(64, 16, 8, 1),
-        Tile(16, 64, 8, 1),
-        Tile(16, 64, 8, 1),
-        Tile(16, 64, 8, 1),
+        Tile(32, 16, 8, 1),
+        Tile(32, 32, 8, 1),
+        Tile(16, 32, 8, 1),
+        Tile(16, 32, 8, 1),
+        Tile(16, 32, 8, 1),
+        Tile(32, 32, 8, 1),
+    ),
+    ("sm_100", 64): (
+        Tile(128, 64, 8, 2),
+        Tile(128, 32, 8, 2),
+        Tile(32, 64, 4, 2),
+        Tile(32, 128, 8, 2),
+        Tile(32, 64, 4, 2),
+        Tile(32, 32, 4, 1),
+    ),
+    ("sm_100", 128): (
+        Tile(128, 32, 8, 2),
+        Tile(64, 32, 4, 2),
+        Tile(32, 64, 4, 2),
+        Tile(32, 128, 8, 2),
+        Tile(32, 64, 4, 2),
         Tile(32, 32, 8, 1),
     ),
     ("sm_80", 64): (
-        Tile(64, 32, 8, 2),
-        Tile(64, 32, 8, 2),
-        Tile(32, 64, 8, 2),
-        Tile(32, 64, 8, 2),
-        Tile(32, 64, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(64, 32, 4, 2),
+        Tile(16, 128, 8, 2),
+        Tile(16, 128, 8, 2),
+        Tile(16, 128, 8, 2),
         Tile(32, 32, 4, 1),
     ),
     ("sm_80", 128): (
-        Tile(64, 32, 8, 2),
-        Tile(64, 32, 8, 2),
-        Tile(32, 64, 8, 2),
-        Tile(32, 64, 8, 2),
-        Tile(32, 64, 8, 2),
+        Tile(128, 32, 8, 2),
+        Tile(128, 16, 8, 2),
+        Tile(16, 128, 8, 2),
+        Tile(16, 128, 8, 2),
+        Tile(16, 128, 8, 2),
         Tile(32, 32, 8, 1),
     ),
     ("sm_80", 256): (
-        Tile(64, 16, 8, 1),
+        Tile(64, 16, 8, 2),
         Tile(32, 16, 8, 1),
+        Tile(16, 32, 8, 1),
+        Tile(16, 64, 8, 1),
+        Tile(16, 32, 8, 1),
+        Tile(16, 16, 4, 1),
+    ),
+    # 99 KB of shared memory
+    ("sm_120", 64): (
+        Tile(128, 64, 8, 2),
+        Tile(64, 16, 4, 2),
+        Tile(16, 128, 8, 2),
+        Tile(16, 128, 8, 2),
+        Tile(16, 128, 8, 2),
+        Tile(32, 32, 4, 1),
+    ),
+    ("sm_120", 128): (
+        Tile(64, 32, 8, 2),
+        Tile(32, 32, 4, 2),
+        Tile(32, 32, 4, 2),
+        Tile(32, 64, 8, 2),
+        Tile(32, 32, 4, 2),
+        Tile(32, 32, 8, 1),
+    ),
+    ("sm_120", 256): (
+        Tile(16, 16, 4, 1),
+        Tile(16, 16, 4, 1),
         Tile(16, 32, 8, 1),
         Tile(16, 32, 8, 1),
         Tile(16, 32, 8, 1),
         Tile(16, 16, 4, 1),
     ),
+    # 64 KB of local memory; up to 256 registers two waves share a SIMD
+    ("gfx", 64): (
+        Tile(128, 32, 4, 1),
+        Tile(64, 32, 4, 1),
+        Tile(32, 64, 4, 1),
+        Tile(32, 64, 4, 1),
+        Tile(32, 64, 4, 1),
+        Tile(32, 32, 4, 1),
+    ),
+    ("gfx", 128): (
+        Tile(64, 32, 4, 1),
+        Tile(64, 16, 4, 1),
+        Tile(16, 64, 4, 1),
+        Tile(32, 64, 4, 1),
+        Tile(16, 64, 4, 1),
+        Tile(32, 32, 4, 1),
+    ),
+    ("gfx", 256): (
+        Tile(32, 16, 4, 1),
+        Tile(32, 16, 4, 1),
+        Tile(32, 16, 4, 1),
+        Tile(32, 16, 4, 1),
+        Tile(32, 16, 4, 1),
+        Tile(16, 16, 4, 1),
+    ),
 }
-# float32 tiles are twice as large in every memory, and are multiplied without matrix units unless as tf32
-_FLOAT32 = (
-    Tile(32, 32, 4, 1),
-    Tile(32, 32, 4, 1),
-    Tile(32, 32, 4, 1),
-    Tile(32, 32, 4, 1),
-    Tile(32, 32, 4, 1),
-    Tile(32, 32, 4, 1),
-)
-_FLOAT32_LARGE = tuple(Tile(16, 16, 4, 1) for _ in KERNELS)
+_TILES["sm_100", 256] = _TILES["sm_120", 256]
+# float32: multiplied without matrix units unless as tf32, by threads that hold whole rows of the operands
+_FLOAT32 = {
+    64: (Tile(32, 32, 8, 1), *(Tile(16, 32, 8, 1) for _ in KERNELS[1:])),
+    128: tuple(Tile(16, 16, 8, 1) for _ in KERNELS),
+    256: tuple(Tile(16, 16, 8, 1) for _ in KERNELS),
+}
+
+
+def _family(arch: str) -> str:
+    """The processor of the table that `arch` is like."""
+    if arch.startswith("gfx"):
+        return "gfx"
+    number = int(arch.removeprefix("sm_"))
+    if number >= 100:
+        return "sm_100" if number < 110 else "sm_120"
+    # 163 KB of shared memory on sm_80 and sm_87, 99 KB on their siblings
+    return "sm_90" if number == 90 else "sm_80" if number in (80, 87) else "sm_120"
 
 
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: bool) -> Tile:
@@ -99,9 +180,5 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: boo
     if arch == "interpreter":
         return Tile(32, 32, 1, 1)
     if dtype == torch.float32:
-        return (_FLOAT32 if size <= 128 else _FLOAT32_LARGE)[index]
-    family = "sm_90" if arch in ("sm_90", "sm_100") else "sm_80"
-    found = _TILES[family, limit][index]
-    if arch.startswith("gfx"):
-        found = Tile(found.m, found.n, 4, 1)
-    return found
+        return _FLOAT32[limit][index]
+    return _TILES[_family(arch), limit][index]

@@ -303,6 +303,8 @@ class Backward:
                 "TMA": tma,
                 "LAST": index >= p.tangents - 1,
                 "STAGES": chosen.stages,
+                # the interpreter, for tests, does as sm_90 does
+                "LATE": arch in ("sm_90", "interpreter"),
                 "PIN": arch == "sm_90",
             }
         return chosen, arguments, constants

@@ -3,10 +3,11 @@
 Each program recomputes the scores of its tiles from the saved statistics. With p the weights and c their tangents'
 deviations from the mean, and G, H the cotangents of the output and its tangent, a tile takes
 
-    A = H V^T - D1,   B = G V^T + H V'^T - D0,   S'_bar = p A,   S_bar = p B + S'_bar c
+    A = H V^T - D1,   B = G V^T + H V'^T - D0,   S'_bar = p A,   S_bar = p (A c + B)
 
-in the order S, T (the tangents of the scores, whence c), A, B: the products of S'_bar are issued before B is computed,
-and the fewest tiles live at a time.
+in the order c, A, B, p: B is added to A c, and what is multiplied by p waits for it. Three tiles live at a time, and
+four if p came first. But with a soft cap c needs the scores, and where the operands of products are in registers (not
+LATE) those of the scores should serve their tangents too: there p comes first.
 """
 
 import triton

@@ -46,7 +46,7 @@ def _attention_bwd_kv_kernel(
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
     SPLIT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    TMA: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LATE: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of keys: gradients of the keys and their tangent (NEED_K), of the values and theirs (NEED_V).
@@ -56,6 +56,7 @@ def _attention_bwd_kv_kernel(
     adds to the primal's gradients in `k_sum` and `v_sum` (float32), from the FIRST to the LAST.
     """
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
+    EARLY: tl.constexpr = SOFTCAP or not LATE
     HK = H // GROUP
     b = tl.program_id(1) // HK
     hk = tl.program_id(1) % HK
@@ -102,10 +103,6 @@ def _attention_bwd_kv_kernel(
         q_tans = qs
         if Q_TAN:
             q_tans = load_rows(q_tan, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
-        gs = load_rows(g, g_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_V, V, TMA)
-        g_tans = gs
-        if TANGENT:
-            g_tans = load_rows(g_tan, g_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_V, V, TMA)
         head = (b * H + h).to(tl.int64) * NP
         at = q_first + start + tl.arange(0, BLOCK_M)
         here = at < q_end
@@ -114,7 +111,7 @@ def _attention_bwd_kv_kernel(
         if DROPOUT:
             keep = kept(seed, b, h, H, i, j, dropout)
         p, tau = zeros, 0.0
-        if SOFTCAP:
+        if EARLY:
             p, tau = _weights(
                 qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
                 softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
@@ -125,6 +122,10 @@ def _attention_bwd_kv_kernel(
             t, c = tile_tangent(
                 t, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, True
             )  # fmt: skip
+        gs = load_rows(g, g_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_V, V, TMA)
+        g_tans = gs
+        if TANGENT:
+            g_tans = load_rows(g_tan, g_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_V, V, TMA)
         s_bar = zeros
         if NEED_K:
             if MOVES and TANGENT:
@@ -141,7 +142,7 @@ def _attention_bwd_kv_kernel(
             s_bar = s_bar * keep - d0[None, :]
             if MOVES and TANGENT and DROPOUT:
                 s_bar += t_bar * c
-        if not SOFTCAP:
+        if not EARLY:
             p, tau = _weights(
                 qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
                 softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,

@@ -124,16 +124,19 @@ def row_dense(x: Tensor) -> Tensor:
 
 
 def descriptors_fit(arch: str, *tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can load them: it wants rows of whole 16 bytes."""
-    if not arch.startswith("sm_") or int(arch.removeprefix("sm_")) < 90:
+    """Whether the tensor memory accelerator loads them: it wants rows of whole 16 bytes.
+
+    Only where products read their operands from shared memory. Elsewhere the compiler takes what a descriptor loaded
+    before the loop into registers for the whole of it, but leaves in shared memory what pointers loaded.
+    """
+    if not arch.startswith(("sm_9", "sm_10")):
         return False
     for x in tensors:
         size = x.element_size()
-        if (
-            x.data_ptr() % 16
-            or any(s * size % 16 or s <= 0 for s in x.stride()[:-1])
-            or x.shape[-1] * size < 16
-        ):
+        strides = x.stride()[:-1]
+        if x.data_ptr() % 16 or any(s * size % 16 or s <= 0 for s in strides) or size != 2:
+            return False
+        if not 8 <= x.shape[-1] <= 128:
             return False
     return True
 

@@ -18,11 +18,12 @@ def _attention_bwd_q_kernel(
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
     SPLIT: tl.constexpr,
-    TMA: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LATE: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of queries: gradients of the queries and their tangent; programs as in the forward."""
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
+    EARLY: tl.constexpr = SOFTCAP or not LATE
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -77,7 +78,7 @@ def _attention_bwd_q_kernel(
         if DROPOUT:
             keep = kept(seed, b, h, H, i, j, dropout)
         tau = 0.0
-        if SOFTCAP:
+        if EARLY:
             s = add_product(zeros, qs, keys, False, PRECISION)
             p, tau = tile_weights(
                 s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
@@ -106,7 +107,7 @@ def _attention_bwd_q_kernel(
                 s_bar += t_bar * c
         elif not (MOVES and TANGENT):
             s_bar -= d0[:, None]
-        if not SOFTCAP:
+        if not EARLY:
             s = add_product(zeros, qs, keys, False, PRECISION)
             p, tau = tile_weights(
                 s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
