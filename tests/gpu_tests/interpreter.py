@@ -7,6 +7,7 @@ instead of rounding to the nearest number; both are repaired here, in the test p
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,9 @@ def _patch_calls() -> None:
     run = interpreter.GridExecutor.__call__
 
     def quietly(self, *args, **kwargs):
-        with np.errstate(all="ignore"):  # a GPU does not warn of infinities, which masks are made of
+        # a GPU does not warn of infinities, which masks are made of, or of NaN
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             return run(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = quietly

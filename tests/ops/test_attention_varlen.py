@@ -28,7 +28,15 @@ OPTIONS: list[dict[str, Any]] = [
 TANGENTS = [(1, 1, 1), (3, 3, 3), (0, 2, 0), (1, 0, 1), (0, 0, 1)]
 
 
-@pytest.fixture(params=targets("attention"), ids=str)
+def everywhere() -> list:
+    """Every target; Triton's interpreter, which takes minutes for all of this, is left to `make test-all`."""
+    return [
+        pytest.param(t, marks=[pytest.mark.slow] if (t.backend, t.device) == ("triton", "cpu") else [])
+        for t in targets("attention")
+    ]
+
+
+@pytest.fixture(params=everywhere(), ids=str)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     if (reason := request.param.why_not("attention")) is not None:
         pytest.skip(reason)
