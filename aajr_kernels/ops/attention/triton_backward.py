@@ -77,7 +77,7 @@ def tile_tangent(
     if SOFTCAP:
         c = t * (1.0 - tau * tau)
     if MASK_TAN:
-        c += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
+        c += mask_tile(mask_tan, mask_strides, b, h, i, j, n, m).to(tl.float32)
     return t, c - expand(mu, TRANSPOSED)
 
 

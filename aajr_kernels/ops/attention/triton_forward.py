@@ -8,9 +8,11 @@ from .triton_tiles import (
     kept,
     load_rows,
     mask_tile,
+    pin,
     scores,
     seen,
     sequence,
+    settle,
     store_rows,
 )
 
@@ -24,7 +26,7 @@ def _attention_fwd_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, SPLIT: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of queries: output and one tangent of it.
@@ -76,7 +78,7 @@ def _attention_fwd_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(settle(low, PIN), high, BLOCK_N, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_N)[None, :]
         keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
         zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -108,14 +110,14 @@ def _attention_fwd_kernel(
             keep = kept(seed, b, h, H, i, j, dropout)
             weight = p * keep
         values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-        low_weight = weight.to(values.dtype)
+        low_weight = pin(weight.to(values.dtype), PIN)
         if MOVES:
             slope = scale
             if SOFTCAP:
                 slope = scale * (1.0 - tau * tau)
             t = t * slope
             if MASK_TAN:
-                t += mask_tile(mask_tan, mask_strides, b, h, i, j, (i < n) & (j < m)).to(tl.float32)
+                t += mask_tile(mask_tan, mask_strides, b, h, i, j, n, m).to(tl.float32)
             # Tangents count from their mean over the keys so far. Only what differs from it is rounded to the dtype of
             # the values, and nothing is left to be subtracted in the end; the sum so far follows the mean exactly.
             step = tl.sum(p * (t - mean[:, None]), 1) / tl.where(total == 0.0, 1.0, total)
@@ -128,7 +130,7 @@ def _attention_fwd_kernel(
         if MOVES or V_TAN:
             acc_tan = acc_tan * decay[:, None]
         if MOVES:
-            acc_tan = tl.dot(moved.to(values.dtype), values, acc_tan, input_precision=PRECISION)
+            acc_tan = tl.dot(pin(moved.to(values.dtype), PIN), values, acc_tan, input_precision=PRECISION)
         if V_TAN:
             value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
             acc_tan = tl.dot(low_weight, value_tans, acc_tan, input_precision=PRECISION)

@@ -100,12 +100,12 @@ class Problem:
             options.window or 0,
         )
 
-    def masks(self, index: int) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
-        """The mask, its tangent and its strides, 0 where it is broadcast."""
+    def masks(self, index: int) -> tuple[Tensor | None, Tensor | None, tuple[int | None, ...]]:
+        """The mask, its tangent and its strides, 0 where it is broadcast, and None if that is along the queries."""
         if self.mask is None:
             return None, None, (0, 0, 0, 0)
-        strides = tuple(s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
-        return self.mask[0], stack(self.mask, index), strides
+        b, h, i, j = (s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
+        return self.mask[0], stack(self.mask, index), (b, h, i or None, j)
 
     def grid(self, tile: int, padded: bool = False) -> tuple[int, int]:
         """Blocks of queries, of every sequence if packed, by batch rows and heads."""

@@ -129,10 +129,17 @@ def seen(i, m, offset, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def mask_tile(mask, strides, b, h, i, j, inside):
-    """The tile of a mask ``[B|1, H|1, N|1, M|1]`` (strides 0 along broadcast axes), zero outside."""
+def mask_tile(mask, strides, b, h, i, j, n, m):
+    """The tile of a mask ``[B|1, H|1, N|1, M|1]`` (strides 0 along broadcast axes), zero outside.
+
+    Only a row of it, or a column if transposed, where all queries share one: their stride is None.
+    """
     base = mask + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-    pointers = base + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3]
+    pointers = base + j.to(tl.int64) * strides[3]
+    inside = j < m
+    if strides[2] is not None:
+        pointers = pointers + i.to(tl.int64) * strides[2]
+        inside = inside & (i < n)
     return tl.load(pointers, mask=inside, other=0)
 
 
@@ -165,8 +172,7 @@ def scores(
     else:
         s = qk * (scale if MASK == 2 else scale * LOG2E)
     if MASK != 0:
-        inside = (i < n) & (j < m)
-        tile = mask_tile(mask, mask_strides, b, h, i, j, inside)
+        tile = mask_tile(mask, mask_strides, b, h, i, j, n, m)
         if MASK == 1:
             s = tl.where(tile != 0, s, float("-inf"))
         else:
