@@ -139,7 +139,8 @@ def _attention_fwd(
         mu.zero_()
         return out, stats, mu
     for index in range(min(K - 1, 0), K):
-        chosen = tile("fwd", architecture(q.device), q.dtype, q.shape[-1], V, p.options.offset is not None)
+        causal = p.options.offset is not None
+        chosen = tile("fwd", architecture(q.device), q.dtype, q.shape[-1], V, causal, p.busy)
         launch_fwd(p, chosen, index, out, stats, mu)
     return out, stats, mu
 
@@ -288,7 +289,7 @@ class Backward:
         p, index = self.p, self.index
         D, V = p.q.shape[-1], p.v.shape[-1]
         arch = architecture(p.q.device)
-        chosen = tile(kernel, arch, p.q.dtype, D, V, p.options.offset is not None)
+        chosen = tile(kernel, arch, p.q.dtype, D, V, p.options.offset is not None, p.busy)
         constants = p.constants(index)
         stacks = (p.q, p.k, p.v, self.out_bar)
         tensors = [x[0] for x in stacks] + [stack(x, index) for x in stacks]

@@ -48,6 +48,11 @@ class Problem:
         return self.mask_kind == 2 or self.q.dtype == torch.float32
 
     @property
+    def busy(self) -> bool:
+        """Whether something stands between the products and the weights, and takes registers."""
+        return self.mask_kind == 2 or self.options.softcap is not None or self.options.dropout > 0
+
+    @property
     def moves(self) -> bool:
         """Whether the scores have tangents."""
         stacked = (self.q, self.k, *((self.mask,) if self.mask_kind == 2 else ()))
