@@ -6,7 +6,7 @@ The public names, once. See README.md for a tour and the docstrings for shapes, 
 from . import integrations, nn
 from . import rules as _rules  # noqa: F401  registers every rule
 from .dual import Dual, dual, is_dual, unpack
-from .method import LMHead, aligned_penalty, normalize, seed
+from .method import LMHead, Trajectory, aligned_penalty, ascend, normalize, seed
 from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .ops.attention import attention
 from .ops.head import lm_head_penalty
@@ -24,10 +24,12 @@ __all__ = [
     "Coverage",
     "Dual",
     "LMHead",
+    "Trajectory",
     "UnsupportedOperation",
     "add_layer_norm",
     "add_rms_norm",
     "aligned_penalty",
+    "ascend",
     "attention",
     "backends",
     "coverage",

@@ -1,0 +1,84 @@
+"""What an attack must leave as it was: random states, training flags, running statistics, ``requires_grad``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "held", "modules_of"]
+
+
+class RandomState:
+    """The state of the global generators of the CPU and of one device, to be put back as often as wanted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._device = None if device.type == "cpu" else device
+        self._state = torch.get_device_module(device).get_rng_state(device) if self._device else None
+
+    def restore(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(self._cpu)
+        if self._device is not None:
+            torch.get_device_module(self._device).set_rng_state(self._state, self._device)
+
+
+def modules_of(module: object) -> tuple[nn.Module, ...]:
+    """`module`, one, several or None, as a tuple.
+
+    Raises:
+        TypeError: something in it is no nn.Module.
+    """
+    if module is None:
+        return ()
+    found = (module,) if isinstance(module, nn.Module) or not isinstance(module, Iterable) else tuple(module)
+    for one in found:
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"module must be an nn.Module or several of them, got {type(one).__name__}.")
+    return found
+
+
+@contextlib.contextmanager
+def held(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterator[None]:
+    """Inside the block the modules' parameters need no gradient and, if asked, the modules are in eval mode.
+
+    Afterwards, also after an exception, every flag and every running statistic is what it was. Sharded parameters
+    (DTensor, as under ``fully_shard``) keep their flag: the gathered copies that run were made with it.
+    """
+    submodules = list(dict.fromkeys(m for module in modules for m in module.modules()))
+    training = [m.training for m in submodules]
+    parameters = [
+        p
+        for p in dict.fromkeys(p for module in modules for p in module.parameters())
+        if p.requires_grad and not _sharded(p)
+    ]
+    statistics = [] if evaluate else [b for m in submodules for b in _statistics(m)]
+    saved = [b.clone() for b in statistics]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        if evaluate:
+            for m in submodules:
+                m.training = False
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+        for m, flag in zip(submodules, training):
+            m.training = flag
+        with torch.no_grad():
+            for b, before in zip(statistics, saved):
+                b.copy_(before)
+
+
+def _sharded(p: Tensor) -> bool:
+    return hasattr(p, "placements")
+
+
+def _statistics(m: nn.Module) -> Iterator[Tensor]:
+    """Buffers that a forward in training mode overwrites."""
+    if isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats:
+        yield from m.buffers(recurse=False)

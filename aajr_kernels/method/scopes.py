@@ -1,0 +1,155 @@
+"""Scopes: which entries of an input share one norm and one radius, and which of them may be attacked.
+
+==============  ==============================================  =====
+scope           a group is                                      G
+==============  ==============================================  =====
+``"sequence"``  everything after the batch axis                 1
+``"token"``     one vector of the last axis                     N
+``"agent"``     all tokens of one agent                         A
+==============  ==============================================  =====
+
+N is the number of tokens of a batch row, A one more than the largest agent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["SCOPES", "Groups", "attackable", "checked_agents"]
+
+SCOPES = ("sequence", "token", "agent")
+
+
+class Groups:
+    """The groups of one input ``[B, ...]``; per-group numbers are ``[B, G]``, entries of no group belong to none.
+
+    Args:
+        scope: one of :data:`SCOPES`.
+        shape: of the input.
+        agents: ``[*shape[:-1]]``, agent of every token, negative = nobody's; needed by ``"agent"``.
+    """
+
+    def __init__(self, scope: str, shape: torch.Size | tuple[int, ...], agents: Tensor | None = None) -> None:
+        self.scope, self.shape = scope, tuple(shape)
+        self.batch, self.tokens = self.shape[0], math.prod(self.shape[1:-1])
+        self._member: Tensor | None = None
+        self.count = 1 if scope == "sequence" else self.tokens
+        if scope == "agent":
+            assert agents is not None
+            flat = agents.reshape(self.batch, self.tokens)
+            self.count = max(int(flat.max()) + 1, 1) if flat.numel() else 1
+            # a dense table keeps sums deterministic, which scatter_add is not on a GPU
+            self._member = flat.unsqueeze(-1) == torch.arange(self.count, device=flat.device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over every group, ``[B, G]``."""
+        if self.scope == "sequence":
+            return values.reshape(self.batch, -1).sum(-1, keepdim=True)
+        tokens = values.reshape(self.batch, self.tokens, -1).sum(-1)
+        if self._member is None:
+            return tokens
+        return torch.einsum("bn,bng->bg", tokens, self._member.to(tokens.dtype))
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Largest of the nonnegative values of every group, ``[B, G]``; 0 for a group without entries."""
+        if self.scope == "sequence":
+            return values.reshape(self.batch, -1).amax(-1, keepdim=True)
+        tokens = values.reshape(self.batch, self.tokens, -1).amax(-1)
+        if self._member is None:
+            return tokens
+        return torch.where(self._member, tokens.unsqueeze(-1), 0.0).amax(1)
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """``[B, G]`` (or ``[B, 1]``) back to where the entries are, broadcastable to the input; 0 for no group."""
+        axes = len(self.shape) - 1
+        if numbers.shape[1] == 1 and self._member is None:
+            return numbers.reshape(self.batch, *(1,) * axes)
+        if self._member is not None:
+            numbers = torch.einsum("bg,bng->bn", numbers, self._member.to(numbers.dtype))
+        return numbers.reshape(*self.shape[:-1], 1)
+
+    def norm(self, values: Tensor) -> Tensor:
+        """Euclidean norm of every group, ``[B, G]``, also where squares would underflow."""
+        return self._scaled(values)[1]
+
+    def unit(self, values: Tensor) -> Tensor:
+        """`values` with every group scaled to Euclidean norm 1; zero stays zero."""
+        scaled, norm, largest = self._scaled(values)
+        ratio = torch.where(norm == 0, 1.0, norm / torch.where(largest == 0, 1.0, largest))
+        return scaled / self._divisor(ratio)
+
+    def _scaled(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        largest = self.largest(values.abs())
+        scaled = values / self._divisor(torch.where(largest == 0, 1.0, largest))
+        return scaled, largest * self.sum(scaled.square()).sqrt(), largest
+
+    def _divisor(self, numbers: Tensor) -> Tensor:
+        """`numbers` where the entries are, 1 for entries of no group."""
+        wide = self.spread(numbers)
+        return wide if self._member is None else torch.where(wide == 0, 1.0, wide)
+
+
+def checked_agents(agents: object, x: Tensor) -> Tensor | None:
+    """`agents` on the device of `x`, checked.
+
+    Raises:
+        TypeError: it is no integer tensor.
+        ValueError: its shape is not that of `x` without the last axis.
+    """
+    if agents is None:
+        return None
+    if (
+        not isinstance(agents, Tensor)
+        or agents.is_floating_point()
+        or agents.is_complex()
+        or agents.dtype == torch.bool
+    ):
+        kind = agents.dtype if isinstance(agents, Tensor) else type(agents).__name__
+        raise TypeError(
+            f"agents must be an integer tensor (the agent of every token, negative = nobody's), got {kind}."
+        )
+    if agents.shape != x.shape[:-1]:
+        raise ValueError(
+            f"agents must have shape {tuple(x.shape[:-1])}, x without its last axis, got {tuple(agents.shape)}."
+        )
+    return agents.to(x.device)
+
+
+def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
+    """Which entries of `x` may be attacked, broadcastable to it, or None for all.
+
+    Args:
+        mask: ``[*x.shape[:-1]]`` or broadcastable to `x`; bool or integer, nonzero = may be attacked.
+        agents: tokens of nobody (negative) are left alone.
+
+    Raises:
+        TypeError: the mask is no bool or integer tensor.
+        ValueError: its shape does not fit, or it leaves nothing to attack.
+    """
+    keep = None if agents is None else (agents >= 0).unsqueeze(-1)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool or integer tensor (nonzero = may be attacked), got {kind}.")
+        wide = (mask != 0).to(x.device)
+        if mask.shape == x.shape[:-1]:
+            wide = wide.unsqueeze(-1)
+        try:
+            fits = torch.broadcast_shapes(wide.shape, x.shape) == x.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"mask must have shape {tuple(x.shape[:-1])}, x without its last axis, or be broadcastable to x "
+                f"{tuple(x.shape)}, got {tuple(mask.shape)}."
+            )
+        keep = wide if keep is None else keep & wide
+    if keep is not None and not bool(keep.any()):
+        raise ValueError(
+            "mask and agents leave nothing to attack: nonzero in mask means that a token may be attacked, a negative "
+            "number in agents that it belongs to nobody."
+        )
+    return keep
