@@ -6,7 +6,16 @@ The public names, once. See README.md for a tour and the docstrings for shapes, 
 from . import integrations, nn
 from . import rules as _rules  # noqa: F401  registers every rule
 from .dual import Dual, dual, is_dual, unpack
-from .method import LMHead, Trajectory, aligned_penalty, ascend, normalize, seed
+from .method import (
+    LMHead,
+    StabilityReport,
+    Trajectory,
+    aligned_penalty,
+    ascend,
+    normalize,
+    seed,
+    stability_report,
+)
 from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .ops.attention import attention
 from .ops.head import lm_head_penalty
@@ -24,6 +33,7 @@ __all__ = [
     "Coverage",
     "Dual",
     "LMHead",
+    "StabilityReport",
     "Trajectory",
     "UnsupportedOperation",
     "add_layer_norm",
@@ -53,6 +63,7 @@ __all__ = [
     "sensitivity",
     "sigmoid",
     "silu",
+    "stability_report",
     "swiglu",
     "tanh",
     "unpack",

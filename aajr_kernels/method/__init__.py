@@ -1,9 +1,23 @@
-"""The method: the adversary's ascent, directions, the language-model head and the aligned penalty."""
+"""The method: the adversary's ascent, directions, the head, the aligned penalty, its rivals, and diagnostics."""
 
 from .ascent import ascend
+from .baselines import baseline_penalty, trajectory_baseline
 from .directions import normalize, seed
 from .head import LMHead
 from .penalty import aligned_penalty
+from .stability import StabilityReport, stability_report, step_condition
 from .trajectory import Trajectory
 
-__all__ = ["LMHead", "Trajectory", "aligned_penalty", "ascend", "normalize", "seed"]
+__all__ = [
+    "LMHead",
+    "StabilityReport",
+    "Trajectory",
+    "aligned_penalty",
+    "ascend",
+    "baseline_penalty",
+    "normalize",
+    "seed",
+    "stability_report",
+    "step_condition",
+    "trajectory_baseline",
+]

@@ -1,0 +1,158 @@
+"""What a stability report holds, and how it is written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["StabilityReport"]
+
+
+def _mean(values: torch.Tensor, where: torch.Tensor | None = None) -> float:
+    """Mean of the finite values (of those in `where`); NaN when there are none."""
+    values = values.double()
+    keep = torch.isfinite(values) if where is None else torch.isfinite(values) & where
+    return values[keep].mean().item() if keep.any() else math.nan
+
+
+def _number(value: float) -> float | None:
+    """JSON has neither infinity nor NaN: null."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """Per step t and batch row b of an ascent; detached tensors ``[T, B]`` unless it says otherwise.
+
+    What was not measured is None.
+
+    Attributes:
+        losses: ``[T + 1, B]``, the loss at every point.
+        gains: what each step added to the loss.
+        displacement_norms: ‖Δ‖ of the realised displacement.
+        moved: bool, Δ ≠ 0; fractions are of these steps.
+        non_monotone: bool, the loss fell by more than rounding.
+        projected: bool, the projection moved the step.
+        alignment: ``[T − 1, B]``, cosine of successive directions; NaN where one is zero.
+        kappa: largest negative curvature found along the segment, ≥ 0.
+        slopes: ⟨∇g, Δ⟩ at the start of the segment.
+        violated: bool, κ‖Δ‖² > 2⟨∇g, Δ⟩: the step is not known to be monotone.
+        eta_max: the largest step size, in the ascent's own unit, that the condition admits; infinite where κ = 0 and
+            NaN for a projected sign step, which no step size makes safe.
+        sensitivity: largest √q along the segment in its own direction d.
+        gauss_newton: bound of the first term of the curvature, L_out q.
+        second_order: bound of the second, G_out ‖D²f[d,d]‖.
+        smoothness: their sum, L_eff along the segment.
+        smoothness_at_gamma: the same with γ² for q: what holds where the penalty's threshold is met.
+        hinge_active: fraction of the units with √q > γ along uₜ.
+        sandwich_lower: ‖Jᵀ∇L‖/‖∇L‖.
+        sandwich_middle: ‖Ju‖.
+        spectral_norm: ‖J‖₂ from below, by power iteration.
+    """
+
+    losses: torch.Tensor
+    gains: torch.Tensor
+    displacement_norms: torch.Tensor
+    moved: torch.Tensor
+    non_monotone: torch.Tensor
+    projected: torch.Tensor
+    alignment: torch.Tensor
+    kappa: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
+    violated: torch.Tensor | None = None
+    eta_max: torch.Tensor | None = None
+    sensitivity: torch.Tensor | None = None
+    gauss_newton: torch.Tensor | None = None
+    second_order: torch.Tensor | None = None
+    smoothness: torch.Tensor | None = None
+    smoothness_at_gamma: torch.Tensor | None = None
+    hinge_active: torch.Tensor | None = None
+    sandwich_lower: torch.Tensor | None = None
+    sandwich_middle: torch.Tensor | None = None
+    spectral_norm: torch.Tensor | None = None
+
+    @property
+    def unexplained(self) -> torch.Tensor | None:
+        """Bool ``[T, B]``: the condition held and the loss fell all the same. Then the sampled κ was too small."""
+        return None if self.violated is None else self.non_monotone & ~self.violated
+
+    def summary(self) -> dict[str, float]:
+        """One number for each measured quantity, over all steps that moved and all rows; NaN where there are none."""
+        found = {
+            "loss_start": _mean(self.losses[0]),
+            "loss_end": _mean(self.losses[-1]),
+            "moved_fraction": _mean(self.moved),
+            "non_monotone_fraction": _mean(self.non_monotone, self.moved & torch.isfinite(self.gains)),
+            "projected_fraction": _mean(self.projected, self.moved),
+            "displacement_norm": _mean(self.displacement_norms, self.moved),
+            "alignment": _mean(self.alignment),
+        }
+        if self.kappa is not None:
+            assert self.violated is not None and self.unexplained is not None and self.eta_max is not None
+            kappa = self.kappa[self.moved]
+            finite = self.eta_max[self.moved & torch.isfinite(self.eta_max)]
+            found["kappa"] = _mean(self.kappa, self.moved)
+            found["kappa_max"] = kappa.max().item() if kappa.numel() else math.nan
+            found["eta_max_smallest"] = finite.min().item() if finite.numel() else math.inf
+            found["violated_fraction"] = _mean(self.violated, self.moved)
+            found["unexplained_fraction"] = _mean(self.unexplained, self.moved)
+        for name in ("sensitivity", "gauss_newton", "second_order", "smoothness", "smoothness_at_gamma"):
+            if (value := getattr(self, name)) is not None:
+                found[name] = _mean(value, self.moved)
+        for name in ("hinge_active", "sandwich_lower", "sandwich_middle", "spectral_norm"):
+            if (value := getattr(self, name)) is not None:
+                found[name] = _mean(value)
+        return found
+
+    def per_step(self) -> dict[str, list[float]]:
+        """Mean over the batch of every measured quantity, one value per step (one less for ``alignment``)."""
+        found = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                found[field.name] = [_mean(row) for row in value]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: ``summary``, and the ``steps`` of :meth:`per_step`. Infinite and undefined values are None."""
+        return {
+            "summary": {name: _number(value) for name, value in self.summary().items()},
+            "steps": {name: [_number(value) for value in row] for name, row in self.per_step().items()},
+        }
+
+    def log(self, writer: Any, step: int, prefix: str = "stability") -> None:
+        """Write to TensorBoard: ``prefix/name`` for the summary, ``prefix/name/step_t`` for every ascent step.
+
+        Args:
+            writer: a ``torch.utils.tensorboard.SummaryWriter`` (anything with ``add_scalar``), or a folder, in which
+                one is opened and closed; that needs the package tensorboard.
+            step: the training step.
+            prefix: of all tags.
+        """
+        if isinstance(writer, (str, os.PathLike)):
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(os.fspath(writer)) as opened:
+                self.log(opened, step, prefix)
+            return
+        if not hasattr(writer, "add_scalar"):
+            raise TypeError(f"writer must be a SummaryWriter or a folder, got {type(writer).__name__}.")
+        for name, value in self.summary().items():
+            if math.isfinite(value):
+                writer.add_scalar(f"{prefix}/{name}", value, step)
+        for name, row in self.per_step().items():
+            for t, value in enumerate(row):
+                if math.isfinite(value):
+                    writer.add_scalar(f"{prefix}/{name}/step_{t}", value, step)
+
+    def append_jsonl(self, path: str | Path, step: int, **entries: Any) -> None:
+        """Append one JSON line: ``step``, `entries` and :meth:`to_dict`."""
+        line = json.dumps({"step": step, **entries, **self.to_dict()}, allow_nan=False)
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")

@@ -1,0 +1,353 @@
+"""Is the inner maximisation stable? What an ascent met on its way, step by step.
+
+Along a segment Δ = ℓ d of an ascent on g, let κ be the supremum over the segment of the negative part of dᵀ∇²g d. Then
+g rises by at least ⟨∇g, Δ⟩ − κ‖Δ‖²/2, so the step is monotone whenever
+
+    κ‖Δ‖² ≤ 2⟨∇g, Δ⟩,
+
+for every kind of step and every projection: d is the displacement that was realised, which after a projection is not
+the direction that was asked for. Special cases bound the step size alone, ``eta_max``:
+
+==============  =====================  =============================================
+step            without projection     with projection on a convex set
+==============  =====================  =============================================
+raw             η ≤ 2/κ                η ≤ 2/κ
+normalised      α ≤ 2‖∇g‖/κ            α ≤ 2‖∇g‖/κ
+... per token   α ≤ 2 mean‖∇ᵢg‖/κ      α ≤ 2 min‖∇ᵢg‖/κ (a set for each token)
+sign            α ≤ 2‖∇g‖₁/(nκ)        none (NaN)
+==============  =====================  =============================================
+
+With f the policy, J its Jacobian and the loss L of its output, dᵀ∇²g d = (Jd)ᵀ∇²L(Jd) + Σₖ ∂ₖL · dᵀ∇²fₖ d. For
+cross-entropy on logits the first term is the Fisher q itself and at most ½‖Jd‖², the second at most √2 ‖D²f[d,d]‖:
+their sum is the effective smoothness ``smoothness`` of the trajectory, and with q ≤ γ² it is bounded by
+``smoothness_at_gamma``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import probes
+from .attack_state import RandomState, held, modules_of
+from .head import LMHead, as_head
+from .report import StabilityReport
+
+if TYPE_CHECKING:
+    from .trajectory import Trajectory
+
+__all__ = ["StabilityReport", "step_condition", "stability_report"]
+
+CURVATURES = ("exact", "difference", "none")
+#: per output row: the largest curvature of cross-entropy on logits times ‖Jd‖² (times q for fisher), and its gradient
+OUTPUT_BOUNDS = {"l2": (0.5, math.sqrt(2)), "logits": (0.5, math.sqrt(2)), "fisher": (1.0, math.sqrt(2))}
+
+
+def step_condition(kappa: torch.Tensor, displacement_norm: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Whether κ‖Δ‖² ≤ 2⟨∇g, Δ⟩: the condition under which a step of an ascent cannot lower g.
+
+    Args:
+        kappa: supremum over the segment of the negative part of the curvature along it, ≥ 0.
+        displacement_norm: ‖Δ‖, the same shape.
+        slope: ⟨∇g, Δ⟩ at the start of the segment, the same shape.
+    """
+    return kappa * displacement_norm.square() <= 2 * slope
+
+
+def stability_report(
+    loss_fn: Callable[[Any], Any],
+    x: torch.Tensor,
+    traj: Trajectory,
+    *,
+    curvature: str = "exact",
+    samples: int = 3,
+    func: Callable[[Any], Any] | None = None,
+    head: LMHead | nn.Linear | None = None,
+    output_loss: Callable[[Any], Any] | None = None,
+    metric: str = "fisher",
+    gamma: float | None = None,
+    output_mask: torch.Tensor | None = None,
+    output_bounds: tuple[float, float] | None = None,
+    unit: str = "sequence",
+    power_iterations: int = 0,
+    generator: torch.Generator | None = None,
+    module: nn.Module | Iterable[nn.Module] | None = None,
+    tolerance: float | None = None,
+) -> StabilityReport:
+    """Curvature, admissible step, violations and alignment of every step of an ascent.
+
+    What it costs, in T steps; a dual forward is about two plain ones:
+
+    ======================================  ====================================================================
+    displacements, losses, alignment        nothing: they are read from the trajectory
+    ``curvature="exact"``                   T · samples dual forwards of `loss_fn`, each with its backward
+    ``curvature="difference"``              T · (samples − 1) + 1 plain forwards and backwards
+    ``func``                                T · samples dual forwards, T more with `gamma`, no backward
+    ``output_loss``                         T plain forwards and backwards, T dual forwards
+    ``power_iterations``                    T · (power_iterations + 1) dual forwards and their backwards
+    ======================================  ====================================================================
+
+    κ is the largest of the sampled values, so it may fall short of the supremum (``unexplained`` counts the steps
+    where that shows); it is exact where the curvature along a segment is monotone, or constant as in a quadratic.
+    Call it in the mode the trajectory was made in. Every evaluation starts from the same random state, so that dropout
+    draws the same mask; the state is put back at the end as it was.
+
+    Args:
+        loss_fn: the function that was maximised, called with Duals (and plain tensors for ``"difference"``); returns
+            one loss per batch row, ``[B]``. Rows must not depend on each other.
+        x: the clean input of the trajectory, ``[B, ...]``; checked against it.
+        traj: the trajectory, T steps.
+        curvature: ``"exact"``: reverse over forward at every sample; ``"difference"``: mean curvature between
+            neighbouring samples, from differences of gradients; ``"none"``.
+        samples: points of each segment, its ends included, evenly spaced; at least 2.
+        func: the policy, called with one Dual; returns logits ``[B, ..., V]`` or a model output with ``.logits``
+            (hidden states with `head`). Adds the effective smoothness and, with `gamma`, the hinge-active fraction.
+        head: the language-model head; its logits are formed here, ``[samples, V]`` at a time and row.
+        output_loss: from func's output to ``[B]``, ``loss_fn(x) = output_loss(func(x))``. Adds the sandwich.
+        metric: ``"fisher"``, ``"logits"`` or ``"l2"``: which q the first term of the smoothness and the hinge take.
+        gamma: threshold of a hinge on √q along the directions uₜ.
+        output_mask: the units (tokens) of func's output that the loss reads, ``[B, ...]``; True = included.
+        output_bounds: (L_out, G_out), the bounds of ∇²L (relative to q) and of ‖∇L‖ per unit of the output; by
+            default those of cross-entropy summed over units. Divide them by the number of units for a mean.
+        unit: ``"sequence"`` compares the summed q of a row with γ, ``"token"`` that of each unit.
+        power_iterations: iterations for ‖J‖₂, the upper end of the sandwich; 0 leaves it out. Needs `func`.
+        generator: of the random start of the power iteration.
+        module: the model, or several: their parameters' gradients are switched off meanwhile, which saves the backward
+            of the weights.
+        tolerance: a loss that falls by less than this times its size counts as rounding; by default 16 eps of the
+            losses' dtype.
+
+    Returns:
+        StabilityReport, all tensors detached.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value.
+        UnsupportedOperation: `loss_fn` or `func` uses a function without a derivative rule.
+    """
+    _check(x, traj, curvature, samples, func, output_loss, metric, gamma, unit, power_iterations)
+    modules, random = modules_of(module), RandomState(x.device)
+    loss_fn = probes.repeatable(loss_fn, random)
+    try:
+        with held(modules, evaluate=False):
+            fields = _measure_path(traj, tolerance)
+            lengths = fields["displacement_norms"]
+            units = [probes.row_unit(delta) for delta in traj.displacements]
+            if curvature != "none":
+                fields.update(_curvature(loss_fn, traj, units, lengths, samples, curvature))
+                fields["violated"] = fields["moved"] & ~step_condition(
+                    fields["kappa"], lengths, fields["slopes"]
+                )
+                fields["eta_max"] = _largest_step(traj, fields["kappa"], lengths, fields["slopes"])
+            if func is not None:
+                policy = probes.repeatable(
+                    probes.logits_func(func, None if head is None else as_head(head)), random
+                )
+                bounds = OUTPUT_BOUNDS[metric] if output_bounds is None else output_bounds
+                output = (metric, output_mask)
+                fields.update(_smoothness(policy, traj, units, lengths, samples, *output, bounds, gamma))
+                if gamma is not None:
+                    fields["hinge_active"] = _hinge(policy, traj, *output, gamma, unit)
+                fields.update(_sandwich(policy, output_loss, traj, power_iterations, generator))
+    finally:
+        random.restore()
+    return StabilityReport(**{name: value.detach() for name, value in fields.items()})
+
+
+def _measure_path(traj: Trajectory, tolerance: float | None) -> dict[str, Any]:
+    """What can be read from the trajectory alone."""
+    lengths = torch.stack([probes.row_norm(delta) for delta in traj.displacements])
+    before, after = traj.losses[:-1], traj.losses[1:]
+    relative = 16 * torch.finfo(traj.losses.dtype).eps if tolerance is None else tolerance
+    moved = lengths > 0
+    return {
+        "losses": traj.losses,
+        "gains": after - before,
+        "displacement_norms": lengths,
+        "moved": moved,
+        "non_monotone": moved & (after - before < -relative * torch.maximum(after.abs(), before.abs())),
+        "projected": traj.projected,
+        "alignment": _alignment(traj.directions),
+    }
+
+
+def _segment(traj: Trajectory, t: int, samples: int) -> list[torch.Tensor]:
+    """Evenly spaced points of step t, its ends included; the ends are exactly those of the trajectory."""
+    start, end = traj.points[t], traj.points[t + 1]
+    inner = [start + (j / (samples - 1)) * traj.displacements[t] for j in range(1, samples - 1)]
+    return [start, *inner, end]
+
+
+def _curvature(
+    loss_fn: Callable[[Any], Any],
+    traj: Trajectory,
+    units: list[torch.Tensor],
+    lengths: torch.Tensor,
+    samples: int,
+    kind: str,
+) -> dict[str, torch.Tensor]:
+    """κ, ⟨∇g, Δ⟩ and the curvature at the start of every step."""
+    kappas, slopes = [], []
+    gradients: dict[int, torch.Tensor] = {}
+    for t, (d, length) in enumerate(zip(units, lengths)):
+        points = _segment(traj, t, samples)
+        if kind == "exact":
+            measured = [probes.curvature_along(loss_fn, p, d) for p in points]
+            slope, lowest = measured[0][1], torch.stack([bend for _, _, bend in measured]).amin(0)
+        else:
+            first = gradients.pop(t) if t in gradients else probes.gradient(loss_fn, points[0])[1]
+            rest = [probes.gradient(loss_fn, p)[1] for p in points[1:]]
+            gradients[t + 1] = rest[-1]
+            slope, lowest = probes.difference_curvature([first, *rest], d, length / (samples - 1))
+        kappas.append(torch.where(length > 0, (-lowest).clamp(min=0), 0.0))
+        slopes.append(slope * length)
+    return {"kappa": torch.stack(kappas), "slopes": torch.stack(slopes)}
+
+
+def _largest_step(
+    traj: Trajectory, kappa: torch.Tensor, lengths: torch.Tensor, slopes: torch.Tensor
+) -> torch.Tensor:
+    """The step size, in the unit of the ascent's own, below which the step condition holds; inf where κ = 0."""
+    safe = torch.where(kappa > 0, kappa, 1.0)
+    norms = traj.gradient_norms
+    if traj.step == "raw":
+        bound = 2 / safe
+    else:
+        # without a projection the condition is linear in the step size
+        square = torch.where(lengths > 0, lengths, 1.0).square()
+        free = traj.step_sizes * 2 * slopes / (safe * square)
+        smallest = torch.where(norms > 0, norms, float("inf")).amin(-1)
+        boxed = torch.full_like(kappa, float("nan")) if traj.step == "sign" else 2 * smallest / safe
+        bound = torch.where(traj.projected, boxed, free)
+    return torch.where((kappa > 0) & (lengths > 0), bound, float("inf"))
+
+
+def _smoothness(
+    policy: Callable[[Any], Any],
+    traj: Trajectory,
+    units: list[torch.Tensor],
+    lengths: torch.Tensor,
+    samples: int,
+    metric: str,
+    mask: torch.Tensor | None,
+    bounds: tuple[float, float],
+    gamma: float | None,
+) -> dict[str, torch.Tensor]:
+    """L_out q + G_out ‖D²f[d,d]‖ along every segment; D²f from the change of Jd between neighbouring samples."""
+    firsts, seconds, largest = [], [], []
+    for t, (d, length) in enumerate(zip(units, lengths)):
+        spacing = torch.where(length > 0, length / (samples - 1), 1.0)
+        q_max = bend_max = torch.zeros_like(length)
+        before: torch.Tensor | None = None
+        for p in _segment(traj, t, samples):
+            q, y_tan = probes.output_probe(policy, p, d, metric)
+            q_max = torch.maximum(q_max, probes.sum_units(q, mask))
+            if before is not None:
+                sizes = torch.linalg.vector_norm((y_tan - before).to(q.dtype), 2, -1)
+                change = torch.where(length > 0, probes.sum_units(sizes, mask) / spacing, 0.0)
+                bend_max = torch.maximum(bend_max, change)
+            before = y_tan
+        firsts.append(bounds[0] * q_max)
+        seconds.append(bounds[1] * bend_max)
+        largest.append(q_max)
+    first, second = torch.stack(firsts), torch.stack(seconds)
+    found = {"gauss_newton": first, "second_order": second, "smoothness": first + second}
+    found["sensitivity"] = torch.stack(largest).sqrt()
+    if gamma is not None:
+        found["smoothness_at_gamma"] = bounds[0] * gamma**2 + second
+    return found
+
+
+def _hinge(
+    policy: Callable[[Any], Any],
+    traj: Trajectory,
+    metric: str,
+    mask: torch.Tensor | None,
+    gamma: float,
+    unit: str,
+) -> torch.Tensor:
+    """Fraction of the units of every row where √q along uₜ is above γ, ``[T, B]``."""
+    active = []
+    for point, u in zip(traj.points, traj.directions):
+        q, _ = probes.output_probe(policy, point, u, metric)
+        if unit == "sequence":
+            active.append((probes.sum_units(q, mask) > gamma**2).to(q.dtype))
+        else:
+            count = probes.sum_units(torch.ones_like(q), mask).clamp(min=1)
+            active.append(probes.sum_units((q > gamma**2).to(q.dtype), mask) / count)
+    return torch.stack(active)
+
+
+def _sandwich(
+    policy: Callable[[Any], Any],
+    output_loss: Callable[[Any], Any] | None,
+    traj: Trajectory,
+    iterations: int,
+    generator: torch.Generator | None,
+) -> dict[str, torch.Tensor]:
+    """‖Jᵀ∇L‖/‖∇L‖ ≤ ‖Ju‖ ≤ ‖J‖₂ at the start of every step, u of unit norm over the whole row."""
+    found: dict[str, list[torch.Tensor]] = {}
+    v: torch.Tensor | None = None
+    for point in traj.points[:-1]:
+        if output_loss is not None:
+            lower, middle = probes.sandwich(policy, output_loss, point, traj.mask, traj.agents)
+            found.setdefault("sandwich_lower", []).append(lower)
+            found.setdefault("sandwich_middle", []).append(middle)
+        if iterations:
+            if v is None:  # later steps start from the direction found before
+                noise = torch.randn(point.shape, generator=generator, dtype=point.dtype, device=point.device)
+                v = noise
+            norm, v = probes.spectral_norm(policy, point, v, iterations, traj.mask, traj.agents)
+            found.setdefault("spectral_norm", []).append(norm)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _alignment(directions: torch.Tensor) -> torch.Tensor:
+    """Cosine of successive directions per row, ``[T − 1, B]``; NaN where one of them is zero."""
+    if directions.shape[0] < 2:
+        return directions.new_zeros((0, directions.shape[1]), dtype=torch.float32)
+    units = [probes.row_unit(u) for u in directions]
+    cosines = torch.stack([probes.row_dot(a, b) for a, b in pairwise(units)])
+    norms = torch.stack([probes.row_norm(u) for u in units])
+    return torch.where((norms[1:] > 0) & (norms[:-1] > 0), cosines, float("nan"))
+
+
+def _check(
+    x: torch.Tensor,
+    traj: Trajectory,
+    curvature: str,
+    samples: int,
+    func: Any,
+    output_loss: Any,
+    metric: str,
+    gamma: float | None,
+    unit: str,
+    power_iterations: int,
+) -> None:
+    for name, value, choices in (
+        ("curvature", curvature, CURVATURES),
+        ("metric", metric, tuple(OUTPUT_BOUNDS)),
+        ("unit", unit, ("sequence", "token")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    if not isinstance(x, torch.Tensor) or x.shape != traj.x.shape:
+        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"x must be the input of traj, shape {tuple(traj.x.shape)}, got {got}.")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
+        raise ValueError(f"samples must be an integer >= 2 (the ends of a segment), got {samples!r}.")
+    if isinstance(power_iterations, bool) or not isinstance(power_iterations, int) or power_iterations < 0:
+        raise ValueError(f"power_iterations must be an integer >= 0, got {power_iterations!r}.")
+    if gamma is not None and not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
+        raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
+    for name, wanted in (
+        ("output_loss", output_loss is not None),
+        ("gamma", gamma is not None),
+        ("power_iterations", power_iterations > 0),
+    ):
+        if wanted and func is None:
+            raise ValueError(f"{name} needs func=, the policy whose output is measured.")

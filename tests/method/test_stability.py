@@ -1,0 +1,471 @@
+"""stability_report against dense Hessians, Jacobians and singular values in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budgets import assert_exact
+from torch import nn
+
+import aajr_kernels as aajr
+from aajr_kernels.method import probes
+from aajr_kernels.method.stability import StabilityReport, stability_report, step_condition
+from aajr_kernels.method.trajectory import Trajectory
+
+B, N, V = 3, 6, 5
+LABELS = torch.tensor([0, 3, 1])
+
+
+def steps_of(loss_fn, x, eta, t=4, step="raw", project=None, mask=None, **fields) -> Trajectory:
+    """Plain ascent, written out here: what the report has to describe."""
+    points, directions, losses, norms, projected = [x + 0.1 * torch.randn_like(x)], [], [], [], []
+    keep = torch.ones_like(x) if mask is None else mask.to(x).reshape(x.shape)
+    for _ in range(t):
+        p = points[-1].clone().requires_grad_()
+        loss = loss_fn(p)
+        g = torch.autograd.grad(loss.sum(), p)[0] * keep
+        norm = g.flatten(1).norm(dim=1)
+        u = g / norm.reshape(-1, *[1] * (x.dim() - 1))
+        move = {"raw": g, "normalized": u, "sign": g.sign()}[step] * eta
+        free = p.detach() + move
+        end = free if project is None else x + project(free - x)
+        losses.append(loss.detach())
+        norms.append(norm)
+        directions.append(u)
+        projected.append((end != free).flatten(1).any(1))
+        points.append(end)
+    losses.append(loss_fn(points[-1]).detach())
+    points = torch.stack(points)
+    return Trajectory(
+        x=x,
+        points=points,
+        directions=torch.stack(directions),
+        displacements=points[1:] - points[:-1],
+        losses=torch.stack(losses),
+        gradient_norms=torch.stack(norms).unsqueeze(-1),
+        step_sizes=torch.full((t, x.shape[0]), eta, dtype=x.dtype),
+        projected=torch.stack(projected),
+        radius=math.inf,
+        step=step,
+        mask=None if mask is None else mask != 0,
+        **fields,
+    )
+
+
+@pytest.fixture
+def policy() -> nn.Module:
+    net = nn.Sequential(nn.Linear(N, 7), nn.Tanh(), nn.Linear(7, V)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, dtype=p.dtype))
+    return net
+
+
+def output_loss(y):
+    return F.cross_entropy(y, LABELS, reduction="none")
+
+
+def problem(policy):
+    return (lambda x: output_loss(policy(x))), torch.randn(B, N, dtype=torch.float64)
+
+
+def hessian(loss_fn, p, row):
+    def one(z):
+        return loss_fn(torch.cat([p[:row], z[None], p[row + 1 :]]))[row]
+
+    return torch.autograd.functional.hessian(one, p[row])
+
+
+def unit(v):
+    return v / v.norm()
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_kappa_is_the_largest_negative_curvature_of_the_dense_hessian(policy, samples):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 2.0)
+    report = stability_report(loss_fn, x, traj, samples=samples)
+    expected, slopes = torch.zeros(4, B).double(), torch.zeros(4, B).double()
+    for t in range(4):
+        for b in range(B):
+            delta = traj.displacements[t, b]
+            d = unit(delta)
+            for j in range(samples):
+                p = traj.points[t] + j / (samples - 1) * traj.displacements[t]
+                expected[t, b] = max(expected[t, b], -(d @ hessian(loss_fn, p, b) @ d))
+            p = traj.points[t].clone().requires_grad_()
+            slopes[t, b] = torch.autograd.grad(loss_fn(p)[b], p)[0][b] @ delta
+    assert (expected > 0).any() and (expected == 0).any()  # both kinds of curvature occur
+    assert_exact(report.kappa, expected, "kappa")
+    assert_exact(report.slopes, slopes, "slopes")
+    assert_exact(report.displacement_norms, traj.displacements.norm(dim=-1), "displacement norms")
+    held = step_condition(expected, traj.displacements.norm(dim=-1), slopes)
+    assert torch.equal(report.violated, ~held)
+    assert report.violated.any() and held.any()
+    assert torch.equal(report.gains, traj.losses[1:] - traj.losses[:-1])
+
+
+def test_differences_of_gradients_converge_to_the_mean_curvature(policy):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.5)
+    exact = stability_report(loss_fn, x, traj, samples=65)
+    difference = stability_report(loss_fn, x, traj, samples=65, curvature="difference")
+    # a mean over 1/64 of the segment lies above its minimum by at most the change of the curvature over it
+    assert (difference.kappa <= exact.kappa * (1 + 1e-9) + 1e-12).all()
+    assert (exact.kappa - difference.kappa).abs().max() < 0.05 * exact.kappa.max()
+    assert_exact(difference.slopes, exact.slopes, "slopes")
+
+
+def test_differences_are_exact_on_a_quadratic():
+    h = torch.randn(B, N, N, dtype=torch.float64)
+    h = h + h.mT
+    loss_fn = lambda x: 0.5 * torch.einsum("bi,bij,bj->b", x, h, x)
+    x = torch.randn(B, N, dtype=torch.float64)
+    traj = steps_of(loss_fn, x, 0.3)
+    d = traj.displacements / traj.displacements.norm(dim=-1, keepdim=True)
+    expected = (-torch.einsum("tbi,bij,tbj->tb", d, h, d)).clamp(min=0)
+    assert (expected > 0).any()
+    for samples in (2, 4):
+        report = stability_report(loss_fn, x, traj, samples=samples, curvature="difference")
+        assert_exact(report.kappa, expected, "kappa")
+
+
+def test_a_linear_loss_has_no_curvature_and_no_largest_step():
+    w = torch.randn(N, dtype=torch.float64)
+    x = torch.randn(B, N, dtype=torch.float64)
+    loss_fn = lambda x: x @ w
+    report = stability_report(loss_fn, x, steps_of(loss_fn, x, 0.3))
+    assert (report.kappa == 0).all() and torch.isinf(report.eta_max).all()
+    assert not report.violated.any() and not report.non_monotone.any()
+    assert report.summary()["eta_max_smallest"] == math.inf
+    assert report.to_dict()["summary"]["eta_max_smallest"] is None
+
+
+@pytest.mark.parametrize("step", ["raw", "normalized", "sign"])
+def test_eta_max_is_where_an_unprojected_step_on_a_quadratic_stops_gaining(step):
+    h = -torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64))
+    loss_fn = lambda x: 0.5 * torch.einsum("bi,ij,bj->b", x, h, x)
+    x = torch.randn(B, N, dtype=torch.float64)
+    torch.manual_seed(1)
+    small = steps_of(loss_fn, x, 0.01, t=1, step=step)
+    bound = stability_report(loss_fn, x, small).eta_max[0]
+    g = small.points[0] @ h
+    move = {"raw": g, "normalized": g / g.norm(dim=1, keepdim=True), "sign": g.sign()}[step]
+    for factor, gains in ((0.999, True), (1.001, False)):  # on a quadratic the bound is sharp
+        after = loss_fn(small.points[0] + factor * bound.unsqueeze(1) * move)
+        assert ((after > small.losses[0]) == gains).all()
+
+
+def test_eta_max_of_projected_steps():
+    x = torch.randn(B, 4, N, dtype=torch.float64)
+    loss_fn = lambda x: -0.5 * x.square().flatten(1).sum(1)  # curvature -1 in every direction
+
+    def ball(delta):
+        return delta / delta.flatten(1).norm(dim=1).reshape(-1, 1, 1).clamp(min=0.2) * 0.2
+
+    norms = torch.rand(4, B, 4, dtype=torch.float64) + 0.5
+    norms[:, :, 2] = 0  # a token that may not be attacked does not move
+    traj = steps_of(loss_fn, x, 1.0, project=ball, step="normalized")
+    assert traj.projected.any()
+    values = vars(traj) | {"gradient_norms": norms, "scope": "token"}
+    report = stability_report(loss_fn, x, Trajectory(**values))
+    smallest = norms[:, :, [0, 1, 3]].amin(-1)
+    here = report.projected & report.moved
+    assert_exact(report.eta_max[here], 2 * smallest[here], "eta_max")
+    sign = stability_report(loss_fn, x, Trajectory(**(values | {"step": "sign"})))
+    assert torch.isnan(sign.eta_max[here]).all()
+    raw = stability_report(loss_fn, x, Trajectory(**(values | {"step": "raw"})))
+    assert_exact(raw.eta_max[here], torch.full_like(smallest, 2.0)[here], "eta_max")
+
+
+def test_alignment_and_fractions():
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    h = -torch.diag(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    loss_fn = lambda x: 0.5 * torch.einsum("bi,ij,bj->b", x, h, x)
+    report = stability_report(
+        loss_fn, x, steps_of(loss_fn, x, 3.0)
+    )  # overshoots and turns round at every step
+    assert_exact(report.alignment, -torch.ones(3, 2), "alignment")
+    assert report.non_monotone.all() and report.violated.all()
+    summary = report.summary()
+    assert summary["non_monotone_fraction"] == summary["violated_fraction"] == 1.0
+    assert summary["unexplained_fraction"] == 0.0
+    calm = stability_report(loss_fn, x, steps_of(loss_fn, x, 1.5)).summary()
+    assert calm["non_monotone_fraction"] == calm["violated_fraction"] == 0.0
+
+
+def test_rows_that_do_not_move_are_left_out():
+    x = torch.randn(2, N, dtype=torch.float64)
+    loss_fn = lambda x: -x.square().sum(1)
+    traj = steps_of(loss_fn, x, 5.0)
+    still = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(traj).items()}
+    still["points"][:, 1] = x[1]
+    still["displacements"][:, 1] = 0
+    still["directions"][:, 1] = 0
+    report = stability_report(loss_fn, x, Trajectory(**still))
+    assert not report.moved[:, 1].any() and not report.violated[:, 1].any()
+    assert (report.kappa[:, 1] == 0).all() and torch.isinf(report.eta_max[:, 1]).all()
+    assert torch.isnan(report.alignment[:, 1]).all()
+    assert report.summary()["violated_fraction"] == 1.0  # of row 0 alone
+
+
+def jacobian(policy, p):
+    return torch.autograd.functional.jacobian(lambda z: policy(z[None])[0], p)
+
+
+def test_sandwich_and_spectral_norm_against_singular_values(policy):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.3)
+    report = stability_report(
+        *(loss_fn, x, traj), func=policy, output_loss=output_loss, power_iterations=60, curvature="none"
+    )
+    assert report.kappa is None and report.unexplained is None
+    for t in range(4):
+        for b in range(B):
+            p = traj.points[t, b]
+            j = jacobian(policy, p)
+            y_bar = torch.autograd.functional.jacobian(
+                lambda y: F.cross_entropy(y[None], LABELS[b : b + 1]), policy(p[None])[0]
+            )
+            g = j.mT @ y_bar
+            assert_exact(report.sandwich_lower[t, b], g.norm() / y_bar.norm(), "lower")
+            assert_exact(report.sandwich_middle[t, b], (j @ unit(g)).norm(), "middle")
+            assert_exact(
+                report.spectral_norm[t, b], torch.linalg.matrix_norm(j, 2), "spectral", tolerance=1e-6
+            )
+    assert (report.sandwich_lower <= report.sandwich_middle * (1 + 1e-12)).all()
+    assert (report.sandwich_middle <= report.spectral_norm * (1 + 1e-6)).all()
+    assert (report.sandwich_lower < 0.95 * report.sandwich_middle).any()
+
+
+def test_sandwich_of_an_attack_on_some_tokens_stays_among_them():
+    net = nn.Linear(2 * N, V).double()
+    func = lambda x: net(x.flatten(1))
+    loss_fn = lambda x: output_loss(func(x))
+    x = torch.randn(B, 2, N, dtype=torch.float64)
+    mask = torch.tensor([[1, 0]] * B).unsqueeze(-1).expand(B, 2, N)
+    traj = steps_of(loss_fn, x, 0.3, mask=mask)
+    options = dict(func=func, output_loss=output_loss, power_iterations=60, curvature="none")
+    report = stability_report(loss_fn, x, traj, **options)
+    top = torch.linalg.matrix_norm(net.weight[:, :N].detach(), 2).expand(4, B)
+    assert_exact(report.spectral_norm, top, "spectral norm", tolerance=1e-6)
+    assert (report.sandwich_middle <= top * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("metric", ["fisher", "logits"])
+def test_smoothness_bounds_the_curvature_and_is_what_it_says(policy, metric):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.4)
+    options = dict(samples=33, func=policy, metric=metric, gamma=0.7, unit="sequence")
+    report = stability_report(loss_fn, x, traj, **options)
+    assert (report.kappa <= report.smoothness).all()
+    assert_exact(report.smoothness, report.gauss_newton + report.second_order, "sum")
+    factor = {"fisher": 1.0, "logits": 0.5}[metric]
+    assert_exact(report.gauss_newton, factor * report.sensitivity.square(), "first term")
+    assert_exact(report.smoothness_at_gamma, factor * 0.49 + report.second_order, "at gamma")
+    for t in (0, 3):
+        for b in range(B):
+            d = unit(traj.displacements[t, b])
+            q, bends = [], []
+            for s in torch.linspace(0, 1, 33, dtype=torch.float64):
+                p = traj.points[t, b] + s * traj.displacements[t, b]
+                z_tan, prob = jacobian(policy, p) @ d, policy(p[None])[0].softmax(-1)
+                spread = prob @ z_tan.square() - (prob @ z_tan) ** 2
+                q.append(spread if metric == "fisher" else z_tan.square().sum())
+                along = lambda s, p=p, d=d: policy((p + s * d)[None])[0]
+                _, bend = torch.func.jvp(
+                    lambda s: torch.func.jvp(along, (s,), (torch.ones_like(s),))[1],
+                    (torch.tensor(0.0, dtype=torch.float64),),
+                    (torch.tensor(1.0, dtype=torch.float64),),
+                )
+                bends.append(bend.norm())
+            assert_exact(report.sensitivity[t, b], max(q).sqrt(), "sensitivity")
+            # means over 1/32 of the segment against values at their ends, which may miss the peak by O(1/32²)
+            assert report.second_order[t, b] <= math.sqrt(2) * max(bends) * (1 + 1 / 32**2)
+            assert report.second_order[t, b] >= 0.9 * math.sqrt(2) * max(bends)
+
+
+def test_hinge_active_fraction_per_row_and_per_token():
+    net = nn.Linear(N, V).double()
+    x = torch.randn(B, 4, N, dtype=torch.float64)
+    loss_fn = lambda x: net(x).square().flatten(1).sum(1)
+    traj = steps_of(loss_fn, x, 0.1)
+    q = (traj.directions @ net.weight.mT).square().sum(-1)  # [T, B, 4]
+    mask = torch.tensor([[True, True, True, False]] * B)
+    gamma = q[..., :3].median().item() ** 0.5 * 1.001
+    options = dict(func=net, metric="l2", gamma=gamma, curvature="none", output_mask=mask)
+    by_token = stability_report(loss_fn, x, traj, unit="token", **options).hinge_active
+    assert_exact(by_token, (q[..., :3] > gamma**2).double().mean(-1), "per token")
+    assert 0 < by_token.mean() < 1
+    by_row = stability_report(loss_fn, x, traj, unit="sequence", **options).hinge_active
+    assert_exact(by_row, (q[..., :3].sum(-1) > gamma**2).double(), "per row")
+
+
+def test_head_and_model_output_mean_the_same(policy):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.4)
+    plain = stability_report(loss_fn, x, traj, func=policy, curvature="none", gamma=1.0)
+    wrapped = stability_report(
+        *(loss_fn, x, traj), func=lambda x: SimpleNamespace(logits=policy(x)), curvature="none", gamma=1.0
+    )
+    split = stability_report(
+        *(loss_fn, x, traj), func=policy[:2], head=policy[2], curvature="none", gamma=1.0
+    )
+    capped = stability_report(
+        *(loss_fn, x, traj),
+        func=policy[:2],
+        head=aajr.LMHead(policy[2].weight, policy[2].bias, 2.0, softcap=3.0),
+        curvature="none",
+    )
+    by_hand = stability_report(
+        *(loss_fn, x, traj), func=lambda x: 3 * torch.tanh(2 * policy(x) / 3), curvature="none"
+    )
+    for name in ("smoothness", "sensitivity"):
+        assert_exact(getattr(wrapped, name), getattr(plain, name), name)
+        assert_exact(getattr(split, name), getattr(plain, name), name)
+        assert_exact(getattr(capped, name), getattr(by_hand, name), name)
+
+
+def test_dropout_draws_one_mask_and_the_random_state_is_put_back():
+    net = nn.Sequential(nn.Linear(N, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, V)).double()
+    x = torch.randn(B, N, dtype=torch.float64)
+    state = torch.get_rng_state()
+
+    def loss_fn(x):
+        return output_loss(net(x))
+
+    def repeated(x):
+        torch.set_rng_state(state)
+        return loss_fn(x)
+
+    traj = steps_of(repeated, x, 0.5)
+    torch.set_rng_state(state)
+    report = stability_report(loss_fn, x, traj, samples=4, module=net)
+    assert torch.equal(torch.get_rng_state(), state)
+    fixed = stability_report(repeated, x, traj, samples=4)
+    assert torch.equal(report.kappa, fixed.kappa) and torch.equal(report.slopes, fixed.slopes)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_nothing_reaches_the_parameters(policy):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.4)
+    report = stability_report(
+        *(loss_fn, x, traj), func=policy, output_loss=output_loss, power_iterations=2, gamma=1.0
+    )
+    assert all(p.grad is None for p in policy.parameters())
+    assert not any(v.requires_grad for v in vars(report).values() if v is not None)
+
+
+def test_float32_and_no_grad_agree_with_float64(policy):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.4)
+    exact = stability_report(loss_fn, x, traj)
+    single = Trajectory(
+        **{
+            k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in vars(traj).items()
+        }
+    )
+    net = policy.float()
+    with torch.no_grad():
+        report = stability_report(lambda x: output_loss(net(x)), x.float(), single)
+    # displacements are differences of points of size 1 and hold about 1e-6 relative; curvature amplifies it little
+    assert_exact(report.kappa, exact.kappa, "kappa", tolerance=1e-4)
+    policy.double()
+
+
+def test_json_lines_and_tensorboard(policy, tmp_path):
+    loss_fn, x = problem(policy)
+    report = stability_report(loss_fn, x, steps_of(loss_fn, x, 0.4), func=policy)
+    path = tmp_path / "rows.jsonl"
+    report.append_jsonl(path, 7, run="a")
+    report.append_jsonl(path, 8)
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert (first["step"], first["run"], second["step"]) == (7, "a", 8)
+    assert first["summary"]["kappa"] == pytest.approx(report.kappa.mean().item())
+    assert first["steps"]["kappa"] == pytest.approx(report.kappa.mean(1).tolist())
+    assert "spectral_norm" not in first["summary"]
+
+    written = {}
+    report.log(SimpleNamespace(add_scalar=lambda tag, value, step: written.update({tag: (value, step)})), 3)
+    assert written["stability/kappa_max"] == (report.kappa.max().item(), 3)
+    assert written["stability/kappa/step_2"] == (pytest.approx(report.kappa[2].mean().item()), 3)
+    with pytest.raises(TypeError, match="writer must be"):
+        report.log(3, 3)
+
+
+def test_tensorboard_files(policy, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loss_fn, x = problem(policy)
+    report = stability_report(loss_fn, x, steps_of(loss_fn, x, 0.4))
+    report.log(tmp_path, 5, prefix="inner")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Scalars("inner/kappa_max")
+    assert event.step == 5 and event.value == pytest.approx(report.kappa.max().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"curvature": "guess"}, "curvature must be one of exact, difference, none"),
+        ({"samples": 1}, "samples must be an integer >= 2"),
+        ({"samples": 2.5}, "samples must be an integer >= 2"),
+        ({"metric": "probs"}, "metric must be one of l2, logits, fisher"),
+        ({"unit": "word"}, "unit must be one of"),
+        ({"gamma": 1.0}, "gamma needs func="),
+        ({"gamma": -1.0}, "gamma must be a finite number"),
+        ({"power_iterations": 3}, "power_iterations needs func="),
+        ({"power_iterations": -3}, "power_iterations must be"),
+        ({"output_loss": output_loss}, "output_loss needs func="),
+    ],
+)
+def test_bad_options(policy, options, message):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.4, t=1)
+    with pytest.raises(ValueError, match=message):
+        stability_report(loss_fn, x, traj, **options)
+
+
+def test_bad_functions(policy):
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.4, t=1)
+    with pytest.raises(ValueError, match="x must be the input of traj"):
+        stability_report(loss_fn, x[:1], traj)
+    with pytest.raises(ValueError, match="one loss per batch row"):
+        stability_report(lambda x: loss_fn(x).mean(), x, traj)
+    with pytest.raises(ValueError, match="does not depend on its input"):
+        stability_report(lambda x: loss_fn(x.detach()), x, traj)
+    with pytest.raises(ValueError, match="does not depend on its input"):
+        stability_report(lambda x: loss_fn(x.detach()), x, traj, curvature="difference")
+    with pytest.raises(ValueError, match="output_loss must return one loss"):
+        stability_report(loss_fn, x, traj, func=policy, output_loss=lambda y: y.sum())
+    with pytest.raises(ValueError, match="unsqueeze the last axis"):
+        stability_report(loss_fn, x, traj, func=loss_fn)
+    with pytest.raises(TypeError, match="model output with .logits"):
+        stability_report(loss_fn, x, traj, func=lambda x: SimpleNamespace(y=x))
+
+
+def test_power_iteration_survives_an_unlucky_start_and_a_constant():
+    weight = torch.tensor([[0.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    x, start = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    norm, v = probes.spectral_norm(lambda x: x @ weight, x, start, 3)
+    assert norm == 0 and torch.equal(v, start)  # no component along the top direction, and no NaN
+    norm, _ = probes.spectral_norm(lambda x: x @ weight, x, start + 0.1, 3)
+    assert_exact(norm, torch.tensor([3.0]), "norm")
+
+
+def test_a_report_is_frozen(policy):
+    loss_fn, x = problem(policy)
+    report = stability_report(loss_fn, x, steps_of(loss_fn, x, 0.4, t=1))
+    assert isinstance(report, StabilityReport) and report.alignment.shape == (0, B)
+    with pytest.raises(AttributeError):
+        report.kappa = None
