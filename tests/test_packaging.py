@@ -53,7 +53,9 @@ def test_every_public_name_exists():
 
 def test_no_file_grows_beyond_reading():
     sources = [
-        path for folder in ("aajr_kernels", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("aajr_kernels", "experiments", "tests", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     long = {
         str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) > 450
@@ -170,7 +172,7 @@ def test_pure_python_wheel_works_in_a_clean_environment(source, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "aajr_kernels/py.typed" in names
-    assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
+    assert not [name for name in names if name.startswith(("tests/", "scripts/", "experiments/"))]
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "aajr_kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     run(sys.executable, "-m", "twine", "check", "--strict", wheel)

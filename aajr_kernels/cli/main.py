@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("aajr_kernels.cli.validate", "Check every op against a float64 oracle."),
     "bench": ("aajr_kernels.cli.bench", "Speed and memory, as ratios to PyTorch's own."),
     "demo": ("aajr_kernels.cli.demo", "The penalty on a real language model and on real text."),
+    "experiment": ("aajr_kernels.cli.experiment", "The evidence for the method: rows, figures and pages."),
 }
 
 
@@ -70,7 +71,9 @@ def main() -> None:
         package = (error.name or "").split(".")[0]
         if package in ("", "aajr_kernels"):
             raise
-        extra = "bench" if sys.argv[1:2] == ["bench"] else "demo"
+        extra = {"bench": "bench", "experiment": "experiments"}.get(
+            sys.argv[1] if sys.argv[1:] else "", "demo"
+        )
         fail(
             f"this sub-command needs the package {package!r}: pip install 'aajr_kernels[{extra}]' brings it."
         )

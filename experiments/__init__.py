@@ -1,0 +1,42 @@
+"""The evidence for the method: experiments with fixed seeds, their rows, figures and pages.
+
+``aajr experiment NAME`` runs one. To add one, write a module with the parts of :class:`Experiment` and enter it below.
+
+==================  ====================================================================================
+module              what it holds
+==================  ====================================================================================
+``base``            what an experiment is made of, and the running of its tasks
+``store``           rows as JSON lines: resumable, each written once
+``summaries``       bootstrap intervals, tables
+``plots``           figures without a display
+``results/``        committed rows; the pages in docs/experiments/ are drawn from them
+==================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from .base import Experiment
+
+__all__ = ["EXPERIMENTS", "RESULTS", "Experiment", "load"]
+
+#: name -> (module, what it shows)
+EXPERIMENTS = {
+    "digits": (".digits", "Price of robustness on digits, against global regularisation."),
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def load(name: str) -> Experiment:
+    """The experiment of that name, imported.
+
+    Raises:
+        ValueError: there is none.
+        ModuleNotFoundError: a package that it needs is not installed.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment {name!r} is unknown: choose from {', '.join(EXPERIMENTS)}.")
+    found: Experiment = importlib.import_module(EXPERIMENTS[name][0], __name__).EXPERIMENT
+    return found

@@ -1,0 +1,108 @@
+"""Rows of an experiment as JSON lines: a header with configuration and environment, then one line per row.
+
+The rows of a task are written together, and the task counts as done when all are there. So an interrupted run loses at
+most the task it was at, and a torn last line is dropped when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Row", "Store", "environment", "read"]
+
+Row = dict[str, Any]
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit; ``dirty`` says whether the code of package or experiments was changed since."""
+    from aajr_kernels.cli.benchmarks import environment as machine
+
+    facts = machine()
+    root = Path(__file__).parent.parent
+    command = ["git", "status", "--porcelain", "--", "aajr_kernels", "csrc", "experiments"]
+    if facts["commit"] is not None:
+        status = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        facts["dirty"] = any("experiments/results/" not in line for line in status.stdout.splitlines())
+    return facts
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Header and rows of the complete tasks of a file.
+
+    Raises:
+        ValueError: the file does not start with a header.
+    """
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # torn by an interruption; nothing can follow it
+    if not lines or "config" not in lines[0]:
+        raise ValueError(
+            f"{path.name} does not start with the header of an experiment: choose another folder."
+        )
+    tasks: dict[str, list[Row]] = {}
+    for row in lines[1:]:
+        tasks.setdefault(row["task"], []).append(row)
+    return lines[0], [row for rows in tasks.values() if len(rows) == rows[0]["of"] for row in rows]
+
+
+class Store:
+    """The file of a run.
+
+    Args:
+        path: made if it is not there, with its folder; otherwise continued.
+        name: of the experiment.
+        config: JSON values; must equal that of the file.
+
+    Raises:
+        ValueError: the file belongs to another experiment or configuration.
+    """
+
+    def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
+        self.path = path
+        config = json.loads(json.dumps(config))
+        if path.exists() and path.stat().st_size:
+            self.header, self.rows = read(path)
+            if (self.header["experiment"], self.header["config"]) != (name, config):
+                raise ValueError(
+                    f"{path} holds rows of another configuration: choose another folder, or --fresh to replace them."
+                )
+        else:
+            self.header, self.rows = {"experiment": name, "config": config, "environment": environment()}, []
+        self._done = {row["task"] for row in self.rows}
+        self._rewrite()
+
+    def has(self, task: str) -> bool:
+        """Whether the rows of a task are there."""
+        return task in self._done
+
+    def add(self, task: str, rows: list[Row], seconds: float) -> None:
+        """Append the rows of a finished task.
+
+        Raises:
+            ValueError: there are none, or a value is not finite (write None).
+        """
+        if not rows:
+            raise ValueError(
+                f"task {task!r} yielded no rows, so that it could not be told from an unfinished one."
+            )
+        marks = {"task": task, "of": len(rows), "seconds": round(seconds, 2)}
+        rows = [{**marks, **row} for row in rows]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        self.rows += [json.loads(json.dumps(row)) for row in rows]
+        self._done.add(task)
+
+    def _rewrite(self) -> None:
+        """Leave complete tasks alone in the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [self.header, *self.rows])
+        whole = self.path.with_suffix(".part")
+        whole.write_text(text, encoding="utf-8")
+        os.replace(whole, self.path)
