@@ -169,8 +169,8 @@ cost in nominal loss (cross-entropy plus mean squared error of the utilities, wi
   test, drawn anew for every seed. Two hidden layers of {config["width"]} GELU units, Adam, {config["epochs"]} epochs. A
   seed fixes split, start, order of batches and starts of the ascents for all methods alike.
 - Training loss: nominal loss + λ · penalty at all points of an ascent on the batch: {inner["steps"]} normalised steps
-  of {inner["step"]} radii in an l2 ball of radius {config["radius"]}. The loss itself stays nominal: robustness comes from
-  the penalty. All penalties look at the same kind of points; they differ in direction and metric.
+  of {inner["step"]} radii in an l2 ball of radius {config["radius"]}. The loss itself stays nominal: robustness comes
+  from the penalty. All penalties look at the same kind of points; they differ in direction and metric.
 - λ is counted in units of 1 over the penalty of the unregularised policy. Every method gets {config["budget"]} values,
   a bisection of log λ towards a robust accuracy of {config["target"]} on the validation part. Of the values that reach
   it there, the one with the smallest nominal validation loss is tested; if none does, the most robust one.

@@ -1,0 +1,161 @@
+"""Rows that survive an interruption, tasks that run once, and the command that runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from aajr_kernels.cli import experiment as command
+from aajr_kernels.cli.main import app
+from experiments.base import Experiment, Task, run_experiment
+from experiments.store import Store, read
+from experiments.summaries import bootstrap_interval, interval_text, table
+
+COUNTED: list[int] = []
+
+
+def work(number: int) -> list[dict[str, object]]:
+    COUNTED.append(number)
+    if number == 13:
+        raise RuntimeError("interrupted")
+    return [{"number": number, "square": number**2}, {"number": number, "square": None}]
+
+
+def experiment_of(numbers: list[int]) -> Experiment:
+    return Experiment(
+        "squares",
+        lambda quick: {"numbers": numbers[:1] if quick else numbers},
+        lambda config: [Task(f"n{n}", {"number": n}) for n in config["numbers"]],
+        work,
+        lambda header, rows, folder: f"{len(rows)} rows\n",
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_count() -> None:
+    COUNTED.clear()
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    path, whole = tmp_path / "rows.jsonl", experiment_of([1, 2, 13, 4])
+    with pytest.raises(RuntimeError):
+        run_experiment(whole, Store(path, "squares", whole.config(False)))
+    assert [row["number"] for row in read(path)[1]] == [1, 1, 2, 2]
+    with path.open("a") as file:  # a row of a task whose others are missing, and a torn line
+        file.write(
+            json.dumps({"task": "n4", "of": 2, "seconds": 0.0, "number": 4, "square": 0}) + '\n{"task": "n'
+        )
+    assert len(read(path)[1]) == 4
+    store = Store(path, "squares", whole.config(False))
+    assert store.has("n2") and not store.has("n4")
+    COUNTED.clear()
+    with pytest.raises(RuntimeError):
+        run_experiment(whole, store)
+    assert COUNTED == [13]
+    for line in path.read_text().splitlines():
+        json.loads(line)
+    header, _ = read(path)
+    assert header["config"] == {"numbers": [1, 2, 13, 4]} and header["environment"]["torch"]
+
+
+def test_progress_and_quick(tmp_path):
+    seen = []
+    small = experiment_of([3, 4, 5])
+    store = Store(tmp_path / "rows.jsonl", "squares", small.config(True))
+    run_experiment(small, store, quick=True, progress=lambda *a: seen.append(a))
+    assert seen == [(0, 1, ""), (1, 1, "n3")]
+    run_experiment(small, store, quick=True, progress=lambda *a: seen.append(a))
+    assert seen[2:] == [(1, 1, "")] and COUNTED == [3]
+
+
+def test_other_configurations_and_bad_rows_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    store = Store(path, "squares", {"a": (1, 2)})
+    Store(path, "squares", {"a": [1, 2]})
+    with pytest.raises(ValueError, match="another configuration"):
+        Store(path, "squares", {"a": [1, 3]})
+    with pytest.raises(ValueError, match="another configuration"):
+        Store(path, "cubes", {"a": [1, 2]})
+    with pytest.raises(ValueError, match="yielded no rows"):
+        store.add("n1", [], 0.0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.add("n1", [{"x": float("nan")}], 0.0)
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="header"):
+        read(tmp_path / "other.jsonl")
+
+
+def test_bootstrap_interval_covers_the_mean_of_a_normal_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    hits, trials = 0, 200
+    for seed in range(trials):
+        _, low, high = bootstrap_interval(generator.normal(1.0, 2.0, 40), resamples=1000, seed=seed)
+        hits += low <= 1.0 <= high
+    # percentile intervals of 40 values cover a little less than 95 %: 93 % within four standard deviations
+    assert abs(hits / trials - 0.93) < 4 * (0.93 * 0.07 / trials) ** 0.5
+    mean, low, high = bootstrap_interval([2.0, 2.0, 2.0])
+    assert mean == low == high == 2.0
+    assert bootstrap_interval([1.0, 3.0, 5.0]) == bootstrap_interval([1.0, 3.0, 5.0])
+    for bad in ([1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="two or more finite numbers"):
+            bootstrap_interval(bad)
+
+
+def test_texts():
+    assert interval_text((0.5, 0.25, 0.75), 2) == "**+0.50 [+0.25, +0.75]**"
+    assert interval_text((0.5, -0.25, 0.75), 2) == "+0.50 [−0.25, +0.75]"
+    assert table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["experiment", *arguments])
+
+
+def test_the_command_lists_what_there_is():
+    from experiments import EXPERIMENTS
+
+    output = invoke().output
+    assert all(name in output for name in EXPERIMENTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("alchemy",), "alchemy"), (("digits", "--quick", "--publish"), "are not evidence")],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    result = invoke(*arguments, "--out", str(tmp_path))
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_without_a_checkout_the_command_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    result = invoke("digits")
+    assert result.exit_code == 2
+    assert "pip install -e '.[experiments]'" in " ".join(result.output.split())
+
+
+def test_a_folder_of_another_configuration_is_an_error_in_one_line(tmp_path):
+    Store(tmp_path / "rows.jsonl", "squares", {})
+    result = invoke("digits", "--quick", "--out", str(tmp_path))
+    assert result.exit_code == 2 and "--fresh" in result.output
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in Path(command.ROOT, "experiments/results").glob("*.jsonl"))
+)
+def test_committed_pages_are_what_the_committed_rows_say(name, tmp_path):
+    result = invoke(name, "--draw", "--out", os.fspath(tmp_path))
+    assert result.exit_code == 0, result.output
+    page = (Path(command.ROOT) / "docs" / "experiments" / f"{name}.md").read_text()
+    assert (tmp_path / f"{name}.md").read_text() == page
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert (Path(command.ROOT) / "docs" / "experiments" / line.split("(")[1].rstrip(")")).exists()
