@@ -12,9 +12,11 @@ from .method import (
     Trajectory,
     aligned_penalty,
     ascend,
+    lm_loss,
     normalize,
     seed,
     stability_report,
+    trajectory_penalty,
 )
 from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .ops.attention import attention
@@ -52,6 +54,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "lm_head_penalty",
+    "lm_loss",
     "nn",
     "normalize",
     "quick_gelu",
@@ -66,6 +69,7 @@ __all__ = [
     "stability_report",
     "swiglu",
     "tanh",
+    "trajectory_penalty",
     "unpack",
     "use_backend",
 ]

@@ -16,7 +16,7 @@ metric      q                                 meaning
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -94,6 +94,57 @@ def aligned_penalty(
         RuntimeError: the dtypes of hidden states and head do not agree.
         UnsupportedOperation: `func` uses a function without a derivative rule.
     """
+    found = measure(
+        func,
+        x,
+        v,
+        metric=metric,
+        head=head,
+        labels=labels,
+        gamma=gamma,
+        form=form,
+        mask=mask,
+        unit=unit,
+        reduction=reduction,
+        denominator=denominator,
+        return_primal=return_primal,
+        penalty_weight=penalty_weight,
+    )
+    return (found.penalty, found.primal) if return_primal else found.penalty
+
+
+class Measured(NamedTuple):
+    """A penalty and what it was made of.
+
+    Attributes:
+        penalty: as :func:`aligned_penalty` returns it.
+        q: ``[K, *batch]``, before form, mask and reduction.
+        primal: what ``return_primal=True`` adds; None without.
+    """
+
+    penalty: torch.Tensor
+    q: torch.Tensor
+    primal: Any
+
+
+def measure(
+    func: Callable[[Any], Any],
+    x: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    metric: str = "fisher",
+    head: LMHead | nn.Linear | None = None,
+    labels: torch.Tensor | None = None,
+    gamma: float | None = None,
+    form: str = "squared",
+    mask: torch.Tensor | None = None,
+    unit: str = "token",
+    reduction: str = "mean",
+    denominator: float | torch.Tensor | None = None,
+    return_primal: bool = False,
+    penalty_weight: float | None = None,
+) -> Measured:
+    """The work of :func:`aligned_penalty`, which has the arguments."""
     _check_choices(metric, form, unit, reduction, gamma, denominator)
     if labels is not None and (head is None or not return_primal):
         raise ValueError(
@@ -117,9 +168,10 @@ def aligned_penalty(
     penalty = reduce_units(
         q, gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
     )
-    if not return_primal:
-        return penalty
-    return penalty, primal_tree(output) if loss is None else loss
+    primal = None
+    if return_primal:
+        primal = primal_tree(output) if loss is None else loss
+    return Measured(penalty, q, primal)
 
 
 def _through_head(
@@ -195,11 +247,7 @@ def reduce_units(
     denominator: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """From q ``[K, *batch]`` to the penalty; arguments as in :func:`aligned_penalty`."""
-    keep = None if mask is None else included(mask, tuple(q.shape[1:]), "mask").to(q.device)
-    if unit == "sequence" and q.dim() > 1:
-        masked = q if keep is None else torch.where(keep, q, 0.0)
-        q = masked.flatten(2).sum(-1) if q.dim() > 2 else masked
-        keep = None if keep is None else (keep.flatten(1).any(-1) if keep.dim() > 1 else keep)
+    q, keep = units_of(q, mask, unit)
     values = _shaped(q, gamma, form)
     if keep is not None:
         values = torch.where(keep, values, 0.0)
@@ -212,6 +260,18 @@ def reduce_units(
         units = q[0].numel() if keep is None else keep.sum()
         denominator = max(units, 1) if isinstance(units, int) else units.clamp(min=1)
     return total / (q.shape[0] * denominator)
+
+
+def units_of(
+    q: torch.Tensor, mask: torch.Tensor | None, unit: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q ``[K, *units]`` of the units that a form is applied to, and which of them are included (None for all)."""
+    keep = None if mask is None else included(mask, tuple(q.shape[1:]), "mask").to(q.device)
+    if unit == "sequence" and q.dim() > 1:
+        masked = q if keep is None else torch.where(keep, q, 0.0)
+        q = masked.flatten(2).sum(-1) if q.dim() > 2 else masked
+        keep = None if keep is None else (keep.flatten(1).any(-1) if keep.dim() > 1 else keep)
+    return q, keep
 
 
 def _shaped(q: torch.Tensor, gamma: float | None, form: str) -> torch.Tensor:

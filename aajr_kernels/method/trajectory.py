@@ -1,16 +1,28 @@
-"""The trajectory of an inner maximisation, as a record without a graph."""
+"""The trajectory of an inner maximisation, a record without a graph, and the penalty along it.
+
+    P = Σ_t w_t penalty(x + δ_t, v_t) / Σ_t w_t
+
+with the directions v_t that the adversary took. Points and directions are constants: the gradient of P reaches the
+parameters (and the clean input) through the policy's derivative alone, and memory does not grow with the ascent.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
+from .penalty import Measured, measure, reduce_units, units_of
 from .scopes import Groups
 
-__all__ = ["Trajectory"]
+__all__ = ["PenaltyStatistics", "Trajectory", "trajectory_penalty"]
 
+STEPS = ("all", "last", "random", "worst")
 DIRECTIONS = ("ascent", "displacement", "sign")
 PLACES = ("start", "mid", "end")
 
@@ -86,3 +98,285 @@ class Trajectory:
 def pick(values: Tensor, index: Tensor) -> Tensor:
     """``values[index[b], b]`` for every batch row: from ``[S, B, ...]`` and ``[B]`` to ``[B, ...]``."""
     return values[index, torch.arange(values.shape[1], device=values.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class PenaltyStatistics:
+    """What a trajectory penalty was made of; detached, except `primal`.
+
+    Attributes:
+        steps: ``[S, B]``, the step t of every batch row in each of the S measurements.
+        weights: ``[S]``, what the penalty of each was multiplied by; they sum to 1.
+        q: ``[S, K]``, mean of q over the included units (tokens or sequences).
+        q_max: ``[S, K]``, the largest.
+        active: ``[S, K]``, share of the included units with q above γ² (above 0 without a threshold): those which
+            the penalty pushes.
+        primal: with ``return_primal=True``, of the last measurement: what func returned, or with `labels` the mean
+            cross-entropy; attached to the graph.
+    """
+
+    steps: Tensor
+    weights: Tensor
+    q: Tensor
+    q_max: Tensor
+    active: Tensor
+    primal: Any = None
+
+
+def trajectory_penalty(
+    func: Callable[..., Any],
+    x: Tensor,
+    traj: Trajectory,
+    *,
+    steps: str = "all",
+    weights: Sequence[float] | Tensor | None = None,
+    direction: str = "ascent",
+    at: str | None = None,
+    per_agent: bool = False,
+    batch_steps: int = 1,
+    inputs: Mapping[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+    **penalty_options: Any,
+) -> tuple[Tensor, PenaltyStatistics]:
+    """Penalty on the sensitivity of `func` along the way of an adversary: a weighted mean over its steps.
+
+    Args:
+        func: as in :func:`aligned_penalty`; called with one Dual, and with `inputs` as keyword arguments.
+        x: the clean input ``[B, ...]`` that the trajectory started from. If it requires grad, gradients reach it as
+            they reach every point x + δ_t; the values of the points are those of the trajectory.
+        traj: from :func:`ascend`.
+        steps: ``"all"``; ``"last"``; ``"random"``: every batch row draws one step, with probabilities `weights`, an
+            unbiased estimate of ``"all"`` at the price of one step; ``"worst"``: every batch row at its point of
+            largest loss, with the direction of the step that led there (of the first step for a row that never got
+            above its start).
+        weights: ``[T]``, nonnegative, one per step, for ``"all"`` and ``"random"``; equal by default. Steps of weight
+            zero are not computed.
+        direction: ``"ascent"``: u_t; ``"displacement"``: the realised δ_{t+1} − δ_t; ``"sign"``: the sign of the
+            gradient. All are scaled to norm 1 in every group of the trajectory's scope.
+        at: where on the segment from δ_t to δ_{t+1} the derivative is taken: ``"start"`` (the default), where the
+            direction was computed; ``"mid"``; ``"end"``, where the last step of the attack ends, so that the
+            adversarial loss comes from the same forward. ``"worst"`` has its own place.
+        per_agent: one direction per agent of the trajectory, K in all, which share one primal: the joint direction
+            restricted to the agent's tokens, scaled to norm 1 over them (every token by itself in scope ``"token"``).
+            The mean is over agents too.
+        batch_steps: so many points of the trajectory go through `func` at once, as a batch of ``batch_steps · B``,
+            point by point. What `func` needs besides of the batch then has to come through `inputs`.
+        inputs: tensors with leading axis B (attention masks, positions...), in any tree; they are repeated for
+            ``batch_steps``, as are `mask` and `labels`.
+        generator: of ``"random"``.
+        penalty_options: metric, head, labels, gamma, form, mask, unit, reduction, denominator, return_primal and
+            penalty_weight, see :func:`aligned_penalty`. With ``reduction="none"`` the mean over steps keeps
+            ``[K, *units]``. With ``return_primal=True`` the last measurement's primal is in the statistics.
+
+    Returns:
+        The penalty, and :class:`PenaltyStatistics`.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value; whatever :func:`aligned_penalty` raises.
+    """
+    _check(x, traj, steps, direction, at, per_agent, batch_steps, inputs)
+    index, shares = _chosen(traj, steps, weights, generator)
+    place = "end" if steps == "worst" else at or "start"
+    share_primal = bool(penalty_options.get("return_primal"))
+    measured: list[Measured] = []
+    total: Tensor | None = None
+    columns: list[dict[str, Tensor]] = []
+    for part in _chunks(len(index), batch_steps, share_primal):
+        rows, share = index[part], shares[part]
+        point = traj.worst.unsqueeze(0) if steps == "worst" else _points(traj, rows, place)
+        tangents = _tangents(traj, rows, direction, per_agent)
+        options = _options(penalty_options, x, len(rows), float(share.sum()), part.stop == len(index))
+        if x.requires_grad:  # the value stays that of the point, to the last bit
+            point = point + (x - x.detach())
+        repeated = _repeated(dict(inputs or {}), x.shape[0], len(rows))
+        flat, v = point.flatten(0, 1), tangents.flatten(1, 2)
+        call = functools.partial(func, **repeated) if inputs else func
+        found = measure(call, flat, v, **options)
+        value = _weighted(found, share, options)
+        total = value if total is None else total + value
+        measured.append(found)
+        columns.append(_statistics(found.q, len(rows), penalty_options))
+    assert total is not None
+    joined = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+    return total, PenaltyStatistics(index, shares, **joined, primal=measured[-1].primal)
+
+
+def _chosen(
+    traj: Trajectory, steps: str, weights: Sequence[float] | Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Step of every batch row ``[S, B]`` in S measurements, and their weights ``[S]``."""
+    count, batch = len(traj), traj.x.shape[0]
+    shares = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    if weights is not None:
+        if steps not in ("all", "random"):
+            raise ValueError(f"weights go with steps='all' or 'random', got steps={steps!r}.")
+        shares = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+        if shares.shape != (count,) or not bool(
+            (shares >= 0).all() & (shares.sum() > 0) & shares.isfinite().all()
+        ):
+            raise ValueError(
+                f"weights must be {count} nonnegative numbers, one per step and not all zero, got {weights}."
+            )
+        shares = shares / shares.sum()
+    one = torch.ones(1, dtype=torch.float64)
+    if steps == "random":
+        chances = shares if generator is None else shares.to(generator.device)
+        drawn = torch.multinomial(chances, batch, replacement=True, generator=generator)
+        return drawn.cpu().unsqueeze(0), one
+    if steps == "worst":
+        return (traj.worst_index.cpu() - 1).clamp(min=0).unsqueeze(0), one
+    kept = torch.tensor([count - 1]) if steps == "last" else shares.nonzero().squeeze(-1)
+    return kept.unsqueeze(-1).expand(-1, batch), one if steps == "last" else shares[kept]
+
+
+def _chunks(count: int, size: int, last_alone: bool) -> list[slice]:
+    """Measurements by forward; one whose primal is wanted has a forward of its own."""
+    together = count - 1 if last_alone else count
+    found = [slice(i, min(i + size, together)) for i in range(0, together, size)]
+    return [*found, slice(together, count)] if last_alone else found
+
+
+def _points(traj: Trajectory, index: Tensor, place: str) -> Tensor:
+    """``[S, B, ...]``."""
+    start = _gathered(traj.points[:-1], index)
+    if place == "start":
+        return start
+    end = _gathered(traj.points[1:], index)
+    return end if place == "end" else torch.lerp(start, end, 0.5)
+
+
+def _tangents(traj: Trajectory, index: Tensor, direction: str, per_agent: bool) -> Tensor:
+    """``[K, S, B, ...]``, of norm 1 in every group."""
+    along = _gathered(traj.displacements if direction == "displacement" else traj.directions, index)
+    shape = along.shape[1:]
+    joint = []
+    for v in along:
+        v = v.sign() if direction == "sign" else v
+        if per_agent and traj.scope != "token":
+            v = Groups("agent", shape, traj.agents).unit(v)
+        elif direction != "ascent":
+            v = traj.groups.unit(v)
+        joint.append(v)
+    found = torch.stack(joint)
+    if not per_agent:
+        return found.unsqueeze(0)
+    assert traj.agents is not None
+    agents = range(int(traj.agents.max()) + 1)
+    return torch.stack([torch.where((traj.agents == a).unsqueeze(-1), found, 0.0) for a in agents])
+
+
+def _gathered(values: Tensor, index: Tensor) -> Tensor:
+    """``[S, B, ...]`` from ``[T, B, ...]`` and the step ``[S, B]`` of every batch row."""
+    return values[index.to(values.device), torch.arange(values.shape[1], device=values.device)]
+
+
+def _options(given: Mapping[str, Any], x: Tensor, count: int, share: float, last: bool) -> dict[str, Any]:
+    """The penalty's options for `count` points at once, which carry `share` of the weight."""
+    options = dict(given)
+    if not last:  # the loss is that of the last measurement
+        options["return_primal"], options["labels"] = False, None
+    if options.get("penalty_weight") is not None:
+        options["penalty_weight"] = options["penalty_weight"] * share
+    if count > 1:
+        for name in ("mask", "labels"):
+            if options.get(name) is not None:
+                options[name] = _repeated({name: options[name]}, x.shape[0], count)[name]
+        if options.get("denominator") is not None:
+            options["denominator"] = options["denominator"] * count
+    return options
+
+
+def _repeated(inputs: dict[str, Any], batch: int, count: int) -> dict[str, Any]:
+    """Tensors of the batch for `count` points, one batch after the other.
+
+    Raises:
+        ValueError: a tensor does not start with the batch axis.
+    """
+
+    def repeat(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.dim() == 0 or leaf.shape[0] != batch:
+            raise ValueError(
+                f"tensors in {', '.join(inputs)} must have the batch of {batch} as their first axis, got shape "
+                f"{tuple(leaf.shape)}: what does not depend on the batch belongs into func itself."
+            )
+        return leaf if count == 1 else leaf.repeat(count, *(1,) * (leaf.dim() - 1))
+
+    repeated: dict[str, Any] = pytree.tree_map(repeat, inputs)
+    return repeated
+
+
+def _weighted(found: Measured, share: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """The measurements of one forward, summed with their weights."""
+    count, reduction = len(share), options.get("reduction", "mean")
+    none = reduction == "none"
+    if count == 1 or (not none and bool((share == share[0]).all())):
+        # a mean over several points is that of their means, a sum is the sum of their sums
+        factor = float(share.sum() if reduction == "mean" else share[0])
+        return found.penalty if factor == 1.0 else found.penalty * factor
+    if none:
+        values = found.penalty.unflatten(1, (count, -1)).movedim(1, 0)
+    else:  # another weight for every step: reduced one by one
+        shape = {name: options[name] for name in ("gamma", "form", "unit", "reduction") if name in options}
+        rows = found.q.shape[1] // count
+        masks = [None] * count if options.get("mask") is None else options["mask"].split(rows)
+        denominator = options.get("denominator")
+        if denominator is not None:
+            shape["denominator"] = denominator / count
+        values = torch.stack(
+            [reduce_units(q, mask=m, **shape) for q, m in zip(found.q.split(rows, 1), masks)]
+        )
+    return torch.einsum("s...,s->...", values, share.to(values))
+
+
+@torch.no_grad()
+def _statistics(q: Tensor, count: int, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """q ``[K, S · B, *batch]`` of one forward in numbers ``[S, K]``."""
+    gamma, columns = options.get("gamma") or 0.0, []
+    for part in q.detach().split(q.shape[1] // count, 1) if count > 1 else (q.detach(),):
+        units, keep = units_of(part, options.get("mask"), options.get("unit", "token"))
+        units = units.reshape(len(units), -1)
+        number: Any = units.shape[1]
+        if keep is not None:
+            units, number = torch.where(keep.reshape(-1), units, 0.0), keep.sum().clamp(min=1)
+        above = (units > gamma**2).sum(-1)
+        columns.append(torch.stack([units.sum(-1) / number, units.amax(-1), above / number]))
+    mean, largest, active = torch.stack(columns, 1)
+    return {"q": mean, "q_max": largest, "active": active}
+
+
+def _check(
+    x: Any,
+    traj: Any,
+    steps: str,
+    direction: str,
+    at: str | None,
+    per_agent: bool,
+    batch_steps: int,
+    inputs: Any,
+) -> None:
+    if not isinstance(traj, Trajectory):
+        raise TypeError(f"traj must be a Trajectory, got {type(traj).__name__}: call ascend.")
+    if not isinstance(x, Tensor) or x.shape != traj.x.shape or x.dtype != traj.x.dtype:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"x must be the clean input of the trajectory, {traj.x.dtype} {tuple(traj.x.shape)}, got {got}."
+        )
+    for name, value, choices in (
+        ("steps", steps, STEPS),
+        ("direction", direction, DIRECTIONS),
+        ("at", at or "start", PLACES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    if steps == "worst" and at is not None:
+        raise ValueError(
+            f"at does not go with steps='worst', which is the worst point itself, got at={at!r}."
+        )
+    if not isinstance(batch_steps, int) or isinstance(batch_steps, bool) or batch_steps < 1:
+        raise ValueError(f"batch_steps must be an integer >= 1, got {batch_steps!r}.")
+    if per_agent and traj.agents is None:
+        raise ValueError("per_agent needs a trajectory with agents: give agents= to ascend.")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping from names to tensors, got {type(inputs).__name__}.")

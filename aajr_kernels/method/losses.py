@@ -1,0 +1,83 @@
+"""The adversary's loss by the same kernels as the penalty: a forward of the number without tangents.
+
+A Dual whose stack holds the primal alone goes through the dual-aware operations and the fused modules of a model, where
+a plain tensor would take PyTorch's own, and the head streams its logits. An ascent step then costs less, in time and
+in memory, and sees the function that the penalty sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import runtime
+from ..dual import Dual
+from ..ops.head import lm_head_penalty
+from .head import LMHead, as_head
+
+__all__ = ["lm_loss"]
+
+IGNORED = -100
+
+
+def lm_loss(
+    func: Callable[[Any], Any], *, head: LMHead | nn.Linear, labels: Tensor, reduction: str = "mean"
+) -> Callable[[Tensor], Tensor]:
+    """The cross-entropy of a language model per batch row, as the loss of :func:`ascend`.
+
+    Args:
+        func: as in :func:`aligned_penalty` with a head: from a Dual to hidden states ``[B, ..., C]``. Here its argument
+            carries no tangents.
+        head: the language-model head, streamed over the vocabulary without a ``[tokens, V]`` tensor.
+        labels: ``[B, ...]`` class indices aligned with the hidden states, −100 = ignored.
+        reduction: over the tokens of a row: ``"mean"`` over those that are not ignored, 0 when there are none, or
+            ``"sum"``.
+
+    Returns:
+        A function from ``[B, ...]`` to losses ``[B]``, float32 (float64 for float64). Name the model with ``module=``
+        in :func:`ascend`, or every step computes weight gradients too.
+
+    Raises:
+        TypeError: `head` or `labels` has a wrong type; when called: func did not return hidden states.
+        ValueError: unknown reduction; when called: shapes do not agree.
+    """
+    description = as_head(head)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be one of mean, sum, got {reduction!r}.")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() < 1:
+        kind = (
+            f"{labels.dtype} of {labels.dim()} axes" if isinstance(labels, Tensor) else type(labels).__name__
+        )
+        raise TypeError(f"labels must be a tensor of class indices [B, ...], got {kind}.")
+    weight = torch.ones(labels.shape[0], device=labels.device)
+    if reduction == "mean":
+        weight = 1.0 / (labels != IGNORED).reshape(labels.shape[0], -1).sum(-1).clamp(min=1)
+    # what the sum over rows, which the ascent differentiates, sends back to every token
+    cotangent = weight.reshape(-1, *(1,) * (labels.dim() - 1)).expand(labels.shape).reshape(-1)
+
+    def expected(q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return q, cotangent[rows].to(q.device)
+
+    def loss(x: Tensor) -> Tensor:
+        runtime.install_guards()
+        hidden = func(Dual(x.unsqueeze(0)))
+        if not isinstance(hidden, Dual):
+            raise TypeError(
+                f"func must return hidden states that depend on its argument, got {type(hidden).__name__}: return for "
+                "example model.model(inputs_embeds=d).last_hidden_state."
+            )
+        _, nll = lm_head_penalty(
+            hidden,
+            description.weight,
+            description.bias,
+            scale=description.scale,
+            softcap=description.softcap,
+            labels=labels,
+            expected=expected,
+        )
+        return nll.reshape(nll.shape[0], -1).sum(-1) * weight.to(nll)
+
+    return loss
