@@ -254,7 +254,8 @@ class _Attack:
         """Losses ``[B]`` and their gradient, zero where nothing may be attacked."""
         self.with_gradient += 1
         point = self.point(delta).requires_grad_()
-        losses = self._losses(point)
+        # a copy may be changed in place, and hooks on what enters a module do not meet a leaf, where some are refused
+        losses = self._losses(point.clone())
         with torch.autocast(self.x.device.type, enabled=False):
             found = None
             if losses.requires_grad:
