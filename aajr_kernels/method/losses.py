@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import runtime
@@ -52,11 +51,11 @@ def lm_loss(
             f"{labels.dtype} of {labels.dim()} axes" if isinstance(labels, Tensor) else type(labels).__name__
         )
         raise TypeError(f"labels must be a tensor of class indices [B, ...], got {kind}.")
-    weight = torch.ones(labels.shape[0], device=labels.device)
+    count = labels.new_ones(labels.shape[0])
     if reduction == "mean":
-        weight = 1.0 / (labels != IGNORED).reshape(labels.shape[0], -1).sum(-1).clamp(min=1)
+        count = (labels != IGNORED).reshape(labels.shape[0], -1).sum(-1).clamp(min=1)
     # what the sum over rows, which the ascent differentiates, sends back to every token
-    cotangent = weight.reshape(-1, *(1,) * (labels.dim() - 1)).expand(labels.shape).reshape(-1)
+    cotangent = (1.0 / count).reshape(-1, *(1,) * (labels.dim() - 1)).expand(labels.shape).reshape(-1)
 
     def expected(q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return q, cotangent[rows].to(q.device)
@@ -78,6 +77,6 @@ def lm_loss(
             labels=labels,
             expected=expected,
         )
-        return nll.reshape(nll.shape[0], -1).sum(-1) * weight.to(nll)
+        return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll)
 
     return loss

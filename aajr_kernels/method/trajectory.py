@@ -340,7 +340,7 @@ def _statistics(q: Tensor, count: int, options: Mapping[str, Any]) -> dict[str, 
         number: Any = units.shape[1]
         if keep is not None:
             units, number = torch.where(keep.reshape(-1), units, 0.0), keep.sum().clamp(min=1)
-        above = (units > gamma**2).sum(-1)
+        above = (units > gamma**2).to(units).sum(-1)
         columns.append(torch.stack([units.sum(-1) / number, units.amax(-1), above / number]))
     mean, largest, active = torch.stack(columns, 1)
     return {"q": mean, "q_max": largest, "active": active}

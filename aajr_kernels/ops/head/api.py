@@ -33,7 +33,7 @@ def lm_head_penalty(
 
     Args:
         hidden: Dual ``[*batch, C]``; float64, float32, bfloat16 or float16. Products run in its dtype, everything
-            else in float32 (float64).
+            else in float32 (float64). Without tangents q is ``[0, *batch]``, and the loss is what remains.
         weight: ``[V, C]``, dtype of `hidden`.
         bias: ``[V]`` or None, dtype of `hidden`.
         metric: ``fisher``: ``q = Σ p(ż − μ)²`` with ``p = softmax(z)``, ``μ = Σ pż``. ``probs``: ``q = Σ p²(ż − μ)²``.
@@ -79,7 +79,8 @@ def lm_head_penalty(
     if labels is not None:
         _check_labels(labels, batch, weight.shape[0], ignore_index)
         labels = labels.reshape(-1).long()
-    backend = runtime.select_backend("head", stacked, weight, bias)
+    lacks = None if hidden.num_tangents else "needs at least one tangent, got a Dual without"
+    backend = runtime.select_backend("head", stacked, weight, bias, triton_lacks=lacks)
     if runtime.recording():
         runtime.record("lm_head_penalty", backend, 2.0 * stacked.numel() * weight.shape[0])
     k = hidden.num_tangents

@@ -104,7 +104,7 @@ class _Stream:
     def __init__(self, metric: str, labels: torch.Tensor | None, like: torch.Tensor) -> None:
         self.metric, self.labels = metric, labels
         self.reference: torch.Tensor | None = None
-        row, per_tangent = torch.zeros_like(like[0]), torch.zeros_like(like)
+        row, per_tangent = like.new_zeros(like.shape[1:]), torch.zeros_like(like)
         self.peak = torch.full_like(row, -torch.inf)
         self.at_label = row
         self.first = _Moments(row.clone(), per_tangent.clone(), per_tangent.clone())  # under p
@@ -294,7 +294,7 @@ def _tile_cotangents(
     """Cotangents ``[1 + K, t, v]`` of a tile of logits and their tangents; `labels` count from the tile's start."""
     k = z.shape[0] - 1
     lse = stats[0].unsqueeze(-1)
-    reference, mean, q, kappa = stats[1:].unsqueeze(-1).split(k)
+    reference, mean, q, kappa = stats[1:].reshape(4, k, stats.shape[1], 1)
     z_bar = torch.empty_like(z)
     p = (z[0] - lse).exp_()
     if q_bar is None:
