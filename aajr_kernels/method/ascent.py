@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dual import Dual
-from .attack_state import RandomState, held, modules_of
+from .attack_state import RandomState, held, modules_of, ranks_of
 from .projection import NORMS, Ball, checked_radius
 from .scopes import SCOPES, Groups, attackable, checked_agents
 from .stepsize import AutoStep, GivenStep, checked_step_size
@@ -87,7 +87,9 @@ def ascend(
             composition is a projection for two boxes; otherwise give it the whole set and ``radius=math.inf``.
         generator: of the uniform draws; the global one by default, which advances.
         module: the model(s) inside `loss_fn`: their parameters need no gradient during the attack, and running
-            statistics are put back after it. Sharded parameters keep their flag.
+            statistics are put back after it. Sharded parameters (FSDP2) keep their flag; under FSDP2, and for a
+            DistributedDataParallel, naming it also makes all ranks step back equally often, without which they would
+            wait for each other forever under ``"auto"``.
         eval_mode: `module` is in eval mode during the attack.
         evaluate_last: also evaluate the loss at the last point, one forward more; otherwise it is NaN and counts as
             the worst. ``"auto"`` and restarts need it.
@@ -204,6 +206,7 @@ class _Attack:
         self.loss_fn, self.x, self.wide = loss_fn, x, wide
         self.groups, self.ball, self.plan = groups, ball, plan
         self.state: RandomState | None = None
+        self.ranks = ranks_of(plan.modules)
         self.with_gradient = self.without = 0
 
     def run(self, delta: Tensor) -> Trajectory:
@@ -286,6 +289,14 @@ class _Attack:
                 "reduce over every axis but the first."
             )
         return losses
+
+    def all(self, rows: Tensor) -> bool:
+        """Whether it is true of all rows, on all ranks that have to agree."""
+        if self.ranks is None:
+            return bool(rows.all())
+        everywhere = rows.all().int()
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group=self.ranks)
+        return bool(everywhere)
 
     # -- moves --------------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "held", "modules_of"]
+__all__ = ["RandomState", "held", "modules_of", "ranks_of"]
 
 
 class RandomState:
@@ -72,6 +73,22 @@ def held(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterator[None]:
         with torch.no_grad():
             for b, before in zip(statistics, saved):
                 b.copy_(before)
+
+
+def ranks_of(modules: tuple[nn.Module, ...]) -> Any:
+    """The process group whose ranks have to call these modules equally often, or None.
+
+    Gathering sharded parameters and broadcasting buffers wait for all ranks: a rank that stepped back once more than
+    the others would wait forever.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    for module in modules:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.process_group
+        if any(_sharded(p) for p in module.parameters()):
+            return torch.distributed.group.WORLD
+    return None
 
 
 def _sharded(p: Tensor) -> bool:

@@ -134,7 +134,7 @@ class AutoStep:
         trial, still = self._uphill(delta, direction, gradient, trial)
         taken, kappa = still, nowhere
         for attempt in range(self.max_backtracks + 1):
-            if bool(taken.all()):
+            if attack.all(taken):
                 break
             there, projected = attack.moved(delta, direction, trial)
             there = _where(taken, best.delta, there)
