@@ -25,6 +25,7 @@ from aajr_kernels.cli.benchmarks import (
     Variant,
     gate,
     head,
+    method,
     models,
     row,
     step,
@@ -339,7 +340,7 @@ def test_plot(tmp_path):
 def tiny(monkeypatch):
     for name, value in {"HIDDEN": 48, "LAYERS": 1, "INTERMEDIATE": 40}.items():
         monkeypatch.setattr(models, name, value)
-    for module in (head, step):
+    for module in (head, step, method):
         monkeypatch.setattr(module, "VOCABULARY", 61)
     monkeypatch.setattr(head, "HIDDEN", 24)
 
@@ -375,6 +376,19 @@ def test_steps_pass_their_gates(tiny, family):
             )
             assert ops <= set(verdict.ops["exact, fused"]) and verdict.ops["plain"] == {}
             assert dtype != "float32" or ops <= set(verdict.ops["plain, our primal ops"])
+
+
+def test_the_method_passes_its_gate(tiny, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(
+        method, "compiled", lambda loss: loss
+    )  # half a minute for what PyTorch has to get right
+    (case,) = benchmarks.SUITES["method"].cases(Selection(("float32",), (12,)))
+    verdict = gate.check(case)
+    assert not verdict.failures and not verdict.left_out
+    ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_penalty"}
+    assert ops <= set(verdict.ops["with penalty"]) and ops <= set(verdict.ops["adversarial, our kernels"])
+    assert verdict.ops["adversarial"] == verdict.ops["adversarial, compiled"] == {}
 
 
 def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):

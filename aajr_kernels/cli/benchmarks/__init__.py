@@ -8,7 +8,7 @@ module          what it holds
 ``run``, ``peak``  timing, memory in fresh processes, rows
 ``allocator``   freed memory stays with the process while it measures
 ``row``         the schema of a results file
-``attention``, ``pointwise``, ``head``, ``step``, ``models``  the suites
+``attention``, ``pointwise``, ``head``, ``step``, ``method``, ``models``  the suites
 ``gpu``, ``gpu_attention``  the suite for devices
 ``roofline``, ``ceilings``  the model of a device, and what one really reaches
 ``show``, ``plot``  tables on the terminal, pictures from rows
@@ -17,7 +17,7 @@ module          what it holds
 To add a suite, write a module with a function from a Selection to Cases and enter its Suite below.
 """
 
-from . import attention, gpu, head, pointwise, step
+from . import attention, gpu, head, method, pointwise, step
 from .allocator import keep_memory
 from .case import Case, Run, Selection, Suite, Variant
 from .row import Row, append_rows, environment, read_rows
@@ -41,5 +41,6 @@ __all__ = [
 
 #: the registry, in the order in which suites run
 SUITES: dict[str, Suite] = {
-    suite.name: suite for suite in (attention.SUITE, *pointwise.SUITES, head.SUITE, step.SUITE, gpu.SUITE)
+    suite.name: suite
+    for suite in (attention.SUITE, *pointwise.SUITES, head.SUITE, step.SUITE, method.SUITE, gpu.SUITE)
 }
