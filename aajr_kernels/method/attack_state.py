@@ -17,14 +17,16 @@ class RandomState:
 
     def __init__(self, device: torch.device) -> None:
         self._cpu = torch.get_rng_state()
-        self._device = None if device.type == "cpu" else device
-        self._state = torch.get_device_module(device).get_rng_state(device) if self._device else None
+        self._module = None if device.type == "cpu" else torch.get_device_module(device)
+        # mps has one device, and functions without a parameter for it
+        self._device = () if device.type == "mps" else (device,)
+        self._state = self._module.get_rng_state(*self._device) if self._module else None
 
     def restore(self) -> None:
         """Put the states back."""
         torch.set_rng_state(self._cpu)
-        if self._device is not None:
-            torch.get_device_module(self._device).set_rng_state(self._state, self._device)
+        if self._module is not None:
+            self._module.set_rng_state(self._state, *self._device)
 
 
 def modules_of(module: object) -> tuple[nn.Module, ...]:

@@ -51,7 +51,7 @@ class Groups:
         tokens = values.reshape(self.batch, self.tokens, -1).sum(-1)
         if self._member is None:
             return tokens
-        return torch.einsum("bn,bng->bg", tokens, self._member.to(tokens.dtype))
+        return (tokens.unsqueeze(-1) * self._member).sum(1)  # a product of matrices would follow autocast
 
     def largest(self, values: Tensor) -> Tensor:
         """Largest of the nonnegative values of every group, ``[B, G]``; 0 for a group without entries."""
@@ -68,7 +68,7 @@ class Groups:
         if numbers.shape[1] == 1 and self._member is None:
             return numbers.reshape(self.batch, *(1,) * axes)
         if self._member is not None:
-            numbers = torch.einsum("bg,bng->bn", numbers, self._member.to(numbers.dtype))
+            numbers = (numbers.unsqueeze(1) * self._member).sum(-1)
         return numbers.reshape(*self.shape[:-1], 1)
 
     def norm(self, values: Tensor) -> Tensor:

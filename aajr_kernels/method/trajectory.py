@@ -36,7 +36,8 @@ class Trajectory:
         points: ``[T+1, *x.shape]``, x + δ_t.
         directions: ``[T, *x.shape]``, u_t: the gradient at ``points[t]``, scaled to Euclidean norm 1 in every group
             of the scope; zero where it is zero or where nothing may be attacked.
-        displacements: ``[T, *x.shape]``, δ_{t+1} − δ_t as realised, after projection.
+        displacements: ``[T, *x.shape]``, δ_{t+1} − δ_t as realised, after projection. δ is kept in float32 where x is
+            in a lower dtype, to which only x + δ is rounded.
         losses: ``[T+1, B]`` at `points`; the last row is NaN where ``evaluate_last=False`` left it out.
         gradient_norms: ``[T, B, G]``, Euclidean norm of the gradient in every group.
         step_sizes: ``[T, B]``, the factor on the step's direction that was used; 0 for a row that stayed.
@@ -224,7 +225,7 @@ def _chosen(
         drawn = torch.multinomial(chances, batch, replacement=True, generator=generator)
         return drawn.cpu().unsqueeze(0), one
     if steps == "worst":
-        return (traj.worst_index.cpu() - 1).clamp(min=0).unsqueeze(0), one
+        return (traj.worst_index - 1).clamp(min=0).unsqueeze(0), one
     kept = torch.tensor([count - 1]) if steps == "last" else shares.nonzero().squeeze(-1)
     return kept.unsqueeze(-1).expand(-1, batch), one if steps == "last" else shares[kept]
 
@@ -248,21 +249,26 @@ def _points(traj: Trajectory, index: Tensor, place: str) -> Tensor:
 def _tangents(traj: Trajectory, index: Tensor, direction: str, per_agent: bool) -> Tensor:
     """``[K, S, B, ...]``, of norm 1 in every group."""
     along = _gathered(traj.displacements if direction == "displacement" else traj.directions, index)
-    shape = along.shape[1:]
-    joint = []
-    for v in along:
-        v = v.sign() if direction == "sign" else v
-        if per_agent and traj.scope != "token":
-            v = Groups("agent", shape, traj.agents).unit(v)
-        elif direction != "ascent":
-            v = traj.groups.unit(v)
-        joint.append(v)
-    found = torch.stack(joint)
+    groups = (
+        Groups("agent", along.shape[1:], traj.agents) if per_agent and traj.scope != "token" else traj.groups
+    )
+    scaled = direction != "ascent" or groups.scope != traj.scope
+    found = (
+        torch.stack([_unit(v, groups) for v in (along.sign() if direction == "sign" else along)])
+        if scaled
+        else along
+    )
     if not per_agent:
         return found.unsqueeze(0)
     assert traj.agents is not None
     agents = range(int(traj.agents.max()) + 1)
     return torch.stack([torch.where((traj.agents == a).unsqueeze(-1), found, 0.0) for a in agents])
+
+
+def _unit(v: Tensor, groups: Groups) -> Tensor:
+    """Norm 1 in every group, in float32 for lower dtypes."""
+    wide = v if v.dtype == torch.float64 else v.float()
+    return groups.unit(wide).to(v.dtype)
 
 
 def _gathered(values: Tensor, index: Tensor) -> Tensor:
@@ -327,7 +333,7 @@ def _weighted(found: Measured, share: Tensor, options: Mapping[str, Any]) -> Ten
         values = torch.stack(
             [reduce_units(q, mask=m, **shape) for q, m in zip(found.q.split(rows, 1), masks)]
         )
-    return torch.einsum("s...,s->...", values, share.to(values))
+    return (values * share.to(values).reshape(-1, *(1,) * (values.dim() - 1))).sum(0)
 
 
 @torch.no_grad()

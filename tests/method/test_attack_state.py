@@ -168,6 +168,30 @@ def test_under_autocast_training_goes_on_as_without_an_attack():
     assert len(gradients[0]) == 4 and all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+def test_arithmetic_of_the_attack_does_not_follow_autocast():
+    net, x = Net(p=0.0), torch.randn(B, N, C)
+    agents = torch.tensor([[0, 0, 1], [1, 0, 1]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        traj = aajr.ascend(row_loss(net), x, radius=1.0, steps=2, step_size=0.7, scope="agent", agents=agents)
+        _, aux = aajr.trajectory_penalty(
+            lambda d: d * 2.0,
+            x,
+            traj,
+            metric="l2",
+            unit="sequence",
+            per_agent=True,
+            weights=[1.0, 2.0],
+            batch_steps=2,
+        )
+    for b in range(B):
+        for a in range(2):
+            length = traj.directions[:, b, agents[b] == a].flatten(1).norm(dim=-1)
+            assert torch.allclose(length, torch.ones(2), rtol=0, atol=1e-6)
+            last = (traj.points[-1] - x)[b, agents[b] == a].norm()
+            assert abs(last - 1.0) < 1e-6  # two steps of 0.7 end on the ball
+    assert torch.allclose(aux.q, torch.full((2, 2), 4.0), rtol=0, atol=1e-5)
+
+
 def test_under_activation_checkpointing():
     net, x = Net(), torch.randn(B, N, C)
     plain = aajr.ascend(row_loss(net), x, radius=1.0, steps=3)

@@ -81,7 +81,7 @@ def _case(dtype: str, length: int) -> Case:
             "scope": "token",
             "weight": WEIGHT,
         },
-        gate_length=min(length, 128),
+        gate_length=min(length, 512),  # what is compiled for it is compiled for the timing
         repeats=6,
         why="ascent, loss and penalty ÷ ascent and loss",
     )
