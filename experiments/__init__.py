@@ -24,6 +24,8 @@ __all__ = ["EXPERIMENTS", "RESULTS", "Experiment", "load"]
 
 #: name -> (module, what it shows)
 EXPERIMENTS = {
+    "inclusion": (".inclusion", "Strict inclusion in closed form, and controls that must show no gap."),
+    "step-condition": (".step_condition", "When a step of the inner ascent is monotone."),
     "digits": (".digits", "Price of robustness on digits, against global regularisation."),
 }
 RESULTS = Path(__file__).parent / "results"

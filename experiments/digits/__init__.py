@@ -34,8 +34,8 @@ def config(quick: bool) -> dict[str, Any]:
         "attack": {"steps": 20, "step": [0.25, 0.1], "restarts": 2, "losses": ["cross-entropy", "margin"]},
     }
     if quick:
-        small = {"seeds": 2, "sizes": [128, 64, 64], "width": 16, "epochs": 2, "batch": 64, "budget": 2}
-        full |= small | {"attack": full["attack"] | {"steps": 3, "restarts": 1}}
+        small = {"seeds": 2, "sizes": [64, 32, 32], "width": 8, "epochs": 1, "batch": 32, "budget": 2}
+        full |= small | {"attack": full["attack"] | {"steps": 2, "step": [0.5], "restarts": 1}}
     return full
 
 
