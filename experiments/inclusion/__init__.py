@@ -25,7 +25,7 @@ ONE = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
 
 def config(quick: bool) -> dict[str, Any]:
     gammas = [1.0] if quick else [0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0]
-    return {"gammas": gammas, "iterations": 500, "networks": 5 if quick else 100}
+    return {"gammas": gammas, "iterations": 200 if quick else 300, "networks": 5 if quick else 100}
 
 
 def tasks(config: dict[str, Any]) -> list[Task]:

@@ -88,7 +88,7 @@ def solve_aligned(target: torch.Tensor, gamma: float, iterations: int) -> torch.
     """
     generator = torch.Generator().manual_seed(0)
     weight = 0.5 * torch.randn(target.shape, generator=generator, dtype=target.dtype)
-    multiplier, rho, rate = 0.0, 1.0, 0.08
+    multiplier, rho, rate = 0.0, 5.0, 0.08
     for step in range(iterations):
         traj = attack(weight, target, step, steps=2, evaluate_last=False)
         weight.requires_grad_()
@@ -102,5 +102,5 @@ def solve_aligned(target: torch.Tensor, gamma: float, iterations: int) -> torch.
         push = (multiplier + rho * (size - gamma)).clamp(min=0)
         (gradient,) = torch.autograd.grad(nominal(weight, target) + push.square() / (2 * rho), weight)
         weight = (weight - rate * gradient).detach()
-        multiplier = max(0.0, multiplier + rho * (size.item() - gamma))
+        multiplier = max(0.0, multiplier + rho / 4 * (size.item() - gamma))
     return weight
