@@ -25,6 +25,7 @@ ONE_PLACE = {
     "peft": ["cli/*"],
     "gguf": ["cli/*"],
     "matplotlib": ["cli/*"],
+    "torch.utils.tensorboard": ["method/report.py"],
     "aajr_kernels._native": ["native.py"],
 }
 #: never loaded by `import aajr_kernels`

@@ -84,7 +84,8 @@ def experiment(
     console.print(f"{len(found)} rows in {rows}; the page is {page}.", highlight=False, soft_wrap=True)
     if publish:
         pages = ROOT / "docs" / "experiments"
-        pages.mkdir(exist_ok=True)
+        for place in (pages, committed.parent):
+            place.mkdir(exist_ok=True)
         if not draw:
             shutil.copyfile(rows, committed)
         for file in [page, *sorted(folder.glob("*.png"))]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,16 +144,3 @@ def test_a_folder_of_another_configuration_is_an_error_in_one_line(tmp_path):
     Store(tmp_path / "rows.jsonl", "squares", {})
     result = invoke("digits", "--quick", "--out", str(tmp_path))
     assert result.exit_code == 2 and "--fresh" in result.output
-
-
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in Path(command.ROOT, "experiments/results").glob("*.jsonl"))
-)
-def test_committed_pages_are_what_the_committed_rows_say(name, tmp_path):
-    result = invoke(name, "--draw", "--out", os.fspath(tmp_path))
-    assert result.exit_code == 0, result.output
-    page = (Path(command.ROOT) / "docs" / "experiments" / f"{name}.md").read_text()
-    assert (tmp_path / f"{name}.md").read_text() == page
-    for line in page.splitlines():
-        if line.startswith("!["):
-            assert (Path(command.ROOT) / "docs" / "experiments" / line.split("(")[1].rstrip(")")).exists()

@@ -327,6 +327,20 @@ def test_a_trajectory_averages_its_steps(method, policy):
     assert aux["steps"] == [3] and last.shape == ()
 
 
+def test_aligned_is_the_trajectory_penalty(policy):
+    x, _ = problem()
+    traj = path(x)
+    for options in (
+        {},
+        {"weights": [1.0, 2.0, 0.0, 1.0]},
+        {"gamma": 0.3, "form": "hinge"},
+        {"steps": "last"},
+    ):
+        ours, _ = trajectory_baseline("aligned", policy, traj, **options)
+        theirs, _ = aajr.trajectory_penalty(policy, x, traj, unit="sequence", **options)
+        assert_exact(ours, theirs, str(options))
+
+
 def test_one_random_step_is_unbiased(policy):
     x, _ = problem()
     traj = path(x)

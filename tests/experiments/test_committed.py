@@ -1,0 +1,53 @@
+"""The committed evidence: complete, from a commit without changes, within its bounds, and what the pages say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from aajr_kernels.cli import experiment as command
+from aajr_kernels.cli.main import app
+from experiments import RESULTS, inclusion, load
+from experiments.step_condition.report import totals
+from experiments.store import read
+
+PUBLISHED = ("inclusion", "step-condition")
+
+
+def committed(name: str):
+    """The rows, after a look at whether they are all there and whose they are."""
+    header, rows = read(RESULTS / f"{name}.jsonl")
+    experiment = load(name)
+    assert header["experiment"] == name and header["config"] == experiment.config(False)
+    assert header["environment"]["commit"] and header["environment"]["dirty"] is False
+    assert {row["task"] for row in rows} == {task.key for task in experiment.tasks(experiment.config(False))}
+    return rows
+
+
+def test_inclusion():
+    worst = inclusion.errors(committed("inclusion"))
+    assert max(worst.values()) < 1e-6, worst
+
+
+def test_step_condition():
+    rows = committed("step-condition")
+    whole = totals([row for row in rows if row["family"] != "network"])
+    assert whole["trials"] >= 20_000 and whole["held"] >= 20_000 and whole["held_falls"] == 0
+    assert whole["special"] >= 20_000 and whole["special_falls"] == 0
+    kinds = {(row["step"], row["scope"], row["projection"]) for row in rows if row["family"] != "network"}
+    assert len(kinds) == 3 * 3 * 4
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_pages_are_what_the_rows_say(name, tmp_path):
+    result = CliRunner().invoke(app, ["experiment", name, "--draw", "--out", os.fspath(tmp_path)])
+    assert result.exit_code == 0, result.output
+    pages = Path(command.ROOT) / "docs" / "experiments"
+    assert (tmp_path / f"{name}.md").read_text() == (pages / f"{name}.md").read_text()
+    assert all((pages / picture.name).exists() for picture in tmp_path.glob("*.png"))
