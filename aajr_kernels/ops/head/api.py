@@ -79,8 +79,7 @@ def lm_head_penalty(
     if labels is not None:
         _check_labels(labels, batch, weight.shape[0], ignore_index)
         labels = labels.reshape(-1).long()
-    lacks = None if hidden.num_tangents else "needs at least one tangent, got a Dual without"
-    backend = runtime.select_backend("head", stacked, weight, bias, triton_lacks=lacks)
+    backend = runtime.select_backend("head", stacked, weight, bias)
     if runtime.recording():
         runtime.record("lm_head_penalty", backend, 2.0 * stacked.numel() * weight.shape[0])
     k = hidden.num_tangents

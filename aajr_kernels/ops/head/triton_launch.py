@@ -110,7 +110,9 @@ def problem(
         _dense_rows(weight),
         None if bias is None else bias.contiguous(),
         None if labels is None else labels.contiguous(),
-        metric,
+        metric
+        if stacks > 1
+        else "l2",  # without tangents only the loss is left, which l2 takes from the vocabulary
         scale,
         softcap,
         ignore_index,
