@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .attack_state import RandomState, held, modules_of, ranks_of
 from .projection import NORMS, Ball, checked_radius
 from .scopes import SCOPES, Groups, attackable, checked_agents
 from .stepsize import AutoStep, GivenStep, checked_step_size
-from .trajectory import Trajectory, pick
+from .trajectory import Trajectory
 
 __all__ = ["ascend"]
 
@@ -123,10 +123,12 @@ def ascend(
         try:
             with held(plan.modules, eval_mode):
                 attack.state = state
-                runs = [attack.run(start) for start in starts]
+                best = attack.run(starts[0])
+                for start in starts[1:]:
+                    best = attack.better(best, attack.run(start))
         finally:
             state.restore()
-        return attack.best(runs)
+        return replace(best, evaluations=(attack.with_gradient, attack.without))
 
 
 @dataclass(frozen=True)
@@ -235,17 +237,15 @@ class _Attack:
         _finite(known, trajectory.gradient_norms, "on the way", "take smaller steps, or step_size='auto'")
         return trajectory
 
-    def best(self, runs: list[Trajectory]) -> Trajectory:
-        """Per batch row the run that reached the largest loss."""
-        found = runs[0]
-        if len(runs) > 1:
-            winner = torch.stack([run.losses.amax(0) for run in runs]).argmax(0)
-            stacked = {name: torch.stack([getattr(run, name) for run in runs]) for name in _PER_RUN}
-            if self.plan.keep_gradients:
-                stacked["gradients"] = torch.stack([run.gradients for run in runs])  # type: ignore[misc]
-            chosen = {name: pick(v.transpose(1, 2), winner).transpose(0, 1) for name, v in stacked.items()}
-            found = Trajectory(**{**found.__dict__, **{k: v.contiguous() for k, v in chosen.items()}})
-        return Trajectory(**{**found.__dict__, "evaluations": (self.with_gradient, self.without)})
+    def better(self, old: Trajectory, new: Trajectory) -> Trajectory:
+        """Per batch row the run that reached the larger loss."""
+        rows = new.losses.amax(0) > old.losses.amax(0)
+        names = (*_PER_RUN, "gradients") if self.plan.keep_gradients else _PER_RUN
+        chosen: dict[str, Any] = {}
+        for name in names:
+            a, b = getattr(new, name), getattr(old, name)
+            chosen[name] = torch.where(rows.reshape(1, -1, *(1,) * (a.dim() - 2)), a, b)
+        return replace(old, **chosen)
 
     # -- evaluations --------------------------------------------------------------------------------------------------
 

@@ -84,21 +84,12 @@ class Trajectory:
     @property
     def worst(self) -> Tensor:
         """Like `x`: every batch row at its point of largest loss (see `worst_index`)."""
-        return self.at(self.worst_index)
+        return _gathered(self.points, self.worst_index.unsqueeze(0)).squeeze(0)
 
     @property
     def worst_loss(self) -> Tensor:
         """``[B]``, the loss at `worst`; NaN where it was not evaluated."""
         return self.losses.gather(0, self.worst_index.unsqueeze(0)).squeeze(0)
-
-    def at(self, index: Tensor) -> Tensor:
-        """The points ``index[b]`` of every batch row b, like `x`."""
-        return pick(self.points, index)
-
-
-def pick(values: Tensor, index: Tensor) -> Tensor:
-    """``values[index[b], b]`` for every batch row: from ``[S, B, ...]`` and ``[B]`` to ``[B, ...]``."""
-    return values[index, torch.arange(values.shape[1], device=values.device)]
 
 
 @dataclass(frozen=True, eq=False)
