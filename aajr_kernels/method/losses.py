@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import runtime
@@ -37,7 +38,8 @@ def lm_loss(
 
     Returns:
         A function from ``[B, ...]`` to losses ``[B]``, float32 (float64 for float64). Name the model with ``module=``
-        in :func:`ascend`, or every step computes weight gradients too.
+        in :func:`ascend`, or every step computes weight gradients too. Called with a Dual, as by
+        :func:`stability_report`, it returns a Dual; the logits are then formed.
 
     Raises:
         TypeError: `head` or `labels` has a wrong type; when called: func did not return hidden states.
@@ -60,14 +62,17 @@ def lm_loss(
     def expected(q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return q, cotangent[rows].to(q.device)
 
-    def loss(x: Tensor) -> Tensor:
+    def loss(x: Any) -> Any:
         runtime.install_guards()
-        hidden = func(Dual(x.unsqueeze(0)))
+        hidden = func(x if isinstance(x, Dual) else Dual(x.unsqueeze(0)))
         if not isinstance(hidden, Dual):
             raise TypeError(
                 f"func must return hidden states that depend on its argument, got {type(hidden).__name__}: return for "
                 "example model.model(inputs_embeds=d).last_hidden_state."
             )
+        if hidden.num_tangents:
+            nll = _with_tangents(hidden, description, labels)
+            return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll.dtype)
         _, nll = lm_head_penalty(
             hidden,
             description.weight,
@@ -80,3 +85,16 @@ def lm_loss(
         return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll)
 
     return loss
+
+
+def _with_tangents(hidden: Dual, head: LMHead, labels: Tensor) -> Any:
+    """Cross-entropy per token and its tangents: of the plain formula, for diagnostics that differentiate the loss."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale  # type: ignore[arg-type]
+    if head.softcap is not None:
+        logits = torch.tanh(logits / head.softcap) * head.softcap
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    flat = wide.reshape(-1, wide.shape[-1])
+    nll = torch.nn.functional.cross_entropy(
+        flat, labels.reshape(-1).to(hidden.device), ignore_index=IGNORED, reduction="none"
+    )
+    return nll.reshape(labels.shape)

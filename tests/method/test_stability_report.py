@@ -12,6 +12,7 @@ from budgets import assert_exact
 from method.paths import steps_of
 from torch import nn
 
+import aajr_kernels as aajr
 from aajr_kernels.method import StabilityReport, Trajectory, probes, stability_report
 
 B, N, V = 3, 6, 5
@@ -82,6 +83,54 @@ def test_float32_and_no_grad_agree_with_float64(policy):
     # displacements are differences of points of size 1 and hold about 1e-6 relative; curvature amplifies it little
     assert_exact(report.kappa, exact.kappa, "kappa", tolerance=1e-4)
     policy.double()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_loss_of_a_language_model_carries_tangents(softcap):
+    body, last = nn.Linear(N, 7).double(), nn.Linear(7, V).double()
+    x = torch.randn(B, 4, N, dtype=torch.float64)
+    labels = torch.tensor([[0, 3, -100, 1], [-100, -100, 4, 2], [1, 1, 1, 1]])
+    hidden = lambda x: torch.tanh(body(x))
+    head = aajr.LMHead(last.weight, last.bias, scale=1.5, softcap=softcap)
+    loss_fn = aajr.lm_loss(hidden, head=head, labels=labels)
+
+    def written_out(x):
+        z = 1.5 * last(hidden(x))
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        nll = -z.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return (nll * (labels >= 0)).sum(1) / (labels >= 0).sum(1)
+
+    traj = aajr.ascend(loss_fn, x, radius=1.0, steps=3, step_size=0.5)
+    report = stability_report(loss_fn, x, traj, module=[body, last])
+    expected = stability_report(written_out, x, traj)
+    assert expected.kappa.max() > 0
+    assert_exact(report.kappa, expected.kappa, "kappa")
+    assert_exact(report.slopes, expected.slopes, "slopes")
+
+
+@pytest.mark.parametrize("scope", ["sequence", "token", "agent"])
+def test_trajectories_of_ascend_in_every_scope(scope):
+    net = nn.Sequential(nn.Linear(N, 7), nn.Tanh(), nn.Linear(7, V)).double()
+    x = torch.randn(B, 4, N, dtype=torch.float64)
+    labels = torch.randint(V, (B, 4))
+    output_loss = lambda z: (
+        F.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="none").view(B, 4).sum(1)
+    )
+    loss_fn = lambda x: F.cross_entropy(net(x).transpose(1, 2), labels, reduction="none").sum(1)
+    agents = torch.tensor([[0, 1, 1, -1]] * B) if scope == "agent" else None
+    traj = aajr.ascend(
+        *(loss_fn, x), radius=0.5, steps=4, step_size=0.4, scope=scope, agents=agents, mask=labels != 0
+    )
+    report = stability_report(
+        *(loss_fn, x, traj), func=net, output_loss=output_loss, power_iterations=30, gamma=0.5, samples=17
+    )
+    assert report.projected.any() and not report.unexplained.any()
+    rounding = 1 + 1e-9
+    assert (report.sandwich_lower <= report.sandwich_middle * rounding).all()
+    assert (report.sandwich_middle <= report.spectral_norm * (1 + 1e-3)).all()  # as far as it has converged
+    assert (report.kappa <= report.smoothness * rounding).all()
+    inside = report.moved & (traj.step_sizes <= report.eta_max)
+    assert inside.any() and not (inside & report.non_monotone).any()
 
 
 def test_json_lines_and_tensorboard(policy, tmp_path):
