@@ -92,3 +92,26 @@ def test_ascent_loss_and_penalty(name, fused):
         assert (a is None) == (b is None), key
         # directions are off by up to 1e-8, and enter squared
         assert a is None or (a - b).norm() <= 1e-7 * size, key
+
+
+def test_a_training_step_at_the_worst_point_in_float32():
+    model = tiny("llama")
+    fuse(model)
+    ids = torch.randint(model.config.vocab_size, (B, N))
+    labels = torch.where(PADDED.bool(), ids.roll(-1, 1), -100)
+    head, body = model.get_output_embeddings(), model.base_model
+    hidden = lambda x: body(inputs_embeds=x, attention_mask=PADDED).last_hidden_state
+    x = model.get_input_embeddings()(ids)
+    adversary = aajr.lm_loss(hidden, head=head, labels=labels)
+    traj = aajr.ascend(adversary, x, radius=1.0, steps=3, scope="token", mask=PADDED, module=model)
+    assert (traj.worst_loss > traj.losses[0]).all()
+    penalty, aux = aajr.trajectory_penalty(
+        hidden, x, traj, steps="worst", head=head, labels=labels, mask=PADDED, return_primal=True
+    )
+    with torch.no_grad():
+        logits = model(inputs_embeds=traj.worst, attention_mask=PADDED).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    # some twenty operations a layer, each with a few roundings of 6e-8
+    assert_exact(aux.primal.detach(), expected, "loss", tolerance=2e-5)
+    (aux.primal + 0.1 * penalty).backward()
+    assert penalty > 0 and all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
