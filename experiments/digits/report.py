@@ -197,4 +197,12 @@ The global penalties in the Fisher metric are a control: they tell what the dire
 does. Random direction and Frobenius are the same penalty in expectation up to a factor, so they must agree up to the
 noise of their draws. λ was matched on {config["sizes"][1]} validation images, so that robust accuracy on the test part
 agrees up to sampling only; its difference is in the table.
+
+## Limits
+
+One small data set, one architecture, one radius and one target; an l2 adversary of the class alone, the same loss in
+training and evaluation. Robustness comes from the penalty; nothing here is trained on adversarial examples. The l2
+penalties weigh class logits and utilities alike, so that what they cost depends on the scale of both. `spectral` takes
+{config["power_iterations"]} power iterations from a random start at every batch. Cross-entropy and utility error may
+move in opposite directions while their sum falls: read the columns, not the sum alone.
 """

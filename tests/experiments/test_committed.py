@@ -13,11 +13,10 @@ pytest.importorskip("matplotlib")
 
 from aajr_kernels.cli import experiment as command
 from aajr_kernels.cli.main import app
-from experiments import RESULTS, inclusion, load
+from experiments import EXPERIMENTS, RESULTS, inclusion, load
+from experiments.digits.report import chosen
 from experiments.step_condition.report import totals
 from experiments.store import read
-
-PUBLISHED = ("inclusion", "step-condition")
 
 
 def committed(name: str):
@@ -44,7 +43,19 @@ def test_step_condition():
     assert len(kinds) == 3 * 3 * 4
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def test_digits():
+    rows = committed("digits")
+    tested = chosen(rows)
+    assert all(sorted(by_seed) == list(range(10)) for by_seed in tested.values())
+    budgets = {m: {sum(r["method"] == m and r["seed"] == s for r in rows) for s in range(10)} for m in tested}
+    assert budgets.pop("none") == {1}
+    assert len(set().union(*budgets.values())) == 1  # as many weights for every method and seed
+    for by_seed in tested.values():
+        for row in by_seed.values():
+            assert row["validation"]["robust_accuracy"] >= 0.6 or row["method"] == "none"
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_pages_are_what_the_rows_say(name, tmp_path):
     result = CliRunner().invoke(app, ["experiment", name, "--draw", "--out", os.fspath(tmp_path)])
     assert result.exit_code == 0, result.output
