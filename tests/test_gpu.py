@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from budgets import relative_error
@@ -42,6 +44,23 @@ def test_a_model_gives_what_it_gives_on_the_cpu(k):
     assert all(relative_error(a, b, floor=1e-6) < 1e-6 for a, b in zip(*outcomes))
 
 
+def replayed(step: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    """A step, captured in a CUDA graph, gives bit by bit what it gave outside, as often as it is replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels, which must not happen while a graph is captured
+        expected = [t.clone() for t in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        for t in captured:
+            t.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+
+
 def test_a_whole_step_is_captured_in_a_cuda_graph():
     """Nothing in a step waits for the device or allocates outside the graph's pool; replays repeat it bit by bit."""
     subject = next(entry for name, entry in ENTRIES.items() if entry.decoder)().to(torch.bfloat16)
@@ -57,16 +76,16 @@ def test_a_whole_step_is_captured_in_a_cuda_graph():
         gradients = torch.autograd.grad(penalty, weights, allow_unused=True)
         return (penalty.detach(), *(g for g in gradients if g is not None))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles the kernels, which must not happen while a graph is captured
-        expected = [t.clone() for t in step()]
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(2):
-        for t in captured:
-            t.fill_(float("nan"))
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+    replayed(step)
+
+
+def test_packed_attention_is_captured_in_a_cuda_graph():
+    """The graph is of all lengths: other offsets in the same memory are other sequences."""
+    q = torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    offsets = torch.tensor([0, 1, 200, 200, 300], device="cuda", dtype=torch.int32)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = aajr.attention(*(aajr.Dual(q),) * 3, causal=True, cu_seqlens=offsets).stacked
+        return out.detach(), *torch.autograd.grad(out.float().square().sum(), q)
+
+    replayed(step)

@@ -74,7 +74,7 @@ def both(
 @pytest.mark.parametrize("offset", [None, 0])
 def test_odd_sizes_and_one_key_head_of_four(sizes, offset, monkeypatch):
     if DEVICE == "cpu":  # fewer, larger tiles: the interpreter takes as long for a small one
-        monkeypatch.setattr(triton_module, "tile", lambda *_: Tile(128, 128, 1, 1))
+        monkeypatch.setattr(triton_problem, "tile", lambda *_: Tile(128, 128, 1, 1))
     both(leaves(sizes), None, Options(sizes[5] ** -0.5, offset=offset))
 
 
@@ -106,6 +106,13 @@ def test_bias_gradients_on_every_subset_of_axes(subset):
     bias = 0.5 * torch.randn(2, *shape)
     # summed over the keys the gradient vanishes identically: what is left is the rounding of terms of size 1 to 10
     both(leaves((2, 2, 1, 37, 40, 16, 16)), bias, Options(0.3, offset=3, window=20), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("programs", [1, 5, 1000])
+def test_the_gradient_of_a_broadcast_bias_is_shared_among_programs(programs, monkeypatch):
+    monkeypatch.setattr(triton_problem, "_BIAS_PROGRAMS", programs)
+    bias = 0.5 * torch.randn(3, 1, 1, 37, 1)
+    both(leaves((2, 2, 1, 37, 40, 16, 16), k=2), bias, Options(0.3, offset=3), tolerance=2e-5)
 
 
 def test_a_bias_near_the_largest_number_and_rows_without_keys():

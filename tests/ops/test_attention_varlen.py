@@ -9,13 +9,14 @@ from typing import Any
 import budgets
 import pytest
 import torch
-from native.suite import Target, targets
+from native.suite import DEVICES, Target, targets
 from ops.attention_checks import Case, formula, make
 from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual, runtime
 from aajr_kernels.ops.attention import attention
+from aajr_kernels.ops.attention import packed as packed_module
 
 Q_LENGTHS, K_LENGTHS = (3, 0, 50, 1, 7, 0), (5, 4, 61, 1, 0, 0)
 OPTIONS: list[dict[str, Any]] = [
@@ -142,6 +143,39 @@ def test_one_tensor_for_queries_and_keys_is_self_attention(target):
         *(Dual(x[:, 0]) for x in low.leaves.values()), causal=True, cu_seqlens=offsets(lengths)
     )
     assert without_batch.shape == (4, 33, 3) and torch.equal(without_batch.stacked, actual[:, 0])
+
+
+def test_nobody_waits_for_offsets_while_a_graph_is_captured(monkeypatch):
+    """The values of the offsets stay on the device; here, without one, reading them is what must not happen."""
+    if (reason := Target("triton").why_not("attention")) is not None:
+        pytest.skip(reason)
+    device = DEVICES["triton"]
+    low = packed((1, 1, 1)).to(torch.float32)
+    on = Case({name: x.detach().to(device).requires_grad_() for name, x in low.leaves.items()})
+    there = tuple(x.to(device) for x in BOTH)
+    exact = low.to(torch.float64)
+    with aajr.use_backend("triton"), monkeypatch.context() as patch:
+        patch.setattr(packed_module, "_capturing", lambda device: True)
+        patch.setattr(Tensor, "tolist", lambda *_: pytest.fail("read the offsets"))
+        with runtime.coverage():  # counting work must not read them either
+            actual = on.ours(causal=True, cu_seqlens=there)
+        plain = attention(*(x[0].detach() for x in on.leaves.values()), causal=True, cu_seqlens=there)
+    expected = oracle(exact, causal=True)
+    budgets.assert_exact(plain.cpu(), expected[0], "plain", tolerance=2e-5, floor=1.0)
+    out_bar = torch.randn_like(expected)
+    wanted, got = exact.gradients(expected, out_bar), on.gradients(actual, out_bar.to(actual))
+    budgets.assert_exact(actual.cpu(), expected, "output", tolerance=2e-5, floor=1.0)
+    for name, gradient in wanted.items():
+        budgets.assert_exact(got[name].cpu(), gradient, name, tolerance=2e-4, floor=1.0)
+
+
+def test_offsets_elsewhere_cannot_be_captured(monkeypatch):
+    monkeypatch.setattr(packed_module, "_capturing", lambda device: True)
+    low = packed((1, 1, 1)).to(torch.float32)
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens_k must be on cpu while a CUDA graph is captured, got meta"
+    ):
+        low.ours(cu_seqlens=(BOTH[0], BOTH[1].to("meta")))
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), (130, 2)], ids=str)

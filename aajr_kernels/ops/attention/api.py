@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import runtime
 from ...dual import Dual, num_tangents, stack_of
 from .function import AttentionFunction
-from .packed import Bounds, packed_bounds, pieces
+from .packed import Bounds, packed_sequences, pieces
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS: Any = (Tensor, Dual)
@@ -85,6 +85,8 @@ def attention(
             are then ``[H, N, D]`` (or with a batch axis of one), all sequences one after another, and every sequence
             attends to its own keys; `causal` and `window` count within a sequence, and `mask` is None. A pair
             (cu_seqlens_q, cu_seqlens_k) where a sequence has other numbers of queries and keys; either may be 0.
+            Their values are checked, for which the host waits if they are on a device; not so while a CUDA graph is
+            captured, where they have to be on the device.
 
     Returns:
         ``[*batch, H, N, V]`` in the dtype of `q`, a Dual if any argument is one. A query that may see no key gives
@@ -97,9 +99,13 @@ def attention(
     _check_tensors(q, k, v, mask)
     scale = _check_options(q, causal, scale, softcap, window, dropout)
     tangents, dual = num_tangents(q, k, v, mask), any(isinstance(x, Dual) for x in (q, k, v, mask))
-    bounds = packed_bounds(q, k, mask, cu_seqlens)
-    if not dual and softcap is None:
-        return _plain(q, k, v, mask, causal, window, scale, dropout, bounds)
+    packed = packed_sequences(q, k, mask, cu_seqlens)
+    # torch's attention wants the lengths of packed sequences, which a captured graph cannot tell
+    captured = packed is not None and packed.bounds is None
+    if not dual and softcap is None and not captured:
+        return _plain(
+            q, k, v, mask, causal, window, scale, dropout, None if packed is None else packed.bounds
+        )
     batch = q.shape[:-3]
     qs, ks, vs = runtime.autocast_low(*(_five_axes(stack_of(x)) for x in (q, k, v)))
     for name, x in (("k", ks), ("v", vs)):
@@ -114,16 +120,14 @@ def attention(
     lacks = f"takes head sizes up to {_TRITON_HEAD}, got {largest}" if largest > _TRITON_HEAD else None
     backend = runtime.select_backend("attention", qs, ks, vs, triton_lacks=lacks)
     if runtime.recording():
-        sizes = [(qs.shape[-2], ks.shape[-2])]
-        if bounds is not None:
-            sizes = [(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in pieces(bounds)]
+        sizes = [(qs.shape[-2], ks.shape[-2])] if packed is None else packed.sizes()
         pairs = sum(_visible_pairs(n, m, _offset(causal, n, m), window) for n, m in sizes)
         pairs *= qs.shape[1] * qs.shape[2]
         runtime.record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (qs.shape[-1] + vs.shape[-1]))
-    align_right = bounds is not None and causal == "lower_right"
+    align_right = packed is not None and causal == "lower_right"
     offset = 0 if align_right else _offset(causal, qs.shape[-2], ks.shape[-2])
     options = (scale, softcap, offset, window, dropout, align_right)
-    starts = () if bounds is None else [torch.tensor(x, device=qs.device) for x in bounds]
+    starts = () if packed is None else packed.starts
     out = AttentionFunction.apply(qs, ks, vs, bias, options, backend, seed, *starts)
     out = out.reshape(out.shape[0], *batch, *out.shape[2:])
     return Dual(out) if dual else out[0]

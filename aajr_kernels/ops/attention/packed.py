@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,32 @@ from ...dual import Dual
 Bounds = tuple[list[int], list[int]]
 
 
-def packed_bounds(
-    q: Tensor | Dual, k: Tensor | Dual, mask: Any, cu_seqlens: Tensor | Sequence[Tensor] | None
-) -> Bounds | None:
-    """Checked offsets of the sequences' queries and keys as numbers; None without packed sequences.
+@dataclass(frozen=True)
+class Packed:
+    """Offsets of the sequences' queries and keys.
 
-    Reading them waits for the device where they live on one.
+    Attributes:
+        starts: int64, on the device of the queries.
+        bounds: the same as numbers; None while a CUDA graph is captured, where nobody can wait for them.
+    """
+
+    starts: tuple[Tensor, Tensor]
+    bounds: Bounds | None
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Queries and keys of every sequence, none where they are not known."""
+        if self.bounds is None:
+            return []
+        return [(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in pieces(self.bounds)]
+
+
+def packed_sequences(
+    q: Tensor | Dual, k: Tensor | Dual, mask: Any, cu_seqlens: Tensor | Sequence[Tensor] | None
+) -> Packed | None:
+    """Checked offsets; None without packed sequences.
+
+    Checking them waits for the device where they live on one. While a CUDA graph is captured their values go
+    unchecked, and they have to be on the device already.
     """
     if cu_seqlens is None:
         return None
@@ -39,24 +60,45 @@ def packed_bounds(
                 f"attention: cu_seqlens must be a tensor of offsets or a pair (cu_seqlens_q, cu_seqlens_k), got "
                 f"{len(cu_seqlens)} values."
             )
-        q_bounds = _offsets("cu_seqlens_q", cu_seqlens[0], "queries", q.shape[-2])
-        k_bounds = _offsets("cu_seqlens_k", cu_seqlens[1], "keys", k.shape[-2])
+        named = [
+            ("cu_seqlens_q", cu_seqlens[0], "queries", q.shape[-2]),
+            ("cu_seqlens_k", cu_seqlens[1], "keys", k.shape[-2]),
+        ]
     else:
         if q.shape[-2] != k.shape[-2]:
             raise ValueError(
                 f"attention: q and k must have equally many positions with one cu_seqlens, got {q.shape[-2]} and "
                 f"{k.shape[-2]}: pass a pair (cu_seqlens_q, cu_seqlens_k)."
             )
-        q_bounds = k_bounds = _offsets("cu_seqlens", cu_seqlens, "positions", q.shape[-2])
-    if len(q_bounds) != len(k_bounds):
+        named = [("cu_seqlens", cu_seqlens, "positions", q.shape[-2])]
+    for name, x, *_ in named:
+        _check_tensor(name, x)
+    given = [x for _, x, *_ in named]
+    if _capturing(q.device):
+        for name, x, *_ in named:
+            if x.device != q.device:
+                raise ValueError(
+                    f"attention: {name} must be on {q.device} while a CUDA graph is captured, got {x.device}: copy it "
+                    "before the capture."
+                )
+        bounds = None
+    else:
+        numbers = [_numbers(*arguments) for arguments in named]
+        bounds = numbers[0], numbers[-1]
+    if given[0].shape != given[-1].shape:
         raise ValueError(
-            f"attention: cu_seqlens_q and cu_seqlens_k must be of equally many sequences, got {len(q_bounds) - 1} and "
-            f"{len(k_bounds) - 1}."
+            f"attention: cu_seqlens_q and cu_seqlens_k must be of equally many sequences, got {len(given[0]) - 1} and "
+            f"{len(given[-1]) - 1}."
         )
-    return q_bounds, k_bounds
+    starts = [x.to(q.device, torch.int64) for x in given]
+    return Packed((starts[0], starts[-1]), bounds)
 
 
-def _offsets(name: str, value: Any, what: str, size: int) -> list[int]:
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"attention: {name} must be an int32 or int64 tensor, got {type(value).__name__}.")
     if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or not value.numel():
@@ -64,6 +106,9 @@ def _offsets(name: str, value: Any, what: str, size: int) -> list[int]:
             f"attention: {name} must be an int32 or int64 tensor [sequences + 1], got {value.dtype} of shape "
             f"{tuple(value.shape)}."
         )
+
+
+def _numbers(name: str, value: Tensor, what: str, size: int) -> list[int]:
     bounds: list[int] = value.tolist()
     if bounds[0] != 0 or bounds[-1] != size:
         raise ValueError(

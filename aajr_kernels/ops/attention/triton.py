@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...gpu import architecture, launch
 from ...gpu.operators import operator
-from .configs import Tile, tile
+from .configs import Tile
 from .tiling import Options
 from .triton_backward import _attention_rows_kernel
 from .triton_bias import _attention_bwd_bias_kernel
@@ -139,9 +139,7 @@ def _attention_fwd(
         mu.zero_()
         return out, stats, mu
     for index in range(min(K - 1, 0), K):
-        causal = p.options.offset is not None
-        chosen = tile("fwd", architecture(q.device), q.dtype, q.shape[-1], V, causal, p.busy)
-        launch_fwd(p, chosen, index, out, stats, mu)
+        launch_fwd(p, p.tile("fwd"), index, out, stats, mu)
     return out, stats, mu
 
 
@@ -172,14 +170,18 @@ def _attention_bwd(
     v_bar = like(v) if need_v else None
     bias_bar = None
     if need_bias and mask is not None:
-        bias_bar = torch.empty(mask.shape, dtype=torch.float32, device=q.device)
+        parts = p.bias_grid(mask.shape[1:])[2]
+        bias_bar = torch.empty((parts, *mask.shape), dtype=torch.float32, device=q.device)
     if 0 in (*q.shape[1:4], k.shape[3]):
         for bar in (q_bar, k_bar, v_bar, bias_bar):
             if bar is not None:
                 bar.zero_()
     else:
         _launch_bwd(p, out_bar, out, stats, mu, q_bar, k_bar, v_bar, bias_bar)
-    return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)
+    if bias_bar is None or mask is None:
+        return q_bar, k_bar, v_bar, None
+    total = bias_bar[0] if len(bias_bar) == 1 else bias_bar.sum(0)
+    return q_bar, k_bar, v_bar, total.to(mask.dtype)
 
 
 def _launch_bwd(
@@ -287,9 +289,8 @@ class Backward:
     def shared(self, kernel: str, m_side: bool) -> tuple[Tile, tuple[Any, ...], dict[str, Any]]:
         """The tile, the first arguments (inputs, cotangents, masks) and the constants of a kernel."""
         p, index = self.p, self.index
-        D, V = p.q.shape[-1], p.v.shape[-1]
         arch = architecture(p.q.device)
-        chosen = tile(kernel, arch, p.q.dtype, D, V, p.options.offset is not None, p.busy)
+        chosen = p.tile(kernel)
         constants = p.constants(index)
         stacks = (p.q, p.k, p.v, self.out_bar)
         tensors = [x[0] for x in stacks] + [stack(x, index) for x in stacks]
@@ -327,14 +328,12 @@ class Backward:
         both = k_bar is not None and v_bar is not None
         fused = both and max(block_size(p.q.shape[-1]), block_size(p.v.shape[-1])) <= 64
         passes = [(k_bar, v_bar)] if fused or not both else [(None, v_bar), (k_bar, None)]
-        sequences = 1 if p.starts is None else p.starts[1].shape[0] - 1
         for k_out, v_out in passes:
             kernel = "dkv" if k_out is not None and v_out is not None else "dv" if k_out is None else "dk"
             chosen, arguments, constants = self.shared(kernel, False)
-            blocks = -(-p.k.shape[3] // chosen.n)
             launch(
                 _attention_bwd_kv_kernel,
-                (blocks * sequences, p.k.shape[1] * p.k.shape[2]),
+                (p.blocks(p.k.shape[3], chosen.n), p.k.shape[1] * p.k.shape[2]),
                 p.q.device,
                 *arguments,
                 *(p.starts or (None, None)),
@@ -373,24 +372,20 @@ class Backward:
 
     def launch_bias(self, bias_bar: Tensor) -> None:
         p = self.p
-        chosen, arguments, constants = self.shared("bias", True)
-        per = [n > 1 for n in bias_bar.shape[1:]]
+        _, arguments, constants = self.shared("bias", True)
+        per = [n > 1 for n in bias_bar.shape[2:]]
         for name in ("PACKED", "ALIGN_RIGHT"):
             del constants[name]
-        n_blocks, m_blocks = -(-p.q.shape[3] // chosen.m), -(-p.k.shape[3] // chosen.n)
         launch(
             _attention_bwd_bias_kernel,
-            (
-                (n_blocks if per[2] else 1) * (m_blocks if per[3] else 1),
-                bias_bar.shape[1] * bias_bar.shape[2],
-            ),
+            p.bias_grid(bias_bar.shape[2:]),
             p.q.device,
             *arguments,
-            bias_bar[0],
-            stack(bias_bar, self.index),
+            bias_bar[:, 0],
+            bias_bar[:, 1 + self.index if bias_bar.shape[1] > 1 and self.index >= 0 else 0],
             *self.statistics(),
             *self.strides(),
-            bias_bar.stride()[1:5],
+            (bias_bar.stride(0), *bias_bar.stride()[2:]),
             p.q.shape[1],
             *p.scalars(),
             **dict(zip(("PER_B", "PER_H", "PER_N", "PER_M"), per)),

@@ -21,8 +21,9 @@ def _attention_bwd_bias_kernel(
 ):  # fmt: skip
     """One tile of the bias, or of what it was broadcast from: PER_* name the axes it has.
 
-    Programs: (blocks of queries times blocks of keys, batch rows times heads), 1 along the axes that were broadcast;
-    the tiles of those are added in a fixed order. float32 outputs; a later tangent adds to the primal's.
+    Programs: (blocks of queries times blocks of keys, batch rows times heads, parts), 1 along the axes that were
+    broadcast; the tiles of those are added in a fixed order, every part some of them into memory of its own. float32
+    outputs; a later tangent adds to the primal's.
     """
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
     n_blocks = (N + BLOCK_M - 1) // BLOCK_M
@@ -39,7 +40,10 @@ def _attention_bwd_bias_kernel(
     first_h = tl.program_id(1) % own_h
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total_tan = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(loop_b * loop_h * loop_n * loop_m):
+    steps = loop_b * loop_h * loop_n * loop_m
+    share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2)
+    low = tl.program_id(2) * share
+    for step in range(low, tl.minimum(low + share, steps)):
         j0 = (first_m + step % loop_m) * BLOCK_N
         rest = step // loop_m
         i0 = (first_n + rest % loop_n) * BLOCK_M
@@ -94,7 +98,8 @@ def _attention_bwd_bias_kernel(
             total_tan += t_bar
         total += s_bar
 
-    base = first_b.to(tl.int64) * bar_strides[0] + first_h.to(tl.int64) * bar_strides[1]
+    base = first_b.to(tl.int64) * bar_strides[1] + first_h.to(tl.int64) * bar_strides[2]
+    base += tl.program_id(2).to(tl.int64) * bar_strides[0]
     row = first_n * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_m * BLOCK_N + tl.arange(0, BLOCK_N)
     if not PER_N:
@@ -105,7 +110,7 @@ def _attention_bwd_bias_kernel(
         total_tan = tl.broadcast_to(tl.sum(total_tan, 1)[:, None], [BLOCK_M, BLOCK_N])
     rows = N if PER_N else 1
     cols = M if PER_M else 1
-    pointers = base + row[:, None].to(tl.int64) * bar_strides[2] + col[None, :] * bar_strides[3]
+    pointers = base + row[:, None].to(tl.int64) * bar_strides[3] + col[None, :] * bar_strides[4]
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     if not FIRST:
         total += tl.load(bias_bar + pointers, mask=inside, other=0.0)

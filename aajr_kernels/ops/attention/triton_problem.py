@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...gpu import float32_products
+from ...gpu import architecture, float32_products
+from .configs import Tile, tile
 from .tiling import Options
 
 GRID_LIMIT = 65535
+# a gradient of a bias is shared among programs until there are this many: a constant, so that the order of its sums
+# depends on nothing but the sizes
+_BIAS_PROGRAMS = 1024
 _PADDING = 128  # statistics are padded to a multiple of it: blocks of queries read them without a mask
 
 
@@ -113,10 +118,29 @@ class Problem:
         return self.mask[0], stack(self.mask, index), (b, h, i or None, j)
 
     def grid(self, tile: int, padded: bool = False) -> tuple[int, int]:
-        """Blocks of queries, of every sequence if packed, by batch rows and heads."""
-        blocks = -(-(self.padded if padded and self.starts is None else self.q.shape[3]) // tile)
-        sequences = 1 if self.starts is None else self.starts[0].shape[0] - 1
-        return blocks * sequences, self.q.shape[1] * self.q.shape[2]
+        """Blocks of queries by batch rows and heads."""
+        blocks = self.blocks(self.padded if padded and self.starts is None else self.q.shape[3], tile)
+        return blocks, self.q.shape[1] * self.q.shape[2]
+
+    def blocks(self, size: int, tile: int) -> int:
+        """Programs along positions; of packed sequences as many as those of any lengths can have blocks."""
+        return -(-size // tile) if self.starts is None else size // tile + self.starts[0].shape[0] - 1
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a kernel."""
+        arch, causal = architecture(self.q.device), self.options.offset is not None
+        return tile(kernel, arch, self.q.dtype, self.q.shape[-1], self.v.shape[-1], causal, self.busy)
+
+    def bias_grid(self, bias: tuple[int, ...]) -> tuple[int, int, int]:
+        """Tiles of a bias ``[B|1, H|1, N|1, M|1]``, its batch rows and heads, and the programs that share a tile.
+
+        Several do where few tiles add up many others.
+        """
+        chosen = self.tile("bias")
+        sizes = (*self.q.shape[1:3], -(-self.q.shape[3] // chosen.m), -(-self.k.shape[3] // chosen.n))
+        b, h, n, m = (size if kept > 1 else 1 for size, kept in zip(sizes, bias))
+        tiles = b * h * n * m
+        return n * m, b * h, max(1, min(math.prod(sizes), _BIAS_PROGRAMS) // tiles)
 
 
 def stack(x: Tensor, index: int) -> Tensor:

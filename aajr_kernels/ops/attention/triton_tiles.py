@@ -54,15 +54,25 @@ def store_rows(
 def sequence(
     q_start, k_start, block, N, M, offset, BLOCK: tl.constexpr, PACKED: tl.constexpr, RIGHT: tl.constexpr
 ):
-    """First query and key, sizes, block within the sequence and diagonal of the sequence a program works on."""
+    """First query and key, sizes, block within the sequence and diagonal of the sequence a program works on.
+
+    Packed sequences have ``N // BLOCK + sequences`` programs, whatever their lengths, and nobody has to know those
+    to launch them: sequence i owns the programs from ``start_i // BLOCK + i`` on, at least as many as it has blocks.
+    """
     if PACKED:
-        blocks = (N + BLOCK - 1) // BLOCK
-        index = block // blocks
+        index = block * 0
+        last = tl.num_programs(0) - N // BLOCK - 1
+        while index < last:
+            middle = (index + last + 1) // 2
+            if tl.load(q_start + middle).to(tl.int32) // BLOCK + middle <= block:
+                index = middle
+            else:
+                last = middle - 1
         q_first = tl.load(q_start + index).to(tl.int32)
         k_first = tl.load(k_start + index).to(tl.int32)
         n = tl.load(q_start + index + 1).to(tl.int32) - q_first
         m = tl.load(k_start + index + 1).to(tl.int32) - k_first
-        block = block % blocks
+        block -= q_first // BLOCK + index
         if RIGHT:
             offset = m - n
     else:
