@@ -44,8 +44,8 @@ def test_a_model_gives_what_it_gives_on_the_cpu(k):
     assert all(relative_error(a, b, floor=1e-6) < 1e-6 for a, b in zip(*outcomes))
 
 
-def replayed(step: Callable[[], tuple[torch.Tensor, ...]]) -> None:
-    """A step, captured in a CUDA graph, gives bit by bit what it gave outside, as often as it is replayed."""
+def replayed(step: Callable[[], tuple[torch.Tensor, ...]], exact: bool = True) -> None:
+    """A step, captured in a CUDA graph, gives what it gave outside, bit by bit if exact, as often as it is replayed."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles the kernels, which must not happen while a graph is captured
@@ -58,7 +58,9 @@ def replayed(step: Callable[[], tuple[torch.Tensor, ...]]) -> None:
         for t in captured:
             t.fill_(float("nan"))
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+        if exact:
+            assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+        assert all(relative_error(a, b, floor=1e-6) < 1e-2 for a, b in zip(captured, expected))
 
 
 def test_a_whole_step_is_captured_in_a_cuda_graph():
@@ -89,3 +91,19 @@ def test_packed_attention_is_captured_in_a_cuda_graph():
         return out.detach(), *torch.autograd.grad(out.float().square().sum(), q)
 
     replayed(step)
+
+
+def test_a_head_whose_warm_up_took_another_form_is_captured():
+    """Steps outside a graph keep the logits of a block of tokens, a captured one forms them twice."""
+    weight, head = (
+        (0.05 * torch.randn(n, 1024, device="cuda")).bfloat16().requires_grad_() for n in (1024, 3000)
+    )
+    x, v = torch.randn(2, 2, 150, 1024, device="cuda").bfloat16()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        penalty = aajr.aligned_penalty(
+            lambda d: aajr.linear(d, weight), x, v, metric="fisher", head=aajr.LMHead(head)
+        )
+        return penalty.detach(), *torch.autograd.grad(penalty, (weight, head))
+
+    replayed(step, exact=False)

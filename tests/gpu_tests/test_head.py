@@ -297,6 +297,43 @@ def test_joint_is_left_out_where_it_cannot_be_used(small, passes):
     assert passes.count("head_fwd") == 2 and passes.count("head_bwd") == 2
 
 
+@pytest.mark.parametrize("need_bias", [True, False])
+def test_the_joint_form_loads_what_a_captured_graph_will_launch(small, need_bias):
+    """Which takes the two passes, and may load no kernel: the constants of their launches must be the same."""
+    small.setattr(kernels, "_may_be_captured", lambda device: True)
+    small.setattr(kernels, "_LOADED", set())
+    small.setattr(kernels, "_KEPT_LEAST", 1 << 30)
+    small.setattr(kernels, "_KEPT_MOST", 1 << 30)
+    (h, w, b), labels = problem(tokens=200), random_labels(200)
+    operands = (h, w, b, labels, "fisher", 1.0, None, -100)
+    needs = (True, True, need_bias)
+
+    def launched(run):
+        seen = []
+        launch = gpu.launch
+
+        def note(kernel, grid, device, *args, **constants):
+            types = tuple(x.dtype if isinstance(x, torch.Tensor) else type(x) for x in args)
+            seen.append((kernel.fn.__name__, types, tuple(sorted(constants.items()))))
+            launch(kernel, grid, device, *args, **constants)
+
+        with use_backend("triton"), small.context() as patch:
+            patch.setattr(gpu, "launch", note)
+            run()
+        return set(seen)
+
+    expected = lambda q, rows: (torch.ones_like(q), torch.ones(q.shape[1], device=DEVICE))
+    joint = lambda: kernels.head_joint(*operands, expected, *needs)
+
+    def two_passes():
+        _, _, stats = kernels.head_fwd(*operands)
+        kernels.head_bwd(*(torch.ones(n, 200, device=DEVICE)[i] for n, i in ((1, ...), (1, 0))), *operands[:4], stats,
+                         *operands[4:], *needs)  # fmt: skip
+
+    assert launched(two_passes) <= launched(joint)
+    assert not launched(two_passes) <= launched(joint)  # loaded once
+
+
 def test_other_cotangents_than_expected_cost_a_pass(small, passes):
     small.setattr(kernels, "_KEPT_LEAST", 1 << 30)
     small.setattr(kernels, "_KEPT_MOST", 1 << 30)

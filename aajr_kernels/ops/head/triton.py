@@ -35,6 +35,8 @@ _KEPT_LEAST, _KEPT_MOST = 256 << 20, 2 << 30
 #: hidden size from which keeping the logits is cheaper than forming them again; float32 products are slower
 _JOINT_SIZE = {torch.float32: 128}
 _JOINT_SIZE_LOW = 1024
+#: configurations of the joint form whose two passes are loaded too
+_LOADED: set[tuple[Any, ...]] = set()
 #: those of head_fwd, as operators take them
 _OPERANDS = (
     "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, "
@@ -154,6 +156,9 @@ def head_joint(
         p = problem(h[:, rows], weight, bias, here, metric, scale, softcap, ignore_index)
         results.append(forward(p, kept))
         cotangents.append(expected(results[-1][0], rows))
+        if start == 0 and _may_be_captured(device):
+            operands = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
+            _load_two_passes(*operands, *cotangents[0], need_bias)
         part = None if h_bar is None else h_bar[:, rows]
         backward(p, results[-1][2], *cotangents[-1], kept, part, w_bar, w_sum, b_bar)
     q, nll, stats = (_joined([r[i] for r in results]) for i in range(3))
@@ -162,6 +167,43 @@ def head_joint(
         w_bar = w_sum.to(h.dtype)
     assert q is not None and stats is not None
     return (q, nll, stats), (*bars, h_bar, w_bar, b_bar)
+
+
+def _may_be_captured(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _load_two_passes(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional,
+    labels: Optional,
+    metric: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    q_bar: Optional,
+    nll_bar: Optional,
+    need_bias: bool,
+) -> None:
+    """Run the two passes once on a few tokens.
+
+    A CUDA graph may load no kernel while it is captured, and takes the two passes, of which the steps before that
+    warm a model up would have seen nothing.
+    """
+    present = tuple(x is None for x in (bias, labels, softcap, q_bar, nll_bar))
+    key = (h.device, h.dtype, h.shape[0], weight.shape, metric, *present, need_bias)
+    if key in _LOADED:
+        return
+    few = slice(0, min(h.shape[1], 128))
+    q_bar, nll_bar = (None if x is None else x[..., few] for x in (q_bar, nll_bar))
+    p = problem(
+        h[:, few], weight, bias, None if labels is None else labels[few], metric, scale, softcap, ignore_index
+    )
+    h_bar = torch.empty(h[:, few].shape, dtype=h.dtype, device=h.device)
+    b_bar = torch.zeros(len(weight), dtype=torch.float32, device=h.device) if need_bias else None
+    backward(p, forward(p)[2], q_bar, nll_bar, None, h_bar, None, None, b_bar)
+    _LOADED.add(key)
 
 
 def _tokens_of_a_block(stacks: int, tokens: int, weight: torch.Tensor, need_weight: bool) -> int:

@@ -19,6 +19,8 @@ from .triton_products import add_product, product
 _CHUNK, _LEAST_WORDS, _MOST_WORDS = 256 << 20, 1024, 16384
 #: programs wanted of the forward, and bounds of the shares of the vocabulary
 _PROGRAMS, _LEAST_SPLITS, _MOST_SPLITS = 4096, 16, 512
+#: tokens and shares of a step of the merging kernel: constants, since another number is another kernel
+_MERGED_TOKENS, _MERGED_SHARES = 16, 32
 #: tangents that share one tile's primal; more come in groups, which form the primal again
 TANGENTS = 7
 
@@ -176,10 +178,9 @@ def _statistics(
         KEEP=kept is not None,
         **p.constants(t),
     )
-    tokens, shares = 16, min(64, triton.next_power_of_2(splits))
     gpu.launch(
         _head_merge_kernel,
-        (triton.cdiv(p.tokens, tokens),),
+        (triton.cdiv(p.tokens, _MERGED_TOKENS),),
         device,
         partial,
         p.labels,
@@ -194,8 +195,8 @@ def _statistics(
         METRIC=metric,
         K=count,
         HAS_LABELS=nll is not None,
-        BT=tokens,
-        BS=shares,
+        BT=_MERGED_TOKENS,
+        BS=_MERGED_SHARES,
         num_warps=4,
     )
 
