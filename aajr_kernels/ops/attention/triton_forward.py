@@ -31,7 +31,7 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     """A block of queries: output and one tangent of it.
 
-    Programs: (blocks of queries, times sequences if packed; batch rows times heads). FIRST stores the primal, the
+    Programs: (blocks of queries, see `sequence` if packed; batch rows times heads). FIRST stores the primal, the
     statistics ``[1 | 2, B, H, NP]`` (shift, and if SPLIT -log2 of the normaliser) and mu ``[B, H, NP]``.
     """
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN

@@ -51,7 +51,7 @@ def _attention_bwd_kv_kernel(
 ):  # fmt: skip
     """A block of keys: gradients of the keys and their tangent (NEED_K), of the values and theirs (NEED_V).
 
-    Programs: (blocks of keys, times sequences if packed; batch rows times key heads). One loop runs over the query
+    Programs: (blocks of keys, see `sequence` if packed; batch rows times key heads). One loop runs over the query
     heads of the group and the blocks of queries. TANGENT: the output has a tangent; with several, one launch each
     adds to the primal's gradients in `k_sum` and `v_sum` (float32), from the FIRST to the LAST.
     """
