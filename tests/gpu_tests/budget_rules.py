@@ -68,13 +68,12 @@ def broken_rules(config: Config, architecture: str, kernel: str, row: Row) -> li
             row["columns"] > TENSOR_COLUMNS
         ),
         f"{row['hot_spills']} spills in its hot loop": (
-            config.strict and architecture in ("sm_80", "sm_90") and row["hot_spills"] > 0
+            architecture in config.strict and row["hot_spills"] > 0
         ),
         "its products wait for one another (the assembler serialised wgmma)": row["serialized"],
         f"products without warpgroup instructions ({matrix})": (
-            # heads above 128 leave no room for the rows of a warpgroup
             low
-            and config.strict
+            and config.warpgroups
             and architecture == "sm_90"
             and row["products"] > 0
             and (not matrix.get("wgmma") or "mma" in matrix)

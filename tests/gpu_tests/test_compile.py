@@ -97,7 +97,7 @@ TOYS = "gpu_tests.toys"
 
 
 def toy(pool: Pool, name: str, architecture: str) -> tuple[shipped.Config, dict[str, Any]]:
-    config = shipped.Config(name, "toy", shipped.BF16, True, (architecture,), lambda: None)
+    config = shipped.Config(name, "toy", shipped.BF16, shipped.STRICT, (architecture,), lambda: None)
     return config, pool.kernels(TOYS, name, architecture)
 
 
@@ -145,7 +145,7 @@ def test_an_error_of_the_compiler_is_an_answer(pool):
 
 def test_budgets(tmp_path):
     row = dict.fromkeys(budget_rules.BOUNDED, 10) | {"matrix": {"wgmma": 4}, "products": 2}
-    config = shipped.Config("toy bf16", "toy", shipped.BF16, True, ("sm_90",), lambda: None)
+    config = shipped.Config("toy bf16", "toy", shipped.BF16, shipped.STRICT, ("sm_90",), lambda: None)
     table = {"3.7": {"toy bf16": {"_k": {"sm_90": row}}}, "3.6": {}}
     check = lambda kernels, version="3.7", where="sm_90": budget_rules.over_budget(
         table, version, config, where, kernels

@@ -147,13 +147,32 @@ _TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ),
 }
 _TILES["sm_100", 256] = _TILES["sm_120", 256]
-# A bias, a soft cap or dropout holds more tiles of scores at a time, where registers are full without. What still
-# spills with these (hot loops, sm_90, heads of 128): dq 16 with a soft cap, 42 with a bias, 124 with dropout; dk 28, 5
-# and 63; the forward 213 with a bias. Halving the keys or queries again ends most of it, but products over 16 columns
-# read more from shared memory than they multiply: half as fast, where a spill costs a hundredth.
-_BUSY: dict[tuple[str, int], dict[str, Tile]] = {
-    ("sm_90", 64): {"dq": Tile(128, 32, 8, 2)},
-    ("sm_90", 128): {"fwd": Tile(128, 32, 8, 2), "dv": Tile(32, 128, 8, 2)},
+# What stands between products and weights takes registers, where these are full without. Tiles that still spill in
+# their loops, for heads of 128 (the counts are in the committed budgets): on sm_90 the gradients under a soft cap, a
+# bias or dropout and the forward with a bias; on sm_80 the gradient of the queries. Halving the keys or queries again
+# would end most of it, but products over 16 columns read more from shared memory than they multiply.
+_BUSY: dict[tuple[str, int, str], dict[str, Tile]] = {
+    ("sm_90", 64, "bias"): {"dq": Tile(128, 32, 8, 2), "bias": Tile(64, 16, 4, 1)},
+    ("sm_90", 64, "softcap"): {"dq": Tile(128, 32, 8, 2), "dkv": Tile(16, 128, 8, 2)},
+    ("sm_90", 64, "dropout"): {"dq": Tile(128, 32, 8, 2), "dkv": Tile(16, 128, 8, 2)},
+    ("sm_90", 64, "packed"): {"dkv": Tile(16, 128, 8, 2)},
+    ("sm_90", 128, "bias"): {"fwd": Tile(128, 32, 8, 2), "dv": Tile(32, 128, 8, 2)},
+    ("sm_90", 128, "softcap"): {"fwd": Tile(128, 32, 8, 2), "dv": Tile(32, 128, 8, 2)},
+    ("sm_90", 128, "dropout"): {"fwd": Tile(128, 32, 8, 2), "dv": Tile(32, 128, 8, 2)},
+    ("sm_90", 128, "packed"): {"dv": Tile(32, 128, 8, 2)},
+    ("sm_80", 64, "bias"): {
+        "fwd": Tile(128, 32, 8, 2),
+        "dq": Tile(64, 16, 4, 2),
+        "dkv": Tile(16, 32, 4, 2),
+        "bias": Tile(32, 16, 4, 1),
+    },
+    ("sm_80", 128, "bias"): {
+        "fwd": Tile(64, 32, 8, 2),
+        "dq": Tile(32, 16, 4, 2),
+        "dk": Tile(16, 64, 8, 2),
+        "bias": Tile(32, 16, 8, 1),
+    },
+    ("sm_80", 128, "softcap"): {"fwd": Tile(64, 32, 8, 2), "dk": Tile(16, 64, 8, 2)},
 }
 # float32: multiplied without matrix units unless as tf32, by threads that hold whole rows of the operands
 _FLOAT32 = {
@@ -174,10 +193,8 @@ def _family(arch: str) -> str:
     return "sm_90" if number == 90 else "sm_80" if number in (80, 87) else "sm_120"
 
 
-def tile(
-    kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: bool, busy: bool = False
-) -> Tile:
-    """The tile of a kernel of `KERNELS` for head sizes d and v; busy with a bias, a soft cap or dropout."""
+def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: bool, busy: str = "") -> Tile:
+    """The tile of a kernel of `KERNELS` for head sizes d and v; busy with "bias", "softcap", "dropout" or "packed"."""
     index, size = KERNELS.index(kernel), max(d, v)
     limit = 64 if size <= 64 else 128 if size <= 128 else 256
     measured = tuned.lookup(tuned.key(kernel, arch, dtype, limit, causal))
@@ -191,7 +208,5 @@ def tile(
         return Tile(32, 32, 1, 1)
     if dtype == torch.float32:
         return _FLOAT32[limit][index]
-    where = _family(arch), limit
-    if busy and kernel in _BUSY.get(where, {}):
-        return _BUSY[where][kernel]
-    return _TILES[where][index]
+    family = _family(arch)
+    return _BUSY.get((family, limit, busy), {}).get(kernel, _TILES[family, limit][index])

@@ -238,7 +238,7 @@ def launch_fwd(p: Problem, chosen: Tile, index: int, out: Tensor, stats: Tensor,
         *p.scalars(),
         **constants,
         TMA=tma,
-        PIN=arch == "sm_90",
+        PIN=p.pinned("fwd"),
         BLOCK_M=chosen.m,
         BLOCK_N=chosen.n,
         STAGES=chosen.stages,
@@ -286,8 +286,8 @@ class Backward:
     mu: Tensor
     delta: Tensor
 
-    def shared(self, kernel: str, m_side: bool) -> tuple[Tile, tuple[Any, ...], dict[str, Any]]:
-        """The tile, the first arguments (inputs, cotangents, masks) and the constants of a kernel."""
+    def shared(self, kernel: str) -> tuple[Tile, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+        """The tile, the first arguments (inputs, cotangents, masks), their strides and the constants of a kernel."""
         p, index = self.p, self.index
         arch = architecture(p.q.device)
         chosen = p.tile(kernel)
@@ -297,7 +297,10 @@ class Backward:
         tma = kernel != "bias" and p.starts is None and descriptors_fit(arch, *tensors)
         size, width = constants["BLOCK_D"], constants["BLOCK_V"]
         blocks = [(chosen.m, size), (chosen.n, size), (chosen.n, width), (chosen.m, width)] * 2
-        mask, mask_tan, _ = p.masks(index)
+        mask, mask_tan, mask_strides = p.masks(index, transposed=kernel in ("dk", "dv", "dkv"))
+        if kernel == "dq" and p.mask_kind == 1:
+            # fewer registers than words that all threads share
+            mask_strides = tuple(0 if i == 2 and s is None else s for i, s in enumerate(mask_strides))
         arguments = (*(rows(x, block, tma) for x, block in zip(tensors, blocks)), mask, mask_tan)
         constants |= {"TANGENT": index >= 0, "BLOCK_M": chosen.m, "BLOCK_N": chosen.n}
         constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
@@ -308,17 +311,14 @@ class Backward:
                 "STAGES": chosen.stages,
                 # the interpreter, for tests, does as sm_90 does
                 "LATE": arch in ("sm_90", "interpreter"),
-                "PIN": arch == "sm_90",
+                "PIN": p.pinned(kernel),
             }
-        return chosen, arguments, constants
+        strides = (*(x.stride()[1:4] for x in stacks), mask_strides)
+        return chosen, arguments, strides, constants
 
     def statistics(self) -> tuple[Any, ...]:
         mu = self.mu[self.index] if self.p.moves and self.index >= 0 else None
         return self.stats, mu, self.delta[0], self.delta[1]
-
-    def strides(self) -> tuple[Any, ...]:
-        p = self.p
-        return (*(x.stride()[1:4] for x in (p.q, p.k, p.v, self.out_bar)), p.masks(self.index)[2])
 
     def launch_kv(
         self, k_bar: Tensor | None, v_bar: Tensor | None, k_sum: Tensor | None, v_sum: Tensor | None
@@ -330,7 +330,7 @@ class Backward:
         passes = [(k_bar, v_bar)] if fused or not both else [(None, v_bar), (k_bar, None)]
         for k_out, v_out in passes:
             kernel = "dkv" if k_out is not None and v_out is not None else "dv" if k_out is None else "dk"
-            chosen, arguments, constants = self.shared(kernel, False)
+            chosen, arguments, strides, constants = self.shared(kernel)
             launch(
                 _attention_bwd_kv_kernel,
                 (p.blocks(p.k.shape[3], chosen.n), p.k.shape[1] * p.k.shape[2]),
@@ -342,7 +342,7 @@ class Backward:
                 k_sum if k_out is not None else None,
                 v_sum if v_out is not None else None,
                 *self.statistics(),
-                *self.strides(),
+                *strides,
                 k_out.stride()[1:4] if k_out is not None else (0, 0, 0),
                 v_out.stride()[1:4] if v_out is not None else (0, 0, 0),
                 *p.scalars(),
@@ -353,7 +353,7 @@ class Backward:
 
     def launch_q(self, q_bar: Tensor, q_sum: Tensor | None) -> None:
         p = self.p
-        chosen, arguments, constants = self.shared("dq", True)
+        chosen, arguments, strides, constants = self.shared("dq")
         launch(
             _attention_bwd_q_kernel,
             p.grid(chosen.m),
@@ -364,7 +364,7 @@ class Backward:
             stack(q_bar, self.index),
             q_sum,
             *self.statistics(),
-            *self.strides(),
+            *strides,
             q_bar.stride()[1:4],
             *p.scalars(),
             **constants,
@@ -372,7 +372,7 @@ class Backward:
 
     def launch_bias(self, bias_bar: Tensor) -> None:
         p = self.p
-        _, arguments, constants = self.shared("bias", True)
+        _, arguments, strides, constants = self.shared("bias")
         per = [n > 1 for n in bias_bar.shape[2:]]
         for name in ("PACKED", "ALIGN_RIGHT"):
             del constants[name]
@@ -384,7 +384,7 @@ class Backward:
             bias_bar[:, 0],
             bias_bar[:, 1 + self.index if bias_bar.shape[1] > 1 and self.index >= 0 else 0],
             *self.statistics(),
-            *self.strides(),
+            *strides,
             (bias_bar.stride(0), *bias_bar.stride()[2:]),
             p.q.shape[1],
             *p.scalars(),

@@ -42,13 +42,14 @@ def _attention_rows_kernel(
 
 @triton.jit
 def tile_weights(
-    s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap,
+    s, shift, lnorm, mask, mask_strides, b, h, i, j, row, col, n, m, last, before, scale, softcap,
     WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, CHECK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile from the products of its queries and keys, and tanh's value under a soft cap."""
     s, tau = scores(
-        s, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap, WINDOW, MASK, SOFTCAP, CHECK
+        s, mask, mask_strides, b, h, i, j, row, col, n, m, last, before, scale, softcap,
+        WINDOW, MASK, SOFTCAP, CHECK,
     )  # fmt: skip
     return weights(s, expand(shift, TRANSPOSED), expand(lnorm, TRANSPOSED), MASK, SPLIT), tau
 

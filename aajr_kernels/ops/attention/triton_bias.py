@@ -68,7 +68,7 @@ def _attention_bwd_bias_kernel(
         last, before = seen(i, M, offset, window, CAUSAL)
         zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         p, tau = tile_weights(
-            add_product(zeros, qs, keys, False, PRECISION), shift, lnorm, mask, mask_strides, b, h, i, j, N, M,
+            add_product(zeros, qs, keys, False, PRECISION), shift, lnorm, mask, mask_strides, b, h, i, j, i0, j0, N, M,
             last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
         )  # fmt: skip
         keep = 1.0

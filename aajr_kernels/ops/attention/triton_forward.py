@@ -93,7 +93,8 @@ def _attention_fwd_kernel(
                 )
                 t = add_product(t, qs, key_tans, False, PRECISION)
         s, tau = scores(
-            s, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap, WINDOW, MASK, SOFTCAP, True
+            s, mask, mask_strides, b, h, i, j, i0, start, n, m, last, before, scale, softcap,
+            WINDOW, MASK, SOFTCAP, True,
         )  # fmt: skip
         peak = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(peak == float("-inf"), 0.0, peak)  # nothing visible so far

@@ -19,7 +19,8 @@ def row_statistic(x, at, here, other, MASKED: tl.constexpr):
 
 @triton.jit
 def _weights(
-    qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale, softcap,
+    qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, row, col, n, m, offset, window, scale,
+    softcap,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +31,8 @@ def _weights(
     if SPLIT:
         lnorm = row_statistic(stats + lnorms + head, at, here, 0.0, PACKED)
     return tile_weights(
-        s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m, i + offset, i + offset - window, scale, softcap,
+        s, shift, lnorm, mask, mask_strides, b, h, i, j, row, col, n, m,
+        i + offset, i + offset - window, scale, softcap,
         WINDOW, MASK, SOFTCAP, SPLIT, CAUSAL, True,
     )  # fmt: skip
 
@@ -113,8 +115,8 @@ def _attention_bwd_kv_kernel(
         p, tau = zeros, 0.0
         if EARLY:
             p, tau = _weights(
-                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
-                softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
+                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, j0, start, n, m, offset,
+                window, scale, softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
             )  # fmt: skip
         if MOVES and TANGENT:
             t = add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, True, PRECISION)
@@ -144,8 +146,8 @@ def _attention_bwd_kv_kernel(
                 s_bar += t_bar * c
         if not EARLY:
             p, tau = _weights(
-                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, n, m, offset, window, scale,
-                softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
+                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, j0, start, n, m, offset,
+                window, scale, softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
             )  # fmt: skip
         if NEED_V:
             weight = p * keep

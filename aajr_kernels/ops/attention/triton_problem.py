@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...gpu import architecture, float32_products
 from .configs import Tile, tile
 from .tiling import Options
+from .triton_mask import packed_mask
 
 GRID_LIMIT = 65535
 # a gradient of a bias is shared among programs until there are this many: a constant, so that the order of its sums
@@ -53,9 +55,26 @@ class Problem:
         return self.mask_kind == 2 or self.q.dtype == torch.float32
 
     @property
-    def busy(self) -> bool:
-        """Whether something stands between the products and the weights, and takes registers."""
-        return self.mask_kind == 2 or self.options.softcap is not None or self.options.dropout > 0
+    def busy(self) -> str:
+        """What stands between the products and the weights and takes most registers, or nothing."""
+        options = self.options
+        present = {
+            "bias": self.mask_kind == 2,
+            "softcap": options.softcap is not None,
+            "dropout": options.dropout > 0,
+            "packed": self.starts is not None,
+        }
+        return next((name for name, there in present.items() if there), "")
+
+    def pinned(self, kernel: str) -> bool:
+        """Whether operands are pinned, lest products wait for one another; where they do not, it costs registers."""
+        large = block_size(max(self.q.shape[-1], self.v.shape[-1])) > 64
+        free = (
+            self.options.window is not None
+            or (large and self.busy == "dropout" and kernel != "dv")
+            or (kernel == "fwd" and self.busy == "packed")
+        )
+        return architecture(self.q.device) == "sm_90" and not free
 
     @property
     def moves(self) -> bool:
@@ -110,10 +129,25 @@ class Problem:
             options.window or 0,
         )
 
-    def masks(self, index: int) -> tuple[Tensor | None, Tensor | None, tuple[int | None, ...]]:
-        """The mask, its tangent and its strides, 0 where it is broadcast, and None if that is along the queries."""
+    @functools.cached_property
+    def _bits(self) -> dict[bool, tuple[Tensor, tuple[int | None, ...]]]:
+        """A boolean mask in words along the keys and, transposed, along the queries, once they are asked for."""
+        return {}
+
+    def masks(
+        self, index: int, transposed: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, tuple[int | None, ...]]:
+        """The mask, as bits if boolean, its tangent and its strides.
+
+        0 where it is broadcast, and None if that is along the queries, or where all bits of a word are the same.
+        """
         if self.mask is None:
             return None, None, (0, 0, 0, 0)
+        if self.mask_kind == 1:
+            if transposed not in self._bits:
+                self._bits[transposed] = packed_mask(self.mask[0], transposed)
+            bits, strides = self._bits[transposed]
+            return bits, None, strides
         b, h, i, j = (s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
         return self.mask[0], stack(self.mask, index), (b, h, i or None, j)
 

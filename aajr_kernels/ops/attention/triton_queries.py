@@ -81,7 +81,7 @@ def _attention_bwd_q_kernel(
         if EARLY:
             s = add_product(zeros, qs, keys, False, PRECISION)
             p, tau = tile_weights(
-                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
+                s, shift, lnorm, mask, mask_strides, b, h, i, j, i0, start, n, m,
                 last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
             )  # fmt: skip
         if MOVES and TANGENT:
@@ -110,7 +110,7 @@ def _attention_bwd_q_kernel(
         if not EARLY:
             s = add_product(zeros, qs, keys, False, PRECISION)
             p, tau = tile_weights(
-                s, shift, lnorm, mask, mask_strides, b, h, i, j, n, m,
+                s, shift, lnorm, mask, mask_strides, b, h, i, j, i0, start, n, m,
                 last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
             )  # fmt: skip
         s_bar = p * s_bar

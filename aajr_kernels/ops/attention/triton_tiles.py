@@ -7,6 +7,8 @@ already as a column or a row, so that every function below serves both.
 import triton
 import triton.language as tl
 
+from .triton_mask import allowed
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -140,7 +142,7 @@ def seen(i, m, offset, window, CAUSAL: tl.constexpr):
 
 @triton.jit
 def mask_tile(mask, strides, b, h, i, j, n, m):
-    """The tile of a mask ``[B|1, H|1, N|1, M|1]`` (strides 0 along broadcast axes), zero outside.
+    """The tile of a bias ``[B|1, H|1, N|1, M|1]`` (strides 0 along broadcast axes), zero outside.
 
     Only a row of it, or a column if transposed, where all queries share one: their stride is None.
     """
@@ -166,14 +168,15 @@ def tanh(x):
 
 @triton.jit
 def scores(
-    qk, mask, mask_strides, b, h, i, j, n, m, last, before, scale, softcap,
+    qk, mask, mask_strides, b, h, i, j, row, col, n, m, last, before, scale, softcap,
     WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Scores from the products of queries and keys, −∞ where masked, and tanh's value under a soft cap.
 
     In units of log 2, so that their exponentials are powers of two; with a bias in natural units, since a bias near
-    the largest number must not be multiplied. MASK is 0 (none), 1 (bool) or 2 (bias). Where CHECK, queries see the keys
-    up to `last`, with a WINDOW those after `before`.
+    the largest number must not be multiplied. MASK is 0 (none), 1 (bits along the second axis of the tile,
+    which is at `row`, `col`) or 2 (bias). Where CHECK, queries see the keys up to `last`, with a WINDOW those after
+    `before`.
     """
     tau = 0.0
     if SOFTCAP:
@@ -181,12 +184,10 @@ def scores(
         s = tau * (softcap if MASK == 2 else softcap * LOG2E)
     else:
         s = qk * (scale if MASK == 2 else scale * LOG2E)
-    if MASK != 0:
-        tile = mask_tile(mask, mask_strides, b, h, i, j, n, m)
-        if MASK == 1:
-            s = tl.where(tile != 0, s, float("-inf"))
-        else:
-            s += tile.to(tl.float32)
+    if MASK == 2:
+        s += mask_tile(mask, mask_strides, b, h, i, j, n, m).to(tl.float32)
+    elif MASK == 1:
+        s = tl.where(allowed(mask, mask_strides, b, h, row, col, s.shape[0], s.shape[1]), s, float("-inf"))
     if CHECK:
         inside = j <= last
         if WINDOW:
