@@ -84,8 +84,8 @@ def _add(
 
 
 # ------------------------------------------------------------------------------------------------------ attention
-# `spills`: one to six, a hundredth of the loop's time each, where a smaller tile costs more; many at head size 128 with a
-# bias, a soft cap or dropout (ops/attention/configs.py says why)
+# `spills`: one to six, a hundredth of the loop's time each, where a smaller tile costs more; many at head size 128 with
+# a bias, a soft cap or dropout (ops/attention/configs.py says why)
 def attention(
     label: str,
     dtype: torch.dtype,
