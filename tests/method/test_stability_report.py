@@ -108,6 +108,20 @@ def test_the_loss_of_a_language_model_carries_tangents(softcap):
     assert_exact(report.slopes, expected.slopes, "slopes")
 
 
+def test_a_trajectory_whose_last_loss_was_left_out(policy, tmp_path):
+    loss_fn, x = problem(policy)
+    traj = aajr.ascend(loss_fn, x, radius=1.0, steps=3, step_size=5.0, evaluate_last=False)
+    whole = aajr.ascend(loss_fn, x, radius=1.0, steps=3, step_size=5.0)
+    report, expected = stability_report(loss_fn, x, traj), stability_report(loss_fn, x, whole)
+    assert torch.isnan(report.gains[-1]).all() and not report.non_monotone[-1].any()
+    assert torch.equal(report.non_monotone[:-1], expected.non_monotone[:-1])
+    assert torch.equal(report.kappa, expected.kappa)
+    known = expected.non_monotone[:-1][expected.moved[:-1]].double().mean().item()
+    assert report.summary()["non_monotone_fraction"] == known
+    report.append_jsonl(tmp_path / "rows.jsonl", 0)
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["summary"]["loss_end"] is None
+
+
 @pytest.mark.parametrize("scope", ["sequence", "token", "agent"])
 def test_trajectories_of_ascend_in_every_scope(scope):
     net = nn.Sequential(nn.Linear(N, 7), nn.Tanh(), nn.Linear(7, V)).double()
