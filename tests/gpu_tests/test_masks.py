@@ -12,7 +12,7 @@ from torch import Tensor
 from aajr_kernels.ops.attention.configs import Tile
 from aajr_kernels.ops.attention.tiling import Options
 
-packed_mask = pytest.importorskip("aajr_kernels.ops.attention.triton_mask").packed_mask
+packed_mask = triton_problem.packed_mask
 B, H, N, M = 2, 2, 40, 70
 SUBSETS = ["BHNM", "BNM", "NM", "BM", "M", "N", "HN", "BH", ""]
 

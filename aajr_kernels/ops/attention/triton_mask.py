@@ -4,18 +4,8 @@ A tile of bools takes a register per position and as many pointers, in kernels w
 anew by every head. Packed by a pass of its own, an eighth of the memory of the mask, it takes a word or two per row.
 """
 
-from __future__ import annotations
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ...gpu import launch
-
-#: rows and columns are padded to a multiple of it: tiles load words without a mask
-_PADDING = 128
-_ROWS, _WORDS = 32, _PADDING // 32  # of a program
 
 
 @triton.jit(do_not_specialize=["H", "rows", "cols"])
@@ -40,47 +30,6 @@ def _pack_mask_kernel(
     words = tl.sum(set_bits << bit[None, None, :], 2)
     base = bits + b * bit_strides[0] + h * bit_strides[1]
     tl.store(base + row.to(tl.int64)[:, None] * bit_strides[2] + word[None, :], words)
-
-
-def packed_mask(mask: Tensor, transposed: bool) -> tuple[Tensor, tuple[int | None, ...]]:
-    """A mask ``[B|1, H|1, N|1, M|1]`` in words along the keys, or transposed, along the queries.
-
-    Returns:
-        int32 words ``[B|1, H|1, rows, words]`` and strides as :func:`allowed` takes them: of batch rows and heads, 0
-        where broadcast; of rows, None where all share one; of words, None where a first one, 0 or −1, is for all.
-    """
-    if transposed:
-        mask = mask.transpose(2, 3)
-    batch, heads, rows, cols = mask.shape
-    shared = cols == 1
-    if shared:  # all bits of a word the same
-        mask, cols = mask.expand(batch, heads, rows, 32), 32
-    pad = 1 if rows == 1 else _PADDING
-    size = (-(-rows // pad) * pad, _WORDS * (-(-cols // _PADDING)))
-    bits = torch.empty((batch, heads, *size), dtype=torch.int32, device=mask.device)
-    block = 1 if rows == 1 else _ROWS
-    launch(
-        _pack_mask_kernel,
-        (size[0] // block, size[1] // _WORDS, batch * heads),
-        mask.device,
-        mask,
-        bits,
-        mask.stride(),
-        bits.stride()[:3],
-        heads,
-        rows,
-        cols,
-        ROWS=block,
-        WORDS=_WORDS,
-        num_warps=4,
-    )
-    strides = (
-        bits.stride(0) if batch > 1 else 0,
-        bits.stride(1) if heads > 1 else 0,
-        None if rows == 1 else bits.stride(2),
-        None if shared else 1,
-    )
-    return bits, strides
 
 
 @triton.jit

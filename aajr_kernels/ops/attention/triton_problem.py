@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...gpu import architecture, float32_products
+from ...gpu import architecture, float32_products, launch
 from .configs import Tile, tile
 from .tiling import Options
-from .triton_mask import packed_mask
+from .triton_mask import _pack_mask_kernel
 
 GRID_LIMIT = 65535
 # a gradient of a bias is shared among programs until there are this many: a constant, so that the order of its sums
 # depends on nothing but the sizes
 _BIAS_PROGRAMS = 1024
-_PADDING = 128  # statistics are padded to a multiple of it: blocks of queries read them without a mask
+# statistics, and rows and columns of packed masks, are padded to a multiple of it: tiles read them without a mask
+_PADDING = 128
+_ROWS, _WORDS = 32, _PADDING // 32  # of a mask, packed by one program
 
 
 def block_size(features: int) -> int:
@@ -226,6 +228,47 @@ def batch_parts(q: Tensor) -> list[slice]:
         return [slice(None)]
     step = GRID_LIMIT // heads
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def packed_mask(mask: Tensor, transposed: bool) -> tuple[Tensor, tuple[int | None, ...]]:
+    """A mask ``[B|1, H|1, N|1, M|1]`` in words along the keys, or transposed, along the queries.
+
+    Returns:
+        int32 words ``[B|1, H|1, rows, words]`` and strides as :func:`allowed` takes them: of batch rows and heads, 0
+        where broadcast; of rows, None where all share one; of words, None where a first one, 0 or −1, is for all.
+    """
+    if transposed:
+        mask = mask.transpose(2, 3)
+    batch, heads, rows, cols = mask.shape
+    shared = cols == 1
+    if shared:  # all bits of a word the same
+        mask, cols = mask.expand(batch, heads, rows, 32), 32
+    pad = 1 if rows == 1 else _PADDING
+    size = (-(-rows // pad) * pad, _WORDS * (-(-cols // _PADDING)))
+    bits = torch.empty((batch, heads, *size), dtype=torch.int32, device=mask.device)
+    block = 1 if rows == 1 else _ROWS
+    launch(
+        _pack_mask_kernel,
+        (size[0] // block, size[1] // _WORDS, batch * heads),
+        mask.device,
+        mask,
+        bits,
+        mask.stride(),
+        bits.stride()[:3],
+        heads,
+        rows,
+        cols,
+        ROWS=block,
+        WORDS=_WORDS,
+        num_warps=4,
+    )
+    strides = (
+        bits.stride(0) if batch > 1 else 0,
+        bits.stride(1) if heads > 1 else 0,
+        None if rows == 1 else bits.stride(2),
+        None if shared else 1,
+    )
+    return bits, strides
 
 
 def mask_part(mask: Tensor | None, at: slice) -> Tensor | None:
