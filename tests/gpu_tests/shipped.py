@@ -62,10 +62,22 @@ def _add(
     pinned: Sequence[str] = (),
     strict: Sequence[str] = STRICT,
     warpgroups: bool = True,
+    tf32: bool = False,
 ) -> None:
-    """`function` gets a maker of leaves and returns outputs; gradients of all leaves are asked for."""
+    """`function` gets a maker of leaves and returns outputs; gradients of all leaves are asked for.
+
+    With `tf32`, products of float32 take torch's setting of that name.
+    """
 
     def run() -> None:
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            step()
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+    def step() -> None:
         leaves: list[Tensor] = []
 
         def leaf(*shape: int, k: int = 0, dtype: torch.dtype = dtype) -> Tensor:
@@ -77,7 +89,7 @@ def _add(
         tensors = [y.stacked if isinstance(y, Dual) else y for y in outputs]
         torch.autograd.grad(tensors, leaves, [torch.empty_like(y) for y in tensors])
 
-    name = f"{label} {str(dtype).removeprefix('torch.')}"
+    name = f"{label} {'tf32' if tf32 else str(dtype).removeprefix('torch.')}"
     assert name not in CONFIGS, name
     strict = () if dtype == FP32 else tuple(strict)
     CONFIGS[name] = Config(name, op, dtype, strict, tuple(pinned), run, warpgroups)
@@ -117,8 +129,9 @@ def attention(
         return aajr.attention(q, key, v, mask=allowed, **options)
 
     strict = [architecture for architecture in STRICT if D <= 128 and architecture not in spills]
+    tf32 = bool(options.pop("tf32", False))
     # heads above 128 leave no room for the rows of a warpgroup
-    _add("attention", f"attention {label}", dtype, function, pinned, strict, warpgroups=D <= 128)
+    _add("attention", f"attention {label}", dtype, function, pinned, strict, warpgroups=D <= 128, tf32=tf32)
 
 
 attention(
@@ -160,6 +173,8 @@ attention("D96 causal", BF16, 96, causal=True, spills=("sm_80",))
 attention("D192 causal", BF16, 192, causal=True)
 attention("D256 causal", BF16, 256, causal=True)
 attention("D256 causal", FP32, 256, causal=True)
+attention("D64 causal", FP32, 64, causal=True, tf32=True)
+attention("D128 causal", FP32, 128, causal=True, tf32=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- rows
@@ -260,7 +275,7 @@ def head(
     k: int = 1,
     **options,
 ):
-    labelled, bias, joint = (options.pop(name, False) for name in ("labelled", "bias", "joint"))
+    labelled, bias, joint, tf32 = (options.pop(x, False) for x in ("labelled", "bias", "joint", "tf32"))
     if joint:
         options["expected"] = lambda q, rows: (torch.empty_like(q), None)
 
@@ -272,7 +287,7 @@ def head(
 
     # rows that are no multiple of 16 features are not copied in the background; no model has them
     strict = STRICT if C % 16 == 0 else ()
-    _add("head", f"head {metric} {label}", dtype, function, pinned, strict)
+    _add("head", f"head {metric} {label}", dtype, function, pinned, strict, tf32=tf32)
 
 
 def sensitivity(metric: str, dtype: torch.dtype, pinned: Sequence[str] = (), k: int = 1):
@@ -287,6 +302,7 @@ head("fisher", "C2048", BF16, ALL)
 head("fisher", "C2048 labels", BF16, labelled=True, pinned=("sm_90",))
 head("fisher", "C2048 joint", BF16, joint=True, pinned=("sm_90",))
 head("fisher", "C2048", FP32)
+head("fisher", "C2048", FP32, tf32=True)
 head("fisher", "C2048", FP16)
 head("fisher", "C2048 K3", BF16, k=3)
 head("fisher", "C2304 softcap", BF16, C=2304, softcap=30.0)
