@@ -173,7 +173,7 @@ def main() -> int:
     pairs = [
         (config, architecture)
         for config in shipped.shipped().values()
-        for architecture in (shipped.ALL if options.all else config.pinned)
+        for architecture in (config.processors if options.all else config.pinned)
         if options.only in config.name and (not options.arch or architecture in options.arch)
     ]
     if not pairs:

@@ -35,6 +35,7 @@ class Config:
         pinned: architectures on which it is compiled in ``make test``; the others follow in ``make test-all``.
         run: makes meta tensors, calls the op and its backward.
         warpgroups: on sm_90 products of 16 bits are those of warpgroups.
+        processors: which take it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Config:
     pinned: tuple[str, ...]
     run: Callable[[], None]
     warpgroups: bool = True
+    processors: tuple[str, ...] = ALL
 
 
 CONFIGS: dict[str, Config] = {}
@@ -63,6 +65,7 @@ def _add(
     strict: Sequence[str] = STRICT,
     warpgroups: bool = True,
     tf32: bool = False,
+    processors: Sequence[str] = ALL,
 ) -> None:
     """`function` gets a maker of leaves and returns outputs; gradients of all leaves are asked for.
 
@@ -92,7 +95,7 @@ def _add(
     name = f"{label} {'tf32' if tf32 else str(dtype).removeprefix('torch.')}"
     assert name not in CONFIGS, name
     strict = () if dtype == FP32 else tuple(strict)
-    CONFIGS[name] = Config(name, op, dtype, strict, tuple(pinned), run, warpgroups)
+    CONFIGS[name] = Config(name, op, dtype, strict, tuple(pinned), run, warpgroups, tuple(processors))
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -131,7 +134,9 @@ def attention(
     strict = [architecture for architecture in STRICT if D <= 128 and architecture not in spills]
     tf32 = bool(options.pop("tf32", False))
     # heads above 128 leave no room for the rows of a warpgroup
-    _add("attention", f"attention {label}", dtype, function, pinned, strict, warpgroups=D <= 128, tf32=tf32)
+    # float32 heads above 128 do not fit into 99 KB: the op says so
+    processors = [x for x in ALL if x != "sm_120" or dtype != FP32 or D <= 128]
+    _add("attention", f"attention {label}", dtype, function, pinned, strict, D <= 128, tf32, processors)
 
 
 attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import gpu, runtime
+from aajr_kernels.ops.attention import api as attention_api
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.configs import Tile
 from aajr_kernels.ops.attention.tiling import Options
@@ -287,6 +289,20 @@ def test_head_sizes_above_the_limit():
         pytest.raises(runtime.BackendUnavailable, match=r"attention: .*up to 256.*257.*backend 'auto'"),
     ):
         aajr.attention(q, q, q)
+
+
+@pytest.mark.parametrize(("room", "limit"), [(101_376, 128), (166_912, 256), (None, 256)])
+def test_float32_heads_that_do_not_fit_into_the_memory_of_a_processor(room, limit, monkeypatch):
+    """What the device has is read from torch; where torch does not say, the kernels are tried."""
+    properties = SimpleNamespace() if room is None else SimpleNamespace(shared_memory_per_block_optin=room)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for dtype, most in ((torch.float32, limit), (torch.bfloat16, 256)):
+        x = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
+        ask = lambda size, x=x: attention_api._too_large(
+            SimpleNamespace(**vars(x), shape=(1, size)), SimpleNamespace(shape=(1, 3))
+        )
+        assert ask(most) is None
+        assert f"takes head sizes up to {most}" in ask(most + 1)
 
 
 def test_statistics_of_packed_launches_allocate_nothing_large():

@@ -25,7 +25,7 @@ PINNED = [(config, architecture) for config in CONFIGS.values() for architecture
 OTHERS = [
     (config, architecture)
     for config in CONFIGS.values()
-    for architecture in shipped.ALL
+    for architecture in config.processors
     if architecture not in config.pinned
 ]
 

@@ -18,6 +18,9 @@ from .packed import Bounds, packed_sequences, pieces
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS: Any = (Tensor, Dual)
 _TRITON_HEAD = 256  # tiles of larger heads do not fit into the memory of a multiprocessor
+_TRITON_ROOM = (
+    131_072  # bytes of it that float32 tiles of the largest take; above 128 consumer processors have less
+)
 
 
 @overload
@@ -116,9 +119,7 @@ def attention(
     bias = None if mask is None else _mask_five_axes(stack_of(mask), batch)
     # drawn on the device: a kernel reads it there, nobody waits, and a captured graph draws anew
     seed = torch.randint(1 << 62, (), device=qs.device) if dropout > 0 else None
-    largest = max(qs.shape[-1], vs.shape[-1])
-    lacks = f"takes head sizes up to {_TRITON_HEAD}, got {largest}" if largest > _TRITON_HEAD else None
-    backend = runtime.select_backend("attention", qs, ks, vs, triton_lacks=lacks)
+    backend = runtime.select_backend("attention", qs, ks, vs, triton_lacks=_too_large(qs, vs))
     if runtime.recording():
         sizes = [(qs.shape[-2], ks.shape[-2])] if packed is None else packed.sizes()
         pairs = sum(_visible_pairs(n, m, _offset(causal, n, m), window) for n, m in sizes)
@@ -131,6 +132,24 @@ def attention(
     out = AttentionFunction.apply(qs, ks, vs, bias, options, backend, seed, *starts)
     out = out.reshape(out.shape[0], *batch, *out.shape[2:])
     return Dual(out) if dual else out[0]
+
+
+def _too_large(q: Tensor, v: Tensor) -> str | None:
+    """None where tiles of the heads fit into the memory of a multiprocessor, or what would."""
+    largest, limit = max(q.shape[-1], v.shape[-1]), _TRITON_HEAD
+    if (
+        largest > limit // 2
+        and q.dtype == torch.float32
+        and q.device.type == "cuda"
+        and not torch.version.hip
+    ):
+        properties = torch.cuda.get_device_properties(q.device)
+        if getattr(properties, "shared_memory_per_block_optin", _TRITON_ROOM) < _TRITON_ROOM:
+            limit //= 2
+    if largest <= limit:
+        return None
+    low = " in float32 on this device" if limit < _TRITON_HEAD else ""
+    return f"takes head sizes up to {limit}{low}, got {largest}"
 
 
 def _offset(causal: bool | str, queries: int, keys: int) -> int | None:

@@ -309,8 +309,8 @@ class Backward:
                 "TMA": tma,
                 "LAST": index >= p.tangents - 1,
                 "STAGES": chosen.stages,
-                # the interpreter, for tests, does as sm_90 does
-                "LATE": arch in ("sm_90", "interpreter"),
+                # where products read shared memory; the interpreter, for tests, does as sm_90 does
+                "LATE": arch in ("sm_90", "interpreter") and p.q.element_size() == 2,
                 "PIN": p.pinned(kernel),
             }
         strides = (*(x.stride()[1:4] for x in stacks), mask_strides)
