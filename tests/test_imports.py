@@ -24,8 +24,9 @@ ONE_PLACE = {
     "transformers": ["integrations/transformers*", "cli/*"],
     "peft": ["cli/*"],
     "gguf": ["cli/*"],
-    "matplotlib": ["cli/*"],
-    "torch.utils.tensorboard": ["method/report.py"],
+    "matplotlib": ["cli/*", "method/training/report.py"],
+    "safetensors": ["method/training/checkpoints.py", "cli/*"],
+    "torch.utils.tensorboard": ["method/report.py", "method/training/record.py"],
     "aajr_kernels._native": ["native.py"],
 }
 #: never loaded by `import aajr_kernels`

@@ -7,9 +7,11 @@ from .head import LMHead
 from .losses import lm_loss
 from .penalty import aligned_penalty
 from .stability import StabilityReport, stability_report, step_condition
+from .training import FitConfig, fit
 from .trajectory import PenaltyStatistics, Trajectory, trajectory_penalty
 
 __all__ = [
+    "FitConfig",
     "LMHead",
     "PenaltyStatistics",
     "StabilityReport",
@@ -17,6 +19,7 @@ __all__ = [
     "aligned_penalty",
     "ascend",
     "baseline_penalty",
+    "fit",
     "lm_loss",
     "normalize",
     "seed",

@@ -30,10 +30,14 @@ from .scopes import SCOPES, Groups, attackable, checked_agents
 from .stepsize import AutoStep, GivenStep, checked_step_size
 from .trajectory import Trajectory
 
-__all__ = ["ascend"]
+__all__ = ["NonFiniteLoss", "ascend"]
 
 STEPS = ("normalized", "raw", "sign")
 INITS = ("zero", "uniform")
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or its gradient is NaN or infinite on the way of an ascent."""
 
 
 def ascend(
@@ -382,4 +386,4 @@ def _finite(losses: Tensor, gradients: Tensor, where: str, remedy: str = "check 
     """Raise if a loss or a gradient is NaN or infinite."""
     for name, values in (("loss", losses), ("gradient", gradients)):
         if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"loss_fn gave a {name} that is NaN or infinite {where}: {remedy}.")
+            raise NonFiniteLoss(f"loss_fn gave a {name} that is NaN or infinite {where}: {remedy}.")

@@ -1,0 +1,308 @@
+"""What one micro-batch adds to the objective of a step.
+
+    c · L(x) + a · L(x + δ*) + λ · P
+
+with δ* where the ascent found the largest loss of every row, and P the penalty along the ascent. L and P are sums over
+the micro-batch divided by the counts of the whole step: gradients then add up to those of one large batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ascent import ascend
+from ..baselines import NEEDS_LOSS, trajectory_baseline
+from ..losses import IGNORED
+from ..trajectory import Trajectory, trajectory_penalty
+from .batches import Prepared
+from .config import FitConfig
+from .policy import Policy
+from .schedules import value_at
+
+__all__ = ["Counts", "Knobs", "Terms", "terms_of"]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The scheduled numbers at one step."""
+
+    radius: float
+    weight: float
+    gamma: float | None
+    adversarial: float
+    clean: float
+
+    @classmethod
+    def at(cls, config: FitConfig, step: int) -> Knobs:
+        """Evaluate the schedules."""
+        gamma = config.penalty.gamma
+        found = cls(
+            value_at(config.attack.radius, step, "radius"),
+            0.0 if config.penalty.method == "none" else value_at(config.penalty.weight, step, "weight"),
+            None if gamma is None else value_at(gamma, step, "gamma"),
+            value_at(config.adversarial_weight, step, "adversarial_weight"),
+            value_at(config.clean_weight, step, "clean_weight"),
+        )
+        return found if found.radius else replace(found, weight=0.0, adversarial=0.0, clean=1.0)
+
+    @property
+    def attacks(self) -> bool:
+        """Whether an ascent is needed."""
+        return self.radius > 0 and (self.weight > 0 or self.adversarial > 0)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a whole step: tokens that are learnt, units that the penalty is a mean over, rows."""
+
+    tokens: int
+    units: int
+    rows: int
+
+    @classmethod
+    def of(cls, batches: list[Prepared], config: FitConfig) -> Counts:
+        """Count.
+
+        Raises:
+            ValueError: there is nothing to learn.
+        """
+        tokens = int(sum((b.labels != IGNORED).sum() for b in batches))
+        if tokens == 0:
+            raise ValueError(
+                "labels must name at least one token to be learnt in every step, got none: check the attention mask "
+                "and the labels, and that sequences are longer than one token."
+            )
+        rows = sum(b.labels.shape[0] for b in batches)
+        units = rows if config.penalty.method in NEEDS_LOSS else sum(_units(b, config) for b in batches)
+        return cls(tokens, max(units, 1), rows)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Of one micro-batch.
+
+    Attributes:
+        total: attached.
+        parts: detached shares of the step's clean loss, adversarial loss and penalty (without their weights), and
+            numbers on the attack.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def terms_of(
+    model: nn.Module,
+    policy: Policy,
+    batch: Prepared,
+    config: FitConfig,
+    knobs: Knobs,
+    counts: Counts,
+    generator: torch.Generator,
+    after_attack: Callable[[Trajectory, Any, float | None], None] | None = None,
+) -> Terms:
+    """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
+
+    `after_attack` is called with the trajectory, what was maximised and γ, in the random state of the attack.
+    """
+    x = batch.embedded(policy)
+    token_sum = policy.loss_fn(batch.inputs, batch.labels, "sum")
+    parts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=x.device)
+    if knobs.attacks:
+        adversary = policy.loss_fn(batch.inputs, batch.labels, "mean")
+        unit = _unit(x, batch.attended, config)
+        size = float(unit.detach())
+        trajectory = _attack(model, x, batch, config, knobs.radius, size, adversary, generator)
+        parts["attack_start"] = trajectory.losses[0].sum() / counts.rows
+        parts["attack_worst"] = trajectory.worst_loss.sum() / counts.rows
+        if after_attack is not None:
+            after_attack(trajectory, adversary, None if knobs.gamma is None else knobs.gamma / size)
+        loss: Tensor | None = None
+        if knobs.weight > 0:
+            aligned = config.penalty.method == "aligned"
+            measure = _aligned if aligned else functools.partial(_baseline, model, adversary)
+            # a slope of the output in units of c is c times as large; CURE differentiates twice
+            slope = unit**2 if config.penalty.method == "cure" else unit
+            scale = slope if config.penalty.form == "hinge" else slope**2
+            threshold = None if knobs.gamma is None else knobs.gamma / float(slope.detach())
+            here = replace(knobs, weight=knobs.weight * float(scale.detach()), gamma=threshold)
+            penalty, loss, more = measure(policy, x, trajectory, batch, config, here, counts, generator)
+            if "q_max" in more:
+                more["q_max"] = more["q_max"] * slope.detach() ** 2
+            penalty = penalty * scale
+            parts |= {"penalty": penalty.detach(), **more}
+            total = total + knobs.weight * penalty
+        if knobs.adversarial > 0:
+            if loss is None:
+                loss = token_sum(trajectory.worst + (x - x.detach())).sum() / counts.tokens
+            parts["adversarial_loss"] = loss.detach()
+            total = total + knobs.adversarial * loss
+    if knobs.clean > 0:
+        clean = token_sum(x).sum() / counts.tokens
+        parts["clean_loss"] = clean.detach()
+        total = total + knobs.clean * clean
+    return Terms(total, parts)
+
+
+def _attack(
+    model: nn.Module,
+    x: Tensor,
+    batch: Prepared,
+    config: FitConfig,
+    radius: float,
+    unit: float,
+    adversary: Any,
+    generator: torch.Generator,
+) -> Trajectory:
+    attack = config.attack
+    if attack.norm == "linf" and attack.relative:
+        unit /= x.shape[-1] ** 0.5
+    step_size = attack.step_size if isinstance(attack.step_size, str) else attack.step_size * unit
+    return ascend(
+        adversary,
+        x.detach(),
+        radius=radius * unit,
+        steps=attack.steps,
+        step_size=step_size,
+        step=attack.step,
+        norm=attack.norm,
+        scope=attack.scope,
+        agents=batch.agents,
+        init=attack.init,
+        restarts=attack.restarts,
+        mask=batch.attackable,
+        generator=generator,
+        module=model,
+        eval_mode=attack.eval_mode,
+    )
+
+
+def _unit(x: Tensor, attended: Tensor | None, config: FitConfig) -> Tensor:
+    """What perturbations are measured in; attached, so that a penalty in this unit has its own gradient."""
+    if not config.attack.relative:
+        return torch.ones((), dtype=torch.float64)
+    squares = x.double().square().sum(-1)
+    return (squares if attended is None else squares[attended]).mean().sqrt()
+
+
+def _aligned(
+    policy: Policy,
+    x: Tensor,
+    trajectory: Trajectory,
+    batch: Prepared,
+    config: FitConfig,
+    knobs: Knobs,
+    counts: Counts,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Penalty, adversarial loss if it comes from the same forward, statistics."""
+    chosen = config.penalty
+    options: dict[str, Any] = _options(policy, batch, config, knobs, counts)
+    learnt = int((batch.labels != IGNORED).sum())
+    # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
+    divisor = counts.units if chosen.unit == "token" else max(learnt, 1)
+    rescale = divisor / counts.tokens
+    share = chosen.steps == "worst" and knobs.adversarial > 0
+    if share:
+        options["return_primal"] = True
+        if policy.head is not None:
+            options["labels"] = batch.labels
+            options["penalty_weight"] = knobs.weight / (knobs.adversarial * rescale)
+    several = chosen.batch_steps > 1
+    forward = policy.forward if several else functools.partial(policy.forward, **batch.inputs)
+    penalty, aux = trajectory_penalty(
+        forward,
+        x,
+        trajectory,
+        steps=chosen.steps,
+        weights=chosen.weights,
+        direction=chosen.direction,
+        at=chosen.at,
+        per_agent=chosen.per_agent,
+        batch_steps=chosen.batch_steps,
+        inputs=batch.inputs if several else None,
+        generator=generator,
+        **options,
+    )
+    loss = None
+    if share and policy.head is not None:
+        loss = aux.primal * rescale
+    elif share:
+        loss = policy.token_losses(aux.primal, batch.labels).sum() / counts.tokens
+    weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
+    active = weight * _units(batch, config) / counts.units
+    return penalty, loss, {"active": active, "q_max": aux.q_max.max()}
+
+
+def _baseline(
+    model: nn.Module,
+    adversary: Any,
+    policy: Policy,
+    x: Tensor,
+    trajectory: Trajectory,
+    batch: Prepared,
+    config: FitConfig,
+    knobs: Knobs,
+    counts: Counts,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    chosen, steps = config.penalty, config.penalty.steps
+    if steps == "worst":
+        trajectory, steps = _at_the_worst(trajectory), "last"
+    if x.requires_grad:  # gradients reach the clean input as they do for the aligned penalty
+        trajectory = replace(trajectory, points=trajectory.points + (x - x.detach()))
+    penalty, _ = trajectory_baseline(
+        chosen.method,
+        functools.partial(policy.forward, **batch.inputs),
+        trajectory,
+        steps=steps,
+        weights=chosen.weights,
+        generator=generator,
+        loss_fn=adversary if chosen.method in NEEDS_LOSS else None,
+        samples=chosen.samples,
+        iterations=chosen.iterations,
+        h=chosen.h * float(_unit(x.detach(), batch.attended, config)),
+        module=model,
+        **_options(policy, batch, config, knobs, counts),
+    )
+    return penalty, None, {}
+
+
+def _at_the_worst(trajectory: Trajectory) -> Trajectory:
+    """One step: every row at its worst point, with the direction that led there."""
+    rows = torch.arange(trajectory.x.shape[0], device=trajectory.x.device)
+    index = (trajectory.worst_index - 1).clamp(min=0)
+    directions = trajectory.directions[index, rows].unsqueeze(0)
+    worst = trajectory.worst
+    return replace(trajectory, points=torch.stack([worst, worst]), directions=directions)
+
+
+def _options(
+    policy: Policy, batch: Prepared, config: FitConfig, knobs: Knobs, counts: Counts
+) -> dict[str, Any]:
+    """What all penalties take."""
+    chosen = config.penalty
+    return dict(
+        metric=chosen.metric,
+        head=policy.head,
+        gamma=knobs.gamma,
+        form=chosen.form,
+        mask=batch.tokens(chosen.tokens),
+        unit=chosen.unit,
+        denominator=float(counts.units),
+    )
+
+
+def _units(batch: Prepared, config: FitConfig) -> int:
+    """Included tokens or sequences of a micro-batch."""
+    keep = batch.tokens(config.penalty.tokens)
+    if keep is None:
+        keep = torch.ones_like(batch.labels, dtype=torch.bool)
+    return int(keep.any(-1).sum() if config.penalty.unit == "sequence" else keep.sum())

@@ -1,0 +1,115 @@
+"""What a training writes while it runs: rows as JSON lines, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Recorder", "Row", "bar", "read_rows"]
+
+Row = dict[str, Any]
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a ``metrics.jsonl``; a last line torn by a crash is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Recorder:
+    """Rows of a training, in memory and in a folder.
+
+    Args:
+        folder: or None for memory alone.
+        step: where the training starts; what the files hold of later steps, which a crash undid, is removed.
+        tensorboard: also write to ``folder/tensorboard``.
+    """
+
+    FILES = ("metrics.jsonl", "stability.jsonl")
+
+    def __init__(self, folder: Path | None, step: int, tensorboard: bool) -> None:
+        self.folder = folder
+        self.rows: list[Row] = []
+        self.writer: Any = None
+        if folder is None:
+            return
+        for name in self.FILES:
+            kept = _cut(folder / name, step)
+            self.rows = kept if name == self.FILES[0] else self.rows
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ImportError(
+                    "tensorboard=True needs the package tensorboard: pip install 'aajr_kernels[tensorboard]'."
+                ) from None
+            self.writer = SummaryWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, row: Row) -> None:
+        """Append one; it has a ``step``."""
+        plain = {name: _number(value) for name, value in row.items()}
+        self.rows.append(plain)
+        if self.folder is not None:
+            with (self.folder / self.FILES[0]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain, allow_nan=False) + "\n")
+        if self.writer is not None:
+            for name, value in plain.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.writer.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
+
+    def stability(self, report: Any, step: int) -> None:
+        """Append a :class:`StabilityReport`."""
+        if self.folder is not None:
+            report.append_jsonl(self.folder / self.FILES[1], step=step)
+        if self.writer is not None:
+            report.log(self.writer, step)
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+@contextlib.contextmanager
+def bar(total: int, done: int, shown: bool) -> Iterator[Any]:
+    """A function ``update(step, text)`` that draws a progress bar on a terminal."""
+    if not shown:
+        yield lambda step, text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield lambda step, text: progress.update(task, completed=step, description=text)
+
+
+def _cut(path: Path, step: int) -> list[Row]:
+    """Keep the rows up to `step`."""
+    if not path.exists():
+        return []
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    made = path.with_suffix(".writing")
+    made.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    made.replace(path)
+    return kept
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

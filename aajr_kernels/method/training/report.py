@@ -1,0 +1,109 @@
+"""The end of a training: one page, one figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .record import Row
+
+__all__ = ["write_report"]
+
+#: panels of the figure: title, unit, series
+PANELS = (
+    ("loss", "nats per token", ("clean_loss", "attack_start", "adversarial_loss", "attack_worst")),
+    ("penalty", "mean q", ("penalty",)),
+    ("attack", "gain in nats", ("gain",)),
+    ("gradient", "norm", ("gradient_norm",)),
+)
+
+
+def write_report(folder: Path, rows: list[Row], config: Mapping[str, Any]) -> Path:
+    """Write ``report.md``, and ``report.png`` if matplotlib is there; the path of the page."""
+    train = [_with_gain(row) for row in rows if "loss" in row]
+    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    lines = ["# Training", ""]
+    if train:
+        lines += _numbers(train)
+        if _figure(train, folder / "report.png"):
+            lines += ["", "![Losses, penalty, attack and gradient over the steps](report.png)"]
+        else:
+            lines += ["", "No figure: `pip install 'aajr_kernels[train]'` brings matplotlib."]
+    if evaluations:
+        names = sorted({name for row in evaluations for name in row if name.startswith("eval/")})
+        lines += ["", "## Evaluations", "", "| step | " + " | ".join(n[5:] for n in names) + " |"]
+        lines += ["|---" * (len(names) + 1) + "|"]
+        lines += [
+            f"| {row['step']} | " + " | ".join(_short(row.get(n)) for n in names) + " |"
+            for row in evaluations
+        ]
+    lines += ["", "## Configuration", "", "```json", json.dumps(config, indent=1), "```", ""]
+    page = folder / "report.md"
+    page.write_text("\n".join(lines), encoding="utf-8")
+    return page
+
+
+def _numbers(train: list[Row]) -> list[str]:
+    """First, last and mean of what is worth a line; the tenth at either end, for single steps are noisy."""
+    tenth = max(len(train) // 10, 1)
+    seconds = [row["seconds"] for row in train]
+    lines = [
+        f"{train[-1]['step']} steps, {train[-1]['skipped']} of them skipped because something was not finite; "
+        f"{sorted(seconds)[len(seconds) // 2]:.3g} seconds per step (median), {sum(r['tokens'] for r in train)} tokens "
+        f"in {len(train)} logged steps.",
+        "",
+        f"| | first {tenth} | last {tenth} |",
+        "|---|---|---|",
+    ]
+    for name in (
+        "loss",
+        "clean_loss",
+        "attack_start",
+        "adversarial_loss",
+        "gain",
+        "penalty",
+        "active",
+        "q_max",
+    ):
+        if any(row.get(name) is not None for row in train):
+            lines.append(f"| {name} | {_mean(train[:tenth], name)} | {_mean(train[-tenth:], name)} |")
+    return lines
+
+
+def _figure(train: list[Row], path: Path) -> bool:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    # without pyplot: no global state, no display
+    panels = [p for p in PANELS if any(row.get(name) is not None for row in train for name in p[2])]
+    figure = Figure(figsize=(3.6 * len(panels), 3.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, unit, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name in names:
+            points = [(row["step"], row[name]) for row in train if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points), label=name.replace("_", " "), linewidth=1)
+        axes.set(title=title, xlabel="step", ylabel=unit)
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _with_gain(row: Row) -> Row:
+    start, worst = row.get("attack_start"), row.get("attack_worst")
+    return row if start is None or worst is None else {**row, "gain": worst - start}
+
+
+def _mean(rows: list[Row], name: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return _short(math.fsum(values) / len(values)) if values else "-"
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"

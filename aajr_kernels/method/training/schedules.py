@@ -1,0 +1,108 @@
+"""Numbers that change in the course of a training: λ, γ, the radius, the learning rate.
+
+A schedule is a number, or any function from the index of the step (0, 1, ...) to a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Constant", "Cosine", "Linear", "Schedule", "WarmUp", "value_at"]
+
+Schedule = float | Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start` to `end` on a straight line over `steps` steps, which begin at step `begin`; constant outside."""
+
+    start: float
+    end: float
+    steps: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self.steps)
+
+    def __call__(self, step: int) -> float:
+        return self.start + (self.end - self.start) * _share(step, self.begin, self.steps)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The same on half a period of a cosine."""
+
+    start: float
+    end: float
+    steps: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self.steps)
+
+    def __call__(self, step: int) -> float:
+        rest = (1 + math.cos(math.pi * _share(step, self.begin, self.steps))) / 2
+        return self.end + (self.start - self.end) * rest
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """`then`, multiplied by (step + 1) / `steps` in the first `steps` steps."""
+
+    steps: int
+    then: Schedule
+
+    def __post_init__(self) -> None:
+        _positive(self.steps)
+
+    def __call__(self, step: int) -> float:
+        return value_at(self.then, step, "then") * min(1.0, (step + 1) / self.steps)
+
+
+def value_at(schedule: Schedule, step: int, name: str) -> float:
+    """The value of a schedule, checked.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    value = float(schedule(step) if callable(schedule) else schedule)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0 at every step, got {value} at step {step}.")
+    return value
+
+
+def checked_schedule(schedule: Any, name: str) -> None:
+    """Raise if it is neither a number >= 0 nor callable.
+
+    Raises:
+        TypeError, ValueError: as said.
+    """
+    if callable(schedule):
+        return
+    if isinstance(schedule, bool) or not isinstance(schedule, (int, float)):
+        raise TypeError(
+            f"{name} must be a number or a function from the step to one, got {type(schedule).__name__}."
+        )
+    value_at(schedule, 0, name)
+
+
+def _share(step: int, begin: int, steps: int) -> float:
+    return min(max((step - begin) / steps, 0.0), 1.0)
+
+
+def _positive(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps of a schedule must be at least 1, got {steps}.")
