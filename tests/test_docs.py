@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ["diagnostics.md"]
+#: page -> the optional packages it needs
+PAGES = {"diagnostics.md": [], "training.md": ["transformers", "safetensors", "matplotlib"]}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
+    for package in PAGES[page]:
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     assert blocks
