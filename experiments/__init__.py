@@ -26,6 +26,7 @@ __all__ = ["EXPERIMENTS", "RESULTS", "Experiment", "load"]
 EXPERIMENTS = {
     "inclusion": (".inclusion", "Strict inclusion in closed form, and controls that must show no gap."),
     "step-condition": (".step_condition", "When a step of the inner ascent is monotone."),
+    "minimax": (".minimax", "Stability of minimax training at matched nominal loss."),
     "digits": (".digits", "Price of robustness on digits, against global regularisation."),
 }
 RESULTS = Path(__file__).parent / "results"

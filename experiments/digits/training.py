@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from aajr_kernels.method import baseline_penalty
 
 from .data import CLASSES, UTILITIES, Split
 
-__all__ = ["METHODS", "evaluate", "make_policy", "penalty", "train"]
+__all__ = [
+    "METHODS",
+    "attack",
+    "evaluate",
+    "make_policy",
+    "nominal_losses",
+    "penalty",
+    "strong_attacks",
+    "train",
+]
 
 #: method -> (baseline, metric of the outputs)
 METHODS = {
@@ -120,16 +130,15 @@ def train(config: dict[str, Any], seed: int, part: Split, method: str | None, we
     return policy
 
 
-def evaluate(config: dict[str, Any], policy: nn.Module, part: Split, seed: int) -> dict[str, float]:
-    """Nominal losses, and the share of images that every attack leaves rightly classified at all its points."""
+def strong_attacks(
+    config: dict[str, Any], policy: nn.Module, part: Split, seed: int
+) -> Iterator[aajr.Trajectory]:
+    """Ascents on every loss with every step size that the configuration's ``attack`` names."""
     strong = config["attack"]
-    with torch.no_grad():
-        entropy, error, accuracy = nominal_losses(policy, part)
-        right = policy(part.x)[:, :CLASSES].argmax(1) == part.y
     generator = torch.Generator().manual_seed(4000 + seed)
     for kind in strong["losses"]:
         for share in strong["step"]:
-            traj = attack(
+            yield attack(
                 *(policy, part, kind, generator),
                 radius=config["radius"],
                 steps=strong["steps"],
@@ -137,9 +146,17 @@ def evaluate(config: dict[str, Any], policy: nn.Module, part: Split, seed: int) 
                 init="uniform",
                 restarts=strong["restarts"],
             )
-            with torch.no_grad():
-                guess = policy(traj.points.flatten(0, 1))[:, :CLASSES].argmax(1).reshape(-1, len(part))
-            right &= (guess == part.y).all(0)
+
+
+def evaluate(config: dict[str, Any], policy: nn.Module, part: Split, seed: int) -> dict[str, float]:
+    """Nominal losses, and the share of images that every attack leaves rightly classified at all its points."""
+    with torch.no_grad():
+        entropy, error, accuracy = nominal_losses(policy, part)
+        right = policy(part.x)[:, :CLASSES].argmax(1) == part.y
+    for traj in strong_attacks(config, policy, part, seed):
+        with torch.no_grad():
+            guess = policy(traj.points.flatten(0, 1))[:, :CLASSES].argmax(1).reshape(-1, len(part))
+        right &= (guess == part.y).all(0)
     return {
         "nominal": (entropy + error).item(),
         "cross_entropy": entropy.item(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ pytest.importorskip("matplotlib")
 
 from aajr_kernels.cli import experiment as command
 from aajr_kernels.cli.main import app
-from experiments import EXPERIMENTS, RESULTS, inclusion, load
+from experiments import EXPERIMENTS, RESULTS, inclusion, load, minimax
 from experiments.digits.report import chosen
+from experiments.minimax.search import nearest
 from experiments.step_condition.report import totals
 from experiments.store import read
 
@@ -55,7 +57,27 @@ def test_digits():
             assert row["validation"]["robust_accuracy"] >= 0.6 or row["method"] == "none"
 
 
-@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_minimax():
+    if not (RESULTS / "minimax.jsonl").exists():
+        pytest.skip("minimax has no committed rows: aajr experiment minimax --publish")
+    rows = committed("minimax")
+    config = load("minimax").config(False)
+    runs = {(seed, factor) for seed in range(config["seeds"]) for factor in config["factors"]}
+    tested = minimax.report.chosen(rows)
+    assert set(tested) == set(minimax.report.NAMES) and all(set(found) == runs for found in tested.values())
+    spent = Counter((row["method"], row["seed"], row["factor"]) for row in rows)
+    assert all(
+        count == (1 if method == "plain" else config["budget"]) for (method, *_), count in spent.items()
+    )
+    for method in tested.keys() - {
+        "plain"
+    }:  # as many runs for every method, all judged on the validation part
+        for key, row in tested[method].items():
+            mine = [r for r in rows if r["method"] == method and (r["seed"], r["factor"]) == key]
+            assert mine[nearest(mine, row["target"])]["chosen"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EXPERIMENTS if (RESULTS / f"{name}.jsonl").exists()))
 def test_pages_are_what_the_rows_say(name, tmp_path):
     result = CliRunner().invoke(app, ["experiment", name, "--draw", "--out", os.fspath(tmp_path)])
     assert result.exit_code == 0, result.output
