@@ -181,6 +181,38 @@ def test_only_what_may_be_attacked_is():
     assert torch.equal(moved, (attack_mask * mask).bool() & (batch.labels >= 0))
 
 
+def test_points_of_a_trajectory_in_one_forward():
+    """``batch_steps``: what the model needs of the batch goes with it."""
+    batch = {"input_ids": sequences(1)[0], "attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2])}
+    ends = []
+    for size in (1, 2):
+        model = tiny_lm().double()
+        penalty = Penalty(weight=0.5, steps="all", batch_steps=size)
+        quiet(model, [batch], plain(penalty=penalty), optimizer=sgd(model))
+        ends.append(vector(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-13)
+
+
+def test_agents_of_a_batch():
+    """Two agents, and a token of nobody; one direction for each of the two."""
+    agents = torch.tensor([[0, 0, 1, -1, 1], [1, 1, 0, 0, -1]])
+    batch = {"input_ids": sequences(1)[0], "agents": agents}
+    attack = Attack(radius=0.5, steps=2, step_size=0.3, scope="agent")
+    found = []
+    for per_agent in (False, True):
+        config = plain(attack=attack, penalty=Penalty(weight=0.5, per_agent=per_agent), learning_rate=1e-3)
+        found.append(quiet(tiny_lm(), [batch], config).rows[0])
+    assert found[0]["attack_worst"] == found[1]["attack_worst"] > found[0]["attack_start"]
+    assert 0 < found[1]["penalty"] != found[0]["penalty"] > 0
+
+
+def test_what_the_optimizer_does_not_hold_stays():
+    model = tiny_lm()
+    before = model.up.weight.detach().clone()
+    quiet(model, sequences(2), plain(steps=3), optimizer=torch.optim.SGD(model.head.parameters(), lr=0.1))
+    assert torch.equal(model.up.weight, before) and not torch.equal(model.head.weight, tiny_lm().head.weight)
+
+
 def test_training_lowers_the_loss_under_attack():
     model = tiny_lm()
     config = FitConfig(
@@ -280,6 +312,13 @@ def test_bad_arguments(tmp_path):
         (lambda: quiet(model, [], plain()), "batches ended after 0"),
         (lambda: quiet(model, iter(data), plain(steps=2)), "batches ended after 1"),
         (lambda: quiet(TinyLM().requires_grad_(False), data, plain()), "must have a parameter that requires"),
+        (
+            lambda: quiet(model, data, plain(), optimizer=sgd(tiny_lm())),
+            "optimizer must hold parameters of model",
+        ),
+        (lambda: Attack(scope="word"), "scope must be one of sequence, token, agent, got 'word'"),
+        (lambda: Attack(step_size=0), "step_size must be 'auto' or a positive number, got 0"),
+        (lambda: Penalty(metric="kl"), "metric must be one of l2, logits, fisher, probs, got 'kl'"),
         (lambda: quiet(model, data, plain(), scheduler=object()), "scheduler goes with the optimizer"),
         (
             lambda: quiet(model, data, plain(adversarial_weight=0.0, penalty=Penalty("none"))),

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
+from ..ascent import INITS
+from ..ascent import STEPS as KINDS
 from ..baselines import METHODS
+from ..penalty import FORMS, METRICS, UNITS
+from ..projection import NORMS
+from ..scopes import SCOPES
+from ..trajectory import DIRECTIONS
 from .schedules import Schedule, checked_schedule
 
 __all__ = ["Attack", "Diagnostics", "FitConfig", "Penalty", "describe"]
@@ -46,6 +52,12 @@ class Attack:
     def __post_init__(self) -> None:
         checked_schedule(self.radius, "radius")
         _at_least(1, steps=self.steps, restarts=self.restarts)
+        _one_of(KINDS, step=self.step)
+        _one_of(NORMS, norm=self.norm)
+        _one_of(SCOPES, scope=self.scope)
+        _one_of(INITS, init=self.init)
+        if self.step_size != "auto" and not (isinstance(self.step_size, (int, float)) and self.step_size > 0):
+            raise ValueError(f"step_size must be 'auto' or a positive number, got {self.step_size!r}.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,10 @@ class Penalty:
         _one_of(("none", *METHODS), method=self.method)
         _one_of(STEPS, steps=self.steps)
         _one_of(("loss", "attention"), tokens=self.tokens)
+        _one_of(METRICS, metric=self.metric)
+        _one_of(FORMS, form=self.form)
+        _one_of(UNITS, unit=self.unit)
+        _one_of(DIRECTIONS, direction=self.direction)
         checked_schedule(self.weight, "weight")
         if self.gamma is not None:
             checked_schedule(self.gamma, "gamma")

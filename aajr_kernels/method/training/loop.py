@@ -83,13 +83,13 @@ def fit(
 
     Args:
         model: a Hugging Face causal language model, with adapters or not, or any module that takes ``inputs_embeds``
-            and returns logits; on its device, in its dtype. Parameters that require a gradient are trained. It is in
-            training mode meanwhile.
+            and returns logits; on its device, in its dtype. It is in training mode meanwhile.
         batches: an iterable of micro-batches (see :func:`.batches.prepared`), begun again at its end if that is
             possible, or a function from the number of micro-batches before to such an iterable.
         config: everything else, as data.
         policy: how to call the model, where :func:`.policy.policy_of` does not know.
-        optimizer: of the model's parameters; by default AdamW, as `config` says.
+        optimizer: of the parameters that are trained; by default AdamW of all that require
+            a gradient, as `config` says.
         scheduler: of the rates of a given `optimizer`, stepped after every step.
         out: folder for checkpoints, ``metrics.jsonl``, ``config.json`` and the report; None keeps nothing.
         resume: continue from the newest whole checkpoint in `out`; False refuses a folder that has any.
@@ -158,13 +158,19 @@ class _Run:
             raise TypeError(f"config must be a FitConfig, got {type(config).__name__}.")
         self.policy = policy_of(model) if policy is None else policy
         self.model, self.config = model, config
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
+        own = [p for p in model.parameters() if p.requires_grad]
+        if not own:
             raise ValueError("model must have a parameter that requires a gradient, got none: unfreeze some.")
         if scheduler is not None and optimizer is None:
             raise ValueError("scheduler goes with the optimizer it was made for: give optimizer= too.")
         self.made = optimizer is None
-        self.optimizer = _adamw(self.parameters, config) if optimizer is None else optimizer
+        self.optimizer = _adamw(own, config) if optimizer is None else optimizer
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not {id(p) for p in self.parameters} <= {id(p) for p in model.parameters()}:
+            raise ValueError(
+                "optimizer must hold parameters of model alone, got others: make it after the model is loaded, "
+                "moved and given adapters."
+            )
         self.scheduler = scheduler
         self.device = self.parameters[0].device
         self.stream = Stream(batches, self.device)
@@ -181,7 +187,7 @@ class _Run:
         if self.made:
             for group in self.optimizer.param_groups:
                 group["lr"] = value_at(config.learning_rate, step, "learning_rate")
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         parts: dict[str, list[Tensor]] = {}
         totals: list[Tensor] = []
         problem: str | None = None
@@ -225,7 +231,7 @@ class _Run:
             self.optimizer.step()
             self.in_a_row = 0
         else:
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             if self.config.non_finite == "raise" or self.in_a_row >= self.config.max_skips:
                 raise NonFiniteLossError(
