@@ -31,12 +31,16 @@ NOT_OPS = {
         "Coverage",
         "Dual",
         "LMHead",
+        "StabilityReport",
+        "Trajectory",
         "UnsupportedOperation",
+        "ascend",
         "backends",
         "coverage",
         "dual",
     ),
     *("is_dual", "jvp", "normalize", "seed", "unpack", "use_backend", "integrations", "nn"),
+    *("lm_loss", "stability_report", "trajectory_penalty"),
 }
 
 

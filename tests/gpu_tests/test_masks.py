@@ -45,8 +45,8 @@ def test_words_hold_the_mask(axes, transposed):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_words_take_an_eighth_of_a_large_mask(transposed):
-    bits, _ = packed_mask(torch.ones(1, 1, 1024, 2048, dtype=torch.bool, device=DEVICE), transposed)
-    assert bits.nbytes == 1024 * 2048 // 8 and (bits == -1).all()
+    bits, _ = packed_mask(torch.ones(1, 1, 256, 512, dtype=torch.bool, device=DEVICE), transposed)
+    assert bits.nbytes == 256 * 512 // 8 and (bits == -1).all()
 
 
 def test_a_mask_of_any_strides():
@@ -56,13 +56,13 @@ def test_a_mask_of_any_strides():
         assert torch.equal(unpacked(bits, strides, N, M), view)
 
 
-TILES = [(16, 16), (16, 64), (32, 128), (128, 32), (64, 64)]
+TILES = [(32, 128), (16, 64), (128, 32), (64, 64), (16, 16)]
 
 
 @pytest.mark.parametrize(
     ("axes", "tile", "options"),
     [
-        pytest.param(axes, tile, options, marks=[pytest.mark.slow] if i % 7 else [])
+        pytest.param(axes, tile, options, marks=[pytest.mark.slow] if i % 9 else [])
         for i, (axes, tile, options) in enumerate(
             itertools.product(SUBSETS, TILES, [{}, {"offset": 20, "window": 30}])
         )

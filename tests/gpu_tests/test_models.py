@@ -56,6 +56,7 @@ def test_float32_gradients_of_unmodified_models(name):
     assert_gradients_within_budget(found.gradients, eager.gradients, exact.gradients, ulps=MODEL_ULPS)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_of_a_llama():
     subject, v, _, probe = problem("llama-sdpa", 1)
     low = subject.to(torch.bfloat16)

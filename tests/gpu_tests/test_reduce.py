@@ -112,7 +112,7 @@ def test_a_vocabulary_sums_to_one():
     torch.testing.assert_close(q.double(), q_exact, rtol=4e-6, atol=0)
 
 
-@pytest.mark.parametrize("size", [5, 5000])
+@pytest.mark.parametrize("size", [5, pytest.param(5000, marks=pytest.mark.slow)])
 def test_logits_that_are_not_finite_as_in_torch(size):
     x = draw(2, 6, size)
     x[0, 0] = -math.inf  # nothing to choose

@@ -71,6 +71,7 @@ def test_strides_of_zero_and_a_last_axis_that_is_not_dense():
         check(heads(1, 2, 3, 5, 6), g, cos, sin, False)
 
 
+@pytest.mark.slow
 def test_many_axes_and_many_rows_in_one_table():
     x, g = draw(2, 1, 2, 1, 2, 1, 2, 1, 3, 10), draw(2, 1, 2, 1, 2, 1, 2, 1, 3, 10)
     check(x, g, draw(2, 1, 3, 6), draw(2, 1, 3, 6), True)

@@ -19,7 +19,7 @@ def takes_long(index: int, case: Case, k: int, dtype: torch.dtype, target: Targe
     if target.backend != "triton" or target.device != "cpu":
         return False
     if case.op == "attention":
-        return dtype != DTYPES[index % 3] or k != (3 if index % 4 == 0 else 1)
+        return dtype != DTYPES[index % 3] or k != (3 if index % 8 == 0 else 1)
     return (k == 1) == (dtype == torch.float16)
 
 
