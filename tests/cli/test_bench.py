@@ -422,6 +422,7 @@ def test_the_whole_run_has_the_cases_of_the_issue():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.slow
 def test_peak_in_a_fresh_process(monkeypatch):
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     (case,) = benchmarks.SUITES["rotary"].cases(Selection(("float32",), (2048,)))

@@ -256,6 +256,7 @@ def test_missing_backend(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
 def test_bfloat16_on_the_interpreter_is_validated_only_where_it_computes_it():
     """This process repairs the interpreter (gpu_tests/interpreter.py), that of a user does not."""
     code = "from aajr_kernels.cli.validation import DTYPES, Target\n"

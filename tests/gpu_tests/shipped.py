@@ -139,9 +139,7 @@ def attention(
     _add("attention", f"attention {label}", dtype, function, pinned, strict, D <= 128, tf32, processors)
 
 
-attention(
-    "D128 causal GQA", BF16, 128, heads=(8, 2), causal=True, pinned=("sm_80", "sm_90", "sm_100", "gfx942")
-)
+attention("D128 causal GQA", BF16, 128, heads=(8, 2), causal=True, pinned=("sm_90", "sm_100", "gfx942"))
 attention("D128 full", BF16, 128, pinned=("sm_90",))
 attention("D64 causal", BF16, 64, causal=True, pinned=("sm_80", "sm_90"))
 attention("D64 full", BF16, 64)

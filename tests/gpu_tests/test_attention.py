@@ -143,7 +143,7 @@ def test_a_bias_near_the_largest_number_and_rows_without_keys():
     [
         pytest.param(Options(0.3), marks=pytest.mark.slow),
         pytest.param(Options(0.3, offset=0), marks=pytest.mark.slow),
-        Options(0.3, offset=0, window=7),
+        pytest.param(Options(0.3, offset=0, window=7), marks=pytest.mark.slow),
         Options(0.3, offset=0, align_right=True),
     ],
     ids=["full", "causal", "window", "lower right"],

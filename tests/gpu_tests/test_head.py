@@ -234,6 +234,7 @@ def test_two_runs_are_bitwise_equal(small):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
 def test_compiled_in_one_piece(small):
     tensors, labels = problem(tokens=9), random_labels(9)
     cotangent = torch.randn(2, 9, device=DEVICE)

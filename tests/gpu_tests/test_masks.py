@@ -62,7 +62,7 @@ TILES = [(32, 128), (16, 64), (128, 32), (64, 64), (16, 16)]
 @pytest.mark.parametrize(
     ("axes", "tile", "options"),
     [
-        pytest.param(axes, tile, options, marks=[pytest.mark.slow] if i % 9 else [])
+        pytest.param(axes, tile, options, marks=[pytest.mark.slow] if i % 15 else [])
         for i, (axes, tile, options) in enumerate(
             itertools.product(SUBSETS, TILES, [{}, {"offset": 20, "window": 30}])
         )

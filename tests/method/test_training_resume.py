@@ -168,6 +168,7 @@ fit(tiny_lm(dropout=0.3), loader(), config(steps=500), out=sys.argv[1], on_step=
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+@pytest.mark.slow
 def test_kill_minus_nine_loses_at_most_one_interval(tmp_path):
     tests = Path(__file__).parent.parent
     code = WORKER.format(tests=str(tests), root=str(tests.parent))
