@@ -20,7 +20,7 @@ def takes_long(index: int, case: Case, k: int, dtype: torch.dtype, target: Targe
         return False
     if case.op == "attention":
         return dtype != DTYPES[index % 3] or k != (3 if index % 8 == 0 else 1)
-    return (k == 1) == (dtype == torch.float16)
+    return dtype != DTYPES[index % 3] or k != (3 if dtype == torch.float16 else 1)
 
 
 def runs() -> list:
