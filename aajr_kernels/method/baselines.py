@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,9 +37,7 @@ from .attack_state import RandomState, held, modules_of
 from .head import LMHead, as_head
 from .penalty import aligned_penalty, reduce_units
 from .scopes import Groups
-
-if TYPE_CHECKING:
-    from .trajectory import Trajectory
+from .trajectory import Trajectory, drawn_steps, step_shares
 
 __all__ = ["METHODS", "baseline_penalty", "trajectory_baseline"]
 
@@ -180,14 +178,13 @@ def trajectory_baseline(
             "reduction must be 'mean' or 'sum' over a trajectory, got 'none': penalties are averaged."
         )
     count = traj.directions.shape[0]
-    share = _shares(weights, count)
+    share = step_shares(weights, count)
     if steps == "all":
         chosen = [(t, float(share[t])) for t in range(count) if share[t] > 0]
     elif steps == "last":
         chosen = [(count - 1, 1.0)]
     elif steps == "random":
-        at_home = share if generator is None else share.to(generator.device)
-        chosen = [(int(torch.multinomial(at_home, 1, generator=generator)), 1.0)]
+        chosen = [(int(drawn_steps(share, 1, generator)), 1.0)]
     else:
         raise ValueError(f"steps must be one of all, last, random, got {steps!r}.")
     options = dict(attack_mask=traj.mask, scope=traj.scope, agents=traj.agents) | options
@@ -336,15 +333,6 @@ def _slope(loss: Callable[[Any], Any], x: torch.Tensor, w: torch.Tensor) -> torc
 
 
 # -- arguments ------------------------------------------------------------------------------------------
-
-
-def _shares(weights: Sequence[float] | torch.Tensor | None, count: int) -> torch.Tensor:
-    if weights is None:
-        return torch.full((count,), 1.0 / count)
-    share = torch.as_tensor(weights, dtype=torch.float64)
-    if share.shape != (count,) or not bool((share >= 0).all()) or not 0 < float(share.sum()) < math.inf:
-        raise ValueError(f"weights must be {count} finite numbers >= 0 with a positive sum, got {weights}.")
-    return share / share.sum()
 
 
 def _check(

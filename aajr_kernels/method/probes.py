@@ -16,6 +16,7 @@ from ..ops.reduce import sensitivity
 from .attack_state import RandomState
 from .directions import normalize
 from .head import LMHead
+from .scopes import attackable
 
 __all__ = [
     "curvature_along",
@@ -82,15 +83,14 @@ def restrict(t: torch.Tensor, mask: torch.Tensor | None, agents: torch.Tensor | 
 
     Args:
         t: ``[B, ...]``, like the input.
-        mask: the shape of `t` without its last axis, or broadcastable to `t`; True = may be attacked.
+        mask: the shape of `t` without its last axis, or broadcastable to `t`; nonzero = may be attacked.
         agents: the shape of `t` without its last axis; negative = nobody's, never attacked.
+
+    Raises:
+        TypeError, ValueError: the mask is of another type or shape, or leaves nothing.
     """
-    for keep in (mask, None if agents is None else agents >= 0):
-        if keep is not None:
-            # leading axes may be missing only where the mask spans all axes of one row
-            by_token = keep.dim() == t.dim() - 1 and keep.shape == t.shape[:-1]
-            t = torch.where(keep.unsqueeze(-1) if by_token else keep, t, 0.0)
-    return t
+    keep = attackable(mask, agents, t)
+    return t if keep is None else torch.where(keep, t, 0.0)
 
 
 # -- the loss along a segment ------------------------------------------------------------------------------------------

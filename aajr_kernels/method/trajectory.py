@@ -9,6 +9,7 @@ parameters (and the clean input) through the policy's derivative alone, and memo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +83,14 @@ class Trajectory:
         return torch.where(self.losses.isnan(), torch.inf, self.losses).argmax(0)
 
     @property
+    def worst_steps(self) -> Tensor:
+        """``[B]``, the step that led to the worst point; the first one for a row that never got above its start."""
+        return (self.worst_index - 1).clamp(min=0)
+
+    @property
     def worst(self) -> Tensor:
         """Like `x`: every batch row at its point of largest loss (see `worst_index`)."""
-        return _gathered(self.points, self.worst_index.unsqueeze(0)).squeeze(0)
+        return gathered(self.points, self.worst_index.unsqueeze(0)).squeeze(0)
 
     @property
     def worst_loss(self) -> Tensor:
@@ -198,27 +204,36 @@ def _chosen(
 ) -> tuple[Tensor, Tensor]:
     """Step of every batch row ``[S, B]`` in S measurements, and their weights ``[S]``."""
     count, batch = len(traj), traj.x.shape[0]
-    shares = torch.full((count,), 1.0 / count, dtype=torch.float64)
-    if weights is not None:
-        if steps not in ("all", "random"):
-            raise ValueError(f"weights go with steps='all' or 'random', got steps={steps!r}.")
-        shares = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
-        if shares.shape != (count,) or not bool(
-            (shares >= 0).all() & (shares.sum() > 0) & shares.isfinite().all()
-        ):
-            raise ValueError(
-                f"weights must be {count} nonnegative numbers, one per step and not all zero, got {weights}."
-            )
-        shares = shares / shares.sum()
+    if weights is not None and steps not in ("all", "random"):
+        raise ValueError(f"weights go with steps='all' or 'random', got steps={steps!r}.")
+    shares = step_shares(weights, count)
     one = torch.ones(1, dtype=torch.float64)
     if steps == "random":
-        chances = shares if generator is None else shares.to(generator.device)
-        drawn = torch.multinomial(chances, batch, replacement=True, generator=generator)
-        return drawn.cpu().unsqueeze(0), one
+        return drawn_steps(shares, batch, generator).unsqueeze(0), one
     if steps == "worst":
-        return (traj.worst_index - 1).clamp(min=0).unsqueeze(0), one
+        return traj.worst_steps.unsqueeze(0), one
     kept = torch.tensor([count - 1]) if steps == "last" else shares.nonzero().squeeze(-1)
     return kept.unsqueeze(-1).expand(-1, batch), one if steps == "last" else shares[kept]
+
+
+def step_shares(weights: Sequence[float] | Tensor | None, count: int) -> Tensor:
+    """Weights of the steps ``[T]``, float64 on the CPU, with sum 1.
+
+    Raises:
+        ValueError: they are not `count` finite nonnegative numbers, or all zero.
+    """
+    if weights is None:
+        return torch.full((count,), 1.0 / count, dtype=torch.float64)
+    shares = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+    if shares.shape != (count,) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < math.inf:
+        raise ValueError(f"weights must be {count} finite numbers >= 0 with a positive sum, got {weights}.")
+    return shares / shares.sum()
+
+
+def drawn_steps(shares: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """So many steps, independently, with probabilities `shares`: ``[count]`` on the CPU."""
+    chances = shares if generator is None else shares.to(generator.device)
+    return torch.multinomial(chances, count, replacement=True, generator=generator).cpu()
 
 
 def _chunks(count: int, size: int, last_alone: bool) -> list[slice]:
@@ -230,16 +245,16 @@ def _chunks(count: int, size: int, last_alone: bool) -> list[slice]:
 
 def _points(traj: Trajectory, index: Tensor, place: str) -> Tensor:
     """``[S, B, ...]``."""
-    start = _gathered(traj.points[:-1], index)
+    start = gathered(traj.points[:-1], index)
     if place == "start":
         return start
-    end = _gathered(traj.points[1:], index)
+    end = gathered(traj.points[1:], index)
     return end if place == "end" else torch.lerp(start, end, 0.5)
 
 
 def _tangents(traj: Trajectory, index: Tensor, direction: str, per_agent: bool) -> Tensor:
     """``[K, S, B, ...]``, of norm 1 in every group."""
-    along = _gathered(traj.displacements if direction == "displacement" else traj.directions, index)
+    along = gathered(traj.displacements if direction == "displacement" else traj.directions, index)
     groups = (
         Groups("agent", along.shape[1:], traj.agents) if per_agent and traj.scope != "token" else traj.groups
     )
@@ -262,7 +277,7 @@ def _unit(v: Tensor, groups: Groups) -> Tensor:
     return groups.unit(wide).to(v.dtype)
 
 
-def _gathered(values: Tensor, index: Tensor) -> Tensor:
+def gathered(values: Tensor, index: Tensor) -> Tensor:
     """``[S, B, ...]`` from ``[T, B, ...]`` and the step ``[S, B]`` of every batch row."""
     return values[index.to(values.device), torch.arange(values.shape[1], device=values.device)]
 

@@ -1,12 +1,33 @@
-"""Plain ascents, written out: what the diagnostics have to describe."""
+"""A small policy with its loss, and plain ascents, written out: what diagnostics and baselines have to describe."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from aajr_kernels.method import Trajectory
+
+B, N, V = 3, 6, 5
+LABELS = torch.tensor([0, 3, 1])
+
+
+def small_policy(inputs: int = N, width: int = 7) -> nn.Module:
+    net = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, V)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, dtype=p.dtype))
+    return net
+
+
+def output_loss(y):
+    return F.cross_entropy(y, LABELS, reduction="none")
+
+
+def problem(policy):
+    return (lambda x: output_loss(policy(x))), torch.randn(B, N, dtype=torch.float64)
 
 
 def steps_of(loss_fn, x, eta, t=4, step="raw", project=None, mask=None, **fields) -> Trajectory:

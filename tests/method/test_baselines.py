@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import assert_exact
+from method.paths import LABELS, B, V, output_loss, small_policy
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -17,22 +18,12 @@ from aajr_kernels.method import baselines
 from aajr_kernels.method.baselines import METHODS, baseline_penalty, trajectory_baseline
 from aajr_kernels.method.trajectory import Trajectory
 
-B, N, V = 3, 4, 5
-LABELS = torch.tensor([0, 3, 1])
-H = 0.3
+N, H = 4, 0.3
 
 
 @pytest.fixture
 def policy() -> nn.Module:
-    net = nn.Sequential(nn.Linear(N, 6), nn.Tanh(), nn.Linear(6, V)).double()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, dtype=p.dtype))
-    return net
-
-
-def output_loss(y):
-    return F.cross_entropy(y, LABELS, reduction="none")
+    return small_policy(N, 6)
 
 
 def unit(v):

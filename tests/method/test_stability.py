@@ -9,32 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import assert_exact
-from method.paths import steps_of
+from method.paths import LABELS, B, N, V, output_loss, problem, steps_of
 from torch import nn
 
 import aajr_kernels as aajr
 from aajr_kernels.method.stability import stability_report, step_condition
 from aajr_kernels.method.trajectory import Trajectory
-
-B, N, V = 3, 6, 5
-LABELS = torch.tensor([0, 3, 1])
-
-
-@pytest.fixture
-def policy() -> nn.Module:
-    net = nn.Sequential(nn.Linear(N, 7), nn.Tanh(), nn.Linear(7, V)).double()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, dtype=p.dtype))
-    return net
-
-
-def output_loss(y):
-    return F.cross_entropy(y, LABELS, reduction="none")
-
-
-def problem(policy):
-    return (lambda x: output_loss(policy(x))), torch.randn(B, N, dtype=torch.float64)
 
 
 def hessian(loss_fn, p, row):

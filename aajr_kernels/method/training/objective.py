@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ascent import ascend
 from ..baselines import NEEDS_LOSS, trajectory_baseline
 from ..losses import IGNORED
-from ..trajectory import Trajectory, trajectory_penalty
+from ..trajectory import Trajectory, gathered, trajectory_penalty
 from .batches import Prepared
 from .config import FitConfig
 from .policy import Policy
@@ -119,21 +119,21 @@ def terms_of(
         adversary = policy.loss_fn(batch.inputs, batch.labels, "mean")
         unit = _unit(x, batch.attended, config)
         size = float(unit.detach())
-        trajectory = _attack(model, x, batch, config, knobs.radius, size, adversary, generator)
+        work = _Work(model, policy, batch, config, counts, generator, adversary, x)
+        trajectory = work.attack(knobs.radius, size)
         parts["attack_start"] = trajectory.losses[0].sum() / counts.rows
         parts["attack_worst"] = trajectory.worst_loss.sum() / counts.rows
         if after_attack is not None:
             after_attack(trajectory, adversary, None if knobs.gamma is None else knobs.gamma / size)
         loss: Tensor | None = None
         if knobs.weight > 0:
-            aligned = config.penalty.method == "aligned"
-            measure = _aligned if aligned else functools.partial(_baseline, model, adversary)
+            measure = work.aligned if config.penalty.method == "aligned" else work.baseline
             # a slope of the output in units of c is c times as large; CURE differentiates twice
             slope = unit**2 if config.penalty.method == "cure" else unit
             scale = slope if config.penalty.form == "hinge" else slope**2
             threshold = None if knobs.gamma is None else knobs.gamma / float(slope.detach())
             here = replace(knobs, weight=knobs.weight * float(scale.detach()), gamma=threshold)
-            penalty, loss, more = measure(policy, x, trajectory, batch, config, here, counts, generator)
+            penalty, loss, more = measure(trajectory, here)
             if "q_max" in more:
                 more["q_max"] = more["q_max"] * slope.detach() ** 2
             penalty = penalty * scale
@@ -151,37 +151,119 @@ def terms_of(
     return Terms(total, parts)
 
 
-def _attack(
-    model: nn.Module,
-    x: Tensor,
-    batch: Prepared,
-    config: FitConfig,
-    radius: float,
-    unit: float,
-    adversary: Any,
-    generator: torch.Generator,
-) -> Trajectory:
-    attack = config.attack
-    if attack.norm == "linf" and attack.relative:
-        unit /= x.shape[-1] ** 0.5
-    step_size = attack.step_size if isinstance(attack.step_size, str) else attack.step_size * unit
-    return ascend(
-        adversary,
-        x.detach(),
-        radius=radius * unit,
-        steps=attack.steps,
-        step_size=step_size,
-        step=attack.step,
-        norm=attack.norm,
-        scope=attack.scope,
-        agents=batch.agents,
-        init=attack.init,
-        restarts=attack.restarts,
-        mask=batch.attackable,
-        generator=generator,
-        module=model,
-        eval_mode=attack.eval_mode,
-    )
+#: penalty, the adversarial loss if it comes from the same forward, statistics
+_Found = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A micro-batch under attack: what its ascent and its penalty need, `x` its embedded tokens."""
+
+    model: nn.Module
+    policy: Policy
+    batch: Prepared
+    config: FitConfig
+    counts: Counts
+    generator: torch.Generator
+    adversary: Any
+    x: Tensor
+
+    def attack(self, radius: float, unit: float) -> Trajectory:
+        attack, x = self.config.attack, self.x
+        if attack.norm == "linf" and attack.relative:
+            unit /= x.shape[-1] ** 0.5
+        step_size = attack.step_size if isinstance(attack.step_size, str) else attack.step_size * unit
+        return ascend(
+            self.adversary,
+            x.detach(),
+            radius=radius * unit,
+            steps=attack.steps,
+            step_size=step_size,
+            step=attack.step,
+            norm=attack.norm,
+            scope=attack.scope,
+            agents=self.batch.agents,
+            init=attack.init,
+            restarts=attack.restarts,
+            mask=self.batch.attackable,
+            generator=self.generator,
+            module=self.model,
+            eval_mode=attack.eval_mode,
+        )
+
+    def aligned(self, trajectory: Trajectory, knobs: Knobs) -> _Found:
+        chosen, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
+        options = self.options(knobs)
+        learnt = int((batch.labels != IGNORED).sum())
+        # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
+        divisor = counts.units if chosen.unit == "token" else max(learnt, 1)
+        rescale = divisor / counts.tokens
+        share = chosen.steps == "worst" and knobs.adversarial > 0
+        if share:
+            options["return_primal"] = True
+            if policy.head is not None:
+                options["labels"] = batch.labels
+                options["penalty_weight"] = knobs.weight / (knobs.adversarial * rescale)
+        several = chosen.batch_steps > 1
+        forward = policy.forward if several else functools.partial(policy.forward, **batch.inputs)
+        penalty, aux = trajectory_penalty(
+            forward,
+            self.x,
+            trajectory,
+            steps=chosen.steps,
+            weights=chosen.weights,
+            direction=chosen.direction,
+            at=chosen.at,
+            per_agent=chosen.per_agent,
+            batch_steps=chosen.batch_steps,
+            inputs=batch.inputs if several else None,
+            generator=self.generator,
+            **options,
+        )
+        loss = None
+        if share and policy.head is not None:
+            loss = aux.primal * rescale
+        elif share:
+            loss = policy.token_losses(aux.primal, batch.labels).sum() / counts.tokens
+        weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
+        active = weight * _units(batch, self.config) / counts.units
+        return penalty, loss, {"active": active, "q_max": aux.q_max.max()}
+
+    def baseline(self, trajectory: Trajectory, knobs: Knobs) -> _Found:
+        chosen, batch, x = self.config.penalty, self.batch, self.x
+        steps = chosen.steps
+        if steps == "worst":
+            trajectory, steps = _at_the_worst(trajectory), "last"
+        if x.requires_grad:  # gradients reach the clean input as they do for the aligned penalty
+            trajectory = replace(trajectory, points=trajectory.points + (x - x.detach()))
+        penalty, _ = trajectory_baseline(
+            chosen.method,
+            functools.partial(self.policy.forward, **batch.inputs),
+            trajectory,
+            steps=steps,
+            weights=chosen.weights,
+            generator=self.generator,
+            loss_fn=self.adversary if chosen.method in NEEDS_LOSS else None,
+            samples=chosen.samples,
+            iterations=chosen.iterations,
+            h=chosen.h * float(_unit(x.detach(), batch.attended, self.config)),
+            module=self.model,
+            **self.options(knobs),
+        )
+        return penalty, None, {}
+
+    def options(self, knobs: Knobs) -> dict[str, Any]:
+        """What all penalties take."""
+        chosen = self.config.penalty
+        return dict(
+            metric=chosen.metric,
+            head=self.policy.head,
+            gamma=knobs.gamma,
+            form=chosen.form,
+            mask=self.batch.tokens(chosen.tokens),
+            unit=chosen.unit,
+            denominator=float(self.counts.units),
+        )
 
 
 def _unit(x: Tensor, attended: Tensor | None, config: FitConfig) -> Tensor:
@@ -192,112 +274,11 @@ def _unit(x: Tensor, attended: Tensor | None, config: FitConfig) -> Tensor:
     return (squares if attended is None else squares[attended]).mean().sqrt()
 
 
-def _aligned(
-    policy: Policy,
-    x: Tensor,
-    trajectory: Trajectory,
-    batch: Prepared,
-    config: FitConfig,
-    knobs: Knobs,
-    counts: Counts,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """Penalty, adversarial loss if it comes from the same forward, statistics."""
-    chosen = config.penalty
-    options: dict[str, Any] = _options(policy, batch, config, knobs, counts)
-    learnt = int((batch.labels != IGNORED).sum())
-    # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
-    divisor = counts.units if chosen.unit == "token" else max(learnt, 1)
-    rescale = divisor / counts.tokens
-    share = chosen.steps == "worst" and knobs.adversarial > 0
-    if share:
-        options["return_primal"] = True
-        if policy.head is not None:
-            options["labels"] = batch.labels
-            options["penalty_weight"] = knobs.weight / (knobs.adversarial * rescale)
-    several = chosen.batch_steps > 1
-    forward = policy.forward if several else functools.partial(policy.forward, **batch.inputs)
-    penalty, aux = trajectory_penalty(
-        forward,
-        x,
-        trajectory,
-        steps=chosen.steps,
-        weights=chosen.weights,
-        direction=chosen.direction,
-        at=chosen.at,
-        per_agent=chosen.per_agent,
-        batch_steps=chosen.batch_steps,
-        inputs=batch.inputs if several else None,
-        generator=generator,
-        **options,
-    )
-    loss = None
-    if share and policy.head is not None:
-        loss = aux.primal * rescale
-    elif share:
-        loss = policy.token_losses(aux.primal, batch.labels).sum() / counts.tokens
-    weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
-    active = weight * _units(batch, config) / counts.units
-    return penalty, loss, {"active": active, "q_max": aux.q_max.max()}
-
-
-def _baseline(
-    model: nn.Module,
-    adversary: Any,
-    policy: Policy,
-    x: Tensor,
-    trajectory: Trajectory,
-    batch: Prepared,
-    config: FitConfig,
-    knobs: Knobs,
-    counts: Counts,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    chosen, steps = config.penalty, config.penalty.steps
-    if steps == "worst":
-        trajectory, steps = _at_the_worst(trajectory), "last"
-    if x.requires_grad:  # gradients reach the clean input as they do for the aligned penalty
-        trajectory = replace(trajectory, points=trajectory.points + (x - x.detach()))
-    penalty, _ = trajectory_baseline(
-        chosen.method,
-        functools.partial(policy.forward, **batch.inputs),
-        trajectory,
-        steps=steps,
-        weights=chosen.weights,
-        generator=generator,
-        loss_fn=adversary if chosen.method in NEEDS_LOSS else None,
-        samples=chosen.samples,
-        iterations=chosen.iterations,
-        h=chosen.h * float(_unit(x.detach(), batch.attended, config)),
-        module=model,
-        **_options(policy, batch, config, knobs, counts),
-    )
-    return penalty, None, {}
-
-
 def _at_the_worst(trajectory: Trajectory) -> Trajectory:
     """One step: every row at its worst point, with the direction that led there."""
-    rows = torch.arange(trajectory.x.shape[0], device=trajectory.x.device)
-    index = (trajectory.worst_index - 1).clamp(min=0)
-    directions = trajectory.directions[index, rows].unsqueeze(0)
+    directions = gathered(trajectory.directions, trajectory.worst_steps.unsqueeze(0))
     worst = trajectory.worst
     return replace(trajectory, points=torch.stack([worst, worst]), directions=directions)
-
-
-def _options(
-    policy: Policy, batch: Prepared, config: FitConfig, knobs: Knobs, counts: Counts
-) -> dict[str, Any]:
-    """What all penalties take."""
-    chosen = config.penalty
-    return dict(
-        metric=chosen.metric,
-        head=policy.head,
-        gamma=knobs.gamma,
-        form=chosen.form,
-        mask=batch.tokens(chosen.tokens),
-        unit=chosen.unit,
-        denominator=float(counts.units),
-    )
 
 
 def _units(batch: Prepared, config: FitConfig) -> int:

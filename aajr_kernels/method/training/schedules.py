@@ -26,35 +26,32 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Linear:
+class _Ramp:
+    start: float
+    end: float
+    steps: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self.steps)
+
+    def _share(self, step: int) -> float:
+        """Of the way that is done, 0 to 1."""
+        return min(max((step - self.begin) / self.steps, 0.0), 1.0)
+
+
+class Linear(_Ramp):
     """From `start` to `end` on a straight line over `steps` steps, which begin at step `begin`; constant outside."""
 
-    start: float
-    end: float
-    steps: int
-    begin: int = 0
-
-    def __post_init__(self) -> None:
-        _positive(self.steps)
-
     def __call__(self, step: int) -> float:
-        return self.start + (self.end - self.start) * _share(step, self.begin, self.steps)
+        return self.start + (self.end - self.start) * self._share(step)
 
 
-@dataclass(frozen=True)
-class Cosine:
+class Cosine(_Ramp):
     """The same on half a period of a cosine."""
 
-    start: float
-    end: float
-    steps: int
-    begin: int = 0
-
-    def __post_init__(self) -> None:
-        _positive(self.steps)
-
     def __call__(self, step: int) -> float:
-        rest = (1 + math.cos(math.pi * _share(step, self.begin, self.steps))) / 2
+        rest = (1 + math.cos(math.pi * self._share(step))) / 2
         return self.end + (self.start - self.end) * rest
 
 
@@ -97,10 +94,6 @@ def checked_schedule(schedule: Any, name: str) -> None:
             f"{name} must be a number or a function from the step to one, got {type(schedule).__name__}."
         )
     value_at(schedule, 0, name)
-
-
-def _share(step: int, begin: int, steps: int) -> float:
-    return min(max((step - begin) / steps, 0.0), 1.0)
 
 
 def _positive(steps: int) -> None:
