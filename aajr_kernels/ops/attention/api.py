@@ -18,9 +18,8 @@ from .packed import Bounds, packed_sequences, pieces
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS: Any = (Tensor, Dual)
 _TRITON_HEAD = 256  # tiles of larger heads do not fit into the memory of a multiprocessor
-_TRITON_ROOM = (
-    131_072  # bytes of it that float32 tiles of the largest take; above 128 consumer processors have less
-)
+#: bytes of it that float32 tiles of the largest heads take: consumer processors have less, and take heads up to 128
+_TRITON_ROOM = 131_072
 
 
 @overload

@@ -139,7 +139,7 @@ def _attention_fwd(
         mu.zero_()
         return out, stats, mu
     for index in range(min(K - 1, 0), K):
-        launch_fwd(p, p.tile("fwd"), index, out, stats, mu)
+        launch_fwd(p, index, out, stats, mu)
     return out, stats, mu
 
 
@@ -213,8 +213,8 @@ def _launch_bwd(
             context.launch_bias(bias_bar)
 
 
-def launch_fwd(p: Problem, chosen: Tile, index: int, out: Tensor, stats: Tensor, mu: Tensor) -> None:
-    constants = p.constants(index)
+def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -> None:
+    chosen, constants = p.tile("fwd"), p.constants(index)
     arch, size, width = architecture(p.q.device), constants["BLOCK_D"], constants["BLOCK_V"]
     tensors = [x[0] for x in (p.q, p.k, p.v)] + [stack(x, index) for x in (p.q, p.k, p.v)]
     tma = p.starts is None and descriptors_fit(arch, *tensors)
