@@ -9,9 +9,14 @@ import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: page -> the optional packages it needs
-PAGES = {"diagnostics.md": [], "training.md": ["transformers", "safetensors", "matplotlib"]}
+PAGES = {
+    "diagnostics.md": [],
+    "guide.md": ["transformers", "peft", "safetensors", "matplotlib"],
+    "training.md": ["transformers", "safetensors", "matplotlib"],
+}
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by PEFT
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     for package in PAGES[page]:
