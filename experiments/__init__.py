@@ -28,6 +28,10 @@ EXPERIMENTS = {
     "step-condition": (".step_condition", "When a step of the inner ascent is monotone."),
     "minimax": (".minimax", "Stability of minimax training at matched nominal loss."),
     "digits": (".digits", "Price of robustness on digits, against global regularisation."),
+    "language-model": (
+        ".language_model",
+        "Robust perplexity of language models, in embeddings and in tokens.",
+    ),
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -40,8 +40,10 @@ def experiment(
     """Run an experiment of the repository's `experiments/`, or go on with one that was interrupted.
 
     Rows are appended as JSON lines while it runs; run again with the same folder it computes what is missing. Results
-    depend on the configuration alone, not on the number of jobs. Exit code 2: bad arguments, or no checkout.
+    depend on the configuration alone, not on the number of jobs. Exit code 2: bad arguments, no checkout, or something
+    that is not installed.
     """
+    from .demos.data import MissingPackage
     from .main import fail
 
     if (ROOT / "experiments" / "__init__.py").exists():
@@ -76,7 +78,7 @@ def experiment(
             opened = store.Store(rows, name, chosen.config(quick))
             _run(chosen, opened, quick, jobs)
         header, found = store.read(rows)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MissingPackage) as error:
         fail(str(error))
     page = folder / f"{name}.md"
     page.write_text(chosen.report(header, found, folder), encoding="utf-8")

@@ -16,6 +16,7 @@ from aajr_kernels.cli import experiment as command
 from aajr_kernels.cli.main import app
 from experiments import EXPERIMENTS, RESULTS, inclusion, load, minimax
 from experiments.digits.report import chosen
+from experiments.language_model import comparisons, parts
 from experiments.minimax.search import nearest
 from experiments.step_condition.report import totals
 from experiments.store import read
@@ -75,6 +76,30 @@ def test_minimax():
         for key, row in tested[method].items():
             mine = [r for r in rows if r["method"] == method and (r["seed"], r["factor"]) == key]
             assert mine[nearest(mine, row["target"])]["chosen"]
+
+
+def test_language_model():
+    if not (RESULTS / "language-model.jsonl").exists():
+        pytest.skip("language-model has no committed rows: aajr experiment language-model --publish")
+    rows = committed("language-model")
+    config = load("language-model").config(False)
+    seeds = set(range(config["scratch"]["seeds"]))
+    tested = comparisons.chosen(rows, "scratch")
+    assert set(tested) == {"plain", "adversarial", *parts.SCRATCH[1:]}
+    assert all(set(found) == seeds for found in tested.values())
+    for method in parts.SCRATCH[1:]:  # as many runs for every method, all judged on the validation part
+        for seed, row in tested[method].items():
+            mine = [r for r in rows if (r["part"], r["method"], r["seed"]) == ("scratch", method, seed)]
+            assert len(mine) == config["scratch"]["budget"]
+            assert mine[parts.nearest(mine, row["target"])]["chosen"]
+    assert len({(r["seed"], r["target"]) for r in rows if r["part"] == "scratch"}) == len(seeds)
+    for part in ("scratch", "adapted"):
+        for by_seed in comparisons.chosen(rows, part).values():
+            for row in by_seed.values():
+                start, attacked = row["test"]["start"], row["test"]["embedding"]
+                replaced = row["test"]["substitution"]
+                assert min(attacked) >= start and replaced == sorted(replaced) and replaced[0] == start
+    assert set(comparisons.chosen(rows, "adapted")) == set(parts.ADAPTED)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EXPERIMENTS if (RESULTS / f"{name}.jsonl").exists()))

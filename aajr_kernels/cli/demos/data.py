@@ -36,7 +36,7 @@ HELD_OUT_PLAYS = ("hamlet", "tempest")
 
 
 class MissingPackage(RuntimeError):
-    """Something that the demonstration reads is not installed; the message says what to install."""
+    """Something that the demonstration or an experiment reads is not installed; the message says what to install."""
 
 
 def require(*names: str) -> None:
@@ -44,7 +44,7 @@ def require(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(
-                f"the demonstration needs {name}, which is not installed: run pip install {PACKAGES[name]}."
+                f"this command needs {name}, which is not installed: run pip install {PACKAGES[name]}."
             )
 
 

@@ -1,0 +1,104 @@
+"""What is measured of a trained model on held-out text, the same for every method."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import aajr_kernels as aajr
+from aajr_kernels.method.training import Policy, policy_of
+
+from .attacks import Scene, embedding_attack, losses_of, norm_of, scene_of, substitution_attack
+from .text import Text, in_turns, windows
+
+__all__ = ["clean_loss", "evaluate"]
+
+
+def clean_loss(
+    config: dict[str, Any], model: nn.Module, policy: Policy, source: Tensor, seed: int, rows: int
+) -> float:
+    """Mean cross-entropy of the scored tokens of random windows; perplexity is its exponential."""
+    scene = _scene(config, model, policy, source, seed, rows)
+    return losses_of(scene).mean().item()
+
+
+def evaluate(config: dict[str, Any], model: nn.Module, text: Text, seed: int) -> dict[str, Any]:
+    """Losses (nats per scored token) on the test part, clean and under both attacks, and curvature of an ascent.
+
+    Returns:
+        ``clean``: over ``clean_rows`` windows. Over the first ``rows`` of them: ``start``, without an attack;
+        ``embedding``, under the strong attack at every radius of ``radii`` (in training radii), in that order;
+        ``substitution``, after 0, 1, ... replaced tokens; ``falls``, the fraction of the strong attack's steps at the
+        training radius that lower the loss. Along the ascent of training on these windows: ``ascent_falls``,
+        ``violated``, fractions of steps; ``kappa``, mean over steps and rows of the negative curvature, and
+        ``eta_max``, the median of the largest admissible step, None if infinite, both with lengths in norms of a token.
+    """
+    policy, chosen = policy_of(model), config["evaluation"]
+    found = {"clean": clean_loss(config, model, policy, text.test, seed, chosen["clean_rows"])}
+    scene = _scene(config, model, policy, text.test, seed, chosen["rows"])
+    found["start"] = losses_of(scene).mean().item()
+    generator = torch.Generator().manual_seed(4000 + seed)
+    strong, robust = chosen["attack"], []
+    for factor in chosen["radii"]:
+        worst, ascents = embedding_attack(
+            scene, radius=factor * config["radius"], **strong, generator=generator
+        )
+        robust.append(worst.mean().item())
+        if factor == 1:
+            found["falls"] = _falls(ascents)
+    _, replaced = substitution_attack(scene, **chosen["substitution"], candidates=text.candidates)
+    more = {"embedding": robust, "substitution": replaced.mean(1).tolist()}
+    return found | more | _stability(config, scene)
+
+
+def _scene(
+    config: dict[str, Any], model: nn.Module, policy: Policy, source: Tensor, seed: int, rows: int
+) -> Scene:
+    """The first windows are the same for every number of rows."""
+    drawn = [
+        windows(source, 1, config["length"], torch.Generator().manual_seed(10_000 * (3 + seed) + row))
+        for row in range(rows)
+    ]
+    return scene_of(model, policy, in_turns(torch.cat(drawn), config["turn"]))
+
+
+def _falls(ascents: list[aajr.Trajectory]) -> float:
+    moved = fell = 0.0
+    for traj in ascents:
+        report = aajr.stability_report(_unused, traj.x, traj, curvature="none")
+        moved += report.moved.sum().item()
+        fell += report.non_monotone.sum().item()
+    return fell / max(moved, 1.0)
+
+
+def _stability(config: dict[str, Any], scene: Scene) -> dict[str, Any]:
+    inner = config["inner"]
+    _, (traj,) = embedding_attack(
+        scene,
+        radius=config["radius"],
+        steps=inner["steps"],
+        step_sizes=[inner["step"]],
+        restarts=1,
+        generator=torch.Generator(),
+    )
+    kind = config["evaluation"]["curvature"]
+    training = scene.model.training
+    scene.model.eval()
+    report = aajr.stability_report(scene.loss(), traj.x, traj, curvature=kind, samples=3, module=scene.model)
+    scene.model.train(training)
+    assert report.kappa is not None and report.eta_max is not None and report.violated is not None
+    unit = norm_of(traj.x)
+    largest = report.eta_max.median().item() / unit
+    return {
+        "ascent_falls": report.non_monotone.float().mean().item(),
+        "violated": report.violated.float().mean().item(),
+        "kappa": report.kappa.mean().item() * unit**2,
+        "eta_max": largest if math.isfinite(largest) else None,
+    }
+
+
+def _unused(x: Any) -> Any:
+    raise AssertionError("a report without curvature evaluates nothing")

@@ -1,0 +1,81 @@
+"""Windows of Shakespeare in turns: the adversary has every other turn, and the other turns are what is scored."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Text", "attackable", "encoded", "in_turns", "plays", "windows"]
+
+CACHE = Path("runs/cache/smollm2-135m-instruct")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids ``[n]`` of three disjoint parts, and the ids ``[K]`` that occur in the training part, ascending."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    candidates: Tensor
+
+
+def plays() -> Text:
+    """Bytes: 5 MB of works for training; of the two plays held out, the first half validates and the second tests.
+
+    Raises:
+        MissingPackage: the package ``shakespeare`` is not installed.
+    """
+    corpus = importlib.import_module("aajr_kernels.cli.demos.data").shakespeare()
+    middle = len(corpus.valid) // 2
+    return _text(corpus.train, corpus.valid[:middle], corpus.valid[middle:])
+
+
+def encoded(tokenizer: Any, characters: int) -> Text:
+    """The beginnings of the parts of :func:`plays` as tokens of a pretrained model.
+
+    Args:
+        tokenizer: of Hugging Face.
+        characters: that are taken of the training part; of the others half as many at most.
+    """
+    raw = plays()
+    parts = []
+    for part, most in (
+        (raw.train, characters),
+        (raw.validation, characters // 2),
+        (raw.test, characters // 2),
+    ):
+        text = bytes(part[:most].tolist()).decode(errors="ignore")
+        parts.append(torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+    return _text(*parts)
+
+
+def _text(train: Tensor, validation: Tensor, test: Tensor) -> Text:
+    return Text(train, validation, test, train.unique())
+
+
+def windows(source: Tensor, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Random windows ``[rows, length]``."""
+    starts = torch.randint(len(source) - length + 1, (rows,), generator=generator)
+    return torch.stack([source[start : start + length] for start in starts.tolist()])
+
+
+def attackable(length: int, turn: int) -> Tensor:
+    """Bool ``[length]``: the adversary's turns, the first one and every second after it."""
+    return torch.arange(length).div(turn, rounding_mode="floor") % 2 == 0
+
+
+def in_turns(ids: Tensor, turn: int) -> dict[str, Tensor]:
+    """A batch for :func:`aajr_kernels.method.fit`: no token is both open to attack and scored as a label.
+
+    Args:
+        ids: ``[B, N]``.
+        turn: tokens in a turn.
+    """
+    theirs = attackable(ids.shape[1], turn).expand(ids.shape)
+    return {"input_ids": ids, "labels": ids.masked_fill(theirs, -100), "attack_mask": theirs}
