@@ -14,9 +14,11 @@ pytest.importorskip("matplotlib")
 
 from aajr_kernels.cli import experiment as command
 from aajr_kernels.cli.main import app
-from experiments import EXPERIMENTS, RESULTS, inclusion, load, minimax
+from experiments import EXPERIMENTS, RESULTS, inclusion, load
 from experiments.digits.report import chosen
 from experiments.language_model import comparisons, parts
+from experiments.minimax.report import NAMES as MINIMAX
+from experiments.minimax.report import chosen as minimax_chosen
 from experiments.minimax.search import nearest
 from experiments.step_condition.report import totals
 from experiments.store import read
@@ -62,8 +64,8 @@ def test_minimax():
     rows = committed("minimax")
     config = load("minimax").config(False)
     runs = {(seed, factor) for seed in range(config["seeds"]) for factor in config["factors"]}
-    tested = minimax.report.chosen(rows)
-    assert set(tested) == set(minimax.report.NAMES) and all(set(found) == runs for found in tested.values())
+    tested = minimax_chosen(rows)
+    assert set(tested) == set(MINIMAX) and all(set(found) == runs for found in tested.values())
     spent = Counter((row["method"], row["seed"], row["factor"]) for row in rows)
     assert all(
         count == (1 if method == "plain" else config["budget"]) for (method, *_), count in spent.items()
