@@ -32,6 +32,7 @@ EXPERIMENTS = {
         ".language_model",
         "Robust perplexity of language models, in embeddings and in tokens.",
     ),
+    "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }
 RESULTS = Path(__file__).parent / "results"
 

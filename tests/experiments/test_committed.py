@@ -102,6 +102,35 @@ def test_language_model():
     assert set(comparisons.chosen(rows, "adapted")) == set(parts.ADAPTED)
 
 
+def test_two_agents():
+    if not (RESULTS / "two-agents.jsonl").exists():
+        pytest.skip("two-agents has no committed rows: aajr experiment two-agents --publish")
+    pytest.importorskip("transformers")
+    from experiments.two_agents.report import NAMES
+    from experiments.two_agents.search import best
+
+    rows, config = committed("two-agents"), load("two-agents").config(False)
+    scratch = [row for row in rows if row["model"] == "scratch"]
+    runs: dict[tuple[str, int], list[dict[str, object]]] = {}
+    for row in scratch:
+        runs.setdefault((row["method"], row["seed"]), []).append(row)
+    assert set(runs) == {(method, seed) for method in NAMES for seed in range(config["seeds"])}
+    for (method, _), found in runs.items():  # as many runs for every method, judged on the validation games
+        knobs = config["mixes" if method == "none" else "weights"]
+        assert [row["knob"] for row in found] == knobs and len(knobs) == len(config["weights"])
+        assert [row["chosen"] for row in found] == [i == best(found) for i in range(len(found))]
+    for row in rows:
+        if not row["chosen"]:
+            continue
+        test, play = row["test"], row["test"]["play"]
+        assert test["robust_joint"] <= test["joint"] + 1e-6
+        # a play with hardly any chance in it has no normal mean; five standard errors and what one play can move
+        assert abs(play["played"] - play["expected"]) < 5 * play["error"] + 1e-3
+    assert [row["method"] for row in rows if row["model"] == "language"] == config["language_model"][
+        "methods"
+    ]
+
+
 @pytest.mark.parametrize("name", sorted(name for name in EXPERIMENTS if (RESULTS / f"{name}.jsonl").exists()))
 def test_pages_are_what_the_rows_say(name, tmp_path):
     result = CliRunner().invoke(app, ["experiment", name, "--draw", "--out", os.fspath(tmp_path)])

@@ -1,0 +1,117 @@
+"""What is measured on games not trained on: payoffs, clean and under strong attacks, curvature, sampled play."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import aajr_kernels as aajr
+
+from .game import Games, Heads, expected
+from .policies import Pair
+from .training import attack, inner, sabotage
+
+__all__ = ["clean", "evaluate", "play", "robust", "stability"]
+
+
+@torch.no_grad()
+def clean(pair: Pair, games: Games) -> dict[str, float]:
+    """Exact expected payoffs at the true observations, their sum, and that sum as a share of the optimum."""
+    a, b = pair.heads(pair.embed(games))
+    payoffs = [expected(a, b, table).mean().item() for table in games.payoffs().unbind(1)]
+    joint = sum(payoffs)
+    return {
+        "payoff_a": payoffs[0],
+        "payoff_b": payoffs[1],
+        "joint": joint,
+        "share": joint / games.optimum().mean().item(),
+    }
+
+
+def robust(config: dict[str, Any], pair: Pair, games: Games, seed: int) -> dict[str, float]:
+    """Mean payoff of each agent at its worst over all points of all attacks on it, the other being undisturbed."""
+    x = pair.embed(games)
+    with torch.no_grad():
+        honest = pair.heads(x)
+        worst = torch.stack(_victims(pair, games, x, honest))
+    for traj in _attacks(config, pair, games, x, honest, seed):
+        for point in traj.points:
+            with torch.no_grad():
+                worst = torch.minimum(worst, torch.stack(_victims(pair, games, point, honest)))
+    a, b = worst.mean(1).tolist()
+    return {"robust_a": a, "robust_b": b, "robust_joint": a + b}
+
+
+def _attacks(
+    config: dict[str, Any], pair: Pair, games: Games, x: Tensor, honest: tuple[Heads, Heads], seed: int
+) -> Iterator[aajr.Trajectory]:
+    """Ascents from uniform starts; the objective is separable, so that one ascent attacks both agents apart."""
+    strong, generator = config["attack"], torch.Generator().manual_seed(4000 + seed)
+    for share in strong["step"]:
+        for _ in range(strong["restarts"]):
+            yield attack(
+                *(pair, games, x, honest),
+                radius=config["radius"],
+                steps=strong["steps"],
+                step_size=share * config["radius"],
+                init="uniform",
+                generator=generator,
+            )
+
+
+def _victims(pair: Pair, games: Games, x: Tensor, honest: tuple[Heads, Heads]) -> list[Tensor]:
+    """Payoff of A and of B, each misled alone."""
+    misled_a, misled_b = pair.heads(x)
+    table_a, table_b = games.payoffs().unbind(1)
+    return [expected(misled_a, honest[1], table_a), expected(honest[0], misled_b, table_b)]
+
+
+def stability(config: dict[str, Any], pair: Pair, games: Games) -> dict[str, float]:
+    """The ascent of training on these games: steps that fall, and the negative curvature that they meet."""
+    x = pair.embed(games)
+    with torch.no_grad():
+        honest = pair.heads(x)
+    traj = inner(config, pair, games, x, honest)
+    report = aajr.stability_report(sabotage(pair, games, honest), x, traj, samples=3, module=pair.policies)
+    assert report.kappa is not None and report.violated is not None
+    return {
+        "falls": report.non_monotone.float().mean().item(),
+        "violated": report.violated.float().mean().item(),
+        "kappa": report.kappa.amax(0).mean().item(),
+    }
+
+
+@torch.no_grad()
+def play(pair: Pair, games: Games, rounds: int, seed: int) -> dict[str, float]:
+    """Sampled play in the environment: the sum of payoffs, what it should be, and its standard error."""
+    from .environment import Barter
+
+    a, b = pair.heads(pair.embed(games))
+    exact = sum(expected(a, b, table) for table in games.payoffs().unbind(1))
+    requests = {name: h.requests.double().softmax(-1).numpy() for name, h in (("A", a), ("B", b))}
+    gifts = {name: h.gifts.double().softmax(-1).numpy() for name, h in (("A", a), ("B", b))}
+    environment, random = Barter(games), np.random.default_rng(6000 + seed)
+    away = []
+    for number in range(len(games)):
+        for _ in range(rounds):
+            environment.reset(options={"game": number})
+            draw = lambda chances: int(random.choice(len(chances), p=chances))
+            seen, *_ = environment.step({name: draw(requests[name][number]) for name in requests})
+            heard = {name: int(seen[name][-1]) - 1 for name in gifts}
+            chosen = {name: draw(gifts[name][number, heard[name]]) for name in gifts}
+            _, rewards, *_ = environment.step(chosen)
+            away.append(sum(rewards.values()) - float(exact[number]))
+    error = float(np.std(away, ddof=1) / len(away) ** 0.5)
+    mean = exact.mean().item()
+    return {"played": mean + float(np.mean(away)), "expected": mean, "error": error}
+
+
+def evaluate(config: dict[str, Any], pair: Pair, games: Games, seed: int) -> dict[str, Any]:
+    """Everything, on the test games."""
+    some = games[: config["stability_games"]]
+    found = clean(pair, games) | robust(config, pair, games, seed) | stability(config, pair, some)
+    return found | {"play": play(pair, games, config["play_rounds"], seed)}
