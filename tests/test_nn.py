@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import oracle
 import pytest
 import torch
 from budgets import assert_exact, assert_exact_gradients
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 import aajr_kernels as aajr
 import aajr_kernels.nn as layers
+from aajr_kernels.cli.validation import oracle
 
 ROWS = (3, 5, 8)
 

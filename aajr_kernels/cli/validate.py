@@ -1,4 +1,4 @@
-"""`aajr validate`: every op, dtype and backend against the float64 oracle."""
+"""`aajr validate`: every op, dtype and backend against the float64 oracle, or a model of the user's."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ SHOWN = 5
 
 
 def validate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Check this model instead of the ops: a folder or cached name of transformers, or MODULE:NAME of a "
+            "model, of a function that returns one, or of a class of transformers (built small)."
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(min=4, help="With --model: tokens in a row of the batch.")] = 16,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="With --model: only so many of its layers, to save memory.")
+    ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Op to check; repeatable. Default: all.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Dtype to check; repeatable. Default: all.")] = None,
     backend: Annotated[
@@ -42,8 +53,19 @@ def validate(
     float64 must agree to 1e-10; a lower dtype may be off by twice the error of
     the same formula in eager PyTorch plus a few units in the last place.
 
+    With --model a small batch goes through the model, unmodified and after fuse(): penalty,
+    output and all gradients against the same model in float64 with written-out layers,
+    beside finite differences and PyTorch's own forward mode; and what is not fused, and why.
+
     Exit code 0: everything passed, 1: something failed, 2: bad arguments.
     """
+    if model is not None:
+        from . import validate_model
+
+        if op or backend:
+            raise typer.BadParameter("--model checks a whole model: leave --op and --backend out.")
+        validate_model.run(model, dtype, device, length, layers, seed, as_json)
+        return
     ops = _chosen("--op", op, list(OPS))
     dtypes = _chosen("--dtype", dtype, list(DTYPES))
     backends = _chosen("--backend", backend, list(runtime.BACKENDS)) if backend else None

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import assert_exact, assert_within_budget, gradient_floor
-from oracle import metric_values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aajr_kernels import Dual, LMHead, aligned_penalty, gpu, runtime, use_backend
+from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.head import lm_head_penalty
 
 pytest.importorskip("triton")

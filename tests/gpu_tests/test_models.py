@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import oracle
 import pytest
 import torch
 from budgets import assert_exact, assert_gradients_within_budget, assert_within_budget
@@ -15,6 +14,7 @@ from test_zoo import MODEL_ULPS, SCALAR_ULPS, problem, through_the_dual
 
 import aajr_kernels as aajr
 from aajr_kernels import gpu, runtime
+from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import fuse
 
 ON_CPU = DEVICES["triton"] == "cpu"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import torch
 from budgets import assert_exact, assert_exact_gradients
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from zoo import LENGTH, WINDOW, embeddings, padding
 
 import aajr_kernels as aajr
+from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import fuse, register
 from aajr_kernels.integrations.transformers.attention import attention_forward
 from aajr_kernels.integrations.transformers.masks import Visibility, mask_builder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 
-import oracle
 import pytest
 import torch
 from budgets import EXACT, assert_exact, assert_exact_gradients
@@ -15,6 +14,7 @@ from zoo import LENGTH, Subject, embeddings, padding
 
 import aajr_kernels as aajr
 from aajr_kernels import runtime
+from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import KNOWN, fuse
 
 pytest.importorskip("transformers")

@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import oracle
 import torch
 from budgets import assert_exact
 from integrations.subjects import tiny
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from zoo import ENTRIES
 
 import aajr_kernels as aajr
+from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import fuse
 
 B, N = 2, 7

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import torch
 from budgets import assert_exact
 from torch import nn
 
 import aajr_kernels as aajr
+from aajr_kernels.cli.validation import oracle
 
 B, T, C, V, HIDDEN = 2, 5, 6, 11, 7
 MASK = torch.tensor([[True, True, True, False, False], [True, True, True, True, True]])

@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import math
 
-import oracle
 import pytest
 import torch
 from budgets import assert_exact
 from torch import nn
 
 import aajr_kernels as aajr
+from aajr_kernels.cli.validation import oracle
 
 B, N, C, V, HIDDEN, T = 2, 4, 6, 9, 7, 3
 MASK = torch.tensor([[True, True, True, False], [True, False, True, True]])

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from native.suite import Case, flipped, gap, stacked, swapped
 from ops.attention_checks import formula
 from ops.op_checks import forward_mode, stacks
-from oracle import metric_values
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
+from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.head import METRICS, lm_head_penalty
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from native.suite import Case, flipped, gap, stacked, swapped
 from ops.op_checks import stacks
-from oracle import metric_values
 from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
+from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops import activation
 from aajr_kernels.ops.reduce import METRICS, sensitivity
 

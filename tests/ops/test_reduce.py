@@ -6,9 +6,9 @@ import pytest
 import torch
 from budgets import assert_exact, assert_within_budget
 from ops.op_checks import check, check_low, outcome, stacks
-from oracle import metric_values
 
 from aajr_kernels import Dual, coverage
+from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.reduce import METRICS, sensitivity, softmax
 
 

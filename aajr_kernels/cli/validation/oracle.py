@@ -1,12 +1,13 @@
-"""The independent oracle: float64 forward mode of PyTorch on hand-written layers, and finite differences.
+"""The oracle of whole models: float64 forward mode of PyTorch on hand-written layers, and finite differences.
 
-Nothing here imports the package under test. The oracle runs the unmodified model under ``torch.func.jvp`` and takes
-an ordinary gradient of a loss on its tangents. PyTorch's own reverse-over-forward is silently wrong through
-``layer_norm`` and through ``batch_norm`` in training mode, and gives NaN through a masked attention with an empty row.
-`HandWritten` therefore replaces every norm, ``scaled_dot_product_attention`` and the grouped product by formulas made
-of elementary operations; what it cannot reach (inside ``F.multi_head_attention_forward``) runs under MATH attention.
-`KeepFloat64` neutralises the casts to float32 that model code makes, so that a float64 model stays float64 and errors
-of 1e-10 can be seen. `finite_difference` checks the oracle itself, from values of the penalty alone.
+Nothing here imports anything of this package: the tests and ``aajr validate --model`` measure it against this. The
+oracle runs the unmodified model under ``torch.func.jvp`` and takes an ordinary gradient of a loss on its tangents.
+PyTorch's own reverse-over-forward is silently wrong through ``layer_norm`` and through ``batch_norm`` in training mode,
+and gives NaN through a masked attention with an empty row. `HandWritten` therefore replaces every norm,
+``scaled_dot_product_attention`` and the grouped product by formulas made of elementary operations; what it cannot
+reach (inside ``F.multi_head_attention_forward``) runs under MATH attention. `KeepFloat64` neutralises the casts to
+float32 that model code makes, so that a float64 model stays float64 and errors of 1e-10 can be seen.
+`finite_difference` checks the oracle itself, from values of the penalty alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ METRICS = ("l2", "logits", "fisher", "probs")
 
 
 # ---------------------------------------------------------------------------------------- hand-written layers
-def _standardise(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """(x - m(x)) / sqrt(m((x - m(x))^2) + eps) over ``dims``."""
     centred = x - x.mean(dims, keepdim=True)
     return centred * ((centred * centred).mean(dims, keepdim=True) + eps).pow(-0.5)
@@ -77,7 +78,16 @@ def group_norm(
     return _affine(y, weight, bias, (1, -1) + (1,) * (x.dim() - 2))
 
 
-def _channel_norm(x, mean, var, weight, bias, own_statistics, dims, eps):
+def _channel_norm(
+    x: Tensor,
+    mean: Any,
+    var: Any,
+    weight: Any,
+    bias: Any,
+    own_statistics: bool,
+    dims: tuple[int, ...],
+    eps: float,
+) -> Tensor:
     """Norm of the channels on axis 1, by their statistics over ``dims`` or by the running ones (never updated)."""
     shape = (1, -1) + (1,) * (x.dim() - 2)
     if own_statistics:
@@ -87,33 +97,54 @@ def _channel_norm(x, mean, var, weight, bias, own_statistics, dims, eps):
 
 
 def instance_norm(
-    x,
-    running_mean=None,
-    running_var=None,
-    weight=None,
-    bias=None,
-    use_input_stats=True,
-    momentum=0.1,
-    eps=1e-5,
-):
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """``F.instance_norm`` from elementary operations."""
     dims = tuple(range(2, x.dim()))
     return _channel_norm(x, running_mean, running_var, weight, bias, use_input_stats, dims, eps)
 
 
-def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """``F.batch_norm`` from elementary operations."""
     dims = (0, *range(2, x.dim()))
     return _channel_norm(x, running_mean, running_var, weight, bias, training, dims, eps)
 
 
 # torch.batch_norm and torch.instance_norm order their arguments differently from their F. wrappers.
-def _torch_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled=True):
+def _torch_batch_norm(
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+) -> Tensor:
     return batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
-def _torch_instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn=True):
-    return instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
+def _torch_instance_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, own: bool, momentum: float, eps: float, *rest: Any
+) -> Tensor:
+    return instance_norm(x, mean, var, weight, bias, own, momentum, eps)
 
 
 def attention(
@@ -179,7 +210,7 @@ if hasattr(torch, "_grouped_mm"):
 class HandWritten(TorchFunctionMode):
     """Replaces norms, attention and the grouped product by the formulas above while it is active."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _LAYERS.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -229,7 +260,7 @@ class KeepFloat64(TorchFunctionMode):
             for name in _DTYPE_METHODS:
                 self._replace(cls, name, self._widening(getattr(cls, name)))
             for name in ("float", "half", "bfloat16"):
-                self._replace(cls, name, cls.double)
+                self._replace(cls, name, getattr(cls, "double"))  # noqa: B009
         super().__enter__()
         return self
 
@@ -251,7 +282,7 @@ class KeepFloat64(TorchFunctionMode):
 
         return widened
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOW_CASTS:
             return Tensor.double(args[0])
         kwargs = {key: _widened(value) for key, value in (kwargs or {}).items()}
@@ -296,7 +327,7 @@ def mean_over_units(q: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def jvp(func: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Value and tangents [K, ...] of ``func`` at ``x`` along v [K, *x.shape], one ``torch.func.jvp`` a tangent."""
-    pairs = [torch.func.jvp(func, (x,), (direction,)) for direction in v.unbind(0)]
+    pairs = [torch.func.jvp(func, (x,), (direction,))[:2] for direction in v.unbind(0)]
     return pairs[0][0], torch.stack([tangent for _, tangent in pairs])
 
 

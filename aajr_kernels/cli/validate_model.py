@@ -1,0 +1,155 @@
+"""`aajr validate --model`: the acceptance test of a user's own model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .info import package_version, why_no_accelerator
+from .validation.loading import CannotValidate, load, prepare
+from .validation.model import CONFIRMED, DTYPES, Check, Report, plain, validate_model
+
+BATCH = 2
+_STYLES = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "shown": "[dim]peer[/]"}
+
+
+def run(
+    spec: str,
+    dtypes: list[str] | None,
+    device: str,
+    length: int,
+    layers: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Load, check, print; see :func:`aajr_kernels.cli.validate.validate`.
+
+    Raises:
+        typer.BadParameter: an argument is wrong, or the model cannot be loaded or called.
+        typer.Exit: with 1 where a check failed.
+    """
+    for name in dtypes or ():
+        if name not in DTYPES:
+            raise typer.BadParameter(
+                f"{name!r} is unknown with --model: choose from {', '.join(DTYPES)}.", param_hint="--dtype"
+            )
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(
+            f"{device!r} is unknown: choose from auto, cpu, cuda.", param_hint="--device"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"there is no such device: {why_no_accelerator()}.", param_hint="--device")
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    usual = ["float64", "float32", *(["bfloat16"] if place == "cuda" else [])]
+    chosen = tuple(name for name in DTYPES if name in (dtypes or usual))
+    start = time.perf_counter()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    with Console(stderr=True).status("loading", spinner="dots") as status:
+        try:
+            subject = prepare(load(spec, layers), BATCH, length, seed)
+        except CannotValidate as error:
+            raise typer.BadParameter(str(error), param_hint="--model") from error
+        report = validate_model(subject, chosen, place, lambda what: status.update(escape(what)))
+    seconds = time.perf_counter() - start
+    if as_json:
+        versions = {
+            name: package_version(name) for name in ("aajr_kernels", "torch", "transformers", "triton")
+        }
+        print(
+            json.dumps(
+                {
+                    **plain(report),
+                    "spec": spec,
+                    "batch": BATCH,
+                    "length": length,
+                    "layers": layers,
+                    "seed": seed,
+                    "seconds": round(seconds, 2),
+                    "versions": versions,
+                },
+                indent=2,
+            )
+        )
+    else:
+        _show(report, length, seconds, console)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _show(report: Report, length: int, seconds: float, console: Console) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(
+        f"{report.model}, {report.parameters / 1e6:.3g} M parameters; penalty in the metric {report.metric} along the "
+        f"ascent direction of the loss, {BATCH} rows of {length} tokens, one of them padded."
+    )
+    table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
+    for column in ("step", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in ("penalty", "output", "gradients", "budget", "s", "result"):
+        table.add_column(column, no_wrap=True, justify="right")
+    for check in report.checks:
+        numbers = [_number(x) for x in (check.penalty_error, check.output_error, check.gradient_error)]
+        share = f"{check.share:.0%}" if check.judged and check.share == check.share else ""
+        table.add_row(check.name, check.dtype, *numbers, share, f"{check.seconds:.2g}", _STYLES[check.result])
+    console.print(table)
+    say(
+        "[dim]Relative errors against the model in float64 with written-out layers; gradients: of all parameters "
+        "together, the larger one of those of the penalty and of a loss of the output.[/]"
+    )
+    for check in report.checks:
+        if check.result == "fail" or (check.result == "shown" and check.share != check.share):
+            say(f"[yellow]{check.name} {check.dtype}:[/] {escape(check.failure)}")
+    say(
+        f"Finite differences of the oracle's penalty confirm its gradient to {report.confirmed:.1e}."
+        if report.confirmed <= CONFIRMED
+        else f"Finite differences do not confirm the oracle: {report.confirmed:.1e}."
+    )
+    _show_coverage(report, say)
+    say(_verdict(report, seconds))
+
+
+def _show_coverage(report: Report, say: Callable[[str], None]) -> None:
+    for what, count, modules in report.fused:
+        say(f"[dim]Fused:[/] {what}, {count} x {modules}")
+    for module, reason in report.left.items():
+        say(f"[yellow]Not fused:[/] {module}: {escape(reason)}")
+    last: Check | None = next(
+        (c for c in reversed(report.checks) if c.judged and c.coverage is not None), None
+    )
+    if last is not None and last.coverage is not None:
+        shares: dict[str, float] = {}
+        for _, backend, _, share in last.coverage.rows():
+            shares[backend] = shares.get(backend, 0.0) + share
+        parts = ", ".join(f"{share:.1%} {backend}" for backend, share in shares.items() if share > 0)
+        say(f"Arithmetic of the {last.name} step in {last.dtype}: {parts}.")
+    if report.fallbacks:
+        say(
+            f"[yellow]By the generic fallback (exact, slower):[/] {', '.join(map(escape, report.fallbacks))}."
+        )
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if value == value else "-"
+
+
+def _verdict(report: Report, seconds: float) -> str:
+    if report.failures:
+        return f"[bold red]Failed[/] in {seconds:.0f} s: " + escape(" ".join(report.failures))
+    judged = [check for check in report.checks if check.judged]
+    steps = ", ".join(dict.fromkeys(f"{check.name} on {check.device}" for check in judged))
+    return (
+        f"[bold green]Passed:[/] {report.model}, {steps}; at most {max(c.share for c in judged):.0%} of an error "
+        f"budget used, in {seconds:.0f} s."
+    )

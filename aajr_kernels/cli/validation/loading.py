@@ -1,0 +1,275 @@
+"""A user's model from a folder or a class, and a small batch to call it with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: sizes of a model that is built from its configuration class alone, by the names that transformers uses
+SMALL = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "n_positions": 512,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+
+
+#: per parameter at the peak: float64 copy, two gradients, and what finite differences move (measured on 135 M)
+BYTES = 80
+
+
+class CannotValidate(ValueError):
+    """The model cannot be loaded or called; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with what it is called with.
+
+    Attributes:
+        model: in eval mode.
+        x: ``[B, N, C]``, the embedded tokens.
+        v: like `x`: the ascent direction of the loss, per token of the size of an embedding.
+        inputs: keyword arguments beside ``inputs_embeds``.
+        labels: ``[B, N]`` classes, −100 where a token is padding.
+        mask: ``[B, N]``, True where the output counts.
+    """
+
+    model: nn.Module
+    x: Tensor
+    v: Tensor
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    mask: Tensor
+
+    def call(self, x: Any) -> Any:
+        """The logits, or the hidden states of a model without any."""
+        y = self.model(inputs_embeds=x, **self.inputs)
+        for name in ("logits", "last_hidden_state"):
+            if getattr(y, name, None) is not None:
+                return getattr(y, name)
+        return y
+
+    def task(self, y: Tensor) -> Tensor:
+        """The mean cross-entropy of logits; of hidden states half the mean square."""
+        kept = self.mask.to(y.device)
+        if not self.has_logits:
+            return y[kept].square().mean() / 2
+        return nn.functional.cross_entropy(y[kept], self.labels.to(y.device)[kept])
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the output is a distribution over the vocabulary."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        return head is not None
+
+    @property
+    def metric(self) -> str:
+        """Of the penalty."""
+        return "fisher" if self.has_logits else "l2"
+
+    def placed(self, device: str, dtype: torch.dtype, rounded: torch.dtype | None = None) -> Subject:
+        """A copy, rounded to `rounded` (default: `dtype`) and then held in `dtype`."""
+
+        def place(t: Tensor) -> Tensor:
+            return t.detach().to(rounded or dtype).to(device, dtype)
+
+        model = copy.deepcopy(self.model).to(rounded or dtype).to(device, dtype)
+        inputs = {name: t.to(device) for name, t in self.inputs.items()}
+        return replace(self, model=model, x=place(self.x), v=place(self.v), inputs=inputs)
+
+
+def load(spec: str, layers: int | None = None) -> nn.Module:
+    """The model of a folder (or of the name of a cached one), or what ``module:name`` stands for.
+
+    Args:
+        spec: a folder that ``save_pretrained`` wrote or the name of a model on its hub; or ``module:name`` of a
+            function without arguments that returns a model, of a module, or of a model class of transformers, which is
+            built small and with random weights.
+        layers: so many layers instead of all, for models that do not fit into memory in float64.
+
+    Raises:
+        CannotValidate: there is no such thing, or it is no model.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    module, colon, name = spec.partition(":")
+    looks_like_path = os.sep in spec or Path(spec).exists()
+    return _from_code(module, name, layers) if colon and not looks_like_path else _from_folder(spec, layers)
+
+
+def _from_folder(spec: str, layers: int | None) -> nn.Module:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(spec, local_files_only=True)
+        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+        if layers is not None:
+            options["config"] = _with_layers(config, layers)
+        causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        found: nn.Module = auto.from_pretrained(spec, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CannotValidate(
+            f"{spec!r} is no folder that save_pretrained wrote and no model in the cache of transformers ({first}): "
+            "give a path, or MODULE:NAME."
+        ) from error
+    return found
+
+
+def _from_code(module: str, name: str, layers: int | None) -> nn.Module:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules of the current folder, as with python -m
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise CannotValidate(f"{module}:{name} cannot be imported: {error}.") from error
+    config_class = getattr(found, "config_class", None)
+    if config_class is not None and inspect.isclass(found):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            found = found(_with_layers(_small(config_class), layers))  # type: ignore[call-arg]
+            _spread(found)
+    elif callable(found) and not isinstance(found, nn.Module):
+        try:
+            found = found()
+        except TypeError as error:
+            raise CannotValidate(
+                f"{module}:{name} must be callable without arguments and return a model: {error}."
+            ) from error
+    if not isinstance(found, nn.Module):
+        raise CannotValidate(f"{module}:{name} must be or return an nn.Module, got {type(found).__name__}.")
+    return found
+
+
+def _small(config_class: Any) -> Any:
+    """A small configuration of a class: sizes under whatever names it has for them."""
+    config: Any = config_class()
+    for name, value in {**SMALL, "head_dim": SMALL["hidden_size"] // SMALL["num_attention_heads"]}.items():
+        if isinstance(getattr(config, name, None), int):
+            with contextlib.suppress(AttributeError):  # computed from the others
+                setattr(config, name, value)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    # per-layer lists belong to the default depth; a configuration made anew writes its own
+    kept = {
+        k: v for k, v in config.to_diff_dict().items() if k not in ("layer_types", "transformers_version")
+    }
+    return config_class(**kept)
+
+
+def _with_layers(config: Any, layers: int | None) -> Any:
+    if layers is None:
+        return config
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise CannotValidate(f"{type(config).__name__} names no number of layers: leave --layers out.")
+    config.num_hidden_layers = min(layers, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config
+
+
+def _spread(model: nn.Module) -> None:
+    """Random norm weights and biases: constant ones hide wrong gradients."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
+    """A batch of random tokens, the last row padded, and the ascent direction of the loss.
+
+    Raises:
+        CannotValidate: the model takes no ``inputs_embeds``, has no embedding, returns nothing to measure, or is too
+            large for the memory of this machine.
+    """
+    _fits(model)
+    model = model.float().eval().requires_grad_(True)
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise CannotValidate(
+            f"{type(model).__name__}.forward does not take inputs_embeds=: wrap the model in a module that does, and "
+            "give MODULE:NAME of a function that returns it."
+        )
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        words = int(embedding.num_embeddings)
+    except (AttributeError, NotImplementedError) as error:
+        raise CannotValidate(
+            f"{type(model).__name__} must have get_input_embeddings() with an nn.Embedding: {error}."
+        ) from error
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(words, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    mask[-1, length - length // 4 :] = False
+    taken = inspect.signature(model.forward).parameters
+    inputs: dict[str, Tensor] = {}
+    if "attention_mask" in taken:
+        inputs["attention_mask"] = mask.long()
+    else:
+        mask = torch.ones_like(mask)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.randint(words, (batch, length), generator=generator)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # type: ignore[union-attr]
+    labels = torch.randint(words, (batch, length), generator=generator).masked_fill(~mask, -100)
+    x = embedding(ids).detach()
+    subject = Subject(model, x, torch.zeros_like(x), inputs, labels, mask)
+    return replace(subject, v=_ascent(subject))
+
+
+def _fits(model: nn.Module) -> None:
+    count = sum(p.numel() for p in model.parameters())
+    need = BYTES * count
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else need
+    if need > have:
+        raise CannotValidate(
+            f"{count / 1e9:.2g} billion parameters need about {need / 2**30:.0f} GiB for copies and gradients in "
+            f"float64, and this machine has {have / 2**30:.0f}: --layers 2 validates its first two layers."
+        )
+
+
+def _ascent(subject: Subject) -> Tensor:
+    """The gradient of the loss, per token as long as an embedding is in the mean; nothing at padding."""
+    x = subject.x.clone().requires_grad_()
+    try:
+        y = subject.call(x)
+    except Exception as error:  # whatever a model of somebody else raises, the user wants one sentence
+        raise CannotValidate(
+            f"{type(subject.model).__name__} cannot be called with inputs_embeds={tuple(x.shape)} and "
+            f"{', '.join(subject.inputs) or 'nothing else'}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(y, Tensor) or y.shape[:2] != x.shape[:2] or not y.requires_grad:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise CannotValidate(
+            f"{type(subject.model).__name__} must return logits or hidden states [B, N, ...] that depend on "
+            f"inputs_embeds, got {got}."
+        )
+    (g,) = torch.autograd.grad(subject.task(y), x)
+    g = g * subject.mask.unsqueeze(-1)
+    norm = g.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, g / norm, 0.0) * subject.x.norm(dim=-1).mean()

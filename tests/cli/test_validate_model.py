@@ -1,0 +1,197 @@
+"""`aajr validate --model` passes, fails and refuses when it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from aajr_kernels.cli import main
+from aajr_kernels.cli.validation import loading, model
+from aajr_kernels.cli.validation.loading import CannotValidate, load, prepare
+from aajr_kernels.cli.validation.results import Results, judged
+
+SMALL = "transformers:LlamaForCausalLM"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main.app, ["validate", "--model", *arguments])
+
+
+def report_of(*arguments):
+    result = run(*arguments, "--json")
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_a_class_of_transformers_passes_and_the_peers_are_shown():
+    code, report = report_of("transformers:GPT2LMHeadModel")
+    assert code == 0 and report["passed"] and report["metric"] == "fisher"
+    rows = {(c["name"], c["dtype"]): c for c in report["checks"]}
+    ours = [("unmodified", "float64"), ("fused", "float64"), ("unmodified", "float32"), ("fused", "float32")]
+    assert list(rows)[:4] == ours
+    for key in ours:
+        limit = 1e-13 if key[1] == "float64" else 2e-6
+        assert max(rows[key][f"{x}_error"] for x in ("penalty", "output", "gradient")) < limit
+        assert rows[key]["operations"]
+    assert report["finite_differences"] < 1e-9
+    assert {"attention", "GELU (tanh)"} <= {row["what"] for row in report["fused"]}
+    # why this package exists: PyTorch's own gradient through the tangent of layer norm is wrong without a word
+    peer = rows["torch.func.jvp", "float32"]
+    assert peer["penalty_error"] < 1e-6 and peer["gradient_error"] > 0.1
+    assert 1e-4 < rows["finite differences", "float32"]["gradient_error"] < 0.1
+
+
+def test_hidden_states_and_kinks():
+    """An encoder without a head (l2), and a ReLU network, whose penalty jumps at its kinks."""
+    code, report = report_of("transformers:BertModel", "--dtype", "float64")
+    assert (
+        code == 0 and report["metric"] == "l2" and [c["dtype"] for c in report["checks"]] == ["float64"] * 2
+    )
+    code, report = report_of("transformers:OPTForCausalLM", "--dtype", "float64", "--length", "8")
+    assert code == 0 and "does not know" in report["not_fused"]["OPTForCausalLM"]
+
+
+def test_a_folder_and_some_of_its_layers(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert len(load(os.fspath(tmp_path)).model.layers) == 3
+    result = run(os.fspath(tmp_path), "--layers", "1", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert "Passed: LlamaForCausalLM" in result.output and "SwiGLU MLP, 1 x" in result.output
+
+
+class Small(nn.Module):
+    """A model of one's own."""
+
+    def __init__(self, act=torch.tanh):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mix, self.act = nn.Embedding(11, 6), nn.Linear(6, 11), act
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def get_output_embeddings(self):
+        return self.mix
+
+    def forward(self, inputs_embeds):
+        return self.mix(self.act(inputs_embeds))
+
+
+def test_a_module_of_ones_own_and_an_operation_without_a_rule(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", FACTORIES)
+    code, report = report_of("mine:good", "--dtype", "float64")
+    assert code == 0 and report["model"] == "Small"
+    code, report = report_of("mine:bad", "--dtype", "float32")
+    assert code == 1 and "fft_rfft has no derivative rule" in report["failures"][0]
+
+
+class FACTORIES:
+    good = staticmethod(Small)
+    bad = staticmethod(lambda: Small(lambda x: torch.fft.rfft(x, n=10).real))
+    number = 3
+    needs = staticmethod(lambda size: Small())
+
+
+def test_a_wrong_penalty_fails(monkeypatch):
+    right = model.aligned_penalty
+
+    def wrong(*args, **options):
+        penalty, primal = right(*args, **options)
+        return penalty * (1 + 1e-4), primal
+
+    monkeypatch.setattr(model, "aligned_penalty", wrong)
+    result = run(SMALL)
+    assert result.exit_code == 1 and "Failed" in result.output and "times as wrong" in result.output
+
+
+def test_a_budget_is_that_of_the_same_parameter_in_all_layers():
+    exact = {f"layers.{i}.w": torch.ones(4).double() for i in range(3)}
+    zero = torch.zeros(()).double()
+    truth = Results(zero, zero, exact, {})
+
+    def off(*errors):
+        return Results(zero, zero, {n: g * (1 + e) for (n, g), e in zip(exact.items(), errors)}, {})
+
+    verdict = judged(off(3e-3, 0.0, 0.0), truth, off(0.0, 2e-3, 0.0), torch.float32)
+    assert 0.7 < verdict.share < 0.8 and verdict.worst == "gradient of the penalty for layers.0.w"
+    assert judged(off(5e-3, 0.0, 0.0), truth, off(0.0, 2e-3, 0.0), torch.float32).share > 1
+    assert judged(off(0.0, 0.0, 2e-9), truth, None, torch.float64).share > 1
+    missing = Results(zero, zero, {**exact, "layers.1.w": None}, {})
+    assert judged(missing, truth, None, torch.float64).share == float("inf")
+    assert judged(off(float("nan"), 0, 0), truth, off(float("nan"), 0, 0), torch.float32).share == float(
+        "inf"
+    )
+
+
+def test_a_wrong_gradient_fails(monkeypatch):
+    right = model.aligned_penalty
+
+    def wrong(call, x, v, **options):
+        penalty, primal = right(call, x, v.detach(), **options)
+        return penalty.detach() + 0.999 * (penalty - penalty.detach()), primal
+
+    monkeypatch.setattr(model, "aligned_penalty", wrong)
+    code, report = report_of(SMALL)
+    assert code == 1 and all("gradient of the penalty" in failure for failure in report["failures"])
+
+
+def test_a_model_that_is_not_deterministic_is_not_confirmed(monkeypatch):
+    class Noisy(Small):
+        def forward(self, inputs_embeds):
+            return super().forward(inputs_embeds) * (1 + 1e-3 * torch.rand(()))
+
+    subject = prepare(Noisy(), 2, 8, 0)
+    report = model.validate_model(subject, ("float64",), "cpu")
+    assert any("not smooth here, or not deterministic" in failure for failure in report.failures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/folder"], "no folder that save_pretrained wrote"),
+        (["nowhere_at_all:model"], "cannot be imported"),
+        (["torch:nothing_like_it"], "cannot be imported"),
+        (["transformers:ViTModel"], "does not take inputs_embeds="),
+        ([SMALL, "--dtype", "int8"], "choose from float64, float32, bfloat16"),
+        ([SMALL, "--device", "tpu"], "choose from auto, cpu, cuda"),
+        ([SMALL, "--op", "linear"], "leave --op and --backend out"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_what_is_no_model(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", FACTORIES)
+    with pytest.raises(CannotValidate, match="must be or return an nn.Module, got int"):
+        load("mine:number")
+    with pytest.raises(CannotValidate, match="callable without arguments"):
+        load("mine:needs")
+    with pytest.raises(CannotValidate, match=r"must return logits or hidden states .* got \(2, 11\)"):
+        prepare(Small(lambda x: x.mean(1)), 2, 8, 0)
+    with pytest.raises(CannotValidate, match="cannot be called with inputs_embeds=.*ZeroDivisionError"):
+        prepare(Small(lambda x: 1 / 0), 2, 8, 0)
+    without = Small()
+    without.get_input_embeddings = lambda: None
+    with pytest.raises(CannotValidate, match="get_input_embeddings"):
+        prepare(without, 2, 8, 0)
+
+
+def test_a_model_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(loading, "BYTES", 10**15)
+    with pytest.raises(CannotValidate, match="GiB for copies and gradients.*--layers 2"):
+        prepare(Small(), 2, 8, 0)
