@@ -17,7 +17,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench bench-ops lint format gpu-check dist clean
+.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ sanitize: $(SETUP)  ## the tests of the kernels with address and undefined-behav
 
 bench: $(SETUP)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --check" (bench/README.md)
 	$(PY) -m aajr_kernels bench $(ARGS)
+
+bench-check: $(SETUP)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
+	$(PY) -m aajr_kernels bench attention norm head step --quick --baseline bench/baselines $(if $(UPDATE),--update)
 
 bench-ops: $(SETUP)  ## pytest-benchmark statistics of single variants; ARGS="-k attention"
 	$(PY) -m pytest bench --benchmark-only --timeout 600 -p no:xdist $(ARGS)

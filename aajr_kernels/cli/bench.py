@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import bench_compare
 
 if TYPE_CHECKING:
     from .benchmarks import Case, Outcome
@@ -79,6 +82,27 @@ def bench(
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 if a row is outside its bounds.")
     ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="One small case of every family, three rounds, no peaks of memory."),
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Measure nothing: the ratios of the second file of rows against the first."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Also build this commit in a worktree, time it in turn, and compare."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of baselines: exit with 1 if a ratio is 15 % above that of this kind of machine."
+        ),
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="With --baseline: write it instead of comparing.")
+    ] = False,
     listed: Annotated[bool, typer.Option("--list", help="List the cases and their bounds.")] = False,
 ) -> None:
     """Speed and memory of the fused ops and of the penalty step, as ratios to PyTorch's own.
@@ -86,7 +110,11 @@ def bench(
     The gradients of a case are compared with float64 first; where they are wrong no speed is reported. Then all its
     variants run interleaved in this process, and the minimum counts. Peaks of memory come from fresh processes.
 
-    Exit code 0: done, 1: gradients are wrong, or with --check a bound is missed, 2: bad arguments.
+    A variant that runs out of memory has a row that says so, and the rest goes on. Rows are written case by case, so
+    that an interrupted run keeps those that were finished.
+
+    Exit code 0: done, 1: gradients are wrong, a case failed, with --check a bound is missed, or a ratio is above its
+    baseline, 2: bad arguments, 130: interrupted.
     """
     if plot is not None:
         _draw(rows, plot)
@@ -97,11 +125,26 @@ def bench(
     if model is not None:
         _predict(model, suites or ["gpu"], dtype, lengths)
         return
+    if compare is not None:
+        bench_compare.files(*compare, _console())
+        return
     if capability is not None:
         _hold_to(capability, ctx)
+    if against is not None:
+        rest = _arguments(ctx, without=("against", "rows", "check", "baseline", "update"))
+        bench_compare.commit(against, rest, _console())
+        return
+    from .benchmarks import quick as quickly
     from .benchmarks import show
 
+    count = threads or min(2, os.cpu_count() or 1)
+    if update and baseline is None:
+        raise typer.BadParameter("it goes with --baseline FOLDER.", param_hint="--update")
+    if baseline is not None:
+        bench_compare.expect_baseline(baseline, count, update)
     chosen = _cases(suites, dtype, lengths, everything=listed)
+    if quick:
+        chosen, repeats, peak = quickly(chosen), repeats or 3, bool(peak)
     if listed:
         show.listing(chosen, _console())
         return
@@ -109,13 +152,14 @@ def bench(
         raise typer.BadParameter(f"there is no folder {rows.parent}: make it first.", param_hint="--rows")
     start = time.perf_counter()
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or min(2, os.cpu_count() or 1))
+    torch.set_num_threads(count)
     try:
         results = _run(chosen, repeats, peak, rows)
     finally:
         torch.set_num_threads(before)
     show.verdict(results, time.perf_counter() - start, _console())
-    if any(result.failures or (check and result.missed) for result in results):
+    slower = baseline is not None and bench_compare.baseline(baseline, count, results, update, _console())
+    if slower or any(result.failures or (check and result.missed) for result in results):
         raise typer.Exit(1)
 
 
@@ -190,7 +234,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path | None) -> list[Outcome]:
-    from .benchmarks import append_rows, environment, keep_memory, run_case, show
+    from .benchmarks import Outcome, append_rows, environment, keep_memory, run_case, show
 
     keep_memory()
     facts = environment()
@@ -208,21 +252,33 @@ def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path |
             f"[yellow]The machine is busy (load {load:.1f}): ratios may be off.[/]", highlight=False
         )
     aside = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    results = []
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    results: list[Outcome] = []
     with Progress(*columns, console=aside, transient=True, disable=not aside.is_terminal) as bar:
-        task = bar.add_task("", total=len(cases))
-        for case in cases:
+        # a gate and a warm-up cost about as much as two rounds
+        rounds = [(repeats or case.repeats if case.timed else 0) + 2 for case in cases]
+        task = bar.add_task("", total=sum(rounds))
+        try:
+            for number, case in enumerate(cases):
 
-            def tell(text: str, name: str = case.name) -> None:
-                bar.update(task, description=f"{name}: {text}", refresh=True)
+                def tell(text: str, name: str = case.name) -> None:
+                    step = 1 if text.startswith(("round", "gate")) else 0
+                    bar.update(task, description=f"{name}: {text}", advance=step, refresh=True)
 
-            result = run_case(case, facts, repeats=repeats, peak=peak, progress=tell)
-            results.append(result)
-            show.outcome(result, console)
-            if rows is not None:
-                append_rows(rows, result.rows)
-            bar.advance(task)
+                try:
+                    result = run_case(case, facts, repeats=repeats, peak=peak, progress=tell)
+                except Exception as error:  # the other cases go on
+                    result = Outcome(case, failures=[f"{type(error).__name__}: {error}"])
+                results.append(result)
+                show.outcome(result, console)
+                if rows is not None:
+                    append_rows(rows, result.rows)
+                bar.update(task, completed=sum(rounds[: number + 1]))
+        except KeyboardInterrupt:
+            bar.stop()
+            kept = f"; their rows are in {rows}" if rows is not None else ""
+            console.print(f"[yellow]Interrupted after {len(results)} of {len(cases)} cases{kept}.[/]")
+            raise typer.Exit(130) from None
     return results
 
 
@@ -268,13 +324,13 @@ def _hold_to(capability: str, ctx: typer.Context) -> None:
     raise typer.Exit(subprocess.run(command, check=False, env={**os.environ, **settings}).returncode)
 
 
-def _arguments(ctx: typer.Context) -> list[str]:
-    """The command line that gives these parameters."""
+def _arguments(ctx: typer.Context, without: Sequence[str] = ()) -> list[str]:
+    """The command line that gives these parameters, but for some."""
     found: list[str] = []
     positional: list[str] = []
     for parameter in ctx.command.params:
         value: Any = ctx.params.get(parameter.name or "")
-        if value is None or value == () or value == []:
+        if value is None or value == () or value == [] or parameter.name in without:
             continue
         values = [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
         if parameter.param_type_name == "argument":

@@ -31,6 +31,7 @@ from aajr_kernels.cli.benchmarks import (
     step,
 )
 from aajr_kernels.cli.benchmarks.plot import plot_steps
+from aajr_kernels.cli.benchmarks.roofline import Decoder
 from aajr_kernels.cli.benchmarks.run import peak_in_new_process, run_case
 from aajr_kernels.ops.norm import reference as norm
 
@@ -289,7 +290,7 @@ def test_list_names_every_suite_and_its_bounds():
     ("arguments", "message"),
     [
         (["nothing"], "suite 'nothing' is unknown"),
-        (["step:bert"], "no family 'bert'"),
+        (["step:rwkv"], "no family 'rwkv'"),
         (["--dtype", "int8"], "'int8' is unknown"),
         (["--lengths", "512,x"], "no list of lengths"),
         (["--lengths", "1"], "no list of lengths"),
@@ -338,8 +339,12 @@ def test_plot(tmp_path):
 # ------------------------------------------------------------------------------------------------- the real suites
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, value in {"HIDDEN": 48, "LAYERS": 1, "INTERMEDIATE": 40}.items():
-        monkeypatch.setattr(models, name, value)
+    for size in models.SIZES:
+        monkeypatch.setitem(models.SIZES, size, Decoder(48, 1, 6, 2, 40))
+    monkeypatch.setattr(models, "SMOLLM2", Decoder(48, 1, 6, 2, 40))
+    monkeypatch.setitem(models.WORDS, "smollm2", 61)
+    # half a minute for what PyTorch has to get right
+    monkeypatch.setattr(step, "compiled", lambda scalar: scalar)
     for module in (head, step, method):
         monkeypatch.setattr(module, "VOCABULARY", 61)
     monkeypatch.setattr(head, "HIDDEN", 24)
@@ -368,6 +373,11 @@ def test_steps_pass_their_gates(tiny, family):
         (case,) = benchmarks.SUITES["step"].cases(Selection((dtype,), (12,), (family,)))
         verdict = gate.check(case)
         assert not verdict.failures and not verdict.left_out
+        jvp = verdict.errors.get("torch.func.jvp")
+        assert jvp is None or (
+            jvp < 1e-5 if family.startswith("llama") else jvp > 0.05
+        )  # layer_norm's is wrong
+        assert verdict.errors.get("double backward", 0.0) < 1e-5
         if family in ("llama", "gpt2"):
             ops = (
                 {"attention", "rms_norm", "rotary", "swiglu"}

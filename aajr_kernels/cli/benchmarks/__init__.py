@@ -6,6 +6,7 @@ module          what it holds
 ``case``        what a suite is made of: Suite, Case, Variant, Run, Selection
 ``gate``        gradients against float64; no speed without it
 ``run``, ``peak``  timing, memory in fresh processes, rows
+``compare``, ``against``  rows against rows, and against another commit
 ``allocator``   freed memory stays with the process while it measures
 ``row``         the schema of a results file
 ``attention``, ``pointwise``, ``head``, ``step``, ``method``, ``models``  the suites
@@ -16,6 +17,8 @@ module          what it holds
 
 To add a suite, write a module with a function from a Selection to Cases and enter its Suite below.
 """
+
+from dataclasses import replace
 
 from . import attention, gpu, head, method, pointwise, step
 from .allocator import keep_memory
@@ -35,9 +38,24 @@ __all__ = [
     "append_rows",
     "environment",
     "keep_memory",
+    "quick",
     "read_rows",
     "run_case",
 ]
+
+
+def quick(cases: list[Case]) -> list[Case]:
+    """The smallest timed case of every family, without the variants that have to be compiled first."""
+    smallest: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        key = case.suite, case.family
+        if case.timed and (key not in smallest or case.length < smallest[key].length):
+            kept = tuple(variant for variant in case.variants if not variant.compiled)
+            names = {variant.name for variant in kept}
+            base = tuple(name for name in case.base if name in names)
+            smallest[key] = replace(case, variants=kept, base=base)
+    return list(smallest.values())
+
 
 #: the registry, in the order in which suites run
 SUITES: dict[str, Suite] = {

@@ -56,6 +56,7 @@ class Variant:
         bounds: ``ratio``, ``peak_ratio``, ``extra_bytes``, ``ms``, ``copy_ratio`` -> largest value.
         rival: a variant that this one has to beat.
         key: the same for variants, also of other cases, that compute the same; the gate judges them once.
+        compiled: torch compiles it first, which takes long; ``--quick`` leaves it out.
         work: its kernels in the roofline model; empty where it is not modelled.
     """
 
@@ -73,6 +74,7 @@ class Variant:
     bounds: Mapping[str, float] = field(default_factory=dict)
     rival: str | None = None
     key: Hashable = None
+    compiled: bool = False
     work: tuple[Work, ...] = ()
 
 

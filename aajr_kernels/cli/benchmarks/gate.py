@@ -28,12 +28,14 @@ class Verdict:
         ops: variant -> our ops that ran, by backend.
         failures: one sentence per variant whose gradients are wrong; any makes the case red.
         left_out: optional variant -> why it cannot run.
+        broken: variant -> that it ran out of memory.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     ops: dict[str, dict[str, str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 _judged: dict[Any, tuple[float, float, dict[str, str]]] = {}
@@ -51,7 +53,9 @@ def check(case: Case) -> Verdict:
                 _judged[key] = _judge(variant, case.gate_length, truth)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            if variant.optional:
+            if out_of_memory(error):
+                verdict.broken[variant.name] = f"out of memory at the gate, length {case.gate_length}"
+            elif variant.optional:
                 verdict.left_out[variant.name] = reason
             else:
                 verdict.failures.append(f"{variant.name} raised {reason}")
@@ -64,6 +68,15 @@ def check(case: Case) -> Verdict:
                 f"in the worst tensor (limit {ONE_TENSOR * limit:.0e}), against float64 at length {case.gate_length}"
             )
     return verdict
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how torch, CUDA or Python say so."""
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("out of memory", "allocate memory"))
+    )
 
 
 def _judge(

@@ -72,7 +72,7 @@ def _case(dtype: str, length: int) -> Case:
         base=("adversarial", "adversarial, compiled"),
         config={
             "model": "llama",
-            "sizes": models.CONFIG["llama"],
+            "sizes": models.described("llama", length),
             "metric": "fisher",
             "V": VOCABULARY,
             "steps": STEPS,
@@ -89,7 +89,7 @@ def _case(dtype: str, length: int) -> Case:
 
 def _variant(name: str, task: Task, **options: Any) -> Variant:
     truth = functools.partial(true_gradients, Task(task.dtype, task.penalty))
-    return Variant(name, functools.partial(make, task), truth, key=task, **options)
+    return Variant(name, functools.partial(make, task), truth, key=task, compiled=task.compiled, **options)
 
 
 def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tensor]:

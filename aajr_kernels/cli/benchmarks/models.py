@@ -1,8 +1,9 @@
-"""The models of suite `step`: small Llama and GPT-2 stacks, plain, fused, exact in float64, or on our primal ops."""
+"""The models of suite `step`: Llama, GPT-2 and BERT stacks, plain, fused, exact in float64, or on our primal ops."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -19,22 +20,40 @@ from ...ops.rotary import rotary
 from .case import DTYPES, SEED
 from .roofline import Decoder
 
-HIDDEN, LAYERS, HEADS, KEY_HEADS, INTERMEDIATE = 384, 4, 6, 2, 1024
-CONFIG = {
-    "llama": f"{LAYERS} layers, hidden {HIDDEN}, intermediate {INTERMEDIATE}, heads {HEADS}/{KEY_HEADS}, B1",
-    "gpt2": f"{LAYERS} layers, hidden {HIDDEN}, intermediate {4 * HIDDEN}, heads {HEADS}, B1",
+#: size -> hidden size, layers, heads, heads of keys and values (Llama), intermediate size (Llama; 4 · hidden elsewhere)
+SIZES = {
+    "tiny": Decoder(128, 2, 2, 1, 352),
+    "small": Decoder(384, 4, 6, 2, 1024),
+    "base": Decoder(768, 6, 12, 4, 2048),
 }
-
-
-#: up to this length the large model has two layers: enough for its gradients to be checked in float64
+ARCHITECTURES = ("llama", "gpt2", "bert")
+#: models of one published size: the sizes, and the words of their head
+SMOLLM2 = Decoder(576, 30, 9, 3, 1536)
+WORDS = {"smollm2": 49152}
+#: up to this length large models have two layers: enough for their gradients to be checked in float64
 SHALLOW = 128
 
 
 def sizes(kind: str, length: int) -> Decoder:
-    """Sizes of a model by name."""
+    """Sizes by name: ``llama``, ``gpt2`` or ``bert``, alone or with ``-tiny`` or ``-base``; or a published model's."""
     if kind == "llama-1b":
         return Decoder(2048, 16 if length > SHALLOW else 2, 32, 8, 8192)
-    return Decoder(HIDDEN, LAYERS, HEADS, KEY_HEADS, INTERMEDIATE)
+    if kind == "smollm2":
+        return SMOLLM2 if length > SHALLOW else dataclasses.replace(SMOLLM2, layers=2)
+    return SIZES[kind.partition("-")[2] or "small"]
+
+
+def architecture(kind: str) -> str:
+    """``llama``, ``gpt2`` or ``bert``."""
+    return "llama" if kind == "smollm2" else kind.partition("-")[0]
+
+
+def described(kind: str, length: int) -> str:
+    """The sizes in words, for the rows."""
+    found = sizes(kind, length)
+    heads = f"{found.heads}/{found.key_heads}" if architecture(kind) == "llama" else f"{found.heads}"
+    inner = found.intermediate if architecture(kind) == "llama" else 4 * found.hidden
+    return f"{found.layers} layers, hidden {found.hidden}, intermediate {inner}, heads {heads}, B1"
 
 
 def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Module:
@@ -42,9 +61,10 @@ def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Mod
     import transformers
 
     torch.manual_seed(SEED)
-    if kind in ("llama", "llama-1b"):
-        found = sizes(kind, length)
-        config = transformers.LlamaConfig(
+    found, more = sizes(kind, length), {}
+    if architecture(kind) == "llama":
+        maker = transformers.LlamaModel
+        config: Any = transformers.LlamaConfig(
             hidden_size=found.hidden,
             intermediate_size=found.intermediate,
             num_hidden_layers=found.layers,
@@ -54,12 +74,12 @@ def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Mod
             max_position_embeddings=16384,
             use_cache=False,
         )
-        model = transformers.LlamaModel._from_config(config, attn_implementation=attention)
-    else:
+    elif architecture(kind) == "gpt2":
+        maker = transformers.GPT2Model
         config = transformers.GPT2Config(
-            n_embd=HIDDEN,
-            n_layer=LAYERS,
-            n_head=HEADS,
+            n_embd=found.hidden,
+            n_layer=found.layers,
+            n_head=found.heads,
             vocab_size=97,
             bos_token_id=None,
             eos_token_id=None,
@@ -69,7 +89,19 @@ def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Mod
             embd_pdrop=0.0,
             attn_pdrop=0.0,
         )
-        model = transformers.GPT2Model._from_config(config, attn_implementation=attention)
+    else:
+        maker, more = transformers.BertModel, {"add_pooling_layer": False}
+        config = transformers.BertConfig(
+            hidden_size=found.hidden,
+            num_hidden_layers=found.layers,
+            num_attention_heads=found.heads,
+            intermediate_size=4 * found.hidden,
+            vocab_size=97,
+            max_position_embeddings=length,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    model = maker._from_config(config, attn_implementation=attention, **more)
     # weights that are not constant: a norm whose weight is one hides a wrong gradient
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

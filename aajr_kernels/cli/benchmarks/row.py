@@ -70,6 +70,8 @@ class Row:
         flop_share, byte_share: gflop_per_s and gb_per_s over the ceilings.
         ceilings: of the device, measured in the same run: ``gflop_per_s`` of a large product in the dtype, ``gb_per_s``
             of a copy. Empty on a CPU.
+        round_ratios: this variant over the base, round by round; what intervals are made of.
+        failure: why there are no numbers, such as "out of memory"; empty where there are.
     """
 
     suite: str
@@ -114,6 +116,8 @@ class Row:
     flop_share: float | None = None
     byte_share: float | None = None
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
+    round_ratios: list[float] = dataclasses.field(default_factory=list)
+    failure: str = ""
 
     def line(self) -> str:
         """The row as one line of JSON."""
@@ -152,6 +156,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is dict:
         of = typing.get_args(hint)[1]
         return isinstance(value, dict) and (of is Any or all(_fits(v, of) for v in value.values()))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)

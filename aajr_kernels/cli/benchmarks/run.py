@@ -33,8 +33,9 @@ class Outcome:
 
     Attributes:
         rows: one per variant; none when the gate is red.
-        failures: why the gate is red.
+        failures: why the gate is red, or why nothing could be measured.
         left_out: optional variant -> why it cannot run here.
+        broken: variant -> why it gave no numbers; each has a row that says so.
         graphed: variants whose calls were replayed from a graph.
     """
 
@@ -42,6 +43,7 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
     graphed: set[str] = field(default_factory=set)
 
     @property
@@ -68,10 +70,10 @@ def run_case(
     """
     progress("gate")
     verdict = gate.check(case)
-    outcome = Outcome(case, failures=verdict.failures, left_out=verdict.left_out)
+    outcome = Outcome(case, failures=verdict.failures, left_out=verdict.left_out, broken=verdict.broken)
     if outcome.failures:
         return outcome
-    variants = [v for v in case.variants if v.name not in verdict.left_out]
+    variants = [v for v in case.variants if v.name not in verdict.left_out and v.name not in verdict.broken]
     if case.device != "cpu":
         progress("what the device reaches")
     limits = measured(case.device, case.dtype) if case.device != "cpu" else None
@@ -83,34 +85,44 @@ def run_case(
     peaks: dict[str, int | None] = {}
     if case.peak if peak is None else peak:
         for variant in variants:
-            if variant.peak:
+            if variant.peak and variant.name not in outcome.broken:
                 progress(f"memory of {variant.name}")
-                peaks[variant.name] = peak_in_new_process(case, variant)
-    bases = [name for name in case.base if name in {v.name for v in variants}]
+                try:
+                    peaks[variant.name] = peak_in_new_process(case, variant)
+                except RuntimeError as error:
+                    outcome.broken[variant.name] = str(error)
+    bases = [v.name for v in variants if v.name in case.base and v.name not in outcome.broken]
+    if not bases:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.broken.items())
+        outcome.failures.append(f"there is nothing to compare with ({reasons})")
+        return outcome
     base = min(bases, key=lambda name: min(samples[name], default=math.inf) if samples else 0.0)
-    for variant in variants:
-        error, ops = verdict.errors[variant.name], verdict.ops[variant.name]
+    for variant in [v for v in case.variants if v in variants or v.name in outcome.broken]:
+        wrong, ops = verdict.errors.get(variant.name), verdict.ops.get(variant.name, {})
         timing = "graph" if variant.name in outcome.graphed else "calls"
         facts = {**environment, "timing": timing}
-        outcome.rows.append(_row(case, variant, base, samples, peaks, error, ops, limits, facts))
+        failure = outcome.broken.get(variant.name, "")
+        outcome.rows.append(_row(case, variant, base, samples, peaks, wrong, ops, limits, facts, failure))
     return outcome
 
 
 def _interleaved(
     case: Case, variants: list[Variant], repeats: int, outcome: Outcome, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Seconds per call of every variant; the order changes from round to round."""
+    """Seconds per call of every variant; the order changes from round to round. One without memory is left out."""
     runs: dict[str, Run] = {}
     for variant in variants:
         progress(f"warm-up of {variant.name}")
-        with gate.on_backend(variant):
-            run = runs[variant.name] = variant.make(case.length)
-            if not all(g is None or bool(torch.isfinite(g).all()) for g in run.call()):
-                outcome.failures.append(f"{variant.name}: a gradient is not finite at length {case.length}")
-            if run.reset:
-                run.reset()
+        try:
+            runs[variant.name] = _warmed_up(case, variant, outcome)
+        except Exception as error:
+            if not gate.out_of_memory(error):
+                raise
+            outcome.broken[variant.name] = f"out of memory at length {case.length}"
+            gc.collect()
     if outcome.failures:
         return {}
+    variants = [variant for variant in variants if variant.name in runs]
     if case.graph and case.device != "cpu":
         for variant in variants:
             with (
@@ -137,6 +149,16 @@ def _interleaved(
     finally:
         gc.unfreeze()
     return samples
+
+
+def _warmed_up(case: Case, variant: Variant, outcome: Outcome) -> Run:
+    with gate.on_backend(variant):
+        run = variant.make(case.length)
+        if not all(g is None or bool(torch.isfinite(g).all()) for g in run.call()):
+            outcome.failures.append(f"{variant.name}: a gradient is not finite at length {case.length}")
+        if run.reset:
+            run.reset()
+    return run
 
 
 def captured(run: Run) -> Run:
@@ -202,10 +224,11 @@ def _row(
     base: str,
     samples: Mapping[str, list[float]],
     peaks: Mapping[str, int | None],
-    error: float,
+    error: float | None,
     ops: dict[str, str],
     limits: Ceilings | None,
     environment: Mapping[str, Any],
+    failure: str,
 ) -> Row:
     times = samples.get(variant.name, [])
     least = min(times) if times else None
@@ -254,11 +277,13 @@ def _row(
         peak_bytes=peak,
         gradient_bytes=variant.gradient_bytes,
         peak_ratio=None if peak_ratio is None else _rounded(peak_ratio),
-        gradient_error=float(f"{error:.3g}"),
+        gradient_error=None if error is None else float(f"{error:.3g}"),
         bounds=bounds,
-        passed=all(held) if bounds else None,
+        passed=False if failure and variant.bounds else all(held) if bounds else None,
         repeats=len(times),
         seed=SEED,
+        round_ratios=[_rounded(a / b) for a, b in zip(times, samples.get(base, []))],
+        failure=failure,
         **environment,
     )
 

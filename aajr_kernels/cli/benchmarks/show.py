@@ -52,6 +52,8 @@ def outcome(result: Outcome, console: Console) -> None:
         say(f"[bold red]gate red, no speed:[/] {escape(failure)}")
     if result.rows:
         console.print(_table(result.rows))
+    for name, reason in result.broken.items():
+        say(f"[bold red]{escape(name)}:[/] {escape(reason)}")
     for name, reason in result.left_out.items():
         say(f"[yellow]{escape(name)} left out:[/] [dim]{escape(reason.splitlines()[0])}[/]")
 
