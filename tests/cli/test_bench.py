@@ -373,11 +373,9 @@ def test_steps_pass_their_gates(tiny, family):
         (case,) = benchmarks.SUITES["step"].cases(Selection((dtype,), (12,), (family,)))
         verdict = gate.check(case)
         assert not verdict.failures and not verdict.left_out
-        jvp = verdict.errors.get("torch.func.jvp")
-        assert jvp is None or (
-            jvp < 1e-5 if family.startswith("llama") else jvp > 0.05
-        )  # layer_norm's is wrong
-        assert verdict.errors.get("double backward", 0.0) < 1e-5
+        for peer in ("torch.func.jvp", "double backward"):
+            error = verdict.errors.get(peer)  # both are wrong through layer_norm
+            assert error is None or (error < 1e-5 if family.startswith("llama") else error > 0.05)
         if family in ("llama", "gpt2"):
             ops = (
                 {"attention", "rms_norm", "rotary", "swiglu"}
@@ -388,17 +386,20 @@ def test_steps_pass_their_gates(tiny, family):
             assert dtype != "float32" or ops <= set(verdict.ops["plain, our primal ops"])
 
 
-def test_the_method_passes_its_gate(tiny, monkeypatch):
+@pytest.mark.parametrize("family", benchmarks.SUITES["method"].families)
+def test_the_method_passes_its_gate(tiny, monkeypatch, family):
     pytest.importorskip("transformers")
+    if "lora" in family:
+        pytest.importorskip("peft")
     monkeypatch.setattr(
         method, "compiled", lambda loss: loss
     )  # half a minute for what PyTorch has to get right
-    (case,) = benchmarks.SUITES["method"].cases(Selection(("float32",), (12,)))
+    (case,) = benchmarks.SUITES["method"].cases(Selection(("float32",), (12,), (family,)))
     verdict = gate.check(case)
     assert not verdict.failures and not verdict.left_out
     ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_penalty"}
     assert ops <= set(verdict.ops["with penalty"]) and ops <= set(verdict.ops["adversarial, our kernels"])
-    assert verdict.ops["adversarial"] == verdict.ops["adversarial, compiled"] == {}
+    assert verdict.ops["adversarial"] == verdict.ops.get("adversarial, compiled", {}) == {}
 
 
 def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):

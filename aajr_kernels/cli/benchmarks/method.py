@@ -5,12 +5,16 @@ through a head of 32,000 words. The method's step adds the ``fisher`` penalty al
 point. The adversarial step is written in plain PyTorch, on the unmodified model, eager and compiled; the faster one
 counts. What the method does beside the penalty is what makes up for part of its price: its ascent runs on the kernels
 of the penalty (`lm_loss`), and the loss comes from the penalty's forward.
+
+Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries and values with everything else frozen;
+``checkpoint`` and ``lora-checkpoint`` the same with Hugging Face's activation checkpointing of every layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +34,8 @@ VOCABULARY = 32000
 STEPS, RADIUS, LENGTH = 3, 1.0, 0.5
 WEIGHT = 0.1  # of the penalty
 BOUND = 1.3
+RANK = 8
+FAMILIES = ("step", "checkpoint", "lora", "lora-checkpoint")
 
 
 @dataclass(frozen=True)
@@ -40,36 +46,38 @@ class Task:
         penalty: the method's step; otherwise the adversarial one.
         ours: `ascend` and our kernels on a fused model; otherwise plain PyTorch on the model as it comes.
         compiled: the plain loss is compiled.
+        family: what is trained, and whether activations are checkpointed.
     """
 
     dtype: str
     penalty: bool = False
     ours: bool = False
     compiled: bool = False
+    family: str = "step"
 
 
 def cases(selection: Selection) -> list[Case]:
-    if not selection.wants("step"):
-        return []
-    return [_case(dtype, length) for dtype, length in selection.grid(("float32",), (512,))]
+    pairs = selection.grid(("float32",), (512,))
+    return [_case(f, dtype, length) for f in FAMILIES if selection.wants(f) for dtype, length in pairs]
 
 
-def _case(dtype: str, length: int) -> Case:
-    task = functools.partial(Task, dtype)
-    bounded = (dtype, length) == ("float32", 512)
+def _case(family: str, dtype: str, length: int) -> Case:
+    task = functools.partial(Task, dtype, family=family)
+    bounded = (family, dtype, length) == ("step", "float32", 512)
+    compiled = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
     variants = (
         _variant("adversarial", task()),
-        _variant("adversarial, compiled", task(compiled=True), optional=True),
+        *(compiled if family == "step" else ()),
         _variant("adversarial, our kernels", task(ours=True)),
         _variant("with penalty", task(penalty=True, ours=True), bounds={"ratio": BOUND} if bounded else {}),
     )
     return Case(
         "method",
-        "step",
+        family,
         dtype,
         length,
         variants,
-        base=("adversarial", "adversarial, compiled"),
+        base=tuple(v.name for v in variants if v.name in ("adversarial", "adversarial, compiled")),
         config={
             "model": "llama",
             "sizes": models.described("llama", length),
@@ -80,6 +88,8 @@ def _case(dtype: str, length: int) -> Case:
             "step_size": LENGTH,
             "scope": "token",
             "weight": WEIGHT,
+            "trained": f"LoRA of rank {RANK} on q, v" if "lora" in family else "everything",
+            "checkpointing": "checkpoint" in family,
         },
         gate_length=min(length, 512),  # what is compiled for it is compiled for the timing
         repeats=6,
@@ -88,7 +98,9 @@ def _case(dtype: str, length: int) -> Case:
 
 
 def _variant(name: str, task: Task, **options: Any) -> Variant:
-    truth = functools.partial(true_gradients, Task(task.dtype, task.penalty))
+    # PyTorch's forward mode does not go through its checkpoints
+    family = "lora" if "lora" in task.family else "step"
+    truth = functools.partial(true_gradients, Task(task.dtype, task.penalty, family=family))
     return Variant(name, functools.partial(make, task), truth, key=task, compiled=task.compiled, **options)
 
 
@@ -97,16 +109,39 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tens
     model = models.build("llama", task.dtype, length)
     width = models.sizes("llama", length).hidden
     head = nn.Linear(width, VOCABULARY, bias=False).to(DTYPES[task.dtype])
+    if "lora" in task.family:
+        model, head = _adapted(model), head.requires_grad_(False)
+    if "checkpoint" in task.family:
+        checkpointed: Any = model.train()  # nothing has dropout
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # renamed in the newest transformers
+            checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     if task.ours:
         fuse(model)
     labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))
     return model, head, draw(1, length, width, dtype=task.dtype, seed=1), labels
 
 
+def _adapted(model: nn.Module) -> nn.Module:
+    """With adapters whose matrices are random, both of them: a zero one would hide wrong gradients of the other."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for an attribute that transformers renamed
+        config = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        found: nn.Module = peft.get_peft_model(model, config)
+    return found
+
+
+def trained(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters that get gradients."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
 def make(task: Task, length: int) -> Run:
     """A step with its gradients in ``.grad``, which are freed between the timed calls."""
     model, head, x, labels = problem(task, length)
-    parameters = [*model.parameters(), *head.parameters()]
+    parameters = trained(model, head)
     plain = plain_loss(model, head, labels)
     if task.compiled:
         plain = compiled(plain)
@@ -218,7 +253,7 @@ def true_gradients(task: Task, length: int) -> Gradients:
             pair = torch.func.jvp(output, (points[-1],), (directions[-1],))
             total = total + WEIGHT * size(pair[0], pair[1], head)
         total.backward()
-    return [p.grad for p in (*model.parameters(), *head.parameters())]
+    return [p.grad for p in trained(model, head)]
 
 
-SUITE = Suite("method", "adversarial training step with the penalty against without", ("step",), cases)
+SUITE = Suite("method", "adversarial training step with the penalty against without", FAMILIES, cases)

@@ -162,10 +162,10 @@ def _ratio(model: str, dtype: str, length: int) -> Case:
     if single:  # useless in low precision
         variants.append(variant(FINITE, task("differences"), exact=False))
     if single and length <= 512:
-        # PyTorch's forward mode is wrong through layer_norm: its error is reported, the gate does not judge it
+        # wrong through layer_norm in PyTorch itself: there the error is shown, and the gate does not judge it
         right = own == "llama"
-        forward = variant("torch.func.jvp", task("forward mode"), rounds=3, optional=True, exact=right)
-        variants += [forward, variant(DOUBLE, task("double backward"), rounds=3, optional=True)]
+        for name, kind in (("torch.func.jvp", "forward mode"), (DOUBLE, "double backward")):
+            variants.append(variant(name, task(kind), rounds=3, optional=True, exact=right))
         if usual:
             reference = task("penalty", form="compiled")
             variants.append(
