@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
 from cli.test_bench import Toy, invoke, toy  # noqa: F401
 
 from aajr_kernels.cli import benchmarks
-from aajr_kernels.cli.benchmarks import Selection, against, compare, run_case
+from aajr_kernels.cli.benchmarks import Selection, against, compare, peers, run_case
 from aajr_kernels.cli.benchmarks import case as cases
 
 
@@ -186,6 +188,38 @@ def test_quick_is_the_smallest_case_of_every_family_without_compilation(toy: Toy
         and found.base == ("plain",)
     )
     assert len(run_case(found, benchmarks.environment()).rows) == 2
+
+
+# ------------------------------------------------------------------------------------------------ installed peers
+def test_an_installed_peer_takes_the_place_of_attention(monkeypatch):
+    calls = []
+
+    class JVPAttn:
+        @staticmethod
+        def fwd_dual(q, k, v, attn_mask=None, causal=False, sm_scale=None):
+            calls.append((tuple(k.shape), attn_mask, causal, sm_scale))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=sm_scale)
+
+    module = types.ModuleType("jvp_flash_attention.jvp_attention")
+    module.JVPAttn = JVPAttn
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    with (
+        pytest.raises(ModuleNotFoundError, match="pip install jvp-flash-attention"),
+        peers.jvp_flash_attention(),
+    ):
+        pass
+    monkeypatch.setattr(peers, "installed", lambda name: True)
+    monkeypatch.setitem(sys.modules, "jvp_flash_attention", types.ModuleType("jvp_flash_attention"))
+    monkeypatch.setitem(sys.modules, "jvp_flash_attention.jvp_attention", module)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with peers.jvp_flash_attention(), pytest.raises(RuntimeError, match="CUDA devices alone"):
+        attention(q, k, k)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with peers.jvp_flash_attention():
+        found = attention(q, k, k, is_causal=True, enable_gqa=True)
+    assert calls == [((1, 4, 5, 8), None, True, None)]
+    torch.testing.assert_close(found, expected)
 
 
 # ------------------------------------------------------------------------------------------------- another commit

@@ -11,6 +11,7 @@ module          what it holds
 ``row``         the schema of a results file
 ``attention``, ``pointwise``, ``head``, ``step``, ``method``, ``models``  the suites
 ``gpu``, ``gpu_attention``  the suite for devices
+``peers``       packages that are measured where they are installed
 ``roofline``, ``ceilings``  the model of a device, and what one really reaches
 ``show``, ``plot``  tables on the terminal, pictures from rows
 ==============  ===============================================================================

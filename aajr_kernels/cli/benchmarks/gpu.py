@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...dual import Dual
-from . import gpu_attention, head, models, pointwise, roofline, step
+from . import gpu_attention, head, models, peers, pointwise, roofline, step
 from .case import Case, Gradients, Run, Selection, Suite, Variant, half
 
 #: where it runs; the tests say "cpu"
@@ -170,6 +170,7 @@ def _step(dtype: str, length: int) -> Case:
             "exact, fused", task("penalty", form="fused"), work=tuple(sizes.step(length, 1)), bounds=bounds
         ),
         step.variant(step.FINITE, task("differences"), exact=False, peak=False),
+        *(step.variant(p, task(p), exact=False, optional=True, peak=False) for p in peers.device_peers()),
     ]
     return Case(
         "gpu",

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...dual import is_dual
 from ...integrations.transformers import fuse
 from ...method import LMHead, aligned_penalty, normalize
-from . import models
+from . import models, peers
 from .case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, draw
 
 VOCABULARY = 32000
@@ -38,8 +38,8 @@ class Task:
     """What one variant computes.
 
     Attributes:
-        kind: ``plain``, ``penalty``, ``both`` (loss and penalty), ``differences``, ``forward mode`` or ``double
-            backward``.
+        kind: ``plain``, ``penalty``, ``both`` (loss and penalty), ``differences``, ``forward mode``, ``double
+            backward`` or an installed peer.
         model: as :func:`.models.sizes` knows them.
         form: ``sdpa`` or ``eager`` (unmodified), ``compiled``, ``fused``, or ``primal`` (fused, our kernels for plain
             tensors).
@@ -285,8 +285,9 @@ def loss(
     if task.kind == "differences":
         y = output(x)
         return size(y, (output(x + DIFFERENCE * v[0]) - y) / DIFFERENCE, head)
-    if task.kind == "forward mode":
-        with sdpa_kernel(SDPBackend.MATH):
+    if task.kind in ("forward mode", peers.JVP_FLASH):
+        ours = peers.jvp_flash_attention() if task.kind == peers.JVP_FLASH else contextlib.nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), ours:
             pair = torch.func.jvp(output, (x,), (v[0],))
             return size(pair[0], pair[1], head)
     if task.kind == "double backward":
