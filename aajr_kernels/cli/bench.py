@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .benchmarks import Case, Outcome
 
 DTYPES = ("float32", "bfloat16", "float16")
+#: a name for several suites
+GROUPS = {"ops": ("norm", "activation", "rotary")}
 #: --capability -> what holds every library to it; they read these variables when they start
 CAPABILITIES = {
     "avx2": {
@@ -198,10 +200,13 @@ def _cases(
             )
     sizes = _lengths(lengths) if lengths is not None else None
     wanted: dict[str, list[str] | None] = {}
-    for name in names or [suite for suite in SUITES if everything or suite not in absent]:
+    usual = [name for name, suite in SUITES.items() if everything or (suite.usual and name not in absent)]
+    for name in [part for given in names or usual for part in GROUPS.get(given, (given,))]:
         suite, _, family = name.partition(":")
         if suite not in SUITES:
-            raise typer.BadParameter(f"suite {suite!r} is unknown: choose from {', '.join(SUITES)}.")
+            raise typer.BadParameter(
+                f"suite {suite!r} is unknown: choose from {', '.join((*GROUPS, *SUITES))}."
+            )
         if family and family not in SUITES[suite].families:
             options = ", ".join(f"{suite}:{one}" for one in SUITES[suite].families)
             raise typer.BadParameter(f"suite {suite} has no family {family!r}: choose from {options}.")

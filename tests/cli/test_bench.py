@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ from aajr_kernels.cli.benchmarks import (
     models,
     row,
     step,
+    sweep,
 )
 from aajr_kernels.cli.benchmarks.plot import plot_steps
 from aajr_kernels.cli.benchmarks.roofline import Decoder
@@ -400,6 +402,25 @@ def test_the_method_passes_its_gate(tiny, monkeypatch, family):
     ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_penalty"}
     assert ops <= set(verdict.ops["with penalty"]) and ops <= set(verdict.ops["adversarial, our kernels"])
     assert verdict.ops["adversarial"] == verdict.ops.get("adversarial, compiled", {}) == {}
+
+
+def test_the_sweep_runs_when_named_and_passes_its_gates(tiny, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sweep, "LENGTHS", (9, 12))
+    monkeypatch.setattr(head, "head_case", functools.partial(_words, head.head_case))
+    chosen = bench._cases(["sweep"], None, None)
+    assert [c.length for c in chosen if c.family == "S"] == [9, 12]
+    assert [c.family for c in chosen][2:] == list(sweep.FAMILIES[1:])
+    for case in chosen:
+        case = dataclasses.replace(case, gate_length=12)
+        verdict = gate.check(case)
+        assert not verdict.failures and not verdict.left_out, case.family
+    assert not any(c.suite == "sweep" for c in bench._cases(None, None, None))
+    assert {c.suite for c in bench._cases(["ops"], None, None)} == {"norm", "activation", "rotary"}
+
+
+def _words(make, dtype, length, words=32000):
+    return make(dtype, length, words // 500)  # 2 to 256 words
 
 
 def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):

@@ -9,7 +9,7 @@ module          what it holds
 ``compare``, ``against``  rows against rows, and against another commit
 ``allocator``   freed memory stays with the process while it measures
 ``row``         the schema of a results file
-``attention``, ``pointwise``, ``head``, ``step``, ``method``, ``models``  the suites
+``attention``, ``pointwise``, ``head``, ``step``, ``method``, ``models``, ``sweep``  the suites
 ``gpu``, ``gpu_attention``  the suite for devices
 ``peers``       packages that are measured where they are installed
 ``roofline``, ``ceilings``  the model of a device, and what one really reaches
@@ -21,7 +21,7 @@ To add a suite, write a module with a function from a Selection to Cases and ent
 
 from dataclasses import replace
 
-from . import attention, gpu, head, method, pointwise, step
+from . import attention, gpu, head, method, pointwise, step, sweep
 from .allocator import keep_memory
 from .case import Case, Run, Selection, Suite, Variant
 from .row import Row, append_rows, environment, read_rows
@@ -61,5 +61,13 @@ def quick(cases: list[Case]) -> list[Case]:
 #: the registry, in the order in which suites run
 SUITES: dict[str, Suite] = {
     suite.name: suite
-    for suite in (attention.SUITE, *pointwise.SUITES, head.SUITE, step.SUITE, method.SUITE, gpu.SUITE)
+    for suite in (
+        attention.SUITE,
+        *pointwise.SUITES,
+        head.SUITE,
+        step.SUITE,
+        method.SUITE,
+        sweep.SUITE,
+        gpu.SUITE,
+    )
 }

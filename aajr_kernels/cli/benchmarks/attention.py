@@ -29,14 +29,15 @@ PLAIN_PRODUCTS, DUAL_PRODUCTS = 7, 21
 
 def cases(selection: Selection) -> list[Case]:
     return [
-        _case(features, dtype, n)
+        attention_case(features, dtype, n)
         for features, lengths in LENGTHS.items()
         if selection.wants(f"d{features}")
         for dtype, n in selection.grid(("float32", "bfloat16"), lengths)
     ]
 
 
-def _case(features: int, dtype: str, length: int) -> Case:
+def attention_case(features: int, dtype: str, length: int) -> Case:
+    """Heads of so many features."""
     product = 2.0 * HEADS * length * (length + 1) / 2 * features
     make = functools.partial(functools.partial, features=features, dtype=dtype)
     truth, exact = make(_plain_truth), make(_dual_truth)

@@ -135,13 +135,18 @@ class Selection:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of families of cases; those for a device run where there is one, or are modelled."""
+    """A named set of families of cases; those for a device run where there is one, or are modelled.
+
+    Attributes:
+        usual: whether it is part of a run that names no suite.
+    """
 
     name: str
     summary: str
     families: tuple[str, ...]
     cases: Callable[[Selection], list[Case]]
     device: str = "cpu"
+    usual: bool = True
 
 
 def has_native(op: str) -> bool:

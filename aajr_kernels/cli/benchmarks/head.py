@@ -34,7 +34,7 @@ def cases(selection: Selection) -> list[Case]:
     found = []
     for dtype, n in selection.grid(("float32",), (512,)):
         if selection.wants("fisher"):
-            found.append(_case(dtype, n))
+            found.append(head_case(dtype, n))
         if selection.wants("shared"):
             found.append(_shared(dtype, n))
     return found
@@ -64,15 +64,17 @@ def variants(dtype: str, length: int, sizes: Sizes | None = None) -> dict[str, V
             "fisher, reference", penalty, make(_truth, loss=False), backend="reference", rounds=3, peak=False
         ),
     ]
-    return {variant.name: dataclasses.replace(variant, key=variant.name) for variant in found}
+    return {variant.name: dataclasses.replace(variant, key=(variant.name, sizes)) for variant in found}
 
 
 def _bounded(variant: Variant, dtype: str, length: int, **bounds: float) -> Variant:
     return dataclasses.replace(variant, bounds=bounds) if (dtype, length) == ("float32", 512) else variant
 
 
-def _case(dtype: str, length: int) -> Case:
-    found = variants(dtype, length)
+def head_case(dtype: str, length: int, words: int | None = None) -> Case:
+    """The penalty of a head of so many words, by default 32,000."""
+    sizes = Sizes(HIDDEN, VOCABULARY if words is None else words)
+    found = variants(dtype, length, sizes)
     names = ["plain", "fisher"] + ["fisher, reference"] * has_native("head")
     found["fisher"] = _bounded(found["fisher"], dtype, length, ratio=RATIO, extra_bytes=EXTRA_BYTES)
     return Case(
@@ -82,7 +84,7 @@ def _case(dtype: str, length: int) -> Case:
         length,
         tuple(found[name] for name in names),
         base=("plain",),
-        config={"V": VOCABULARY, "C": HIDDEN, "metric": "fisher"},
+        config={"V": sizes.words, "C": sizes.hidden, "metric": "fisher"},
         gate_length=min(length, 67),
         repeats=10,
         peak=True,

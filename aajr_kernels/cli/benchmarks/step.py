@@ -112,7 +112,7 @@ def variant(name: str, task: Task, **options: Any) -> Variant:
     )
 
 
-def _case(
+def step_case(
     family: str,
     model: str,
     dtype: str,
@@ -123,6 +123,7 @@ def _case(
     config: dict[str, Any] | None = None,
     **options: Any,
 ) -> Case:
+    """A case of this suite; `options` are further fields of it."""
     options.setdefault("repeats", 16 if length <= 512 else 10 if length <= 1024 else 8)
     return Case(
         "step",
@@ -172,7 +173,7 @@ def _ratio(model: str, dtype: str, length: int) -> Case:
                 variant("exact, compiled reference", reference, rounds=3, optional=True, backend="reference")
             )
     base = ("plain", *(v.name for v in variants if v.name in ("plain, eager attention", "plain, compiled")))
-    return _case(model, model, dtype, length, variants, base, "exact penalty step ÷ plain step")
+    return step_case(model, model, dtype, length, variants, base, "exact penalty step ÷ plain step")
 
 
 def _head(model: str, dtype: str, length: int) -> Case:
@@ -188,7 +189,7 @@ def _head(model: str, dtype: str, length: int) -> Case:
     config = {"metric": "fisher", "V": words(model)}
     family = "head" if model == "llama" else model
     why = f"with a head of {words(model):,} words, fisher"
-    return _case(family, model, dtype, length, variants, ("plain",), why, config, repeats=6)
+    return step_case(family, model, dtype, length, variants, ("plain",), why, config, repeats=6)
 
 
 def words(model: str) -> int:
@@ -206,7 +207,7 @@ def _penalty(dtype: str, length: int) -> Case:
         variant("four directions", task("penalty", directions=4), bounds={"ratio": bound} if bound else {}),
     ]
     why = "with the loss, and with four directions ÷ the penalty along one"
-    return _case("penalty", "llama", dtype, length, variants, ("penalty",), why)
+    return step_case("penalty", "llama", dtype, length, variants, ("penalty",), why)
 
 
 def _memory(dtype: str, length: int) -> Case:
@@ -217,7 +218,7 @@ def _memory(dtype: str, length: int) -> Case:
         variant("exact, fused", task("penalty", form="fused"), bounds=bounds),
     ]
     why = "peak memory of the exact step ÷ the plain step's"
-    return _case("memory", "llama", dtype, length, variants, ("plain",), why, timed=False, peak=True)
+    return step_case("memory", "llama", dtype, length, variants, ("plain",), why, timed=False, peak=True)
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
