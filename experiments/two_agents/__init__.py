@@ -64,8 +64,8 @@ def config(quick: bool) -> dict[str, Any]:
     }
     if quick:
         short = {"steps": 2, "step": [0.5], "restarts": 1}
-        small = {"seeds": 2, "games": 8, "model": {"width": 8, "layers": 1}, "batch": 4, "updates": 3}
-        small |= {"validation_attack": short, "attack": short, "stability_games": 4, "play_rounds": 1}
+        small = {"seeds": 2, "games": 4, "model": {"width": 8, "layers": 1}, "batch": 4, "updates": 2}
+        small |= {"validation_attack": short, "attack": short, "stability_games": 2, "play_rounds": 1}
         tiny = {"model": "tiny", "games": 4, "batch": 2, "updates": 2, "attack": short, "play_rounds": 1}
         full |= small | {"language_model": full["language_model"] | tiny}
     return full
