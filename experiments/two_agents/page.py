@@ -84,19 +84,20 @@ rest.
 
 {play} The environment is a parallel one of PettingZoo (`experiments/two_agents/environment.py`).
 
-Written after the runs: at these weights and this length of training no penalty raised the mean of either payoff, and
-every penalty lengthened the tail of the gradient norm. A likely cause is that the Fisher sensitivity is dominated by few games where
-a policy is about to change its mind; their gradients are clipped and cost learning elsewhere. What AAJR bought
-is fewer falling inner steps.
+Written after the runs: at these weights and this length of training no penalty raised the mean of either payoff,
+and every penalty lengthened the mean tail of the gradient norm. A likely cause, which was not examined, is that few
+games where a policy is about to change its mind dominate the Fisher sensitivity; gradients clipped there cost learning
+elsewhere. What AAJR bought is fewer falling inner steps.
 
 ## A pretrained model
 
 SmolLM2-135M-Instruct, frozen, with a LoRA adapter of rank {language[rank]} per agent; observations are a line of
 text ("You have 2 hats worth 3, ..."), answers single letters, {language[game][lots]} types of lots.
-{language[updates]} updates on {language[batch]} games, {language[inner][steps]} inner steps, radius
-{language[radius]:g} times the mean length of a token's embedding, λ = {language[weight]:g} over the penalty at the start; payoffs
-on {language[games]} test games, a short attack of {language[attack][steps]} steps. **One seed: it shows that the
-method runs on two adapters of a language model, and carries no statistical claim.**
+{language[updates]} updates on {language[batch]} games each, {language[inner][steps]} inner steps, a radius of
+{language[radius]:g} times the mean length of a token's embedding, λ = {language[weight]:g} over the penalty at the
+start; payoffs on {language[games]} test games, a short attack of {language[attack][steps]} steps. **One seed: it shows
+that the method runs on two adapters of a language model, and carries no statistical claim.** So few updates do not
+teach the game: what the two cores allowed is a measure of cost, not of payoffs.
 
 {language_table}
 

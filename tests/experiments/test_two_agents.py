@@ -213,7 +213,7 @@ def test_a_run_that_is_not_finite_ends_before_the_update(monkeypatch):
 
     monkeypatch.setattr(training, "penalty", penalty)
     made = policies.from_scratch(QUICK["game"], QUICK["model"], 0)
-    history = training.train(QUICK, made, 0, "frobenius", mix=1.0, weight=1.0)
+    history = training.train(QUICK | {"updates": 4}, made, 0, "frobenius", mix=1.0, weight=1.0)
     assert len(calls) == 3 and history["collapsed"] and not history["finite"] and history["variance"] is None
     assert all(parameter.isfinite().all() for parameter in made.policies.parameters())
 
