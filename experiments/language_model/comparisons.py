@@ -11,7 +11,18 @@ import numpy as np
 from ..store import Row
 from ..summaries import bootstrap_interval, interval_text
 
-__all__ = ["NAMES", "PAIRS", "PRIMARY", "Value", "chosen", "compare", "perplexity", "quantities", "verdict"]
+__all__ = [
+    "AFTERWARDS",
+    "NAMES",
+    "PAIRS",
+    "PRIMARY",
+    "Value",
+    "chosen",
+    "compare",
+    "perplexity",
+    "quantities",
+    "verdict",
+]
 
 NAMES = {
     "untouched": "not trained",
@@ -24,6 +35,8 @@ NAMES = {
     "aajr": "AAJR",
 }
 PAIRS = [("aajr", other) for other in ("weighted", "random", "frobenius", "spectral")]
+#: looked at after the runs: does what is gained over clean training hold against tokens?
+AFTERWARDS = [(ours, "plain") for ours in ("adversarial", "weighted", "aajr")]
 PRIMARY = ("embedding", "substitution")
 
 Value = Callable[[Row], float | None]

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..store import Row
 from ..summaries import bootstrap_interval, environment_line, interval_text, table
-from .comparisons import NAMES, PAIRS, cell, chosen, perplexity, quantities, verdict
+from .comparisons import AFTERWARDS, NAMES, PAIRS, cell, chosen, perplexity, quantities, verdict
 from .picture import draw
 
 __all__ = ["report"]
@@ -38,7 +38,7 @@ def _means(config: dict[str, Any], rows: list[Row], part: str) -> str:
         ]
         lines.append(cells)
     radii = [f"embeddings {factor * config['radius']:g}" for factor in evaluation["radii"]]
-    replaced = [f"{count} tokens" for count in counts]
+    replaced = [f"{count} token{'' if count == 1 else 's'}" for count in counts]
     return table(["method", "clean", *radii, *replaced, "κ", "η_max", "non-monotone, %"], lines)
 
 
@@ -90,14 +90,14 @@ def _adapted(rows: list[Row]) -> str:
     return table(["method", "seed", "λ", *heads], lines)
 
 
-def _differences(config: dict[str, Any], rows: list[Row]) -> str:
+def _differences(config: dict[str, Any], rows: list[Row], pairs: list[tuple[str, str]]) -> str:
     known = quantities(config)
     lines = [
         [
             f"{NAMES[ours]} − {NAMES[other]}",
             *(cell(rows, ours, other, digits, value) for _, digits, value in known.values()),
         ]
-        for ours, other in PAIRS
+        for ours, other in pairs
     ]
     return table(["paired difference", *(heading for heading, _, _ in known.values())], lines)
 
@@ -188,9 +188,13 @@ Paired differences in nats per token on the test part; bold where the interval l
 *Rise*: the loss under the attack at the training radius, or with {strong["substitution"]["budget"]} tokens replaced,
 minus that of the same windows without.
 
-{_differences(a, rows)}
+{_differences(a, rows, PAIRS)}
 
 {verdicts}
+
+Added after the runs, for the second half of the question: against clean training, whose clean perplexity is lower.
+
+{_differences(a, rows, AFTERWARDS)}
 
 How well the runs are matched, and what a training step costs:
 
