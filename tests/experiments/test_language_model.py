@@ -180,6 +180,7 @@ def test_methods_share_everything_but_the_penalty(plays):
         assert not torch.equal(pushed, plain)
 
 
+@pytest.mark.slow
 def test_penalties_lower_what_they_penalise(plays):
     config = SMALL | {"learning_rate": 3e-3}
     start = models.small(config, 0)
