@@ -25,6 +25,7 @@ ONE_PLACE = {
     "peft": ["cli/*"],
     "gguf": ["cli/*"],
     "matplotlib": ["cli/*", "method/training/report.py"],
+    "plotly": ["cli/reports/*"],
     "safetensors": ["method/training/checkpoints.py", "cli/*"],
     "torch.utils.tensorboard": ["method/report.py", "method/training/record.py"],
     "aajr_kernels._native": ["native.py"],

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("aajr_kernels.cli.info", "Versions, devices, backends and why one is missing."),
     "validate": ("aajr_kernels.cli.validate", "Check every op against a float64 oracle."),
     "bench": ("aajr_kernels.cli.bench", "Speed and memory, as ratios to PyTorch's own."),
+    "report": ("aajr_kernels.cli.report", "One page of the rows, the pictures and README's table."),
     "demo": ("aajr_kernels.cli.demo", "The penalty on a real language model and on real text."),
     "experiment": ("aajr_kernels.cli.experiment", "The evidence for the method: rows, figures and pages."),
 }
@@ -71,7 +72,7 @@ def main() -> None:
         package = (error.name or "").split(".")[0]
         if package in ("", "aajr_kernels"):
             raise
-        extra = {"bench": "bench", "experiment": "experiments"}.get(
+        extra = {"bench": "bench", "experiment": "experiments", "report": "report"}.get(
             sys.argv[1] if sys.argv[1:] else "", "demo"
         )
         fail(

@@ -1,56 +1,103 @@
-"""Pictures from rows: what a step costs against the length of the sequence."""
+"""Pictures from rows: what a step costs against the length of the sequence, and how exact its gradients are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from .case import LIMITS
 from .row import Row
 
-#: variant -> colour; a picture holds those of them that the rows have
+#: variant -> colour, the same in every picture; each has a contrast of at least 3 on white and on a dark page
 COLOURS = {
-    "exact, fused": "#0b6e4f",
-    "exact": "#6fb98f",
-    "plain, our primal ops": "#3a6ea5",
-    "finite differences": "#c1666b",
-    "torch.func.jvp": "#8d6a9f",
+    "exact, fused": "#0f8a63",
+    "exact": "#4f9d2f",
+    "plain": "#7c828c",
+    "plain, our primal ops": "#3a78c2",
+    "finite differences": "#c9555c",
+    "torch.func.jvp": "#9467c0",
+    "double backward": "#b07a12",
+    "dual": "#0f8a63",
+    "dual, reference": "#4f9d2f",
 }
+#: for variants without a colour of their own, in the order of their names
+FURTHER = ("#1b8a9e", "#b5498f", "#8a7a3a", "#c2571a", "#6477d6", "#a0522d")
+#: what the rows are compared with; lines of one do not tell more than the axis does
+BASES = ("plain", "plain, eager attention", "plain, compiled", "plain, keys repeated", "plain, written out")
+NAMES = {"llama": "Llama", "gpt2": "GPT-2", "bert": "BERT", "smollm2": "SmolLM2"}
+
+
+def colours(variants: Iterable[str]) -> dict[str, str]:
+    """A colour for every variant."""
+    names = dict.fromkeys(variants)
+    further = sorted(name for name in names if name not in COLOURS)
+    rest = {name: FURTHER[i % len(FURTHER)] for i, name in enumerate(further)}
+    return {name: COLOURS.get(name) or rest[name] for name in names}
+
+
+def identity(row: Row) -> Hashable:
+    """What a row measures: rows with the same identity repeat each other."""
+    where = row.device, row.device_name if row.device != "cpu" else row.cpu, row.torch_capability, row.threads
+    config = json.dumps(row.config, sort_keys=True)
+    return row.suite, row.family, config, row.dtype, row.length, row.variant, where
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
     """Of rows that measure the same, the last one."""
-    newest = {
-        (row.suite, row.family, row.dtype, row.length, row.variant, row.device, row.torch_capability): row
-        for row in rows
-    }
-    return list(newest.values())
+    return list({identity(row): row for row in rows}.values())
+
+
+def whole_models(rows: Iterable[Row]) -> list[Row]:
+    """The latest rows whose times are compared with a plain step of a whole model."""
+    return [
+        row
+        for row in latest(list(rows))
+        if row.suite == "step"
+        and finite(row.ratio) is not None
+        and (row.base or "").startswith("plain")
+        and row.family != "memory"
+    ]
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None for what cannot be drawn."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def model_name(row: Row) -> str:
+    """The model of a step, in words."""
+    name = str(row.config.get("model", row.family))
+    words = row.config.get("V")
+    return NAMES.get(name, name) + (f", head of {words:,} words" if isinstance(words, int) else "")
 
 
 def plot_steps(rows: Sequence[Row], path: Path) -> None:
-    """Ratio to the plain step against S, one panel per model and dtype.
+    """Ratio to the plain step against S, one panel per model, dtype and machine.
 
     Args:
-        rows: of suite `step`; among those that measure the same the last counts.
+        rows: of suite `step`; among those that measure the same the last counts. Models at a single length are left
+            out where others have several.
         path: picture to write; its suffix decides the format.
 
     Raises:
         ValueError: there is no step ratio among the rows.
     """
-    chosen = [
-        r for r in latest(rows) if r.suite == "step" and r.family in ("llama", "gpt2") and r.ratio is not None
-    ]
-    panels = sorted(
-        {(r.family, r.dtype, r.torch_capability) for r in chosen}, key=lambda p: (p[0] != "llama", p)
-    )
-    if not panels:
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in whole_models(rows):
+        groups.setdefault((model_name(row), row.dtype, _machine(row)), []).append(row)
+    groups = {k: v for k, v in groups.items() if len({r.length for r in v}) > 1} or groups
+    if not groups:
         raise ValueError("no row has the ratio of a step: run `aajr bench step --rows FILE` first.")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(0.6 + 3.4 * len(panels), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, panel in zip(axes, panels):
-        inside = [r for r in chosen if (r.family, r.dtype, r.torch_capability) == panel]
-        for variant, colour in COLOURS.items():
+    shown = {r.variant for inside in groups.values() for r in inside if r.variant not in BASES}
+    columns = min(len(groups), 4)
+    figure, axes = _figure(columns, math.ceil(len(groups) / columns))
+    hues = {v: c for v, c in colours([*COLOURS, *sorted(shown)]).items() if v in shown}
+    for axis, (title, inside) in zip(axes, groups.items()):
+        for variant, colour in hues.items():
             line = sorted((r.length, r.ratio) for r in inside if r.variant == variant and r.ratio is not None)
             if line:
                 axis.plot(*zip(*line), "o-", color=colour, label=variant, linewidth=1.6, markersize=4)
@@ -59,11 +106,90 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(n) for n in lengths])
         axis.minorticks_off()
-        axis.set_title(" ".join(panel), fontsize=9)
+        axis.set_title(" ".join(title), fontsize=9)
         axis.set_xlabel("S")
+        axis.set_ylim(bottom=0)
+    for axis in axes[::columns]:
+        axis.set_ylabel("time ÷ plain step")
+    _save(figure, axes, path, [r for inside in groups.values() for r in inside])
+
+
+def plot_errors(rows: Sequence[Row], path: Path) -> None:
+    """Error of a step's gradients against float64, on a logarithmic scale: one panel per dtype, a line per variant.
+
+    Args:
+        rows: of suite `step`; among those that measure the same the last counts.
+        path: picture to write; its suffix decides the format.
+
+    Raises:
+        ValueError: no row of a step has a gradient error.
+    """
+    chosen = [r for r in whole_models(rows) if (finite(r.gradient_error) or 0) > 0]
+    if not chosen:
+        raise ValueError("no row has the gradient error of a step: run `aajr bench step --rows FILE` first.")
+    chosen = [r for r in chosen if r.variant not in BASES or r.variant == "plain"]
+    dtypes = [d for d in LIMITS if any(r.dtype == d for r in chosen)]
+    hues = colours([*COLOURS, *(r.variant for r in chosen)])
+    variants = [v for v in hues if any(r.variant == v for r in chosen)]
+    models = dict.fromkeys(model_name(r) for r in chosen)
+    marks = dict(zip(models, "osD^vP*X<>hd" * (1 + len(models) // 12)))
+    figure, axes = _figure(len(dtypes), 1, height=1.3 + 0.26 * len(variants), sharex=True)
+    for axis, dtype in zip(axes, dtypes):
+        for model, mark in marks.items():
+            points = {
+                r.variant: r.gradient_error for r in chosen if (r.dtype, model_name(r)) == (dtype, model)
+            }
+            places = [variants.index(variant) for variant in points]
+            edges = [hues[v] for v in points]
+            axis.scatter(
+                list(points.values()), places, s=30, marker=mark, facecolors="none", edgecolors=edges, zorder=3
+            )
+        axis.axvline(LIMITS[dtype], color="#777777", linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_yticks(range(len(variants)), variants)
+        axis.grid(axis="y", alpha=0.25, linewidth=0.6)
+        axis.set_title(dtype, fontsize=9)
+        axis.set_xlabel("relative error of all gradients")
+    axes[0].set_ylim(len(variants) - 0.5, -0.5)
+    keys: list[tuple[str, dict[str, Any]]] = [(m, {"marker": k, "linestyle": "", "markerfacecolor": "none"}) for m, k in marks.items()]
+    keys.append(("limit for exact ones", {"linestyle": (0, (4, 3)), "linewidth": 0.9}))
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color="#777777", markersize=5, **style) for _, style in keys]
+    _save(figure, axes, path, chosen, dict(zip((name for name, _ in keys), handles)))
+
+
+def _machine(row: Row) -> str:
+    return row.torch_capability if row.device == "cpu" else row.device_name or row.device
+
+
+def _figure(columns: int, lines: int, height: float = 3.4, **options: Any) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 + 3.1 * columns, height * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(lines, columns, squeeze=False, **({"sharey": True} | options)).flat)
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(bottom=0)
-    axes[0].set_ylabel("time ÷ plain step")
-    found = dict(reversed(pair) for a in axes for pair in zip(*a.get_legend_handles_labels()))
+    return figure, axes
+
+
+def _save(
+    figure: Any, axes: list[Any], path: Path, rows: Sequence[Row], keys: Mapping[str, Any] | None = None
+) -> None:
+    """Write the picture; a PNG says in its metadata which rows it shows, not when and by what it was drawn."""
+    found = keys or dict(reversed(pair) for a in axes for pair in zip(*a.get_legend_handles_labels()))
+    for axis in axes:
+        if not axis.has_data():
+            axis.set_visible(False)
     figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=160)
+    metadata = {"Software": None, "Source": fingerprint(rows)} if path.suffix.lower() == ".png" else None
+    figure.savefig(path, dpi=160, metadata=metadata)
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of what the pictures show of rows, in whatever order they are."""
+    lines = sorted(f"{identity(row)} {row.ratio} {row.gradient_error}" for row in rows)
+    return "rows " + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
