@@ -17,7 +17,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops lint format gpu-check dist clean
+.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops figures lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: $(SETUP)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --
 
 bench-check: $(SETUP)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
 	$(PY) -m aajr_kernels bench attention norm head step --quick --baseline bench/baselines $(if $(UPDATE),--update)
+
+figures: $(SETUP)  ## the report, README's table of costs and its pictures, from the committed rows
+	$(PY) -m aajr_kernels report --readme README.md --images docs/images
 
 bench-ops: $(SETUP)  ## pytest-benchmark statistics of single variants; ARGS="-k attention"
 	$(PY) -m pytest bench --benchmark-only --timeout 600 -p no:xdist $(ARGS)

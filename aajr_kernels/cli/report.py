@@ -30,7 +30,8 @@ def report(
     Without --rows the results of the experiments are shown too. Exit code 2: bad arguments, rows that cannot be read,
     or nothing to draw.
     """
-    from .reports import page, readme as table, sources
+    from .reports import page, sources
+    from .reports import readme as table
     from .reports.evidence import evidence
 
     console = Console()
@@ -40,7 +41,9 @@ def report(
         text = page.render(entries, costs, [] if rows else evidence(ROOT))
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-        console.print(f"{len(entries)} rows, {len(text) / 1e6:.1f} MB: {out}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{len(entries)} rows, {len(text) / 1e6:.1f} MB: {out}", highlight=False, soft_wrap=True
+        )
         if images is not None:
             from .benchmarks.plot import plot_errors, plot_steps
 
@@ -50,7 +53,9 @@ def report(
                 console.print(str(images / name), highlight=False, soft_wrap=True)
         if readme is not None:
             changed = table.rewrite(readme, costs)
-            console.print(f"{readme}: {'new table' if changed else 'unchanged'}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{readme}: {'new table' if changed else 'unchanged'}", highlight=False, soft_wrap=True
+            )
     except (OSError, ValueError) as error:
         from .main import fail
 

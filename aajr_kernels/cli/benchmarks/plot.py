@@ -124,11 +124,12 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: no row of a step has a gradient error.
     """
-    chosen = [r for r in whole_models(rows) if (finite(r.gradient_error) or 0) > 0]
+    compared = [r for r in whole_models(rows) if r.variant not in BASES or r.variant == "plain"]
+    chosen = [r for r in compared if (finite(r.gradient_error) or 0) > 0]
     if not chosen:
         raise ValueError("no row has the gradient error of a step: run `aajr bench step --rows FILE` first.")
-    chosen = [r for r in chosen if r.variant not in BASES or r.variant == "plain"]
-    dtypes = [d for d in LIMITS if any(r.dtype == d for r in chosen)]
+    measured = {r.dtype for r in chosen}
+    dtypes = [d for d in LIMITS if d in measured] + sorted(measured - set(LIMITS))
     hues = colours([*COLOURS, *(r.variant for r in chosen)])
     variants = [v for v in hues if any(r.variant == v for r in chosen)]
     models = dict.fromkeys(model_name(r) for r in chosen)
@@ -142,9 +143,16 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
             places = [variants.index(variant) for variant in points]
             edges = [hues[v] for v in points]
             axis.scatter(
-                list(points.values()), places, s=30, marker=mark, facecolors="none", edgecolors=edges, zorder=3
+                list(points.values()),
+                places,
+                s=30,
+                marker=mark,
+                facecolors="none",
+                edgecolors=edges,
+                zorder=3,
             )
-        axis.axvline(LIMITS[dtype], color="#777777", linewidth=0.9, linestyle=(0, (4, 3)))
+        if dtype in LIMITS:
+            axis.axvline(LIMITS[dtype], color="#777777", linewidth=0.9, linestyle=(0, (4, 3)))
         axis.set_xscale("log")
         axis.minorticks_off()
         axis.set_yticks(range(len(variants)), variants)
@@ -152,12 +160,15 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(dtype, fontsize=9)
         axis.set_xlabel("relative error of all gradients")
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
-    keys: list[tuple[str, dict[str, Any]]] = [(m, {"marker": k, "linestyle": "", "markerfacecolor": "none"}) for m, k in marks.items()]
-    keys.append(("limit for exact ones", {"linestyle": (0, (4, 3)), "linewidth": 0.9}))
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color="#777777", markersize=5, **style) for _, style in keys]
-    _save(figure, axes, path, chosen, dict(zip((name for name, _ in keys), handles)))
+    grey = "#777777"
+    keys = {
+        model: Line2D([], [], color=grey, marker=mark, linestyle="", markersize=5, markerfacecolor="none")
+        for model, mark in marks.items()
+    }
+    keys["limit for exact ones"] = Line2D([], [], color=grey, linestyle=(0, (4, 3)), linewidth=0.9)
+    _save(figure, axes, path, chosen, keys)
 
 
 def _machine(row: Row) -> str:

@@ -55,7 +55,7 @@ def _one(path: Path, root: Path) -> Evidence:
     said = [
         f"{facts.get('cpu') or facts.get('machine')}, {facts.get('torch_capability')}, {threads} thread(s)",
         f"torch {facts.get('torch')}, Python {facts.get('python')}",
-        f"{facts.get('commit') or 'no commit'}{changed}",
+        f"commit {facts.get('commit') or 'unknown'}{changed}",
     ]
     return Evidence(
         path.stem,

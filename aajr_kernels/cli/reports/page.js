@@ -47,6 +47,12 @@ const watcher = new IntersectionObserver((seen) => {
 plots.forEach((plot) => watcher.observe(plot));
 dark.addEventListener("change", () => plots.filter((plot) => plot.dataset.drawn).forEach(draw));
 addEventListener("beforeprint", () => plots.filter((plot) => !plot.dataset.drawn).forEach(draw));
+document.querySelectorAll(".keys button").forEach((key) => key.addEventListener("click", () => {
+  const shown = key.getAttribute("aria-pressed") !== "true";
+  key.setAttribute("aria-pressed", String(shown));
+  figures[key.dataset.figure].data[key.dataset.trace].visible = shown;
+  draw(document.querySelector(`.plot[data-figure="${key.dataset.figure}"]`));
+}));
 
 // ---------------------------------------------------------------------------------------------------- all rows
 const form = document.getElementById("filter");

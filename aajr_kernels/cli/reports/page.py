@@ -42,9 +42,7 @@ def render(entries: Sequence[Entry], table: Costs, experiments: Sequence[Evidenc
     from plotly.offline import get_plotlyjs
 
     parts = sections(entries)
-    figures = [
-        {"data": panel.data, "layout": panel.layout} for section in parts for panel in section.panels
-    ]
+    figures = [{"data": panel.data, "layout": panel.layout} for section in parts for panel in section.panels]
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,

@@ -40,7 +40,20 @@ NUMBERS = {
 }
 #: variants that come first
 ORDER = ("exact, fused", "exact", "dual", "dual, reference")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon", "pentagon")
+#: plotly's symbol -> the same as a character
+GLYPHS = {
+    "circle": "●",
+    "square": "■",
+    "diamond": "◆",
+    "triangle-up": "▲",
+    "cross": "✚",
+    "x": "✖",
+    "star": "★",
+    "hexagon": "⬢",
+    "pentagon": "⬟",
+    "line-ns-open": "|",
+}
+SYMBOLS = tuple(GLYPHS)[:-1]
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,21 @@ class Panel:
     def source(self) -> str:
         """Rows, machine, versions and commit."""
         machines = "; ".join(dict.fromkeys(machine(entry.row) for entry in self.entries))
-        return f"{places(self.entries)} · {machines} · {versions(self.entries)} · {commits(self.entries)}"
+        return (
+            f"{places(self.entries)} · {machines} · {versions(self.entries)} · commit {commits(self.entries)}"
+        )
+
+    @property
+    def keys(self) -> list[tuple[str, str, str]]:
+        """Name, colour and mark of every trace."""
+        return [
+            (
+                html.unescape(trace["name"]),
+                trace["marker"]["color"],
+                GLYPHS[trace["marker"].get("symbol", "square")],
+            )
+            for trace in self.data
+        ]
 
     @property
     def table(self) -> list[list[str]]:
@@ -125,12 +152,12 @@ def figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> tuple[list[dic
     made = go.Figure()
     made.update_layout(
         template=None,
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
+        margin={"l": 8, "r": 16, "t": 8, "b": 46},
+        showlegend=False,  # the page has its own, which wraps and takes no room from the axes
         hoverlabel={"align": "left"},
         **layout,
     )
-    made.update_xaxes(automargin=True, zeroline=False)
+    made.update_xaxes(zeroline=False, tickangle=0)  # only names need room that cannot be known
     made.update_yaxes(automargin=True, zeroline=False)
     for trace in traces:
         made.add_trace(trace)
@@ -139,7 +166,10 @@ def figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> tuple[list[dic
 
 
 def lines(
-    groups: Mapping[str, Sequence[Entry]], hues: Mapping[str, str], value: Callable[[Entry], float | None], form: str
+    groups: Mapping[str, Sequence[Entry]],
+    hues: Mapping[str, str],
+    value: Callable[[Entry], float | None],
+    form: str,
 ) -> list[dict[str, Any]]:
     """A line over S for every variant."""
     traces = []

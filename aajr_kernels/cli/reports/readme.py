@@ -69,7 +69,9 @@ def costs(entries: Sequence[Entry]) -> Costs:
         cells = {HEADINGS[e.row.variant]: e for e in group if e.row.variant in HEADINGS}
         base = next((e for e in group if e.row.variant == e.row.base), None)
         if HEADINGS["exact, fused"] in cells and base is not None:
-            line = Line(f"{model_name(row)}, {row.dtype}", machine(row), row.length, {"plain step": base} | cells)
+            line = Line(
+                f"{model_name(row)}, {row.dtype}", machine(row), row.length, {"plain step": base} | cells
+            )
             found.append(line)
     models = list(dict.fromkeys(line.model.rpartition(", ")[0] for line in found))
     machines = list(dict.fromkeys(line.machine for line in found))
@@ -116,7 +118,9 @@ def rewrite(path: Path, table: Costs) -> bool:
         ValueError: it has not exactly one pair of marks, or there is nothing to write.
     """
     if not table.lines:
-        raise ValueError("no row has the ratio of an exact, fused step: run `aajr bench step --rows FILE` first.")
+        raise ValueError(
+            "no row has the ratio of an exact, fused step: run `aajr bench step --rows FILE` first."
+        )
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -27,7 +27,11 @@ from .panels import (
 from .sources import Entry, configuration, latest, machine
 
 #: dtype -> colour and symbol where colours stand for dtypes, and for lengths
-DTYPES = {"float32": ("#3a78c2", "circle"), "bfloat16": ("#c2571a", "diamond"), "float16": ("#8a7a3a", "square")}
+DTYPES = {
+    "float32": ("#3a78c2", "circle"),
+    "bfloat16": ("#c2571a", "diamond"),
+    "float16": ("#8a7a3a", "square"),
+}
 #: suites of whole steps come before those of single ops
 FIRST = ("step", "method")
 SIZES = ("#3a78c2", "#c2571a", "#0f8a63", "#9467c0", "#8a7a3a", "#b5498f")
@@ -79,8 +83,7 @@ def _over_lengths(
         xaxis=lengths_axis(entries),
         yaxis={"title": {"text": unit}, "rangemode": "tozero"},
         shapes=shapes,
-        height=340,
-        showlegend=True,
+        height=300,
     )
     title, subtitle = _title(entries[0])
     said = in_words(groups, lambda entry: number(value(entry), form))
@@ -152,7 +155,9 @@ def ratios(entries: Sequence[Entry]) -> Section:
                 {
                     "type": "bar",
                     "orientation": "h",
-                    "name": plain_text(f"S {row.length}" + ("" if same else f", {configuration(row.config)}")),
+                    "name": plain_text(
+                        f"S {row.length}" + ("" if same else f", {configuration(row.config)}")
+                    ),
                     "x": [e.number("ratio") for e in bars],
                     "y": [plain_text(e.row.variant) for e in bars],
                     "text": [number(e.number("ratio"), ".2f") for e in bars],
@@ -168,8 +173,7 @@ def ratios(entries: Sequence[Entry]) -> Section:
             yaxis=names_axis(list(groups)),
             barmode="group",
             bargap=0.25,
-            height=130 + 22 * max(len(groups) * len(sizes), 3),
-            showlegend=True,
+            height=70 + 22 * max(len(groups) * len(sizes), 3),
         )
         row = group[0].row
         title = f"{row.suite} {row.family}, {row.dtype}"
@@ -229,8 +233,7 @@ def _rates(entries: Sequence[Entry], hues: dict[str, str], field: str, unit: str
         traces,
         xaxis={"title": {"text": unit}, "rangemode": "tozero"},
         yaxis=names_axis(names),
-        height=170 + 24 * len(names),
-        showlegend=True,
+        height=90 + 24 * len(names),
     )
     row = entries[0].row
     title = f"{unit}, {row.dtype}"
@@ -268,8 +271,7 @@ def errors(entries: Sequence[Entry]) -> Section:
             xaxis={"type": "log", "title": {"text": "relative error"}, "exponentformat": "power", "dtick": 1},
             yaxis=names_axis(list(groups)),
             shapes=shapes,
-            height=150 + 28 * max(len(groups), 3),
-            showlegend=True,
+            height=90 + 28 * max(len(groups), 3),
         )
         row = group[0].row
         title = f"{row.suite} {row.family}"
@@ -285,9 +287,9 @@ def errors(entries: Sequence[Entry]) -> Section:
     return Section(
         "errors",
         "Gradient error against float64",
-        "Relative error of all gradients together, against PyTorch's forward mode in float64 on hand-written layers, at "
-        "a small length and for inputs as rounded to the dtype. Dashed: what an exact variant may have at most. Finite "
-        "differences and formulas in low precision are only reported.",
+        "Relative error of all gradients together, against PyTorch's forward mode in float64 on hand-written layers, "
+        "at a small length and for inputs as rounded to the dtype. Dashed: what an exact variant may have at most. "
+        "Finite differences and formulas in low precision are only reported.",
         panels,
         "No row has a gradient error.",
     )
@@ -296,5 +298,3 @@ def errors(entries: Sequence[Entry]) -> Section:
 def _limit(value: float, colour: str) -> dict[str, Any]:
     line = {"color": colour, "width": 1, "dash": "dash"}
     return {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": value, "x1": value, "line": line}
-
-

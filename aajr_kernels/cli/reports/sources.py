@@ -125,6 +125,6 @@ def versions(entries: Sequence[Entry]) -> str:
 def commits(entries: Sequence[Entry]) -> str:
     """Commits of rows, with a mark where the code was changed since."""
     found = dict.fromkeys(
-        (e.row.commit or "no commit") + (", with changes" if e.row.dirty else "") for e in entries
+        (e.row.commit or "unknown") + (", with changes" if e.row.dirty else "") for e in entries
     )
     return "; ".join(found)
