@@ -19,7 +19,6 @@ import benchmark_rows
 from aajr_kernels.cli import main, report
 from aajr_kernels.cli.benchmarks import plot
 from aajr_kernels.cli.reports import page, sources
-from aajr_kernels.cli.reports.readme import costs
 from aajr_kernels.cli.reports.sections import DTYPES, SIZES, sections
 
 RESULTS = sorted((report.ROOT / "bench" / "results").glob("*.jsonl"))
@@ -221,13 +220,14 @@ def test_missing_numbers_leave_gaps(tmp_path):
 
 
 def test_a_row_that_failed_is_told(tmp_path):
-    entries = sources.read(
-        [benchmark_rows.write(tmp_path / "rows.jsonl", benchmark_rows.several())], tmp_path
+    failed = benchmark_rows.fields(
+        variant="double backward",
+        ratio=None,
+        min_ms=None,
+        gradient_error=None,
+        failure="out of memory at length 512",
     )
-    failed = benchmark_rows.row(variant="double backward", ratio=None, min_ms=None, gradient_error=None)
-    object.__setattr__(failed, "failure", "out of memory at length 512")
-    entries.append(sources.Entry(failed, "rows.jsonl", 15))
-    found = parsed(page.render(entries, costs(entries), []))
+    found = page_of(tmp_path, [*benchmark_rows.several(), failed])
     assert "double backward at S 512: out of memory at length 512 (rows.jsonl:15)." in found.words
     assert "out of memory at length 512" in found.cells
 

@@ -21,14 +21,16 @@ COLOURS = {
     "finite differences": "#c9555c",
     "torch.func.jvp": "#9467c0",
     "double backward": "#b07a12",
+    "exact, compiled reference": "#1b8a9e",
+    "jvp-flash-attention": "#b5498f",
     "dual": "#0f8a63",
     "dual, reference": "#4f9d2f",
 }
 #: for variants without a colour of their own, in the order of their names
-FURTHER = ("#1b8a9e", "#b5498f", "#8a7a3a", "#c2571a", "#6477d6", "#a0522d")
+FURTHER = ("#c2571a", "#6477d6", "#8a7a3a", "#a0522d", "#4a8fa8", "#a8567f")
 #: what the rows are compared with; lines of one do not tell more than the axis does
 BASES = ("plain", "plain, eager attention", "plain, compiled", "plain, keys repeated", "plain, written out")
-NAMES = {"llama": "Llama", "gpt2": "GPT-2", "bert": "BERT", "smollm2": "SmolLM2"}
+NAMES = {"llama": "Llama", "gpt2": "GPT-2", "bert": "BERT", "smollm2": "SmolLM2-135M"}
 
 
 def colours(variants: Iterable[str]) -> dict[str, str]:
@@ -70,9 +72,10 @@ def finite(value: float | None) -> float | None:
 
 def model_name(row: Row) -> str:
     """The model of a step, in words."""
-    name = str(row.config.get("model", row.family))
+    kind, _, size = str(row.config.get("model", row.family)).partition("-")
+    name = f"{NAMES.get(kind, kind)} {size}".strip()
     words = row.config.get("V")
-    return NAMES.get(name, name) + (f", head of {words:,} words" if isinstance(words, int) else "")
+    return f"{name}, head of {words:,} words" if isinstance(words, int) else name
 
 
 def plot_steps(rows: Sequence[Row], path: Path) -> None:

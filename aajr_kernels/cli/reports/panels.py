@@ -30,7 +30,7 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "peak ratio": lambda e: number(e.number("peak_ratio"), ".2f"),
     "gradient error": lambda e: number(e.number("gradient_error"), ".1e"),
     "bounds": lambda e: {True: "held", False: "missed", None: ""}[e.row.passed],
-    "note": lambda e: e.failure,
+    "note": lambda e: e.row.failure,
     "machine": lambda e: machine(e.row),
     "commit": lambda e: commits([e]),
 }
@@ -234,7 +234,7 @@ def in_words(groups: Mapping[str, Sequence[Entry]], value: Callable[[Entry], str
 def failures(entries: Iterable[Entry]) -> list[str]:
     """A sentence for every row that says why it has no numbers."""
     return [
-        f"{entry.row.variant} at S {entry.row.length}: {entry.failure} ({entry.where})."
+        f"{entry.row.variant} at S {entry.row.length}: {entry.row.failure} ({entry.where})."
         for entry in entries
-        if entry.failure
+        if entry.row.failure
     ]

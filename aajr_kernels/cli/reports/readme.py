@@ -18,6 +18,8 @@ HEADINGS = {
     "finite differences": "finite differences",
     "double backward": "double backward",
     "torch.func.jvp": "`torch.func.jvp`",
+    "jvp-flash-attention": "jvp-flash-attention",
+    "exact, compiled reference": "compiled reference",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -142,7 +142,7 @@ def memory(entries: Sequence[Entry], hues: dict[str, str]) -> Section:
 def ratios(entries: Sequence[Entry]) -> Section:
     """Bars of every case: all its variants, one colour per length."""
     panels = []
-    timed = [e for e in entries if e.number("ratio") is not None or e.failure]
+    timed = [e for e in entries if e.number("ratio") is not None or e.row.failure]
     for group in grouped(timed, lambda e: (e.row.suite, e.row.family, e.row.dtype, machine(e.row))):
         groups = _by_variant(group)
         sizes = grouped(group, lambda e: (e.row.length, configuration(e.row.config)))

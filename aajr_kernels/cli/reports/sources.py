@@ -33,11 +33,6 @@ class Entry:
         """A field of the row, or None where there is no finite number."""
         return finite(getattr(self.row, name))
 
-    @property
-    def failure(self) -> str:
-        """Why the row has no numbers; empty where it has."""
-        return str(getattr(self.row, "failure", ""))
-
 
 def read(paths: Iterable[Path], root: Path) -> list[Entry]:
     """The rows of files, in order.
