@@ -1,11 +1,9 @@
-"""`aajr bench`: no speed on a red gate, the schema of the rows, bounds and exit status, every suite at tiny sizes."""
+"""`aajr bench`: no speed on a red gate, the schema of the rows, bounds and exit status, peaks of memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -13,38 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from cli.toy_bench import FACTS, invoke
 
 import aajr_kernels
-from aajr_kernels.cli import bench, benchmarks, main
+from aajr_kernels.cli import bench, benchmarks
 from aajr_kernels.cli.benchmarks import (
-    Case,
     Row,
     Run,
     Selection,
-    Suite,
-    Variant,
     gate,
-    head,
-    method,
-    models,
     row,
-    step,
-    sweep,
 )
 from aajr_kernels.cli.benchmarks.plot import plot_steps
-from aajr_kernels.cli.benchmarks.roofline import Decoder
 from aajr_kernels.cli.benchmarks.run import peak_in_new_process, run_case
-from aajr_kernels.ops.norm import reference as norm
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-FACTS = row.environment()
-
-
-@pytest.fixture(autouse=True)
-def allocator(monkeypatch):
-    """Other tests of this process find the allocator as it was."""
-    monkeypatch.setattr(benchmarks, "keep_memory", lambda: None)
 
 
 def test_the_allocator_keeps_memory_in_a_process_that_measures():
@@ -56,74 +37,6 @@ def test_the_allocator_keeps_memory_in_a_process_that_measures():
     before, got, after = done.stdout.strip().split(" | ")
     assert before == "default" and got == after
     assert got == ("glibc, freed memory kept" if platform.libc_ver()[0] == "glibc" else "default")
-
-
-def invoke(*arguments: object, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(main.app, ["bench", *map(str, arguments)])
-    assert result.exit_code == exit_code, result.output
-    return result.output
-
-
-@pytest.fixture(autouse=True)
-def nothing_judged_before():
-    for clear in (gate._judged.clear, step.true_gradients.cache_clear, head._truth.cache_clear):
-        clear()
-    head._plain_truth.cache_clear()
-    yield
-    gate._judged.clear()
-    step.true_gradients.cache_clear()
-
-
-# ---------------------------------------------------------------------------------------------------- a toy suite
-class Toy:
-    """A case whose variants take as long as they are told, by a clock of their own, and are right or wrong."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.calls: list[str] = []
-        self.resets = 0
-        self.variants = [self.variant("plain"), self.variant("dual", seconds=1.5, bounds={"ratio": 2.0})]
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def variant(self, name: str, *, gradient: float = 2.0, seconds: float = 1.0, **options) -> Variant:
-        def make(length: int) -> Run:
-            x = torch.ones(length)
-
-            def call():
-                self.calls.append(name)
-                self.now += seconds * (1 + 0.1 * len(self.calls))
-                return [gradient * x]
-
-            return Run(call, self.reset)
-
-        return Variant(name, make, lambda length: [2.0 * torch.ones(length, dtype=torch.float64)], **options)
-
-    def reset(self) -> None:
-        self.now += 100.0  # outside the clock
-        self.resets += 1
-
-    def cases(self, selection: Selection) -> list[Case]:
-        return [
-            Case(
-                "toy", "only", dtype, n, tuple(self.variants), ("plain",), {"a": 1}, gate_length=3, repeats=4
-            )
-            for dtype, n in selection.grid(("float32",), (8,))
-        ]
-
-    def run(self, **options) -> benchmarks.Outcome:
-        self.calls.clear()
-        return run_case(self.cases(Selection())[0], FACTS, **options)
-
-
-@pytest.fixture
-def toy(monkeypatch) -> Toy:
-    found = Toy()
-    monkeypatch.setattr(benchmarks, "SUITES", {"toy": Suite("toy", "a toy", ("only",), found.cases)})
-    monkeypatch.setattr("aajr_kernels.cli.benchmarks.run.time", found)
-    monkeypatch.setattr(benchmarks, "environment", lambda: {**FACTS, "threads": torch.get_num_threads()})
-    return found
 
 
 def test_rows_have_the_schema_and_are_appended(toy, tmp_path):
@@ -336,130 +249,6 @@ def test_plot(tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="no row has the ratio"):
         plot_steps([], picture)
-
-
-# ------------------------------------------------------------------------------------------------- the real suites
-@pytest.fixture
-def tiny(monkeypatch):
-    for size in models.SIZES:
-        monkeypatch.setitem(models.SIZES, size, Decoder(48, 1, 6, 2, 40))
-    monkeypatch.setattr(models, "SMOLLM2", Decoder(48, 1, 6, 2, 40))
-    monkeypatch.setitem(models.WORDS, "smollm2", 61)
-    # half a minute for what PyTorch has to get right
-    monkeypatch.setattr(step, "compiled", lambda scalar: scalar)
-    for module in (head, step, method):
-        monkeypatch.setattr(module, "VOCABULARY", 61)
-    monkeypatch.setattr(head, "HIDDEN", 24)
-
-
-def names(suite: str) -> list[str]:
-    return [f"{suite}:{family}" for family in benchmarks.SUITES[suite].families]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("suite", ["attention", "norm", "activation", "rotary", "head"])
-def test_ops_pass_their_gates(tiny, suite, dtype):
-    cases = benchmarks.SUITES[suite].cases(Selection((dtype,), (19,)))
-    assert [f"{case.suite}:{case.family}" for case in cases] == names(suite)
-    for case in cases:
-        verdict = gate.check(case)
-        assert not verdict.failures and not verdict.left_out
-        for variant in case.variants:
-            assert bool(verdict.ops[variant.name]) == variant.name.startswith(("dual", "fisher"))
-
-
-@pytest.mark.parametrize("family", benchmarks.SUITES["step"].families)
-def test_steps_pass_their_gates(tiny, family):
-    pytest.importorskip("transformers")
-    for dtype in ("float32", "bfloat16") if family == "llama" else ("float32",):
-        (case,) = benchmarks.SUITES["step"].cases(Selection((dtype,), (12,), (family,)))
-        verdict = gate.check(case)
-        assert not verdict.failures and not verdict.left_out
-        for peer in ("torch.func.jvp", "double backward"):
-            error = verdict.errors.get(peer)  # both are wrong through layer_norm
-            assert error is None or (error < 1e-5 if family.startswith("llama") else error > 0.05)
-        if family in ("llama", "gpt2"):
-            ops = (
-                {"attention", "rms_norm", "rotary", "swiglu"}
-                if family == "llama"
-                else {"attention", "layer_norm"}
-            )
-            assert ops <= set(verdict.ops["exact, fused"]) and verdict.ops["plain"] == {}
-            assert dtype != "float32" or ops <= set(verdict.ops["plain, our primal ops"])
-
-
-@pytest.mark.parametrize("family", benchmarks.SUITES["method"].families)
-def test_the_method_passes_its_gate(tiny, monkeypatch, family):
-    pytest.importorskip("transformers")
-    if "lora" in family:
-        pytest.importorskip("peft")
-    monkeypatch.setattr(
-        method, "compiled", lambda loss: loss
-    )  # half a minute for what PyTorch has to get right
-    (case,) = benchmarks.SUITES["method"].cases(Selection(("float32",), (12,), (family,)))
-    verdict = gate.check(case)
-    assert not verdict.failures and not verdict.left_out
-    ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_penalty"}
-    assert ops <= set(verdict.ops["with penalty"]) and ops <= set(verdict.ops["adversarial, our kernels"])
-    assert verdict.ops["adversarial"] == verdict.ops.get("adversarial, compiled", {}) == {}
-
-
-def test_the_sweep_runs_when_named_and_passes_its_gates(tiny, monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.setattr(sweep, "LENGTHS", (9, 12))
-    monkeypatch.setattr(head, "head_case", functools.partial(_words, head.head_case))
-    chosen = bench._cases(["sweep"], None, None)
-    assert [c.length for c in chosen if c.family == "S"] == [9, 12]
-    assert [c.family for c in chosen][2:] == list(sweep.FAMILIES[1:])
-    for case in chosen:
-        case = dataclasses.replace(case, gate_length=12)
-        verdict = gate.check(case)
-        assert not verdict.failures and not verdict.left_out, case.family
-    assert not any(c.suite == "sweep" for c in bench._cases(None, None, None))
-    assert {c.suite for c in bench._cases(["ops"], None, None)} == {"norm", "activation", "rotary"}
-
-
-def _words(make, dtype, length, words=32000):
-    return make(dtype, length, words // 500)  # 2 to 256 words
-
-
-def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):
-    right = norm.norm_bwd
-
-    def wrong(*args, **kwargs):
-        results = list(right(*args, **kwargs))
-        results[0] = 1.01 * results[0]
-        return tuple(results)
-
-    monkeypatch.setattr(norm, "norm_bwd", wrong)
-    (case,) = benchmarks.SUITES["norm"].cases(Selection(("float32",), (19,), ("rms_norm",)))
-    with aajr_kernels.use_backend("reference"):
-        outcome = run_case(case, FACTS)
-    assert outcome.rows == [] and "dual" in outcome.failures[0]
-
-
-def test_the_whole_run_has_the_cases_of_the_issue():
-    found = {
-        (c.suite, c.family, c.dtype, c.length)
-        for s in benchmarks.SUITES.values()
-        for c in s.cases(Selection())
-    }
-    for family in ("llama", "gpt2"):
-        assert {("step", family, *pair) for pair in step.BOUNDS} <= found
-    assert ("step", "memory", "float32", 8192) in found
-    chosen = step.cases(Selection(None, (512, 1024), ("llama",)))
-    assert [(c.dtype, c.length) for c in chosen] == [("float32", 512), ("float32", 1024)]
-    chosen = step.cases(Selection(("bfloat16",), None, ("llama",)))
-    assert [(c.dtype, c.length) for c in chosen] == [("bfloat16", 2048)]
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-@pytest.mark.slow
-def test_peak_in_a_fresh_process(monkeypatch):
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    (case,) = benchmarks.SUITES["rotary"].cases(Selection(("float32",), (2048,)))
-    peak = peak_in_new_process(case, case.variant("dual"))
-    assert 2 * 2 * 2048 * 2048 * 4 * 0.9 < peak < 3e9  # the gradient at least
 
 
 def test_a_peak_that_cannot_be_measured_says_why(toy, monkeypatch):

@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from cli.test_bench import Toy, invoke, toy  # noqa: F401
+from cli.toy_bench import Toy, invoke
 
 from aajr_kernels.cli import benchmarks
 from aajr_kernels.cli.benchmarks import Selection, against, compare, peers, run_case
@@ -17,7 +17,7 @@ from aajr_kernels.cli.benchmarks import case as cases
 
 
 @pytest.fixture
-def rows(toy: Toy, tmp_path):  # noqa: F811
+def rows(toy: Toy, tmp_path):
     file = tmp_path / "before.jsonl"
     invoke("toy", "--rows", file)
     return benchmarks.read_rows(file)
@@ -79,7 +79,7 @@ def test_compare_files(rows, tmp_path):
     invoke("--compare", a, tmp_path / "nothing.jsonl", exit_code=2)
 
 
-def test_a_baseline_holds_until_a_ratio_grows(toy: Toy, tmp_path):  # noqa: F811
+def test_a_baseline_holds_until_a_ratio_grows(toy: Toy, tmp_path):
     folder = tmp_path / "baselines"
     text = " ".join(invoke("toy", "--baseline", folder, exit_code=2).replace("│", "").split())
     assert "for this kind of machine" in text and "--update" in text and not toy.calls
@@ -115,7 +115,7 @@ def test_kinds_of_machines_have_names_of_their_own():
     ],
 )
 @pytest.mark.parametrize("length", [3, 8])  # at the gate, and at full length
-def test_out_of_memory_is_a_row_and_the_rest_goes_on(toy: Toy, tmp_path, error, length):  # noqa: F811
+def test_out_of_memory_is_a_row_and_the_rest_goes_on(toy: Toy, tmp_path, error, length):
     made = toy.variants[1].make
 
     def make(n):
@@ -135,7 +135,7 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(toy: Toy, tmp_path, error, 
     invoke("toy", "--check", exit_code=1)
 
 
-def test_without_a_base_there_is_nothing_to_compare_with(toy: Toy):  # noqa: F811
+def test_without_a_base_there_is_nothing_to_compare_with(toy: Toy):
     def make(n):
         raise MemoryError
 
@@ -147,7 +147,7 @@ def test_without_a_base_there_is_nothing_to_compare_with(toy: Toy):  # noqa: F81
 class TwoCases:
     """A suite of which one case goes wrong."""
 
-    def __init__(self, toy, error):  # noqa: F811
+    def __init__(self, toy, error):
         self.toy, self.error = toy, error
 
     def cases(self, selection):
@@ -165,7 +165,7 @@ class TwoCases:
 
 
 @pytest.mark.parametrize(("error", "code"), [(OSError("no such library"), 1), (KeyboardInterrupt(), 130)])
-def test_finished_cases_keep_their_rows(toy: Toy, tmp_path, monkeypatch, error, code):  # noqa: F811
+def test_finished_cases_keep_their_rows(toy: Toy, tmp_path, monkeypatch, error, code):
     suite = cases.Suite("toy", "a toy", ("only",), TwoCases(toy, error).cases)
     monkeypatch.setattr(benchmarks, "SUITES", {"toy": suite})
     file = tmp_path / "rows.jsonl"
@@ -177,10 +177,11 @@ def test_finished_cases_keep_their_rows(toy: Toy, tmp_path, monkeypatch, error, 
         assert "Interrupted after 1 of 3 cases" in text and lengths == {8}
 
 
-def test_quick_is_the_smallest_case_of_every_family_without_compilation(toy: Toy):  # noqa: F811
+def test_quick_is_the_smallest_case_of_every_family_without_compilation(toy: Toy):
     toy.variants.append(toy.variant("compiled", compiled=True))
     three = [*toy.cases(Selection(None, (8, 5))), dataclasses.replace(toy.cases(Selection())[0], timed=False)]
     three = [dataclasses.replace(case, base=("plain", "compiled")) for case in three]
+    three.append(dataclasses.replace(three[1], family="huge", large=True))
     (found,) = benchmarks.quick(three)
     assert (
         found.length == 5

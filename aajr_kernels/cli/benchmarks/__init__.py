@@ -46,11 +46,11 @@ __all__ = [
 
 
 def quick(cases: list[Case]) -> list[Case]:
-    """The smallest timed case of every family, without the variants that have to be compiled first."""
+    """The smallest timed case of every family, without large ones and without variants that have to be compiled."""
     smallest: dict[tuple[str, str], Case] = {}
     for case in cases:
         key = case.suite, case.family
-        if case.timed and (key not in smallest or case.length < smallest[key].length):
+        if case.timed and not case.large and (key not in smallest or case.length < smallest[key].length):
             kept = tuple(variant for variant in case.variants if not variant.compiled)
             names = {variant.name for variant in kept}
             base = tuple(name for name in case.base if name in names)

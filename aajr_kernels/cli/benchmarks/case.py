@@ -90,6 +90,7 @@ class Case:
         peak: whether the peak of memory is measured by default.
         warm_length: run once before the peak is taken, so that code and small buffers are in place.
         graph: on a device, calls are replayed from a captured graph, so that short kernels do not wait for Python.
+        large: takes minutes; ``--quick`` leaves it out.
         why: what the case shows, in a few words.
     """
 
@@ -107,6 +108,7 @@ class Case:
     warm_length: int = 64
     device: str = "cpu"
     graph: bool = False
+    large: bool = False
     why: str = ""
 
     @property

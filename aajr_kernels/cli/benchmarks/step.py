@@ -124,6 +124,7 @@ def step_case(
     **options: Any,
 ) -> Case:
     """A case of this suite; `options` are further fields of it."""
+    options.setdefault("large", model == "smollm2" or model.endswith("-base"))
     options.setdefault("repeats", 16 if length <= 512 else 10 if length <= 1024 else 8)
     return Case(
         "step",
