@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,65 +13,16 @@ pytest.importorskip("plotly")
 pytest.importorskip("jinja2")
 
 import benchmark_rows
+from pages import Page, parsed
 
 from aajr_kernels.cli import main, report
 from aajr_kernels.cli.benchmarks import plot
 from aajr_kernels.cli.reports import page, sources
+from aajr_kernels.cli.reports.panels import plain_text
 from aajr_kernels.cli.reports.sections import DTYPES, SIZES, sections
+from aajr_kernels.cli.reports.sweeps import size_of
 
 RESULTS = sorted((report.ROOT / "bench" / "results").glob("*.jsonl"))
-
-
-@dataclass
-class Page(HTMLParser):
-    """A page taken apart: its elements with their attributes, its text, its cells, its scripts."""
-
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    cells: list[str] = field(default_factory=list)
-    words: str = ""
-    scripts: list[str] = field(default_factory=list)
-    styles: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in ("meta", "link", "img", "input", "br"):
-            self.open.append(tag)
-        if tag in ("td", "th"):
-            self.cells.append("")
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "script" in self.open:
-            self.scripts[-1] += data
-        elif "style" in self.open:
-            self.styles += data
-        else:
-            self.words += data
-            if {"td", "th"} & set(self.open):
-                self.cells[-1] += data
-
-    @property
-    def figures(self) -> list[dict]:
-        return json.loads(self.scripts[0])
-
-    def find(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
-        return [a for t, a in self.elements if t == tag and wanted.items() <= a.items()]
-
-
-def parsed(text: str) -> Page:
-    found = Page()
-    found.feed(text)
-    found.close()
-    assert found.open == []
-    return found
 
 
 def invoke(*arguments: object, exit_code: int = 0) -> str:
@@ -192,6 +141,32 @@ def test_rows_of_several_machines(tmp_path):
     assert found.cells[at - 1] == "model"
 
 
+def test_sweeps_over_other_sizes(tmp_path):
+    heads = [
+        benchmark_rows.fields(suite="sweep", family=f"D-{d}", variant=v, ratio=r * d, config={"D": d})
+        for d in (64, 32)
+        for v, r in (("plain", 1 / d), ("dual", 0.05))
+    ]
+    directions = [
+        benchmark_rows.fields(
+            suite="sweep", family="K", variant=f"K = {k}", ratio=0.5 + 0.5 * k, base="K = 1"
+        )
+        for k in (1, 2, 4)
+    ]
+    found = page_of(tmp_path, [*heads, *directions, benchmark_rows.fields(suite="sweep", family="Q-3")])
+    by_name = {
+        t["name"]: (t["x"], t["y"]) for t in traces(found, "Time over that of the base against features")
+    }
+    assert by_name == {
+        "dual": ([32, 64], pytest.approx([1.6, 3.2])),
+        "plain": ([32, 64], pytest.approx([1.0, 1.0])),
+    }
+    (line,) = traces(found, "Time over that of the base against directions")
+    assert (line["x"], line["y"]) == ([1, 2, 4], [1.0, 1.5, 2.5])
+    assert line["customdata"] == ["rows.jsonl:5", "rows.jsonl:6", "rows.jsonl:7"]
+    assert "No row has a ratio." in found.words  # sweeps are not shown as bars too
+
+
 def test_suites_and_variants_that_nobody_knows(tmp_path):
     lines = [
         benchmark_rows.fields(suite="new", family="thing", variant=v, ratio=r, length=n)
@@ -287,21 +262,19 @@ def test_every_committed_number_is_that_of_its_row():
         for panel in section.panels:
             drawn = [e.where for e in panel.entries]
             for trace in panel.data:
-                across = section.key in ("time", "memory")
+                across = section.key in ("time", "memory", "sweeps")
                 for value, other, said in zip(
                     *(trace[k] for k in ("yx" if across else "xy")), trace["customdata"]
                 ):
                     where = said.split(", ")[-1]
                     row = rows[where]
                     assert where in drawn
-                    assert (
-                        other == row.length
-                        if across
-                        else str(other) in {row.variant, trace["name"]}
-                        or (str(other) == f"{row.suite} {row.family}, S {row.length}")
-                    )
+                    sizes = {row.length, (size_of(sources.Entry(row, "", 0)) or ("", 0))[1]}
+                    names = {plain_text(row.variant), f"{row.suite} {row.family}, S {row.length}"}
+                    assert other in (sizes if across else names)
                     fields = {
                         "time": [row.ratio],
+                        "sweeps": [row.ratio],
                         "memory": [(row.peak_bytes or 0) / 1e6],
                         "ratios": [row.ratio],
                         "rates": [row.gflop_per_s, row.gb_per_s, *row.ceilings.values()],
@@ -309,7 +282,7 @@ def test_every_committed_number_is_that_of_its_row():
                     }[section.key]
                     assert value in fields, (panel.title, where)
                     seen.add(section.key)
-    assert seen == {"time", "memory", "ratios", "rates", "errors"}
+    assert seen >= {"time", "memory", "ratios", "rates", "errors"}
 
 
 def test_the_page_of_the_checkout_shows_the_experiments(tmp_path):

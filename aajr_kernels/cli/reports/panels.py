@@ -165,16 +165,24 @@ def figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> tuple[list[dic
     return [dict(trace) for trace in found["data"]], dict(found["layout"])
 
 
+def by_variant(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Entries of every variant, ours first."""
+    names = ordered(entry.row.variant for entry in entries)
+    return {name: [entry for entry in entries if entry.row.variant == name] for name in names}
+
+
 def lines(
     groups: Mapping[str, Sequence[Entry]],
     hues: Mapping[str, str],
     value: Callable[[Entry], float | None],
     form: str,
+    at: Callable[[Entry], int] = lambda entry: entry.row.length,
+    size: str = "S",
 ) -> list[dict[str, Any]]:
-    """A line over S for every variant."""
+    """A line over S, or over another size, for every variant."""
     traces = []
     for i, (variant, entries) in enumerate(groups.items()):
-        points = sorted(((e.row.length, value(e), e.where) for e in entries), key=lambda point: point[0])
+        points = sorted(((at(e), value(e), e.where) for e in entries), key=lambda point: point[0])
         points = [point for point in points if point[1] is not None]
         if points:
             traces.append(
@@ -185,7 +193,7 @@ def lines(
                     "x": [point[0] for point in points],
                     "y": [point[1] for point in points],
                     "customdata": [plain_text(point[2]) for point in points],
-                    "hovertemplate": f"S %{{x}}: %{{y:{form}}}<br>%{{customdata}}",
+                    "hovertemplate": f"{size} %{{x}}: %{{y:{form}}}<br>%{{customdata}}",
                     "line": {"color": hues[variant], "width": 2},
                     "marker": {"color": hues[variant], "size": 7, "symbol": SYMBOLS[i % len(SYMBOLS)]},
                 }

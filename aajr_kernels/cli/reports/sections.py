@@ -11,6 +11,7 @@ from .panels import (
     SYMBOLS,
     Panel,
     Section,
+    by_variant,
     dots,
     failures,
     figure,
@@ -21,10 +22,10 @@ from .panels import (
     megabytes,
     names_axis,
     number,
-    ordered,
     plain_text,
 )
 from .sources import Entry, configuration, latest, machine
+from .sweeps import SUITE, sweeps
 
 #: dtype -> colour and symbol where colours stand for dtypes, and for lengths
 DTYPES = {
@@ -41,10 +42,12 @@ def sections(entries: Sequence[Entry]) -> list[Section]:
     """All sections, drawn from the latest rows."""
     newest = sorted(latest(entries), key=lambda entry: entry.row.suite not in FIRST)
     hues = colours(sorted(entry.row.variant for entry in newest))
+    swept = sweeps(newest, hues)
     return [
         against_length(newest, hues),
+        *([swept] if swept.panels else []),
         memory(newest, hues),
-        ratios(newest),
+        ratios([entry for entry in newest if entry.row.suite != SUITE]),
         rates(newest, hues),
         errors(newest),
     ]
@@ -53,11 +56,6 @@ def sections(entries: Sequence[Entry]) -> list[Section]:
 def _case(entry: Entry) -> tuple[str, ...]:
     row = entry.row
     return row.suite, row.family, row.dtype, machine(row), configuration(row.config)
-
-
-def _by_variant(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    names = ordered(entry.row.variant for entry in entries)
-    return {name: [entry for entry in entries if entry.row.variant == name] for name in names}
 
 
 def _title(entry: Entry) -> tuple[str, str]:
@@ -75,7 +73,7 @@ def _over_lengths(
     columns: Sequence[str],
     base: float | None = None,
 ) -> Panel:
-    groups = _by_variant(entries)
+    groups = by_variant(entries)
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": {"color": "#7c828c", "width": 1}}
     shapes = [] if base is None else [line | {"y0": base, "y1": base}]
     data, layout = figure(
@@ -144,7 +142,7 @@ def ratios(entries: Sequence[Entry]) -> Section:
     panels = []
     timed = [e for e in entries if e.number("ratio") is not None or e.row.failure]
     for group in grouped(timed, lambda e: (e.row.suite, e.row.family, e.row.dtype, machine(e.row))):
-        groups = _by_variant(group)
+        groups = by_variant(group)
         sizes = grouped(group, lambda e: (e.row.length, configuration(e.row.config)))
         same = len({configuration(e.row.config) for e in group}) == 1
         traces = []
@@ -220,7 +218,7 @@ def _rates(entries: Sequence[Entry], hues: dict[str, str], field: str, unit: str
     def line(entry: Entry) -> str:
         return f"{entry.row.suite} {entry.row.family}, S {entry.row.length}"
 
-    groups = _by_variant(entries)
+    groups = by_variant(entries)
     traces = []
     for i, (variant, inside) in enumerate(groups.items()):
         points = [(e.number(field) or 0.0, line(e), e.where) for e in inside]
@@ -252,7 +250,7 @@ def errors(entries: Sequence[Entry]) -> Section:
     panels = []
     exact = [e for e in entries if e.number("gradient_error") is not None]
     for group in grouped(exact, lambda e: (e.row.suite, e.row.family, machine(e.row))):
-        groups = _by_variant(group)
+        groups = by_variant(group)
         dtypes = [d for d in DTYPES if any(e.row.dtype == d for e in group)]
         dtypes += sorted({e.row.dtype for e in group} - set(dtypes))
         traces, shapes = [], []
