@@ -18,7 +18,7 @@ import benchmark_rows
 from PIL import Image
 
 from aajr_kernels.cli import main, report
-from aajr_kernels.cli.benchmarks import Row, read_rows
+from aajr_kernels.cli.benchmarks import Row, plot, read_rows
 from aajr_kernels.cli.benchmarks.plot import latest, plot_errors, plot_steps
 from aajr_kernels.cli.reports.readme import BEGIN, END
 
@@ -189,6 +189,24 @@ def test_rows_without_steps_write_no_table_and_no_picture(tmp_path):
     assert "no row has the ratio of an exact, fused step" in invoke(*options, "--readme", readme, exit_code=2)
     assert readme.read_text() == f"{BEGIN}\nold\n{END}"
     assert "no row has the ratio of a step" in invoke(*options, "--images", tmp_path / "images", exit_code=2)
+
+
+def test_pictures_hold_every_point_and_models_in_order(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "_save", lambda figure, axes, *rest: drawn.extend(axes))
+    rows = [
+        benchmark_rows.row(config={"model": model}, variant=variant, ratio=ratio * high, length=n)
+        for high, model in enumerate(("bert-base", "llama", "unheard-of", "llama-tiny", "gpt2"), start=1)
+        for variant, ratio in (("plain", 1 / high), ("exact", 2.0))
+        for n in (64, 128)
+    ]
+    plot_steps(rows, tmp_path / "steps.png")
+    shown = [axis for axis in drawn if axis.has_data()]
+    titles = [axis.get_title().removesuffix(" float32 AVX2") for axis in shown]
+    assert titles == ["Llama tiny", "Llama", "GPT-2", "BERT base", "unheard of"]
+    for axis in shown:
+        low, high = axis.get_ylim()
+        assert low == 0.0 and all(max(line.get_ydata()) < high for line in axis.get_lines())
 
 
 def test_pictures_of_odd_rows(tmp_path):

@@ -78,6 +78,14 @@ def model_name(row: Row) -> str:
     return f"{name}, head of {words:,} words" if isinstance(words, int) else name
 
 
+def rank(row: Row) -> tuple[int, ...]:
+    """Where a step stands among others: by dtype, without a head and with one, by architecture and size."""
+    kind, _, size = str(row.config.get("model", row.family)).partition("-")
+    order = [(row.dtype, list(LIMITS)), (kind, list(NAMES)), (size, ["tiny", "", "base"])]
+    dtype, model, place = (names.index(name) if name in names else len(names) for name, names in order)
+    return dtype, "V" in row.config, model, place
+
+
 def plot_steps(rows: Sequence[Row], path: Path) -> None:
     """Ratio to the plain step against S, one panel per model, dtype and machine.
 
@@ -90,20 +98,23 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         ValueError: there is no step ratio among the rows.
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in whole_models(rows):
+    for row in sorted(whole_models(rows), key=rank):
         groups.setdefault((model_name(row), row.dtype, _machine(row)), []).append(row)
     groups = {k: v for k, v in groups.items() if len({r.length for r in v}) > 1} or groups
     if not groups:
         raise ValueError("no row has the ratio of a step: run `aajr bench step --rows FILE` first.")
     shown = {r.variant for inside in groups.values() for r in inside if r.variant not in BASES}
-    columns = min(len(groups), 4)
+    columns = 3 if len(groups) > 4 and len(groups) % 3 == 0 else min(len(groups), 4)
     figure, axes = _figure(columns, math.ceil(len(groups) / columns))
     hues = {v: c for v, c in colours([*COLOURS, *sorted(shown)]).items() if v in shown}
+    keys: dict[str, Any] = {}
     for axis, (title, inside) in zip(axes, groups.items()):
         for variant, colour in hues.items():
             line = sorted((r.length, r.ratio) for r in inside if r.variant == variant and r.ratio is not None)
             if line:
-                axis.plot(*zip(*line), "o-", color=colour, label=variant, linewidth=1.6, markersize=4)
+                (keys[variant],) = axis.plot(
+                    *zip(*line), "o-", color=colour, label=variant, linewidth=1.6, markersize=4
+                )
         axis.axhline(1.0, color="#777777", linewidth=0.8)
         lengths = sorted({r.length for r in inside})
         axis.set_xscale("log", base=2)
@@ -111,10 +122,11 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         axis.minorticks_off()
         axis.set_title(" ".join(title), fontsize=9)
         axis.set_xlabel("S")
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # shared, and only now known at the top
     for axis in axes[::columns]:
         axis.set_ylabel("time ÷ plain step")
-    _save(figure, axes, path, [r for inside in groups.values() for r in inside])
+    inside = [row for group in groups.values() for row in group]
+    _save(figure, axes, path, inside, {variant: keys[variant] for variant in hues if variant in keys})
 
 
 def plot_errors(rows: Sequence[Row], path: Path) -> None:
@@ -128,7 +140,7 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
         ValueError: no row of a step has a gradient error.
     """
     compared = [r for r in whole_models(rows) if r.variant not in BASES or r.variant == "plain"]
-    chosen = [r for r in compared if (finite(r.gradient_error) or 0) > 0]
+    chosen = [r for r in sorted(compared, key=rank) if (finite(r.gradient_error) or 0) > 0]
     if not chosen:
         raise ValueError("no row has the gradient error of a step: run `aajr bench step --rows FILE` first.")
     measured = {r.dtype for r in chosen}
@@ -190,15 +202,12 @@ def _figure(columns: int, lines: int, height: float = 3.4, **options: Any) -> tu
     return figure, axes
 
 
-def _save(
-    figure: Any, axes: list[Any], path: Path, rows: Sequence[Row], keys: Mapping[str, Any] | None = None
-) -> None:
+def _save(figure: Any, axes: list[Any], path: Path, rows: Sequence[Row], keys: Mapping[str, Any]) -> None:
     """Write the picture; a PNG says in its metadata which rows it shows, not when and by what it was drawn."""
-    found = keys or dict(reversed(pair) for a in axes for pair in zip(*a.get_legend_handles_labels()))
     for axis in axes:
         if not axis.has_data():
             axis.set_visible(False)
-    figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(keys.values(), keys.keys(), loc="outside right center", frameon=False, fontsize=8)
     metadata = {"Software": None, "Source": fingerprint(rows)} if path.suffix.lower() == ".png" else None
     figure.savefig(path, dpi=160, metadata=metadata)
 

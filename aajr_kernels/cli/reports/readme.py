@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..benchmarks.plot import model_name, whole_models
+from ..benchmarks.plot import model_name, rank, whole_models
 from .sources import Entry, configuration, latest, machine, places, spans
 
 BEGIN = "<!-- step costs: written by `make figures`, from the rows in bench/results -->"
@@ -21,7 +21,6 @@ HEADINGS = {
     "jvp-flash-attention": "jvp-flash-attention",
     "exact, compiled reference": "compiled reference",
 }
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,12 @@ def costs(entries: Sequence[Entry]) -> Costs:
                 f"{model_name(row)}, {row.dtype}", machine(row), row.length, {"plain step": base} | cells
             )
             found.append(line)
-    models = list(dict.fromkeys(line.model.rpartition(", ")[0] for line in found))
     machines = list(dict.fromkeys(line.machine for line in found))
-
-    def place(line: Line) -> tuple[int, ...]:
-        model, _, dtype = line.model.rpartition(", ")
-        rank = DTYPES.index(dtype) if dtype in DTYPES else len(DTYPES)
-        return machines.index(line.machine), rank, models.index(model), line.length
-
+    found.sort(
+        key=lambda line: (machines.index(line.machine), rank(line.cells["plain step"].row), line.length)
+    )
     used = {heading for line in found for heading in line.cells}
-    return Costs(["plain step", *(h for h in HEADINGS.values() if h in used)], sorted(found, key=place))
+    return Costs(["plain step", *(h for h in HEADINGS.values() if h in used)], found)
 
 
 def markdown(table: Costs) -> str:
