@@ -112,9 +112,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         for variant, colour in hues.items():
             line = sorted((r.length, r.ratio) for r in inside if r.variant == variant and r.ratio is not None)
             if line:
-                (keys[variant],) = axis.plot(
-                    *zip(*line), "o-", color=colour, label=variant, linewidth=1.6, markersize=4
-                )
+                (keys[variant],) = axis.plot(*zip(*line), "o-", color=colour, linewidth=1.6, markersize=4)
         axis.axhline(1.0, color="#777777", linewidth=0.8)
         lengths = sorted({r.length for r in inside})
         axis.set_xscale("log", base=2)
