@@ -125,6 +125,18 @@ def test_every_plot_says_what_it_is_drawn_from(small):
     assert sum("abc1234; def5678" in said for said in places) == 3
 
 
+def test_the_spread_of_the_rounds(tmp_path):
+    found = page_of(
+        tmp_path,
+        [
+            benchmark_rows.fields(),
+            benchmark_rows.fields(variant="exact", ratio=2.0, round_ratios=[2.5, 2.0, 2.25, 2.125, 9.0]),
+            benchmark_rows.fields(variant="few", ratio=3.0, round_ratios=[3.0, 4.0]),
+        ],
+    )
+    assert found.cells.count("2.12–2.50") == 2 and not any("3.00–" in cell for cell in found.cells)
+
+
 def test_plots_have_words_and_tables(small):
     assert len(small.find("details")) == len(small.figures)
     for plot_ in small.find("div", **{"class": "plot"}):

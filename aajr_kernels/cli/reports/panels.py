@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import html
+import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..benchmarks.plot import BASES
+from ..benchmarks.plot import BASES, finite
 from .sources import Entry, commits, machine, places, versions
+
+
+def by_round(entry: Entry) -> str:
+    """The middle half of the ratios that single rounds gave, where there are enough of them."""
+    values = [value for value in entry.row.round_ratios if finite(value) is not None]
+    if len(values) < 4:
+        return ""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{low:.2f}–{high:.2f}"
+
 
 #: columns of the tables under the plots and of the table of all rows: name -> cell
 COLUMNS: dict[str, Callable[[Entry], str]] = {
@@ -22,6 +33,7 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "min ms": lambda e: number(e.number("min_ms"), ".4g"),
     "median ms": lambda e: number(e.number("median_ms"), ".4g"),
     "ratio": lambda e: number(e.number("ratio"), ".2f"),
+    "by round": by_round,
     "of": lambda e: e.row.base or "",
     "GFLOP/s": lambda e: number(e.number("gflop_per_s"), ".4g"),
     "GB/s": lambda e: number(e.number("gb_per_s"), ".4g"),
@@ -35,7 +47,18 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "commit": lambda e: commits([e]),
 }
 NUMBERS = {
-    *("S", "min ms", "median ms", "ratio", "GFLOP/s", "GB/s", "of ceiling", "peak MB", "peak ratio"),
+    *(
+        "S",
+        "min ms",
+        "median ms",
+        "ratio",
+        "by round",
+        "GFLOP/s",
+        "GB/s",
+        "of ceiling",
+        "peak MB",
+        "peak ratio",
+    ),
     "gradient error",
 }
 #: variants that come first

@@ -95,7 +95,7 @@ def against_length(entries: Sequence[Entry], hues: dict[str, str]) -> Section:
     panels = []
     for group in grouped(entries, _case):
         if len({e.row.length for e in group if e.number("ratio") is not None}) > 1:
-            columns = ("variant", "S", "min ms", "median ms", "ratio", "of", "rows")
+            columns = ("variant", "S", "min ms", "median ms", "ratio", "by round", "of", "rows")
             panels.append(
                 _over_lengths(
                     group,
@@ -177,13 +177,13 @@ def ratios(entries: Sequence[Entry]) -> Section:
         title = f"{row.suite} {row.family}, {row.dtype}"
         alt = f"Time over that of the base, {title}. {in_words(groups, lambda e: number(e.number('ratio'), '.2f'))}"
         subtitle = (f"{configuration(row.config)} · " if same else "") + machine(row)
-        columns = ("variant", "S", "backend", "min ms", "ratio", "of", "bounds", "note", "rows")
+        columns = ("variant", "S", "backend", "min ms", "ratio", "by round", "of", "bounds", "note", "rows")
         panels.append(Panel(title, subtitle, data, layout, alt, group, columns, failures(group)))
     return Section(
         "ratios",
         "Ratios of all variants",
-        "The same ratio for every variant of every case, by model or op, dtype and instruction set. What the base is, "
-        "stands in the table of each plot.",
+        "The same ratio for every variant of every case, by model or op, dtype and instruction set. The "
+        "table of each plot says what the base is, and between what ratios the middle half of the rounds lay.",
         panels,
         "No row has a ratio.",
     )
