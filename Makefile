@@ -41,7 +41,7 @@ bench: $(SETUP)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --
 	$(PY) -m aajr_kernels bench $(ARGS)
 
 bench-check: $(SETUP)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
-	$(PY) -m aajr_kernels bench attention norm head step --quick --baseline bench/baselines $(if $(UPDATE),--update)
+	$(PY) -m aajr_kernels bench attention norm head step --quick --baseline bench/baselines $(if $(filter 1,$(UPDATE)),--update)
 
 figures: $(SETUP)  ## the report, README's table of costs and its pictures, from the committed rows
 	$(PY) -m aajr_kernels report --readme README.md --images docs/images

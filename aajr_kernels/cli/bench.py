@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .benchmarks import Case, Outcome
 
 DTYPES = ("float32", "bfloat16", "float16")
+#: rounds of a run that is compared with a baseline, at least
+ROUNDS = 7
 #: a name for several suites
 GROUPS = {"ops": ("norm", "activation", "rotary")}
 #: --capability -> what holds every library to it; they read these variables when they start
@@ -128,13 +130,17 @@ def bench(
         _predict(model, suites or ["gpu"], dtype, lengths)
         return
     if compare is not None:
+        _alone(ctx, "compare")
         bench_compare.files(*compare, _console())
         return
     if capability is not None:
         _hold_to(capability, ctx)
     if against is not None:
-        rest = _arguments(ctx, without=("against", "rows", "check", "baseline", "update"))
-        bench_compare.commit(against, rest, _console())
+        _alone(
+            ctx, "against", "suites", "dtype", "lengths", "repeats", "threads", "rows", "quick", "capability"
+        )
+        rest = _arguments(ctx, without=("against", "rows", "capability"))
+        bench_compare.commit(against, rest, rows, _console())
         return
     from .benchmarks import quick as quickly
     from .benchmarks import show
@@ -142,11 +148,15 @@ def bench(
     count = threads or min(2, os.cpu_count() or 1)
     if update and baseline is None:
         raise typer.BadParameter("it goes with --baseline FOLDER.", param_hint="--update")
+    standard = None
     if baseline is not None:
-        bench_compare.expect_baseline(baseline, count, update)
+        standard = bench_compare.Baseline(baseline, count, update)
+        repeats = max(repeats or 0, ROUNDS)
     chosen = _cases(suites, dtype, lengths, everything=listed)
     if quick:
         chosen, repeats, peak = quickly(chosen), repeats or 3, bool(peak)
+        if not chosen:
+            raise typer.BadParameter("nothing of that is quick: name another suite.", param_hint="--quick")
     if listed:
         show.listing(chosen, _console())
         return
@@ -160,7 +170,7 @@ def bench(
     finally:
         torch.set_num_threads(before)
     show.verdict(results, time.perf_counter() - start, _console())
-    slower = baseline is not None and bench_compare.baseline(baseline, count, results, update, _console())
+    slower = standard is not None and standard.judge(results, _console())
     if slower or any(result.failures or (check and result.missed) for result in results):
         raise typer.Exit(1)
 
@@ -273,7 +283,7 @@ def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path |
                 try:
                     result = run_case(case, facts, repeats=repeats, peak=peak, progress=tell)
                 except Exception as error:  # the other cases go on
-                    result = Outcome(case, failures=[f"{type(error).__name__}: {error}"])
+                    result = Outcome(case, failures=[f"{type(error).__name__}: {error}"], gate=False)
                 results.append(result)
                 show.outcome(result, console)
                 if rows is not None:
@@ -327,6 +337,18 @@ def _hold_to(capability: str, ctx: typer.Context) -> None:
         return
     command = [sys.executable, "-m", "aajr_kernels", "bench", *_arguments(ctx)]
     raise typer.Exit(subprocess.run(command, check=False, env={**os.environ, **settings}).returncode)
+
+
+def _alone(ctx: typer.Context, option: str, *also: str) -> None:
+    """Refuse options that would be without effect beside this one."""
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name not in (option, *also)
+        and ctx.params.get(parameter.name or "") not in (None, (), [], False)
+    ]
+    if given:
+        raise typer.BadParameter(f"it does not go with {', '.join(given)}.", param_hint=f"--{option}")
 
 
 def _arguments(ctx: typer.Context, without: Sequence[str] = ()) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 if TYPE_CHECKING:
     from .benchmarks import Outcome
+
+NOTHING = "the two have no ratio in common: the same case on the same kind of machine."
 
 
 def files(before: Path, after: Path, console: Console) -> None:
@@ -23,66 +26,86 @@ def files(before: Path, after: Path, console: Console) -> None:
     from .benchmarks import compare, read_rows
 
     try:
-        changes = compare.compared(read_rows(before), read_rows(after))
+        found = compare.compare(read_rows(before), read_rows(after))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--compare") from error
-    if not changes:
-        raise typer.BadParameter(
-            "the files have no ratio in common: the same case on the same kind of machine.",
-            param_hint="--compare",
-        )
-    compare.show(changes, (before.stem, after.stem) if before.stem != after.stem else ("A", "B"), console)
+    if not found.changes and not found.lost:
+        raise typer.BadParameter(NOTHING, param_hint="--compare")
+    compare.show(found, (before.stem, after.stem) if before.stem != after.stem else ("A", "B"), console)
 
 
-def commit(name: str, arguments: Sequence[str], console: Console) -> None:
+def commit(name: str, arguments: Sequence[str], rows: Path | None, console: Console) -> None:
     """`--against`: another commit, built and timed in turn with this code.
 
     Raises:
-        typer.BadParameter: there is no such commit, or it cannot be built or timed.
+        typer.BadParameter: there is no such commit, it cannot be built or timed, or has nothing in common.
     """
-    from .benchmarks import against, compare
+    from .benchmarks import against, append_rows, compare
 
     with Console(stderr=True).status("") as status:
         try:
             other, here = against.measure_both(name, arguments, status.update)
         except against.Failed as error:
             raise typer.BadParameter(str(error), param_hint="--against") from error
-    compare.show(compare.compared(other, here), (name, "this code"), console)
+    if rows is not None:
+        append_rows(rows, [*other, *here])
+    found = compare.compare(other, here)
+    if not found.changes and not found.lost:
+        raise typer.BadParameter(NOTHING, param_hint="--against")
+    compare.show(found, (name, "this code"), console)
 
 
-def expect_baseline(folder: Path, threads: int, update: bool) -> None:
-    """Before anything is measured.
+class Baseline:
+    """`--baseline`: the rows of a quick run on this kind of machine.
+
+    Args:
+        folder: of the baselines.
+        threads: of this run.
+        update: write it instead of comparing.
 
     Raises:
-        typer.BadParameter: there is no baseline for this kind of machine, and none is to be written.
+        typer.BadParameter: there is none to compare with, or it cannot be read.
     """
-    from .benchmarks import compare, environment
 
-    file = compare.baseline_file(folder, {**environment(), "threads": threads})
-    if not update and not file.exists():
-        raise typer.BadParameter(
-            f"there is no {file.name} for this kind of machine in {folder}: make one with --update on a commit that is "
-            "known to be good.",
-            param_hint="--baseline",
-        )
+    def __init__(self, folder: Path, threads: int, update: bool) -> None:
+        from .benchmarks import compare, environment, read_rows
 
+        self.update = update
+        self.file = compare.baseline_file(folder, {**environment(), "threads": threads})
+        if not update and not self.file.exists():
+            raise typer.BadParameter(
+                f"there is no {self.file.name} for this kind of machine in {folder}: make one with --update on a "
+                "commit that is known to be good.",
+                param_hint="--baseline",
+            )
+        try:
+            self.rows = read_rows(self.file) if self.file.exists() else []
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error), param_hint="--baseline") from error
 
-def baseline(folder: Path, threads: int, results: Sequence[Outcome], update: bool, console: Console) -> bool:
-    """`--baseline`: whether a ratio is too far above that of this kind of machine, or gone; or write it."""
-    from .benchmarks import compare, environment, read_rows
+    def judge(self, results: Sequence[Outcome], console: Console) -> bool:
+        """Whether a ratio is too far above the baseline, or is gone; or write it. True is a failure."""
+        from .benchmarks import compare
 
-    rows = [row for result in results for row in result.rows]
-    file = compare.baseline_file(folder, {**environment(), "threads": threads})
-    if update:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(row.line() + "\n" for row in rows), encoding="utf-8")
-        console.print(f"Baseline of {len(rows)} rows in {file}.", highlight=False, soft_wrap=True)
-        return False
-    before = read_rows(file)
-    changes = compare.compared(before, rows)
-    compare.show(changes, ("baseline", "now"), console)
-    slower, gone = [change.name for change in compare.worsened(changes)], compare.lost(before, rows)
-    for names, what in ((slower, f"Slower by more than {compare.LIMIT:.0%}"), (gone, "Without a number now")):
-        if names:
-            console.print(f"[bold red]{what}:[/] {'; '.join(map(escape, names))}.", soft_wrap=True)
-    return bool(slower or gone)
+        now = [row for result in results for row in result.rows]
+        say = functools.partial(console.print, highlight=False, soft_wrap=True)
+        if self.update:
+            if not now or any(result.failures or result.broken for result in results):
+                say("[bold red]The baseline was not written:[/] a case failed, or nothing was measured.")
+                return True
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.file.with_suffix(".part")
+            lines = [row.line() + "\n" for row in compare.merged(self.rows, now)]
+            whole.write_text("".join(lines), encoding="utf-8")
+            os.replace(whole, self.file)
+            say(f"Baseline of {len(lines)} rows in {self.file}.")
+            return False
+        # a case of the baseline that was asked for, under whatever configuration it runs now
+        asked = {(r.case.suite, r.case.family, r.case.dtype, r.case.length) for r in results}
+        expected = [row for row in self.rows if (row.suite, row.family, row.dtype, row.length) in asked]
+        found = compare.compare(expected, now)
+        compare.show(found, ("baseline", "now"), console)
+        gone = found.unmatched[0] - len(found.lost)
+        if gone > 0:
+            say(f"[bold red]{gone} rows of the baseline have no counterpart:[/] write it anew with --update.")
+        return bool(found.slower or found.lost or gone > 0 or not found.changes)

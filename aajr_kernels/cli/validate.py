@@ -32,7 +32,9 @@ def validate(
             "model, of a function that returns one, or of a class of transformers (built small)."
         ),
     ] = None,
-    length: Annotated[int, typer.Option(min=4, help="With --model: tokens in a row of the batch.")] = 16,
+    length: Annotated[
+        int | None, typer.Option(min=4, help="With --model: tokens in a row of the batch. Default: 16.")
+    ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, help="With --model: only so many of its layers, to save memory.")
     ] = None,
@@ -64,8 +66,10 @@ def validate(
 
         if op or backend:
             raise typer.BadParameter("--model checks a whole model: leave --op and --backend out.")
-        validate_model.run(model, dtype, device, length, layers, seed, as_json)
+        validate_model.run(model, dtype, device, length or 16, layers, seed, as_json)
         return
+    if length is not None or layers is not None:
+        raise typer.BadParameter("they go with --model.", param_hint="--length and --layers")
     ops = _chosen("--op", op, list(OPS))
     dtypes = _chosen("--dtype", dtype, list(DTYPES))
     backends = _chosen("--backend", backend, list(runtime.BACKENDS)) if backend else None

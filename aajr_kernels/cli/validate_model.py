@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .info import package_version, why_no_accelerator
 from .validation.loading import CannotValidate, load, prepare
-from .validation.model import CONFIRMED, DTYPES, Check, Report, plain, validate_model
+from .validation.model import CONFIRMED, DTYPES, Check, Report, as_json, validate_model
 
 BATCH = 2
 _STYLES = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "shown": "[dim]peer[/]"}
@@ -28,7 +28,7 @@ def run(
     length: int,
     layers: int | None,
     seed: int,
-    as_json: bool,
+    json_wanted: bool,
 ) -> None:
     """Load, check, print; see :func:`aajr_kernels.cli.validate.validate`.
 
@@ -57,18 +57,18 @@ def run(
     with Console(stderr=True).status("loading", spinner="dots") as status:
         try:
             subject = prepare(load(spec, layers), BATCH, length, seed)
+            report = validate_model(subject, chosen, place, lambda what: status.update(escape(what)))
         except CannotValidate as error:
             raise typer.BadParameter(str(error), param_hint="--model") from error
-        report = validate_model(subject, chosen, place, lambda what: status.update(escape(what)))
     seconds = time.perf_counter() - start
-    if as_json:
+    if json_wanted:
         versions = {
             name: package_version(name) for name in ("aajr_kernels", "torch", "transformers", "triton")
         }
         print(
             json.dumps(
                 {
-                    **plain(report),
+                    **as_json(report),
                     "spec": spec,
                     "batch": BATCH,
                     "length": length,
@@ -92,7 +92,8 @@ def _show(report: Report, length: int, seconds: float, console: Console) -> None
 
     say(
         f"{report.model}, {report.parameters / 1e6:.3g} M parameters; penalty in the metric {report.metric} along the "
-        f"ascent direction of the loss, {BATCH} rows of {length} tokens, one of them padded."
+        f"ascent direction of the loss, {BATCH} rows of {length} tokens, "
+        f"{'one of them padded' if report.padded else 'without padding, as it takes no attention_mask'}."
     )
     table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
     for column in ("step", "dtype"):
@@ -105,8 +106,8 @@ def _show(report: Report, length: int, seconds: float, console: Console) -> None
         table.add_row(check.name, check.dtype, *numbers, share, f"{check.seconds:.2g}", _STYLES[check.result])
     console.print(table)
     say(
-        "[dim]Relative errors against the model in float64 with written-out layers; gradients: of all parameters "
-        "together, the larger one of those of the penalty and of a loss of the output.[/]"
+        "[dim]Relative errors against the model in float64 with written-out layers; gradients: of all parameters, "
+        "the input and the direction together, the larger one of the penalty's and those of a loss of the output.[/]"
     )
     for check in report.checks:
         if check.result == "fail" or (check.result == "shown" and check.share != check.share):

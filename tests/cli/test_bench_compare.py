@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -43,20 +45,52 @@ def write(path, rows):
     return path
 
 
+def changes(before, after):
+    return compare.compare(before, after).changes
+
+
+def rounds(rows, *ratios):
+    """The same measurement with these rounds of `dual`."""
+    return [
+        dataclasses.replace(row, round_ratios=list(ratios), ratio=min(ratios))
+        if row.variant == "dual"
+        else row
+        for row in rows
+    ]
+
+
 def test_a_ratio_is_compared_round_by_round_with_an_interval(rows):
     base, dual = rows
     assert base.round_ratios == [1.0] * 4 and len(dual.round_ratios) == 4
-    (same,) = compare.compared(rows, rows)
+    (same,) = changes(rows, rows)
     assert same.growth == 0 and not same.differs and not same.exceeds(0.0)
-    (slower,) = compare.compared(rows, scaled(rows, 1.3, commit="another", torch="3.0"))
+    steady = rounds(rows, *[1.6, 1.61, 1.62] * 3)
+    (slower,) = changes(steady, scaled(steady, 1.3, commit="another", torch="3.0"))
     assert slower.growth == pytest.approx(0.3) and slower.interval[0] <= 0.3 <= slower.interval[1]
-    noisy = [dataclasses.replace(dual, round_ratios=[0.5, 1.0, 2.0, 4.0], ratio=1.5)]
-    (unclear,) = compare.compared(noisy, scaled(noisy, 1.2))
-    assert unclear.growth == pytest.approx(0.2) and not unclear.differs and not unclear.exceeds(0.15)
-    (bare,) = compare.compared(
-        [dataclasses.replace(dual, round_ratios=[])], [dataclasses.replace(dual, ratio=2 * dual.ratio)]
+    assert slower.before == 1.61 and slower.exceeds()
+    noisy = rounds(rows, 0.5, 0.6, 1.0, 1.1, 2.0, 3.0, 4.0)
+    (unclear,) = changes(noisy, scaled(noisy, 1.2))
+    assert unclear.growth == pytest.approx(0.2) and not unclear.differs and not unclear.exceeds()
+    # with few rounds an interval would excuse anything: the growth alone decides
+    (few,) = changes(rounds(rows, 1.0, 1.0, 2.1), rounds(rows, 2.0, 2.0, 2.0))
+    assert few.interval is None and few.growth == pytest.approx(1.0) and few.exceeds()
+    (bare,) = changes(
+        [base, dataclasses.replace(dual, round_ratios=[])],
+        [base, dataclasses.replace(dual, ratio=2 * dual.ratio)],
     )
-    assert bare.interval is None and bare.growth == pytest.approx(1.0) and bare.exceeds(0.15)
+    assert bare.interval is None and bare.growth == pytest.approx(1.0) and bare.exceeds()
+
+
+def test_another_base_does_not_change_what_is_compared(rows):
+    base, dual = rows
+    faster = dataclasses.replace(base, variant="plain, compiled", base="plain, compiled", ratio=1.0)
+    now = [
+        dataclasses.replace(base, base="plain, compiled", ratio=2.0),
+        faster,
+        dataclasses.replace(dual, base="plain, compiled", ratio=2 * dual.ratio),
+    ]
+    found = {change.name.split()[-1]: change for change in changes(rows, now)}
+    assert found["dual"].growth == pytest.approx(0.0) and found["dual"].interval is None
 
 
 def test_only_what_measures_the_same_is_compared(rows):
@@ -66,8 +100,16 @@ def test_only_what_measures_the_same_is_compared(rows):
         {"threads": 3},
         {"dtype": "bfloat16"},
         {"config": {"a": 2}},
+        {"native_capability": "another"},
     ):
-        assert compare.compared(rows, [dataclasses.replace(row, **change) for row in rows]) == []
+        found = compare.compare(rows, [dataclasses.replace(row, **change) for row in rows])
+        assert found.changes == [] and found.lost == [] and found.unmatched == (2, 2)
+
+
+def test_the_last_row_counts_even_if_it_failed(rows):
+    failed = dataclasses.replace(rows[1], ratio=None, round_ratios=[], failure="out of memory")
+    found = compare.compare(rows, [*rows, failed])
+    assert found.changes == [] and found.lost == ["toy:only float32 8 dual"]
 
 
 def test_compare_files(rows, tmp_path):
@@ -75,23 +117,53 @@ def test_compare_files(rows, tmp_path):
     text = invoke("--compare", a, b)
     assert "toy:only float32 8 dual" in text and "+40.0%" in text and "slower" in text
     c = write(tmp_path / "c.jsonl", [dataclasses.replace(row, length=1) for row in rows])
-    assert "no ratio in common" in " ".join(invoke("--compare", a, c, exit_code=2).replace("│", "").split())
-    invoke("--compare", a, tmp_path / "nothing.jsonl", exit_code=2)
+    assert "no ratio in common" in said("--compare", a, c)
+    said("--compare", a, tmp_path / "nothing.jsonl")
+    assert "does not go with --rows" in said("--compare", a, b, "--rows", tmp_path / "d.jsonl")
+
+
+def said(*arguments):
+    return " ".join(invoke(*arguments, exit_code=2).replace("│", "").split())
 
 
 def test_a_baseline_holds_until_a_ratio_grows(toy: Toy, tmp_path):
     folder = tmp_path / "baselines"
-    text = " ".join(invoke("toy", "--baseline", folder, exit_code=2).replace("│", "").split())
+    text = said("toy", "--baseline", folder)
     assert "for this kind of machine" in text and "--update" in text and not toy.calls
     assert "Baseline of 2 rows" in invoke("toy", "--baseline", folder, "--update")
-    invoke("toy", "--baseline", folder)
+    assert "1 ratios compared" in invoke("toy", "--baseline", folder)
     toy.variants[1] = toy.variant("dual", seconds=1.5 * 1.5)
     assert "Slower by more than 15%: toy:only float32 8 dual" in invoke(
         "toy", "--baseline", folder, exit_code=1
     )
     toy.variants = toy.variants[:1]
     assert "Without a number now: toy:only float32 8 dual" in invoke("toy", "--baseline", folder, exit_code=1)
-    assert "goes with --baseline" in invoke("toy", "--update", exit_code=2)
+    assert "goes with --baseline" in said("toy", "--update")
+
+
+def test_a_baseline_that_has_nothing_to_say_does_not_pass(toy: Toy, tmp_path, monkeypatch):
+    folder = tmp_path / "baselines"
+    invoke("toy", "--baseline", folder, "--update")
+    (file,) = folder.iterdir()
+    made = toy.cases
+    other = lambda selection: [dataclasses.replace(case, config={"a": 2}) for case in made(selection)]
+    suite = cases.Suite("toy", "a toy", ("only",), other)
+    monkeypatch.setattr(benchmarks, "SUITES", {"toy": suite})
+    assert "2 rows of the baseline have no counterpart" in invoke("toy", "--baseline", folder, exit_code=1)
+    # another dtype is no loss, but there is nothing to compare either
+    invoke("toy", "--dtype", "bfloat16", "--baseline", folder, exit_code=1)
+    # a run that fails does not become the baseline
+    before = file.read_text()
+    monkeypatch.setattr(benchmarks, "SUITES", {"toy": cases.Suite("toy", "a toy", ("only",), made)})
+    toy.variants[1] = toy.variant("dual", gradient=3.0)
+    assert "was not written" in invoke("toy", "--baseline", folder, "--update", exit_code=1)
+    assert file.read_text() == before
+    # what was not run stays in it
+    toy.variants[1] = toy.variant("dual")
+    assert "Baseline of 4 rows" in invoke("toy", "--lengths", "5", "--baseline", folder, "--update")
+    file.write_text("{}")
+    toy.calls.clear()
+    assert "a row" in said("toy", "--baseline", folder) and not toy.calls
 
 
 def test_kinds_of_machines_have_names_of_their_own():
@@ -102,8 +174,14 @@ def test_kinds_of_machines_have_names_of_their_own():
         "torch_capability": "AVX2",
         "threads": 2,
     }
-    assert compare.machine_kind(facts) == "amd-epyc-avx2-2"
-    assert compare.machine_kind({**facts, "device_name": "NVIDIA H100"}) == "nvidia-h100-avx2-2"
+    facts |= {"native_capability": "avx2"}
+    assert compare.machine_kind(facts) == "amd-epyc-avx2-avx2-2"
+    assert compare.machine_kind({**facts, "device_name": "NVIDIA H100"}) == "nvidia-h100-amd-epyc-avx2-avx2-2"
+    assert compare.machine_kind({**facts, "native_capability": None}) == "amd-epyc-avx2-no-native-2"
+
+
+def test_options_without_effect_are_refused(toy: Toy, tmp_path):
+    assert "does not go with --check, --update" in said("toy", "--against", "HEAD", "--check", "--update")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +211,33 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(toy: Toy, tmp_path, error, 
     assert found["dual"].passed is False  # it has a bound, which was not shown to hold
     assert found["peer"].ratio and not found["peer"].failure
     invoke("toy", "--check", exit_code=1)
+
+
+def test_out_of_memory_in_a_round_and_of_a_peak(toy: Toy, monkeypatch):
+    made = toy.variants[1].make
+
+    def make(n):
+        run, left = made(n), [3]
+
+        def call():
+            left[0] -= 1
+            if left[0] < 0:
+                raise MemoryError
+            return run.call()
+
+        return dataclasses.replace(run, call=call)
+
+    toy.variants[1] = dataclasses.replace(toy.variants[1], make=make)
+    plain, dual = toy.run().rows
+    assert "round 3" in dual.failure and dual.passed is False and plain.repeats == 4
+
+    def peak(case, variant):
+        raise RuntimeError("the peak was not measured")
+
+    monkeypatch.setattr("aajr_kernels.cli.benchmarks.run.peak_in_new_process", peak)
+    toy.variants[1] = toy.variant("dual", bounds={"ratio": 9.0})
+    plain, dual = toy.run(peak=True).rows  # the times are kept
+    assert dual.ratio and "peak was not measured" in dual.failure and dual.passed is False
 
 
 def test_without_a_base_there_is_nothing_to_compare_with(toy: Toy):
@@ -258,9 +363,9 @@ def test_another_commit_is_built_and_measured_in_turn(checkout, rows, monkeypatc
         git(checkout, "commit", "-qm", factor)
     told = []
     before, now = against.measure_both("HEAD~1", ["toy"], told.append)
-    (change,) = compare.compared(before, now)
+    (change,) = changes(before, now)
     assert change.growth == pytest.approx(1.0) and len(now[0].round_ratios) == 8  # two turns of four rounds
-    assert [text.split(",")[0] for text in told[1:]] == ["this code", "HEAD~1", "HEAD~1", "this code"]
+    assert [text.split(",")[0] for text in told[1:]] == ["HEAD~1", "this code", "this code", "HEAD~1"]
     listed = subprocess.run(
         ["git", "worktree", "list"], cwd=checkout, capture_output=True, text=True, check=True
     )
@@ -269,9 +374,16 @@ def test_another_commit_is_built_and_measured_in_turn(checkout, rows, monkeypatc
 
 def test_what_cannot_be_compared_against_says_why(checkout):
     (checkout / "setup.py").write_text("raise SystemExit('no compiler likes this')")
+    for place, age in (("csrc/kernel.cpp", 100), ("aajr_kernels/_native.so", 50)):
+        (checkout / place).parent.mkdir(exist_ok=True)
+        (checkout / place).touch()
+        os.utime(checkout / place, (time.time() - age,) * 2)
     git(checkout, "add", "-A")
     git(checkout, "commit", "-qm", "one")
     with pytest.raises(against.Failed, match="finding commit 'no-such'"):
         against.measure_both("no-such", [], lambda text: None)
     with pytest.raises(against.Failed, match="building the other commit failed:\nno compiler likes this"):
+        against.measure_both("HEAD", [], lambda text: None)
+    (checkout / "csrc/kernel.cpp").touch()
+    with pytest.raises(against.Failed, match="csrc was changed after the native module"):
         against.measure_both("HEAD", [], lambda text: None)

@@ -147,6 +147,71 @@ def test_a_wrong_gradient_fails(monkeypatch):
     assert code == 1 and all("gradient of the penalty" in failure for failure in report["failures"])
 
 
+@pytest.mark.parametrize("which", ["x", "v"])
+def test_a_wrong_gradient_of_input_or_direction_fails(monkeypatch, which):
+    """An untied embedding is trained through the input alone."""
+    right = model.aligned_penalty
+
+    def wrong(call, x, v, **options):
+        x, v = (t + 0.01 * (t - t.detach()) if name == which else t for name, t in (("x", x), ("v", v)))
+        return right(call, x, v, **options)
+
+    monkeypatch.setattr(model, "aligned_penalty", wrong)
+    code, report = report_of(SMALL)
+    name = {"x": "inputs_embeds", "v": "direction"}[which]
+    assert code == 1 and all(f"for {name}" in failure for failure in report["failures"])
+
+
+def test_bfloat16_does_not_excuse_five_percent(monkeypatch):
+    assert report_of(SMALL, "--dtype", "bfloat16")[0] == 0
+    right = model.aligned_penalty
+
+    def wrong(*args, **options):
+        penalty, primal = right(*args, **options)
+        return penalty + 0.05 * (penalty - penalty.detach()), primal
+
+    monkeypatch.setattr(model, "aligned_penalty", wrong)
+    assert report_of(SMALL, "--dtype", "bfloat16")[0] == 1
+
+
+def test_a_failure_of_fuse_or_of_ours_is_a_failed_row_and_one_of_a_peer_is_a_note(monkeypatch):
+    from aajr_kernels.integrations import transformers as integration
+
+    def broken(*args, **options):
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(integration, "fuse", broken)
+        code, report = report_of(SMALL, "--dtype", "float64")
+    assert code == 1 and "fused float64: TypeError: 'NoneType'" in report["failures"][0]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "PEERS", {"a peer": broken})
+        code, report = report_of(SMALL, "--dtype", "float32")
+    assert code == 0 and "TypeError" in report["checks"][-1]["failure"]
+    monkeypatch.setattr(model, "aligned_penalty", broken)
+    code, report = report_of(SMALL, "--dtype", "float64")
+    assert code == 1 and len(report["failures"]) == 2
+
+
+def test_the_saved_class_is_loaded_and_random_weights_are_refused(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertForTokenClassification(config).save_pretrained(tmp_path / "tokens")
+    assert type(load(os.fspath(tmp_path / "tokens"))).__name__ == "BertForTokenClassification"
+    transformers.BertModel(config).save_pretrained(tmp_path / "body")
+    path = tmp_path / "body" / "config.json"
+    path.write_text(path.read_text().replace('"BertModel"', '"BertForMaskedLM"'))
+    with pytest.raises(CannotValidate, match="lacks weights of BertForMaskedLM"):
+        load(os.fspath(tmp_path / "body"))
+
+
+def test_padding_is_told_as_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", FACTORIES)
+    assert "without padding" in run("mine:good", "--dtype", "float64").output
+    assert "one of them padded" in run(SMALL, "--dtype", "float64").output
+
+
 def test_a_model_that_is_not_deterministic_is_not_confirmed(monkeypatch):
     class Noisy(Small):
         def forward(self, inputs_embeds):
@@ -163,16 +228,36 @@ def test_a_model_that_is_not_deterministic_is_not_confirmed(monkeypatch):
         (["no/such/folder"], "no folder that save_pretrained wrote"),
         (["nowhere_at_all:model"], "cannot be imported"),
         (["torch:nothing_like_it"], "cannot be imported"),
-        (["transformers:ViTModel"], "does not take inputs_embeds="),
+        (["transformers:ViTModel"], "must have get_input_embeddings() with an nn.Embedding"),
+        (["torch.nn:Flatten"], "does not take inputs_embeds="),
         ([SMALL, "--dtype", "int8"], "choose from float64, float32, bfloat16"),
         ([SMALL, "--device", "tpu"], "choose from auto, cpu, cuda"),
         ([SMALL, "--op", "linear"], "leave --op and --backend out"),
+        ([":"], "cannot be imported"),
+        (["torch:nn.Linear"], "must be callable without arguments"),
+        (["torch:nn.Identity", "--layers", "2"], "decides its own layers"),
     ],
 )
 def test_bad_arguments(arguments, message):
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_options_that_go_with_a_model():
+    result = CliRunner().invoke(main.app, ["validate", "--layers", "2", "--op", "linear"])
+    assert result.exit_code == 2 and "they go with --model" in result.output
+
+
+def test_small_and_odd_vocabularies():
+    class Odd(Small):
+        def __init__(self, words, outputs):
+            super().__init__()
+            self.table, self.mix = nn.Embedding(words, 6), nn.Linear(6, outputs)
+
+    for words, outputs in ((1, 1), (50, 3)):
+        report = model.validate_model(prepare(Odd(words, outputs), 2, 8, 0), ("float64",), "cpu")
+        assert not report.failures
 
 
 def test_what_is_no_model(monkeypatch):

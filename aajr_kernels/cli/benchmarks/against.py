@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .compare import key_of
 from .row import Row, read_rows
 
 __all__ = ["Failed", "measure_both", "worktree"]
 
 ROOT = Path(__file__).resolve().parents[3]
-TURNS = 2  # either commit is measured so often, in the order this, other, other, this
+TURNS = 2  # either commit is measured so often, in the order other, this, this, other
 
 
 class Failed(RuntimeError):
@@ -58,12 +60,20 @@ def worktree(commit: str) -> Iterator[Path]:
 
 
 def build(tree: Path) -> None:
-    """Its native module, in place. Without a compiler both sides run without one.
+    """Its native module, in place, if this code has one; else neither side does.
 
     Raises:
-        Failed: the build failed.
+        Failed: the build failed, or the module of this code is older than its sources.
     """
-    _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, "building the other commit")
+    modules = sorted((ROOT / "aajr_kernels").glob("_native*.so"))
+    if modules:
+        sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+        if max(sources, default=0.0) > modules[-1].stat().st_mtime:
+            raise Failed(
+                "csrc was changed after the native module of this code was built: pip install -e . first."
+            )
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        _run(command, tree, "building the other commit", AAJR_NATIVE="1")
 
 
 def measure_both(
@@ -84,27 +94,30 @@ def measure_both(
         build(tree)
         rows: dict[Path, list[Row]] = {tree: [], ROOT: []}
         for turn in range(TURNS):
-            for place in (ROOT, tree) if turn % 2 == 0 else (tree, ROOT):
+            for place in (tree, ROOT) if turn % 2 == 0 else (ROOT, tree):
                 progress(f"{'this code' if place == ROOT else commit}, turn {turn + 1} of {TURNS}")
                 file = Path(folder) / f"{turn}-{place == ROOT}.jsonl"
                 command = [sys.executable, "-m", "aajr_kernels", "bench", *arguments, "--rows", str(file)]
-                _run(command, place, f"aajr bench at {place.name}", PYTHONPATH=str(place))
-                rows[place] += read_rows(file) if file.exists() else []
-        return pooled(rows[tree]), pooled(rows[ROOT])
+                what = "aajr bench " + ("here" if place == ROOT else f"at {commit}")
+                path = os.pathsep.join(p for p in (str(place), os.environ.get("PYTHONPATH")) if p)
+                _run(command, place, what, PYTHONPATH=path)
+                try:
+                    rows[place] += read_rows(file) if file.exists() else []
+                except ValueError as error:
+                    raise Failed(f"the rows of {commit} are of another kind: {error}") from error
+        both = pooled(rows[tree]), pooled(rows[ROOT])
+    kinds = [{row.native_capability for row in side} for side in both]
+    if kinds[0] != kinds[1]:
+        raise Failed(f"the two sides ran with different native modules ({kinds[0]} and {kinds[1]}).")
+    return both
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
-    """Rows of several turns as one each: the rounds of all, the smallest ratio."""
-    import dataclasses
-
-    from .compare import newest
-
+    """Rows of several turns as one each, with the rounds of all; the ratio is that of the last turn."""
     found: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        for key in newest([row]):
-            old = found.get(key)
-            if old is not None and old.ratio is not None and row.ratio is not None:
-                both = [*old.round_ratios, *row.round_ratios]
-                row = dataclasses.replace(row, round_ratios=both, ratio=min(old.ratio, row.ratio))
-            found[key] = row
+        old = found.get(key_of(row))
+        if old is not None and old.base == row.base:
+            row = dataclasses.replace(row, round_ratios=[*old.round_ratios, *row.round_ratios])
+        found[key_of(row)] = row
     return list(found.values())

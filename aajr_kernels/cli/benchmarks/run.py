@@ -37,6 +37,7 @@ class Outcome:
         left_out: optional variant -> why it cannot run here.
         broken: variant -> why it gave no numbers; each has a row that says so.
         graphed: variants whose calls were replayed from a graph.
+        gate: whether `failures` are the gate's.
     """
 
     case: Case
@@ -45,6 +46,7 @@ class Outcome:
     left_out: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     graphed: set[str] = field(default_factory=set)
+    gate: bool = True
 
     @property
     def missed(self) -> list[Row]:
@@ -91,10 +93,15 @@ def run_case(
                     peaks[variant.name] = peak_in_new_process(case, variant)
                 except RuntimeError as error:
                     outcome.broken[variant.name] = str(error)
-    bases = [v.name for v in variants if v.name in case.base and v.name not in outcome.broken]
+    bases = [
+        v.name
+        for v in variants
+        if v.name in case.base and (samples.get(v.name) if case.timed else v.name not in outcome.broken)
+    ]
     if not bases:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.broken.items())
         outcome.failures.append(f"there is nothing to compare with ({reasons})")
+        outcome.gate = False
         return outcome
     base = min(bases, key=lambda name: min(samples[name], default=math.inf) if samples else 0.0)
     for variant in [v for v in case.variants if v in variants or v.name in outcome.broken]:
@@ -143,9 +150,16 @@ def _interleaved(
         for i in range(repeats):
             progress(f"round {i + 1} of {repeats}")
             for variant in variants[i % len(variants) :] + variants[: i % len(variants)]:
-                if variant.rounds is None or i < variant.rounds:
-                    name = variant.name
+                name = variant.name
+                if name in outcome.broken or (variant.rounds is not None and i >= variant.rounds):
+                    continue
+                try:
                     samples[name].append(_sample(case, variant, runs[name], numbers[name]))
+                except Exception as error:
+                    if not gate.out_of_memory(error):
+                        raise
+                    outcome.broken[name] = f"out of memory at length {case.length}, round {i + 1}"
+                    del samples[name], runs[name]
     finally:
         gc.unfreeze()
     return samples

@@ -49,7 +49,7 @@ def outcome(result: Outcome, console: Console) -> None:
 
     say(f"\n[bold]{case.name}[/]  [dim]{escape(case.why)}[/]")
     for failure in result.failures:
-        say(f"[bold red]gate red, no speed:[/] {escape(failure)}")
+        say(f"[bold red]{'gate red, no speed' if result.gate else 'failed'}:[/] {escape(failure)}")
     if result.rows:
         console.print(_table(result.rows))
     for name, reason in result.broken.items():

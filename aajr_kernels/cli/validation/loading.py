@@ -30,6 +30,7 @@ SMALL = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
+    "sliding_window": 5,
 }
 
 
@@ -95,7 +96,12 @@ class Subject:
 
         model = copy.deepcopy(self.model).to(rounded or dtype).to(device, dtype)
         inputs = {name: t.to(device) for name, t in self.inputs.items()}
-        return replace(self, model=model, x=place(self.x), v=place(self.v), inputs=inputs)
+        x, v = place(self.x).requires_grad_(), place(self.v).requires_grad_()
+        return replace(self, model=model, x=x, v=v, inputs=inputs)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """All that gets gradients: the parameters by name, ``inputs_embeds``, and the ``direction``."""
+        return {**dict(self.model.named_parameters()), "inputs_embeds": self.x, "direction": self.v}
 
 
 def load(spec: str, layers: int | None = None) -> nn.Module:
@@ -113,7 +119,14 @@ def load(spec: str, layers: int | None = None) -> nn.Module:
     """
     module, colon, name = spec.partition(":")
     looks_like_path = os.sep in spec or Path(spec).exists()
-    return _from_code(module, name, layers) if colon and not looks_like_path else _from_folder(spec, layers)
+    try:
+        return (
+            _from_code(module, name, layers) if colon and not looks_like_path else _from_folder(spec, layers)
+        )
+    except (CannotValidate, ModuleNotFoundError):
+        raise
+    except Exception as error:  # somebody else's code and files: the user wants one sentence
+        raise CannotValidate(f"{spec} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _from_folder(spec: str, layers: int | None) -> nn.Module:
@@ -125,16 +138,23 @@ def _from_folder(spec: str, layers: int | None) -> nn.Module:
         options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
         if layers is not None:
             options["config"] = _with_layers(config, layers)
-        causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        found: nn.Module = auto.from_pretrained(spec, **options)
+        # the class that was saved; another one would lack weights, or leave some out
+        saved = (getattr(config, "architectures", None) or [""])[0]
+        maker = getattr(transformers, saved, None) or transformers.AutoModel
+        found, info = maker.from_pretrained(spec, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CannotValidate(
             f"{spec!r} is no folder that save_pretrained wrote and no model in the cache of transformers ({first}): "
             "give a path, or MODULE:NAME."
         ) from error
-    return found
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CannotValidate(
+            f"{spec!r} lacks weights of {type(found).__name__}, which would be random: {some}."
+        )
+    model: nn.Module = found
+    return model
 
 
 def _from_code(module: str, name: str, layers: int | None) -> nn.Module:
@@ -144,7 +164,7 @@ def _from_code(module: str, name: str, layers: int | None) -> nn.Module:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise CannotValidate(f"{module}:{name} cannot be imported: {error}.") from error
     config_class = getattr(found, "config_class", None)
     if config_class is not None and inspect.isclass(found):
@@ -152,13 +172,18 @@ def _from_code(module: str, name: str, layers: int | None) -> nn.Module:
             torch.manual_seed(0)
             found = found(_with_layers(_small(config_class), layers))  # type: ignore[call-arg]
             _spread(found)
+    elif layers is not None:
+        raise CannotValidate(
+            f"{module}:{name} decides its own layers: --layers goes with a folder or with a class of transformers."
+        )
     elif callable(found) and not isinstance(found, nn.Module):
         try:
-            found = found()
+            inspect.signature(found).bind()
         except TypeError as error:
             raise CannotValidate(
                 f"{module}:{name} must be callable without arguments and return a model: {error}."
             ) from error
+        found = found()
     if not isinstance(found, nn.Module):
         raise CannotValidate(f"{module}:{name} must be or return an nn.Module, got {type(found).__name__}.")
     return found
@@ -172,8 +197,9 @@ def _small(config_class: Any) -> Any:
             with contextlib.suppress(AttributeError):  # computed from the others
                 setattr(config, name, value)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, None)
+        token = getattr(config, name, None)
+        if token is not None and not (isinstance(token, int) and token < SMALL["vocab_size"]):
+            setattr(config, name, 0)
     # per-layer lists belong to the default depth; a configuration made anew writes its own
     kept = {
         k: v for k, v in config.to_diff_dict().items() if k not in ("layer_types", "transformers_version")
@@ -208,8 +234,13 @@ def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
             large for the memory of this machine.
     """
     _fits(model)
-    model = model.float().eval().requires_grad_(True)
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+    model = model.float().eval()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    taken = inspect.signature(model.forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    if "inputs_embeds" not in taken and not anything:
         raise CannotValidate(
             f"{type(model).__name__}.forward does not take inputs_embeds=: wrap the model in a module that does, and "
             "give MODULE:NAME of a function that returns it."
@@ -225,9 +256,8 @@ def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
     ids = torch.randint(words, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[-1, length - length // 4 :] = False
-    taken = inspect.signature(model.forward).parameters
     inputs: dict[str, Tensor] = {}
-    if "attention_mask" in taken:
+    if "attention_mask" in taken or anything:
         inputs["attention_mask"] = mask.long()
     else:
         mask = torch.ones_like(mask)
@@ -236,10 +266,9 @@ def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
         inputs["decoder_input_ids"] = torch.randint(words, (batch, length), generator=generator)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # type: ignore[union-attr]
-    labels = torch.randint(words, (batch, length), generator=generator).masked_fill(~mask, -100)
+    labels = torch.randint(words, (batch, length), generator=generator)
     x = embedding(ids).detach()
-    subject = Subject(model, x, torch.zeros_like(x), inputs, labels, mask)
-    return replace(subject, v=_ascent(subject))
+    return _with_ascent(Subject(model, x, torch.zeros_like(x), inputs, labels, mask))
 
 
 def _fits(model: nn.Module) -> None:
@@ -249,12 +278,12 @@ def _fits(model: nn.Module) -> None:
     if need > have:
         raise CannotValidate(
             f"{count / 1e9:.2g} billion parameters need about {need / 2**30:.0f} GiB for copies and gradients in "
-            f"float64, and this machine has {have / 2**30:.0f}: --layers 2 validates its first two layers."
+            f"float64, and this machine has {have / 2**30:.0f}: for a folder, --layers 2 takes its first two layers."
         )
 
 
-def _ascent(subject: Subject) -> Tensor:
-    """The gradient of the loss, per token as long as an embedding is in the mean; nothing at padding."""
+def _with_ascent(subject: Subject) -> Subject:
+    """With the gradient of the loss as direction, per token as long as an embedding is; nothing at padding."""
     x = subject.x.clone().requires_grad_()
     try:
         y = subject.call(x)
@@ -269,7 +298,10 @@ def _ascent(subject: Subject) -> Tensor:
             f"{type(subject.model).__name__} must return logits or hidden states [B, N, ...] that depend on "
             f"inputs_embeds, got {got}."
         )
+    # an output may know fewer words than the embedding
+    labels = (subject.labels % y.shape[-1]).masked_fill(~subject.mask, -100)
+    subject = replace(subject, labels=labels)
     (g,) = torch.autograd.grad(subject.task(y), x)
     g = g * subject.mask.unsqueeze(-1)
     norm = g.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, g / norm, 0.0) * subject.x.norm(dim=-1).mean()
+    return replace(subject, v=torch.where(norm > 0, g / norm, 0.0) * subject.x.norm(dim=-1).mean())

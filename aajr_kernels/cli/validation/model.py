@@ -21,7 +21,7 @@ from ...dual import Dual
 from ...method import aligned_penalty
 from ...runtime import Coverage, UnsupportedOperation, coverage
 from . import oracle
-from .loading import Subject
+from .loading import CannotValidate, Subject
 from .results import Results, judged, together
 
 #: of finite differences in float64, relative to every weight; with the small ones no kink of a ReLU is crossed
@@ -74,6 +74,7 @@ class Report:
         model: its class.
         parameters: how many.
         metric: of the penalty.
+        padded: whether the last row of the batch is padded, with an attention mask.
         checks: rows.
         confirmed: relative difference of the oracle's gradient from finite differences of its penalty.
         fused: (what, how many, modules) that ran on fused operations.
@@ -84,6 +85,7 @@ class Report:
     model: str
     parameters: int
     metric: str
+    padded: bool
     checks: list[Check] = field(default_factory=list)
     confirmed: float = float("nan")
     fused: list[tuple[str, int, str]] = field(default_factory=list)
@@ -117,7 +119,7 @@ def validate_model(
         advance: called with a few words.
     """
     count = sum(p.numel() for p in subject.model.parameters())
-    report = Report(type(subject.model).__name__, count, subject.metric)
+    report = Report(type(subject.model).__name__, count, subject.metric, not bool(subject.mask.all()))
     truths: dict[torch.dtype, Results] = {}
     for dtype in dtypes:
         kind = DTYPES[dtype]
@@ -125,7 +127,13 @@ def validate_model(
         if rounded not in truths:
             advance(f"oracle at {str(rounded)[6:]} weights")
             exact = subject.placed("cpu", torch.float64, rounded)
-            truths[rounded] = _oracle(exact, torch.float64)
+            try:
+                truths[rounded] = _oracle(exact, torch.float64)
+            except Exception as error:
+                raise CannotValidate(
+                    f"PyTorch's forward mode, on which the oracle rests, does not run through {report.model}: "
+                    f"{_first_line(error)}"
+                ) from error
             if len(truths) == 1:
                 advance("finite differences of the oracle")
                 report.confirmed = _confirm(exact, truths[rounded])
@@ -153,14 +161,16 @@ def _check_ours(
     for name in ("unmodified", "fused"):
         advance(f"{name} {dtype}")
         placed = subject.placed(device, kind, torch.float32 if kind == torch.float64 else kind)
-        if name == "fused" and not _fuse(placed, report):
-            return
         check = Check(name, dtype, device)
         try:
+            if name == "fused" and not _fuse(placed, report):
+                return
             with coverage() as check.coverage:
                 found, check.seconds = _timed(_ours, placed)
         except UnsupportedOperation as error:
             check.failure = str(error)
+        except Exception as error:  # whatever it is, the user's model does not run on ours
+            check.failure = _first_line(error)
         else:
             _fill(check, found, truth, eager)
         report.checks.append(check)
@@ -169,12 +179,20 @@ def _check_ours(
             report.fallbacks = sorted({*report.fallbacks, *ran.fallbacks})
 
 
-def _fuse(subject: Subject, report: Report) -> bool:
-    try:
-        from ...integrations.transformers import fuse
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
+
+def _fuse(subject: Subject, report: Report) -> bool:
+    """Whether it is a model that fuse() knows; any other failure of fuse() is one of ours."""
+    from ...integrations.transformers import KNOWN, fuse
+
+    kind = getattr(getattr(subject.model, "config", None), "model_type", None)
+    try:
         fusion = fuse(subject.model)
     except (ImportError, TypeError, ValueError) as error:
+        if kind in KNOWN:
+            raise
         report.left[type(subject.model).__name__] = str(error)
         return False
     report.fused, report.left = fusion.rows(), dict(fusion.left)
@@ -196,6 +214,8 @@ def _fill(check: Check, found: Results, truth: Results, eager: Results | None) -
 def _timed(compute: Callable[[Subject], Results], subject: Subject) -> tuple[Results, float]:
     start = time.perf_counter()
     found = compute(subject)
+    if subject.x.is_cuda:
+        torch.cuda.synchronize(subject.x.device)
     return found, time.perf_counter() - start
 
 
@@ -203,7 +223,7 @@ def _timed(compute: Callable[[Subject], Results], subject: Subject) -> tuple[Res
 
 
 def _gradients(subject: Subject, penalty: Tensor, output: Tensor) -> Results:
-    leaves = dict(subject.model.named_parameters())
+    leaves = subject.leaves()
 
     def of(loss: Tensor, keep: bool) -> dict[str, Tensor | None]:
         found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
@@ -226,7 +246,7 @@ def _ours(subject: Subject) -> Results:
         return _gradients(subject, penalty, output)
 
 
-def _plain(subject: Subject) -> tuple[Tensor, Tensor]:
+def _by_forward_mode(subject: Subject) -> tuple[Tensor, Tensor]:
     y, y_tan = oracle.jvp(subject.call, subject.x, subject.v.unsqueeze(0))
     q = oracle.metric_values(y, y_tan, subject.metric)
     return oracle.mean_over_units(q, subject.mask), y
@@ -234,14 +254,14 @@ def _plain(subject: Subject) -> tuple[Tensor, Tensor]:
 
 def _oracle(subject: Subject, dtype: torch.dtype) -> Results:
     with oracle.oracle_mode(float64=dtype == torch.float64):
-        penalty, y = _plain(subject)
+        penalty, y = _by_forward_mode(subject)
         return _gradients(subject, penalty, y)
 
 
 def _forward_mode(subject: Subject) -> Results:
     """PyTorch's own forward mode on the model as it is."""
     with sdpa_kernel(SDPBackend.MATH):
-        return _gradients(subject, *_plain(subject))
+        return _gradients(subject, *_by_forward_mode(subject))
 
 
 def _differences(subject: Subject) -> Results:
@@ -263,9 +283,9 @@ def _peer(
 ) -> Check:
     check = Check(name, "float32", "cpu", judged=False)
     try:
-        found, check.seconds = _timed(compute, subject)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        check.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        found, check.seconds = _timed(compute, subject.placed("cpu", torch.float32))
+    except Exception as error:  # peers are only shown
+        check.failure = _first_line(error)
     else:
         _fill(check, found, truth, eager)
     return check
@@ -273,8 +293,8 @@ def _peer(
 
 @torch.no_grad()
 def _confirm(subject: Subject, truth: Results) -> float:
-    """The oracle's gradient along a random change of all weights, against differences of its penalty."""
-    leaves = dict(subject.model.named_parameters())
+    """The oracle's gradient along a random change of all leaves, against differences of its penalty."""
+    leaves = subject.leaves()
     generator = torch.Generator().manual_seed(1)
     along = {}
     for name, p in leaves.items():
@@ -282,11 +302,13 @@ def _confirm(subject: Subject, truth: Results) -> float:
 
     def value() -> Tensor:
         with oracle.oracle_mode():
-            return _plain(subject)[0]
+            return _by_forward_mode(subject)[0]
 
     terms = [(g * along[name]).sum() for name, g in truth.penalty_gradients.items() if g is not None]
     # relative to what a gradient of this size gives in a random direction: the sum may happen to be small
     scale = torch.stack([(g * along[n]).norm() for n, g in truth.penalty_gradients.items() if g is not None])
+    if not scale.any():
+        return abs(oracle.finite_difference(value, leaves, along, DIFFERENCES[0]))
     expected, size, error = float(torch.stack(terms).sum()), float(scale.norm()), math.inf
     for step in DIFFERENCES:
         error = min(error, abs(oracle.finite_difference(value, leaves, along, step) - expected) / size)
@@ -295,7 +317,7 @@ def _confirm(subject: Subject, truth: Results) -> float:
     return error
 
 
-def plain(report: Report) -> dict[str, Any]:
+def as_json(report: Report) -> dict[str, Any]:
     """The report as JSON values; a number that is not finite is null."""
 
     def number(x: float) -> float | None:

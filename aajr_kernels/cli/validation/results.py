@@ -21,7 +21,8 @@ from .budgets import FACTOR, GRADIENT_FLOOR, norm, typical_size
 __all__ = ["EXACT", "Results", "Verdict", "judged", "together"]
 
 EXACT = 1e-9  # of a deep model; a single op is held to 1e-10
-ULPS = 16.0
+#: what chance adds to the error of a small sum; bfloat16 has only eight bits to hide errors in
+ULPS = {torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 2.0}
 
 Gradients = Mapping[str, "Tensor | None"]
 
@@ -69,7 +70,7 @@ def judged(found: Results, truth: Results, eager: Results | None, dtype: torch.d
         for name in errors:
             floor = least[name.split()[3]] if name.startswith("gradient") else 0.0
             floor = floor if math.isfinite(floor) else 0.0
-            allowed[name] = FACTOR * max(among[_kind(name)], floor) + ULPS * torch.finfo(dtype).eps
+            allowed[name] = FACTOR * max(among[_kind(name)], floor) + ULPS[dtype] * torch.finfo(dtype).eps
     shares = {name: error / allowed[name] for name, error in errors.items()}
     worst = max(shares, key=lambda name: shares[name])
     return Verdict(errors, shares[worst], worst)
@@ -97,6 +98,8 @@ def _error(found: Tensor | None, exact: Tensor | None, floor: float = 0.0) -> fl
     if found is None or exact is None:
         there = exact if found is None else found
         return math.inf if there is not None and bool(there.any()) else 0.0
+    if found.shape != exact.shape:
+        return math.inf
     size = max(norm(exact), floor * exact.numel() ** 0.5)
     error = norm(found.detach().double().cpu() - exact)
     if math.isnan(error):

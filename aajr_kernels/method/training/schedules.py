@@ -40,6 +40,7 @@ class _Ramp:
         return min(max((step - self.begin) / self.steps, 0.0), 1.0)
 
 
+@dataclass(frozen=True)
 class Linear(_Ramp):
     """From `start` to `end` on a straight line over `steps` steps, which begin at step `begin`; constant outside."""
 
@@ -47,6 +48,7 @@ class Linear(_Ramp):
         return self.start + (self.end - self.start) * self._share(step)
 
 
+@dataclass(frozen=True)
 class Cosine(_Ramp):
     """The same on half a period of a cosine."""
 
