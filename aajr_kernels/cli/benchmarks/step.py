@@ -144,7 +144,7 @@ def _ratio(model: str, dtype: str, length: int) -> Case:
     """The exact step against the plain one and the rivals."""
     task = functools.partial(Task, model=model, dtype=dtype)
     bounds = {}
-    if (dtype, length) in BOUNDS:
+    if (dtype, length) in BOUNDS and model in ("llama", "gpt2"):
         bounds["ratio"] = BOUNDS[dtype, length][held_to_avx2()] + (GPT2_MORE if model == "gpt2" else 0.0)
     single, own, usual = dtype == "float32", models.architecture(model), model in models.ARCHITECTURES
     fused = task("penalty", form="fused")
