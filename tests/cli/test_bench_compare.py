@@ -74,6 +74,9 @@ def test_a_ratio_is_compared_round_by_round_with_an_interval(rows):
     # with few rounds an interval would excuse anything: the growth alone decides
     (few,) = changes(rounds(rows, 1.0, 1.0, 2.1), rounds(rows, 2.0, 2.0, 2.0))
     assert few.interval is None and few.growth == pytest.approx(1.0) and few.exceeds()
+    # but not of a peer that is given a few rounds only
+    slow = compare.compare(rows, scaled(rows, 2.0))
+    assert slow.changes[0].exceeds() and slow.changes[0].rounds == 4 and slow.slower == []
     (bare,) = changes(
         [base, dataclasses.replace(dual, round_ratios=[])],
         [base, dataclasses.replace(dual, ratio=2 * dual.ratio)],

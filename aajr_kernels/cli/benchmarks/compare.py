@@ -49,13 +49,15 @@ class Change:
     Attributes:
         name: suite:family dtype length variant.
         before, after: median ratios to the same base, where both have rounds on record, else the ratios.
-        interval: of the growth; None where a side has fewer than :data:`ROUNDS` rounds.
+        interval: of the growth; None where a side has fewer than :data:`ROUNDS` rounds, or another base.
+        rounds: of the side that has fewer.
     """
 
     name: str
     before: float
     after: float
     interval: tuple[float, float] | None
+    rounds: int
 
     @property
     def growth(self) -> float:
@@ -88,8 +90,8 @@ class Comparison:
 
     @property
     def slower(self) -> list[str]:
-        """Those whose ratio grew too much."""
-        return [change.name for change in self.changes if change.exceeds()]
+        """Those whose ratio grew too much; not slow peers and references, which run a few rounds only."""
+        return [change.name for change in self.changes if change.exceeds() and change.rounds >= ROUNDS]
 
 
 def case_of(row: Row) -> Key:
@@ -142,21 +144,20 @@ def compare(before: Iterable[Row], after: Iterable[Row]) -> Comparison:
 def _change(before: Row, after: Row, base: Row | None) -> Change:
     """`base` is the row, in the second set, of what `before` was divided by."""
     assert before.ratio is not None and after.ratio is not None
-    if (
-        before.base != after.base
-    ):  # another way to compute the plain step was the fastest: back to the same one
+    fewer = min(before.repeats, after.repeats)
+    if before.base != after.base:  # another way to compute the plain step was the fastest
         ratio = after.ratio / base.ratio if base is not None and base.ratio else after.ratio
-        return Change(name_of(after), before.ratio, ratio, None)
+        return Change(name_of(after), before.ratio, ratio, None, fewer)
     rounds = [row.round_ratios for row in (before, after)]
     if not all(rounds):
-        return Change(name_of(after), before.ratio, after.ratio, None)
+        return Change(name_of(after), before.ratio, after.ratio, None, fewer)
     interval = None
     if min(map(len, rounds)) >= ROUNDS:
         rng = np.random.default_rng(0)
         old, new = (_medians(ratios, rng) for ratios in rounds)
         low, high = np.quantile(new / old - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         interval = float(low), float(high)
-    return Change(name_of(after), statistics.median(rounds[0]), statistics.median(rounds[1]), interval)
+    return Change(name_of(after), statistics.median(rounds[0]), statistics.median(rounds[1]), interval, fewer)
 
 
 def _medians(values: Sequence[float], rng: np.random.Generator) -> np.ndarray:
