@@ -7,7 +7,8 @@ module              what it holds
 ==================  ====================================================================================
 ``base``            what an experiment is made of, and the running of its tasks
 ``store``           rows as JSON lines: resumable, each written once
-``summaries``       bootstrap intervals, tables
+``ascents``         what an ascent itself tells
+``summaries``       the rows that were tested, bootstrap intervals, tables
 ``plots``           figures without a display
 ``results/``        committed rows; the pages in docs/experiments/ are drawn from them
 ==================  ====================================================================================

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of paired differences, and tables."""
+"""The rows that were tested, bootstrap intervals of paired differences, and tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["bootstrap_interval", "environment_line", "interval_text", "table"]
+from .store import Row
+
+__all__ = ["bootstrap_interval", "chosen", "environment_line", "interval_text", "table"]
 
 
 def bootstrap_interval(
@@ -38,6 +40,15 @@ def interval_text(interval: tuple[float, float, float], digits: int = 3, sign: b
     mean, low, high = (form.format(v).replace("-", "−") for v in interval)
     text = f"{mean} [{low}, {high}]"
     return f"**{text}**" if sign and (interval[1] > 0 or interval[2] < 0) else text
+
+
+def chosen(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """method -> seed -> the row that was tested."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row.get("chosen"):
+            found.setdefault(row["method"], {})[row["seed"]] = row
+    return found
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..plots import COLOURS, figure, save
 from ..store import Row
-from ..summaries import bootstrap_interval, environment_line, interval_text, table
+from ..summaries import bootstrap_interval, chosen, environment_line, interval_text, table
 
 __all__ = ["compare", "report"]
 
@@ -38,15 +38,6 @@ QUANTITIES = {
     "accuracy": ("accuracy", False),
     "robust_accuracy": ("robust accuracy", False),
 }
-
-
-def chosen(rows: list[Row]) -> dict[str, dict[int, Row]]:
-    """method -> seed -> the row that was tested."""
-    found: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        if row["chosen"]:
-            found.setdefault(row["method"], {})[row["seed"]] = row
-    return found
 
 
 def compare(rows: list[Row], ours: str, other: str, quantity: str) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import summaries
 from ..store import Row
 from ..summaries import bootstrap_interval, interval_text
 
@@ -80,12 +81,8 @@ def _rise(name: str, place: int) -> Value:
 
 
 def chosen(rows: list[Row], part: str) -> dict[str, dict[int, Row]]:
-    """method -> seed -> the row that was tested."""
-    found: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        if row["part"] == part and row.get("chosen"):
-            found.setdefault(row["method"], {})[row["seed"]] = row
-    return found
+    """method -> seed -> the row of a part that was tested."""
+    return summaries.chosen([row for row in rows if row["part"] == part])
 
 
 def compare(rows: list[Row], ours: str, other: str, value: Value) -> tuple[float, float, float]:

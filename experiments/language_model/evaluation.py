@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import aajr_kernels as aajr
 from aajr_kernels.method.training import Policy, policy_of
 
+from ..ascents import recorded
 from .attacks import Scene, embedding_attack, losses_of, norm_of, scene_of, substitution_attack
 from .text import Text, in_turns, windows
 
@@ -68,7 +69,7 @@ def _scene(
 def _falls(ascents: list[aajr.Trajectory]) -> float:
     moved = fell = 0.0
     for traj in ascents:
-        report = aajr.stability_report(_unused, traj.x, traj, curvature="none")
+        report = recorded(traj)
         moved += report.moved.sum().item()
         fell += report.non_monotone.sum().item()
     return fell / max(moved, 1.0)
@@ -98,7 +99,3 @@ def _stability(config: dict[str, Any], scene: Scene) -> dict[str, Any]:
         "kappa": report.kappa.mean().item() * unit**2,
         "eta_max": largest if math.isfinite(largest) else None,
     }
-
-
-def _unused(x: Any) -> Any:
-    raise AssertionError("a report without curvature evaluates nothing")

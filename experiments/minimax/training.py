@@ -13,6 +13,7 @@ from torch import nn
 
 import aajr_kernels as aajr
 
+from ..ascents import recorded
 from ..digits.data import CLASSES, UTILITIES, Split
 from ..digits.training import attack, nominal_losses, penalty, strong_attacks
 
@@ -174,7 +175,7 @@ def tune(
         if not finite:
             break
         optimizer.step()
-        report = aajr.stability_report(_unused, here.x, traj, curvature="none")
+        report = recorded(traj)
         falls.append(report.non_monotone.float().mean().item())
         outer.append(adversarial.item())
     return policy, history(falls, outer, batches.per_epoch, finite)
@@ -236,10 +237,6 @@ def _report(policy: nn.Module, part: Split, traj: aajr.Trajectory) -> aajr.Stabi
         return F.cross_entropy(policy(x)[:, :CLASSES], part.y, reduction="none")
 
     return aajr.stability_report(loss, part.x, traj, samples=5, module=policy)
-
-
-def _unused(x: Any) -> Any:
-    raise AssertionError("a report without curvature evaluates nothing")
 
 
 def _by_epoch(values: list[float], per_epoch: int) -> list[float]:

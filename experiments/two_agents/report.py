@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import summaries
 from ..plots import COLOURS, figure, save
 from ..store import Row
 from ..summaries import bootstrap_interval, environment_line, interval_text, table
@@ -57,11 +58,7 @@ PRIMARY = {"variance": "variance", "falls": "non-monotone fraction", "robust": "
 
 def chosen(rows: list[Row]) -> dict[str, dict[int, Row]]:
     """method -> seed -> the row that was tested, of the models from scratch."""
-    found: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        if row["chosen"] and row["model"] == "scratch":
-            found.setdefault(row["method"], {})[row["seed"]] = row
-    return found
+    return summaries.chosen([row for row in rows if row["model"] == "scratch"])
 
 
 def compare(rows: list[Row], ours: str, other: str, quantity: str) -> tuple[float, float, float] | None:

@@ -156,6 +156,12 @@ def has_native(op: str) -> bool:
     return runtime.select_backend(op, torch.zeros(1)) == "native"
 
 
+def compiled(scalar: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """By torch.compile, for the shapes as they are."""
+    found: Callable[..., torch.Tensor] = torch.compile(scalar, dynamic=False)
+    return found
+
+
 def half(
     forward: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], cotangent: torch.Tensor, part: str
 ) -> Run:

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...integrations.transformers import fuse
 from ...method import LMHead, ascend, lm_loss, trajectory_penalty
 from . import models
-from .case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, draw
+from .case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, compiled, draw
 from .step import size
 
 VOCABULARY = 32000
@@ -206,12 +206,6 @@ def plain_loss(model: nn.Module, head: nn.Linear, labels: Tensor) -> Callable[[T
         return F.cross_entropy(wide.flatten(0, 1), labels.flatten())
 
     return loss
-
-
-def compiled(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The loss by torch.compile."""
-    found: Callable[[Tensor], Tensor] = torch.compile(loss, dynamic=False)
-    return found
 
 
 @contextlib.contextmanager

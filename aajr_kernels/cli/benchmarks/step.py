@@ -21,7 +21,7 @@ from ...dual import is_dual
 from ...integrations.transformers import fuse
 from ...method import LMHead, aligned_penalty, normalize
 from . import models, peers
-from .case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, draw
+from .case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, compiled, draw
 
 VOCABULARY = 32000
 DIFFERENCE = 1e-2  # step of the finite differences, along directions of unit length per token
@@ -268,12 +268,6 @@ def make(task: Task, length: int) -> Run:
             p.grad = None
 
     return Run(call, reset)
-
-
-def compiled(scalar: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """By torch.compile, for the shapes as they are."""
-    found: Callable[..., Tensor] = torch.compile(scalar, dynamic=False)
-    return found
 
 
 def loss(

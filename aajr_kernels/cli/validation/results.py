@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .budgets import FACTOR, GRADIENT_FLOOR, norm, typical_size
+from .budgets import FACTOR, GRADIENT_FLOOR, error_of, norm, typical_size
 
 __all__ = ["EXACT", "Results", "Verdict", "judged", "together"]
 
@@ -95,16 +95,7 @@ def _errors(found: Results, truth: Results) -> Iterator[tuple[str, float]]:
 
 
 def _error(found: Tensor | None, exact: Tensor | None, floor: float = 0.0) -> float:
-    if found is None or exact is None:
-        there = exact if found is None else found
-        return math.inf if there is not None and bool(there.any()) else 0.0
-    if found.shape != exact.shape:
-        return math.inf
-    size = max(norm(exact), floor * exact.numel() ** 0.5)
-    error = norm(found.detach().double().cpu() - exact)
-    if math.isnan(error):
-        return math.inf
-    return 0.0 if error == 0 else error / size if size else math.inf
+    return error_of(found, None, exact, torch.float64, floor).relative
 
 
 def together(found: Gradients, truth: Gradients) -> float:
