@@ -44,10 +44,21 @@ def attention_case(features: int, dtype: str, length: int, selection: Selection)
     truth, exact = judge(_plain_truth), judge(_dual_truth)
     bound = BOUNDS.get((features, dtype, length)) if selection.bounded else None
     plain, dual = (count * product for count in PRODUCTS[selection.part])
+    # read and written once: q, k, v and out; then those and four gradients
+    tensors = {"forward": 2, "backward": 4, "both": 6}[selection.part]
+    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    moved = float(tensors * item * length * (HEADS + KEY_HEADS) * features)
     variants = [
-        Variant("plain", make(_plain), truth, flops=plain),
-        Variant("plain, keys repeated", make(_plain, repeat=True), truth, flops=plain),
-        Variant("dual", make(_dual), exact, flops=dual, bounds={} if bound is None else {"ratio": bound}),
+        Variant("plain", make(_plain), truth, flops=plain, bytes=moved),
+        Variant("plain, keys repeated", make(_plain, repeat=True), truth, flops=plain, bytes=moved),
+        Variant(
+            "dual",
+            make(_dual),
+            exact,
+            flops=dual,
+            bytes=2 * moved,
+            bounds={} if bound is None else {"ratio": bound},
+        ),
     ]
     if has_kernels("attention", selection.device):
         variants.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,11 @@ def variants(dtype: str, length: int, sizes: Sizes, part: str = "both") -> dict[
     plain, dual = PRODUCTS[part]
     product = 2.0 * length * sizes.words * sizes.hidden
     item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    # read and written once: hidden states and weight; then those and their gradients; no logits
+    passes = {"forward": 1, "backward": 2, "both": 3}[part]
+    moved = {k: float(passes * item * sizes.hidden * (sizes.words + (1 + k) * length)) for k in (0, 1)}
     gradients = item * sizes.hidden * (sizes.words + 2 * length)
+    costs: dict[str, Any] = {"flops": dual * product, "bytes": moved[1], "gradient_bytes": gradients}
     penalty, both = make(_fisher, loss=False), make(_fisher, loss=True)
     found = [
         Variant(
@@ -56,12 +61,11 @@ def variants(dtype: str, length: int, sizes: Sizes, part: str = "both") -> dict[
             make(_plain),
             make(_plain_truth),
             flops=plain * product,
+            bytes=moved[0],
             gradient_bytes=item * sizes.hidden * (sizes.words + length),
         ),
-        Variant("fisher", penalty, make(_truth, loss=False), flops=dual * product, gradient_bytes=gradients),
-        Variant(
-            "fisher and loss", both, make(_truth, loss=True), flops=dual * product, gradient_bytes=gradients
-        ),
+        Variant("fisher", penalty, make(_truth, loss=False), **costs),
+        Variant("fisher and loss", both, make(_truth, loss=True), **costs),
         Variant(
             "fisher, reference", penalty, make(_truth, loss=False), backend="reference", rounds=3, peak=False
         ),

@@ -16,6 +16,7 @@ from ...ops.activation import gelu, silu, swiglu
 from ...ops.norm import layer_norm, rms_norm
 from ...ops.rotary import rotary
 from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_kernels, portion, true_portion
+from .counting import operations
 
 #: positions -> features of ``[2, positions, features]``
 SHAPES = {2048: 2048, 512: 384}
@@ -135,15 +136,24 @@ def _case(family: str, op: Op, dtype: str, length: int, selection: Selection) ->
     streams = {"forward": op.inputs + 1, "backward": 2 * op.inputs + 1, "both": 3 * op.inputs + 2}
     item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     moved = 2.0 * length * features * item * streams[selection.part]
+    count = functools.partial(_operations, family, selection.part, length * features)
+    plain, dual = count(False), count(True)
     judge = functools.partial(functools.partial, op=op, features=features, dtype=dtype, part=selection.part)
     make = functools.partial(judge, device=selection.device)
     exact, truth = judge(_truth, stacked=True), judge(_truth, stacked=False)
-    variants = [Variant("plain", make(_plain, function=op.plain), truth, bytes=moved)]
+    variants = [Variant("plain", make(_plain, function=op.plain), truth, flops=plain, bytes=moved)]
     if op.plain is not op.formula:
         variants.append(
-            Variant("plain, written out", make(_plain, function=op.formula), truth, exact=False, bytes=moved)
+            Variant(
+                "plain, written out",
+                make(_plain, function=op.formula),
+                truth,
+                exact=False,
+                flops=plain,
+                bytes=moved,
+            )
         )
-    variants.append(Variant("dual", make(_dual), exact, bytes=2 * moved))
+    variants.append(Variant("dual", make(_dual), exact, flops=dual, bytes=2 * moved))
     if has_kernels(op.suite, selection.device):
         variants.append(
             Variant(
@@ -151,6 +161,7 @@ def _case(family: str, op: Op, dtype: str, length: int, selection: Selection) ->
                 make(_dual),
                 exact,
                 backend="reference",
+                flops=dual,
                 bytes=2 * moved,
                 rounds=5,
                 peak=False,
@@ -170,6 +181,16 @@ def _case(family: str, op: Op, dtype: str, length: int, selection: Selection) ->
         device=selection.device,
         why="the dual ÷ torch's plain op (twice the memory traffic)",
     )
+
+
+def _operations(family: str, part: str, numbers: int, stacked: bool) -> float:
+    """Arithmetic of the op's formula on two rows of so many numbers, scaled up from small ones."""
+    op = OPS[family]
+    stacks, weights, cotangent = inputs(8, op, ROTARY_HEAD, "float32")
+    leaves = [(x if stacked else x[0].clone()).requires_grad_() for x in stacks]
+    formula = lambda *xs: op.formula(*xs, *weights)
+    counted = operations(formula, leaves, cotangent if stacked else cotangent[0], part, stacked)
+    return counted / leaves[0][0 if stacked else slice(None)].numel() * 2.0 * numbers
 
 
 def inputs(

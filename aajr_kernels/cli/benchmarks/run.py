@@ -76,9 +76,10 @@ def run_case(
     if outcome.failures:
         return outcome
     variants = [v for v in case.variants if v.name not in verdict.left_out and v.name not in verdict.broken]
-    if case.device != "cpu":
-        progress("what the device reaches")
-    limits = measured(case.device, case.dtype) if case.device != "cpu" else None
+    limits = None
+    if case.timed and any(v.flops or v.bytes for v in variants):
+        progress("what the machine reaches")
+        limits = measured(case.device, case.dtype)
     samples: dict[str, list[float]] = {}
     if case.timed:
         samples = _interleaved(case, variants, repeats or case.repeats, outcome, progress)
