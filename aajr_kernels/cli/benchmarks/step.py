@@ -102,7 +102,7 @@ def cases(selection: Selection) -> list[Case]:
             continue
         pairs: Any = defaults
         if selection.dtypes or selection.lengths:
-            pairs = selection.grid(*(tuple(dict.fromkeys(part)) for part in zip(*defaults)))  # type: ignore[arg-type]
+            pairs = selection.grid(*(tuple(dict.fromkeys(part)) for part in zip(*defaults)))
             if not selection.dtypes:
                 dtypes = {dtype for dtype, _ in defaults}
                 pairs = [pair for pair in pairs if pair[0] == "float32" or len(dtypes) == 1]
