@@ -153,7 +153,7 @@ def _cumprod(x: Dual, dim: int, *, dtype: Any = None) -> Dual:
     step, size = 1, x.shape[dim]
     while step < size:
         later = x.narrow(dim, step, size - step) * x.narrow(dim, 0, size - step)
-        x = torch.cat([x.narrow(dim, 0, step), later], dim)
+        x = torch.cat([x.narrow(dim, 0, step), later], dim)  # type: ignore[assignment]
         step *= 2
     return x
 
