@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...dual import Dual
 from ...ops.attention import attention
-from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_kernels, portion, true_portion
+from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_native
 
 HEADS, KEY_HEADS = 6, 2
 LENGTHS = {64: (512, 2048), 128: (2048,)}
@@ -23,44 +23,37 @@ BOUNDS = {
     (128, "float32", 2048): 2.2,
     (64, "bfloat16", 2048): 1.5,
 }
-#: matrix products over the visible pairs: plain, dual
-PRODUCTS = {"both": (7, 21), "forward": (2, 6), "backward": (5, 15)}
+#: matrix products over the visible pairs, forward and backward
+PLAIN_PRODUCTS, DUAL_PRODUCTS = 7, 21
 
 
 def cases(selection: Selection) -> list[Case]:
     return [
-        attention_case(features, dtype, n, selection)
+        attention_case(features, dtype, n)
         for features, lengths in LENGTHS.items()
         if selection.wants(f"d{features}")
         for dtype, n in selection.grid(("float32", "bfloat16"), lengths)
     ]
 
 
-def attention_case(features: int, dtype: str, length: int, selection: Selection) -> Case:
+def attention_case(features: int, dtype: str, length: int) -> Case:
     """Heads of so many features."""
     product = 2.0 * HEADS * length * (length + 1) / 2 * features
-    judge = functools.partial(functools.partial, features=features, dtype=dtype, part=selection.part)
-    make = functools.partial(judge, device=selection.device)
-    truth, exact = judge(_plain_truth), judge(_dual_truth)
-    bound = BOUNDS.get((features, dtype, length)) if selection.bounded else None
-    plain, dual = (count * product for count in PRODUCTS[selection.part])
-    # read and written once: q, k, v and out; then those and four gradients
-    tensors = {"forward": 2, "backward": 4, "both": 6}[selection.part]
-    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    moved = float(tensors * item * length * (HEADS + KEY_HEADS) * features)
+    make = functools.partial(functools.partial, features=features, dtype=dtype)
+    truth, exact = make(_plain_truth), make(_dual_truth)
+    bound = BOUNDS.get((features, dtype, length))
     variants = [
-        Variant("plain", make(_plain), truth, flops=plain, bytes=moved),
-        Variant("plain, keys repeated", make(_plain, repeat=True), truth, flops=plain, bytes=moved),
+        Variant("plain", make(_plain), truth, flops=PLAIN_PRODUCTS * product),
+        Variant("plain, keys repeated", make(_plain, repeat=True), truth, flops=PLAIN_PRODUCTS * product),
         Variant(
             "dual",
             make(_dual),
             exact,
-            flops=dual,
-            bytes=2 * moved,
+            flops=DUAL_PRODUCTS * product,
             bounds={} if bound is None else {"ratio": bound},
         ),
     ]
-    if has_kernels("attention", selection.device):
+    if has_native("attention"):
         variants.append(
             Variant("dual, reference", make(_dual), exact, backend="reference", rounds=3, peak=False)
         )
@@ -78,56 +71,59 @@ def attention_case(features: int, dtype: str, length: int, selection: Selection)
         config={"B": 1, "H": HEADS, "HK": KEY_HEADS, "D": features, "causal": True},
         gate_length=min(length, 257),
         repeats=60 if length <= 1024 else 16,
-        part=selection.part,
-        device=selection.device,
-        why="the dual ÷ torch's plain attention",
+        why="dual forward + backward ÷ torch's plain attention",
     )
 
 
-def _inputs(length: int, features: int, dtype: str, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
+def _inputs(length: int, features: int, dtype: str) -> tuple[list[Tensor], Tensor]:
     """Stacked q, k, v and the cotangent ``[2, B, N, heads, D]``, in memory as projections leave them."""
     shapes = [(2, 1, length, heads, features) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
-    *leaves, cotangent = (draw(*shape, dtype=dtype, seed=i).to(device) for i, shape in enumerate(shapes))
+    *leaves, cotangent = (draw(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
     return leaves, cotangent.transpose(2, 3)
 
 
-def _plain(length: int, features: int, dtype: str, part: str, device: str, repeat: bool = False) -> Run:
-    stacks, cotangent = _inputs(length, features, dtype, device)
+def _plain(length: int, features: int, dtype: str, repeat: bool = False) -> Run:
+    stacks, cotangent = _inputs(length, features, dtype)
     leaves = [x[0].clone().requires_grad_() for x in stacks]
+    primal_bar = cotangent[0]
 
-    def forward() -> Tensor:
+    def call() -> Gradients:
         q, k, v = (x.transpose(1, 2) for x in leaves)
         if repeat:
             k, v = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeat)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeat)
+        return torch.autograd.grad(out, leaves, primal_bar)
 
-    return portion(forward, leaves, cotangent[0], part)
+    return Run(call)
 
 
-def _dual(length: int, features: int, dtype: str, part: str, device: str) -> Run:
-    leaves, cotangent = _inputs(length, features, dtype, device)
+def _dual(length: int, features: int, dtype: str) -> Run:
+    leaves, cotangent = _inputs(length, features, dtype)
     leaves = [x.requires_grad_() for x in leaves]
 
-    def forward() -> Tensor:
+    def call() -> Gradients:
         q, k, v = (Dual(x.transpose(2, 3)) for x in leaves)
         out = attention(q, k, v, causal=True)
         assert isinstance(out, Dual)
-        return out.stacked
+        return torch.autograd.grad(out.stacked, leaves, cotangent)
 
-    return portion(forward, leaves, cotangent, part)
-
-
-def _forward_mode(length: int, features: int, dtype: str, part: str, device: str) -> Run:
-    leaves, cotangent = _inputs(length, features, dtype, device)
-    leaves = [x.requires_grad_() for x in leaves]
-    return portion(functools.partial(_forward_over, leaves, _sdpa), leaves, cotangent, part)
+    return Run(call)
 
 
-def _forward_over(leaves: list[Tensor], function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """Value and tangent by PyTorch's forward mode, stacked."""
+def _forward_mode(length: int, features: int, dtype: str) -> Run:
+    leaves, cotangent = _inputs(length, features, dtype)
+    return Run(
+        functools.partial(_reverse_over_forward, [x.requires_grad_() for x in leaves], cotangent, _sdpa)
+    )
+
+
+def _reverse_over_forward(
+    leaves: list[Tensor], cotangent: Tensor, function: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Gradients:
     primals, tangents = (tuple(x[i].transpose(1, 2) for x in leaves) for i in (0, 1))
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.stack(torch.func.jvp(function, primals, tangents))
+        out = torch.func.jvp(function, primals, tangents)
+        return torch.autograd.grad(out, leaves, (cotangent[0], cotangent[1]))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,17 +137,15 @@ def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-def _plain_truth(length: int, features: int, dtype: str, part: str) -> Gradients:
+def _plain_truth(length: int, features: int, dtype: str) -> Gradients:
     stacks, cotangent = _inputs(length, features, dtype)
     leaves = [x[0].double().requires_grad_() for x in stacks]
-    out = _formula(*(x.transpose(1, 2) for x in leaves))
-    return true_portion(out, leaves, cotangent[0].double(), part)
+    return torch.autograd.grad(_formula(*(x.transpose(1, 2) for x in leaves)), leaves, cotangent[0].double())
 
 
-def _dual_truth(length: int, features: int, dtype: str, part: str) -> Gradients:
+def _dual_truth(length: int, features: int, dtype: str) -> Gradients:
     stacks, cotangent = _inputs(length, features, dtype)
-    leaves = [x.double().requires_grad_() for x in stacks]
-    return true_portion(_forward_over(leaves, _formula), leaves, cotangent.double(), part)
+    return _reverse_over_forward([x.double().requires_grad_() for x in stacks], cotangent.double(), _formula)
 
 
 SUITE = Suite("attention", "attention, causal, B1 H6 KV2, D64 and D128", ("d64", "d128"), cases)
