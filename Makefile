@@ -17,7 +17,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops figures lint format gpu-check dist clean
+.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops figures docs lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ bench-check: $(SETUP)  ## fail if a ratio grew by more than 15 % over this kind 
 
 figures: $(SETUP)  ## the report, README's table of costs and its pictures, from the committed rows
 	$(PY) -m aajr_kernels report --readme README.md --images docs/images
+
+docs: $(SETUP)  ## the documentation as a site in site/; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 bench-ops: $(SETUP)  ## pytest-benchmark statistics of single variants; ARGS="-k attention"
 	$(PY) -m pytest bench --benchmark-only --timeout 600 -p no:xdist $(ARGS)

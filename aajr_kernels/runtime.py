@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import gpu, native
+from . import gpu, native, sharding
 
 __all__ = [
     "BackendUnavailable",
@@ -58,11 +58,7 @@ def backends() -> dict[str, str | None]:
         without_native = native.missing()
     except ValueError as error:
         without_native = str(error)
-    return {
-        "reference": None,
-        "native": without_native,
-        "triton": gpu.missing(),
-    }
+    return {"reference": None, "native": without_native, "triton": gpu.missing()}
 
 
 class use_backend:
@@ -181,7 +177,10 @@ def select_backend(op: str, *tensors: torch.Tensor | None, triton_lacks: str | N
 
     Raises:
         BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
+        UnsupportedOperation: a tensor is a DTensor.
     """
+    if sharding.spread(*tensors):
+        raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
     if _choice != "auto":
         _named(op, _choice)
         if _choice == "triton" and triton_lacks is not None:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+import aajr_kernels
+from aajr_kernels import runtime
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+REGISTRIES = (runtime.RULES, runtime.KINDS, runtime.METHODS)
 #: page -> the optional packages it needs
 PAGES = {
     "diagnostics.md": [],
+    "extending.md": [],
     "guide.md": ["transformers", "peft", "safetensors", "matplotlib"],
-    "trainer.md": ["transformers", "accelerate", "peft"],
+    "migration.md": [],
+    "ops/activation.md": [],
+    "ops/attention.md": [],
+    "ops/head.md": [],
+    "ops/linear.md": [],
+    "ops/norm.md": [],
+    "ops/reduce.md": [],
+    "ops/rotary.md": [],
+    "quickstart.md": ["transformers"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
 }
 
 
-#: Trainer's default, where there is no device
-PINNED = "ignore:'pin_memory' argument is set as true:UserWarning"
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by PEFT
-@pytest.mark.filterwarnings(PINNED)
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     for package in PAGES[page]:
@@ -30,34 +43,13 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     assert blocks
-    exec(compile("\n".join(blocks), page, "exec"), {})
-    capsys.readouterr()
-
-
-@pytest.mark.filterwarnings(PINNED)
-def test_a_script_becomes_ours_in_five_lines(tmp_path, monkeypatch, capsys):
-    """The first block of the page on Trainer is a plain script; its diff applies, is short, and the result runs."""
-    for package in PAGES["trainer.md"]:
-        pytest.importorskip(package)
-    page = (DOCS / "trainer.md").read_text()
-    script = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].splitlines()
-    diff = re.search(r"```diff\n(.*?)```", page, re.DOTALL)[1].splitlines()
-    assert sum(line.startswith("+") for line in diff) <= 5
-    made, place = [], 0
-    for line in diff:
-        mark, text = line[:1], line[1:]
-        if line == "...":
-            continue
-        if mark == "+":
-            made.append(text)
-            continue
-        found = script.index(text, place)  # raises where the diff does not fit
-        made += script[place:found] + ([text] if mark == " " else [])
-        place = found + 1
-    names: dict = {}
-    monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(made + script[place:]), "trainer.md, changed", "exec"), names)
-    assert type(names["trainer"]).__name__ == "AAJRTrainer" and names["trainer"].state.global_step == 4
+    before = [dict(registry) for registry in REGISTRIES]
+    try:
+        exec(compile("\n".join(blocks), page, "exec"), {})
+    finally:  # a page may add rules
+        for registry, entries in zip(REGISTRIES, before):
+            registry.clear()
+            registry.update(entries)
     capsys.readouterr()
 
 
@@ -66,3 +58,74 @@ def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", (DOCS / page).read_text()):
         if "://" not in target:
             assert ((DOCS / page).parent / target).exists(), target
+
+
+def test_every_page_with_python_runs():
+    found = {
+        path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if "```python\n" in path.read_text()
+    }
+    assert found == set(PAGES)
+
+
+def test_troubleshooting_is_keyed_by_messages_that_exist():
+    said = set()
+    for path in [*(ROOT / "aajr_kernels").rglob("*.py"), ROOT / "setup.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    headings = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) > 20
+    missing = [heading for heading in headings if not any(heading in text for text in said)]
+    assert not missing
+
+
+# -- the site ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "scripts" / "site_hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "expected"),
+    [
+        ("index.md", "[a](guide.md#b)", "[a](guide.md#b)"),
+        ("index.md", "[a](../README.md#api)", "[a](readme.md#api)"),
+        ("ops/norm.md", "[a](../../bench/README.md)", "[a](../benchmarks.md)"),
+        ("readme.md", "![a](docs/images/x.png) [b](docs/ops/norm.md)", "![a](images/x.png) [b](ops/norm.md)"),
+        ("readme.md", "[the rows](bench/results/cpu.jsonl)", "the rows (`bench/results/cpu.jsonl`)"),
+        ("readme.md", "[`a.py`](aajr_kernels/a.py)", "`a.py`"),
+        ("readme.md", "[p](https://x.org/y#z) [q](#here)", "[p](https://x.org/y#z) [q](#here)"),
+        (
+            "index.md",
+            "```text\n[a](../README.md)\n```\n[a](../LICENSE)",
+            "```text\n[a](../README.md)\n```\na (`LICENSE`)",
+        ),
+    ],
+)
+def test_links_lead_to_pages_of_the_site(hooks, page, text, expected):
+    source = {name: source for source, name in hooks.EXTRA.items()}.get(page, f"docs/{page}")
+    assert hooks.rewritten(text, source, page) == expected
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    api = (tmp_path / "site" / "api.html").read_text()
+    for name in aajr_kernels.__all__:
+        assert re.search(rf'id="aajr_kernels\.([\w.]+\.)?{name}"', api) or name in ("nn", "integrations"), (
+            name
+        )

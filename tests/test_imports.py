@@ -15,16 +15,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
-LAYERS = {"native": 0, "gpu": 0, "runtime": 1, "dual": 2, "ops": 3, "rules": 4, "transforms": 4, "method": 5}
+LAYERS = {
+    "native": 0,
+    "gpu": 0,
+    "sharding": 0,
+    "runtime": 1,
+    "dual": 2,
+    "ops": 3,
+    "rules": 4,
+    "transforms": 4,
+    "method": 5,
+}
 LAYERS |= {"integrations": 6, "nn": 6, "cli": 7}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {
     "triton": ["ops/*/triton*.py", "gpu/*"],
     "transformers": ["integrations/transformers*", "cli/*"],
-    "accelerate": [],
     "peft": ["cli/*"],
-    "trl": [],
     "gguf": ["cli/*"],
     "matplotlib": ["cli/*", "method/training/report.py"],
     "plotly": ["cli/reports/*"],

@@ -54,6 +54,15 @@ def bench(
     lengths: Annotated[
         str | None, typer.Option(help="Sequence lengths, separated by commas. Default: each suite's own.")
     ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Time forward or backward alone (ops and steps). Default: both.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu or cuda. Default: suite gpu where there is a device for it, the others on the CPU."
+        ),
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Timed rounds. Default: each case's own.")
     ] = None,
@@ -137,7 +146,10 @@ def bench(
         _hold_to(capability, ctx)
     if against is not None:
         _alone(
-            ctx, "against", "suites", "dtype", "lengths", "repeats", "threads", "rows", "quick", "capability"
+            ctx,
+            "against",
+            *("suites", "dtype", "lengths", "part", "device", "repeats", "threads", "rows", "quick"),
+            "capability",
         )
         rest = _arguments(ctx, without=("against", "rows", "capability"))
         bench_compare.commit(against, rest, rows, _console())
@@ -152,7 +164,7 @@ def bench(
     if baseline is not None:
         standard = bench_compare.Baseline(baseline, count, update)
         repeats = max(repeats or 0, ROUNDS)
-    chosen = _cases(suites, dtype, lengths, everything=listed)
+    chosen = _cases(suites, dtype, lengths, everything=listed, part=part, device=device)
     if quick:
         chosen, repeats, peak = quickly(chosen), repeats or 3, bool(peak)
         if not chosen:
@@ -195,23 +207,40 @@ def _console() -> Console:
 
 
 def _cases(
-    names: list[str] | None, dtypes: list[str] | None, lengths: str | None, everything: bool = False
+    names: list[str] | None,
+    dtypes: list[str] | None,
+    lengths: str | None,
+    everything: bool = False,
+    part: str | None = None,
+    device: str | None = None,
 ) -> list[Case]:
     """The cases of the suites and families that were named; those without a device for them only on request."""
     from .benchmarks import SUITES, Selection
+    from .benchmarks.case import PARTS
 
+    part = part or "both"
+    _one_of(PARTS, part, "--part")
+    _one_of((None, "cpu", "cuda"), device, "--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            "torch sees no CUDA or ROCm device: --model h100 predicts its times.", param_hint="--device"
+        )
     absent = [
-        name for name, suite in SUITES.items() if suite.device != "cpu" and not torch.cuda.is_available()
+        name
+        for name, suite in SUITES.items()
+        if suite.device != "cpu" and (device == "cpu" or not torch.cuda.is_available())
     ]
     for name in dtypes or ():
-        if name not in DTYPES:
-            raise typer.BadParameter(
-                f"{name!r} is unknown: choose from {', '.join(DTYPES)}.", param_hint="--dtype"
-            )
+        _one_of(DTYPES, name, "--dtype")
     sizes = _lengths(lengths) if lengths is not None else None
     wanted: dict[str, list[str] | None] = {}
-    usual = [name for name, suite in SUITES.items() if everything or (suite.usual and name not in absent)]
-    for name in [part for given in names or usual for part in GROUPS.get(given, (given,))]:
+    whole = part == "both"
+    usual = [
+        name
+        for name, suite in SUITES.items()
+        if everything or (suite.usual and name not in absent and (whole or suite.parts))
+    ]
+    for name in [one for given in names or usual for one in GROUPS.get(given, (given,))]:
         suite, _, family = name.partition(":")
         if suite not in SUITES:
             raise typer.BadParameter(
@@ -220,9 +249,15 @@ def _cases(
         if family and family not in SUITES[suite].families:
             options = ", ".join(f"{suite}:{one}" for one in SUITES[suite].families)
             raise typer.BadParameter(f"suite {suite} has no family {family!r}: choose from {options}.")
+        if not whole and not SUITES[suite].parts:
+            raise typer.BadParameter(
+                f"suite {suite} is timed as a whole, or has families for either: leave it out of this run.",
+                param_hint="--part",
+            )
         if suite in absent and not everything:
             raise typer.BadParameter(
-                f"suite {suite} needs a CUDA or ROCm device, and torch sees none: --model h100 predicts its times."
+                f"suite {suite} needs a CUDA or ROCm device, and torch sees none (or --device says cpu): --model h100 "
+                "predicts its times."
             )
         families = wanted.setdefault(suite, [])
         if not family or families is None:
@@ -232,8 +267,16 @@ def _cases(
     found: list[Case] = []
     for suite, families in wanted.items():
         chosen = None if families is None else tuple(families)
-        found += SUITES[suite].cases(Selection(tuple(dtypes) if dtypes else None, sizes, chosen))
+        found += SUITES[suite].cases(
+            Selection(tuple(dtypes) if dtypes else None, sizes, chosen, part, device or "cpu")
+        )
     return found
+
+
+def _one_of(choices: Sequence[str | None], value: str | None, option: str) -> None:
+    if value not in choices:
+        known = ", ".join(choice for choice in choices if choice)
+        raise typer.BadParameter(f"{value!r} is unknown: choose from {known}.", param_hint=option)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

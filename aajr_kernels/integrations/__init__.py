@@ -1,5 +1,5 @@
 """Drop-in use with other libraries. Nothing is imported from them until a function here is called."""
 
-from . import trainer, transformers
+from . import distributed, transformers
 
-__all__ = ["trainer", "transformers"]
+__all__ = ["distributed", "transformers"]

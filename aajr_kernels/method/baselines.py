@@ -100,9 +100,9 @@ def baseline_penalty(
         generator: of random directions, on the device of `x`.
         module: the model, or several: the gradients of their parameters are off during power iteration and while
             directions are computed.
-        gamma, form, mask, unit, reduction, denominator: as in ``aligned_penalty``, applied to the table's penalty (to
-            its share per unit for ``unit="token"``). The loss-based methods know rows only: `mask` and `unit` have no
-            meaning for them, the loss decides what counts.
+        gamma: as in ``aligned_penalty``, and so are `form`, `mask`, `unit`, `reduction` and `denominator`; applied to
+            the table's penalty (to its share per unit for ``unit="token"``). The loss-based methods know rows only:
+            `mask` and `unit` have no meaning for them, the loss decides what counts.
         return_direction: also return the direction(s) that were measured, detached: like `x`, or ``[samples, ...]``.
 
     Returns:

@@ -57,7 +57,8 @@ def as_head(head: LMHead | nn.Linear) -> LMHead:
     """
     if isinstance(head, LMHead):
         return head
-    if type(head) is nn.Linear:
+    # fully_shard makes a subclass of a layer; one with a forward of its own is another function
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
         return LMHead(head.weight, head.bias)
     raise TypeError(
         f"head must be an LMHead or an nn.Linear, got {type(head).__name__}: describe it with "

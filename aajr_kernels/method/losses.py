@@ -45,7 +45,7 @@ def lm_loss(
         TypeError: `head` or `labels` has a wrong type; when called: func did not return hidden states.
         ValueError: unknown reduction; when called: shapes do not agree.
     """
-    description = as_head(head)
+    as_head(head)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be one of mean, sum, got {reduction!r}.")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() < 1:
@@ -70,6 +70,7 @@ def lm_loss(
                 f"func must return hidden states that depend on its argument, got {type(hidden).__name__}: return for "
                 "example model.model(inputs_embeds=d).last_hidden_state."
             )
+        description = as_head(head)  # a layer's weight is another one while fully_shard has gathered it
         if hidden.num_tangents:
             nll = _with_tangents(hidden, description, labels)
             return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll.dtype)

@@ -28,7 +28,8 @@ class RMSNorm(nn.RMSNorm):
         normalized_shape: the trailing axes that are normalised together.
         eps: added to the mean square; None means the epsilon of the dtype, as in torch.
         elementwise_affine: whether there is a weight.
-        device, dtype: of the weight.
+        device: of the weight.
+        dtype: likewise.
         offset: added to the weight in the forward (1 in Gemma, whose weights start at 0); the weight starts at
             ``1 - offset``.
 

@@ -16,12 +16,13 @@ module                    functions
 ``composites``            attention and torch's Python composites
 ``fallback``              the allow-list of the generic rule, and what is barred from it
 ``guards``                where a Dual would lose its derivative in silence
+``sharded``               a Dual that is spread over processes
 ``inplace``               in-place forms of all of the above
 ========================  ==================================================================================
 """
 
 from . import structural, creation, pointwise, reductions, matmul, indexing  # isort: skip
-from . import normalisation, layers, losses, convolution, composites, fallback, guards, inplace  # isort: skip
+from . import normalisation, layers, losses, convolution, composites, fallback, guards, sharded, inplace  # isort: skip
 
 __all__ = [
     "composites",
@@ -37,6 +38,7 @@ __all__ = [
     "normalisation",
     "pointwise",
     "reductions",
+    "sharded",
     "structural",
 ]
 

@@ -17,16 +17,58 @@ import torch._functorch.utils
 import torch.utils._pytree as pytree
 from torch.utils.hooks import BackwardHook
 
+from ..dual import Dual
 from ..runtime import GUARDS, UnsupportedOperation
 from .common import is_dual
 
-__all__ = ["guard_backward_hooks", "guard_bound_functions", "guard_functions"]
+__all__ = [
+    "function_rule",
+    "guard_backward_hooks",
+    "guard_bound_functions",
+    "guard_functions",
+    "linear_function",
+]
 
 
 _REMEDY = (
     "call it on plain tensors, replace it by differentiable torch functions, or give the function around it a "
     "rule that applies it to x.stacked"
 )
+
+
+#: module and qualified name of an autograd.Function -> what its ``apply`` does with a Dual; called with the real apply
+FUNCTION_RULES: dict[str, Callable[..., Any]] = {}
+
+
+def function_rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what ``autograd.Function.apply`` does with Duals, by the name of the class, which need not be loaded."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        FUNCTION_RULES[name] = function
+        return function
+
+    return decorate
+
+
+def linear_function(function: str | type[torch.autograd.Function]) -> Any:
+    """Declare that an autograd.Function is linear in its one tensor and knows no axes: a Dual passes it stacked.
+
+    Sums over processes are of this kind. Usable as a decorator of the class.
+
+    Args:
+        function: the class, or its module and qualified name joined by a dot.
+    """
+
+    def stacked(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> Dual:
+        args = tuple(value.stacked if is_dual(value) else value for value in args)
+        return Dual(apply(*args, **kwargs))
+
+    FUNCTION_RULES[function if isinstance(function, str) else _qualified(function)] = stacked
+    return function
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _holds_dual(values: Any) -> bool:
@@ -42,6 +84,9 @@ def guard_functions() -> None:
     @functools.wraps(original)
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if _holds_dual((args, kwargs)):
+            known = FUNCTION_RULES.get(_qualified(cls))
+            if known is not None:
+                return known(functools.partial(original, cls), *args, **kwargs)
             remedy = (
                 "use non-reentrant checkpointing (use_reentrant=False)"
                 if cls.__name__ == "CheckpointFunction"

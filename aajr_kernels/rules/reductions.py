@@ -153,7 +153,7 @@ def _cumprod(x: Dual, dim: int, *, dtype: Any = None) -> Dual:
     step, size = 1, x.shape[dim]
     while step < size:
         later = x.narrow(dim, step, size - step) * x.narrow(dim, 0, size - step)
-        x = torch.cat([x.narrow(dim, 0, step), later], dim)  # type: ignore[list-item,assignment]
+        x = torch.cat([x.narrow(dim, 0, step), later], dim)  # type: ignore[assignment]
         step *= 2
     return x
 
@@ -285,7 +285,7 @@ def _linalg_norm(
         )
     matrix = x.dim() == 2 if dim is None else isinstance(dim, (tuple, list)) and len(dim) == 2
     if matrix and ord not in (None, "fro"):
-        return torch.linalg.matrix_norm(x, ord, dim or (-2, -1), keepdim, dtype=dtype)  # type: ignore[arg-type,return-value]
+        return torch.linalg.matrix_norm(x, ord, dim or (-2, -1), keepdim, dtype=dtype)
     return _norm(x, ord, dim, keepdim, dtype)
 
 

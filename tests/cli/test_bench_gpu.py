@@ -48,6 +48,8 @@ def tiny(monkeypatch):
         for name, shape in gpu_attention.SHAPES.items()
     }
     monkeypatch.setattr(gpu_attention, "SHAPES", shapes)
+    limits = ceilings.Ceilings(1e12, 1e10)  # measured once, below
+    monkeypatch.setattr("aajr_kernels.cli.benchmarks.run.measured", lambda device, dtype: limits)
     monkeypatch.setattr(models, "sizes", lambda kind, length: Decoder(48, 1, 6, 2, 40))
     gate._judged.clear()
     yield
@@ -66,7 +68,11 @@ def test_every_family_passes_its_gate_and_gives_rows(tiny, family):
     rows = {one.variant: one for one in outcome.rows}
     ours = next(name for name in rows if name in ("dual", "fisher", "exact, fused"))
     assert rows[ours].ops and not rows[next(iter(rows))].ops
-    assert all(one.min_ms > 0 and one.ceilings == {} and one.timing == "calls" for one in outcome.rows)
+    assert all(one.min_ms > 0 and one.timing == "calls" for one in outcome.rows)
+    rated = any(variant.flops or variant.bytes for variant in case.variants)
+    assert all(
+        one.ceilings == ({"gflop_per_s": 1000, "gb_per_s": 10} if rated else {}) for one in outcome.rows
+    )
     assert all(variant.work for variant in case.variants if variant.name != gpu.step.FINITE)
 
 
@@ -138,6 +144,18 @@ def test_shares_of_the_ceilings_and_bounds_by_them(tiny, monkeypatch):
 def test_ceilings_are_rates_of_a_product_and_a_copy():
     found = ceilings.measure("cpu", "float32", size=64, numbers=4096, seconds=0.01)
     assert 1e6 < found.flops < 1e14 and 1e6 < found.bytes < 1e13
+
+
+def test_a_cpu_without_instructions_for_a_dtype_computes_in_float32(monkeypatch):
+    rates = {"float32": 2e11, "bfloat16": 1e10}
+    monkeypatch.setattr(
+        ceilings, "measure", lambda device, dtype, **sizes: ceilings.Ceilings(rates[dtype], 2e10)
+    )
+    ceilings.measured.cache_clear()
+    try:
+        assert ceilings.measured("cpu", "bfloat16") == ceilings.Ceilings(2e11, 2e10)
+    finally:
+        ceilings.measured.cache_clear()
 
 
 def test_rows_from_before_a_field_have_its_default():

@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from cli.toy_bench import FACTS
 
 import aajr_kernels
 from aajr_kernels.cli import bench, benchmarks
 from aajr_kernels.cli.benchmarks import (
     Selection,
+    compare,
     gate,
     head,
     method,
@@ -107,8 +109,56 @@ def test_the_sweep_runs_when_named_and_passes_its_gates(tiny, monkeypatch):
     assert {c.suite for c in bench._cases(["ops"], None, None)} == {"norm", "activation", "rotary"}
 
 
-def _words(make, dtype, length, words=32000):
-    return make(dtype, length, words // 500)  # 2 to 256 words
+def _words(make, dtype, length, selection, words=32000):
+    return make(dtype, length, selection, words // 500)  # 2 to 256 words
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention:d64",
+        "norm:layer_norm",
+        "activation:swiglu",
+        "rotary",
+        "head:fisher",
+        "step:llama",
+        "step:gpt2",
+    ],
+)
+def test_forward_and_backward_apart(tiny, name, part):
+    pytest.importorskip("transformers")
+    for case in bench._cases([name], ["float32"], "12", part=part):
+        verdict = gate.check(case)
+        assert not verdict.failures and not verdict.left_out, case.name
+        shown = [v for v in case.variants if v.name in ("plain", "dual", "fisher", "exact, fused")]
+        assert len(shown) == 2 and case.part == part and not any(v.bounds for v in case.variants)
+        for variant in shown:
+            run = variant.make(12)
+            first, second = ([None if g is None else g.clone() for g in run.call()] for _ in range(2))
+            assert all(a is None if b is None else torch.equal(a, b) for a, b in zip(first, second))
+            assert (len(first) == 1) == (part == "forward" or name in ("activation", "rotary"))
+
+
+def test_a_wrong_forward_is_red_where_it_is_timed_alone(monkeypatch):
+    right = norm.norm_fwd
+    monkeypatch.setattr(
+        norm,
+        "norm_fwd",
+        lambda *args, **kwargs: (lambda out: (1.01 * out[0], *out[1:]))(right(*args, **kwargs)),
+    )
+    (case,) = benchmarks.SUITES["norm"].cases(Selection(("float32",), (19,), ("rms_norm",), "forward"))
+    with aajr_kernels.use_backend("reference"):
+        outcome = run_case(case, FACTS)
+    assert outcome.rows == [] and "dual" in outcome.failures[0]
+
+
+def test_a_row_says_which_part_it_is_of(tiny):
+    (case,) = bench._cases(["norm:rms_norm"], ["float32"], "12", part="backward")
+    outcome = run_case(case, FACTS, repeats=1)
+    assert {row.config["part"] for row in outcome.rows} == {"backward"}
+    assert "rms_norm float32 12 backward dual" in {compare.name_of(row).split(":")[1] for row in outcome.rows}
+    assert "part" not in benchmarks.SUITES["norm"].cases(Selection(("float32",), (12,)))[0].config
 
 
 def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):

@@ -275,6 +275,9 @@ def test_every_committed_number_is_that_of_its_row():
             drawn = [e.where for e in panel.entries]
             for trace in panel.data:
                 across = section.key in ("time", "memory", "sweeps")
+                if section.key == "rooflines":
+                    check_roofline(trace, rows, panel)
+                    continue
                 for value, other, said in zip(
                     *(trace[k] for k in ("yx" if across else "xy")), trace["customdata"]
                 ):
@@ -295,6 +298,43 @@ def test_every_committed_number_is_that_of_its_row():
                     assert value in fields, (panel.title, where)
                     seen.add(section.key)
     assert seen >= {"time", "memory", "ratios", "rates", "errors"}
+
+
+def check_roofline(trace, rows, panel):
+    """Points are those of their rows; the roof is the lower of both ceilings, and bends where they meet."""
+    limits = [entry.row.ceilings for entry in panel.entries]
+    peak, bandwidth = (max(one[name] for one in limits) for name in ("gflop_per_s", "gb_per_s"))
+    for x, y, said in zip(trace["x"], trace["y"], trace["customdata"]):
+        if trace["name"] == "roof":
+            assert y == min(peak, bandwidth * x)
+        else:
+            row = rows[said.split(", ")[-1]]
+            assert (x, y) == (row.gflop_per_s / row.gb_per_s, row.gflop_per_s)
+            allowed = min(row.ceilings["gflop_per_s"], row.ceilings["gb_per_s"] * x)
+            assert f"{y / allowed:.0%} of the roof" in said
+    assert trace["name"] != "roof" or peak / bandwidth in trace["x"]
+
+
+def test_rows_with_both_rates_are_on_a_roofline(tmp_path):
+    ceilings = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
+    fields = [
+        benchmark_rows.fields(
+            suite=suite, family=family, variant=variant, gflop_per_s=flops, gb_per_s=moved, ceilings=ceilings
+        )
+        for suite, family, variant, flops, moved in (
+            ("attention", "d64", "plain", 80.0, 0.5),
+            ("attention", "d64", "dual", 90.0, 0.4),
+            ("norm", "rms_norm", "dual", 30.0, 15.0),
+        )
+    ]
+    found = page_of(tmp_path, fields)
+    names = [trace["name"] for trace in traces(found, "Roofline, float32")]
+    assert names == ["dual", "plain", "roof"]
+    (roof,) = [t for t in traces(found, "Roofline, float32") if t["name"] == "roof"]
+    assert roof["x"] == [1.0, 5.0, 450.0] and roof["y"] == [20.0, 100.0, 100.0]
+    assert "90% of the roof" in str(traces(found, "Roofline, float32")[0]["customdata"])
+    assert len(found.find("div", **{"class": "plot"})) == len(found.figures)
+    assert not any("Rates in" in str(a["aria-label"]) for a in found.find("div", **{"class": "plot"}))
 
 
 def test_the_page_of_the_checkout_shows_the_experiments(tmp_path):

@@ -47,6 +47,7 @@ def worktree(commit: str) -> Iterator[Path]:
         raise Failed(f"git is needed: {error}.") from error
     with tempfile.TemporaryDirectory(prefix="aajr-against-") as folder:
         place = Path(folder) / "tree"
+        _run(["git", "worktree", "prune"], ROOT, "git worktree prune")  # of runs that were killed
         _run(["git", "worktree", "add", "--detach", str(place), commit], ROOT, "git worktree")
         try:
             yield place

@@ -20,6 +20,8 @@ SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: relative error of all gradients together that an exact variant may have
 LIMITS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
+#: what of a call is timed: forward and backward, or one of them
+PARTS = ("both", "forward", "backward")
 
 #: None is a zero gradient: autograd leaves it out
 Gradients = Sequence["torch.Tensor | None"]
@@ -91,6 +93,7 @@ class Case:
         warm_length: run once before the peak is taken, so that code and small buffers are in place.
         graph: on a device, calls are replayed from a captured graph, so that short kernels do not wait for Python.
         large: takes minutes; ``--quick`` leaves it out.
+        part: of :data:`PARTS`, as the user asked for.
         why: what the case shows, in a few words.
     """
 
@@ -109,11 +112,13 @@ class Case:
     device: str = "cpu"
     graph: bool = False
     large: bool = False
+    part: str = "both"
     why: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.suite}:{self.family} {self.dtype} {self.length}"
+        part = "" if self.part == "both" else f" {self.part}"
+        return f"{self.suite}:{self.family} {self.dtype} {self.length}{part}"
 
     def variant(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)
@@ -121,11 +126,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the user asked for; None leaves a suite its own choice."""
+    """What the user asked for; None leaves a suite its own choice.
+
+    Attributes:
+        part: of :data:`PARTS`, for suites that have them.
+        device: where it runs, for suites that are not bound to one.
+    """
 
     dtypes: tuple[str, ...] | None = None
     lengths: tuple[int, ...] | None = None
     families: tuple[str, ...] | None = None
+    part: str = "both"
+    device: str = "cpu"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the bounds of suites that run anywhere hold: they are of whole calls on a CPU."""
+        return self.part == "both" and self.device == "cpu"
 
     def wants(self, family: str) -> bool:
         return self.families is None or family in self.families
@@ -140,7 +157,9 @@ class Suite:
     """A named set of families of cases; those for a device run where there is one, or are modelled.
 
     Attributes:
+        device: ``cuda``: it runs nowhere else; ``cpu``: there, or where the user says.
         usual: whether it is part of a run that names no suite.
+        parts: whether forward and backward can be timed apart on request.
     """
 
     name: str
@@ -149,27 +168,47 @@ class Suite:
     cases: Callable[[Selection], list[Case]]
     device: str = "cpu"
     usual: bool = True
+    parts: bool = True
 
 
-def has_native(op: str) -> bool:
-    """Whether ``auto`` runs the op natively on a CPU, so that its reference is another variant."""
-    return runtime.select_backend(op, torch.zeros(1)) == "native"
+def has_kernels(op: str, device: str = "cpu") -> bool:
+    """Whether ``auto`` runs the op on kernels there, so that its reference is another variant."""
+    return runtime.select_backend(op, torch.zeros(1, device=device)) != "reference"
 
 
 def compiled(scalar: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """By torch.compile, for the shapes as they are."""
+    """By torch.compile, for the shapes as they are.
+
+    A run compiles the same functions of transformers for many models and lengths; past its limit of recompilations
+    torch would go on without compiling, in silence but for a line in the log.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     found: Callable[..., torch.Tensor] = torch.compile(scalar, dynamic=False)
     return found
 
 
-def half(
-    forward: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], cotangent: torch.Tensor, part: str
+def portion(
+    forward: Callable[[], torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    cotangent: torch.Tensor | None,
+    part: str = "both",
 ) -> Run:
-    """``"forward"`` of a function, as training runs it, or its ``"backward"`` again and again."""
+    """``"both"`` passes of a function, its ``"forward"`` as training runs it, or its ``"backward"`` again and again."""
+    if part == "both":
+        return Run(lambda: torch.autograd.grad(forward(), leaves, cotangent, allow_unused=True))
     if part == "forward":
         return Run(lambda: [forward().detach()])
     out = forward()
-    return Run(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True))
+    return Run(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True, allow_unused=True))
+
+
+def true_portion(
+    out: torch.Tensor, leaves: Sequence[torch.Tensor], cotangent: torch.Tensor | None, part: str = "both"
+) -> Gradients:
+    """What :func:`portion` has to give, from the exact `out`."""
+    if part == "forward":
+        return [out.detach()]
+    return torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
 
 
 def draw(*shape: int, dtype: str, seed: int = SEED) -> torch.Tensor:

@@ -108,7 +108,8 @@ def key_of(row: Row) -> Key:
 
 def name_of(row: Row) -> str:
     """The same for people."""
-    return f"{row.suite}:{row.family} {row.dtype} {row.length} {row.variant}"
+    part = f" {row.config['part']}" if "part" in row.config else ""
+    return f"{row.suite}:{row.family} {row.dtype} {row.length}{part} {row.variant}"
 
 
 def newest(rows: Iterable[Row]) -> dict[Key, Row]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...dual import Dual
 from . import gpu_attention, head, models, peers, pointwise, roofline, step
-from .case import Case, Gradients, Run, Selection, Suite, Variant, half
+from .case import Case, Gradients, Run, Selection, Suite, Variant, portion, true_portion
 
 #: where it runs; the tests say "cpu"
 DEVICE = "cuda"
@@ -114,7 +114,7 @@ def _row_run(length: int, name: str, part: str, dtype: str, stacked: bool) -> Ru
         out: Tensor = op.dual(*(Dual(x) for x in inputs), *leaves[len(inputs) :]).stacked
         return out
 
-    return half(forward, leaves, cotangent, part)
+    return portion(forward, leaves, cotangent, part)
 
 
 def _row_truth(length: int, name: str, part: str, dtype: str, stacked: bool) -> Gradients:
@@ -127,7 +127,7 @@ def _row_truth(length: int, name: str, part: str, dtype: str, stacked: bool) -> 
         out = torch.stack(pair)
     else:
         out = op.formula(*leaves)
-    return [out.detach()] if part == "forward" else torch.autograd.grad(out, leaves, cotangent.double())
+    return true_portion(out, leaves, cotangent.double(), part)
 
 
 # ------------------------------------------------------------------------------------------------- head and step
@@ -198,4 +198,5 @@ SUITE = Suite(
     ),
     cases,
     device="cuda",
+    parts=False,  # they are families
 )

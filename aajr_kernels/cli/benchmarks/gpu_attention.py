@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...dual import Dual
 from ...ops.attention import attention
-from .case import Case, Gradients, Run, Variant, draw, half
+from .case import Case, Gradients, Run, Variant, draw, portion, true_portion
 from .roofline import Attention
 
 SHAPES = {
@@ -114,7 +114,7 @@ def _plain(
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=gqa)
 
-    return half(forward, leaves, cotangent.to(device), part)
+    return portion(forward, leaves, cotangent.to(device), part)
 
 
 def _dual(length: int, name: str, part: str, dtype: str, device: str) -> Run:
@@ -126,7 +126,7 @@ def _dual(length: int, name: str, part: str, dtype: str, device: str) -> Run:
         assert isinstance(out, Dual)
         return out.stacked
 
-    return half(forward, leaves, cotangent.to(device), part)
+    return portion(forward, leaves, cotangent.to(device), part)
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -147,4 +147,4 @@ def _truth(length: int, name: str, part: str, dtype: str, stacked: bool) -> Grad
         out = torch.stack(torch.func.jvp(function, tuple(x[0] for x in leaves), tuple(x[1] for x in leaves)))
     else:
         out = function(*leaves)
-    return [out.detach()] if part == "forward" else torch.autograd.grad(out, leaves, cotangent.double())
+    return true_portion(out, leaves, cotangent.double(), part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...dual import Dual
 from ...ops.head import lm_head_penalty
-from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_native
+from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_kernels, portion, true_portion
 from .models import fisher
 
 HIDDEN, VOCABULARY = 384, 32000
@@ -19,6 +20,8 @@ HIDDEN, VOCABULARY = 384, 32000
 RATIO, EXTRA_BYTES = 2.3, 64e6
 #: the same with the loss from one stream, over the penalty alone
 SHARED = 1.1
+#: matrix products over the vocabulary: plain, fisher
+PRODUCTS = {"both": (3, 8), "forward": (1, 2), "backward": (2, 6)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,49 +37,54 @@ def cases(selection: Selection) -> list[Case]:
     found = []
     for dtype, n in selection.grid(("float32",), (512,)):
         if selection.wants("fisher"):
-            found.append(head_case(dtype, n))
+            found.append(head_case(dtype, n, selection))
         if selection.wants("shared"):
-            found.append(_shared(dtype, n))
+            found.append(_shared(dtype, n, selection))
     return found
 
 
-def variants(dtype: str, length: int, sizes: Sizes | None = None) -> dict[str, Variant]:
+def variants(dtype: str, length: int, sizes: Sizes, part: str = "both") -> dict[str, Variant]:
     """Everything that can be compared, by name."""
-    sizes = sizes or Sizes(HIDDEN, VOCABULARY)
-    make = functools.partial(functools.partial, dtype=dtype, sizes=sizes)
+    make = functools.partial(functools.partial, dtype=dtype, sizes=sizes, part=part)
+    plain, dual = PRODUCTS[part]
     product = 2.0 * length * sizes.words * sizes.hidden
     item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    # read and written once: hidden states and weight; then those and their gradients; no logits
+    passes = {"forward": 1, "backward": 2, "both": 3}[part]
+    moved = {k: float(passes * item * sizes.hidden * (sizes.words + (1 + k) * length)) for k in (0, 1)}
     gradients = item * sizes.hidden * (sizes.words + 2 * length)
+    costs: dict[str, Any] = {"flops": dual * product, "bytes": moved[1], "gradient_bytes": gradients}
     penalty, both = make(_fisher, loss=False), make(_fisher, loss=True)
     found = [
         Variant(
             "plain",
             make(_plain),
             make(_plain_truth),
-            flops=3 * product,
+            flops=plain * product,
+            bytes=moved[0],
             gradient_bytes=item * sizes.hidden * (sizes.words + length),
         ),
-        Variant("fisher", penalty, make(_truth, loss=False), flops=8 * product, gradient_bytes=gradients),
-        Variant(
-            "fisher and loss", both, make(_truth, loss=True), flops=8 * product, gradient_bytes=gradients
-        ),
+        Variant("fisher", penalty, make(_truth, loss=False), **costs),
+        Variant("fisher and loss", both, make(_truth, loss=True), **costs),
         Variant(
             "fisher, reference", penalty, make(_truth, loss=False), backend="reference", rounds=3, peak=False
         ),
     ]
-    return {variant.name: dataclasses.replace(variant, key=(variant.name, sizes)) for variant in found}
+    return {variant.name: dataclasses.replace(variant, key=(variant.name, sizes, part)) for variant in found}
 
 
-def _bounded(variant: Variant, dtype: str, length: int, **bounds: float) -> Variant:
-    return dataclasses.replace(variant, bounds=bounds) if (dtype, length) == ("float32", 512) else variant
+def _bounded(variant: Variant, dtype: str, length: int, selection: Selection, **bounds: float) -> Variant:
+    here = selection.bounded and (dtype, length) == ("float32", 512)
+    return dataclasses.replace(variant, bounds=bounds) if here else variant
 
 
-def head_case(dtype: str, length: int, words: int | None = None) -> Case:
+def head_case(dtype: str, length: int, selection: Selection, words: int | None = None) -> Case:
     """The penalty of a head of so many words, by default 32,000."""
-    sizes = Sizes(HIDDEN, VOCABULARY if words is None else words)
-    found = variants(dtype, length, sizes)
-    names = ["plain", "fisher"] + ["fisher, reference"] * has_native("head")
-    found["fisher"] = _bounded(found["fisher"], dtype, length, ratio=RATIO, extra_bytes=EXTRA_BYTES)
+    sizes = Sizes(HIDDEN, VOCABULARY if words is None else words, selection.device)
+    found = variants(dtype, length, sizes, selection.part)
+    names = ["plain", "fisher"] + ["fisher, reference"] * has_kernels("head", selection.device)
+    limits = {"ratio": RATIO, "extra_bytes": EXTRA_BYTES}
+    found["fisher"] = _bounded(found["fisher"], dtype, length, selection, **limits)
     return Case(
         "head",
         "fisher",
@@ -87,14 +95,16 @@ def head_case(dtype: str, length: int, words: int | None = None) -> Case:
         config={"V": sizes.words, "C": sizes.hidden, "metric": "fisher"},
         gate_length=min(length, 67),
         repeats=10,
-        peak=True,
-        why="Fisher head, forward + backward ÷ plain linear + cross-entropy",
+        peak=selection.part == "both",
+        part=selection.part,
+        device=selection.device,
+        why="Fisher head ÷ plain linear + cross-entropy",
     )
 
 
-def _shared(dtype: str, length: int) -> Case:
-    found = variants(dtype, length)
-    both = _bounded(found["fisher and loss"], dtype, length, ratio=SHARED)
+def _shared(dtype: str, length: int, selection: Selection) -> Case:
+    found = variants(dtype, length, Sizes(HIDDEN, VOCABULARY, selection.device), selection.part)
+    both = _bounded(found["fisher and loss"], dtype, length, selection, ratio=SHARED)
     return Case(
         "head",
         "shared",
@@ -105,6 +115,8 @@ def _shared(dtype: str, length: int) -> Case:
         config={"V": VOCABULARY, "C": HIDDEN, "metric": "fisher"},
         gate_length=min(length, 67),
         repeats=10,
+        part=selection.part,
+        device=selection.device,
         why="loss and penalty from one stream ÷ the penalty alone",
     )
 
@@ -117,46 +129,45 @@ def _inputs(length: int, dtype: str, sizes: Sizes) -> tuple[Tensor, Tensor, Tens
     return hidden, weight.to(hidden.dtype), labels
 
 
-def _plain(length: int, dtype: str, sizes: Sizes) -> Run:
+def _plain(length: int, dtype: str, sizes: Sizes, part: str) -> Run:
     stacked, weight, labels = (t.to(sizes.device) for t in _inputs(length, dtype, sizes))
     leaves = [stacked[0].clone().requires_grad_(), weight.requires_grad_()]
 
-    def call() -> Gradients:
-        loss = F.cross_entropy(F.linear(*leaves).flatten(0, 1).float(), labels.flatten())
-        return torch.autograd.grad(loss, leaves)
+    def forward() -> Tensor:
+        return F.cross_entropy(F.linear(*leaves).flatten(0, 1).float(), labels.flatten())
 
-    return Run(call)
+    return portion(forward, leaves, None, part)
 
 
-def _fisher(length: int, dtype: str, loss: bool, sizes: Sizes) -> Run:
+def _fisher(length: int, dtype: str, loss: bool, sizes: Sizes, part: str) -> Run:
     stacked, weight, labels = (t.to(sizes.device) for t in _inputs(length, dtype, sizes))
     leaves = [stacked.requires_grad_(), weight.requires_grad_()]
 
-    def call() -> Gradients:
+    def forward() -> Tensor:
         hidden = Dual(leaves[0])
         result = lm_head_penalty(hidden, leaves[1], metric="fisher", labels=labels if loss else None)
-        total = result[0].mean() + result[1].mean() if isinstance(result, tuple) else result.mean()
-        return torch.autograd.grad(total, leaves)
+        return result[0].mean() + result[1].mean() if isinstance(result, tuple) else result.mean()
 
-    return Run(call)
+    return portion(forward, leaves, None, part)
 
 
 @functools.lru_cache(maxsize=1)
-def _plain_truth(length: int, dtype: str, sizes: Sizes) -> Gradients:
+def _plain_truth(length: int, dtype: str, sizes: Sizes, part: str) -> Gradients:
     stacked, weight, labels = _inputs(length, dtype, sizes)
     leaves = [stacked[0].double().requires_grad_(), weight.double().requires_grad_()]
-    return torch.autograd.grad(F.cross_entropy(F.linear(*leaves).flatten(0, 1), labels.flatten()), leaves)
+    loss = F.cross_entropy(F.linear(*leaves).flatten(0, 1), labels.flatten())
+    return true_portion(loss, leaves, None, part)
 
 
 @functools.lru_cache(maxsize=2)
-def _truth(length: int, dtype: str, loss: bool, sizes: Sizes) -> Gradients:
+def _truth(length: int, dtype: str, loss: bool, sizes: Sizes, part: str) -> Gradients:
     stacked, weight, labels = _inputs(length, dtype, sizes)
     leaves = [stacked.double().requires_grad_(), weight.double().requires_grad_()]
     z, z_tan = (F.linear(leaves[0][i], leaves[1]) for i in (0, 1))
     total = fisher(z, z_tan).mean()
     if loss:
         total = total + F.cross_entropy(z.flatten(0, 1), labels.flatten())
-    return torch.autograd.grad(total, leaves)
+    return true_portion(total, leaves, None, part)
 
 
 SUITE = Suite(

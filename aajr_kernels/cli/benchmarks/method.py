@@ -47,6 +47,7 @@ class Task:
         ours: `ascend` and our kernels on a fused model; otherwise plain PyTorch on the model as it comes.
         compiled: the plain loss is compiled.
         family: what is trained, and whether activations are checkpointed.
+        device: where it runs.
     """
 
     dtype: str
@@ -54,16 +55,19 @@ class Task:
     ours: bool = False
     compiled: bool = False
     family: str = "step"
+    device: str = "cpu"
 
 
 def cases(selection: Selection) -> list[Case]:
     pairs = selection.grid(("float32",), (512,))
-    return [_case(f, dtype, length) for f in FAMILIES if selection.wants(f) for dtype, length in pairs]
+    return [
+        _case(f, dtype, length, selection) for f in FAMILIES if selection.wants(f) for dtype, length in pairs
+    ]
 
 
-def _case(family: str, dtype: str, length: int) -> Case:
-    task = functools.partial(Task, dtype, family=family)
-    bounded = (family, dtype, length) == ("step", "float32", 512)
+def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
+    task = functools.partial(Task, dtype, family=family, device=selection.device)
+    bounded = selection.bounded and (family, dtype, length) == ("step", "float32", 512)
     compiled = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
     variants = (
         _variant("adversarial", task()),
@@ -93,6 +97,7 @@ def _case(family: str, dtype: str, length: int) -> Case:
         },
         gate_length=min(length, 512),  # what is compiled for it is compiled for the timing
         repeats=6,
+        device=selection.device,
         why="ascent, loss and penalty ÷ ascent and loss",
     )
 
@@ -119,7 +124,8 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tens
     if task.ours:
         fuse(model)
     labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))
-    return model, head, draw(1, length, width, dtype=task.dtype, seed=1), labels
+    x = draw(1, length, width, dtype=task.dtype, seed=1)
+    return model.to(task.device), head.to(task.device), x.to(task.device), labels.to(task.device)
 
 
 def _adapted(model: nn.Module) -> nn.Module:
@@ -250,4 +256,6 @@ def true_gradients(task: Task, length: int) -> Gradients:
     return [p.grad for p in trained(model, head)]
 
 
-SUITE = Suite("method", "adversarial training step with the penalty against without", FAMILIES, cases)
+SUITE = Suite(
+    "method", "adversarial training step with the penalty against without", FAMILIES, cases, parts=False
+)

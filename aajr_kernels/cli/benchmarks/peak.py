@@ -16,10 +16,12 @@ from .case import Selection
 from .gate import on_backend
 
 
-def main(suite: str, family: str, dtype: str, length: str, variant: str, threads: str) -> None:
+def main(
+    suite: str, family: str, dtype: str, length: str, part: str, device: str, variant: str, threads: str
+) -> None:
     """Print the bytes as JSON, or null where the system does not tell."""
     torch.set_num_threads(int(threads))
-    (case,) = SUITES[suite].cases(Selection((dtype,), (int(length),), (family,)))
+    (case,) = SUITES[suite].cases(Selection((dtype,), (int(length),), (family,), part, device))
     chosen = case.variant(variant)
     with on_backend(chosen):
         warm = chosen.make(case.warm_length)

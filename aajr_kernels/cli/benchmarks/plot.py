@@ -62,6 +62,7 @@ def whole_models(rows: Iterable[Row]) -> list[Row]:
         and finite(row.ratio) is not None
         and (row.base or "").startswith("plain")
         and row.family != "memory"
+        and "part" not in row.config
     ]
 
 

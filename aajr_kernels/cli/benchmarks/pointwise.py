@@ -15,7 +15,8 @@ from ...dual import Dual
 from ...ops.activation import gelu, silu, swiglu
 from ...ops.norm import layer_norm, rms_norm
 from ...ops.rotary import rotary
-from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_native
+from .case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_kernels, portion, true_portion
+from .counting import operations
 
 #: positions -> features of ``[2, positions, features]``
 SHAPES = {2048: 2048, 512: 384}
@@ -122,38 +123,45 @@ OPS = {
 
 def _cases(suite: str, selection: Selection) -> list[Case]:
     return [
-        _case(family, op, dtype, n)
+        _case(family, op, dtype, n, selection)
         for family, op in OPS.items()
         if op.suite == suite and selection.wants(family)
         for dtype, n in selection.grid(("float32", "bfloat16"), tuple(SHAPES))
     ]
 
 
-def _case(family: str, op: Op, dtype: str, length: int) -> Case:
+def _case(family: str, op: Op, dtype: str, length: int, selection: Selection) -> Case:
     features = SHAPES.get(length, 384)
-    # what has to move: inputs in and results out, then inputs and cotangents in and gradients out
-    moved = (
-        2.0
-        * length
-        * features
-        * torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-        * (3 * op.inputs + 2)
-    )
-    make = functools.partial(functools.partial, op=op, features=features, dtype=dtype)
-    exact, truth = make(_truth, stacked=True), make(_truth, stacked=False)
-    variants = [Variant("plain", make(_plain, function=op.plain), truth, bytes=moved)]
+    # what has to move: inputs in and results out; inputs and cotangents in and gradients out
+    streams = {"forward": op.inputs + 1, "backward": 2 * op.inputs + 1, "both": 3 * op.inputs + 2}
+    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    moved = 2.0 * length * features * item * streams[selection.part]
+    count = functools.partial(_operations, family, selection.part, length * features)
+    plain, dual = count(False), count(True)
+    judge = functools.partial(functools.partial, op=op, features=features, dtype=dtype, part=selection.part)
+    make = functools.partial(judge, device=selection.device)
+    exact, truth = judge(_truth, stacked=True), judge(_truth, stacked=False)
+    variants = [Variant("plain", make(_plain, function=op.plain), truth, flops=plain, bytes=moved)]
     if op.plain is not op.formula:
         variants.append(
-            Variant("plain, written out", make(_plain, function=op.formula), truth, exact=False, bytes=moved)
+            Variant(
+                "plain, written out",
+                make(_plain, function=op.formula),
+                truth,
+                exact=False,
+                flops=plain,
+                bytes=moved,
+            )
         )
-    variants.append(Variant("dual", make(_dual), exact, bytes=2 * moved))
-    if has_native(op.suite):
+    variants.append(Variant("dual", make(_dual), exact, flops=dual, bytes=2 * moved))
+    if has_kernels(op.suite, selection.device):
         variants.append(
             Variant(
                 "dual, reference",
                 make(_dual),
                 exact,
                 backend="reference",
+                flops=dual,
                 bytes=2 * moved,
                 rounds=5,
                 peak=False,
@@ -169,48 +177,63 @@ def _case(family: str, op: Op, dtype: str, length: int) -> Case:
         config={"shape": [2, length, features]},
         gate_length=min(length, 67),
         repeats=10,
-        why="dual forward + backward ÷ torch's plain op (twice the memory traffic)",
+        part=selection.part,
+        device=selection.device,
+        why="the dual ÷ torch's plain op (twice the memory traffic)",
     )
 
 
-def inputs(length: int, op: Op, features: int, dtype: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _operations(family: str, part: str, numbers: int, stacked: bool) -> float:
+    """Arithmetic of the op's formula on two rows of so many numbers, scaled up from small ones."""
+    op = OPS[family]
+    stacks, weights, cotangent = inputs(8, op, ROTARY_HEAD, "float32")
+    leaves = [(x if stacked else x[0].clone()).requires_grad_() for x in stacks]
+    formula = lambda *xs: op.formula(*xs, *weights)
+    counted = operations(formula, leaves, cotangent if stacked else cotangent[0], part, stacked)
+    return counted / leaves[0][0 if stacked else slice(None)].numel() * 2.0 * numbers
+
+
+def inputs(
+    length: int, op: Op, features: int, dtype: str, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Stacked inputs, weights, and the cotangent like an input."""
     shape: tuple[int, ...] = (2, 2, length, features)
     if op.suite == "rotary":
         shape = (2, 2, features // ROTARY_HEAD, length, ROTARY_HEAD)
-    stacks = [draw(*shape, dtype=dtype, seed=i) for i in range(op.inputs)]
-    weights = [draw(features, dtype=dtype, seed=10 + i) for i in range(op.weights)]
-    return stacks, weights, draw(*shape, dtype=dtype, seed=20)
+    stacks = [draw(*shape, dtype=dtype, seed=i).to(device) for i in range(op.inputs)]
+    weights = [draw(features, dtype=dtype, seed=10 + i).to(device) for i in range(op.weights)]
+    return stacks, weights, draw(*shape, dtype=dtype, seed=20).to(device)
 
 
-def _plain(length: int, op: Op, features: int, dtype: str, function: Callable[..., Tensor]) -> Run:
-    stacks, weights, cotangent = inputs(length, op, features, dtype)
+def _plain(
+    length: int, op: Op, features: int, dtype: str, part: str, device: str, function: Callable[..., Tensor]
+) -> Run:
+    stacks, weights, cotangent = inputs(length, op, features, dtype, device)
     leaves = [x.requires_grad_() for x in [*(x[0].clone() for x in stacks), *weights]]
-    primal_bar = cotangent[0]
-    return Run(lambda: torch.autograd.grad(function(*leaves), leaves, primal_bar))
+    return portion(lambda: function(*leaves), leaves, cotangent[0], part)
 
 
-def _dual(length: int, op: Op, features: int, dtype: str) -> Run:
-    stacks, weights, cotangent = inputs(length, op, features, dtype)
+def _dual(length: int, op: Op, features: int, dtype: str, part: str, device: str) -> Run:
+    stacks, weights, cotangent = inputs(length, op, features, dtype, device)
     leaves = [x.requires_grad_() for x in [*stacks, *weights]]
 
-    def call() -> Gradients:
-        y = op.dual(*(Dual(x) for x in leaves[: op.inputs]), *leaves[op.inputs :])
-        return torch.autograd.grad(y.stacked, leaves, cotangent)
+    def forward() -> Tensor:
+        out: Tensor = op.dual(*(Dual(x) for x in leaves[: op.inputs]), *leaves[op.inputs :]).stacked
+        return out
 
-    return Run(call)
+    return portion(forward, leaves, cotangent, part)
 
 
-def _truth(length: int, op: Op, features: int, dtype: str, stacked: bool) -> Gradients:
+def _truth(length: int, op: Op, features: int, dtype: str, part: str, stacked: bool) -> Gradients:
     stacks, weights, cotangent = inputs(length, op, features, dtype)
     vectors = [w.double().requires_grad_() for w in weights]
     function = lambda *xs: op.formula(*xs, *vectors)
     if not stacked:
         leaves = [x[0].double().requires_grad_() for x in stacks]
-        return torch.autograd.grad(function(*leaves), [*leaves, *vectors], cotangent[0].double())
+        return true_portion(function(*leaves), [*leaves, *vectors], cotangent[0].double(), part)
     leaves = [x.double().requires_grad_() for x in stacks]
-    out = torch.func.jvp(function, tuple(x[0] for x in leaves), tuple(x[1] for x in leaves))
-    return torch.autograd.grad(out, [*leaves, *vectors], (cotangent[0].double(), cotangent[1].double()))
+    pair = torch.func.jvp(function, tuple(x[0] for x in leaves), tuple(x[1] for x in leaves))
+    return true_portion(torch.stack(pair), [*leaves, *vectors], cotangent.double(), part)
 
 
 def _suite(name: str, summary: str) -> Suite:

@@ -69,7 +69,7 @@ class Row:
         timing: ``graph`` where calls were replayed from a captured CUDA graph, else ``calls``.
         flop_share, byte_share: gflop_per_s and gb_per_s over the ceilings.
         ceilings: of the device, measured in the same run: ``gflop_per_s`` of a large product in the dtype, ``gb_per_s``
-            of a copy. Empty on a CPU.
+            of a copy.
         round_ratios: this variant over the base, round by round; what intervals are made of.
         failure: why there are no numbers, such as "out of memory"; empty where there are.
     """

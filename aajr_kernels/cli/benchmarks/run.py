@@ -76,9 +76,10 @@ def run_case(
     if outcome.failures:
         return outcome
     variants = [v for v in case.variants if v.name not in verdict.left_out and v.name not in verdict.broken]
-    if case.device != "cpu":
-        progress("what the device reaches")
-    limits = measured(case.device, case.dtype) if case.device != "cpu" else None
+    limits = None
+    if case.timed and any(v.flops or v.bytes for v in variants):
+        progress("what the machine reaches")
+        limits = measured(case.device, case.dtype)
     samples: dict[str, list[float]] = {}
     if case.timed:
         samples = _interleaved(case, variants, repeats or case.repeats, outcome, progress)
@@ -218,7 +219,7 @@ def _wait(device: str) -> None:
 def peak_in_new_process(case: Case, variant: Variant) -> int | None:
     """Peak bytes of one call of a variant of a registered case above its inputs and parameters."""
     command = [sys.executable, "-m", f"{__package__}.peak", case.suite, case.family, case.dtype]
-    command += [str(case.length), variant.name, str(torch.get_num_threads())]
+    command += [str(case.length), case.part, case.device, variant.name, str(torch.get_num_threads())]
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     done = subprocess.run(
@@ -270,7 +271,7 @@ def _row(
     return Row(
         suite=case.suite,
         family=case.family,
-        config=dict(case.config),
+        config={**case.config, **({} if case.part == "both" else {"part": case.part})},
         length=case.length,
         variant=variant.name,
         device=case.device,

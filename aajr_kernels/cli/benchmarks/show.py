@@ -67,7 +67,7 @@ def _table(rows: Sequence[Row]) -> Table:
         "ratio": [_number(row.ratio, "{:.2f}") for row in rows],
         "GFLOP/s": [_number(row.gflop_per_s, "{:.0f}") for row in rows],
         "GB/s": [_number(row.gb_per_s, "{:.1f}") for row in rows],
-        "of ceiling": [_number(row.flop_share or row.byte_share, "{:.0%}") for row in rows],
+        "of ceiling": [_number(share_of_roof(row), "{:.0%}") for row in rows],
         "peak MB": [_number(row.peak_bytes, "{:.0f}", 1e-6) for row in rows],
         "extra MB": [
             _number(
@@ -92,6 +92,12 @@ def _table(rows: Sequence[Row]) -> Table:
     for cells in zip(*shown.values()):
         table.add_row(*cells)
     return table
+
+
+def share_of_roof(row: Row) -> float | None:
+    """Of what the machine allows at the row's arithmetic intensity; None where nobody measured that."""
+    shares = [share for share in (row.flop_share, row.byte_share) if share is not None]
+    return max(shares, default=None)
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:

@@ -21,7 +21,18 @@ from ...dual import is_dual
 from ...integrations.transformers import fuse
 from ...method import LMHead, aligned_penalty, normalize
 from . import models, peers
-from .case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, compiled, draw
+from .case import (
+    DTYPES,
+    Case,
+    Gradients,
+    Run,
+    Selection,
+    Suite,
+    Variant,
+    compiled,
+    draw,
+    portion,
+)
 
 VOCABULARY = 32000
 DIFFERENCE = 1e-2  # step of the finite differences, along directions of unit length per token
@@ -46,6 +57,7 @@ class Task:
         head: with a head of 32,000 words (or the model's own number), the ``fisher`` metric and the cross-entropy.
         directions: K.
         device: where it runs.
+        part: of :data:`.case.PARTS`.
     """
 
     kind: str
@@ -55,10 +67,16 @@ class Task:
     head: bool = False
     directions: int = 1
     device: str = "cpu"
+    part: str = "both"
+
+
+def tasks(selection: Selection, **options: Any) -> Callable[..., Task]:
+    """Makes tasks for what the user asked for."""
+    return functools.partial(Task, device=selection.device, part=selection.part, **options)
 
 
 def cases(selection: Selection) -> list[Case]:
-    makers: dict[str, tuple[Callable[[str, int], Case], tuple[tuple[str, int], ...]]] = {
+    makers: dict[str, tuple[Callable[[str, int, Selection], Case], tuple[tuple[str, int], ...]]] = {
         "llama": (
             functools.partial(_ratio, "llama"),
             (*_pairs("float32", 512, 2048), *_pairs("bfloat16", 2048)),
@@ -84,13 +102,13 @@ def cases(selection: Selection) -> list[Case]:
             continue
         pairs: Any = defaults
         if selection.dtypes or selection.lengths:
-            pairs = selection.grid(*(tuple(dict.fromkeys(part)) for part in zip(*defaults)))  # type: ignore[arg-type]
+            pairs = selection.grid(*(tuple(dict.fromkeys(part)) for part in zip(*defaults)))
             if not selection.dtypes:
                 dtypes = {dtype for dtype, _ in defaults}
                 pairs = [pair for pair in pairs if pair[0] == "float32" or len(dtypes) == 1]
             elif not selection.lengths:
                 pairs = [pair for pair in pairs if pair in defaults] or pairs
-        found += [maker(dtype, n) for dtype, n in pairs]
+        found += [maker(dtype, n, selection) for dtype, n in pairs]
     return found
 
 
@@ -105,7 +123,7 @@ def held_to_avx2() -> bool:
 
 def variant(name: str, task: Task, **options: Any) -> Variant:
     truth = {"plain": "plain", "both": "both"}.get(task.kind, "penalty")
-    exact = Task(truth, task.model, task.dtype, head=task.head, directions=task.directions)
+    exact = Task(truth, task.model, task.dtype, head=task.head, directions=task.directions, part=task.part)
     options.setdefault("compiled", task.form == "compiled")
     return Variant(
         name, functools.partial(make, task), functools.partial(true_gradients, exact), key=task, **options
@@ -117,6 +135,7 @@ def step_case(
     model: str,
     dtype: str,
     length: int,
+    selection: Selection,
     variants: list[Variant],
     base: tuple[str, ...],
     why: str,
@@ -135,16 +154,18 @@ def step_case(
         base=base,
         config={"model": model, "sizes": models.described(model, length), "metric": "l2", **(config or {})},
         gate_length=min(length, 128),
+        part=selection.part,
+        device=selection.device,
         why=why,
         **options,
     )
 
 
-def _ratio(model: str, dtype: str, length: int) -> Case:
+def _ratio(model: str, dtype: str, length: int, selection: Selection) -> Case:
     """The exact step against the plain one and the rivals."""
-    task = functools.partial(Task, model=model, dtype=dtype)
+    task = tasks(selection, model=model, dtype=dtype)
     bounds = {}
-    if (dtype, length) in BOUNDS and model in ("llama", "gpt2"):
+    if selection.bounded and (dtype, length) in BOUNDS and model in ("llama", "gpt2"):
         bounds["ratio"] = BOUNDS[dtype, length][held_to_avx2()] + (GPT2_MORE if model == "gpt2" else 0.0)
     single, own, usual = dtype == "float32", models.architecture(model), model in models.ARCHITECTURES
     fused = task("penalty", form="fused")
@@ -152,7 +173,8 @@ def _ratio(model: str, dtype: str, length: int) -> Case:
     variants = [variant("plain", task("plain"), rounds=None if single else 2)]
     if single and length <= 512:  # it loses to sdpa everywhere, by more as S grows
         variants.append(variant("plain, eager attention", task("plain", form="eager")))
-    if single and usual and length <= 512:
+    compiles = single and usual and length <= 512 and selection.part != "backward"  # it keeps no graph
+    if compiles:
         variants.append(variant("plain, compiled", task("plain", form="compiled"), optional=True))
     if single:
         if own != "bert":  # the primal attention of the benchmark is causal
@@ -168,17 +190,22 @@ def _ratio(model: str, dtype: str, length: int) -> Case:
         right = own == "llama"
         for name, kind in (("torch.func.jvp", "forward mode"), (DOUBLE, "double backward")):
             variants.append(variant(name, task(kind), rounds=3, optional=True, exact=right))
-        if usual:
+        if compiles:
             reference = task("penalty", form="compiled")
             variants.append(
                 variant("exact, compiled reference", reference, rounds=3, optional=True, backend="reference")
             )
+    variants += [
+        variant(p, task(p), exact=False, optional=True, rounds=3)
+        for p in (peers.device_peers() if selection.device != "cpu" else ())
+    ]
     base = ("plain", *(v.name for v in variants if v.name in ("plain, eager attention", "plain, compiled")))
-    return step_case(model, model, dtype, length, variants, base, "exact penalty step ÷ plain step")
+    why = "exact penalty step ÷ plain step"
+    return step_case(model, model, dtype, length, selection, variants, base, why)
 
 
-def _head(model: str, dtype: str, length: int) -> Case:
-    task = functools.partial(Task, model=model, dtype=dtype, head=True)
+def _head(model: str, dtype: str, length: int, selection: Selection) -> Case:
+    task = tasks(selection, model=model, dtype=dtype, head=True)
     variants = [
         variant("plain", task("plain")),
         variant("plain, our primal ops", task("plain", form="primal"), optional=True),
@@ -190,7 +217,7 @@ def _head(model: str, dtype: str, length: int) -> Case:
     config = {"metric": "fisher", "V": words(model)}
     family = "head" if model == "llama" else model
     why = f"with a head of {words(model):,} words, fisher"
-    return step_case(family, model, dtype, length, variants, ("plain",), why, config, repeats=6)
+    return step_case(family, model, dtype, length, selection, variants, ("plain",), why, config, repeats=6)
 
 
 def words(model: str) -> int:
@@ -198,28 +225,30 @@ def words(model: str) -> int:
     return models.WORDS.get(model, VOCABULARY)
 
 
-def _penalty(dtype: str, length: int) -> Case:
+def _penalty(dtype: str, length: int, selection: Selection) -> Case:
     """What comes on top of one penalty: the loss from the same forward, and more directions."""
-    task = functools.partial(Task, model="llama", dtype=dtype, form="fused")
-    bound = DIRECTIONS.get((dtype, length))
+    task = tasks(selection, model="llama", dtype=dtype, form="fused")
+    bound = DIRECTIONS.get((dtype, length)) if selection.bounded else None
     variants = [
         variant("penalty", task("penalty")),
         variant("loss and penalty", task("both"), bounds={"ratio": SHARED} if bound else {}),
         variant("four directions", task("penalty", directions=4), bounds={"ratio": bound} if bound else {}),
     ]
     why = "with the loss, and with four directions ÷ the penalty along one"
-    return step_case("penalty", "llama", dtype, length, variants, ("penalty",), why)
+    return step_case("penalty", "llama", dtype, length, selection, variants, ("penalty",), why)
 
 
-def _memory(dtype: str, length: int) -> Case:
-    task = functools.partial(Task, model="llama", dtype=dtype)
-    bounds = {"peak_ratio": PEAK} if (dtype, length) == ("float32", 8192) else {}
+def _memory(dtype: str, length: int, selection: Selection) -> Case:
+    task = tasks(selection, model="llama", dtype=dtype)
+    bounds = {"peak_ratio": PEAK} if selection.bounded and (dtype, length) == ("float32", 8192) else {}
     variants = [
         variant("plain", task("plain")),
         variant("exact, fused", task("penalty", form="fused"), bounds=bounds),
     ]
     why = "peak memory of the exact step ÷ the plain step's"
-    return step_case("memory", "llama", dtype, length, variants, ("plain",), why, timed=False, peak=True)
+    return step_case(
+        "memory", "llama", dtype, length, selection, variants, ("plain",), why, timed=False, peak=True
+    )
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
@@ -257,6 +286,13 @@ def make(task: Task, length: int) -> Run:
     scalar: Callable[..., Tensor] = functools.partial(loss, task, model, head)
     if task.form == "compiled":
         scalar = compiled(scalar)
+    if task.part != "both":
+
+        def forward() -> Tensor:
+            with ours():
+                return scalar(x, v, labels)
+
+        return portion(forward, parameters, None, task.part)
 
     def call() -> Gradients:
         with ours():
@@ -340,6 +376,8 @@ def true_gradients(task: Task, length: int) -> Gradients:
                 total = total + size(pair[0], pair[1], head) / len(v)
         if task.kind != "penalty":
             total = total + plain_loss(output(x), head, labels)
+        if task.part == "forward":
+            return [total.detach()]
         total.backward()
     parameters = [*model.parameters(), *(head.parameters() if head else ())]
     return [p.grad for p in parameters]

@@ -13,7 +13,6 @@ family      size                                                           case
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 from . import attention, head, step
 from .case import Case, Selection, Suite
@@ -32,13 +31,13 @@ def cases(selection: Selection) -> list[Case]:
             name, _, size = family.partition("-")
             for dtype, length in selection.grid(("float32",), LENGTHS if name == "S" else (512,)):
                 if name == "S":
-                    case = _lengths(dtype, length)
+                    case = _lengths(dtype, length, selection)
                 elif name == "D":
-                    case = attention.attention_case(int(size), dtype, length)
+                    case = attention.attention_case(int(size), dtype, length, selection)
                 elif name == "K":
-                    case = _directions(dtype, length)
+                    case = _directions(dtype, length, selection)
                 else:
-                    case = head.head_case(dtype, length, int(size))
+                    case = head.head_case(dtype, length, selection, int(size))
                 # bounds are those of the suites that the cases come from
                 variants = tuple(dataclasses.replace(v, bounds={}, rival=None) for v in case.variants)
                 found.append(
@@ -47,24 +46,23 @@ def cases(selection: Selection) -> list[Case]:
     return found
 
 
-def _lengths(dtype: str, length: int) -> Case:
-    task = functools.partial(step.Task, model="llama", dtype=dtype)
+def _lengths(dtype: str, length: int, selection: Selection) -> Case:
+    task = step.tasks(selection, model="llama", dtype=dtype)
     variants = [
         step.variant("plain", task("plain")),
         step.variant("exact, fused", task("penalty", form="fused")),
         step.variant(step.FINITE, task("differences"), exact=False),
     ]
     return step.step_case(
-        "llama", "llama", dtype, length, variants, ("plain",), "penalty step against S", repeats=5
+        "llama", "llama", dtype, length, selection, variants, ("plain",), "penalty step against S", repeats=5
     )
 
 
-def _directions(dtype: str, length: int) -> Case:
-    task = functools.partial(step.Task, "penalty", "llama", dtype, form="fused")
+def _directions(dtype: str, length: int, selection: Selection) -> Case:
+    task = step.tasks(selection, kind="penalty", model="llama", dtype=dtype, form="fused")
     variants = [step.variant(f"K = {k}", task(directions=k)) for k in DIRECTIONS]
-    return step.step_case(
-        "llama", "llama", dtype, length, variants, ("K = 1",), "directions that share a primal", repeats=5
-    )
+    why = "directions that share a primal"
+    return step.step_case("llama", "llama", dtype, length, selection, variants, ("K = 1",), why, repeats=5)
 
 
 SUITE = Suite(

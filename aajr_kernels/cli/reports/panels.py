@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..benchmarks.plot import BASES, finite
+from ..benchmarks.show import share_of_roof
 from .sources import Entry, commits, machine, places, versions
 
 
@@ -37,7 +38,8 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "of": lambda e: e.row.base or "",
     "GFLOP/s": lambda e: number(e.number("gflop_per_s"), ".4g"),
     "GB/s": lambda e: number(e.number("gb_per_s"), ".4g"),
-    "of ceiling": lambda e: number(e.number("flop_share") or e.number("byte_share"), ".0%"),
+    "FLOP/byte": lambda e: number(intensity(e), ".3g"),
+    "of ceiling": lambda e: number(share_of_roof(e.row), ".0%"),
     "peak MB": lambda e: number(megabytes(e), ".1f"),
     "peak ratio": lambda e: number(e.number("peak_ratio"), ".2f"),
     "gradient error": lambda e: number(e.number("gradient_error"), ".1e"),
@@ -55,6 +57,7 @@ NUMBERS = {
         "by round",
         "GFLOP/s",
         "GB/s",
+        "FLOP/byte",
         "of ceiling",
         "peak MB",
         "peak ratio",
@@ -140,6 +143,12 @@ class Section:
 
 def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def intensity(entry: Entry) -> float | None:
+    """Arithmetic over traffic, where a row has both."""
+    flops, moved = entry.number("gflop_per_s"), entry.number("gb_per_s")
+    return flops / moved if flops and moved else None
 
 
 def megabytes(entry: Entry) -> float | None:

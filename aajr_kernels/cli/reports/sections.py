@@ -24,6 +24,7 @@ from .panels import (
     number,
     plain_text,
 )
+from .rooflines import on_roofline, rooflines
 from .sources import Entry, configuration, latest, machine
 from .sweeps import SUITE, sweeps
 
@@ -42,13 +43,14 @@ def sections(entries: Sequence[Entry]) -> list[Section]:
     """All sections, drawn from the latest rows."""
     newest = sorted(latest(entries), key=lambda entry: entry.row.suite not in FIRST)
     hues = colours(sorted(entry.row.variant for entry in newest))
-    swept = sweeps(newest, hues)
+    swept, roofs, plain = sweeps(newest, hues), rooflines(newest, hues), rates(newest, hues)
     return [
         against_length(newest, hues),
         *([swept] if swept.panels else []),
         memory(newest, hues),
         ratios([entry for entry in newest if entry.row.suite != SUITE]),
-        rates(newest, hues),
+        *([roofs] if roofs.panels else []),
+        *([plain] if plain.panels or not roofs.panels else []),
         errors(newest),
     ]
 
@@ -190,10 +192,10 @@ def ratios(entries: Sequence[Entry]) -> Section:
 
 
 def rates(entries: Sequence[Entry], hues: dict[str, str]) -> Section:
-    """Arithmetic and traffic of the ops; against the ceilings of the machine where the rows have them."""
+    """Arithmetic or traffic of ops that have no place on a roofline."""
     panels = []
     for field, unit in (("gflop_per_s", "GFLOP/s"), ("gb_per_s", "GB/s")):
-        some = [e for e in entries if e.number(field) is not None]
+        some = [e for e in entries if e.number(field) is not None and not on_roofline(e)]
         for group in grouped(some, lambda e: (e.row.dtype, machine(e.row))):
             panels.append(_rates(group, hues, field, unit))
     without = dict.fromkeys(

@@ -274,12 +274,23 @@ def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
 def _fits(model: nn.Module) -> None:
     count = sum(p.numel() for p in model.parameters())
     need = BYTES * count
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else need
-    if need > have:
+    have = _memory()
+    if have is not None and need > have:
         raise CannotValidate(
             f"{count / 1e9:.2g} billion parameters need about {need / 2**30:.0f} GiB for copies and gradients in "
             f"float64, and this machine has {have / 2**30:.0f}: for a folder, --layers 2 takes its first two layers."
         )
+
+
+def _memory() -> int | None:
+    """Bytes that this process may use: the machine's, or fewer in a container; None where nothing says."""
+    if not hasattr(os, "sysconf"):
+        return None
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            have = min(have, int(limit.read_text()))
+    return have
 
 
 def _with_ascent(subject: Subject) -> Subject:

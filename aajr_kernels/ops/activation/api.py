@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual, num_tangents, stack_of
 from .function import GatedFunction, PointwiseFunction
 
@@ -15,6 +15,8 @@ _T = TypeVar("_T", torch.Tensor, Dual)
 
 
 def _pointwise(kind: str, x: Dual) -> Dual:
+    if sharding.spread(x.stacked):
+        return sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local), x, 0)
     backend = runtime.select_backend("activation", x.stacked)
     if runtime.recording():
         runtime.record(kind, backend, 8.0 * x.stacked.numel())
@@ -81,6 +83,10 @@ def _gated(op: str, kind: str, gate: torch.Tensor | Dual, up: torch.Tensor | Dua
     gate_stack, up_stack = stack_of(gate), stack_of(up)
     dtype = torch.promote_types(gate_stack.dtype, up_stack.dtype)
     gate_stack, up_stack = gate_stack.to(dtype), up_stack.to(dtype)
+    if sharding.spread(gate_stack, up_stack):
+        return sharding.OPS["gated"](
+            op, lambda a, b: _gated(op, kind, a, b), Dual(gate_stack), Dual(up_stack)
+        )
     backend = runtime.select_backend("activation", gate_stack, up_stack)
     if runtime.recording():
         runtime.record(op, backend, 10.0 * max(gate_stack.numel(), up_stack.numel()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, overload
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual, num_tangents, stack_of
 from .function import AttentionFunction
 from .packed import Bounds, packed_sequences, pieces
@@ -101,6 +102,15 @@ def attention(
     _check_tensors(q, k, v, mask)
     scale = _check_options(q, causal, scale, softcap, window, dropout)
     tangents, dual = num_tangents(q, k, v, mask), any(isinstance(x, Dual) for x in (q, k, v, mask))
+    if dual and sharding.spread(*(x.stacked if isinstance(x, Dual) else x for x in (q, k, v, mask))):
+        if cu_seqlens is not None:
+            raise runtime.UnsupportedOperation(
+                "attention: cu_seqlens do not go with DTensors: pass local shards."
+            )
+        run = functools.partial(
+            attention, causal=causal, scale=scale, softcap=softcap, window=window, dropout=dropout
+        )
+        return sharding.OPS["attention"](run, q, k, v, mask)
     packed = packed_sequences(q, k, mask, cu_seqlens)
     # torch's attention wants the lengths of packed sequences, which a captured graph cannot tell
     captured = packed is not None and packed.bounds is None

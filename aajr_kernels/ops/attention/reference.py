@@ -139,10 +139,7 @@ def attention_bwd(
             inputs = (q[..., mine, :], k[..., theirs, :], v[..., theirs, :])
             saved = (out[..., mine, :], shift[..., mine], norm[..., mine], mu[..., mine])
             parts.append(attention_bwd(out_bar[..., mine, :], *inputs, None, *saved, each, needs))
-        q_bar, k_bar, v_bar, _ = (
-            torch.cat(x, -2) if need else None
-            for x, need in zip(zip(*parts), needs)  # type: ignore[arg-type]
-        )
+        q_bar, k_bar, v_bar, _ = (torch.cat(x, -2) if need else None for x, need in zip(zip(*parts), needs))
         return q_bar, k_bar, v_bar, None
     t = Tiles(q, k, v, mask, options)
     D, V = t.D, t.V

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual, is_dual
 from .function import HeadFunction
 
@@ -79,6 +79,11 @@ def lm_head_penalty(
     if labels is not None:
         _check_labels(labels, batch, weight.shape[0], ignore_index)
         labels = labels.reshape(-1).long()
+    if sharding.spread(stacked, weight, bias):
+        options = (metric, float(scale), softcap, int(ignore_index))
+        q, nll = sharding.OPS["head"](stacked, weight, bias, labels, *options)
+        q = q.reshape(hidden.num_tangents, *batch)
+        return q if nll is None else (q, nll.reshape(batch))
     backend = runtime.select_backend("head", stacked, weight, bias)
     if runtime.recording():
         runtime.record("lm_head_penalty", backend, 2.0 * stacked.numel() * weight.shape[0])

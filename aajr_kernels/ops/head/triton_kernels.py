@@ -101,10 +101,10 @@ def _cap(x, softcap):
 
 @triton.jit
 def _local_labels(labels, tokens, inside, V, ignore_index):
-    """Labels as int32, -1 where there is none."""
+    """Labels as int32, -1 where there is none, -2 where it is none of these words but of another process."""
     label = tl.load(labels + tokens, mask=inside, other=-1)
-    valid = (label >= 0) & (label < V) & (label != ignore_index)
-    return tl.where(valid, label, -1).to(tl.int32)
+    known = tl.where((label >= 0) & (label < V), label, -2)
+    return tl.where(label == ignore_index, -1, known).to(tl.int32)
 
 
 @triton.jit
@@ -328,7 +328,7 @@ def _head_bwd_kernel(
         if HAS_NLL:
             label = _local_labels(labels, tokens, inside, V, ignore_index)
             # a label that is ignored has no gradient, whatever arrives there
-            n = tl.load(nll_bar + tokens, mask=inside & (label >= 0), other=0.0)[:, None]
+            n = tl.load(nll_bar + tokens, mask=inside & (label != -1), other=0.0)[:, None]
             columns = first_word + local + tl.arange(0, BC)
             x_bar = n * tl.exp(z - lse) - tl.where(columns[None, :] == label[:, None], n, 0.0)
             if HAS_SOFTCAP:

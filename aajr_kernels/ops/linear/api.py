@@ -7,7 +7,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual, is_dual
 from .function import LinearFunction
 
@@ -45,6 +45,8 @@ def linear(
             )
     if not isinstance(x, Dual):
         return F.linear(x, weight, bias)
+    if sharding.spread(x.stacked, weight, bias):
+        return sharding.OPS["linear"](linear, x, weight, bias)
     stacked, weight, bias = runtime.autocast_low(x.stacked, weight, bias)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != stacked.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual, is_dual, num_tangents, stack_of
 from .api import layer_norm, rms_norm
 from .checks import (
@@ -105,6 +105,8 @@ def _common_shape(
 
 def _fusible(x: Any, residual: Any, shape: tuple[int, ...]) -> bool:
     """Whether the sum and its norm are one kernel; several normalised axes and casts in between are rare."""
+    if sharding.spread(*(t.stacked if is_dual(t) else t for t in (x, residual))):
+        return False
     if len(shape) > 1 or not (is_dual(x) or is_dual(residual)) or x.dtype != residual.dtype:
         return False
     return not runtime.autocasting(x.device.type)

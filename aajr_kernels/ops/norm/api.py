@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import overload
@@ -9,7 +10,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual
 from .checks import check_dtypes, check_offset, check_shapes, refuse_dual_weights, trailing_shape, wide_dtype
 from .function import NormFunction
@@ -144,6 +145,9 @@ def _norm(
     centred: bool,
 ) -> Dual:
     check_shapes(op, shape, weight=weight, bias=bias)
+    if sharding.spread(x.stacked, weight, bias):
+        run = functools.partial(_norm, op, shape=shape, eps=eps, offset=offset, centred=centred)
+        return sharding.OPS["rowwise"](op, run, x, len(shape), weight=weight, bias=bias)
     stacked, weight, bias = runtime.autocast_float32(x.stacked, weight, bias)
     backend = runtime.select_backend("norm", stacked, weight, bias)
     if runtime.recording():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual
 from .function import SensitivityFunction, SoftmaxFunction
 
@@ -39,6 +39,8 @@ def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
         raise ValueError(
             f"sensitivity: y must have a non-empty last axis to reduce, got shape {tuple(y.shape)}: unsqueeze it."
         )
+    if sharding.spread(y.stacked):
+        return sensitivity(sharding.OPS["whole"](y), metric)
     backend = runtime.select_backend("reduce", y.stacked)
     if runtime.recording():
         runtime.record("sensitivity", backend, 5.0 * y.stacked.numel())
@@ -65,6 +67,8 @@ def softmax(x: Dual, dim: int = -1) -> Dual:
         )
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"softmax: dim must be an axis of x with shape {tuple(x.shape)}, got {dim}.")
+    if sharding.spread(x.stacked):
+        return sharding.OPS["along"]("softmax", softmax, x, dim % x.dim())
     axis = dim % x.dim() + 1
     (stack,) = runtime.autocast_float32(x.stacked)
     stack = stack.movedim(axis, -1)

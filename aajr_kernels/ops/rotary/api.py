@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TypeVar
 
 import torch
 
-from ... import runtime
+from ... import runtime, sharding
 from ...dual import Dual, is_dual
 from .function import RotaryFunction
 
@@ -48,6 +49,9 @@ def rotary(
     if not isinstance(x, Dual):
         return _plain(x, cos, sin, interleaved)
     stacked = x.stacked
+    if sharding.spread(stacked, cos, sin):
+        run = functools.partial(rotary, interleaved=interleaved, unsqueeze_dim=None)
+        return sharding.OPS["rotary"](run, x, cos, sin)
     backend = runtime.select_backend("rotary", stacked, cos, sin)
     if runtime.recording():
         runtime.record("rotary", backend, 3.0 * stacked.numel())

@@ -1,0 +1,30 @@
+"""Several processes on torch.distributed: DDP, FSDP2, tensor parallelism, checkpoints (docs/distributed.md).
+
+torch.distributed is imported when something here is used.
+"""
+
+from typing import Any
+
+from ...rules.guards import linear_function
+from . import head, ops  # noqa: F401  entered into the table of ops on shards
+from .checkpoint import TrainingState
+from .plan import tensor_parallel
+from .wrapped import inside
+
+__all__ = [
+    "PrepareModuleInput",
+    "PrepareModuleInputOutput",
+    "SequenceParallel",
+    "TrainingState",
+    "inside",
+    "linear_function",
+    "tensor_parallel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PrepareModuleInput", "PrepareModuleInputOutput", "SequenceParallel"):
+        from . import styles  # subclasses, so torch's have to be there
+
+        return getattr(styles, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
