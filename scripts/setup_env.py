@@ -37,7 +37,7 @@ TORCH_MINIMUM = (2, 11)
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # torch's CPU builds do not bring triton along; a pair not listed is left alone
 TRITON_FOR_TORCH = {"2.11": "3.6", "2.13": "3.7", "2.14": "3.8"}
-EXTRAS = "demo,hf,bench,report,experiments,train,tensorboard,docs,dev"
+EXTRAS = "demo,hf,bench,report,experiments,train,trainer,trl,tensorboard,docs,dev"
 INPUTS = ["pyproject.toml", "requirements/constraints.txt", "requirements/data.txt", "scripts/setup_env.py"]
 BUILD_INPUTS = ["setup.py", "CMakeLists.txt", "csrc"]
 # in the environment rather than in an isolated one that is thrown away, so that a rebuild compiles what changed

@@ -31,11 +31,17 @@ PAGES = {
     "ops/reduce.md": [],
     "ops/rotary.md": [],
     "quickstart.md": ["transformers"],
+    "trainer.md": ["transformers", "accelerate", "peft"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
 }
 
 
+#: Trainer's default, where there is no device
+PINNED = "ignore:'pin_memory' argument is set as true:UserWarning"
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by PEFT
+@pytest.mark.filterwarnings(PINNED)
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     for package in PAGES[page]:
@@ -50,6 +56,33 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
         for registry, entries in zip(REGISTRIES, before):
             registry.clear()
             registry.update(entries)
+    capsys.readouterr()
+
+
+@pytest.mark.filterwarnings(PINNED)
+def test_a_script_becomes_ours_in_five_lines(tmp_path, monkeypatch, capsys):
+    """The first block of the page on Trainer is a plain script; its diff applies, is short, and the result runs."""
+    for package in PAGES["trainer.md"]:
+        pytest.importorskip(package)
+    page = (DOCS / "trainer.md").read_text()
+    script = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    diff = re.search(r"```diff\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    assert sum(line.startswith("+") for line in diff) <= 5
+    made, place = [], 0
+    for line in diff:
+        mark, text = line[:1], line[1:]
+        if line == "...":
+            continue
+        if mark == "+":
+            made.append(text)
+            continue
+        found = script.index(text, place)  # raises where the diff does not fit
+        made += script[place:found] + ([text] if mark == " " else [])
+        place = found + 1
+    names: dict = {}
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(made + script[place:]), "trainer.md, changed", "exec"), names)
+    assert type(names["trainer"]).__name__ == "AAJRTrainer" and names["trainer"].state.global_step == 4
     capsys.readouterr()
 
 

@@ -1,5 +1,5 @@
 """Drop-in use with other libraries. Nothing is imported from them until a function here is called."""
 
-from . import distributed, transformers
+from . import distributed, trainer, transformers
 
-__all__ = ["distributed", "transformers"]
+__all__ = ["distributed", "trainer", "transformers"]

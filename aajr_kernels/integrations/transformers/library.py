@@ -9,7 +9,7 @@ from typing import Any
 from .attention import attention_forward
 from .masks import mask_builder
 
-__all__ = ["NAME", "pretrained_model_class", "register"]
+__all__ = ["NAME", "pretrained_model_class", "register", "trainer_class"]
 
 NAME = "aajr"
 
@@ -29,6 +29,22 @@ def _library() -> Any:
 def pretrained_model_class() -> type:
     """``transformers.PreTrainedModel``."""
     return _library().PreTrainedModel
+
+
+def trainer_class() -> type:
+    """``transformers.Trainer``.
+
+    Raises:
+        ImportError: transformers is not installed, or accelerate, without which it has no trainer.
+    """
+    library = _library()
+    try:
+        return library.Trainer
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"aajr_kernels.integrations.trainer needs accelerate ({error}): install it with "
+            'pip install "aajr_kernels[trainer]".'
+        ) from error
 
 
 @functools.cache

@@ -2,25 +2,31 @@
 
 from .batches import Stream, prepared
 from .checkpoints import load_checkpoint
-from .config import Attack, Diagnostics, FitConfig, Penalty
+from .config import Attack, Diagnostics, FitConfig, ObjectiveConfig, Penalty
 from .loop import FitResult, NonFiniteLossError, fit
+from .objective import Counts, Terms
 from .policy import Policy, policy_of
 from .record import read_rows
 from .schedules import Constant, Cosine, Linear, Schedule, WarmUp
+from .step import Objective
 
 __all__ = [
     "Attack",
     "Constant",
     "Cosine",
+    "Counts",
     "Diagnostics",
     "FitConfig",
     "FitResult",
     "Linear",
     "NonFiniteLossError",
+    "Objective",
+    "ObjectiveConfig",
     "Penalty",
     "Policy",
     "Schedule",
     "Stream",
+    "Terms",
     "WarmUp",
     "fit",
     "load_checkpoint",

@@ -18,7 +18,7 @@ from ..scopes import SCOPES
 from ..trajectory import DIRECTIONS
 from .schedules import Schedule, checked_schedule
 
-__all__ = ["Attack", "Diagnostics", "FitConfig", "Penalty", "describe"]
+__all__ = ["Attack", "Diagnostics", "FitConfig", "ObjectiveConfig", "Penalty", "describe"]
 
 STEPS = ("worst", "all", "last", "random")
 
@@ -140,6 +140,28 @@ class Diagnostics:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """The objective without the loop around it: for :class:`~.step.Objective` and the trainers built on it.
+
+    Attributes:
+        attack, penalty, adversarial_weight, clean_weight, shift_labels, diagnostics: as in :class:`FitConfig`.
+        seed: of the attack's draws, which depend on it, on the step and on the micro-batch alone; None: 0 in a loop of
+            your own, the trainer's seed in a trainer.
+    """
+
+    attack: Attack = field(default_factory=Attack)
+    penalty: Penalty = field(default_factory=Penalty)
+    adversarial_weight: Schedule = 1.0
+    clean_weight: Schedule = 0.0
+    shift_labels: bool = True
+    seed: int | None = None
+    diagnostics: Diagnostics | None = None
+
+    def __post_init__(self) -> None:
+        _checked_objective(self)
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """A training; see :func:`fit`.
 
@@ -192,12 +214,12 @@ class FitConfig:
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, accumulate=self.accumulate, max_skips=self.max_skips)
         _at_least(1, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
-        _at_least(0, evaluate_every=self.evaluate_every, seed=self.seed)
+        _at_least(0, evaluate_every=self.evaluate_every)
         if self.keep is not None:
             _at_least(1, keep=self.keep)
         _one_of(("raise", "skip"), non_finite=self.non_finite)
-        for name in ("adversarial_weight", "clean_weight", "learning_rate"):
-            checked_schedule(getattr(self, name), name)
+        checked_schedule(self.learning_rate, "learning_rate")
+        _checked_objective(self)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
         if self.autocast not in (None, torch.bfloat16):
@@ -220,6 +242,22 @@ def describe(value: Any) -> Any:
     return getattr(value, "__qualname__", None) or (
         str(value) if isinstance(value, torch.dtype) else type(value).__qualname__
     )
+
+
+def _checked_objective(config: ObjectiveConfig | FitConfig) -> None:
+    if config.seed is not None:
+        _at_least(0, seed=config.seed)
+    for name in ("adversarial_weight", "clean_weight"):
+        checked_schedule(getattr(config, name), name)
+    for name, kind in (("attack", Attack), ("penalty", Penalty)):
+        if not isinstance(getattr(config, name), kind):
+            raise TypeError(
+                f"{name} must be {'an' if name == 'attack' else 'a'} {kind.__name__}, got "
+                f"{type(getattr(config, name)).__name__}: from aajr_kernels.method.training."
+            )
+    if config.diagnostics is not None and not isinstance(config.diagnostics, Diagnostics):
+        kind = type(config.diagnostics).__name__
+        raise TypeError(f"diagnostics must be a Diagnostics or None, got {kind}.")
 
 
 def _at_least(least: int, **values: Any) -> None:

@@ -8,7 +8,6 @@ checkpoints hold, a training that was interrupted ends, on a CPU, with the bits 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -25,17 +24,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..ascent import NonFiniteLoss
 from ..attack_state import held
-from ..stability import stability_report
-from ..trajectory import Trajectory
 from . import randomness
-from .batches import Batches, Prepared, Stream, prepared
+from .batches import Batches, Stream
 from .checkpoints import Checkpoints, put_weights, weights_of
 from .config import FitConfig, describe
-from .objective import Counts, Knobs, terms_of
-from .policy import Policy, policy_of
+from .objective import Knobs
+from .policy import Policy
 from .record import Recorder, Row, bar
 from .report import write_report
 from .schedules import value_at
+from .step import Objective
+from .wrappers import unwrapped
 
 __all__ = ["FitResult", "NonFiniteLossError", "fit"]
 
@@ -156,7 +155,12 @@ class _Run:
     ) -> None:
         if not isinstance(config, FitConfig):
             raise TypeError(f"config must be a FitConfig, got {type(config).__name__}.")
-        self.policy = policy_of(model) if policy is None else policy
+        if unwrapped(model) is not model:
+            raise TypeError(
+                "model must be a plain module, got one that is spread over processes: fit trains in one process; use "
+                "AAJRTrainer, or Objective in a loop of your own."
+            )
+        self.objective = Objective(model, config, policy=policy)
         self.model, self.config = model, config
         own = [p for p in model.parameters() if p.requires_grad]
         if not own:
@@ -182,8 +186,9 @@ class _Run:
         """Everything from batches to parameters; the row to be logged."""
         config, started = self.config, time.perf_counter()
         knobs = Knobs.at(config, step)
-        batches = [prepared(b, self.device, config.shift_labels) for b in self.stream.take(config.accumulate)]
-        counts = Counts.of(batches, config)
+        objective = self.objective
+        batches = [objective.prepared(b) for b in self.stream.take(config.accumulate)]
+        counts = objective.counts(batches)
         if self.made:
             for group in self.optimizer.param_groups:
                 group["lr"] = value_at(config.learning_rate, step, "learning_rate")
@@ -191,21 +196,14 @@ class _Run:
         parts: dict[str, list[Tensor]] = {}
         totals: list[Tensor] = []
         problem: str | None = None
+        on_report = lambda report: recorder.stability(report, step + 1)
         for n, batch in enumerate(batches):
-            generator = randomness.generator_for(config.seed, step, n, self.device)
-            look = None
-            if n == 0 and config.diagnostics is not None and _due(step, config.diagnostics.every):
-                look = functools.partial(self._diagnose, batch, recorder, step + 1)
             try:
                 with torch.autocast(self.device.type, config.autocast, enabled=config.autocast is not None):
-                    terms = terms_of(self.model, self.policy, batch, config, knobs, counts, generator, look)
+                    terms = objective(batch, counts=counts, step=step, part=n, on_report=on_report)
             except NonFiniteLoss as error:
                 problem = f"the attack stopped: {error}"
                 break
-            if not terms.total.requires_grad:
-                raise ValueError(
-                    "the objective does not depend on any parameter that is trained: check the weights of the losses."
-                )
             terms.total.backward()
             totals.append(terms.total.detach())
             for name, value in terms.parts.items():
@@ -243,41 +241,6 @@ class _Run:
                 # a first step that is skipped looks to torch like a wrong order of calls
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
                 self.scheduler.step()
-
-    def _diagnose(
-        self,
-        batch: Prepared,
-        recorder: Recorder,
-        step: int,
-        trajectory: Trajectory,
-        loss_fn: Any,
-        gamma: float | None,
-    ) -> None:
-        chosen = self.config.diagnostics
-        assert chosen is not None
-        more: dict[str, Any] = {}
-        if chosen.smoothness:
-            more = dict(
-                func=lambda x: self.policy.forward(x, **batch.inputs),
-                head=self.policy.head,
-                metric=self.config.penalty.metric if self.config.penalty.metric != "probs" else "fisher",
-                gamma=gamma,
-                output_mask=batch.tokens("loss"),
-                unit=self.config.penalty.unit,
-                power_iterations=chosen.power_iterations,
-            )
-        with held((self.model,), self.config.attack.eval_mode):
-            report = stability_report(
-                loss_fn,
-                trajectory.x,
-                trajectory,
-                curvature=chosen.curvature,
-                samples=chosen.samples,
-                generator=randomness.generator_for(self.config.seed, step, -1, self.device),
-                module=self.model,
-                **more,
-            )
-        recorder.stability(report, step)
 
     def evaluated(self, evaluate: Evaluate, step: int) -> Row:
         """A row of what `evaluate` says."""

@@ -9,7 +9,7 @@ the micro-batch divided by the counts of the whole step: gradients then add up t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +21,14 @@ from ..baselines import NEEDS_LOSS, trajectory_baseline
 from ..losses import IGNORED
 from ..trajectory import Trajectory, gathered, trajectory_penalty
 from .batches import Prepared
-from .config import FitConfig
+from .config import FitConfig, ObjectiveConfig
 from .policy import Policy
 from .schedules import value_at
 
-__all__ = ["Counts", "Knobs", "Terms", "terms_of"]
+__all__ = ["Chosen", "Counts", "Knobs", "Terms", "terms_of"]
+
+#: what says how the objective is made
+Chosen = FitConfig | ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Knobs:
     clean: float
 
     @classmethod
-    def at(cls, config: FitConfig, step: int) -> Knobs:
+    def at(cls, config: Chosen, step: int) -> Knobs:
         """Evaluate the schedules."""
         gamma = config.penalty.gamma
         found = cls(
@@ -59,28 +62,48 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a whole step: tokens that are learnt, units that the penalty is a mean over, rows."""
+    """Of a whole step: tokens that are learnt, units that the penalty is a mean over, rows.
+
+    Attributes:
+        processes: whose batches are counted. Gradients are averaged over them, so that each contributes its share of
+            the sum this many times.
+    """
 
     tokens: int
     units: int
     rows: int
+    processes: int = 1
 
     @classmethod
-    def of(cls, batches: list[Prepared], config: FitConfig) -> Counts:
+    def of(
+        cls,
+        batches: Sequence[Prepared],
+        config: Chosen,
+        summed: Callable[[list[int]], list[int]] | None = None,
+        processes: int = 1,
+    ) -> Counts:
         """Count.
+
+        Args:
+            batches: the micro-batches of this process.
+            config: says what the units are.
+            summed: adds numbers up over `processes`; all of them call it.
+            processes: as above.
 
         Raises:
             ValueError: there is nothing to learn.
         """
         tokens = int(sum((b.labels != IGNORED).sum() for b in batches))
+        rows = sum(b.labels.shape[0] for b in batches)
+        units = rows if config.penalty.method in NEEDS_LOSS else sum(_units(b, config) for b in batches)
+        if summed is not None:
+            tokens, units, rows = summed([tokens, units, rows])
         if tokens == 0:
             raise ValueError(
                 "labels must name at least one token to be learnt in every step, got none: check the attention mask "
                 "and the labels, and that sequences are longer than one token."
             )
-        rows = sum(b.labels.shape[0] for b in batches)
-        units = rows if config.penalty.method in NEEDS_LOSS else sum(_units(b, config) for b in batches)
-        return cls(tokens, max(units, 1), rows)
+        return cls(tokens, max(units, 1), rows, processes)
 
 
 @dataclass(frozen=True)
@@ -88,7 +111,7 @@ class Terms:
     """Of one micro-batch.
 
     Attributes:
-        total: attached.
+        total: attached; what is differentiated on this process.
         parts: detached shares of the step's clean loss, adversarial loss and penalty (without their weights), and
             numbers on the attack.
     """
@@ -101,22 +124,24 @@ def terms_of(
     model: nn.Module,
     policy: Policy,
     batch: Prepared,
-    config: FitConfig,
+    config: Chosen,
     knobs: Knobs,
     counts: Counts,
     generator: torch.Generator,
     after_attack: Callable[[Trajectory, Any, float | None], None] | None = None,
+    row_weights: Tensor | None = None,
 ) -> Terms:
     """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
 
     `after_attack` is called with the trajectory, what was maximised and γ, in the random state of the attack.
+    `row_weights` ``[B]`` multiply the losses that are maximised.
     """
     x = batch.embedded(policy)
     token_sum = policy.loss_fn(batch.inputs, batch.labels, "sum")
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=x.device)
     if knobs.attacks:
-        adversary = policy.loss_fn(batch.inputs, batch.labels, "mean")
+        adversary = _weighted(policy.loss_fn(batch.inputs, batch.labels, "mean"), row_weights)
         unit = _unit(x, batch.attended, config)
         size = float(unit.detach())
         work = _Work(model, policy, batch, config, counts, generator, adversary, x)
@@ -148,7 +173,7 @@ def terms_of(
         clean = token_sum(x).sum() / counts.tokens
         parts["clean_loss"] = clean.detach()
         total = total + knobs.clean * clean
-    return Terms(total, parts)
+    return Terms(total * counts.processes if counts.processes > 1 else total, parts)
 
 
 #: penalty, the adversarial loss if it comes from the same forward, statistics
@@ -162,7 +187,7 @@ class _Work:
     model: nn.Module
     policy: Policy
     batch: Prepared
-    config: FitConfig
+    config: Chosen
     counts: Counts
     generator: torch.Generator
     adversary: Any
@@ -266,7 +291,14 @@ class _Work:
         )
 
 
-def _unit(x: Tensor, attended: Tensor | None, config: FitConfig) -> Tensor:
+def _weighted(loss_fn: Callable[[Any], Any], weights: Tensor | None) -> Callable[[Any], Any]:
+    """Losses ``[B]`` times the weights of their rows."""
+    if weights is None:
+        return loss_fn
+    return lambda x: loss_fn(x) * weights
+
+
+def _unit(x: Tensor, attended: Tensor | None, config: Chosen) -> Tensor:
     """What perturbations are measured in; attached, so that a penalty in this unit has its own gradient."""
     if not config.attack.relative:
         return torch.ones((), dtype=torch.float64)
@@ -281,7 +313,7 @@ def _at_the_worst(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, points=torch.stack([worst, worst]), directions=directions)
 
 
-def _units(batch: Prepared, config: FitConfig) -> int:
+def _units(batch: Prepared, config: Chosen) -> int:
     """Included tokens or sequences of a micro-batch."""
     keep = batch.tokens(config.penalty.tokens)
     if keep is None:

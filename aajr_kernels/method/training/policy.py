@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..attack_state import held
 from ..head import LMHead, as_head
 from ..losses import IGNORED, lm_loss
+from .wrappers import unwrapped
 
 __all__ = ["Policy", "policy_of"]
 
@@ -78,14 +80,10 @@ def policy_of(model: nn.Module) -> Policy:
         TypeError: `model` is no module, takes no ``inputs_embeds``, is wrapped for several processes, or learns a
             prompt.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}.")
-    if isinstance(model, nn.parallel.DistributedDataParallel) or any(
-        hasattr(p, "placements") for p in model.parameters()
-    ):
+    if unwrapped(model) is not model:
         raise TypeError(
-            "model must be a plain module, got one that is spread over processes: fit trains in one process; call "
-            "ascend and trajectory_penalty, which work on such models, in a loop of your own."
+            "model must be the plain module, got one that is spread over processes: give its .module, and call the "
+            "policy through Objective or AAJRTrainer, which go through the wrapper."
         )
     given: Any = model
     peft = getattr(given, "peft_config", None)
@@ -137,7 +135,10 @@ def _difference(model: nn.Module, streamed: Policy, whole: Policy) -> float:
     assert whole.embed is not None and streamed.head is not None
     head = as_head(streamed.head)
     ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
-    with torch.no_grad(), held((model,), True):
+    same: Any = contextlib.nullcontext()
+    if hasattr(model, "_original_forward"):  # accelerate put its autocast into the forward of the whole
+        same = torch.autocast(head.weight.device.type, torch.bfloat16)
+    with torch.no_grad(), held((model,), True), same:
         x = whole.embed(ids)
         expected = whole.forward(x).logits.float()
         z = nn.functional.linear(streamed.forward(x), head.weight, head.bias).float() * head.scale

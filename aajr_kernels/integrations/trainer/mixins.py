@@ -1,0 +1,288 @@
+"""The two mixins; they stand before the trainer in the bases of a class.
+
+    class Mine(AAJRTrainerMixin, SFTTrainer): ...
+
+What happens outside of ``compute_loss`` (data, accelerate, optimizer, checkpoints, evaluation) is the trainer's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...method.training import Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
+from ...method.training.objective import Knobs
+from ...method.training.wrappers import through, unwrapped
+from . import checks
+from .grpo import grpo_batch
+from .meter import Meter
+
+_Base: Any = object  # a trainer of transformers stands behind the mixin
+
+__all__ = ["AAJRPenaltyMixin", "AAJRTrainerMixin"]
+
+#: entries of a batch that say what may be attacked, and that models do not take
+OURS = ("attack_mask", "agents")
+
+
+class _Mixin(_Base):
+    """What both mixins share: when the objective is called, with what counts, and what is logged of it."""
+
+    _signature_columns: Any
+
+    def __init__(
+        self, *arguments: Any, objective: ObjectiveConfig, policy: Policy | None = None, **options: Any
+    ) -> None:
+        if not isinstance(objective, ObjectiveConfig):
+            raise TypeError(f"objective must be an ObjectiveConfig, got {type(objective).__name__}.")
+        self.aajr_config = objective
+        self._aajr_policy: Policy | None = policy
+        self._aajr_given = policy is not None
+        self._aajr_objective: Objective | None = None
+        self._aajr_counts: Counts | None = None
+        self._aajr_parts = self._aajr_part = 0
+        self._aajr_meter = Meter()
+        super().__init__(*arguments, **options)
+        if objective.seed is None:
+            self.aajr_config = dataclasses.replace(objective, seed=self.args.seed)
+        checks.arguments(self)
+        self._aajr_check_loss()
+        self._aajr_of(self.model)  # says now what cannot be trained
+
+    def _aajr_check_loss(self) -> None:
+        """Raise where the trainer's loss does not go with the mixin."""
+
+    def _aajr_check_model(self, model: nn.Module) -> None:
+        """Raise where the model does not."""
+
+    def _aajr_of(self, model: nn.Module) -> Objective:
+        """The objective of a model, wrapped or not; the policy is looked for once per module."""
+        found = self._aajr_objective
+        if found is not None and found.model is model:
+            return found
+        inside = unwrapped(model)
+        if (found is None or found.module is not inside) and not self._aajr_given:
+            self._aajr_check_model(inside)
+            with self.accelerator.autocast():  # in which the whole is computed too, once it is prepared
+                self._aajr_policy = policy_of(inside)
+        self._aajr_objective = Objective(model, self.aajr_config, policy=self._aajr_policy)
+        return self._aajr_objective
+
+    def _aajr_place(self) -> tuple[int, int, bool]:
+        """The step, the index of the micro-batch in it, and whether it is one of those that were counted."""
+        known = self._aajr_part < self._aajr_parts
+        part = self._aajr_part if known else 0
+        self._aajr_part += known
+        return int(self.state.global_step), part, known
+
+    def _aajr_across(self) -> bool:
+        """Whether the means of a step are over all processes."""
+        return False
+
+    def _aajr_training(self, model: nn.Module) -> bool:
+        """Whether a loss is wanted that is trained on, not one of an evaluation."""
+        return model.training and torch.is_grad_enabled()
+
+    def _aajr_scale(self, total: Tensor, num_items_in_batch: Any) -> Tensor:
+        """A loss for a whole step, such that what Trainer does to it leaves it as it is."""
+        return total * checks.divided_later(self, num_items_in_batch)
+
+    # -- what Trainer calls -------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step; what the means of the objective are over is counted here."""
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._aajr_parts, self._aajr_part = len(batches), 0
+        self._aajr_counts = self._aajr_count(batches)
+        return batches, number
+
+    def _aajr_count(self, batches: Sequence[Any]) -> Counts | None:
+        return None
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> tuple[Any, Any, Any]:
+        """As without the mixin."""
+        return super().prediction_step(model, _without_ours(inputs), *arguments, **options)
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Adds the means since the last log of a training loss."""
+        if "loss" in logs:
+            across = self._aajr_across()
+            logs = {**logs, **self._aajr_meter.taken(self.accelerator, across)}
+        super().log(logs, *arguments, **options)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps the columns that the attack needs in the data."""
+        super()._set_signature_columns_if_needed()
+        kept = self._signature_columns
+        self._signature_columns = [*kept, *(name for name in OURS if name not in kept)]
+
+    def _aajr_logged(self, terms: Terms, step: int) -> None:
+        knobs = Knobs.at(self.aajr_config, step)
+        settings = {"radius": knobs.radius, "penalty_weight": knobs.weight}
+        if knobs.gamma is not None:
+            settings["gamma"] = knobs.gamma
+        self._aajr_meter.add(step, terms.parts, settings)
+
+
+class AAJRTrainerMixin(_Mixin):
+    """Before a trainer of a causal language model: its loss becomes the objective of the method.
+
+    Args:
+        objective: attack, penalty and their weights; schedules count optimizer steps.
+        policy: how to call the model, where :func:`~aajr_kernels.method.training.policy_of` does not know.
+        arguments, options: of the trainer.
+
+    Means are over the tokens of the whole optimizer step: all its micro-batches, and with
+    ``average_tokens_across_devices`` (the default) all its processes. Evaluation has the trainer's own loss.
+
+    Raises:
+        TypeError, ValueError: a model, a wrapper or a training argument that does not go with it.
+    """
+
+    # Trainer then does not divide by the number of micro-batches
+    loss_is_scaled_for_ga: bool | None = True
+
+    def _aajr_check_loss(self) -> None:
+        checks.replaceable_loss(self, AAJRTrainerMixin)
+
+    def _aajr_check_model(self, model: nn.Module) -> None:
+        checks.language_model(model, self.aajr_config)
+
+    def _aajr_across(self) -> bool:
+        return bool(self.args.average_tokens_across_devices)
+
+    def _aajr_count(self, batches: Sequence[Any]) -> Counts | None:
+        if not batches:
+            return None
+        objective = self._aajr_of(self.model_wrapped)
+        ours = [_entries(objective, batch) for batch in batches]
+        return objective.counts(ours, across=self._aajr_across())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The objective of a micro-batch in training, the trainer's loss in evaluation.
+
+        Raises:
+            ValueError: `return_outputs` in training: the objective is made of several outputs.
+        """
+        if not self._aajr_training(model):
+            more = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(model, _without_ours(inputs), **more)
+        if return_outputs:
+            raise ValueError(
+                "return_outputs must be False in training: the objective is made of several outputs of the model. "
+                "Call compute_loss in eval mode or under torch.no_grad() for the trainer's loss and output."
+            )
+        objective = self._aajr_of(model)
+        step, part, known = self._aajr_place()
+        with self.accelerator.autocast():
+            terms = objective(
+                _entries(objective, inputs),
+                counts=self._aajr_counts if known else None,
+                step=step,
+                part=part,
+                on_report=self._aajr_meter.report,
+            )
+        self._aajr_logged(terms, step)
+        return self._aajr_scale(terms.total, num_items_in_batch)
+
+
+class AAJRPenaltyMixin(_Mixin):
+    """Before a trainer with a loss of its own: the penalty along the ascent is added to it.
+
+    The trainer's ``compute_loss`` is called as it is; nothing of it is replaced. A subclass says in
+    :meth:`aajr_batch` which tokens of the trainer's inputs the policy chose, and may give weights to the rows: with
+    advantages the adversary maximises the surrogate loss −A log π.
+
+    Means are over the tokens of a micro-batch; micro-batches and processes have equal weights, as in the trainer's
+    ``loss / gradient_accumulation_steps``. The weights of the losses in `objective` are not read.
+    """
+
+    def _aajr_check_loss(self) -> None:
+        if type(self).aajr_batch is AAJRPenaltyMixin.aajr_batch and not _is_grpo(self):
+            raise TypeError(
+                f"{type(self).__name__} must define aajr_batch(inputs), which says where in the trainer's inputs the "
+                "tokens and labels are: only those of GRPO are known."
+            )
+
+    def aajr_batch(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Tensor | None]:
+        """Tokens, mask and labels of a micro-batch, and weights ``[B]`` of its rows or None; here of TRL's GRPO."""
+        return grpo_batch(inputs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The trainer's loss, in training with the penalty on top."""
+        more = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if not self._aajr_training(model):
+            return super().compute_loss(model, inputs, **more)
+        objective = self._aajr_of(model)
+        batch, weights = self.aajr_batch(inputs)
+        ours = objective.prepared(batch)
+        step, part, _ = self._aajr_place()
+        if objective.group is not None:  # other draws on every process
+            part = part * objective.group.size() + objective.group.rank()
+        plain = Objective(objective.module, self.aajr_config, policy=objective.policy)
+        original = super().compute_loss
+
+        def work() -> tuple[Any, Tensor, dict[str, Tensor]]:
+            # one forward of the wrapper for both; inside it the module is plain
+            found = original(objective.module, inputs, **more)
+            with self.accelerator.autocast():
+                options: dict[str, Any] = dict(row_weights=weights, on_report=self._aajr_meter.report)
+                terms = plain.penalty(ours, step=step, part=part, **options)
+            return found, terms.total, terms.parts
+
+        found, total, parts = through(model, work, ours.labels)
+        # a mean over micro-batches: Trainer divides by their number, unless the trainer says that it did so itself
+        number = max(self._aajr_parts, 1)
+        shares = {name: value if name.endswith("_max") else value / number for name, value in parts.items()}
+        self._aajr_logged(Terms(total, shares), step)
+        share = self._aajr_scale(total, num_items_in_batch) / number
+        if return_outputs:
+            return found[0] + share, found[1]
+        return found + share
+
+
+def _is_grpo(trainer: Any) -> bool:
+    return any(cls.__name__ == "GRPOTrainer" for cls in type(trainer).__mro__)
+
+
+def _without_ours(inputs: Any) -> Any:
+    if not isinstance(inputs, Mapping):  # trainers that generate have lists
+        return inputs
+    return {name: value for name, value in inputs.items() if name not in OURS}
+
+
+def _entries(objective: Objective, inputs: Mapping[str, Any]) -> Any:
+    """A micro-batch with aligned labels, whichever way a collator gives them.
+
+    Raises:
+        ValueError: it has no labels.
+    """
+    if inputs.get("shift_labels") is not None:  # of collators without padding: targets already
+        entries = {name: value for name, value in inputs.items() if name != "shift_labels"}
+        return prepared({**entries, "labels": inputs["shift_labels"]}, objective.device, False)
+    if inputs.get("labels") is None:
+        raise ValueError(
+            f"inputs must hold labels, got {', '.join(map(str, inputs)) or 'nothing'}: use a data collator that makes "
+            "them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+        )
+    return objective.prepared(inputs)

@@ -1,0 +1,43 @@
+"""Every example runs as a program, offline, within two minutes on two cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: example -> the optional packages it needs
+NEEDS = {
+    "accelerate_loop": ["transformers", "accelerate"],
+    "hf_trainer": ["transformers", "accelerate"],
+    "trl_grpo": ["trl", "datasets", "peft"],
+    "trl_sft": ["trl", "datasets", "peft"],
+}
+SHARED = {"text"}
+
+
+def test_every_example_is_listed():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(NEEDS) | SHARED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_runs(name, tmp_path):
+    for package in NEEDS[name]:
+        pytest.importorskip(package)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(tmp_path.iterdir())  # nothing is left behind
