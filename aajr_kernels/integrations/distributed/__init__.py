@@ -5,11 +5,11 @@ torch.distributed is imported when something here is used.
 
 from typing import Any
 
+from ...method.wrapped import inside
 from ...rules.guards import linear_function
 from . import head, ops  # noqa: F401  entered into the table of ops on shards
 from .checkpoint import TrainingState
 from .plan import tensor_parallel
-from .wrapped import inside
 
 __all__ = [
     "PrepareModuleInput",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...method.training import Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
 from ...method.training.objective import Knobs
-from ...method.training.wrappers import through, unwrapped
+from ...method.training.wrappers import unwrapped
+from ...method.wrapped import inside
 from . import checks
 from .grpo import grpo_batch
 from .meter import Meter
@@ -250,7 +251,7 @@ class AAJRPenaltyMixin(_Mixin):
                 terms = plain.penalty(ours, step=step, part=part, **options)
             return found, terms.total, terms.parts
 
-        found, total, parts = through(model, work, ours.labels)
+        found, total, parts = work() if objective.module is model else inside(model, work)()
         # a mean over micro-batches: Trainer divides by their number, unless the trainer says that it did so itself
         number = max(self._aajr_parts, 1)
         shares = {name: value if name.endswith("_max") else value / number for name, value in parts.items()}

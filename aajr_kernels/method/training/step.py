@@ -28,12 +28,13 @@ from ..losses import IGNORED
 from ..report import StabilityReport
 from ..stability import stability_report
 from ..trajectory import Trajectory
+from ..wrapped import inside
 from . import randomness
 from .batches import Prepared, prepared
 from .config import FitConfig, ObjectiveConfig
 from .objective import Chosen, Counts, Knobs, Terms, terms_of
 from .policy import Policy, policy_of
-from .wrappers import through, unwrapped
+from .wrappers import unwrapped
 
 __all__ = ["Objective"]
 
@@ -189,9 +190,11 @@ class Objective:
             terms = terms_of(*arguments)
             return terms.total, terms.parts
 
-        if not knobs.attacks and not knobs.clean:  # a forward without a loss would leave the wrapper waiting
+        if self.module is self.model or not (knobs.attacks or knobs.clean):  # nothing to be differentiated
             return Terms(*work())
-        return Terms(*through(self.model, work, ours.labels))
+        # DistributedDataParallel wants one forward from which one backward comes: the whole objective is it. Buffers
+        # are synchronised before, and unused parameters are found in the loss.
+        return Terms(*inside(self.model, work)())
 
     def _check_autocast(self) -> None:
         """accelerate puts autocast into the forward of the whole model, which is not what is called."""

@@ -65,8 +65,12 @@ def _through(module: nn.Module, run: Callable[[], Any]) -> Any:
             return (
                 run()
             )  # no gradient to be averaged: an attack, whose backward the reducer would wait for in vain
+    arguments: tuple[torch.Tensor, ...] = ()
+    if inner is not module:  # with device_ids it looks at its arguments, and has to find one
+        device = next(inner.parameters()).device
+        arguments = (torch.empty(0, device=device),)
     with _forward(inner, run):
-        return module()
+        return module(*arguments)
 
 
 @contextlib.contextmanager
@@ -80,7 +84,7 @@ def _forward(module: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
         else:
             module.__dict__["forward"] = own
 
-    def forward() -> Any:
+    def forward(*_: Any) -> Any:
         put_back()
         return run()
 
