@@ -93,7 +93,7 @@ def _shard(parameter: Tensor) -> Tensor:
     """The local shard, whose gradient is the shard of the gradient."""
     if not sharding.spread(parameter):
         return parameter
-    return parameter.to_local(grad_placements=parameter.placements)  # type: ignore[attr-defined,no-any-return]
+    return parameter.to_local(grad_placements=parameter.placements)  # type: ignore[attr-defined]
 
 
 def _words(name: str, parameter: Tensor, mesh: Any) -> tuple[int | None, int]:

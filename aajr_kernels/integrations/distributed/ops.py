@@ -67,7 +67,7 @@ def local(x: Tensor, mesh: Any, placements: Sequence[Any], gradient: Sequence[An
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if tuple(x.placements) != tuple(placements):  # type: ignore[attr-defined]
         x = x.redistribute(mesh, placements)  # type: ignore[attr-defined]
-    return x.to_local(grad_placements=tuple(gradient))  # type: ignore[attr-defined,no-any-return]
+    return x.to_local(grad_placements=tuple(gradient))  # type: ignore[attr-defined]
 
 
 def _joined(x: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:

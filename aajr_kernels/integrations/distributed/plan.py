@@ -58,7 +58,7 @@ def tensor_parallel(model: nn.Module, mesh: Any, axis: str = "tensor") -> nn.Mod
             raise ValueError(
                 f"mesh must share {name}={heads} evenly, got {over.size()} processes on its axis: take a divisor."
             )
-    start = "" if body is model else f"{model.base_model_prefix}."  # type: ignore[operator]
+    start = "" if body is model else f"{model.base_model_prefix}."
     plan: dict[str, ParallelStyle] = {start + name: styles[style]() for name, style in given.items()}
     head, table = (getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("output", "input"))
     if isinstance(head, nn.Linear) and head.weight is not getattr(table, "weight", None):

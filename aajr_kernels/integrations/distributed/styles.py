@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import PrepareModuleInput as _PrepareModuleInput
 from torch.distributed.tensor.parallel import PrepareModuleInputOutput as _PrepareModuleInputOutput
 from torch.distributed.tensor.parallel import SequenceParallel as _SequenceParallel
