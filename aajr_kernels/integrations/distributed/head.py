@@ -76,8 +76,9 @@ def _head(
         return found if isinstance(found, tuple) else (found, None)
     h, q_l2 = local(stacked, mesh, whole, sums).reshape(rows), None
     if metric == "l2" or len(h) == 1:  # of the hidden states, which are here: no sum over processes
-        tangents = Dual(local(stacked, mesh, whole, whole).reshape(rows))
-        q_l2 = sensitivity(tangents, "l2") if len(h) > 1 else h.new_empty((0, rows[1]), dtype=_wide(h))
+        q_l2 = h.new_empty((0, rows[1]), dtype=_wide(h))
+        if len(h) > 1:
+            q_l2 = sensitivity(Dual(local(stacked, mesh, whole, whole).reshape(rows)), "l2")
         if labels is None:
             return q_l2, None
         h, metric = h[:1], "l2"
