@@ -7,15 +7,37 @@ have a meaning on shards ask :func:`spread` and leave the work to an entry of `O
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["OPS", "spread"]
+__all__ = ["OPS", "constant", "frozen", "spread"]
 
 #: name of an op -> what runs it where a stack or a weight is spread
 OPS: dict[str, Callable[..., Any]] = {}
+
+
+_frozen = False
+
+
+@contextlib.contextmanager
+def frozen() -> Iterator[None]:
+    """Inside, ops compute no gradients of parameters, for the sake of speed: nobody is going to ask for them."""
+    global _frozen
+    before, _frozen = _frozen, True
+    try:
+        yield
+    finally:
+        _frozen = before
+
+
+def constant(*weights: torch.Tensor | None) -> tuple[Any, ...]:
+    """`weights`, without gradient inside :func:`frozen` where they are leaves, which depend on no input."""
+    if not _frozen:
+        return weights
+    return tuple(w.detach() if w is not None and w.is_leaf and w.requires_grad else w for w in weights)
 
 
 def spread(*tensors: torch.Tensor | None) -> bool:

@@ -198,12 +198,11 @@ def operations(shape: Shape, layout: Layout) -> float:
     words = math.prod(shape.outer(layout.tensor)[2])
     pairs = layout.length * layout.tokens * shape.heads * shape.head_dim / layout.tensor * shape.layers
     total = 0.0
-    for stacks, forwards, backwards in _passes(layout):
+    passes = list(_passes(layout))
+    for i, (stacks, forwards, backwards) in enumerate(passes):
         k = stacks - 1
         again = backwards * int(layout.recompute)
-        trained = (
-            2 if stacks > 1 or not layout.attack or layout.tangents == 0 else 1
-        )  # an attack has no weights' part
+        trained = 2 if i == len(passes) - 1 else 1  # an attack has no weights' part
         products = 2.0 * stacks * layout.tokens * matrices
         total += products * (forwards + again + trained * backwards)
         # the head forms its logits again in its backward, where nothing expects the cotangents

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import sharding
+
 __all__ = ["RandomState", "held", "modules_of", "ranks_of"]
 
 
@@ -49,7 +51,8 @@ def held(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterator[None]:
     """Inside the block the modules' parameters need no gradient and, if asked, the modules are in eval mode.
 
     Afterwards, also after an exception, every flag and every running statistic is what it was. Sharded parameters
-    (DTensor, as under ``fully_shard``) keep their flag: the gathered copies that run were made with it.
+    (DTensor, as under ``fully_shard``) keep their flag: the gathered copies that run were made with it, and our ops
+    leave their gradients out.
     """
     submodules = list(dict.fromkeys(m for module in modules for m in module.modules()))
     training = [m.training for m in submodules]
@@ -60,13 +63,15 @@ def held(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterator[None]:
     ]
     statistics = [] if evaluate else [b for m in submodules for b in _statistics(m)]
     saved = [b.clone() for b in statistics]
+    spread = any(_sharded(p) for module in modules for p in module.parameters())
     try:
         for p in parameters:
             p.requires_grad_(False)
         if evaluate:
             for m in submodules:
                 m.training = False
-        yield
+        with sharding.frozen() if spread else contextlib.nullcontext():
+            yield
     finally:
         for p in parameters:
             p.requires_grad_(True)

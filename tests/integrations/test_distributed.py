@@ -40,6 +40,14 @@ def test_with_activation_checkpointing(kind, name, tmp_path):
 
 
 @slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["hand", "llama"])
+def test_fsdp2_with_mixed_precision(name, precision, tmp_path):
+    """Against one process in the dtype of the computation; bfloat16 against float32, with the error of one process."""
+    launch("sharded", 2, tmp_path, "fsdp2", name, precision, "mixed")
+
+
+@slow
 def test_several_forwards_before_a_backward(tmp_path):
     launch("sharded", 2, tmp_path, "fsdp2", "llama", "float32", "all")
 
@@ -127,3 +135,23 @@ def test_a_linear_function_passes_a_dual():
     assert torch.equal(y.primal, 2 * x) and torch.equal(y.tangent, 2 * v)
     y.primal.sum().backward()
     assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+def test_a_frozen_attack_computes_no_gradients_of_leaves():
+    from aajr_kernels import sharding
+
+    leaf, x = torch.randn(4, 3, requires_grad=True), torch.randn(2, 5, 3, requires_grad=True)
+    made = leaf * 2
+    for weight, wanted in ((leaf, False), (made, True)):  # what is made of something may depend on the input
+        for call in (
+            lambda w: aajr.linear(aajr.Dual(x), w).stacked.sum(),
+            lambda w: aajr.lm_head_penalty(aajr.Dual(x), w).sum(),
+            lambda w: aajr.rms_norm(
+                aajr.Dual(x), 3, w[0] if wanted else leaf[0].detach().requires_grad_()
+            ).stacked.sum(),
+        ):
+            with sharding.frozen():
+                found = call(weight)
+            grads = torch.autograd.grad(found, (x, leaf), allow_unused=True, retain_graph=True)
+            assert grads[0] is not None and (grads[1] is not None) == wanted
+    assert sharding.constant(leaf) == (leaf,)

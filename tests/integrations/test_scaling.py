@@ -127,6 +127,19 @@ def test_bad_arguments(arguments, message):
     assert found.exit_code == 2 and message in " ".join(found.output.split())
 
 
+def test_the_operations_of_a_plain_step_are_six_a_parameter_and_token():
+    shape, layout = MODELS["8B"], Layout(attack=0, tangents=0, length=1024, recompute=False, sequence=False)
+    products = shape.parameters - shape.words * shape.hidden  # the table of embeddings is only read
+    again = 2 * shape.words * shape.hidden  # the head's logits are formed twice
+    pairs = 3.5 * 2 * layout.length * shape.heads * shape.head_dim * shape.layers
+    expected = layout.tokens * (6 * products + again + pairs)
+    assert operations(shape, layout) == pytest.approx(expected, rel=1e-4)
+    shared = replace(layout, tensor=8)
+    assert operations(shape, shared) == pytest.approx(expected / 8, rel=1e-3)
+    twice = replace(layout, tangents=1)
+    assert 1.9 < operations(shape, twice) / operations(shape, layout) < 2.1
+
+
 def test_ring_algorithms():
     layout = Layout(data=4, tensor=1, sequence=False)
     shape = MODELS["8B"]

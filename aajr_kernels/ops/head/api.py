@@ -73,7 +73,7 @@ def lm_head_penalty(
             )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"lm_head_penalty: softcap must be positive or None, got {softcap}.")
-    stacked, weight, bias = runtime.autocast_low(hidden.stacked, weight, bias)
+    stacked, weight, bias = runtime.autocast_low(hidden.stacked, *sharding.constant(weight, bias))
     _check_weights(hidden, stacked, weight, bias)
     batch = tuple(hidden.shape[:-1])
     if labels is not None:

@@ -45,6 +45,7 @@ def linear(
             )
     if not isinstance(x, Dual):
         return F.linear(x, weight, bias)
+    weight, bias = sharding.constant(weight, bias)
     if sharding.spread(x.stacked, weight, bias):
         return sharding.OPS["linear"](linear, x, weight, bias)
     stacked, weight, bias = runtime.autocast_low(x.stacked, weight, bias)

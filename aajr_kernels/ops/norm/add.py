@@ -124,6 +124,7 @@ def _add_norm(
 ) -> tuple[Dual, Dual]:
     num_tangents(x, residual)  # they must agree
     first, second = stack_of(x), stack_of(residual)
+    weight, bias = sharding.constant(weight, bias)
     backend = runtime.select_backend("norm", first, second, weight, bias)
     if runtime.recording():
         runtime.record(op, backend, 7.0 * max(first.numel(), second.numel()))

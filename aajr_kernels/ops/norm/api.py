@@ -145,6 +145,7 @@ def _norm(
     centred: bool,
 ) -> Dual:
     check_shapes(op, shape, weight=weight, bias=bias)
+    weight, bias = sharding.constant(weight, bias)
     if sharding.spread(x.stacked, weight, bias):
         run = functools.partial(_norm, op, shape=shape, eps=eps, offset=offset, centred=centred)
         return sharding.OPS["rowwise"](op, run, x, len(shape), weight=weight, bias=bias)

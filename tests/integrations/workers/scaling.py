@@ -51,7 +51,11 @@ class Recorder(TorchDispatchMode):
                 a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
             )
             self.add(kind, ProcessGroup.unbox(group).group_name, tensor, 1)
-        elif func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "_wrap_tensor_autograd", "barrier"):
+        elif func.namespace in ("c10d", "_c10d_functional") and name not in (
+            "wait_tensor",
+            "_wrap_tensor_autograd",
+            "barrier",
+        ):
             raise AssertionError(f"a collective that the model does not know: {func}")
         return func(*args, **(kwargs or {}))
 
