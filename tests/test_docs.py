@@ -20,6 +20,7 @@ REGISTRIES = (runtime.RULES, runtime.KINDS, runtime.METHODS)
 #: page -> the optional packages it needs
 PAGES = {
     "diagnostics.md": [],
+    "distributed.md": ["transformers"],
     "extending.md": [],
     "guide.md": ["transformers", "peft", "safetensors", "matplotlib"],
     "migration.md": [],
@@ -34,6 +35,7 @@ PAGES = {
     "trainer.md": ["transformers", "accelerate", "peft"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
 }
+SLOW = ("distributed.md",)
 
 
 #: Trainer's default, where there is no device
@@ -42,7 +44,9 @@ PINNED = "ignore:'pin_memory' argument is set as true:UserWarning"
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by PEFT
 @pytest.mark.filterwarnings(PINNED)
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
+)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     for package in PAGES[page]:
         pytest.importorskip(package)
