@@ -86,7 +86,7 @@ def test_a_script_becomes_ours_in_five_lines(tmp_path, monkeypatch, capsys):
     names: dict = {}
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(made + script[place:]), "trainer.md, changed", "exec"), names)
-    assert type(names["trainer"]).__name__ == "AAJRTrainer" and names["trainer"].state.global_step == 4
+    assert type(names["trainer"]).__name__ == "AAJRTrainer" and names["trainer"].state.global_step == 2
     capsys.readouterr()
 
 

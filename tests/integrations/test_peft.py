@@ -190,8 +190,10 @@ def test_merged_and_unmerged_give_the_same_penalty(kind, name, record_property):
     v = directions(wide.x)[0]
     values = []
     with oracle.KeepFloat64(aajr.Dual):
-        for change in (lambda: None, wide.model.merge_adapter, wide.model.unmerge_adapter):
-            change()
+        for merged in (False, True, False):
+            if values:
+                (wide.model.merge_adapter if merged else wide.model.unmerge_adapter)()
+            assert all(m.merged == merged for m in wide.model.modules() if hasattr(m, "lora_A"))
             values.append(aajr.aligned_penalty(wide.output, wide.x, v))
         whole = wide.model.merge_and_unload()
         values.append(aajr.aligned_penalty(lambda x: whole(inputs_embeds=x), wide.x, v))

@@ -63,13 +63,13 @@ class Rows(torch.utils.data.Dataset):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Padded on the right to the longest."""
+    """Padded on the right to the longest; the first token of a row, which nothing predicts, has no label."""
     length = max(len(row["input_ids"]) for row in rows)
     pad = lambda values, filler: [*values, *[filler] * (length - len(values))]
     batch = {
         "input_ids": [pad(row["input_ids"], 0) for row in rows],
         "attention_mask": [pad([1] * len(row["input_ids"]), 0) for row in rows],
-        "labels": [pad(row["input_ids"], -100) for row in rows],
+        "labels": [pad([-100, *row["input_ids"][1:]], -100) for row in rows],
     }
     for name in ("attack_mask", "agents"):
         if name in rows[0]:
