@@ -43,8 +43,8 @@ bench: $(SETUP)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --
 bench-check: $(SETUP)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
 	$(PY) -m aajr_kernels bench attention norm head step --quick --baseline bench/baselines $(if $(filter 1,$(UPDATE)),--update)
 
-figures: $(SETUP)  ## the report, README's table of costs and its pictures, from the committed rows
-	$(PY) -m aajr_kernels report --readme README.md --images docs/images
+figures: $(SETUP)  ## the report, the tables of README.md and docs/memory.md, README's pictures, from committed rows
+	$(PY) -m aajr_kernels report --readme README.md --images docs/images --memory docs/memory.md
 
 docs: $(SETUP)  ## the documentation as a site in site/; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -6,6 +6,7 @@ The public names, once. See README.md for a tour and the docstrings for shapes, 
 from . import integrations, nn
 from . import rules as _rules  # noqa: F401  registers every rule
 from .dual import Dual, dual, is_dual, unpack
+from .memory import recompute
 from .method import (
     LMHead,
     StabilityReport,
@@ -26,6 +27,7 @@ from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .ops.reduce import sensitivity
 from .ops.rotary import rotary
 from .runtime import BackendUnavailable, Coverage, UnsupportedOperation, backends, coverage, use_backend
+from .tracing import tuple_arguments
 from .transforms import jvp
 
 __version__ = "0.1.0"
@@ -58,6 +60,7 @@ __all__ = [
     "nn",
     "normalize",
     "quick_gelu",
+    "recompute",
     "relu",
     "relu2",
     "rms_norm",
@@ -70,6 +73,7 @@ __all__ = [
     "swiglu",
     "tanh",
     "trajectory_penalty",
+    "tuple_arguments",
     "unpack",
     "use_backend",
 ]

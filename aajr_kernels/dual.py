@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from . import runtime
+from .operators import constant
 
 __all__ = ["Dual", "dual", "is_dual", "unpack"]
 
@@ -31,14 +32,17 @@ def dispatch(
         UnsupportedOperation: `func` has no rule, or was called with ``out=``.
     """
     rule = rule or runtime.RULES.get(func)
+    if rule is None and torch.compiler.is_compiling() and function_name(func) in runtime.TRACED:
+        return runtime.TRACED[function_name(func)](*args, **kwargs)
     if rule is None:
         name = function_name(func)
         if runtime.recording():
             runtime.record_unsupported(name)
-        raise runtime.UnsupportedOperation(
+        runtime.unsupported(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
             "or register one with aajr_kernels.runtime.rule."
         )
+    assert rule is not None
     if kwargs.get("out") is not None:
         raise runtime.UnsupportedOperation(
             f"{function_name(func)}(out=...) cannot write a Dual: assign the result to a name instead."
@@ -56,11 +60,12 @@ def _record(func: Callable[..., Any], result: Any) -> None:
     if kind == "op":
         return
     flops = 0.0
-    if kind != "view":
+    if kind != "view" and not torch.compiler.is_compiling():  # lengths may be symbols
         flops = float(sum(leaf.stacked.numel() for leaf in _duals_in((result,))))
     runtime.record(function_name(func), kind, flops)
 
 
+@constant
 def function_name(func: Callable[..., Any]) -> str:
     """A readable name of a torch function: ``Tensor.add``, ``torch.cat``, ``F.layer_norm``."""
     name = getattr(func, "__name__", str(func))

@@ -1,5 +1,7 @@
 """The one door to the native CPU module `aajr_kernels._native`, which is loaded on first use.
 
+While torch.compile traces, the launchers in ``ops/*/native.py`` are operators of torch: see :data:`operator`.
+
 The module knows no torch: tensors cross as ``(data_ptr, dtype code, shape, strides)``, every call names its thread
 count, and the interpreter lock is released while a kernel runs. Entry points check shapes, dtypes and strides before
 they touch memory and raise ValueError.
@@ -10,17 +12,22 @@ another build of the module (with sanitizers, say).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
 import json
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from .operators import Operators
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
 #: dtypes the kernels compute with; float64 is the reference's
@@ -98,6 +105,34 @@ def missing() -> str | None:
     return None
 
 
+class _State(threading.local):
+    """What `dry_run` sets, for its own thread: others go on computing while one traces."""
+
+    dry = False
+
+
+_state = _State()
+
+
+def is_dry() -> bool:
+    """Whether this thread only allocates results: tensors may have no memory, and numbers in them no value."""
+    return _state.dry
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Launchers allocate their results and run nothing; tensors may have no memory (fake)."""
+    before, _state.dry = _state.dry, True
+    try:
+        yield
+    finally:
+        _state.dry = before
+
+
+#: decorator of the launchers, which torch.compile sees as ``torch.ops.aajr.native_...``
+operator = Operators("native_", ("CPU",), dry_run)
+
+
 def _view(t: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
     return None if t is None else (t.data_ptr(), _CODES[t.dtype], tuple(t.shape), t.stride())
 
@@ -114,6 +149,8 @@ def call(
         TypeError: a dtype that the native backend does not have.
         ValueError: shapes or strides that the entry point does not accept.
     """
+    if is_dry():
+        return
     for t in tensors:
         if t is not None and t.dtype not in _CODES:
             raise TypeError(
@@ -135,7 +172,7 @@ _LARGE = 4 << 20
 
 
 def _on_large_pages(t: torch.Tensor) -> torch.Tensor:
-    if t.nbytes >= _LARGE:
+    if not is_dry() and t.nbytes >= _LARGE:
         module().prefer_large_pages(t.data_ptr(), t.nbytes)
     return t
 

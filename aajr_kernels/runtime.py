@@ -1,4 +1,4 @@
-"""Backend choice, coverage recording, autocast and the rule registry.
+"""Backend choice, autocast and the rule registry; what ran is recorded by :mod:`.recording`.
 
 This is the bottom of the package: it knows neither :class:`~aajr_kernels.dual.Dual` nor any operation. Operations
 ask it which backend to run on and tell it what ran; rules register themselves here and the number looks them up.
@@ -11,16 +11,18 @@ import functools
 import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 
 from . import gpu, native, sharding
+from .operators import constant
+from .recording import Coverage, coverage, record, record_unsupported, recording
 
 __all__ = [
     "BackendUnavailable",
@@ -28,6 +30,10 @@ __all__ = [
     "UnsupportedOperation",
     "backends",
     "coverage",
+    "record",
+    "record_unsupported",
+    "recording",
+    "unsupported",
     "use_backend",
 ]
 
@@ -38,6 +44,22 @@ class UnsupportedOperation(NotImplementedError):
     Not a TypeError: torch turns those into NotImplemented inside operators, and Python would then rebind the name in
     ``buffer += dual`` instead of raising.
     """
+
+
+def unsupported(message: str) -> NoReturn:
+    """Raise :class:`UnsupportedOperation`, in a way that reaches the user of compiled code too.
+
+    Dynamo hides the text of exceptions in what it traces. Of a graph break it shows it, and without ``fullgraph=True``
+    the code then runs as it stands and raises.
+    """
+    break_graph(message)
+    raise UnsupportedOperation(message)
+
+
+def break_graph(message: str) -> None:
+    """While torch.compile traces: what follows cannot be traced. With ``fullgraph=True`` that is an error."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=message)
 
 
 class BackendUnavailable(RuntimeError):
@@ -96,21 +118,12 @@ def check_backend(name: str) -> None:
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
 
 
-def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function whose result torch.compile takes as a constant instead of tracing it.
-
-    That is all ``torch.compiler.assume_constant_result`` does, beside importing the compiler, which takes a second.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 @functools.cache
 def _has(op: str, backend: str) -> bool:
     return importlib.util.find_spec(f"aajr_kernels.ops.{op}.{backend}") is not None
 
 
-@_constant
+@constant
 def _named(op: str, backend: str) -> str:
     """The backend that was chosen by name, checked and loaded."""
     check_backend(backend)
@@ -118,7 +131,7 @@ def _named(op: str, backend: str) -> str:
     return backend
 
 
-@_constant
+@constant
 def _on_device(op: str) -> str:
     """What ``auto`` takes on CUDA and ROCm devices, loaded."""
     if gpu.missing() is not None or not _has(op, "triton"):
@@ -137,14 +150,32 @@ def _has_native(op: str) -> bool:
     return reason is None and _has(op, "native")
 
 
+@constant
+def _on_cpu(op: str) -> str:
+    """What ``auto`` takes on a CPU, loaded."""
+    if not _has_native(op):
+        return "reference"
+    implementation(op, "native")
+    return "native"
+
+
+@constant
+def _load_all(backend: str) -> None:
+    """Have every op's module of a backend: torch.compile sees those alone that were loaded before it looked at one."""
+    for found in pkgutil.iter_modules([os.path.join(os.path.dirname(__file__), "ops")]):
+        if _has(found.name, backend):
+            implementation(found.name, backend)
+
+
 def _has_memory(t: torch.Tensor) -> bool:
     """Whether the tensor is what it seems: no subclass that intercepts operations."""
     return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
 def _fits_native(t: torch.Tensor) -> bool:
-    """A CPU tensor with memory of its own and a dtype that has kernels."""
-    return _has_memory(t) and t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
+    """A CPU tensor with memory of its own, now or when compiled code runs, and a dtype that has kernels."""
+    fits = t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
+    return fits and (torch.compiler.is_compiling() or _has_memory(t))
 
 
 def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
@@ -167,8 +198,8 @@ def select_backend(op: str, *tensors: torch.Tensor | None, triton_lacks: str | N
     """The backend that `op` runs on for these inputs.
 
     A name chosen by the user is final. ``auto`` takes the native kernels for float32, bfloat16 and float16 on a CPU,
-    the Triton kernels for the same on CUDA and ROCm devices, and the reference for everything else: float64, other
-    devices, and code for a CPU that is being compiled.
+    the Triton kernels for the same on CUDA and ROCm devices, and the reference for everything else: float64 and other
+    devices. Compiled code runs the same kernels, as operators of torch.
 
     Args:
         op: package under ``ops``.
@@ -181,6 +212,13 @@ def select_backend(op: str, *tensors: torch.Tensor | None, triton_lacks: str | N
     """
     if sharding.spread(*tensors):
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
+    backend = _select(op, tensors, triton_lacks)
+    if torch.compiler.is_compiling():
+        _load_all(backend)
+    return backend
+
+
+def _select(op: str, tensors: tuple[torch.Tensor | None, ...], triton_lacks: str | None) -> str:
     if _choice != "auto":
         _named(op, _choice)
         if _choice == "triton" and triton_lacks is not None:
@@ -191,9 +229,7 @@ def select_backend(op: str, *tensors: torch.Tensor | None, triton_lacks: str | N
     if any(t is not None and t.device.type == "cuda" for t in tensors):
         fits = triton_lacks is None and _why_not_triton(*tensors) is None
         return _on_device(op) if fits else "reference"
-    if torch.compiler.is_compiling() or not all(_fits_native(t) for t in tensors if t is not None):
-        return "reference"
-    return "native" if _has_native(op) else "reference"
+    return _on_cpu(op) if all(_fits_native(t) for t in tensors if t is not None) else "reference"
 
 
 def implementation(op: str, backend: str) -> ModuleType:
@@ -229,86 +265,6 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *grads)
 
     return checked
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Coverage
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Coverage:
-    """What ran inside a :func:`coverage` block.
-
-    Attributes:
-        entries: ``(op, backend) -> [count, flops]``. Backends are ``reference``, ``native``, ``triton`` for our own
-            ops, ``torch`` for rules made of torch functions, ``view`` for those that move no arithmetic, and
-            ``fallback`` for the generic one. Flops count forward multiplications and additions.
-        unsupported: names of the functions that raised :class:`UnsupportedOperation`.
-    """
-
-    entries: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    unsupported: list[str] = field(default_factory=list)
-
-    def add(self, op: str, backend: str, flops: float) -> None:
-        entry = self.entries.setdefault((op, backend), [0, 0.0])
-        entry[0] += 1
-        entry[1] += flops
-
-    @property
-    def fallbacks(self) -> list[str]:
-        """Names of the operations that went to the generic fallback."""
-        return sorted(op for op, backend in self.entries if backend == "fallback")
-
-    def rows(self) -> list[tuple[str, str, int, float]]:
-        """(op, backend, count, share of the arithmetic in [0, 1]), largest share first."""
-        total = sum(flops for _, flops in self.entries.values()) or 1.0
-        rows = [(op, backend, int(n), flops / total) for (op, backend), (n, flops) in self.entries.items()]
-        return sorted(rows, key=lambda row: (-row[3], row[0]))
-
-    def share(self, *names: str) -> float:
-        """Share of the arithmetic that ran on the named backends."""
-        return sum(share for _, backend, _, share in self.rows() if backend in names)
-
-    def __str__(self) -> str:
-        lines = [f"{'op':32} {'backend':10} {'count':>6} {'share':>7}"]
-        lines += [f"{op:32} {backend:10} {n:6d} {share:7.1%}" for op, backend, n, share in self.rows()]
-        lines += [f"{name:32} unsupported" for name in self.unsupported]
-        return "\n".join(lines)
-
-
-_coverage: list[Coverage] = []
-
-
-@contextlib.contextmanager
-def coverage() -> Iterator[Coverage]:
-    """Record which operation ran on which backend, how often, and its share of the forward arithmetic.
-
-    Yields:
-        Coverage: filled while the block runs; readable during and after it.
-    """
-    recorder = Coverage()
-    _coverage.append(recorder)
-    try:
-        yield recorder
-    finally:
-        _coverage.remove(recorder)
-
-
-def recording() -> bool:
-    """Whether a :func:`coverage` block is open; lets callers skip the cost of counting."""
-    return bool(_coverage)
-
-
-def record(op: str, backend: str, flops: float = 0.0) -> None:
-    """Tell the open :func:`coverage` blocks that `op` ran on `backend`."""
-    for recorder in _coverage:
-        recorder.add(op, backend, flops)
-
-
-def record_unsupported(name: str) -> None:
-    for recorder in _coverage:
-        recorder.unsupported.append(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -359,6 +315,9 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 #: torch function -> "view" | "torch" | "op" | "fallback": what coverage() calls it ("op" records itself)
 KINDS: dict[Callable[..., Any], str] = {}
+
+#: name -> rule of what torch.compile calls in place of a function, and does not find in a table by itself
+TRACED: dict[str, Callable[..., Any]] = {}
 
 #: method name -> rule: torch.compile cannot look up the methods that torch writes in Python by themselves
 METHODS: dict[str, Callable[..., Any]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from . import tracing
 from .dual import Dual, dual, is_dual, num_tangents
 
 __all__ = ["jvp", "primal_tree"]
@@ -53,7 +54,7 @@ def jvp(
     duals = [dual(x, v) for x, v in zip(flat_x, flat_v)]
     k = num_tangents(*duals)
     single = all(v.shape == x.shape for x, v in zip(flat_x, flat_v))
-    result = func(*pytree.tree_unflatten(duals, structure))
+    result = tracing.call(func, *pytree.tree_unflatten(duals, structure))
     aux = None
     if has_aux:
         if not isinstance(result, tuple) or len(result) != 2:

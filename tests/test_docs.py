@@ -19,10 +19,12 @@ DOCS = ROOT / "docs"
 REGISTRIES = (runtime.RULES, runtime.KINDS, runtime.METHODS)
 #: page -> the optional packages it needs
 PAGES = {
+    "compile.md": ["transformers"],
     "diagnostics.md": [],
     "distributed.md": ["transformers"],
     "extending.md": [],
     "guide.md": ["transformers", "peft", "safetensors", "matplotlib"],
+    "memory.md": ["transformers"],
     "migration.md": [],
     "ops/activation.md": [],
     "ops/attention.md": [],
@@ -42,6 +44,10 @@ SLOW = ("distributed.md",)
 PINNED = "ignore:'pin_memory' argument is set as true:UserWarning"
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # raised by Dynamo
+@pytest.mark.filterwarnings(
+    "ignore:.gradient_checkpointing_(en|dis)able.:FutureWarning"
+)  # renamed in the newest
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by PEFT
 @pytest.mark.filterwarnings(PINNED)
 @pytest.mark.parametrize(

@@ -15,18 +15,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
-LAYERS = {
-    "native": 0,
-    "gpu": 0,
-    "sharding": 0,
-    "runtime": 1,
-    "dual": 2,
-    "ops": 3,
-    "rules": 4,
-    "transforms": 4,
-    "method": 5,
-}
-LAYERS |= {"integrations": 6, "nn": 6, "cli": 7}
+LAYERS = {"operators": 0, "memory": 0, "sharding": 0, "recording": 1, "native": 1, "gpu": 1, "runtime": 2}
+LAYERS |= {"dual": 3, "ops": 4, "tracing": 4, "rules": 5, "transforms": 5, "method": 6}
+LAYERS |= {"integrations": 7, "nn": 7, "cli": 8}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {

@@ -24,12 +24,16 @@ def report(
     readme: Annotated[
         Path | None, typer.Option(help="Also rewrite the table of costs between the marks of this file.")
     ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Also rewrite the table of memory between the marks of this file.")
+    ] = None,
 ) -> None:
     """Draw what `aajr bench` measured: one HTML file that works offline, with the lines every number is from.
 
     Without --rows the results of the experiments are shown too. Exit code 2: bad arguments, rows that cannot be read,
     or nothing to draw.
     """
+    from .reports import memory as peaks
     from .reports import page, sources
     from .reports import readme as table
     from .reports.evidence import evidence
@@ -55,6 +59,11 @@ def report(
             changed = table.rewrite(readme, costs)
             console.print(
                 f"{readme}: {'new table' if changed else 'unchanged'}", highlight=False, soft_wrap=True
+            )
+        if memory is not None:
+            changed = peaks.rewrite(memory, entries)
+            console.print(
+                f"{memory}: {'new table' if changed else 'unchanged'}", highlight=False, soft_wrap=True
             )
     except (OSError, ValueError) as error:
         from .main import fail

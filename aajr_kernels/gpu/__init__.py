@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..operators import constant
+
 #: dtypes the kernels compute with; float64 is the reference's
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,13 +34,10 @@ class _State(threading.local):
 _state = _State()
 
 
+@constant  # torch.compile cannot trace a look into the state of a thread
 def is_recorded() -> bool:
     """Whether launches of this thread go to a recorder."""
     return _state.recorder is not None
-
-
-# torch.compile cannot trace a look into the state of a thread
-is_recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -51,13 +50,10 @@ def _not_installed() -> str | None:
     return None if found else f"triton is not installed{why}: pip install triton"
 
 
+@constant  # torch.compile does not see changes of the environment
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-# a constant to torch.compile, which does not see changes of the environment
-interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def missing() -> str | None:

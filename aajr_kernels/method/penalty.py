@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .. import tracing
 from ..dual import Dual, dual
 from ..ops.head import lm_head_penalty
 from ..ops.reduce import sensitivity
@@ -157,7 +158,7 @@ def measure(
         raise ValueError(
             "v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=)."
         )
-    output = func(x_dual)
+    output = tracing.call(func, x_dual)
     y = _sensitive_output(output, metric, head is not None)
     loss: torch.Tensor | None = None
     if description is None:

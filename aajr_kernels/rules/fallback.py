@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from ..runtime import RULES, UnsupportedOperation, functions_named, rule
+from ..runtime import RULES, UnsupportedOperation, break_graph, functions_named, rule
 from .common import Dual, is_dual, num_tangents
 
 #: names, looked up in every torch namespace; a dotted one in that namespace alone
@@ -36,6 +36,10 @@ def generic(function: Callable[..., Any]) -> Callable[..., Any]:
     """The rule ``torch.func.jvp(function)``, one tangent at a time, plain arguments closed over."""
 
     def rule_(*args: Any, **kwargs: Any) -> Any:
+        break_graph(
+            f"{function.__name__} of a Dual is differentiated by torch.func.jvp, which torch.compile does not trace: "
+            "write it with functions that have rules, or compile without fullgraph=True."
+        )
         leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_dual)
         places = [i for i, leaf in enumerate(leaves) if is_dual(leaf)]
         k = num_tangents(*leaves)

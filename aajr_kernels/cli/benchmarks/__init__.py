@@ -9,7 +9,7 @@ module          what it holds
 ``compare``, ``against``  rows against rows, and against another commit
 ``allocator``   freed memory stays with the process while it measures
 ``row``         the schema of a results file
-``attention``, ``pointwise``, ``head``, ``step``, ``method``, ``models``, ``sweep``  the suites
+``attention``, ``pointwise``, ``head``, ``step``, ``method``, ``memory``, ``models``, ``sweep``  the suites
 ``gpu``, ``gpu_attention``  the suite for devices
 ``peers``       packages that are measured where they are installed
 ``roofline``, ``ceilings``  the model of a device, and what one really reaches
@@ -21,7 +21,7 @@ To add a suite, write a module with a function from a Selection to Cases and ent
 
 from dataclasses import replace
 
-from . import attention, gpu, head, method, pointwise, step, sweep
+from . import attention, gpu, head, memory, method, pointwise, step, sweep
 from .allocator import keep_memory
 from .case import Case, Run, Selection, Suite, Variant
 from .row import Row, append_rows, environment, read_rows
@@ -68,6 +68,7 @@ SUITES: dict[str, Suite] = {
         step.SUITE,
         method.SUITE,
         sweep.SUITE,
+        memory.SUITE,
         gpu.SUITE,
     )
 }

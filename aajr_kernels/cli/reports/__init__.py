@@ -8,6 +8,7 @@ module          what it holds
 ``sections``    time and memory against S, ratios, rates, errors
 ``sweeps``      time against other sizes
 ``readme``      the table of a step's costs, in README and on the page
+``memory``      the table of peak memory, in docs/memory.md
 ``evidence``    the experiments' results
 ``page``        one HTML file of all that, from ``page.html``, ``page.css`` and ``page.js``
 ==============  ===============================================================================

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +91,18 @@ def markdown(table: Costs) -> str:
     for line in table.lines:
         numbers = [f"**{line.text(h)}**" if h == best else line.text(h) for h in table.headings]
         machines = [line.machine] if several else []
-        lines.append([line.model, *machines, str(line.length), *numbers, _links(line)])
+        lines.append([line.model, *machines, str(line.length), *numbers, links(line.cells.values())])
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
 
-def _links(line: Line) -> str:
+def links(entries: Iterable[Entry], prefix: str = "") -> str:
+    """Links to the files of rows, named by the lines; `prefix` leads from the page to where files are named from."""
     by_file: dict[str, set[int]] = {}
-    for entry in line.cells.values():
+    for entry in entries:
         by_file.setdefault(entry.file, set()).add(entry.line)
-    return "; ".join(f"[{Path(file).stem} {spans(numbers)}]({file})" for file, numbers in by_file.items())
+    return "; ".join(
+        f"[{Path(file).stem} {spans(numbers)}]({prefix}{file})" for file, numbers in by_file.items()
+    )
 
 
 def source(line: Line) -> str:
@@ -118,15 +121,25 @@ def rewrite(path: Path, table: Costs) -> bool:
         raise ValueError(
             "no row has the ratio of an exact, fused step: run `aajr bench step --rows FILE` first."
         )
+    return between(path, BEGIN, END, markdown(table))
+
+
+def between(path: Path, first: str, last: str, middle: str) -> bool:
+    """Put text between two marks of a file; whether that changed it.
+
+    Raises:
+        OSError: the file cannot be read or written.
+        ValueError: it has not exactly one pair of marks.
+    """
     text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + after:
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in rest or last in before + after:
         raise ValueError(
-            f"{path.name} must have the lines {BEGIN} and {END} once each, in this order: add them where the table "
+            f"{path.name} must have the lines {first} and {last} once each, in this order: add them where the table "
             "belongs."
         )
-    new = f"{before}{BEGIN}\n{markdown(table)}\n{END}{after}"
+    new = f"{before}{first}\n{middle}\n{last}{after}"
     if new == text:
         return False
     path.write_text(new, encoding="utf-8")

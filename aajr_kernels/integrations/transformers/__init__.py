@@ -7,6 +7,7 @@ module                    what it does
 ``forms``                 the table of known forms of norms, gated products and rotary, and their replacements
 ``attention``             the attention implementation ``"aajr"``
 ``masks``                 its masks: structure (causal, window, padding) instead of [B, 1, N, M] tensors
+``recomputed``            norms and activations whose results are computed again in the backward
 ``library``               the one place that imports transformers
 ========================  ==================================================================================
 """

@@ -12,6 +12,7 @@ from torch import nn
 
 from .forms import Replacement, find, uses_attention_interface
 from .library import NAME, pretrained_model_class, register
+from .recomputed import as_it_is, recomputed
 
 __all__ = ["KNOWN", "Fusion", "fuse"]
 
@@ -109,7 +110,7 @@ def _grouped(listing: dict[str, str]) -> dict[tuple[str, str], int]:
     return counts
 
 
-def fuse(model: nn.Module) -> Fusion:
+def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     """Run the norms, gated MLPs, rotary embeddings and attention of this model instance on the fused operations.
 
     Nothing else is touched: no other instance, no module of transformers, no parameter, no key of the state dict. A
@@ -122,6 +123,9 @@ def fuse(model: nn.Module) -> Fusion:
 
     Args:
         model: a transformers model of a known type, or a module that wraps one.
+        recompute: the norms, activations and gated products of this model run inside
+            :class:`aajr_kernels.recompute`, wherever they are called from: their results are computed again in the
+            backward instead of being kept. Goes with ``gradient_checkpointing_enable``.
 
     Returns:
         Fusion: lists what was replaced; ``undo()`` puts it back; usable as a context manager.
@@ -145,6 +149,8 @@ def fuse(model: nn.Module) -> Fusion:
     for part in models:
         for module in part.modules():  # parents before their children
             found = find(module) if id(module) not in bypassed else None
+            if recompute and id(module) not in bypassed:
+                found = as_it_is(module) if found is None else recomputed(found)
             name = names[id(module)]
             what = ["attention"] if uses_attention_interface(module) else []
             if found is not None and found.function is None:

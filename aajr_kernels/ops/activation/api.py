@@ -7,20 +7,20 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from ... import runtime, sharding
+from ... import memory, runtime, sharding
 from ...dual import Dual, num_tangents, stack_of
 from .function import GatedFunction, PointwiseFunction
 
 _T = TypeVar("_T", torch.Tensor, Dual)
 
 
-def _pointwise(kind: str, x: Dual) -> Dual:
+def _pointwise(kind: str, x: Dual, recompute: bool | None) -> Dual:
     if sharding.spread(x.stacked):
-        return sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local), x, 0)
+        return sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local, recompute), x, 0)
     backend = runtime.select_backend("activation", x.stacked)
     if runtime.recording():
         runtime.record(kind, backend, 8.0 * x.stacked.numel())
-    return Dual(PointwiseFunction.apply(x.stacked, kind, backend))
+    return Dual(PointwiseFunction.apply(x.stacked, kind, backend, memory.wanted("activations", recompute)))
 
 
 def _gelu_kind(op: str, approximate: str) -> str:
@@ -29,12 +29,14 @@ def _gelu_kind(op: str, approximate: str) -> str:
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
-def gelu(x: _T, approximate: str = "none") -> _T:
+def gelu(x: _T, approximate: str = "none", *, recompute: bool | None = None) -> _T:
     """GELU: ``xΦ(x)``, or ``x(1 + tanh(√(2/π)(x + 0.044715x³)))/2`` with ``approximate="tanh"``.
 
     Args:
         x: any shape, Tensor or Dual; low dtypes are computed in float32.
         approximate: ``"none"`` or ``"tanh"``, as in ``torch.nn.functional.gelu``.
+        recompute: whether a linear layer that takes the result computes it again in its backward instead of keeping
+            it; None: as the context :class:`aajr_kernels.recompute` says, else not. The same for all activations.
 
     Returns:
         Shape and dtype of `x`; for a Dual the tangents are ``f'(x)∘ẋ``.
@@ -43,40 +45,42 @@ def gelu(x: _T, approximate: str = "none") -> _T:
         ValueError: `approximate` is neither.
     """
     kind = _gelu_kind("gelu", approximate)
-    return _pointwise(kind, x) if isinstance(x, Dual) else F.gelu(x, approximate=approximate)
+    return _pointwise(kind, x, recompute) if isinstance(x, Dual) else F.gelu(x, approximate=approximate)
 
 
-def silu(x: _T) -> _T:
+def silu(x: _T, *, recompute: bool | None = None) -> _T:
     """SiLU ``xσ(x)`` of a Tensor or Dual of any shape; for a Dual the tangents are ``f'(x)∘ẋ``."""
-    return _pointwise("silu", x) if isinstance(x, Dual) else F.silu(x)
+    return _pointwise("silu", x, recompute) if isinstance(x, Dual) else F.silu(x)
 
 
-def relu(x: _T) -> _T:
+def relu(x: _T, *, recompute: bool | None = None) -> _T:
     """``max(x, 0)`` of a Tensor or Dual of any shape; the derivative at 0 is 0, as in torch."""
-    return _pointwise("relu", x) if isinstance(x, Dual) else F.relu(x)
+    return _pointwise("relu", x, recompute) if isinstance(x, Dual) else F.relu(x)
 
 
-def relu2(x: _T) -> _T:
+def relu2(x: _T, *, recompute: bool | None = None) -> _T:
     """``max(x, 0)²`` of a Tensor or Dual of any shape."""
-    return _pointwise("relu2", x) if isinstance(x, Dual) else F.relu(x).square()
+    return _pointwise("relu2", x, recompute) if isinstance(x, Dual) else F.relu(x).square()
 
 
-def quick_gelu(x: _T) -> _T:
+def quick_gelu(x: _T, *, recompute: bool | None = None) -> _T:
     """``xσ(1.702x)`` of a Tensor or Dual of any shape (CLIP's activation)."""
-    return _pointwise("quick_gelu", x) if isinstance(x, Dual) else x * torch.sigmoid(1.702 * x)
+    return _pointwise("quick_gelu", x, recompute) if isinstance(x, Dual) else x * torch.sigmoid(1.702 * x)
 
 
-def tanh(x: _T) -> _T:
+def tanh(x: _T, *, recompute: bool | None = None) -> _T:
     """Hyperbolic tangent of a Tensor or Dual of any shape."""
-    return _pointwise("tanh", x) if isinstance(x, Dual) else torch.tanh(x)
+    return _pointwise("tanh", x, recompute) if isinstance(x, Dual) else torch.tanh(x)
 
 
-def sigmoid(x: _T) -> _T:
+def sigmoid(x: _T, *, recompute: bool | None = None) -> _T:
     """Logistic function of a Tensor or Dual of any shape."""
-    return _pointwise("sigmoid", x) if isinstance(x, Dual) else torch.sigmoid(x)
+    return _pointwise("sigmoid", x, recompute) if isinstance(x, Dual) else torch.sigmoid(x)
 
 
-def _gated(op: str, kind: str, gate: torch.Tensor | Dual, up: torch.Tensor | Dual) -> Dual:
+def _gated(
+    op: str, kind: str, gate: torch.Tensor | Dual, up: torch.Tensor | Dual, recompute: bool | None
+) -> Dual:
     if gate.shape != up.shape:
         raise ValueError(f"{op}: up must have the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}.")
     num_tangents(gate, up)
@@ -85,20 +89,24 @@ def _gated(op: str, kind: str, gate: torch.Tensor | Dual, up: torch.Tensor | Dua
     gate_stack, up_stack = gate_stack.to(dtype), up_stack.to(dtype)
     if sharding.spread(gate_stack, up_stack):
         return sharding.OPS["gated"](
-            op, lambda a, b: _gated(op, kind, a, b), Dual(gate_stack), Dual(up_stack)
+            op, lambda a, b: _gated(op, kind, a, b, recompute), Dual(gate_stack), Dual(up_stack)
         )
     backend = runtime.select_backend("activation", gate_stack, up_stack)
     if runtime.recording():
         runtime.record(op, backend, 10.0 * max(gate_stack.numel(), up_stack.numel()))
-    return Dual(GatedFunction.apply(gate_stack, up_stack, kind, backend))
+    again = memory.wanted("activations", recompute)
+    return Dual(GatedFunction.apply(gate_stack, up_stack, kind, backend, again))
 
 
-def swiglu(gate: torch.Tensor | Dual, up: torch.Tensor | Dual) -> torch.Tensor | Dual:
+def swiglu(
+    gate: torch.Tensor | Dual, up: torch.Tensor | Dual, *, recompute: bool | None = None
+) -> torch.Tensor | Dual:
     """Gated product ``silu(gate) ∘ up``.
 
     Args:
         gate: any shape, Tensor or Dual.
         up: shape of `gate`, Tensor or Dual; a plain tensor beside a Dual has no tangent.
+        recompute: as in :func:`gelu`.
 
     Returns:
         Same shape, promoted dtype; a Dual if either is one, with tangents ``s'(g)∘ġ∘u + s(g)∘u̇``.
@@ -108,14 +116,18 @@ def swiglu(gate: torch.Tensor | Dual, up: torch.Tensor | Dual) -> torch.Tensor |
     """
     if not isinstance(gate, Dual) and not isinstance(up, Dual):
         return F.silu(gate) * up
-    return _gated("swiglu", "silu", gate, up)
+    return _gated("swiglu", "silu", gate, up, recompute)
 
 
 def geglu(
-    gate: torch.Tensor | Dual, up: torch.Tensor | Dual, approximate: str = "none"
+    gate: torch.Tensor | Dual,
+    up: torch.Tensor | Dual,
+    approximate: str = "none",
+    *,
+    recompute: bool | None = None,
 ) -> torch.Tensor | Dual:
     """Gated product ``gelu(gate) ∘ up``; arguments and errors as in :func:`swiglu` and :func:`gelu`."""
     kind = _gelu_kind("geglu", approximate)
     if not isinstance(gate, Dual) and not isinstance(up, Dual):
         return F.gelu(gate, approximate=approximate) * up
-    return _gated("geglu", kind, gate, up)
+    return _gated("geglu", kind, gate, up, recompute)

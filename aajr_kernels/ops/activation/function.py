@@ -6,46 +6,69 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ... import memory, runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
 class PointwiseFunction(torch.autograd.Function):
-    """``[1 + K, *shape] -> [1 + K, *shape]``."""
+    """``[1 + K, *shape] -> [1 + K, *shape]``; with `recompute` consumers do not keep the result."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kind: str, backend: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, kind: str, backend: str, recompute: bool = False) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.backend = kind, backend
         ctx.save_for_backward(x)
-        return runtime.implementation("activation", backend).pointwise_fwd(x, kind)
+        y: torch.Tensor = runtime.implementation("activation", backend).pointwise_fwd(x, kind)
+        if recompute:
+            memory.offer(ctx, y, _pointwise_again)
+        return y
 
     @staticmethod
     @runtime.first_order
-    def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
         if y_bar is None:
-            return None, None, None
-        (x,) = ctx.saved_tensors
-        return runtime.implementation("activation", ctx.backend).pointwise_bwd(y_bar, x, ctx.kind), None, None
+            return None, None, None, None
+        (x,) = memory.saved(ctx)
+        memory.release(ctx)
+        x_bar = runtime.implementation("activation", ctx.backend).pointwise_bwd(y_bar, x, ctx.kind)
+        return x_bar, None, None, None
 
 
 class GatedFunction(torch.autograd.Function):
-    """gate and up ``[1 + K, *shape]`` or ``[1, *shape]`` to ``[1 + K, *shape]``."""
+    """gate and up ``[1 + K, *shape]`` or ``[1, *shape]`` to ``[1 + K, *shape]``; `recompute` as above."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kind: str, backend: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, kind: str, backend: str, recompute: bool = False
+    ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.backend = kind, backend
         ctx.save_for_backward(gate, up)
-        return runtime.implementation("activation", backend).gated_fwd(gate, up, kind)
+        h: torch.Tensor = runtime.implementation("activation", backend).gated_fwd(gate, up, kind)
+        if recompute:
+            memory.offer(ctx, h, _gated_again)
+        return h
 
     @staticmethod
     @runtime.first_order
     def backward(ctx: Any, h_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if h_bar is None:
-            return None, None, None, None
-        gate, up = ctx.saved_tensors
+            return (None,) * 5
+        gate, up = memory.saved(ctx)
+        memory.release(ctx)
         grads = runtime.implementation("activation", ctx.backend).gated_bwd(
             h_bar, gate, up, ctx.kind, *ctx.needs_input_grad[:2]
         )
-        return *grads, None, None
+        return *grads, None, None, None
+
+
+def _pointwise_again(ctx: Any) -> torch.Tensor:
+    (x,) = memory.saved(ctx)
+    y: torch.Tensor = runtime.implementation("activation", ctx.backend).pointwise_fwd(x, ctx.kind)
+    return y
+
+
+def _gated_again(ctx: Any) -> torch.Tensor:
+    gate, up = memory.saved(ctx)
+    h: torch.Tensor = runtime.implementation("activation", ctx.backend).gated_fwd(gate, up, ctx.kind)
+    return h

@@ -46,6 +46,7 @@ def _call(
     native.call(name, (*inputs, *(None if t is None else t.permute(order) for t in outputs)), (code,))
 
 
+@native.operator("(Tensor x, str kind) -> Tensor")
 def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = native.empty_like(x)
@@ -53,6 +54,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     return y
 
 
+@native.operator("(Tensor y_bar, Tensor x, str kind) -> Tensor")
 def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = native.empty_like(x)
@@ -60,6 +62,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
     return x_bar
 
 
+@native.operator("(Tensor gate, Tensor up, str kind) -> Tensor")
 def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = native.empty_like(gate if gate.shape[0] > 1 else up)
@@ -67,6 +70,10 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     return h
 
 
+@native.operator(
+    "(Tensor h_bar, Tensor gate, Tensor up, str kind, bool need_gate, bool need_up) -> (Tensor, Tensor)",
+    lambda *args: args[4:6],
+)
 def gated_bwd(
     h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -129,7 +129,9 @@ def attention(
     # drawn on the device: a kernel reads it there, nobody waits, and a captured graph draws anew
     seed = torch.randint(1 << 62, (), device=qs.device) if dropout > 0 else None
     backend = runtime.select_backend("attention", qs, ks, vs, triton_lacks=_too_large(qs, vs))
-    if runtime.recording():
+    if runtime.recording() and torch.compiler.is_compiling():
+        runtime.record("attention", backend)  # lengths may be symbols, and packed ones unknown
+    elif runtime.recording():
         sizes = [(qs.shape[-2], ks.shape[-2])] if packed is None else packed.sizes()
         pairs = sum(_visible_pairs(n, m, _offset(causal, n, m), window) for n, m in sizes)
         pairs *= qs.shape[1] * qs.shape[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,35 @@ from .tiling import Options
 __all__ = ["Options", "attention_bwd", "attention_fwd"]
 
 
-def _numbers(options: Options) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    causal = options.offset is not None
+#: options and offsets of packed sequences, as operators of torch take them; lengths may be symbols
+_OPTIONS = (
+    "float scale, float? softcap, SymInt? offset, SymInt? window, float dropout, bool align_right, Tensor? seed, "
+    "Tensor? q_start, Tensor? k_start"
+)
+_Starts = tuple[Tensor, Tensor] | None
+
+
+def _flat(options: Options, starts: _Starts) -> tuple[Any, ...]:
+    o = options
+    seed = o.seed if isinstance(o.seed, Tensor) or not o.dropout else torch.tensor(o.seed)
+    return (
+        o.scale, o.softcap, o.offset, o.window, o.dropout, o.align_right, seed if o.dropout else None,
+        *(starts or (None, None)),
+    )  # fmt: skip
+
+
+def _numbers(flat: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    if native.is_dry():  # a seed without a value, lengths that are symbols: no kernel asks for them
+        return (), ()
+    scale, softcap, offset, window, dropout, align_right, seed, *_ = flat
     ints = (
-        int(causal),
-        options.offset or 0,
-        options.window or 0,
-        int(options.seed),
-        int(options.align_right),
+        int(offset is not None),
+        offset or 0,
+        window or 0,
+        0 if seed is None else int(seed),
+        int(align_right),
     )
-    return ints, (options.scale, options.softcap or 0.0, options.dropout)
+    return ints, (scale, softcap or 0.0, dropout)
 
 
 def _kernel_mask(mask: Tensor | None) -> Tensor | None:
@@ -31,14 +52,16 @@ def _kernel_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    options: Options,
-    starts: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference."""
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, starts: _Starts = None
+) -> tuple[Tensor, Tensor]:
+    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference: shift,
+    norm and, where the scores have tangents, their K means, in one tensor ``[2 | 2+K, B, H, N]``."""
+    out, stats = _attention_fwd(q, k, v, mask, *_flat(options, starts))
+    return out, stats
+
+
+@native.operator(f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)")
+def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor]:
     q, k, v = (native.row_dense(x) for x in (q, k, v))
     biased = mask is not None and mask.dtype != torch.bool
     stacks = max(x.shape[0] for x in (q, k, v, *((mask,) if biased and mask is not None else ())))
@@ -47,15 +70,14 @@ def attention_fwd(
     # heads next to features: the caller's transpose back is then a view
     out = native.empty((stacks, b, n, h, v.shape[-1]), dtype=q.dtype).transpose(2, 3)
     stats = torch.empty((2 + (stacks - 1 if has_scores else 0), b, h, n))
-    shift, norm, mu = stats[0], stats[1], stats[2:]
-    ints, floats = _numbers(options)
-    native.call(
-        "attention_fwd",
-        (q, k, v, _kernel_mask(mask), *(starts or (None, None)), shift, norm, mu, out),
-        ints,
-        floats,
-    )
-    return out, shift, norm, mu
+    operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *_parts(stats), out)
+    native.call("attention_fwd", operands, *_numbers(flat))
+    return out, stats
+
+
+def _parts(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift, norm and means."""
+    return stats[0], stats[1], stats[2:]
 
 
 def attention_bwd(
@@ -65,37 +87,43 @@ def attention_bwd(
     v: Tensor,
     mask: Tensor | None,
     out: Tensor,
-    shift: Tensor,
-    norm: Tensor,
-    mu: Tensor,
+    stats: Tensor,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
-    starts: tuple[Tensor, Tensor] | None = None,
+    starts: _Starts = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
-    q, k, v, out_bar = (native.row_dense(x) for x in (q, k, v, out_bar))
-    q_bar, k_bar, v_bar = (native.empty_like(x) if need else None for x, need in zip((q, k, v), needs))
-    bias_bar = torch.zeros(mask.shape) if needs[3] and mask is not None else None
-    ints, floats = _numbers(options)
-    native.call(
-        "attention_bwd",
-        (
-            q,
-            k,
-            v,
-            _kernel_mask(mask),
-            *(starts or (None, None)),
-            shift,
-            norm,
-            mu,
-            out,
-            out_bar,
-            q_bar,
-            k_bar,
-            v_bar,
-            bias_bar,
-        ),
-        ints,
-        floats,
+    needs = (*needs[:3], needs[3] and mask is not None)
+    q_bar, k_bar, v_bar, bias_bar = _attention_bwd(
+        out_bar, q, k, v, mask, out, stats, *needs, *_flat(options, starts)
     )
+    return q_bar, k_bar, v_bar, bias_bar
+
+
+@native.operator(
+    "(Tensor out_bar, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor stats, bool need_q, "
+    f"bool need_k, bool need_v, bool need_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: args[7:11],
+)
+def _attention_bwd(
+    out_bar: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    need_bias: bool,
+    *flat: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    q, k, v, out, out_bar = (native.row_dense(x) for x in (q, k, v, out, out_bar))
+    needs = zip((q, k, v), (need_q, need_k, need_v))
+    q_bar, k_bar, v_bar = (native.empty_like(x) if need else None for x, need in needs)
+    bias_bar = torch.zeros(mask.shape) if need_bias and mask is not None else None
+    parts = _parts(stats.contiguous())
+    operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *parts, out, out_bar, q_bar, k_bar, v_bar, bias_bar)
+    native.call("attention_bwd", operands, *_numbers(flat))
     return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)

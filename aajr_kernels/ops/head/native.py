@@ -12,8 +12,16 @@ _METRICS = {"l2": 0, "logits": 1, "fisher": 2, "probs": 3}
 #: columns (stacks times tokens) and bytes of the logits that are kept between the two halves of a joint pass: below
 #: `_LEAST` columns the gradient of the weight would be read and written too often
 _COLUMNS, _LEAST, _BYTES = 288, 128, 96 << 20
+#: what head_fwd takes, as operators of torch do
+_OPERANDS = (
+    "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, "
+    "int ignore_index"
+)
 
 
+@native.operator(
+    f"({_OPERANDS}) -> (Tensor, Tensor, Tensor)", lambda *args: (True, args[3] is not None, True)
+)
 def head_fwd(
     h: torch.Tensor,
     weight: torch.Tensor,
@@ -23,9 +31,23 @@ def head_fwd(
     scale: float,
     softcap: float | None,
     ignore_index: int,
-    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """q ``[K, T]``, nll ``[T]`` or None, and statistics ``[2 + 4K, T]``; float32."""
+    return _forward(h, weight, bias, labels, metric, scale, softcap, ignore_index, None)
+
+
+def _forward(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    metric: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    kept: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """:func:`head_fwd`, which also leaves its logits in `kept`."""
     stacks, tokens, _ = h.shape
     k = stacks - 1
     stats = h.new_empty((2 + 4 * k, tokens), dtype=torch.float32)
@@ -56,6 +78,32 @@ def head_bwd(
     need_bias: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Cotangents of h ``[1 + K, T, C]``, weight ``[V, C]`` and bias ``[V]`` (float32); None where not needed."""
+    operands = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
+    h_bar, weight_bar, bias_bar = _head_bwd(*operands, q_bar, nll_bar, stats, need_h, need_weight, need_bias)
+    return h_bar, weight_bar, bias_bar
+
+
+@native.operator(
+    f"({_OPERANDS}, Tensor? q_bar, Tensor? nll_bar, Tensor stats, bool need_h, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda *args: args[11:14],
+)
+def _head_bwd(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    metric: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    q_bar: torch.Tensor | None,
+    nll_bar: torch.Tensor | None,
+    stats: torch.Tensor,
+    need_h: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     outputs = _outputs(h, weight, need_h, need_weight, need_bias)
     native.call(
         "head_bwd",
@@ -109,7 +157,7 @@ def head_joint(
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         here = None if labels is None else labels[rows]
-        results.append(head_fwd(h[:, rows], weight, bias, here, metric, scale, softcap, ignore_index, kept))
+        results.append(_forward(h[:, rows], weight, bias, here, metric, scale, softcap, ignore_index, kept))
         cotangents.append(_cotangents(*expected(results[-1][0], rows)))
         part = h.new_empty(h[:, rows].shape) if need_h else None
         native.call(

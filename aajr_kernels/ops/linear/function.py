@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ... import memory, runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -20,7 +20,7 @@ class LinearFunction(torch.autograd.Function):
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.save_for_backward(memory.keep(ctx, x) if need_weight else None, weight if need_x else None)
         with runtime.no_autocast(x.device.type):
             return runtime.implementation("linear", backend).linear_fwd(x, weight, bias)
 
@@ -30,6 +30,7 @@ class LinearFunction(torch.autograd.Function):
         if y_bar is None:
             return None, None, None, None
         x, weight = ctx.saved_tensors
+        x = memory.value_of(ctx, x)
         with runtime.no_autocast(y_bar.device.type):
             grads = runtime.implementation("linear", ctx.backend).linear_bwd(
                 y_bar, x, weight, ctx.needs_input_grad[2]

@@ -1,4 +1,7 @@
-"""The linear layer on stacked rows: torch's matrix products, native bias; contracts as in :mod:`.reference`."""
+"""The linear layer on stacked rows: torch's matrix products, native bias; contracts as in :mod:`.reference`.
+
+While torch.compile traces, it gets products and sums that it knows: they fuse with what is around them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import functools
 import torch
 
 from ...native import call, empty, few_axes, row_dense
+from ...operators import constant
 from . import reference
 
 
 def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        wide = _wide(x.dtype, x, weight, bias)
+        return reference.linear_fwd(*wide).to(x.dtype)  # type: ignore[arg-type]
     bias = None if bias is None else row_dense(bias)
     if _widen(x.dtype):
         product = torch.nn.functional.linear(x.float(), weight.float())
@@ -27,6 +34,11 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 def linear_bwd(
     y_bar: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None, need_bias: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    if torch.compiler.is_compiling():
+        g, wide_x, wide_weight = _wide(y_bar.dtype, y_bar, x, weight)
+        assert g is not None
+        bars = reference.linear_bwd(g, wide_x, wide_weight, need_bias)
+        return tuple(None if bar is None else bar.to(y_bar.dtype) for bar in bars)  # type: ignore[return-value]
     bias_bar = None
     if need_bias:
         bias_bar = torch.empty(y_bar.shape[-1], dtype=y_bar.dtype)
@@ -49,14 +61,22 @@ def _product(a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]) -> torch.
     return out
 
 
-@functools.cache
+def _wide(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in float32 where products are faster there."""
+    return tuple(None if t is None else t.float() for t in tensors) if _widen(dtype) else tensors
+
+
+@constant
 def _widen(dtype: torch.dtype) -> bool:
     """Whether products of a low dtype are faster in float32, conversions included.
 
     Without instructions for it torch multiplies low dtypes element by element, up to 70 times slower than float32.
     """
-    if dtype == torch.float32:
-        return False
+    return dtype != torch.float32 and _lacks_products(dtype)
+
+
+@functools.cache
+def _lacks_products(dtype: torch.dtype) -> bool:
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     supported = getattr(torch.ops.mkldnn, name, None)
     return supported is not None and not supported()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ... import runtime, sharding
+from ... import memory, runtime, sharding
 from ...dual import Dual, is_dual, num_tangents, stack_of
 from .api import layer_norm, rms_norm
 from .checks import (
@@ -31,6 +31,7 @@ def add_rms_norm(
     eps: float | None = None,
     *,
     offset: float = 0.0,
+    recompute: bool | None = None,
 ) -> _Pair:
     """``s = x + residual`` and :func:`rms_norm` of it, in one pass over memory: the step between pre-norm blocks.
 
@@ -52,11 +53,11 @@ def add_rms_norm(
     check_offset("add_rms_norm", weight, offset)
     if not _fusible(x, residual, shape):
         summed = x + residual  # type: ignore[operator]
-        return rms_norm(summed, normalized_shape, weight, eps, offset=offset), summed
+        return rms_norm(summed, normalized_shape, weight, eps, offset=offset, recompute=recompute), summed
     check_shapes("add_rms_norm", shape, weight=weight)
     if eps is None:
         eps = torch.finfo(wide_dtype(x.dtype)).eps
-    return _add_norm("add_rms_norm", x, residual, weight, None, eps, offset, False)
+    return _add_norm("add_rms_norm", x, residual, weight, None, eps, offset, False, recompute)
 
 
 def add_layer_norm(
@@ -66,6 +67,8 @@ def add_layer_norm(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    recompute: bool | None = None,
 ) -> _Pair:
     """``s = x + residual`` and :func:`layer_norm` of it, in one pass over memory: the step between pre-norm blocks.
 
@@ -87,10 +90,10 @@ def add_layer_norm(
     shape = _common_shape("add_layer_norm", x, residual, normalized_shape)
     if not _fusible(x, residual, shape):
         summed = x + residual  # type: ignore[operator]
-        return layer_norm(summed, normalized_shape, weight, bias, eps), summed
+        return layer_norm(summed, normalized_shape, weight, bias, eps, recompute=recompute), summed
     check_shapes("add_layer_norm", shape, weight=weight, bias=bias)
     check_dtypes("add_layer_norm", x.dtype, weight=weight, bias=bias)
-    return _add_norm("add_layer_norm", x, residual, weight, bias, eps, 0.0, True)
+    return _add_norm("add_layer_norm", x, residual, weight, bias, eps, 0.0, True, recompute)
 
 
 def _common_shape(
@@ -121,6 +124,7 @@ def _add_norm(
     eps: float,
     offset: float,
     centred: bool,
+    recompute: bool | None,
 ) -> tuple[Dual, Dual]:
     num_tangents(x, residual)  # they must agree
     first, second = stack_of(x), stack_of(residual)
@@ -129,6 +133,14 @@ def _add_norm(
     if runtime.recording():
         runtime.record(op, backend, 7.0 * max(first.numel(), second.numel()))
     y, summed = AddNormFunction.apply(
-        first, second, weight, bias, float(eps), float(offset), centred, backend
+        first,
+        second,
+        weight,
+        bias,
+        float(eps),
+        float(offset),
+        centred,
+        backend,
+        memory.wanted("norms", recompute),
     )
     return Dual(y), Dual(summed)

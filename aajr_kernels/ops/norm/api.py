@@ -10,7 +10,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from ... import runtime, sharding
+from ... import memory, runtime, sharding
 from ...dual import Dual
 from .checks import check_dtypes, check_offset, check_shapes, refuse_dual_weights, trailing_shape, wide_dtype
 from .function import NormFunction
@@ -24,6 +24,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     offset: float = 0.0,
+    recompute: bool | None = None,
 ) -> torch.Tensor: ...
 @overload
 def rms_norm(
@@ -33,6 +34,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     offset: float = 0.0,
+    recompute: bool | None = None,
 ) -> Dual: ...
 
 
@@ -43,6 +45,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     offset: float = 0.0,
+    recompute: bool | None = None,
 ) -> torch.Tensor | Dual:
     """Root-mean-square norm ``y = (offset + w) ∘ x̂`` with ``x̂ = r x``, ``r = (mean(x²) + eps)^(-1/2)``.
 
@@ -55,6 +58,8 @@ def rms_norm(
         weight: ``normalized_shape`` or None, any floating dtype.
         eps: added to the mean square; None means the epsilon of float32 (of float64 for float64), as in torch.
         offset: added to the weight in float32 (Gemma's norms use 1).
+        recompute: whether a linear layer that takes the result computes it again in its backward instead of keeping
+            it; None: as the context :class:`aajr_kernels.recompute` says, else not.
 
     Returns:
         Same shape and dtype as `x`, a Dual if `x` is one. A plain `x` gives what ``torch.nn.functional.rms_norm``
@@ -75,7 +80,7 @@ def rms_norm(
         return F.rms_norm(x.to(wide), shape, weight.to(wide) + offset, eps).to(x.dtype)
     if eps is None:
         eps = torch.finfo(wide_dtype(x.stacked.dtype)).eps
-    return _norm("rms_norm", x, shape, weight, None, eps, offset, False)
+    return _norm("rms_norm", x, shape, weight, None, eps, offset, False, recompute)
 
 
 @overload
@@ -85,6 +90,8 @@ def layer_norm(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    recompute: bool | None = None,
 ) -> torch.Tensor: ...
 @overload
 def layer_norm(
@@ -93,6 +100,8 @@ def layer_norm(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    recompute: bool | None = None,
 ) -> Dual: ...
 
 
@@ -102,6 +111,8 @@ def layer_norm(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    recompute: bool | None = None,
 ) -> torch.Tensor | Dual:
     """Layer norm ``y = w ∘ x̂ + b`` with ``x̂ = r(x − mean(x))``, ``r = (var(x) + eps)^(-1/2)``.
 
@@ -115,6 +126,7 @@ def layer_norm(
         weight: ``normalized_shape`` or None; dtype of `x`, or float32 beside a low-precision `x`.
         bias: like `weight`; joins the primal alone.
         eps: added to the variance.
+        recompute: as in :func:`rms_norm`.
 
     Returns:
         Same shape and dtype as `x`, a Dual if `x` is one. A plain `x` gives what ``torch.nn.functional.layer_norm``
@@ -131,7 +143,7 @@ def layer_norm(
         return F.layer_norm(x, shape, weight, bias, eps)
     if not runtime.autocasting(x.stacked.device.type):
         check_dtypes("layer_norm", x.stacked.dtype, weight=weight, bias=bias)
-    return _norm("layer_norm", x, shape, weight, bias, eps, 0.0, True)
+    return _norm("layer_norm", x, shape, weight, bias, eps, 0.0, True, recompute)
 
 
 def _norm(
@@ -143,19 +155,23 @@ def _norm(
     eps: float,
     offset: float,
     centred: bool,
+    recompute: bool | None,
 ) -> Dual:
     check_shapes(op, shape, weight=weight, bias=bias)
     weight, bias = sharding.constant(weight, bias)
     if sharding.spread(x.stacked, weight, bias):
-        run = functools.partial(_norm, op, shape=shape, eps=eps, offset=offset, centred=centred)
+        run = functools.partial(
+            _norm, op, shape=shape, eps=eps, offset=offset, centred=centred, recompute=recompute
+        )
         return sharding.OPS["rowwise"](op, run, x, len(shape), weight=weight, bias=bias)
     stacked, weight, bias = runtime.autocast_float32(x.stacked, weight, bias)
     backend = runtime.select_backend("norm", stacked, weight, bias)
     if runtime.recording():
         runtime.record(op, backend, 6.0 * stacked.numel())
+    options = float(eps), float(offset), centred, backend, memory.wanted("norms", recompute)
     if len(shape) == 1:
-        return Dual(NormFunction.apply(stacked, weight, bias, float(eps), float(offset), centred, backend))
+        return Dual(NormFunction.apply(stacked, weight, bias, *options))
     rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))
     flat = [None if value is None else value.reshape(-1) for value in (weight, bias)]
-    y = NormFunction.apply(rows, *flat, float(eps), float(offset), centred, backend)
+    y = NormFunction.apply(rows, *flat, *options)
     return Dual(y.reshape(stacked.shape))

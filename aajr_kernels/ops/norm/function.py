@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ... import memory, runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
 class NormFunction(torch.autograd.Function):
-    """``[1 + K, *batch, C]`` in, the same shape out."""
+    """``[1 + K, *batch, C]`` in, the same shape out; with `recompute` consumers do not keep it."""
 
     @staticmethod
     def forward(
@@ -23,23 +23,30 @@ class NormFunction(torch.autograd.Function):
         offset: float,
         centred: bool,
         backend: str,
+        recompute: bool = False,
     ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        ctx.offset, ctx.centred, ctx.backend = offset, centred, backend
+        ctx.eps, ctx.offset, ctx.centred, ctx.backend = eps, offset, centred, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
         with runtime.no_autocast(x.device.type):
             y, stats = runtime.implementation("norm", backend).norm_fwd(x, weight, bias, eps, offset, centred)
         need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(*((x, weight, stats) if need_x or need_weight else (None, None, None)))
+        needed = need_x or need_weight
+        recompute = recompute and needed
+        kept = (bias,) if recompute else (None,)
+        ctx.save_for_backward(*((x, weight, stats) if needed else (None, None, None)), *kept)
+        if recompute:
+            memory.offer(ctx, y, _again)
         return y
 
     @staticmethod
     @runtime.first_order
     def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if y_bar is None:
-            return (None,) * 7
-        x, weight, stats = ctx.saved_tensors
-        return *_gradients(ctx, y_bar, x, weight, stats, ctx.needs_input_grad[:3]), None, None, None, None
+            return (None,) * 8
+        x, weight, stats, _ = memory.saved(ctx)
+        memory.release(ctx)
+        return *_gradients(ctx, y_bar, x, weight, stats, ctx.needs_input_grad[:3]), *(None,) * 5
 
 
 class AddNormFunction(torch.autograd.Function):
@@ -56,9 +63,10 @@ class AddNormFunction(torch.autograd.Function):
         offset: float,
         centred: bool,
         backend: str,
+        recompute: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.offset, ctx.centred, ctx.backend = offset, centred, backend
+        ctx.eps, ctx.offset, ctx.centred, ctx.backend = eps, offset, centred, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.stacks = x.shape[0], residual.shape[0]
         with runtime.no_autocast(x.device.type):
@@ -66,7 +74,11 @@ class AddNormFunction(torch.autograd.Function):
                 x, residual, weight, bias, eps, offset, centred
             )
         needed = any(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*((summed, weight, stats) if needed else (None, None, None)))
+        recompute = recompute and needed
+        kept = (bias,) if recompute else (None,)
+        ctx.save_for_backward(*((summed, weight, stats) if needed else (None, None, None)), *kept)
+        if recompute:
+            memory.offer(ctx, y, _again)
         return y, summed
 
     @staticmethod
@@ -77,7 +89,8 @@ class AddNormFunction(torch.autograd.Function):
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         both, weight_bar, bias_bar = sum_bar, None, None
         if y_bar is not None:
-            summed, weight, stats = ctx.saved_tensors
+            summed, weight, stats, _ = memory.saved(ctx)
+            memory.release(ctx)
             needs = need_x or need_residual, need_weight, need_bias
             both, weight_bar, bias_bar = _gradients(ctx, y_bar, summed, weight, stats, needs, sum_bar)
         bars = [
@@ -86,7 +99,18 @@ class AddNormFunction(torch.autograd.Function):
             else None  # an input without tangents takes the primal's part
             for need, count in zip((need_x, need_residual), ctx.stacks)
         ]
-        return *bars, weight_bar, bias_bar, None, None, None, None
+        return *bars, weight_bar, bias_bar, *(None,) * 5
+
+
+def _again(ctx: Any) -> torch.Tensor:
+    """The normalised rows, from what was normalised."""
+    x, weight, _, bias = memory.saved(ctx)
+    with runtime.no_autocast(x.device.type):
+        y, _ = runtime.implementation("norm", ctx.backend).norm_fwd(
+            x, weight, bias, ctx.eps, ctx.offset, ctx.centred
+        )
+    result: torch.Tensor = y
+    return result
 
 
 def _gradients(

@@ -6,9 +6,12 @@ import math
 
 import torch
 
-from ...native import call, empty, few_axes, row_dense
+from ...native import call, empty, few_axes, operator, row_dense
 
 
+@operator(
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) -> (Tensor, Tensor)"
+)
 def norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -25,6 +28,10 @@ def norm_fwd(
     return y, stats
 
 
+@operator(
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 def add_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -43,6 +50,11 @@ def add_norm_fwd(
     return y, summed, stats
 
 
+@operator(
+    "(Tensor y_bar, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, bool need_x, "
+    "bool need_weight, bool need_bias, Tensor? sum_bar=None) -> (Tensor, Tensor, Tensor)",
+    lambda *args: args[6:9],
+)
 def norm_bwd(
     y_bar: torch.Tensor,
     x: torch.Tensor,

@@ -16,6 +16,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return native.row_dense(native.few_axes(x))
 
 
+@native.operator("(Tensor y, str metric) -> Tensor")
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32)
@@ -23,6 +24,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     return q
 
 
+@native.operator("(Tensor q_bar, Tensor y, str metric) -> Tensor")
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = _rows(y)
@@ -32,6 +34,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     return y_bar.reshape(y.shape)
 
 
+@native.operator("(Tensor x) -> Tensor")
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     rows = _rows(x)
@@ -40,6 +43,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     return y.reshape(x.shape)
 
 
+@native.operator("(Tensor y_bar, Tensor x) -> Tensor")
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
     rows = _rows(x)
