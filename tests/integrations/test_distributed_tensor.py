@@ -63,3 +63,8 @@ def test_errors(tmp_path):
 @slow
 def test_the_plan_of_the_configuration(tmp_path):
     launch("tensor", 2, tmp_path, "llama", "float32", "1", "library")
+
+
+@slow
+def test_the_objective_of_a_training_step(tmp_path):
+    launch("objective", 2, tmp_path)
