@@ -33,7 +33,8 @@ def collate(rows: list[str]) -> dict[str, torch.Tensor]:
 def main() -> None:
     torch.manual_seed(0)
     accelerator = Accelerator()
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+    sizes = dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes))
     loader = torch.utils.data.DataLoader(passages(640), batch_size=8, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
