@@ -1,4 +1,4 @@
-"""Keeping the C library's allocator out of the timings."""
+"""Keeping the C library's allocator out of what is measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import functools
 import sys
 
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of mallopt, see malloc.h
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of mallopt, see malloc.h
 
 
 DEFAULT, KEPT = "default", "glibc, freed memory kept"
@@ -26,12 +26,28 @@ def keep_memory() -> str:
     alike. Allocators that PyTorch's tuning guide recommends (jemalloc, tcmalloc) keep such memory. Peaks of memory come
     from processes of their own, where the allocator is as the user finds it.
     """
+    return KEPT if _mallopt((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)) else DEFAULT
+
+
+def return_memory(least: int = 1 << 16) -> bool:
+    """Have the allocator of this process give memory back as soon as it is freed; whether it does.
+
+    glibc keeps freed tensors of up to 32 MB in its heap, whose holes depend on the order of everything before. Where
+    all of them go back, the peak of a process is that of what is alive, as it is on a device.
+
+    Args:
+        least: smallest block of bytes that this is about.
+    """
+    return _mallopt((_MMAP_THRESHOLD, least))
+
+
+def _mallopt(*settings: tuple[int, int]) -> bool:
+    """Whether the C library is glibc and took them all."""
     if sys.platform != "linux":
-        return DEFAULT
+        return False
     try:
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018 - another C library has none
-        kept = library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, -1)
+        return all(bool(library.mallopt(*setting)) for setting in settings)
     except (AttributeError, OSError):
-        return DEFAULT
-    return KEPT if kept else DEFAULT
+        return False
