@@ -17,7 +17,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops figures docs lint format gpu-check dist clean
+.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops figures integrations docs lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-check: $(SETUP)  ## fail if a ratio grew by more than 15 % over this kind 
 
 figures: $(SETUP)  ## the report, the tables of README.md and docs/memory.md, README's pictures, from committed rows
 	$(PY) -m aajr_kernels report --readme README.md --images docs/images --memory docs/memory.md
+
+integrations: $(SETUP)  ## run the tests of docs/integrations.md and rewrite its table
+	$(PY) scripts/integrations.py --run
 
 docs: $(SETUP)  ## the documentation as a site in site/; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

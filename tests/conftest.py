@@ -27,6 +27,8 @@ import torch._dynamo
 import aajr_kernels  # noqa: F401
 from aajr_kernels import gpu
 
+pytest_plugins = ["integration_rows"]
+
 #: cases of each op in the shared suite that run under compute-sanitizer too
 SANITIZED = 4
 NAN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -125,12 +125,17 @@ def test_troubleshooting_is_keyed_by_messages_that_exist():
 # -- the site ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "scripts" / "site_hooks.py")
+def script(name):
+    """A module of scripts/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return script("site_hooks")
 
 
 @pytest.mark.parametrize(
@@ -172,3 +177,42 @@ def test_the_site_builds_strictly(tmp_path):
         assert re.search(rf'id="aajr_kernels\.([\w.]+\.)?{name}"', api) or name in ("nn", "integrations"), (
             name
         )
+
+
+# -- the table of integrations ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def integrations():
+    return script("integrations")
+
+
+def test_the_table_of_integrations_is_that_of_its_rows(integrations):
+    text = integrations.PAGE.read_text()
+    rows = integrations.read()
+    assert integrations.page(text, rows) == text
+    for row in rows:
+        file, _, name = row["test"].partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), row["test"]
+        assert 0 <= row["error"] < 1e-2
+    wanted = {
+        "Trainer",
+        "accelerate",
+        "PEFT",
+        "TRL",
+        "torch.compile",
+        "DDP",
+        "FSDP2",
+        "tensor parallel",
+        "checkpointing",
+    }
+    assert {name for name in wanted if any(name in row["integration"] for row in rows)} == wanted
+
+
+def test_rows_of_integrations_are_checked(integrations, monkeypatch, tmp_path):
+    monkeypatch.setattr(integrations, "ROWS", tmp_path / "rows.jsonl")
+    integrations.ROWS.write_text('{"integration": "DDP", "works": true}\n')
+    with pytest.raises(ValueError, match="a row must have the fields integration, shows"):
+        integrations.read()
+    with pytest.raises(ValueError, match="must have the lines"):
+        integrations.page("# Integrations\n", [])
