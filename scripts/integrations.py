@@ -3,7 +3,7 @@
     python scripts/integrations.py            # rewrite the table from docs/integrations.jsonl
     python scripts/integrations.py --run      # run the tests first; nothing is written unless all of them pass
 
-A test has a row in the table if it calls the fixture `integration`. Every row names its test and the error that it
+A test has a row in the table if it is marked `integration`. Every row names its test and the error that it
 measured, with versions and commit.
 """
 

@@ -53,6 +53,9 @@ def loop(model, sizes: list[int], **options) -> dict[str, torch.Tensor]:
     return gradients(model)
 
 
+@pytest.mark.integration(
+    "accelerate, a plain loop", "accumulation of unequal micro-batches", "the step in one batch"
+)
 def test_micro_batches_of_unequal_lengths_add_up_to_one_batch(record_property):
     expected = loop(gpt2().double(), [4])
     for sizes in ([1, 1, 1, 1], [3, 1]):
@@ -168,6 +171,7 @@ def in_two_processes(kind: str, folder: Path) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.integration("Trainer and accelerate under DDP", "two processes, gloo", "one process, float64")
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize("kind", ["accelerate", "trainer", "lora", "checkpointing", "penalty"])

@@ -97,6 +97,9 @@ def penalised(subject: Subject, x: Tensor, v: Tensor) -> tuple[Tensor, dict[str,
 # -- exactness --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration(
+    "PEFT: {kind}", "penalty and all gradients, float64", "float64 oracle, written-out adapters"
+)
 @every_kind
 @pytest.mark.parametrize("name", TARGETS)
 def test_penalty_and_all_gradients_are_exact(kind, name, record_property):
@@ -182,6 +185,7 @@ def test_the_norm_of_dora_follows_the_weights(monkeypatch):
 # -- merging ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration("PEFT: merged and unmerged", "the same penalty", "one another, float64")
 @every_kind
 @pytest.mark.parametrize("name", TARGETS)
 def test_merged_and_unmerged_give_the_same_penalty(kind, name, record_property):

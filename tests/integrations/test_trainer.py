@@ -50,6 +50,7 @@ whole = dict(per_device_train_batch_size=4)
 # -- the gradient -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration("Trainer", "one process, float64", "float64 oracle, written-out layers")
 def test_the_gradient_is_that_of_the_oracle(tmp_path, record_property):
     model = gpt2().double()
     batch = collate(list(Rows()))
@@ -67,6 +68,7 @@ def test_the_gradient_is_that_of_the_oracle(tmp_path, record_property):
     record_property("error", assert_exact_gradients(found, exact))
 
 
+@pytest.mark.integration("Trainer", "accumulation of unequal micro-batches", "the step in one batch")
 @pytest.mark.slow
 @pytest.mark.parametrize(("build", "tolerance"), [(lambda: gpt2().double(), 1e-11), (llama, 1e-6)])
 def test_micro_batches_of_unequal_lengths_add_up_to_one_batch(build, tolerance, tmp_path, record_property):
@@ -150,6 +152,9 @@ def test_mixed_precision_of_accelerate(tmp_path):
     assert rows_of(trainer)[0]["penalty"] > 0
 
 
+@pytest.mark.integration(
+    "Trainer, activation checkpointing", "`gradient_checkpointing_enable`", "the step without"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_activation_checkpointing(by_hand, tmp_path, record_property):

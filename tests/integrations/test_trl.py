@@ -136,6 +136,7 @@ def supervised(folder: Any, mixed: bool, accumulate: int = 1, **more: Any) -> An
     return trainer, seen.gradients
 
 
+@pytest.mark.integration("TRL: SFTTrainer", "AAJR as its loss", "the step by hand, float32")
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_sft_is_trained_on_the_objective(accumulate, tmp_path, record_property):
@@ -197,6 +198,7 @@ def grpo(folder: Any, bases: tuple[type, ...], config: ObjectiveConfig | None = 
     return trainer, seen.gradients
 
 
+@pytest.mark.integration("TRL: GRPOTrainer", "the penalty beside its loss", "the sum by hand, float32")
 @pytest.mark.slow
 def test_grpo_keeps_its_loss_and_gets_the_penalty(tmp_path, record_property):
     """The gradient is that of GRPO alone, on the same completions, plus that of the penalty by itself."""
