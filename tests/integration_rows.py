@@ -19,6 +19,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
+#: values of parameters as people write them
+NAMES = {
+    "bert": "BERT",
+    "ddp": "DDP",
+    "dora": "DoRA",
+    "fsdp2": "FSDP2",
+    "gpt2": "GPT-2",
+    "llama": "Llama",
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+}
 
 _rows: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -63,7 +74,8 @@ def _integration(request: pytest.FixtureRequest) -> None:
     marker = request.node.get_closest_marker("integration")
     if marker is not None:
         parameters = getattr(getattr(request.node, "callspec", None), "params", {})
-        words = tuple(part.format(**parameters) for part in marker.args)
+        named = {key: NAMES.get(value, value) for key, value in parameters.items() if isinstance(value, str)}
+        words = tuple(part.format(**named) for part in marker.args)
         request.node.user_properties.append(("integration", words))
 
 

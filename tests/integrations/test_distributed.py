@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from integration_rows import said
 from integrations.processes import launch, needs_gloo
 from torch import nn
 
@@ -18,25 +19,28 @@ pytestmark = needs_gloo
 slow = pytest.mark.slow
 
 
+@pytest.mark.integration("{kind}, two processes", "Llama, GPT-2, written by hand; float32 and float64", "one process")
 @slow
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["hand", "llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_agree_with_one(kind, name, precision, tmp_path):
-    launch("sharded", 2, tmp_path, kind, name, precision)
+def test_two_processes_agree_with_one(kind, name, precision, tmp_path, record_property):
+    record_property("error", said(launch("sharded", 2, tmp_path, kind, name, precision)))
 
 
+@pytest.mark.integration("{kind}, four processes", "Llama, float32", "one process")
 @slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_four_processes_agree_with_one(kind, tmp_path):
-    launch("sharded", 4, tmp_path, kind, "llama", "float32")
+def test_four_processes_agree_with_one(kind, tmp_path, record_property):
+    record_property("error", said(launch("sharded", 4, tmp_path, kind, "llama", "float32")))
 
 
+@pytest.mark.integration("{kind}, activation checkpointing", "non-reentrant, float32", "one process")
 @slow
 @pytest.mark.parametrize("name", ["hand", "llama"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_with_activation_checkpointing(kind, name, tmp_path):
-    launch("sharded", 2, tmp_path, kind, name, "float32", "checkpoint")
+def test_with_activation_checkpointing(kind, name, tmp_path, record_property):
+    record_property("error", said(launch("sharded", 2, tmp_path, kind, name, "float32", "checkpoint")))
 
 
 @slow

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import pytest
+from integration_rows import said
 from integrations.processes import launch, needs_gloo
 
 pytestmark = needs_gloo
 slow = pytest.mark.slow
 
 
+@pytest.mark.integration("tensor parallel, two processes", "columns and rows, and sequence parallel", "one process")
 @slow
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["hand", "llama"])
 @pytest.mark.parametrize("more", [[], ["sequence"]], ids=["columns and rows", "and sequence"])
-def test_two_processes_agree_with_one(name, more, precision, tmp_path):
-    launch("tensor", 2, tmp_path, name, precision, "1", *more)
+def test_two_processes_agree_with_one(name, more, precision, tmp_path, record_property):
+    record_property("error", said(launch("tensor", 2, tmp_path, name, precision, "1", *more)))
 
 
+@pytest.mark.integration("tensor parallel, four processes", "and sequence parallel, float32", "one process")
 @slow
 @pytest.mark.parametrize("name", ["hand", "llama"])
-def test_four_processes_agree_with_one(name, tmp_path):
-    launch("tensor", 4, tmp_path, name, "float32", "1", "sequence")
+def test_four_processes_agree_with_one(name, tmp_path, record_property):
+    record_property("error", said(launch("tensor", 4, tmp_path, name, "float32", "1", "sequence")))
 
 
+@pytest.mark.integration("FSDP2 and tensor parallel", "two by two processes, float32", "one process")
 @slow
 @pytest.mark.parametrize("more", [[], ["sequence"]], ids=["columns and rows", "and sequence"])
 @pytest.mark.parametrize("name", ["hand", "llama"])
-def test_under_fsdp2_in_four_processes(name, more, tmp_path):
-    launch("tensor", 4, tmp_path, name, "float32", "2", *more)
+def test_under_fsdp2_in_four_processes(name, more, tmp_path, record_property):
+    record_property("error", said(launch("tensor", 4, tmp_path, name, "float32", "2", *more)))
 
 
+@pytest.mark.integration("tensor parallel, activation checkpointing", "and under FSDP2", "one process")
 @slow
 @pytest.mark.parametrize(("data", "world"), [("1", 2), ("2", 4)])
-def test_with_activation_checkpointing(data, world, tmp_path):
-    launch("tensor", world, tmp_path, "llama", "float32", data, "sequence", "checkpoint")
+def test_with_activation_checkpointing(data, world, tmp_path, record_property):
+    record_property("error", said(launch("tensor", world, tmp_path, "llama", "float32", data, "sequence", "checkpoint")))
 
 
 @slow
