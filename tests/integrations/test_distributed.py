@@ -19,7 +19,9 @@ pytestmark = needs_gloo
 slow = pytest.mark.slow
 
 
-@pytest.mark.integration("{kind}, two processes", "Llama, GPT-2, written by hand; float32 and float64", "one process")
+@pytest.mark.integration(
+    "{kind}, two processes", "Llama, GPT-2, written by hand; float32 and float64", "one process"
+)
 @slow
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["hand", "llama", "gpt2"])

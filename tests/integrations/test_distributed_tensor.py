@@ -10,7 +10,9 @@ pytestmark = needs_gloo
 slow = pytest.mark.slow
 
 
-@pytest.mark.integration("tensor parallel, two processes", "columns and rows, and sequence parallel", "one process")
+@pytest.mark.integration(
+    "tensor parallel, two processes", "columns and rows, and sequence parallel", "one process"
+)
 @slow
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["hand", "llama"])
@@ -38,7 +40,9 @@ def test_under_fsdp2_in_four_processes(name, more, tmp_path, record_property):
 @slow
 @pytest.mark.parametrize(("data", "world"), [("1", 2), ("2", 4)])
 def test_with_activation_checkpointing(data, world, tmp_path, record_property):
-    record_property("error", said(launch("tensor", world, tmp_path, "llama", "float32", data, "sequence", "checkpoint")))
+    record_property(
+        "error", said(launch("tensor", world, tmp_path, "llama", "float32", data, "sequence", "checkpoint"))
+    )
 
 
 @slow
