@@ -62,8 +62,12 @@ def outcome(subject: Subject, v: torch.Tensor, probe: torch.Tensor, backend: str
     return oracle.Outcome(total, penalty, primal, torch.empty(0), gradients), counter
 
 
-def check_float32(name: str, fuse_it: bool, backend: str) -> CompileCounterWithBackend:
-    """Penalty, output and the gradient of every parameter, the input and the direction, against float64."""
+def check_float32(name: str, fuse_it: bool, backend: str) -> float:
+    """Penalty, output and the gradient of every parameter, the input and the direction, against float64.
+
+    Returns:
+        The relative error of all gradients together.
+    """
     subject, v, exact, probe = problem(name, 1)
     eager = oracle.loss_and_gradients(
         subject.tensor,
@@ -84,7 +88,12 @@ def check_float32(name: str, fuse_it: bool, backend: str) -> CompileCounterWithB
     assert counter.frame_count == 1
     ran = {backend for op, backend in seen.entries if op in ("attention", "linear", "layer_norm", "rms_norm")}
     assert ran == {"native" if aajr.backends()["native"] is None else "reference"}
-    return counter
+    known = [k for k, g in expected.items() if g is not None]
+    off, size = (
+        torch.cat([f(k).double().flatten() for k in known]).norm()
+        for f in (lambda k: found.gradients[k] - expected[k], expected.__getitem__)
+    )
+    return float(off / size)
 
 
 def operators(counter: CompileCounterWithBackend) -> set[str]:
@@ -178,11 +187,14 @@ def test_a_fused_llama_is_one_graph_of_our_kernels():
         assert {"attention_fwd", "norm_fwd", "rotary_fwd", "gated_fwd", "sensitivity_fwd"} <= names
 
 
+@pytest.mark.integration(
+    "torch.compile: {name}", "inductor, one graph, forward and backward", "float64 oracle"
+)
 @slow
 @pytest.mark.parametrize("fuse_it", [False, True], ids=["as it is", "fused"])
 @pytest.mark.parametrize("name", MODELS)
-def test_inductor(name, fuse_it):
-    check_float32(name, fuse_it, "inductor")
+def test_inductor(name, fuse_it, record_property):
+    record_property("error", check_float32(name, fuse_it, "inductor"))
 
 
 @slow
