@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
 #: values of parameters as people write them
 NAMES = {
-    "bert": "BERT",
+    "bert-sdpa": "BERT",
     "ddp": "DDP",
     "dora": "DoRA",
     "fsdp2": "FSDP2",
-    "gpt2": "GPT-2",
-    "llama": "Llama",
+    "gpt2-sdpa": "GPT-2",
+    "llama-sdpa": "Llama",
     "lora": "LoRA",
     "rslora": "rsLoRA",
 }
@@ -103,7 +103,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
+    """The last one that changed the package: what comes after it is not under test."""
     done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "log", "-1", "--format=%h", "--", "aajr_kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout.strip() or "unknown"

@@ -198,7 +198,7 @@ def grpo(folder: Any, bases: tuple[type, ...], config: ObjectiveConfig | None = 
     return trainer, seen.gradients
 
 
-@pytest.mark.integration("TRL: GRPOTrainer", "the penalty beside its loss", "the sum by hand, float32")
+@pytest.mark.integration("TRL: GRPOTrainer", "the penalty beside its loss", "the sum by hand, float64")
 @pytest.mark.slow
 def test_grpo_keeps_its_loss_and_gets_the_penalty(tmp_path, record_property):
     """The gradient is that of GRPO alone, on the same completions, plus that of the penalty by itself."""
