@@ -37,7 +37,7 @@ PAGES = {
     "trainer.md": ["transformers", "accelerate", "peft"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
 }
-SLOW = ("distributed.md",)
+SLOW = ("compile.md", "distributed.md")
 
 
 #: Trainer's default, where there is no device

@@ -40,7 +40,7 @@ NOT_OPS = {
         "dual",
     ),
     *("is_dual", "jvp", "normalize", "seed", "unpack", "use_backend", "integrations", "nn"),
-    *("lm_loss", "stability_report", "trajectory_penalty"),
+    *("lm_loss", "recompute", "stability_report", "trajectory_penalty", "tuple_arguments"),
 }
 
 
