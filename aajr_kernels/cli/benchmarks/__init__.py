@@ -46,12 +46,19 @@ __all__ = [
 
 
 def quick(cases: list[Case]) -> list[Case]:
-    """The smallest timed case of every family, without large ones and without variants that have to be compiled."""
+    """The smallest timed case of every family, without large ones and without variants that have to be compiled.
+
+    What is slow and runs a few rounds at most, runs one.
+    """
     smallest: dict[tuple[str, str], Case] = {}
     for case in cases:
         key = case.suite, case.family
         if case.timed and not case.large and (key not in smallest or case.length < smallest[key].length):
-            kept = tuple(variant for variant in case.variants if not variant.compiled)
+            kept = tuple(
+                replace(variant, rounds=None if variant.rounds is None or variant.name in case.base else 1)
+                for variant in case.variants
+                if not variant.compiled
+            )
             names = {variant.name for variant in kept}
             base = tuple(name for name in case.base if name in names)
             smallest[key] = replace(case, variants=kept, base=base)
