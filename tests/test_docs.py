@@ -37,7 +37,7 @@ PAGES = {
     "trainer.md": ["transformers", "accelerate", "peft"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
 }
-SLOW = ("compile.md", "distributed.md")
+SLOW = ("compile.md", "distributed.md", "guide.md")
 
 
 #: Trainer's default, where there is no device

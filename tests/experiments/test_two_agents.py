@@ -327,6 +327,7 @@ def test_differences_are_paired_by_seed():
     assert "non-monotone fraction cannot be told" in sentence
 
 
+@pytest.mark.slow
 def test_a_small_run_and_its_page(tmp_path):
     pytest.importorskip("pettingzoo", reason="pettingzoo is not installed: pip install -e '.[experiments]'")
     pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[experiments]'")
