@@ -277,6 +277,7 @@ def test_every_committed_number_is_that_of_its_row():
                 across = section.key in ("time", "memory", "sweeps")
                 if section.key == "rooflines":
                     check_roofline(trace, rows, panel)
+                    seen.add(section.key)
                     continue
                 for value, other, said in zip(
                     *(trace[k] for k in ("yx" if across else "xy")), trace["customdata"]
@@ -297,7 +298,9 @@ def test_every_committed_number_is_that_of_its_row():
                     }[section.key]
                     assert value in fields, (panel.title, where)
                     seen.add(section.key)
-    assert seen >= {"time", "memory", "ratios", "rates", "errors"}
+    assert seen == {section.key for section in sections(entries)}
+    # a rate is on a roofline where its row has the ceilings, else on its own
+    assert seen >= {"time", "memory", "ratios", "errors"} and seen & {"rates", "rooflines"}
 
 
 def check_roofline(trace, rows, panel):
