@@ -38,6 +38,10 @@ def dispatch(
         name = function_name(func)
         if runtime.recording():
             runtime.record_unsupported(name)
+        if isinstance(func, torch.ScriptMethod):  # of torch.jit.script and trace
+            runtime.unsupported(
+                "a module of TorchScript has no derivative rule for a Dual: call the module that torch.jit was given."
+            )
         runtime.unsupported(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
             "or register one with aajr_kernels.runtime.rule."

@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from aajr_kernels.cli.reports.readme import between  # noqa: E402
+
 ROWS, PAGE = ROOT / "docs" / "integrations.jsonl", ROOT / "docs" / "integrations.md"
 BEGIN, END = "<!-- integrations: written by `make integrations` -->", "<!-- end of integrations -->"
 FIELDS = ("integration", "shows", "error", "against", "test", "versions", "commit")
@@ -61,17 +65,13 @@ def versions(rows: list[dict[str, Any]]) -> str:
     return f"Measured with {', '.join(sorted(packages))}, commit {', '.join(sorted(commits))}."
 
 
-def page(text: str, rows: list[dict[str, Any]]) -> str:
-    """The page with its table.
+def write(page: Path, rows: list[dict[str, Any]]) -> bool:
+    """Put the table between the marks of the page; whether that changed it.
 
     Raises:
         ValueError: it has not exactly one pair of marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE.name} must have the lines {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n{table(rows)}\n\n{versions(rows)}\n{END}{after}"
+    return between(page, BEGIN, END, f"{table(rows)}\n\n{versions(rows)}")
 
 
 def run() -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def main() -> None:
     if parser.parse_args().run:
         rows = run()
         ROWS.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+    write(PAGE, read())
 
 
 if __name__ == "__main__":

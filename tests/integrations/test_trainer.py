@@ -23,7 +23,6 @@ from integrations.trainers import (
     rows_of,
     trained,
 )
-from torch import nn
 
 import aajr_kernels as aajr
 from aajr_kernels.method.training import (
@@ -407,18 +406,6 @@ def test_models_that_do_not_go_with_it(tmp_path):
     )
     with pytest.raises(ValueError, match="output_router_logits must be False"):
         AAJRTrainer(mixtral, args, objective=CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "message"),
-    [
-        (nn.DataParallel, "got DataParallel: start one process per device"),
-        (lambda m: torch.compile(m), "got OptimizedModule: give the module that torch.compile was called"),
-    ],
-)
-def test_wrappers_that_are_not_understood(wrap, message):
-    with pytest.raises(TypeError, match=message):
-        Objective(wrap(gpt2()), CONFIG)
 
 
 def test_the_trainer_is_made_when_it_is_asked_for():

@@ -46,7 +46,7 @@ def attention_case(features: int, dtype: str, length: int, selection: Selection)
     plain, dual = (count * product for count in PRODUCTS[selection.part])
     # read and written once: q, k, v and out; then those and four gradients
     tensors = {"forward": 2, "backward": 4, "both": 6}[selection.part]
-    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    item = getattr(torch, dtype).itemsize
     moved = float(tensors * item * length * (HEADS + KEY_HEADS) * features)
     variants = [
         Variant("plain", make(_plain), truth, flops=plain, bytes=moved),

@@ -57,7 +57,7 @@ def cases(selection: Selection) -> list[Case]:
 # ------------------------------------------------------------------------------------------------------------ rows
 def _rows(name: str, part: str, dtype: str, length: int) -> Case:
     op = pointwise.OPS[name]
-    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    item = getattr(torch, dtype).itemsize
     work = {
         K: roofline.stream(KINDS[name], 2.0 * length * FEATURES, part == "backward", K, item) for K in (0, 1)
     }

@@ -33,7 +33,7 @@ def on_h100() -> bool:
 
 def case(name: str, part: str, dtype: str, length: int, device: str) -> Case:
     default = SHAPES[name]
-    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    item = getattr(torch, dtype).itemsize
     shape = dataclasses.replace(default, N=length, M=length, item=item)
     forward = part == "forward"
     plain_work = tuple(shape.plain_forward() if forward else shape.plain_backward())

@@ -48,7 +48,7 @@ def variants(dtype: str, length: int, sizes: Sizes, part: str = "both") -> dict[
     make = functools.partial(functools.partial, dtype=dtype, sizes=sizes, part=part)
     plain, dual = PRODUCTS[part]
     product = 2.0 * length * sizes.words * sizes.hidden
-    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    item = getattr(torch, dtype).itemsize
     # read and written once: hidden states and weight; then those and their gradients; no logits
     passes = {"forward": 1, "backward": 2, "both": 3}[part]
     moved = {k: float(passes * item * sizes.hidden * (sizes.words + (1 + k) * length)) for k in (0, 1)}

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ...integrations.transformers import fuse
-from . import step
+from . import models, step
 from .allocator import return_memory
 from .case import Case, Gradients, Run, Selection, Suite, Variant
 
@@ -140,10 +139,7 @@ def make(way: Way, task: step.Task, length: int) -> Run:
     return_memory()
     model, _, x, v, labels = step.problem(task, length)
     if way.checkpoint:
-        checkpointed: Any = model.train()  # nothing has dropout
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # renamed in the newest transformers
-            checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+        models.checkpoint(model)
     if way.penalty:
         fuse(model, recompute=way.recompute)
     parameters = list(model.parameters())

@@ -68,10 +68,10 @@ def cases(selection: Selection) -> list[Case]:
 def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
     task = functools.partial(Task, dtype, family=family, device=selection.device)
     bounded = selection.bounded and (family, dtype, length) == ("step", "float32", 512)
-    compiled = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
+    others = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
     variants = (
         _variant("adversarial", task()),
-        *(compiled if family == "step" else ()),
+        *(others if family == "step" else ()),
         _variant("adversarial, our kernels", task(ours=True)),
         _variant("with penalty", task(penalty=True, ours=True), bounds={"ratio": BOUND} if bounded else {}),
     )
@@ -117,10 +117,7 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tens
     if "lora" in task.family:
         model, head = _adapted(model), head.requires_grad_(False)
     if "checkpoint" in task.family:
-        checkpointed: Any = model.train()  # nothing has dropout
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # renamed in the newest transformers
-            checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+        models.checkpoint(model)
     if task.ours:
         fuse(model)
     labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))

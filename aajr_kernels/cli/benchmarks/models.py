@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -54,6 +55,14 @@ def described(kind: str, length: int) -> str:
     heads = f"{found.heads}/{found.key_heads}" if architecture(kind) == "llama" else f"{found.heads}"
     inner = found.intermediate if architecture(kind) == "llama" else 4 * found.hidden
     return f"{found.layers} layers, hidden {found.hidden}, intermediate {inner}, heads {heads}, B1"
+
+
+def checkpoint(model: nn.Module) -> None:
+    """Switch on Hugging Face's activation checkpointing of every layer, non-reentrant."""
+    library: Any = model.train()  # in evaluation its layers are not checkpointed; nothing has dropout
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in the newest transformers
+        library.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Module:

@@ -134,7 +134,7 @@ def _case(family: str, op: Op, dtype: str, length: int, selection: Selection) ->
     features = SHAPES.get(length, 384)
     # what has to move: inputs in and results out; inputs and cotangents in and gradients out
     streams = {"forward": op.inputs + 1, "backward": 2 * op.inputs + 1, "both": 3 * op.inputs + 2}
-    item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    item = getattr(torch, dtype).itemsize
     moved = 2.0 * length * features * item * streams[selection.part]
     count = functools.partial(_operations, family, selection.part, length * features)
     plain, dual = count(False), count(True)
