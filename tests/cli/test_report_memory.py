@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import benchmark_rows
 import pytest
 
 from aajr_kernels.cli import report
-from aajr_kernels.cli.benchmarks.memory import WAYS
+from aajr_kernels.cli.benchmarks.memory import LENGTHS, WAYS
 from aajr_kernels.cli.reports import memory, sources
 
 PAGE = report.ROOT / "docs" / "memory.md"
@@ -33,6 +34,7 @@ def test_every_number_of_the_table_is_in_the_rows_it_names():
     """Without the code that writes the table: its last column leads to lines that say the same."""
     head, _, *body = table()
     assert head[1:-1] == [memory.HEADINGS[name] for name in WAYS] and body
+    assert [int(cells[0]) for cells in body] == list(LENGTHS)
     for cells in body:
         ((label, file),) = re.findall(r"\[(.+?)\]\((.+?)\)", cells[-1])
         text = (PAGE.parent / file).read_text().splitlines()
@@ -55,6 +57,15 @@ def test_what_is_there_to_say_is_true_of_the_rows():
         peaks = {name: entry.row.peak_bytes or 0 for name, entry in line.items()}
         for name in ("exact, recomputed", "exact, checkpointed", "exact, offloaded"):
             assert peaks[name] < peaks["exact, fused"], line["plain"].where
+
+
+def test_memory_is_linear_in_the_length():
+    """Twice the length, twice the memory: nothing of the size of queries times keys is kept."""
+    lines = memory.lines(sources.read(RESULTS, report.ROOT))
+    assert len(lines) == len(LENGTHS)
+    for name in WAYS:
+        peaks = [line[name].row.peak_bytes or 0 for line in lines]
+        assert all(b / a < 2.05 for a, b in itertools.pairwise(peaks)), (name, peaks)
 
 
 def test_only_what_is_between_the_marks_changes(tmp_path):
