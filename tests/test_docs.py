@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import aajr_kernels
 from aajr_kernels import runtime
@@ -35,10 +36,10 @@ PAGES = {
     "ops/reduce.md": [],
     "ops/rotary.md": [],
     "quickstart.md": ["transformers"],
-    "trainer.md": ["transformers", "accelerate", "peft"],
+    "trainer.md": ["transformers", "accelerate", "peft", "trl", "datasets"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
 }
-SLOW = ("compile.md", "distributed.md", "guide.md")
+SLOW = ("compile.md", "distributed.md", "guide.md", "trainer.md")
 
 
 #: Trainer's default, where there is no device
@@ -46,10 +47,9 @@ PINNED = "ignore:'pin_memory' argument is set as true:UserWarning"
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # raised by Dynamo
-@pytest.mark.filterwarnings(
-    "ignore:.gradient_checkpointing_(en|dis)able.:FutureWarning"
-)  # renamed in the newest
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # renamed in the newest
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by PEFT
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|trl|dill|multiprocess|pyarrow).*")
 @pytest.mark.filterwarnings(PINNED)
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
@@ -70,10 +70,36 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_the_blocks_of_readme_run(tmp_path, monkeypatch):
+    """With a small model where the path leads, and what the text leaves to the reader."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("path/to/any/llama")
+    ids = torch.randint(97, (2, 9))
+    names = {
+        "token_ids": ids,
+        "labels": ids.roll(-1, 1),
+        "attention_mask": torch.ones_like(ids),
+        "ascent_direction": torch.randn(2, 9, 32),
+        "task_loss": lambda logits: logits.logsumexp(-1).mean(),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["penalty"] > 0
+        trained = [p for name, p in names["model"].named_parameters() if "embed" not in name]
+        assert all(p.grad is not None and p.grad.any() for p in trained)
+        names["model"].zero_grad()
+        names["x"] = names["x"].detach()  # the next step's
+
+
 @pytest.mark.filterwarnings(PINNED)
 def test_a_script_becomes_ours_in_five_lines(tmp_path, monkeypatch, capsys):
     """The first block of the page on Trainer is a plain script; its diff applies, is short, and the result runs."""
-    for package in PAGES["trainer.md"]:
+    for package in ("transformers", "accelerate"):
         pytest.importorskip(package)
     page = (DOCS / "trainer.md").read_text()
     script = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].splitlines()
@@ -109,6 +135,37 @@ def test_every_page_with_python_runs():
         path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if "```python\n" in path.read_text()
     }
     assert found == set(PAGES)
+    others = [path for path in ROOT.glob("*.md") if "```python\n" in path.read_text()]
+    others += [path for path in ROOT.glob("*/README.md") if "```python\n" in path.read_text()]
+    assert others == [ROOT / "README.md"]
+
+
+def test_commands_of_the_pages_exist():
+    """`aajr ...` in blocks of commands: the subcommand, and every option that it is given."""
+    from aajr_kernels.cli.main import COMMANDS, load
+
+    known = {name: {o for p in load(name).params for o in (*p.opts, *p.secondary_opts)} for name in COMMANDS}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    seen = 0
+    for page in pages:
+        for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines():
+                words = line.partition("#")[0].removeprefix("$ ").split()
+                while words and "=" in words[0]:  # settings
+                    words.pop(0)
+                if words[:3] == ["python", "-m", "aajr_kernels"]:
+                    words[:3] = ["aajr"]
+                if words[:1] == ["make"] and words[1:]:
+                    named = [word for word in words[1:] if re.fullmatch("[a-z-]+", word)]
+                    assert named and set(named) <= targets, (page.name, line)
+                if words[:1] != ["aajr"]:
+                    continue
+                assert words[1] in known, (page.name, line)
+                given = {w.partition("=")[0] for w in words if w.startswith("--") and len(w) > 2}
+                assert given <= known[words[1]] | {"--help"}, (page.name, line)
+                seen += 1
+    assert seen > 10
 
 
 def test_troubleshooting_is_keyed_by_messages_that_exist():

@@ -6,6 +6,7 @@ Read from the syntax trees, so an import inside a function counts too; only thos
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,12 +126,13 @@ def test_optional_modules_are_imported_in_their_place(module):
                 assert any(fnmatch(module, place) for place in places), f"{module} imports {name}"
 
 
-def _python(code: str) -> str:
+def _python(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:aajr_kernels", "-c", code],
         capture_output=True,
         text=True,
         cwd=PACKAGE.parent,
+        env=os.environ | environment,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -139,12 +141,27 @@ def _python(code: str) -> str:
 
 def test_importing_the_package_loads_nothing_optional():
     loaded = _python(
-        "import sys, time, torch; before = set(sys.modules); start = time.perf_counter(); import aajr_kernels;"
-        f"print(time.perf_counter() - start, *[m for m in {LAZY!r} if m in set(sys.modules) - before])"
-    ).split()
-    print(f"import aajr_kernels takes {float(loaded[0]):.2f} s beyond torch")
-    assert loaded[1:] == []
-    assert float(loaded[0]) < 3.0  # a tenth of this on a quiet machine
+        "import sys, torch; before = set(sys.modules); import aajr_kernels;"
+        f"print(*[m for m in {LAZY!r} if m in set(sys.modules) - before])"
+    )
+    assert loaded.split() == []
+
+
+@pytest.mark.slow
+def test_importing_the_package_takes_less_than_a_third_of_a_second(tmp_path, record_property):
+    """0.3 s beyond torch's own, with its files compiled, as an installation has them.
+
+    Processor time, and the least of several processes: what else the machine does is not in it.
+    """
+    code = (
+        "import time, torch; start = time.process_time(); import aajr_kernels;"
+        "print(time.process_time() - start)"
+    )
+    cached = dict(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(tmp_path))
+    first, *times = (float(_python(code, **cached)) for _ in range(6))  # the first one compiles the files
+    record_property("seconds", min(times))
+    print(f"import aajr_kernels: {min(times):.2f} s beyond torch, {first:.2f} s with compiling its files")
+    assert min(times) < 0.3
 
 
 def test_the_package_works_with_the_optional_modules_blocked():
