@@ -1,7 +1,8 @@
 """What `mkdocs build` needs beyond its configuration: the repository's other Markdown files as pages, and their links.
 
 The pages link to one another as files of the repository, so that they can be read there. On the site, README,
-CONTRIBUTING, CHANGELOG and bench/README are pages too, and a link to any other file becomes its path as code.
+CONTRIBUTING, CHANGELOG and the READMEs of bench and examples are pages too, and a link to any other file becomes its
+path as code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ EXTRA = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "bench/README.md": "benchmarks.md",
+    "examples/README.md": "examples.md",
 }
 _LINK = re.compile(
     r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)"

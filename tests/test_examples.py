@@ -22,6 +22,8 @@ SHARED = {"text"}
 
 def test_every_example_is_listed():
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(NEEDS) | SHARED
+    page = (ROOT / "examples" / "README.md").read_text()
+    assert [name for name in (*NEEDS, *SHARED) if f"[{name}.py]({name}.py)" not in page] == []
 
 
 @pytest.mark.slow
