@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = aajr_kernels.__version__
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> str:
@@ -41,9 +43,11 @@ def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> str:
     return done.stdout
 
 
-def test_versions_agree():
-    assert aajr_kernels.__version__ == PROJECT["version"]
-    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_version_stands_in_one_place():
+    """And is a semantic one, with its entry in the changelog."""
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
+    assert re.search(rf"^## {re.escape(VERSION)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
 def test_every_public_name_exists():
@@ -183,7 +187,7 @@ def test_pure_python_wheel_works_in_a_clean_environment(source, tmp_path):
     where = run(python, "-c", "import aajr_kernels; print(aajr_kernels.__file__)", cwd=tmp_path)
     assert str(tmp_path) in where
     facts = json.loads(run(python.parent / "aajr", "info", "--json", cwd=tmp_path))
-    assert facts["versions"]["aajr_kernels"] == PROJECT["version"]
+    assert facts["versions"]["aajr_kernels"] == VERSION
     assert facts["build"]["native"] is False
     assert "AAJR_NATIVE=0" in facts["build"]["reason"]
     assert facts["backends"]["reference"] is None
