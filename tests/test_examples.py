@@ -1,4 +1,4 @@
-"""Every example runs as a program, offline; half a minute each on two quiet cores."""
+"""Every example runs as a program, offline, in less than two minutes; examples/README.md has the seconds."""
 
 from __future__ import annotations
 

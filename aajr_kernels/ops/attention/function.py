@@ -35,6 +35,7 @@ class AttentionFunction(torch.autograd.Function):
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         module = runtime.implementation("attention", backend)
+        q, k, v = _dense(q), _dense(k), _dense(v)
         with runtime.no_autocast(q.device.type):
             starts = None if q_start is None else (q_start, k_start)
             out, *residuals = module.attention_fwd(q, k, v, mask, _options(module, options, seed), starts)
@@ -57,6 +58,19 @@ class AttentionFunction(torch.autograd.Function):
                 starts=None if q_start is None else (q_start, k_start),
             )
         return *grads, None, None, None, None, None
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """While torch.compile traces: `x` without gaps between its numbers, its axes in the order that they have.
+
+    A part of a wider projection (GPT-2's queries) has gaps. Inductor closes them when it saves it for the backward, and
+    AOTAutograd then takes the new strides for numbers, not for multiples of a length: the next length would fail.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    own = x.clone()  # nothing is left of it in the graph if it is not used
+    same = all(a == b for size, a, b in zip(x.shape, x.stride(), own.stride()) if size != 1)
+    return x if same else own
 
 
 def _options(module: Any, options: tuple[Any, ...], seed: torch.Tensor | None) -> Any:
