@@ -1,11 +1,16 @@
-"""Build of the optional native CPU module; everything else is declared in pyproject.toml.
+"""Build of the optional compiled modules; everything else is declared in pyproject.toml.
 
 `aajr_kernels._native` is built through CMake and Ninja when its sources and a C++ compiler are there. Otherwise, or
 when the compilation fails, the package installs as pure Python and runs on the reference backend. Either way
 aajr_kernels/_build_info.json records what happened, for `aajr info` and for error messages.
 
-AAJR_NATIVE=0 skips the native module, AAJR_NATIVE=1 makes its absence an error. AAJR_CMAKE_ARGS adds options for
-CMake, CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs (two otherwise).
+`aajr_kernels._cuda` is built beside it where there is a CUDA compiler; no device is looked for, and without the module
+everything else works.
+
+AAJR_NATIVE=0 skips the compiled modules, AAJR_NATIVE=1 makes the absence of the native one an error. AAJR_CUDA=OFF
+skips the CUDA module, AAJR_CUDA=ON makes its absence an error; AUTO leaves it out beside a torch that is built without
+CUDA. AAJR_CUDA_ARCHITECTURES names its processors ("90-real;120"). AAJR_CMAKE_ARGS adds options for CMake, CXX names
+the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs (two otherwise).
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 WISH = os.environ.get("AAJR_NATIVE", "auto")
+CUDA_WISH = os.environ.get("AAJR_CUDA", "AUTO").upper()
 CMAKE = (3, 24)
 # an editable install keeps this folder, so that the next one compiles only what changed
 EDITABLE_BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
@@ -64,6 +70,25 @@ if REASON is not None and WISH == "1":
     raise SystemExit(f"AAJR_NATIVE=1 asks for the native module, but {REASON}.")
 
 
+def why_not_cuda() -> str | None:
+    """One sentence saying why AUTO does not even look for a CUDA compiler; the rest is for CMake to say."""
+    if CUDA_WISH != "AUTO":
+        return None
+    try:
+        import torch
+    except ImportError:  # an isolated build: it may be any
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA (AAJR_CUDA=ON builds it all the same)"
+    return None
+
+
+if CUDA_WISH not in ("AUTO", "ON", "OFF"):
+    raise SystemExit(f"AAJR_CUDA={CUDA_WISH} is unknown: choose AUTO, ON or OFF.")
+if CUDA_WISH == "ON" and REASON is not None:
+    raise SystemExit(f"AAJR_CUDA=ON asks for the CUDA module, but nothing is compiled: {REASON}.")
+
+
 def build_requirements() -> list[str]:
     """What an isolated build needs beside setuptools; tools that this machine has are not downloaded."""
     missing = []
@@ -88,9 +113,20 @@ def write_build_info(package: Path, **entries: Any) -> None:
     (package / "_build_info.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def remove_module(package: Path) -> None:
+def file_of(module: str) -> str:
+    return f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def remove_module(package: Path, module: str = "_native") -> None:
     """Delete the module that an earlier build left in a source tree: it would be older than its Python side."""
-    (package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+    (package / file_of(module)).unlink(missing_ok=True)
+
+
+def put_in_place(built: Path, library: Path) -> None:
+    """A new file, never new contents in one that a running process has mapped."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    library.unlink(missing_ok=True)
+    shutil.copy2(built, library)
 
 
 def first_error(output: str) -> str:
@@ -127,7 +163,8 @@ class BuildPython(build_py):
         super().run()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "aajr_kernels"
         if self.editable_mode and REASON:
-            remove_module(package)
+            for module in ("_native", "_cuda"):
+                remove_module(package, module)
         write_build_info(package, native=False, reason=REASON or "it was not built")
 
 
@@ -135,18 +172,45 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "aajr_kernels"
         compiler = find_compiler()
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        remove_module(package, "_cuda")
         try:
-            self._cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
+            build = self._configure()
+            self._build(build, "_native", library)
         except BuildFailed as error:
             reason = f"its compilation with {compiler} failed: {error}"
             remove_module(package)
             write_build_info(package, native=False, reason=reason, compiler=compiler)
             if WISH == "1":
                 raise SystemExit(f"The native module was asked for (AAJR_NATIVE=1), but {reason}") from error
+            if CUDA_WISH == "ON":
+                raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {error}") from error
             raise CompileError(reason) from error
-        write_build_info(package, native=True, reason=None, compiler=compiler)
+        write_build_info(package, native=True, reason=None, compiler=compiler, **self._cuda(build, library))
 
-    def _cmake(self, library: Path) -> None:
+    def _cuda(self, build: Path, native: Path) -> dict[str, Any]:
+        """Build the CUDA module where CMake found what it takes; what came of it, for the record."""
+        try:
+            found: dict[str, Any] = json.loads((build / "cuda.json").read_text())
+        except OSError:
+            found = {"cuda": False, "cuda_reason": "this source tree holds no CUDA sources (csrc/cuda)"}
+        if not found["cuda"]:
+            return {"cuda": False, "cuda_reason": why_not_cuda() or found["cuda_reason"]}
+        try:
+            self._build(build, "_cuda", native.with_name(file_of("_cuda")))
+        except BuildFailed as error:
+            reason = f"its compilation failed: {error}"
+            if CUDA_WISH == "ON":
+                raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {reason}") from error
+            return {"cuda": False, "cuda_reason": reason}
+        return {"cuda": True, "cuda_reason": None}
+
+    def _build(self, build: Path, target: str, library: Path) -> None:
+        run(find("cmake") or "cmake", "--build", str(build), "--target", target)
+        put_in_place(build / "out" / library.name, library)
+
+    def _configure(self) -> Path:
+        """The build folder."""
         try:
             import pybind11
         except ImportError as error:
@@ -161,14 +225,12 @@ class BuildNative(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             # written out, because the folder remembers what an earlier build was given
-            *("-DAAJR_OPENMP=ON", "-DAAJR_EMULATED=OFF", "-DAAJR_SANITIZE="),
+            *("-DAAJR_OPENMP=ON", "-DAAJR_EMULATED=OFF", "-DAAJR_SANITIZE=", "-DAAJR_CUDA_HOST=OFF"),
+            f"-DAAJR_CUDA={'OFF' if why_not_cuda() else CUDA_WISH}",
+            f"-DAAJR_CUDA_ARCHITECTURES={os.environ.get('AAJR_CUDA_ARCHITECTURES', '')}",
             *os.environ.get("AAJR_CMAKE_ARGS", "").split(),
         )
-        run(find("cmake") or "cmake", "--build", str(build))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # a new file, never new contents in one that a running process has mapped
-        library.unlink(missing_ok=True)
-        shutil.copy2(build / "out" / library.name, library)
+        return build
 
 
 setup(

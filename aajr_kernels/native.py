@@ -29,7 +29,8 @@ import torch
 
 from .operators import Operators
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
+#: dtype -> its number in csrc/view.h
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
 #: dtypes the kernels compute with; float64 is the reference's
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: axes of a tensor that crosses to the module, at most
@@ -47,7 +48,11 @@ def module() -> ModuleType:
     """
     # torch's OpenMP library has to be in the process before ours looks for one, hence the import of torch above
     path = os.environ.get("AAJR_NATIVE_MODULE")
-    loaded = _load(path) if path else importlib.import_module("aajr_kernels._native")
+    loaded = (
+        load("aajr_kernels._native", "AAJR_NATIVE_MODULE", path)
+        if path
+        else importlib.import_module("aajr_kernels._native")
+    )
     wish = os.environ.get("AAJR_CPU_CAPABILITY")
     if wish:
         try:
@@ -58,15 +63,16 @@ def module() -> ModuleType:
     return loaded
 
 
-def _load(path: str) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader("aajr_kernels._native", path)
+def load(name: str, variable: str, path: str) -> ModuleType:
+    """The extension module `name` from the file that the environment variable names; ValueError if that fails."""
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
     try:
         spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
         assert spec is not None  # the loader is given
         loaded = importlib.util.module_from_spec(spec)  # with __file__, unlike that of a bare ModuleSpec
         loader.exec_module(loaded)
     except ImportError as error:
-        raise ValueError(f"AAJR_NATIVE_MODULE={path}: {error}.") from error
+        raise ValueError(f"{variable}={path}: {error}.") from error
     return loaded
 
 
@@ -133,8 +139,9 @@ def dry_run() -> Iterator[None]:
 operator = Operators("native_", ("CPU",), dry_run)
 
 
-def _view(t: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
-    return None if t is None else (t.data_ptr(), _CODES[t.dtype], tuple(t.shape), t.stride())
+def view(t: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """A tensor as the module takes it."""
+    return None if t is None else (t.data_ptr(), CODES[t.dtype], tuple(t.shape), t.stride())
 
 
 def call(
@@ -152,7 +159,7 @@ def call(
     if is_dry():
         return
     for t in tensors:
-        if t is not None and t.dtype not in _CODES:
+        if t is not None and t.dtype not in CODES:
             raise TypeError(
                 f"the native backend has no kernels for {t.dtype} ({name}): cast to float32, bfloat16 or float16, "
                 "or use the reference backend."
@@ -164,7 +171,7 @@ def call(
         raise ImportError(
             f"the native CPU module has no {name}, it is older than the package: run pip install again."
         )
-    entry(tuple(map(_view, tensors)), ints, floats, torch.get_num_threads())
+    entry(tuple(map(view, tensors)), ints, floats, torch.get_num_threads())
 
 
 #: bytes from which a tensor asks for large pages: a few of them at least

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 
-from . import gpu, native, sharding
+from . import cuda, gpu, native, sharding
 from .operators import constant
 from .recording import Coverage, coverage, record, record_unsupported, recording
 
@@ -70,7 +70,7 @@ class BackendUnavailable(RuntimeError):
 # Backends
 # ---------------------------------------------------------------------------------------------------------------
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "native", "triton", "cuda")
 _choice = os.environ.get("AAJR_BACKEND", "auto")
 
 
@@ -80,14 +80,16 @@ def backends() -> dict[str, str | None]:
         without_native = native.missing()
     except ValueError as error:
         without_native = str(error)
-    return {"reference": None, "native": without_native, "triton": gpu.missing()}
+    return {"reference": None, "native": without_native, "triton": gpu.missing(), "cuda": cuda.missing()}
 
 
 class use_backend:
-    """Choose the backend of every operation: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+    """Choose the backend of every operation: ``"auto"``, ``"reference"``, ``"native"``, ``"triton"`` or ``"cuda"``.
 
     Takes effect when called; used as a context manager it restores the previous choice on exit. The environment
-    variable ``AAJR_BACKEND`` sets the initial choice. A backend chosen by name never falls back to another one.
+    variable ``AAJR_BACKEND`` sets the initial choice. A backend chosen by name never falls back to another one, with
+    one exception that is no surprise: ``"cuda"`` (experimental) has kernels for norms and sensitivities alone, and
+    leaves the other operations to what ``"auto"`` takes. :func:`coverage` shows who ran what.
 
     Raises:
         ValueError: the name is unknown.
@@ -178,12 +180,16 @@ def _fits_native(t: torch.Tensor) -> bool:
     return fits and (torch.compiler.is_compiling() or _has_memory(t))
 
 
-def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
+#: backends of devices -> why their kernels do not take a tensor
+_WHY_NOT = {"triton": gpu.why_not, "cuda": cuda.why_not}
+
+
+def _why_not(backend: str, *tensors: torch.Tensor | None) -> str | None:
     first: torch.Tensor | None = None
     for t in tensors:
         if t is None:
             continue
-        if (reason := gpu.why_not(t)) is not None:
+        if (reason := _WHY_NOT[backend](t)) is not None:
             return reason
         # DTensor, for one, has a pointer of zero
         if not torch.compiler.is_compiling() and not _has_memory(t):
@@ -194,17 +200,20 @@ def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def select_backend(op: str, *tensors: torch.Tensor | None, triton_lacks: str | None = None) -> str:
+def select_backend(
+    op: str, *tensors: torch.Tensor | None, triton_lacks: str | None = None, in_cuda: bool = True
+) -> str:
     """The backend that `op` runs on for these inputs.
 
-    A name chosen by the user is final. ``auto`` takes the native kernels for float32, bfloat16 and float16 on a CPU,
-    the Triton kernels for the same on CUDA and ROCm devices, and the reference for everything else: float64 and other
-    devices. Compiled code runs the same kernels, as operators of torch.
+    A name chosen by the user is final (``cuda``: for what it has kernels for). ``auto`` takes the native kernels for
+    float32, bfloat16 and float16 on a CPU, the Triton kernels for the same on CUDA and ROCm devices, and the reference
+    for everything else: float64 and other devices. Compiled code runs the same kernels, as operators of torch.
 
     Args:
         op: package under ``ops``.
         tensors: its inputs.
         triton_lacks: what this call asks for that the Triton kernels do not have, and what they have; None if nothing.
+        in_cuda: whether the op's CUDA C++ kernels, if there are any, have this part of it.
 
     Raises:
         BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
@@ -212,22 +221,24 @@ def select_backend(op: str, *tensors: torch.Tensor | None, triton_lacks: str | N
     """
     if sharding.spread(*tensors):
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
-    backend = _select(op, tensors, triton_lacks)
+    backend = _select(op, tensors, triton_lacks, in_cuda)
     if torch.compiler.is_compiling():
         _load_all(backend)
     return backend
 
 
-def _select(op: str, tensors: tuple[torch.Tensor | None, ...], triton_lacks: str | None) -> str:
-    if _choice != "auto":
+def _select(
+    op: str, tensors: tuple[torch.Tensor | None, ...], triton_lacks: str | None, in_cuda: bool
+) -> str:
+    if _choice != "auto" and not (_choice == "cuda" and not (in_cuda and _has(op, "cuda"))):
         _named(op, _choice)
         if _choice == "triton" and triton_lacks is not None:
             raise BackendUnavailable(f"{op}: backend 'triton' {triton_lacks}: use backend 'auto'.")
-        if _choice == "triton" and (reason := _why_not_triton(*tensors)) is not None:
-            raise BackendUnavailable(f"{op}: backend 'triton' got {reason}, or use backend 'auto'.")
+        if _choice in _WHY_NOT and (reason := _why_not(_choice, *tensors)) is not None:
+            raise BackendUnavailable(f"{op}: backend {_choice!r} got {reason}, or use backend 'auto'.")
         return _choice
     if any(t is not None and t.device.type == "cuda" for t in tensors):
-        fits = triton_lacks is None and _why_not_triton(*tensors) is None
+        fits = triton_lacks is None and _why_not("triton", *tensors) is None
         return _on_device(op) if fits else "reference"
     return _on_cpu(op) if all(_fits_native(t) for t in tensors if t is not None) else "reference"
 

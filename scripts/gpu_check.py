@@ -44,6 +44,7 @@ BENCHES = {
         for part in ("forward", "backward")
     ],
     "head and step": ["head", "step"],
+    "launches": ["launches"],
 }
 
 
@@ -103,19 +104,24 @@ def run_tests(title: str, tests: list[str], prefix: Sequence[str] = (), jobs: in
         return run(title, [*prefix, *PYTEST, *workers, f"@{file.name}"])
 
 
-def sanitize() -> Result:
-    """compute-sanitizer's memcheck on the small cases."""
+def sanitize() -> list[Result]:
+    """compute-sanitizer on the small cases: memcheck on all, racecheck and initcheck on the kernels in CUDA C++."""
     sanitizer = shutil.which("compute-sanitizer")
     small = collect("gpu and sanitizer") if sanitizer else []
     if not sanitizer or not small:
         reason = "no small case is marked for it" if sanitizer else "compute-sanitizer is not installed"
-        return Result("compute-sanitizer", f"left out: {reason}", 0.0)
+        return [Result("compute-sanitizer", f"left out: {reason}", 0.0)]
+    ours = [test for test in small if test.endswith("-cuda]")]
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that memcheck sees every allocation's end
-    checked = [sanitizer, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "9"]
+    results = []
     try:
-        return run_tests(f"compute-sanitizer, {len(small)} tests", small, checked)
+        for tool, tests in (("memcheck", small), ("racecheck", ours), ("initcheck", ours)):
+            checked = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
+            if tests:
+                results.append(run_tests(f"compute-sanitizer {tool}, {len(tests)} tests", tests, checked))
     finally:
         del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+    return results
 
 
 def results_file(device: str) -> Path:
@@ -174,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 title = f"part {number} of {len(shares)}, {len(share)} tests"
                 results.append(run_tests(title, share, jobs=options.jobs))
     if "sanitizer" in kinds:
-        results.append(sanitize())
+        results += sanitize()
     if "bench" in kinds:
         rows = results_file(device)
         known = len(rows.read_text().splitlines()) if rows.exists() else 0

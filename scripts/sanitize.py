@@ -1,8 +1,10 @@
-"""Build the native module with AddressSanitizer and UndefinedBehaviourSanitizer and run the kernel tests with it.
+"""Build the native module, and the CUDA kernels for the CPU, with sanitizers, and run the kernel tests with them.
+
+AddressSanitizer and UndefinedBehaviourSanitizer look on:
 
     python scripts/sanitize.py [--jobs N] [pytest arguments]
 
-The module goes to build/sanitize and leaves the installed one alone. The sanitizer's library has to be loaded before
+The modules go to build/sanitize and leave the installed ones alone. The sanitizer's library has to be loaded before
 Python itself, so the tests run under LD_PRELOAD; leaks are not looked for, because the interpreter keeps memory until
 it ends. Any report ends the test process. Linux, with g++ or clang++.
 """
@@ -47,8 +49,8 @@ def compiler() -> str:
     return str(path)
 
 
-def build() -> Path:
-    """Compile what changed; the module."""
+def build() -> tuple[Path, Path]:
+    """Compile what changed; the native module, and that of the CUDA kernels."""
     import pybind11
 
     configure = [
@@ -56,7 +58,7 @@ def build() -> Path:
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         # without optimisation the vector code would be too slow to test, with all of it too slow to compile
         *("-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1"),
-        *("-DAAJR_SANITIZE=address,undefined", "-DAAJR_EMULATED=ON"),
+        *("-DAAJR_SANITIZE=address,undefined", "-DAAJR_EMULATED=ON", "-DAAJR_CUDA_HOST=ON"),
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -64,7 +66,8 @@ def build() -> Path:
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
     subprocess.run([tool("cmake"), "--build", str(BUILD)], check=True, env=environment)
-    return BUILD / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return BUILD / f"_native{suffix}", BUILD / f"_cuda_host{suffix}"
 
 
 def library(*names: str) -> str:
@@ -95,14 +98,15 @@ def main() -> int:
     if not sys.platform.startswith("linux"):
         fail("the sanitizers are set up for Linux only.")
     try:
-        module = build()
+        native, cuda = build()
     except subprocess.CalledProcessError as error:
         fail(f"the build failed ({error}).")
     environment = {
         **os.environ,
         **SETTINGS,
         "LD_PRELOAD": preloaded(),
-        "AAJR_NATIVE_MODULE": str(module),
+        "AAJR_NATIVE_MODULE": str(native),
+        "AAJR_CUDA_MODULE": str(cuda),
     }
     workers = ["-n", options.jobs] if options.jobs != "1" else []
     # a report goes to the terminal, also from a process that it ends

@@ -180,7 +180,10 @@ def digest(names: list[str]) -> str:
 
 def stamp() -> dict[str, str]:
     """What the environment depends on; the build's part apart, so that a new kernel does not reinstall packages."""
-    settings = [os.environ.get(name, "") for name in ("AAJR_NATIVE", "AAJR_CMAKE_ARGS", "CXX")]
+    settings = [
+        os.environ.get(name, "")
+        for name in ("AAJR_NATIVE", "AAJR_CUDA", "AAJR_CUDA_ARCHITECTURES", "AAJR_CMAKE_ARGS", "CXX")
+    ]
     return {"root": str(ROOT), "packages": digest(INPUTS), "build": digest(BUILD_INPUTS) + " ".join(settings)}
 
 

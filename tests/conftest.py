@@ -49,18 +49,19 @@ DEVICELESS = ("test_compile.py", "test_loops.py", "test_choice.py")
 
 
 def _mark_for_the_device(items: list[pytest.Item]) -> None:
-    """Where there is a device, tests of Triton kernels run on it: `-m gpu` chooses them, compute-sanitizer a few."""
-    seen: dict[str, int] = {}
+    """Where there is a device, tests of its kernels run on it: `-m gpu` chooses them, compute-sanitizer a few."""
+    seen: dict[tuple[str, str], int] = {}
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         own = item.path.parent.name == "gpu_tests" and item.path.name not in DEVICELESS
-        if own or getattr(parameters.get("target"), "backend", "") == "triton":
+        backend = getattr(parameters.get("target"), "backend", "")
+        if own or backend in ("triton", "cuda"):
             item.add_marker("gpu")
         if not own and "gpu" in item.keywords and parameters.get("k") == 1:
             op = getattr(parameters.get("case"), "op", "")
             if op and parameters.get("dtype") == torch.bfloat16:
-                seen[op] = seen.get(op, 0) + 1
-                if seen[op] <= SANITIZED:
+                seen[op, backend] = seen.get((op, backend), 0) + 1
+                if seen[op, backend] <= SANITIZED:
                     item.add_marker("sanitizer")
 
 

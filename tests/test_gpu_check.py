@@ -41,7 +41,8 @@ def device(monkeypatch, tmp_path):
                 file.write(json.dumps({**json.loads(ROW), "passed": False, "bounds": {"ratio": 2.0}}) + "\n")
         return gpu_check.Result(title, "passed", 1.0)
 
-    tests = [f"tests/test_a.py::test_{i}[a b]" for i in range(10)]
+    tests = [f"tests/test_a.py::test_{i}[a {'cuda' if i == 1 else 'b'}]" for i in range(10)]
+    tests[1] = "tests/test_a.py::test_1[a-cuda]"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(gpu_check, "collect", lambda marker: tests[:2] if "sanitizer" in marker else tests)
@@ -52,12 +53,18 @@ def device(monkeypatch, tmp_path):
     return commands
 
 
+#: the kernels in Triton, which synchronise by themselves, go through memcheck alone
+SANITIZED = [
+    f"compute-sanitizer {tool}" for tool in ("memcheck, 2 tests", "racecheck, 1 tests", "initcheck, 1 tests")
+]
+
+
 def test_everything_runs_in_order_and_the_summary_is_last(device, capsys):
     assert gpu_check.main([]) == 0
     titles = [title for title, _, _ in device]
     assert titles[:4] == [f"part {i} of 4, {n} tests" for i, n in ((1, 2), (2, 3), (3, 2), (4, 3))]
     assert titles[4:] == [
-        "compute-sanitizer, 2 tests",
+        *SANITIZED,
         *(f"aajr bench, {name}" for name in gpu_check.BENCHES),
     ]
     run = [test for _, command, tests in device[:4] for test in tests]
@@ -66,9 +73,9 @@ def test_everything_runs_in_order_and_the_summary_is_last(device, capsys):
     assert sanitizer[0] == "/bin/compute-sanitizer" and "-n" not in sanitizer
     out = capsys.readouterr().out
     summary = out.split("=== summary")[1]
-    assert summary.count("MISSED") == 3 and summary.rstrip().endswith("1 s")
+    assert summary.count("MISSED") == len(gpu_check.BENCHES) and summary.rstrip().endswith("1 s")
     file = gpu_check.ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3.jsonl"
-    assert len(file.read_text().splitlines()) == 3
+    assert len(file.read_text().splitlines()) == len(gpu_check.BENCHES)
 
 
 def test_one_part_and_one_kind(device):
@@ -76,7 +83,9 @@ def test_one_part_and_one_kind(device):
     assert [title for title, _, _ in device] == ["part 2 of 5, 2 tests"]
     device.clear()
     gpu_check.main(["--only", "sanitizer"])
-    assert [title for title, _, _ in device] == ["compute-sanitizer, 2 tests"]
+    assert [title for title, _, _ in device] == SANITIZED
+    assert [command[2] for _, command, _ in device] == ["memcheck", "racecheck", "initcheck"]
+    assert [tests for *_, tests in device][1:] == 2 * [["tests/test_a.py::test_1[a-cuda]"]]
 
 
 def test_a_failure_and_a_missing_tool_are_told(device, monkeypatch, capsys):
@@ -134,17 +143,17 @@ def test_tests_of_the_kernels_get_the_marker_where_there_is_a_device():
     case = SimpleNamespace(op="norm")
     suite = [
         item("native/test_suite.py", target=Target(backend), case=case, k=k, dtype=dtype)
-        for backend in ("triton", "native")
+        for backend in ("triton", "cuda", "native")
         for k in (1, 3)
         for dtype in (torch.bfloat16, torch.float16)
         for _ in range(6)
     ]
     files = [item(f"gpu_tests/{name}") for name in ("test_norm.py", "test_compile.py", "test_choice.py")]
     conftest._mark_for_the_device([*suite, *files])
-    assert ["gpu" in one.keywords for one in suite] == 24 * [True] + 24 * [False]
+    assert ["gpu" in one.keywords for one in suite] == 48 * [True] + 24 * [False]
     assert ["gpu" in one.keywords for one in files] == [True, False, False]
     small = [one for one in suite if "sanitizer" in one.keywords]
-    assert small == suite[: conftest.SANITIZED]
+    assert small == [*suite[: conftest.SANITIZED], *suite[24 : 24 + conftest.SANITIZED]]
 
 
 @pytest.mark.slow
@@ -166,4 +175,5 @@ def test_the_marker_is_there_before_it_chooses(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     chosen = [line for line in done.stdout.splitlines() if "::" in line]
     assert 10 < len(chosen) < 60
-    assert all(line.endswith("-triton]") or "test_gpu.py" in line for line in chosen)
+    assert any(line.endswith("-cuda]") for line in chosen)
+    assert all(line.endswith(("-triton]", "-cuda]")) or "test_gpu.py" in line for line in chosen)

@@ -16,9 +16,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
-LAYERS = {"operators": 0, "memory": 0, "sharding": 0, "recording": 1, "native": 1, "gpu": 1, "runtime": 2}
-LAYERS |= {"dual": 3, "ops": 4, "tracing": 4, "rules": 5, "transforms": 5, "method": 6}
-LAYERS |= {"integrations": 7, "nn": 7, "cli": 8}
+LAYERS = {
+    "operators": 0,
+    "memory": 0,
+    "sharding": 0,
+    "recording": 1,
+    "native": 1,
+    "gpu": 1,
+    "cuda": 2,
+    "runtime": 3,
+}
+LAYERS |= {"dual": 4, "ops": 5, "tracing": 5, "rules": 6, "transforms": 6, "method": 7}
+LAYERS |= {"integrations": 8, "nn": 8, "cli": 9}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {

@@ -133,7 +133,7 @@ def source(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, copy)
     for name in ("aajr_kernels", "csrc"):
         if (ROOT / name).is_dir():
-            skip = shutil.ignore_patterns("__pycache__", "_build_info.json", "_native*")
+            skip = shutil.ignore_patterns("__pycache__", "_build_info.json", "_native*", "_cuda.*")
             shutil.copytree(ROOT / name, copy / name, ignore=skip)
     return copy
 
@@ -216,7 +216,9 @@ def small(source, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def native_wheel(source, tmp_path_factory) -> Path:
     """The wheel as `pip wheel .` makes it: isolated, every kernel compiled."""
-    return build_wheel(source, tmp_path_factory.mktemp("dist"), AAJR_NATIVE="1", AAJR_CMAKE_ARGS="")
+    return build_wheel(
+        source, tmp_path_factory.mktemp("dist"), AAJR_NATIVE="1", AAJR_CMAKE_ARGS="", AAJR_CUDA="OFF"
+    )
 
 
 USE = """

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import native, runtime
+from .. import cuda, native, runtime
 
 PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
 
@@ -54,6 +54,7 @@ def collect() -> dict[str, Any]:
         "backends": runtime.backends(),
         "chosen_backend": os.environ.get("AAJR_BACKEND", "auto"),
         "native": native_info(),
+        "cuda": cuda_info(),
         "build": native.build_info(),
     }
 
@@ -114,6 +115,14 @@ def native_info() -> dict[str, Any] | None:
     return None if runtime.backends()["native"] else native.info()
 
 
+def cuda_info() -> dict[str, Any] | None:
+    """What the CUDA module is, or None where it was not built or cannot be loaded; the backends say why."""
+    try:
+        return cuda.info()
+    except (ImportError, ValueError):
+        return None
+
+
 def show(facts: dict[str, Any], console: Console) -> None:
     """Print the facts as tables."""
     versions = _table("Versions", "package", "version")
@@ -140,6 +149,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
     console.print(backends)
 
     console.print(_native_table(facts))
+    console.print(_cuda_table(facts))
 
 
 def _native_table(facts: dict[str, Any]) -> Table | Text:
@@ -159,6 +169,17 @@ def _native_table(facts: dict[str, Any]) -> Table | Text:
     table.add_row(
         "compiler", module["compiler"] + (f", {build['compiler']}" if build.get("compiler") else "")
     )
+    table.add_row("file", module["file"])
+    return table
+
+
+def _cuda_table(facts: dict[str, Any]) -> Table | Text:
+    module = facts["cuda"]
+    if module is None:
+        return Text(f"CUDA C++ kernels: none. {facts['backends']['cuda']}", "dim")
+    table = _table("CUDA C++ kernels (experimental: chosen by name)", "what", "value")
+    table.add_row("architectures", ", ".join(module["architectures"]) or "the CPU, for tests")
+    table.add_row("toolkit", module["toolkit"])
     table.add_row("file", module["file"])
     return table
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import cuda_host
 from typer.testing import CliRunner
 
+from aajr_kernels import cuda
 from aajr_kernels.cli import benchmarks, main
 from aajr_kernels.cli.benchmarks import (
     Row,
@@ -66,14 +68,15 @@ def test_every_family_passes_its_gate_and_gives_rows(tiny, family):
     assert not outcome.failures
     assert set(outcome.left_out) <= {"cuDNN"}  # torch has it for CUDA alone
     rows = {one.variant: one for one in outcome.rows}
-    ours = next(name for name in rows if name in ("dual", "fisher", "exact, fused"))
-    assert rows[ours].ops and not rows[next(iter(rows))].ops
+    ours = next(name for name in rows if name in ("dual", "fisher", "exact, fused", "Triton"))
+    assert rows[ours].ops and (family == "launches" or not rows[next(iter(rows))].ops)
     assert all(one.min_ms > 0 and one.timing == "calls" for one in outcome.rows)
     rated = any(variant.flops or variant.bytes for variant in case.variants)
     assert all(
         one.ceilings == ({"gflop_per_s": 1000, "gb_per_s": 10} if rated else {}) for one in outcome.rows
     )
-    assert all(variant.work for variant in case.variants if variant.name != gpu.step.FINITE)
+    if family != "launches":
+        assert all(variant.work for variant in case.variants if variant.name != gpu.step.FINITE)
 
 
 def test_in_float32_the_gate_is_sharp(tiny):
@@ -88,6 +91,26 @@ def test_a_wrong_forward_is_red(tiny, monkeypatch):
     right = gpu_attention.attention
     monkeypatch.setattr(gpu_attention, "attention", lambda *a, **o: right(*a, **o) * 1.001)
     assert "dual" in gate.check(case).failures[0]
+
+
+@pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+@pytest.mark.parametrize("family", ["launches", "layer_norm-backward"])
+def test_kernels_in_cuda_are_measured_beside_the_others(tiny, family):
+    with cuda_host.loaded():
+        (case,) = gpu.cases(Selection(("float32",), (5,), (family,)))
+        outcome = run_case(case, row.environment(), repeats=1, peak=False)
+    assert not outcome.failures
+    (ours,) = [one for one in outcome.rows if "CUDA C++" in one.variant]
+    assert set(ours.ops.values()) == {"cuda"}
+
+
+def test_the_bounds_of_kernels_in_cuda(monkeypatch):
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    found = gpu.cases(Selection(families=("launches", "rms_norm-forward", "swiglu-forward")))
+    bounds = {(c.family, c.length): dict(v.bounds) for c in found for v in c.variants if v.backend == "cuda"}
+    assert {key for key, bound in bounds.items() if bound} == {("launches", 64), ("rms_norm-forward", 8192)}
+    assert bounds["launches", 64] == {"ratio": pytest.approx(1 / 3)}
+    assert bounds["rms_norm-forward", 8192] == {"copy_ratio": pytest.approx(1 / 0.85)}
 
 
 # ----------------------------------------------------------------------------------------------------- its bounds
@@ -207,7 +230,7 @@ def test_the_command_predicts_and_says_so(name):
     text = invoke("--model", name)
     assert f"Modelled, not measured: {DEVICES[name].name}" in text and "Assumed: attention at" in text
     for family in FAMILIES:
-        assert f"gpu:{family} " in text
+        assert (f"gpu:{family} " in text) == (family != "launches")
     assert "min ms" not in text
 
 

@@ -42,7 +42,8 @@ def test_json_reports_versions_devices_backends_and_build():
 def test_tables_name_what_is_missing_and_why():
     facts = info.collect()
     facts["backends"] = {"reference": None, "native": "it was built without a compiler [sic]"}
-    facts["native"] = None
+    facts["backends"]["cuda"] = "this installation has no CUDA module: no compiler [sic] was found"
+    facts["native"] = facts["cuda"] = None
     facts["versions"]["triton"] = None
     facts["accelerators"] = []
     facts["no_accelerator"] = "torch is a CPU build"
@@ -51,8 +52,24 @@ def test_tables_name_what_is_missing_and_why():
     text = console.export_text()
     assert "available" in text
     assert "it was built without a compiler [sic]" in text
+    assert "CUDA C++ kernels: none. this installation has no CUDA module: no compiler [sic]" in text
     assert "not installed" in text
     assert "torch is a CPU build" in text
+
+
+def test_tables_describe_the_cuda_module():
+    facts = info.collect()
+    facts["cuda"] = {
+        "file": "_cuda.so",
+        "toolkit": "CUDA 13.0",
+        "architectures": ["80-real", "120-virtual"],
+        "host": False,
+    }
+    console = Console(width=120, record=True, file=io.StringIO())
+    info.show(facts, console)
+    text = console.export_text()
+    for part in ("CUDA C++ kernels (experimental", "80-real, 120-virtual", "CUDA 13.0", "_cuda.so"):
+        assert part in text, part
 
 
 def test_tables_describe_the_native_module():

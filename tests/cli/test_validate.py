@@ -7,14 +7,15 @@ import json
 import os
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from native import cuda_host
 from typer.testing import CliRunner
 
 import aajr_kernels
-from aajr_kernels import runtime
+from aajr_kernels import cuda, runtime
 from aajr_kernels.cli import main
 from aajr_kernels.cli.validation import DTYPES, OPS, Target, budgets, checks, find_targets, validate_all
 from aajr_kernels.cli.validation.case import Draw
@@ -242,7 +243,9 @@ def unwrapped(output: str) -> str:
 def test_missing_backend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(
-        runtime, "backends", lambda: {"reference": None, "native": "no compiler", "triton": None}
+        runtime,
+        "backends",
+        lambda: {"reference": None, "native": "no compiler", "triton": None, "cuda": "not built"},
     )
     result = invoke("--backend", "native")
     assert result.exit_code == 2
@@ -273,6 +276,24 @@ def test_bfloat16_on_the_interpreter_is_validated_only_where_it_computes_it():
 
 
 # --------------------------------------------------------------------------------------------- other backends
+@pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+def test_a_backend_of_some_ops_skips_the_others(monkeypatch):
+    with cuda_host.loaded():
+        found = report(
+            "--op", "rms_norm", "--op", "silu", "--backend", "cuda", "--dtype", "float32", "--device", "cpu"
+        )
+    assert {(row["op"], row["result"]) for row in found["rows"]} == {
+        ("rms_norm", "pass"),
+        ("silu", "skipped"),
+    }
+    monkeypatch.setattr(cuda, "module", lambda: SimpleNamespace(host=False))
+    monkeypatch.setattr(runtime, "backends", lambda: dict.fromkeys(runtime.BACKENDS))
+    with pytest.raises(
+        runtime.BackendUnavailable, match="cuda cannot run here: its kernels need a CUDA device"
+    ):
+        find_targets(["cuda"], "cpu")
+
+
 @pytest.fixture
 def native(monkeypatch):
     """A second backend that has the linear layer alone, made of the reference's."""
@@ -288,7 +309,9 @@ def native(monkeypatch):
         return module
 
     monkeypatch.setattr(
-        runtime, "backends", lambda: {"reference": None, "native": None, "triton": "no triton"}
+        runtime,
+        "backends",
+        lambda: {"reference": None, "native": None, "triton": "no triton", "cuda": "not built"},
     )
     monkeypatch.setattr(runtime, "implementation", implementation)
     return module
@@ -305,7 +328,7 @@ def test_every_available_backend_gets_rows(native):
         ("silu", "float32", "reference"): "pass",
         ("silu", "float32", "native"): "skipped",
     }
-    assert set(found["left_out"]) == {"triton", "float64 on native on cpu"}
+    assert set(found["left_out"]) == {"triton", "cuda", "float64 on native on cpu"}
     native.linear_bwd = perturbed(native.linear_bwd, 1, lambda g: g * 1.01)
     found = report("--op", "linear", "--dtype", "float32", exit_code=1)
     assert [(row["backend"], row["result"]) for row in found["rows"]] == [

@@ -17,6 +17,7 @@ from typing import Any
 
 import budgets
 import torch
+from native import cuda_host
 from ops.op_checks import entered, forward_mode
 from torch import Tensor
 
@@ -24,8 +25,10 @@ from aajr_kernels import native, runtime
 
 PACKAGE = Path(runtime.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
-#: backend -> the device its tensors live on; without a GPU, Triton's kernels run in its interpreter
-DEVICES = {"reference": "cpu", "native": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+#: backend -> the device its tensors live on; without a GPU, Triton's kernels run in its interpreter, and those in CUDA
+#: C++ are compiled for the CPU
+_GPU = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = {"reference": "cpu", "native": "cpu", "triton": _GPU, "cuda": _GPU}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Stacks = Sequence[Tensor]
@@ -49,7 +52,8 @@ class Target:
 
     def why_not(self, op: str) -> str | None:
         """Why the op cannot run there, or None."""
-        reason = runtime.backends()[self.backend]
+        on_host = self.backend == "cuda" and self.device == "cpu"
+        reason = cuda_host.why_not() if on_host else runtime.backends()[self.backend]
         if reason is None and not (PACKAGE / "ops" / op / f"{self.backend}.py").exists():
             reason = f"op {op!r} has no {self.backend}.py"
         return None if reason is None else f"{self.backend}: {reason}"
@@ -57,7 +61,10 @@ class Target:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Every operation inside the block runs there."""
-        with runtime.use_backend(self.backend):
+        with contextlib.ExitStack() as stack:
+            if self.backend == "cuda" and self.device == "cpu":
+                stack.enter_context(cuda_host.loaded())
+            stack.enter_context(runtime.use_backend(self.backend))
             if not self.capability:
                 yield
                 return
@@ -87,7 +94,9 @@ def distinct(op: str = "") -> list[str]:
 def targets(op: str) -> list[Target]:
     """Every place where the op is tested."""
     found = [Target("native", name) for name in distinct(op)] or [Target("native")]
-    return [Target(backend) for backend in DEVICES if backend != "native"] + found
+    found = [Target(backend) for backend in DEVICES if backend != "native"] + found
+    # the one backend that is not for every op
+    return [t for t in found if t.backend != "cuda" or (PACKAGE / "ops" / op / "cuda.py").exists()]
 
 
 # -------------------------------------------------------------------------------------------------------- what

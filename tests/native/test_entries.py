@@ -1,4 +1,5 @@
-"""The entry points of the module itself, called past the Python side with arguments that do not fit.
+"""The entry points of the modules themselves, called past the Python side with arguments that do not fit: of the native
+module, and of the CUDA one compiled for the CPU.
 
 Valid calls are recorded from the small cases of tests/native/test_bad_input.py, forward and backward, and spoiled in
 every way below. Whatever claims more memory than there is must raise ValueError; the rest may raise or run, but must
@@ -8,16 +9,19 @@ not crash.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
+from native import cuda_host
 from native.cases_products import attention, head
 from native.suite import Target, outcome
 from native.test_bad_input import SMALL
 
-from aajr_kernels import native
+from aajr_kernels import cuda, native
 
 PAGE = 4096
 SIZES = [4, 2, 2, 1, 8]  # bytes of the dtype codes
@@ -32,8 +36,11 @@ RECORDED = [
 
 
 #: axes (entry, tensor, axis) whose size no other tensor repeats: the words of a head without a bias, the classes, the
-#: rows that are summed
-FREE = {("head_fwd", 1, 0), ("sensitivity_fwd", 0, 3), *(("column_sum", 0, axis) for axis in range(3))}
+#: rows that are summed, the blocks that share a parameter's gradient
+FREE = {
+    *(("head_fwd", 1, 0), ("sensitivity_fwd", 0, 3), ("norm_bwd", 8, 0), ("norm_bwd", 9, 0)),
+    *(("column_sum", 0, axis) for axis in range(3)),
+}
 #: tensors with any number of axes that no other tensor repeats
 ANY_AXES = {("column_sum", 0)}
 #: tensors that may have any type: the mask
@@ -44,6 +51,7 @@ ANY_TYPE = {("attention_fwd", 3), ("attention_bwd", 3)}
 class Call:
     """A valid call whose tensors lie, dense, in the middle of memory that nobody else uses."""
 
+    module: ModuleType
     name: str
     tensors: list
     ints: tuple
@@ -52,7 +60,7 @@ class Call:
 
     def run(self, **changed) -> None:
         arguments = {"tensors": tuple(self.tensors), "ints": self.ints, "floats": self.floats, "threads": 2}
-        getattr(native.module(), self.name)(**{**arguments, **changed})
+        getattr(self.module, self.name)(**{**arguments, **changed})
 
 
 def placed(t: torch.Tensor | None, keep: list):
@@ -63,38 +71,70 @@ def placed(t: torch.Tensor | None, keep: list):
     start = (-room.data_ptr()) % 64 + PAGE
     room[start : start + dense.numel() * dense.element_size()] = dense.view(-1).view(torch.uint8)
     keep.append(room)
-    return room.data_ptr() + start, native._CODES[t.dtype], tuple(dense.shape), dense.stride()
+    return room.data_ptr() + start, native.CODES[t.dtype], tuple(dense.shape), dense.stride()
+
+
+def tensor_of(view) -> torch.Tensor | None:
+    """A copy of what a module was given."""
+    if view is None:
+        return None
+    pointer, code, shape, strides = view
+    dtype = next(dtype for dtype, number in native.CODES.items() if number == code)
+    if 0 in shape:
+        return torch.zeros(shape, dtype=dtype)
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(pointer)
+    return torch.frombuffer(memory, dtype=dtype, count=count).as_strided(shape, strides).clone()
 
 
 @functools.cache
-def calls() -> tuple[Call, ...]:
+def recorded(backend: str) -> tuple[Call, ...]:
+    """One valid call of every entry with every combination of dtypes and missing tensors."""
+    door = {"native": native, "cuda": cuda}[backend]
     found: dict[tuple, Call] = {}
-    original = native.call
 
-    def record(name, tensors, ints=(), floats=()):
-        original(name, tensors, ints, floats)
-        key = (name, *(None if t is None else (t.dtype, t.dim()) for t in tensors), ints)
-        if key not in found:
-            keep: list = []
-            found[key] = Call(name, [placed(t, keep) for t in tensors], tuple(ints), tuple(floats), keep)
+    class Recorder:
+        """The module, whose entries are recorded."""
 
-    native.call = record
-    try:
-        for case in RECORDED:
-            if Target("native").why_not(case.op) is None:
-                torch.manual_seed(0)
-                inputs, params = ([t.float() for t in ts] for ts in case.build(2))
-                with Target("native").active():
-                    outcome(case.ours, inputs, params, torch.ones(case.ours(inputs, params).shape))
-    finally:
-        native.call = original
+        def __init__(self, module: ModuleType) -> None:
+            self.module = module
+
+        def __getattr__(self, name: str):
+            entry = getattr(self.module, name)
+            return (
+                functools.partial(self.call, name, entry)
+                if name.endswith(("_fwd", "_bwd", "_sum"))
+                else entry
+            )
+
+        def call(self, name, entry, tensors, ints, floats, threads):
+            entry(tensors, ints, floats, threads)
+            key = (name, *(None if t is None else (t[1], len(t[2])) for t in tensors), ints)
+            if key not in found:
+                keep: list = []
+                copies = [placed(tensor_of(t), keep) for t in tensors]
+                found[key] = Call(self.module, name, copies, tuple(ints), tuple(floats), keep)
+
+    for case in RECORDED:
+        target = Target(backend)
+        if target.why_not(case.op) is None:
+            torch.manual_seed(0)
+            inputs, params = ([t.float() for t in ts] for ts in case.build(2))
+            with target.active(), pytest.MonkeyPatch.context() as patch:
+                recorder = Recorder(door.module())
+                patch.setattr(door, "module", lambda recorder=recorder: recorder)
+                outcome(case.ours, inputs, params, torch.ones(case.ours(inputs, params).shape))
     return tuple(found.values())
 
 
-@pytest.fixture(autouse=True)
-def some_calls(module):
-    if not calls():
-        pytest.skip("no op has native kernels")
+@pytest.fixture(params=["native", "cuda"])
+def calls(request) -> tuple[Call, ...]:
+    reason = Target("native").why_not("norm") if request.param == "native" else cuda_host.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    found = recorded(request.param)
+    assert found
+    return found
 
 
 def must_raise(call: Call, what: str, **changed) -> None:
@@ -117,16 +157,16 @@ def present(call: Call):
     return [(i, t) for i, t in enumerate(call.tensors) if t is not None]
 
 
-def test_the_recorded_calls_are_valid():
-    for call in calls():
+def test_the_recorded_calls_are_valid(calls):
+    for call in calls:
         call.run()
-    names = {call.name for call in calls()}
-    untested = {n for n in dir(native.module()) if n.endswith(("_fwd", "_bwd")) and n not in names}
+    names = {call.name for call in calls}
+    untested = {n for n in dir(calls[0].module) if n.endswith(("_fwd", "_bwd")) and n not in names}
     print("entries without a recorded call:", sorted(untested))
 
 
-def test_wrong_numbers_of_arguments():
-    for call in calls():
+def test_wrong_numbers_of_arguments(calls):
+    for call in calls:
         t, i, f = tuple(call.tensors), call.ints, call.floats
         for changed in ({"tensors": t[:-1]}, {"tensors": (*t, None)}, {"tensors": ()}, {"ints": (*i, 0)}):
             must_raise(call, str(changed), **changed)
@@ -138,8 +178,8 @@ def test_wrong_numbers_of_arguments():
         must_raise(call, "no tensor at all", tensors=(None,) * len(t))
 
 
-def test_axes_that_are_longer_than_the_memory():
-    for call in calls():
+def test_axes_that_are_longer_than_the_memory(calls):
+    for call in calls:
         for index, (pointer, code, shape, strides) in present(call):
             for axis, size in enumerate(shape):
                 if (call.name, index, axis) in FREE:
@@ -152,8 +192,8 @@ def test_axes_that_are_longer_than_the_memory():
                     )
 
 
-def test_axes_too_many_and_too_few():
-    for call in calls():
+def test_axes_too_many_and_too_few(calls):
+    for call in calls:
         for index, (pointer, code, shape, strides) in present(call):
             more = (pointer, code, (2, *shape), (1, *strides))
             if (call.name, index) not in ANY_AXES:
@@ -165,8 +205,8 @@ def test_axes_too_many_and_too_few():
             must_raise(call, f"nine axes on tensor {index}", tensors=with_tensor(call, index, nine))
 
 
-def test_types_wider_than_the_memory():
-    for call in calls():
+def test_types_wider_than_the_memory(calls):
+    for call in calls:
         for index, (pointer, code, shape, strides) in present(call):
             for other in range(5):
                 view = (pointer, other, shape, strides)
@@ -182,8 +222,8 @@ def test_types_wider_than_the_memory():
                 must_raise(call, f"dtype {unknown}", tensors=with_tensor(call, index, view))
 
 
-def test_addresses_that_cannot_be():
-    for call in calls():
+def test_addresses_that_cannot_be(calls):
+    for call in calls:
         for index, (pointer, code, shape, strides) in present(call):
             view = (0, code, shape, strides)
             must_raise(call, f"no memory for tensor {index}", tensors=with_tensor(call, index, view))
@@ -192,8 +232,8 @@ def test_addresses_that_cannot_be():
                 must_raise(call, f"a crooked tensor {index}", tensors=with_tensor(call, index, view))
 
 
-def test_shorter_axes_missing_tensors_and_no_strides_do_not_crash():
-    for call in calls():
+def test_shorter_axes_missing_tensors_and_no_strides_do_not_crash(calls):
+    for call in calls:
         for index, (pointer, code, shape, strides) in present(call):
             may_raise(call, tensors=with_tensor(call, index, None))
             may_raise(call, tensors=with_tensor(call, index, (pointer, code, shape, (0,) * len(shape))))
@@ -204,8 +244,8 @@ def test_shorter_axes_missing_tensors_and_no_strides_do_not_crash():
                     may_raise(call, tensors=with_tensor(call, index, (pointer, code, cut, strides)))
 
 
-def test_integers_and_floats_of_every_size():
-    for call in calls():
+def test_integers_and_floats_of_every_size(calls):
+    for call in calls:
         for i in range(len(call.ints)):
             for value in EXTREMES:
                 may_raise(call, ints=(*call.ints[:i], value, *call.ints[i + 1 :]))
@@ -214,15 +254,15 @@ def test_integers_and_floats_of_every_size():
                 may_raise(call, floats=(*call.floats[:i], value, *call.floats[i + 1 :]))
 
 
-def test_numbers_of_threads_that_make_no_sense():
-    for call in calls():
+def test_numbers_of_threads_that_make_no_sense(calls):
+    for call in calls:
         for threads in (-5, 0, 2**31 - 1):
             call.run(threads=threads)
 
 
 @pytest.mark.parametrize("fill", [-1, 2**40, -(2**62)])
-def test_indices_that_point_nowhere(fill):
-    for call in calls():
+def test_indices_that_point_nowhere(calls, fill):
+    for call in calls:
         for index, (_, code, shape, _) in present(call):
             if code == 4:
                 keep: list = []
@@ -235,7 +275,7 @@ def test_indices_that_point_nowhere(fill):
     [(1,), ("text",), ((1, 2),), ((1, 2, 3, 4),), ((0, 0, (2,), ()),), ((0, 0, (-1,), (1,)),)],
     ids=str,
 )
-def test_things_that_are_no_tensors(junk):
-    for call in calls():
+def test_things_that_are_no_tensors(calls, junk):
+    for call in calls:
         with pytest.raises((ValueError, TypeError, RuntimeError)):
             call.run(tensors=junk * len(call.tensors))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import cuda, runtime
 from ...dual import Dual
 from . import gpu_attention, head, models, peers, pointwise, roofline, step
 from .case import Case, Gradients, Run, Selection, Suite, Variant, portion, true_portion
@@ -29,6 +30,10 @@ ROWS = ("rms_norm", "layer_norm", "swiglu", "gelu", "rotary")
 KINDS = {"rms_norm": "norm", "layer_norm": "norm", "swiglu": "gated", "gelu": "pointwise", "rotary": "rotary"}
 WORDS, HIDDEN, TOKENS, HEAD_RATIO = 128256, 2048, 4096, 2.2
 STEP_LENGTH, STEP_RATIO, STEP_PEAK = 4096, 2.4, 2.2
+#: what the kernels in CUDA C++ are for: starting them, at few rows; their time over Triton's, without a graph
+LAUNCH_ROWS, LAUNCH_CALLS, LAUNCH_RATIO = (1, 4, 16, 64, 256, 1024, 4096), 50, 1 / 3
+#: time over that of a copy, which is 85 % of the bandwidth
+CUDA_RATIO = 1 / 0.85
 PARTS = ("forward", "backward")
 
 
@@ -51,6 +56,9 @@ def cases(selection: Selection) -> list[Case]:
     for dtype, n in selection.grid(DTYPES, (STEP_LENGTH,)):
         if selection.wants("step"):
             found.append(_step(dtype, n))
+    for dtype, n in selection.grid(DTYPES, LAUNCH_ROWS):
+        if selection.wants("launches"):
+            found.append(_launches(dtype, n))
     return found
 
 
@@ -73,6 +81,11 @@ def _rows(name: str, part: str, dtype: str, length: int) -> Case:
         )
         for label, stacked in (("plain", False), ("dual", True))
     ]
+    if op.suite == "norm" and cuda.missing() is None:
+        bounds = {"copy_ratio": CUDA_RATIO} if length == POSITIONS else {}
+        variants.append(
+            dataclasses.replace(variants[-1], name="dual, CUDA C++", backend="cuda", bounds=bounds)
+        )
     return Case(
         "gpu",
         f"{name}-{part}",
@@ -128,6 +141,48 @@ def _row_truth(length: int, name: str, part: str, dtype: str, stacked: bool) -> 
     else:
         out = op.formula(*leaves)
     return true_portion(out, leaves, cotangent.double(), part)
+
+
+def _launches(dtype: str, length: int) -> Case:
+    """An RMS norm of `length` rows, called again and again by Python: what a call costs, where rows are few.
+
+    Not in the roofline model, which knows devices and no Python.
+    """
+    make = functools.partial(_launch_run, dtype=dtype)
+    truth = functools.partial(_row_truth, name="rms_norm", part="forward", dtype=dtype, stacked=True)
+    variants = [Variant("Triton", make, truth, backend="triton" if DEVICE == "cuda" else None)]
+    if cuda.missing() is None:
+        bounds = {"ratio": LAUNCH_RATIO} if length == 64 else {}
+        variants.append(Variant("CUDA C++", make, truth, backend="cuda", bounds=bounds))
+    return Case(
+        "gpu",
+        "launches",
+        dtype,
+        length,
+        tuple(variants),
+        base=("Triton",),
+        config={"shape": [2, length, FEATURES], "calls": LAUNCH_CALLS, "op": "norm"},
+        gate_length=min(length, 67),
+        repeats=20,
+        device=DEVICE,
+        why=f"{LAUNCH_CALLS} calls of the launcher of a norm's forward",
+    )
+
+
+def _launch_run(length: int, dtype: str) -> Run:
+    leaves, _, _ = _row_inputs(length, "rms_norm", dtype, True, DEVICE)
+    x, weight = (t.detach() for t in leaves)
+    backend = runtime.select_backend("norm", x, weight)
+    launcher = runtime.implementation("norm", backend).norm_fwd
+
+    def call() -> Gradients:
+        if runtime.recording():
+            runtime.record("rms_norm", backend, 0.0)
+        for _ in range(LAUNCH_CALLS):
+            y, _ = launcher(x, weight, None, pointwise.EPS, 0.0, False)
+        return [y]
+
+    return Run(call)
 
 
 # ------------------------------------------------------------------------------------------------- head and step
@@ -195,6 +250,7 @@ SUITE = Suite(
         *(f"{name}-{part}" for name in (*gpu_attention.SHAPES, *ROWS) for part in PARTS),
         "head",
         "step",
+        "launches",
     ),
     cases,
     device="cuda",

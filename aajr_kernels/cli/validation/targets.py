@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ... import gpu, runtime
+from ... import cuda, gpu, runtime
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -83,4 +83,6 @@ def _misplaced(backend: str, device: str) -> str | None:
         return "its kernels are made for the CPU, use --device cpu or auto"
     if backend == "triton" and device == "cpu" and not gpu.interpreted():
         return "its kernels need a CUDA or ROCm device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
+    if backend == "cuda" and device == "cpu" and not cuda.module().host:
+        return "its kernels need a CUDA device"
     return None

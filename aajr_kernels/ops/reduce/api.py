@@ -72,7 +72,7 @@ def softmax(x: Dual, dim: int = -1) -> Dual:
     axis = dim % x.dim() + 1
     (stack,) = runtime.autocast_float32(x.stacked)
     stack = stack.movedim(axis, -1)
-    backend = runtime.select_backend("reduce", stack)
+    backend = runtime.select_backend("reduce", stack, in_cuda=False)
     if runtime.recording():
         runtime.record("softmax", backend, 5.0 * stack.numel())
     return Dual(SoftmaxFunction.apply(stack, backend).movedim(-1, axis))

@@ -8,7 +8,8 @@ import torch
 
 from ... import native
 
-_CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
+#: metric -> its number in csrc
+CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32)
-    native.call("sensitivity_fwd", (_rows(y), q.view(q.shape[0], math.prod(q.shape[1:]))), (_CODES[metric],))
+    native.call("sensitivity_fwd", (_rows(y), q.view(q.shape[0], math.prod(q.shape[1:]))), (CODES[metric],))
     return q
 
 
@@ -30,7 +31,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     rows = _rows(y)
     y_bar = native.empty_like(rows)
     q_bar = q_bar.reshape(q_bar.shape[0], math.prod(q_bar.shape[1:])).contiguous()
-    native.call("sensitivity_bwd", (rows, q_bar, y_bar), (_CODES[metric],))
+    native.call("sensitivity_bwd", (rows, q_bar, y_bar), (CODES[metric],))
     return y_bar.reshape(y.shape)
 
 

@@ -1,0 +1,104 @@
+"""RMS norm and layer norm on stacked rows: CUDA C++ kernels, contracts as in :mod:`.reference`."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from ... import cuda
+from ...native import few_axes, row_dense
+
+#: blocks on each multiprocessor that share the rows of a backward with parameter gradients
+_BLOCKS = 4
+
+
+@cuda.operator(
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) -> (Tensor, Tensor)"
+)
+def norm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, _, stats = _forward(x, None, weight, bias, eps, offset, centred)
+    return y, stats
+
+
+@cuda.operator(
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def add_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, summed, stats = _forward(x, residual, weight, bias, eps, offset, centred)
+    assert summed is not None  # there is a residual
+    return y, summed, stats
+
+
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    stacks = max(x.shape[0], 0 if residual is None else residual.shape[0])
+    y = torch.empty((stacks, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    summed = None if residual is None else torch.empty_like(y)
+    shape = (2 * stacks if centred else stacks, math.prod(x.shape[1:-1]))
+    stats = torch.empty(shape, dtype=torch.float32, device=x.device)
+    tensors = (*map(_rows, (x, y)), stats, _dense(weight), _dense(bias), _rows(residual), _rows(summed))
+    cuda.call("norm_fwd", tensors, (centred,), (eps, offset))
+    return y, summed, stats
+
+
+@cuda.operator(
+    "(Tensor y_bar, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, bool need_x, "
+    "bool need_weight, bool need_bias, Tensor? sum_bar=None) -> (Tensor, Tensor, Tensor)",
+    lambda *args: args[6:9],
+)
+def norm_bwd(
+    y_bar: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor,
+    offset: float,
+    centred: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    sum_bar: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    rows, size = math.prod(x.shape[1:-1]), x.shape[-1]
+    blocks = max(1, min(rows, _BLOCKS * cuda.multiprocessors(x.device)))
+    # nothing is launched without rows
+    new = functools.partial(torch.empty if rows else torch.zeros, dtype=torch.float32, device=x.device)
+    w_bar, w_parts = (new((size,)), new((blocks, size))) if need_weight else (None, None)
+    b_bar, b_parts = (new((size,)), new((blocks, size))) if need_bias else (None, None)
+    tensors = (_rows(y_bar), _rows(x), _dense(weight), stats, _rows(x_bar), w_bar, b_bar, _rows(sum_bar))
+    cuda.call("norm_bwd", (*tensors, w_parts, b_parts), (centred,), (offset,))
+    return x_bar, w_bar, b_bar
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x` with a dense last axis and as few axes as the module takes."""
+    return None if x is None else row_dense(few_axes(x))
+
+
+def _dense(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None else parameter.contiguous()
