@@ -242,6 +242,26 @@ def test_lengths_of_unmodified_models(name):
 
 
 @slow
+def test_parts_of_a_wider_projection_in_any_length():
+    """What these ops save of them has gaps, which inductor may close (Phi-3's gate and up come so)."""
+    weight = torch.nn.Parameter(torch.randn(3 * 32, 32) / 6)
+
+    def policy(d):
+        a, b, c = torch.nn.functional.linear(d, weight).chunk(3, -1)
+        return aajr.swiglu(a, b) + aajr.rms_norm(c, 32) + torch.softmax(c, -1) + aajr.gelu(b)
+
+    model = torch.nn.Module()
+    model.weight = weight
+    loss = lambda x, v: aajr.aligned_penalty(lambda d: policy(d).chunk(2, -1)[0], x, v, metric="fisher")
+    step, counter = compiled(loss, "inductor")
+    for length in (23, 27, 31, 48):
+        with torch._dynamo.config.patch(error_on_recompile=length > 27):
+            x, v = torch.randn(2, 2, length, 32).unbind()
+            agrees(model, step, loss, (x.requires_grad_(), v.requires_grad_()), 1e-5)
+    assert counter.frame_count == 2
+
+
+@slow
 def test_bfloat16_under_autocast():
     model = tiny("llama", num_hidden_layers=1)
 

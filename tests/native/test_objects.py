@@ -22,7 +22,7 @@ ALLOWED = re.compile(r"^(DW\.ref\.|__clang_call_terminate)")  # data and functio
 def builds() -> list[Path]:
     """Build folders under build/, the newest first."""
     found = (path.parent.parent for path in ROOT.glob("build/*/CMakeFiles/kernels_baseline.dir"))
-    folders = [path for path in found if path.name not in ("sanitize", "no-openmp", "selftest")]
+    folders = [path for path in found if path.name.startswith("native")]
     return sorted(folders, key=lambda path: (path / "build.ninja").stat().st_mtime, reverse=True)
 
 
