@@ -21,6 +21,7 @@ COLOURS = {
     "finite differences": "#c9555c",
     "torch.func.jvp": "#9467c0",
     "double backward": "#b07a12",
+    "exact, compiled": "#0f8a63",
     "exact, compiled reference": "#1b8a9e",
     "jvp-flash-attention": "#b5498f",
     "dual": "#0f8a63",
