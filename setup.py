@@ -15,6 +15,7 @@ the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs (two otherwise).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -74,12 +75,16 @@ def why_not_cuda() -> str | None:
     """One sentence saying why AUTO does not even look for a CUDA compiler; the rest is for CMake to say."""
     if CUDA_WISH != "AUTO":
         return None
-    try:
-        import torch
-    except ImportError:  # an isolated build: it may be any
+    # read and not imported: a torch that cannot be loaded must not end an installation
+    spec = importlib.util.find_spec("torch")
+    version = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    if version is None or not version.exists():  # an isolated build: it may be any
         return None
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA (AAJR_CUDA=ON builds it all the same)"
+    text = version.read_text()
+    if re.search(r"^cuda\b.*= None$", text, re.MULTILINE):
+        found = re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE)
+        name = f"torch {found[1]}" if found else "torch"
+        return f"{name} is built without CUDA (AAJR_CUDA=ON builds it all the same)"
     return None
 
 
@@ -186,10 +191,13 @@ class BuildNative(build_ext):
             if CUDA_WISH == "ON":
                 raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {error}") from error
             raise CompileError(reason) from error
-        write_build_info(package, native=True, reason=None, compiler=compiler, **self._cuda(build, library))
+        write_build_info(package, native=True, reason=None, compiler=compiler, **self._cuda(build, package))
 
-    def _cuda(self, build: Path, native: Path) -> dict[str, Any]:
-        """Build the CUDA module where CMake found what it takes; what came of it, for the record."""
+    def _cuda(self, build: Path, package: Path) -> dict[str, Any]:
+        """Build the CUDA module where CMake found what it takes; what came of it, for the record.
+
+        It is no Extension of its own, so that nobody else would copy it from a temporary folder.
+        """
         try:
             found: dict[str, Any] = json.loads((build / "cuda.json").read_text())
         except OSError:
@@ -197,7 +205,7 @@ class BuildNative(build_ext):
         if not found["cuda"]:
             return {"cuda": False, "cuda_reason": why_not_cuda() or found["cuda_reason"]}
         try:
-            self._build(build, "_cuda", native.with_name(file_of("_cuda")))
+            self._build(build, "_cuda", package.resolve() / file_of("_cuda"))
         except BuildFailed as error:
             reason = f"its compilation failed: {error}"
             if CUDA_WISH == "ON":

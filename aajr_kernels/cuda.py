@@ -10,9 +10,12 @@ CPU, for tests: it takes tensors on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+import platform
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +23,9 @@ from typing import Any
 import torch
 
 from . import native
-from .operators import Operators
+from .operators import Operators, constant
 
-__all__ = ["call", "info", "missing", "module", "multiprocessors", "operator", "why_not"]
+__all__ = ["call", "covers", "info", "missing", "module", "multiprocessors", "operator", "why_not"]
 
 #: decorator of the launchers, which torch.compile sees as ``torch.ops.aajr.cuda_...``; CPU: the build for the host
 operator = Operators("cuda_", ("CUDA", "CPU"), native.dry_run)
@@ -53,11 +56,15 @@ def missing() -> str | None:
     except ValueError as error:  # it names the variable and the file
         return str(error)
     except ModuleNotFoundError as error:
-        if error.name == "aajr_kernels._cuda":
+        if error.name != "aajr_kernels._cuda":
+            return f"the CUDA module cannot be loaded ({error})"
+        build = native.build_info()
+        if build.get("cuda"):
             return (
-                f"this installation has no CUDA module: {native.build_info().get('cuda_reason') or UNBUILT}"
+                f"the CUDA module was built for Python {build.get('python')}, and there is none for this Python "
+                f"{platform.python_version()}: reinstall the package"
             )
-        return f"the CUDA module cannot be loaded ({error})"
+        return f"this installation has no CUDA module: {build.get('cuda_reason') or UNBUILT}"
     except ImportError as error:
         return f"the CUDA module cannot be loaded ({error})"
     if loaded.host:
@@ -66,15 +73,39 @@ def missing() -> str | None:
         return "the CUDA module runs on NVIDIA devices, and torch is built for ROCm"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if not covers(loaded.architectures, capability):
+        return (
+            f"the CUDA module was built for {', '.join(loaded.architectures)}, and the device is an "
+            f"sm_{capability[0]}{capability[1]}: reinstall with AAJR_CUDA_ARCHITECTURES"
+        )
     return None
+
+
+def covers(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these processors, in CMake's words, runs on a device of that capability."""
+    for name in architectures:
+        number, _, kind = name.partition("-")
+        major, minor = divmod(int(number), 10)
+        # machine code runs on later processors of its generation, PTX on all later ones
+        if kind != "virtual" and major == capability[0] and minor <= capability[1]:
+            return True
+        if kind != "real" and (major, minor) <= capability:
+            return True
+    return False
+
+
+@constant  # torch.compile cannot trace an import
+def _on_host() -> bool:
+    return bool(module().host)
 
 
 def why_not(t: torch.Tensor) -> str | None:
     """None where the kernels take the tensor, or what it is and what it should be."""
-    device = "cpu" if module().host else "cuda"
+    device = "cpu" if _on_host() else "cuda"
     if t.device.type != device:
         return f"a tensor on {t.device}: move it to a {device.replace('cuda', 'CUDA')} device"
-    if t.is_floating_point() and t.dtype not in native.FLOATS:
+    if t.dtype not in native.FLOATS:
         return f"a tensor of {t.dtype}: cast it to float32, bfloat16 or float16"
     return None
 
@@ -88,13 +119,19 @@ def call(
     """Run an entry point of the module on the current stream of its first tensor's device.
 
     Raises:
-        ValueError: shapes or strides that the entry point does not accept.
+        ValueError: tensors on several devices or on the wrong one; shapes or strides that the entry point does not
+            accept.
         RuntimeError: the CUDA runtime reported an error.
     """
     if native.is_dry():
         return
     first = tensors[0]
     assert first is not None  # the caller's first tensor is its input
+    # an address of the host would end the device's context for good
+    where = "cpu" if module().host else "cuda"
+    if first.device.type != where or any(t is not None and t.device != first.device for t in tensors):
+        found = ", ".join(dict.fromkeys(str(t.device) for t in tensors if t is not None))
+        raise ValueError(f"{name}: all tensors must be on one {where} device, got {found}.")
     tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
     device, stream = 0, 0
     if first.device.type == "cuda":
@@ -105,7 +142,10 @@ def call(
         raise ImportError(
             f"the CUDA module has no {name}, it is older than the package: run pip install again."
         )
-    entry(tuple(map(native.view, tensors)), (*ints, device, stream), floats, 1)
+    # torch and the module have a runtime each: both have to know the device
+    other = first.device.type == "cuda" and device != torch.cuda.current_device()
+    with torch.cuda.device(device) if other else contextlib.nullcontext():
+        entry(tuple(map(native.view, tensors)), (*ints, device, stream), floats, 1)
 
 
 @functools.cache

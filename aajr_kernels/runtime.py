@@ -121,8 +121,13 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torc
 
 
 @functools.cache
-def _has(op: str, backend: str) -> bool:
+def _found(op: str, backend: str) -> bool:
     return importlib.util.find_spec(f"aajr_kernels.ops.{op}.{backend}") is not None
+
+
+@constant  # torch.compile looks through a cache, and cannot trace what is behind it
+def _has(op: str, backend: str) -> bool:
+    return _found(op, backend)
 
 
 @constant
@@ -415,5 +420,7 @@ GUARDS: list[Callable[[], None]] = []
 
 def install_guards() -> None:
     """Install the registered guards, each once."""
-    while GUARDS and not torch.compiler.is_compiling():
+    while (
+        not torch.compiler.is_compiling() and GUARDS
+    ):  # in this order, or the list becomes a guard of compiled code
         GUARDS.pop()()

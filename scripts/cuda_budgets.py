@@ -71,7 +71,12 @@ def build(folder: Path = BUILD) -> tuple[Path, float]:
     configure = [
         *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find('ninja')}"),
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
-        *("-DAAJR_CUDA=ON", "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}"),
+        *(
+            "-DAAJR_CUDA=ON",
+            "-DAAJR_WERROR=ON",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+        ),
     ]
     _run(*configure)
     start = time.monotonic()

@@ -39,7 +39,7 @@ PAGES = {
     "trainer.md": ["transformers", "accelerate", "peft", "trl", "datasets"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
 }
-SLOW = ("compile.md", "distributed.md", "guide.md", "trainer.md")
+SLOW = ("compile.md", "distributed.md", "guide.md", "trainer.md", "training.md")
 
 
 #: Trainer's default, where there is no device

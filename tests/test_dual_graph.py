@@ -336,7 +336,7 @@ def composed(x, v, weight):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # raised by Dynamo
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph(backend):
     x, v = pair(4, 4, k=2)
     weight = torch.randn(4, 4, dtype=torch.float64)

@@ -140,6 +140,7 @@ print(json.dumps(sorted({l.split()[-1] for l in open("/proc/self/maps") if "libg
     assert len(found) <= 1, found
 
 
+@pytest.mark.slow
 @needs_native
 def test_another_build_is_loaded_from_its_file():
     file = native.module().__file__

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,7 @@ def facts(out: Path) -> tuple[dict[str, object], list[str]]:
     return json.loads(opened.read("aajr_kernels/_build_info.json")), sorted(modules)
 
 
+@pytest.mark.slow
 def test_a_wish_that_is_unknown_is_refused(tree):
     done, _ = wheel(tree, AAJR_CUDA="maybe")
     assert done.returncode != 0
@@ -143,6 +145,45 @@ def test_asked_for_it_is_in_the_wheel_and_a_failure_is_loud(tree):
     text = done.stdout + done.stderr
     assert "The CUDA module was asked for (AAJR_CUDA=ON), but its compilation failed" in text
     assert "nothing.cu(1): error" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler (nvcc) is installed")
+def test_an_editable_install_has_it_beside_the_native_one_and_finds_a_compiler_that_came_later(
+    tree, tmp_path
+):
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+
+    def install(**env: str) -> dict[str, object]:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "-q",
+            "--no-deps",
+            "--editable",
+            ".",
+        ]
+        environment = {**os.environ, "AAJR_CMAKE_ARGS": "", "AAJR_CUDA_ARCHITECTURES": "90-real", **env}
+        done = subprocess.run(command, cwd=tree, env=environment, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((tree / "aajr_kernels" / "_build_info.json").read_text())
+
+    def modules() -> list[str]:
+        return sorted(path.name.partition(".")[0] for path in (tree / "aajr_kernels").glob("*.so"))
+
+    record = install(CUDACXX="/none/nvcc")  # isolated: there is no torch that says no
+    assert record["cuda"] is False and modules() == ["_native"]
+    record = install(AAJR_CUDA="ON")
+    assert record["cuda"] is True and modules() == ["_cuda", "_native"]
+    record = install(AAJR_CUDA="OFF")  # no stale module stays behind
+    assert record["cuda"] is False and modules() == ["_native"]
 
 
 # ------------------------------------------------------------------------------------------------------- resources

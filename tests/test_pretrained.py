@@ -84,6 +84,7 @@ def run_package(subject, v, probe):
     return penalty, hidden, gradients
 
 
+@pytest.mark.slow
 def test_float64_is_exact(subject, directions, exact):
     with oracle.KeepFloat64(aajr.Dual):
         penalty, hidden, gradients = run_package(subject.double(), *(t.double() for t in directions))

@@ -215,7 +215,7 @@ struct Backward {
           const vf c = centred(r, z + (k + 1) * p.y.stack, k, i, io);
           const vf weight = twice[k] * prob;
           if (fisher) {
-            total += (0.5f * weight) * (c * c - q[k]);
+            total += (0.5f * twice[k]) * ((prob * c) * c - prob * q[k]);  // no probability times an overflow
             io.store(out + (k + 1) * p.y_bar.stack + i, weight * c);
           } else {
             total += weight * ((prob * c - kappa[k]) * c - q[k]);

@@ -18,8 +18,8 @@ static AAJR_GLOBAL(kColumnThreads) void column_sum_kernel(const float* parts, in
 }
 
 inline void sum_columns(const float* parts, int64_t count, int64_t size, float* out, LaunchStream stream) {
-  launch(column_sum_kernel, dim3(static_cast<unsigned>((size + kColumnThreads - 1) / kColumnThreads)), kColumnThreads, 0, stream, parts, count, size,
-         out);
+  const dim3 blocks(static_cast<unsigned>((size + kColumnThreads - 1) / kColumnThreads));
+  launch<kColumnThreads>(column_sum_kernel, blocks, kColumnThreads, 0, stream, parts, count, size, out);
 }
 
 }  // namespace aajr::cuda

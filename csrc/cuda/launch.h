@@ -8,6 +8,11 @@
 
 namespace aajr::cuda {
 
+inline void check_threads(int threads, int most) {
+  if (threads > most)
+    throw std::logic_error("a kernel for " + std::to_string(most) + " threads was started with " + std::to_string(threads) + ".");
+}
+
 #ifdef __CUDACC__
 using LaunchStream = cudaStream_t;
 
@@ -40,8 +45,10 @@ class OnDevice {
   int before_ = 0, device_ = 0;
 };
 
-template <class... P, class... A>
+// `Threads`: the bound that the kernel was compiled with, AAJR_GLOBAL's.
+template <int Threads, class... P, class... A>
 void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared, LaunchStream stream, const A&... arguments) {
+  check_threads(threads, Threads);
   kernel<<<blocks, threads, shared, stream>>>(arguments...);
   check(cudaGetLastError(), "starting a kernel");
 }
@@ -55,8 +62,9 @@ class OnDevice {
   }
 };
 
-template <class... P, class... A>
+template <int Threads, class... P, class... A>
 void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared, LaunchStream, const A&... arguments) {
+  check_threads(threads, Threads);
   host::run(blocks, threads, shared, [&] { kernel(arguments...); });
 }
 #endif

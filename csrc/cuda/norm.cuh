@@ -173,7 +173,7 @@ AAJR_GLOBAL(kNormBackwardThreads) void norm_bwd_kernel(const NormBackward p) {
     x.read(x_row, p.size);
     g.read(g_row, p.size);
     float s = 0.0f, mean_a = 0.0f;
-    __syncthreads();  // the tangents of the row before have been read
+    __syncthreads();  // the tangents of the row before have been read (sums of several warps wait as well)
     for (int64_t k = 0; k == 0 || k < tangents; ++k) {
       const bool exists = k < tangents;
       Tangent one{};

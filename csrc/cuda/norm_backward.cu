@@ -17,8 +17,9 @@ void backward(const NormBackward& p, bool aligned, LaunchStream stream) {
   const Plan plan = plan_for<T, kPacks<T>, kNormBackwardThreads>(p.size, aligned);
   const bool shared = p.w_parts != nullptr || p.b_parts != nullptr;
   with_packs<kPacks<T>>(plan, aligned, [&](auto packs, auto whole) {
-    launch(norm_bwd_kernel<T, decltype(whole)::value, decltype(packs)::value>,
-           dim3(static_cast<unsigned>(shared ? p.parts : p.rows)), plan.threads, sizeof(Tangent) * (p.stacks - 1), stream, p);
+    const dim3 blocks(static_cast<unsigned>(shared ? p.parts : p.rows));
+    launch<kNormBackwardThreads>(norm_bwd_kernel<T, decltype(whole)::value, decltype(packs)::value>, blocks,
+                                 plan.threads, sizeof(Tangent) * (p.stacks - 1), stream, p);
   });
   if (p.w_bar != nullptr) sum_columns(p.w_parts, p.parts, p.size, p.w_bar, stream);
   if (p.b_bar != nullptr) sum_columns(p.b_parts, p.parts, p.size, p.b_bar, stream);

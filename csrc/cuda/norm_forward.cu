@@ -14,8 +14,9 @@ template <class T>
 void forward(const NormForward& p, bool aligned, LaunchStream stream) {
   const Plan plan = plan_for<T, kPacks>(p.size, aligned);
   with_packs<kPacks>(plan, aligned, [&](auto packs, auto whole) {
-    launch(norm_fwd_kernel<T, decltype(whole)::value, decltype(packs)::value>, dim3(static_cast<unsigned>(p.rows)),
-           plan.threads, 0, stream, p);
+    const dim3 blocks(static_cast<unsigned>(p.rows));
+    launch<kMostThreads>(norm_fwd_kernel<T, decltype(whole)::value, decltype(packs)::value>, blocks, plan.threads, 0,
+                         stream, p);
   });
 }
 

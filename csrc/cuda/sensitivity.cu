@@ -28,13 +28,15 @@ void with_plan(const Sensitivity& p, bool aligned, F&& f) {
 template <class T>
 void tiles(const Sensitivity& p, bool aligned, LaunchStream stream) {
   with_plan<T>(p, aligned, [&](const Plan& plan, auto softmax, auto packs, auto whole) {
-    launch(sensitivity_tiles_kernel<decltype(softmax)::value, T, decltype(whole)::value, decltype(packs)::value>,
+    constexpr auto kernel =
+        sensitivity_tiles_kernel<decltype(softmax)::value, T, decltype(whole)::value, decltype(packs)::value>;
+    launch<kMostThreads>(kernel,
            dim3(static_cast<unsigned>(p.rows * p.tiles.count)), plan.threads, 0, stream, p);
   });
   if (p.tiles.count == 1) return;
   constexpr int kThreads = 128;
   const dim3 blocks(static_cast<unsigned>((p.rows + kThreads - 1) / kThreads), static_cast<unsigned>(p.stacks - 1));
-  launch(sensitivity_merge_kernel, blocks, kThreads, 0, stream, p);
+  launch<kMostThreads>(sensitivity_merge_kernel, blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -55,7 +57,7 @@ void sensitivity_backward(const Sensitivity& p, bool aligned, LaunchStream strea
     using T = decltype(tag);
     if (p.metric != Metric::squares && p.stacks > 1) tiles<T>(p, aligned, stream);
     with_plan<T>(p, aligned, [&](const Plan& plan, auto softmax, auto, auto whole) {
-      launch(sensitivity_bwd_kernel<decltype(softmax)::value, T, decltype(whole)::value>,
+      launch<kMostThreads>(sensitivity_bwd_kernel<decltype(softmax)::value, T, decltype(whole)::value>,
              dim3(static_cast<unsigned>(p.rows * p.tiles.count)), plan.threads, 0, stream, p);
     });
   });

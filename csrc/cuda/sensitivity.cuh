@@ -39,7 +39,7 @@ AAJR_DEVICE Peak block_peak(Peak mine) {
     mine = higher(mine, Peak{value, __shfl_xor_sync(kAllLanes, mine.place, step)});
   }
   if (warps == 1) return mine;
-  __syncthreads();  // those of the tile before have been read
+  __syncthreads();  // those of the tile before have been read (sums between tiles wait as well)
   if (lane == 0) values[warp] = mine.value, places[warp] = mine.place;
   __syncthreads();
   for (int w = 0; w < warps; ++w) mine = higher(mine, Peak{values[w], places[w]});
@@ -141,7 +141,7 @@ AAJR_DEVICE void merge_tiles(const Sensitivity& p, int64_t row, int64_t k) {
     const float weight = at(t, 1) * expf(at(t, 0) - peak) * scale;
     const float away = (at(t, mine) - reference) + at(t, mine + 1) - mean;
     if (p.metric == Metric::fisher) {
-      q += weight * (at(t, mine + 2) + away * away);
+      q += weight * at(t, mine + 2) + (weight * away) * away;  // no weight times an overflow
     } else {
       const float second = at(t, mine + 3) + away, mass = weight * weight * at(t, 2);
       q += weight * weight * at(t, mine + 2) + mass * second * second;
@@ -271,7 +271,7 @@ AAJR_GLOBAL(kMostThreads) void sensitivity_bwd_kernel(const Sensitivity p) {
             const float w = weights.at[i], e = along.at[i] - reference - mean;
             if (p.metric == Metric::fisher) {
               out.at[i] = 2.0f * q_bar * w * e;
-              primal_bar.at[i] += q_bar * w * (e * e - q);
+              primal_bar.at[i] += q_bar * (w * e * e - w * q);  // no weight times an overflow
             } else {
               out.at[i] = 2.0f * q_bar * w * (w * e - kappa);
               primal_bar.at[i] += 2.0f * q_bar * w * (w * e * e - q - kappa * e);

@@ -28,6 +28,7 @@ from aajr_kernels.cli.benchmarks.run import peak_in_new_process, run_case
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
+@pytest.mark.slow
 def test_the_allocator_keeps_memory_in_a_process_that_measures():
     code = (
         "from aajr_kernels.cli.benchmarks import allocator; before = allocator.in_use(); "

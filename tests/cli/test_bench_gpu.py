@@ -58,7 +58,13 @@ def tiny(monkeypatch):
     gate._judged.clear()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+#: one of each kind every day
+DAILY = ("causal-forward", "rms_norm-backward", "head", "step", "launches")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in DAILY else [pytest.mark.slow]) for f in FAMILIES]
+)
 def test_every_family_passes_its_gate_and_gives_rows(tiny, family):
     if family == "step":
         pytest.importorskip("transformers")
@@ -147,6 +153,7 @@ def test_the_cases_of_the_suite_are_those_that_were_promised(monkeypatch):
     assert not any(v.bounds for v in case.variants)  # milliseconds mean nothing elsewhere
 
 
+@pytest.mark.slow
 def test_shares_of_the_ceilings_and_bounds_by_them(tiny, monkeypatch):
     (case,) = gpu.cases(Selection(("float32",), (9,), ("gelu-forward",)))
     dual = dataclasses.replace(case.variants[1], bounds={"copy_ratio": 1.25, "ms": 1e4})

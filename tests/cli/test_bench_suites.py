@@ -157,6 +157,7 @@ def test_a_wrong_forward_is_red_where_it_is_timed_alone(monkeypatch):
     assert outcome.rows == [] and "dual" in outcome.failures[0]
 
 
+@pytest.mark.slow
 def test_a_row_says_which_part_it_is_of(tiny):
     (case,) = bench._cases(["norm:rms_norm"], ["float32"], "12", part="backward")
     outcome = run_case(case, FACTS, repeats=1)

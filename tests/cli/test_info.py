@@ -157,6 +157,7 @@ def test_an_unavailable_backend_is_one_sentence(monkeypatch, capsys):
     assert "cannot run here: it was not built." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "aajr_kernels", "--help"], capture_output=True, text=True, check=False

@@ -197,6 +197,7 @@ def test_light_and_dark(view):
         api.expect(tick).to_have_css("fill", text)
 
 
+@pytest.mark.slow
 def test_a_phone(browser, small):
     phone = View(browser, small, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     assert phone.draw_all() > 8

@@ -79,6 +79,7 @@ def test_every_public_op_is_validated():
     assert set(OPS) == set(aajr_kernels.__all__) - NOT_OPS
 
 
+@pytest.mark.slow
 def test_low_dtypes_pass_within_their_budget():
     found = report("--op", "linear")
     assert found["passed"]

@@ -167,6 +167,7 @@ def test_differences_are_paired_by_seed_and_averaged_over_step_sizes():
     assert "variance of the outer loss **higher**" in sentence and "robust loss cannot be told" in sentence
 
 
+@pytest.mark.slow
 def test_a_small_run_and_its_page(tmp_path):
     experiment = load("minimax")
     store = Store(tmp_path / "rows.jsonl", "minimax", QUICK)

@@ -75,7 +75,7 @@ def both(
     [
         ((1, 4, 1, 1, 1, 64, 64), 0),
         ((2, 2, 2, 37, 53, 80, 48), 0),
-        ((1, 4, 1, 507, 507, 16, 16), 0),
+        pytest.param((1, 4, 1, 507, 507, 16, 16), 0, marks=pytest.mark.slow),
         ((2, 2, 2, 37, 53, 80, 48), None),
         pytest.param((1, 4, 1, 507, 507, 16, 16), None, marks=pytest.mark.slow),
     ],
@@ -106,7 +106,7 @@ SUBSETS = list(itertools.product([True, False], repeat=4))
 
 @pytest.mark.parametrize(
     "subset",
-    [pytest.param(s, marks=[pytest.mark.slow] if i % 6 else []) for i, s in enumerate(SUBSETS)],
+    [pytest.param(s, marks=[pytest.mark.slow] if i % 8 else []) for i, s in enumerate(SUBSETS)],
     ids=lambda s: "".join(n for n, kept in zip("BHNM", s) if kept) or "one",
 )
 def test_bias_gradients_on_every_subset_of_axes(subset):
@@ -116,6 +116,7 @@ def test_bias_gradients_on_every_subset_of_axes(subset):
     both(leaves((2, 2, 1, 37, 40, 16, 16)), bias, Options(0.3, offset=3, window=20), tolerance=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "programs", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(1000, marks=pytest.mark.slow)]
 )
@@ -125,6 +126,7 @@ def test_the_gradient_of_a_broadcast_bias_is_shared_among_programs(programs, mon
     both(leaves((2, 2, 1, 37, 33, 16, 16), k=2), bias, Options(0.3, offset=3), tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_a_bias_near_the_largest_number_and_rows_without_keys():
     q, k, v = leaves((2, 2, 1, 13, 40, 16, 16))
     bias = torch.zeros(1, 2, 1, 13, 40)
@@ -144,7 +146,7 @@ def test_a_bias_near_the_largest_number_and_rows_without_keys():
         pytest.param(Options(0.3), marks=pytest.mark.slow),
         pytest.param(Options(0.3, offset=0), marks=pytest.mark.slow),
         pytest.param(Options(0.3, offset=0, window=7), marks=pytest.mark.slow),
-        Options(0.3, offset=0, align_right=True),
+        pytest.param(Options(0.3, offset=0, align_right=True), marks=pytest.mark.slow),
     ],
     ids=["full", "causal", "window", "lower right"],
 )
@@ -182,6 +184,7 @@ def drawn(seed: Tensor, probability: float, sizes: tuple[int, int, int, int]) ->
     return M * out[0].double().cpu()
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_evenly_and_once():
     seed, p = torch.tensor(1 << 50, device=DEVICE), 0.3
     mask = drawn(seed, p, (2, 3, 61, 100))
@@ -261,6 +264,7 @@ def test_large_scores_are_as_right_as_in_eager_code(size):
         assert_within_budget(mine.cpu(), low, exact, name)
 
 
+@pytest.mark.slow
 def test_two_runs_are_bitwise_equal():
     inputs = [x.to(DEVICE) for x in leaves((1, 2, 1, 40, 40, 16, 16), k=2)]
     bias = torch.randn(1, 1, 1, 1, 40, device=DEVICE)

@@ -57,6 +57,7 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_without_a_device_the_name_is_refused_at_once():
     code = (
         "import aajr_kernels as a\ntry: a.use_backend('triton')\nexcept a.BackendUnavailable as e: print(e)"
@@ -96,6 +97,7 @@ def test_a_tensor_the_named_backend_does_not_take_is_refused():
         assert line.startswith("attention: backend 'triton' got ") and words in line
 
 
+@pytest.mark.slow
 def test_a_public_op_says_so_too_and_does_not_fall_back():
     said = python(
         PRETENDED
@@ -113,6 +115,7 @@ for call in (lambda: aajr.rms_norm(x, 4), lambda: aajr.swiglu(x, x), lambda: aaj
     assert said.split() == ["True"] * 3
 
 
+@pytest.mark.slow
 def test_importing_the_kernels_touches_no_driver():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)

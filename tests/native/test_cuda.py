@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import operator_calls
 import pytest
@@ -22,6 +24,15 @@ on_host = pytest.mark.skipif(
     cuda_host.why_not() is not None or TARGET.device != "cpu",
     reason=cuda_host.why_not() or "with a device the kernels run there",
 )
+
+
+def everywhere(test):
+    """On the device too, where there is one, and under compute-sanitizer: blocks of many warps, several tiles."""
+    marks = [
+        pytest.mark.sanitizer,
+        pytest.mark.skipif(TARGET.why_not("norm") is not None, reason=str(TARGET.why_not("norm"))),
+    ]
+    return pytest.mark.parametrize("target", [pytest.param(TARGET, id="cuda", marks=marks)])(test)
 
 
 @pytest.fixture
@@ -186,18 +197,20 @@ def test_more_tangents_than_a_block_has_memory_are_refused(host):
         aajr.rms_norm(Dual(torch.zeros(2050, 1, 8)), 8)
 
 
-@on_host
+@everywhere
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("metric", ["l2", "fisher", "probs"])
 @pytest.mark.parametrize("size", [8191, 8192, 8193, 20000])
-def test_rows_of_one_tile_and_of_several(metric, size):
-    check(reduction(metric, f"{size}", 2, size, scale=4.0), TARGET, 1, torch.float32)
+def test_rows_of_one_tile_and_of_several(metric, size, k, target):
+    check(reduction(metric, f"{size}", 2, size, scale=4.0), target, k, torch.float32)
 
 
-@on_host
-@pytest.mark.parametrize("size", [4096, 4104, 9000])
-def test_rows_that_registers_hold_and_longer_ones(size):
-    for case in (rms(f"{size}", size, batch=(2,)), layer(f"{size}", size, batch=(2,))):
-        check(case, TARGET, 1, torch.bfloat16)
+@everywhere
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("size", [640, 4096, 4104, 9000, 16392])
+def test_rows_that_registers_hold_and_longer_ones(size, k, target):
+    for case in (rms(f"{size}", size, batch=(3,)), layer(f"{size}", size, batch=(3,))):
+        check(case, target, k, torch.bfloat16)
 
 
 @on_host
@@ -259,12 +272,92 @@ def test_every_operator_passes_opcheck(host, dtype):
         if operator_calls.name_of(func).startswith("aajr::cuda_")
     ]
     assert {operator_calls.name_of(func) for func, _ in calls} == set(cuda.operator.names)
-    checks = ("test_schema", "test_faketensor")
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for func, args in calls:
         found = torch.library.opcheck(
             func, operator_calls.plain(args), test_utils=checks, raise_exception=False
         )
         assert found == dict.fromkeys(checks, "SUCCESS"), (str(func), found)
+
+
+@on_host
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # raised by Dynamo
+def test_compiled_through_the_door_that_users_take(monkeypatch):
+    """The module is imported, not put in place; one graph for all numbers of rows, and the gradients of eager code."""
+    module = cuda_host.module()
+    monkeypatch.setitem(sys.modules, "aajr_kernels._cuda", module)
+    monkeypatch.delenv("AAJR_CUDA_MODULE", raising=False)
+    cuda.module.cache_clear()
+    torch.compiler.reset()
+    try:
+        with aajr.use_backend("cuda"):
+            assert cuda.module() is module
+
+            def loss(x, v, w):
+                d = aajr.rms_norm(aajr.dual(x, v), 8, w)
+                return sensitivity(d, "fisher").sum() + d.primal.square().mean()
+
+            step = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+            w = torch.randn(8, requires_grad=True)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                for rows in (3, 7, 100):
+                    leaves = [*(t.requires_grad_() for t in torch.randn(2, rows, 8).unbind()), w]
+                    leaves = [t.detach().requires_grad_() for t in leaves]
+                    got, expected = step(*leaves), loss(*leaves)
+                    assert torch.equal(got, expected)
+                    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)):
+                        assert torch.equal(a, b)
+    finally:
+        cuda.module.cache_clear()
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (["80-real", "90-real"], (8, 6), True),
+        (["80-real", "90-real"], (9, 0), True),
+        (["90-real"], (8, 0), False),
+        (["80-real", "90-real"], (12, 0), False),
+        (["80-real", "90-virtual"], (12, 0), True),
+        (["90"], (11, 0), True),
+        (["120-real", "120-virtual"], (11, 0), False),
+    ],
+)
+def test_processors_that_a_module_has_code_for(architectures, capability, runs):
+    assert cuda.covers(architectures, capability) is runs
+
+
+@on_host
+def test_tensors_in_different_places_never_become_addresses(host):
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match="norm_fwd: all tensors must be on one cpu device, got cpu, meta"):
+        norm.norm_fwd(x, torch.empty(8, device="meta"), None, 1e-5, 0.0, False)
+
+
+@on_host
+def test_integers_are_refused_with_the_remedy(host):
+    with pytest.raises(runtime.BackendUnavailable, match="a tensor of torch.int32: cast it to float32"):
+        sensitivity(Dual(torch.ones(2, 3, 4, dtype=torch.int32)), "l2")
+
+
+@on_host
+@pytest.mark.parametrize("size", [300, 20000])
+def test_large_tangents_of_words_that_cannot_be_chosen(host, size):
+    """No probability of zero is multiplied with an overflow."""
+    y = torch.randn(2, 3, size)
+    y[0, :, size // 2 :] = -torch.inf
+    y[1, :, size // 2 :] = 1e20
+    y.requires_grad_()
+    q = sensitivity(Dual(y), "fisher")
+    (grad,) = torch.autograd.grad(q.sum(), y)
+    kept = y.detach()[:, :, : size // 2].double().requires_grad_()
+    with aajr.use_backend("reference"):
+        exact = sensitivity(Dual(kept), "fisher")
+    (exact_grad,) = torch.autograd.grad(exact.sum(), kept)
+    torch.testing.assert_close(q.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad[:, :, : size // 2].double(), exact_grad, rtol=1e-4, atol=1e-8)
+    assert not grad[:, :, size // 2 :].any()
 
 
 @on_host

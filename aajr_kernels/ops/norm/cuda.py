@@ -8,7 +8,7 @@ import math
 import torch
 
 from ... import cuda
-from ...native import few_axes, row_dense
+from ...native import few_axes, is_dry, row_dense
 
 #: blocks on each multiprocessor that share the rows of a backward with parameter gradients
 _BLOCKS = 4
@@ -85,9 +85,11 @@ def norm_bwd(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     rows, size = math.prod(x.shape[1:-1]), x.shape[-1]
-    blocks = max(1, min(rows, _BLOCKS * cuda.multiprocessors(x.device)))
+    # while torch.compile traces, rows are a symbol, and a look at its value would compile for that value
+    dry = is_dry()
+    blocks = 1 if dry else max(1, min(rows, _BLOCKS * cuda.multiprocessors(x.device)))
     # nothing is launched without rows
-    new = functools.partial(torch.empty if rows else torch.zeros, dtype=torch.float32, device=x.device)
+    new = functools.partial(torch.empty if dry or rows else torch.zeros, dtype=torch.float32, device=x.device)
     w_bar, w_parts = (new((size,)), new((blocks, size))) if need_weight else (None, None)
     b_bar, b_parts = (new((size,)), new((blocks, size))) if need_bias else (None, None)
     tensors = (_rows(y_bar), _rows(x), _dense(weight), stats, _rows(x_bar), w_bar, b_bar, _rows(sum_bar))

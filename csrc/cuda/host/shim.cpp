@@ -25,6 +25,9 @@ bool backwards = false;
 namespace {
 
 constexpr size_t kStack = 64 << 10;
+// What a launch may ask for on a device: a grid's axes, and shared memory beside what kernels declare themselves.
+constexpr unsigned kMostBlocks = 0x7fffffffu, kMostOthers = 65535;
+constexpr size_t kSharedBytes = 48 << 10, kStaticBytes = 2 << 10;
 constexpr int kLanes = 32;
 
 enum class Waits { nothing, block, warp, done };
@@ -34,6 +37,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   Waits waits = Waits::nothing;
   float given = 0.0f;
+  const void* place = nullptr;  // of the barrier or exchange in the program
   void* fake = nullptr;
 };
 
@@ -49,9 +53,10 @@ struct Block {
 
 Block* block = nullptr;
 
-void leave(Waits waits) {
+void leave(Waits waits, const void* place = nullptr) {
   Fiber& fiber = block->fibers[block->running];
   fiber.waits = waits;
+  fiber.place = place;
   AAJR_FIBER_SWITCH(waits == Waits::done ? nullptr : &fiber.fake, block->bottom, block->size);
   swapcontext(&fiber.context, &block->scheduler);
   AAJR_FIBER_ARRIVED(fiber.fake, &block->bottom, &block->size);
@@ -92,6 +97,9 @@ void run_warp(int first) {
   const int last = first + kLanes;
   do {
     for (int i = 0; i < kLanes; ++i) enter(backwards ? last - 1 - i : first + i);
+    for (int i = first; i < last; ++i)
+      if (block->fibers[i].place != block->fibers[first].place)
+        throw std::logic_error("lanes of a warp wait at different places of the program.");
   } while (all(first, last, Waits::warp));
 }
 
@@ -105,12 +113,12 @@ void run_block(int threads) {
 
 }  // namespace
 
-void sync_block() { leave(Waits::block); }
+void sync_block() { leave(Waits::block, __builtin_return_address(0)); }
 
 float exchange(float value, int mask) {
   const int me = block->running;
   block->fibers[me].given = value;
-  leave(Waits::warp);
+  leave(Waits::warp, __builtin_return_address(0));
   const float taken = block->fibers[me ^ mask].given;
   leave(Waits::warp);  // nobody brings the next number before all have taken this one
   return taken;
@@ -119,6 +127,9 @@ float exchange(float value, int mask) {
 void run(dim3 blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
   if (threads < 1 || threads % kLanes) throw std::logic_error("a block must have whole warps.");
   if (blocks.x < 1 || blocks.y < 1 || blocks.z < 1) throw std::logic_error("a grid must have blocks.");
+  if (blocks.x > kMostBlocks || blocks.y > kMostOthers || blocks.z > kMostOthers)
+    throw std::logic_error("a grid has more blocks than a device takes.");
+  if (dynamic_bytes + kStaticBytes > kSharedBytes) throw std::logic_error("a block asks for more memory than there is.");
   const std::unique_ptr<char[]> memory(new char[dynamic_bytes]);
   dynamic = memory.get();
   Block here;
