@@ -78,7 +78,9 @@ a.rms_norm(d, 3)
     ("variable", "value", "words"),
     [
         ("AAJR_CPU_CAPABILITY", "sse9", "AAJR_CPU_CAPABILITY=sse9: capability 'sse9' is unknown"),
-        ("AAJR_NATIVE_MODULE", __file__, f"AAJR_NATIVE_MODULE={__file__}: "),
+        pytest.param(
+            "AAJR_NATIVE_MODULE", __file__, f"AAJR_NATIVE_MODULE={__file__}: ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_impossible_wish_is_loud_unless_the_reference_was_chosen(variable, value, words):

@@ -31,7 +31,9 @@ def test_backend_choice_is_scoped_and_checked():
     assert aajr.backends()["reference"] is None
 
 
-@pytest.mark.parametrize(("value", "error"), [("cudnn", "ValueError"), ("reference", "")])
+@pytest.mark.parametrize(
+    ("value", "error"), [pytest.param("cudnn", "ValueError", marks=pytest.mark.slow), ("reference", "")]
+)
 def test_environment_variable_names_the_backend(value, error):
     code = (
         "import torch, aajr_kernels as a; d = a.dual(torch.ones(2, 3), torch.ones(2, 3)); "

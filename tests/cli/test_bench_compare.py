@@ -195,7 +195,9 @@ def test_options_without_effect_are_refused(toy: Toy, tmp_path):
         torch.OutOfMemoryError(),
     ],
 )
-@pytest.mark.parametrize("length", [3, 8])  # at the gate, and at full length
+@pytest.mark.parametrize(
+    "length", [3, pytest.param(8, marks=pytest.mark.slow)]
+)  # at the gate, at full length
 def test_out_of_memory_is_a_row_and_the_rest_goes_on(toy: Toy, tmp_path, error, length):
     made = toy.variants[1].make
 

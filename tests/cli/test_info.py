@@ -116,6 +116,7 @@ def test_every_command_has_help(name):
     assert f"aajr {name}" in result.output or name in result.output
 
 
+@pytest.mark.slow
 def test_info_imports_no_other_command_and_no_optional_package():
     code = (
         "import sys; sys.argv = ['aajr', 'info', '--json']\n"

@@ -147,6 +147,7 @@ print("imported", len({modules!r}))
     assert said.startswith("imported")
 
 
+@pytest.mark.slow
 def test_the_interpreter_takes_cpu_tensors_and_says_what_else_it_got():
     said = python(
         PRETENDED + "aajr.use_backend('triton')\nprint(said(fake('cpu')), said(fake('cuda:0')))",

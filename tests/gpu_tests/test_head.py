@@ -298,6 +298,7 @@ def test_joint_is_left_out_where_it_cannot_be_used(small, passes):
     assert passes.count("head_fwd") == 2 and passes.count("head_bwd") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need_bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_joint_form_loads_what_a_captured_graph_will_launch(small, need_bias):
     """Which takes the two passes, and may load no kernel: the constants of their launches must be the same."""
