@@ -206,6 +206,11 @@ def few_axes(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() <= MAX_AXES else x.flatten(1, -2)
 
 
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with a dense last axis and as few axes as the module takes."""
+    return row_dense(few_axes(x))
+
+
 def info() -> dict[str, Any]:
     """What the module is: file, capability in use, capabilities built in (True: it runs here), compiler, OpenMP."""
     m = module()

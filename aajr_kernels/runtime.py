@@ -76,11 +76,19 @@ _choice = os.environ.get("AAJR_BACKEND", "auto")
 
 def backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and a one-sentence reason where it cannot."""
-    try:
-        without_native = native.missing()
-    except ValueError as error:
-        without_native = str(error)
-    return {"reference": None, "native": without_native, "triton": gpu.missing(), "cuda": cuda.missing()}
+    return {name: _missing(name) for name in BACKENDS}
+
+
+def _missing(name: str) -> str | None:
+    """Why one backend cannot run here; asked at every operation while it is chosen by name."""
+    if name == "native":
+        try:
+            return native.missing()
+        except ValueError as error:
+            return str(error)
+    if name == "triton":
+        return gpu.missing()
+    return cuda.missing() if name == "cuda" else None
 
 
 class use_backend:
@@ -113,7 +121,7 @@ def check_backend(name: str) -> None:
     """Raise unless `name` is "auto" or the name of a backend that can run here."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown: choose one of auto, {', '.join(BACKENDS)}.")
-    if name in BACKENDS[1:] and (reason := backends()[name]) is not None:
+    if name in BACKENDS[1:] and (reason := _missing(name)) is not None:
         raise BackendUnavailable(f"backend {name!r} cannot run here: {reason.rstrip('.')}.")
 
 
@@ -235,7 +243,10 @@ def select_backend(
 def _select(
     op: str, tensors: tuple[torch.Tensor | None, ...], triton_lacks: str | None, in_cuda: bool
 ) -> str:
-    if _choice != "auto" and not (_choice == "cuda" and not (in_cuda and _has(op, "cuda"))):
+    named = _choice != "auto"
+    if _choice == "cuda":
+        named = in_cuda and _has(op, "cuda")
+    if named:
         _named(op, _choice)
         if _choice == "triton" and triton_lacks is not None:
             raise BackendUnavailable(f"{op}: backend 'triton' {triton_lacks}: use backend 'auto'.")
@@ -420,7 +431,9 @@ GUARDS: list[Callable[[], None]] = []
 
 def install_guards() -> None:
     """Install the registered guards, each once."""
-    while (
-        not torch.compiler.is_compiling() and GUARDS
-    ):  # in this order, or the list becomes a guard of compiled code
+    if (
+        torch.compiler.is_compiling()
+    ):  # before a look at the list, which would become a guard of compiled code
+        return
+    while GUARDS:
         GUARDS.pop()()

@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from aajr_kernels.cli.reports.readme import between  # noqa: E402
+
 BUILD = ROOT / "build" / "cuda-check"
 BUDGETS = ROOT / "csrc" / "cuda" / "budgets.json"
 PAGE = ROOT / "docs" / "cuda.md"
@@ -179,9 +183,7 @@ def main() -> int:
             "registers": {k: {p: n[0] for p, n in sorted(row.items())} for k, row in found.items()},
         }
         BUDGETS.write_text(json.dumps(budgets, indent=1) + "\n")
-        text = PAGE.read_text()
-        before, _, rest = text.partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(budgets)}\n{END}{rest.partition(END)[2]}")
+        between(PAGE, BEGIN, END, table(budgets))
     else:
         wrong += exceeded(found, toolkit, budgets)
     print("\n".join(wrong) or "within the budgets")

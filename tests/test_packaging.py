@@ -28,6 +28,17 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSION = aajr_kernels.__version__
 
+#: what a build reads beside the package and its sources
+BUILD_FILES = (
+    "pyproject.toml",
+    "setup.py",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+)
+
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> str:
     done = subprocess.run(
@@ -121,15 +132,7 @@ def test_set_up_takes_plain_torch_where_it_is_a_cpu_build(monkeypatch):
 def source(tmp_path_factory) -> Path:
     """A copy of what the builds read, so that no build product is left in the repository."""
     copy = tmp_path_factory.mktemp("source")
-    for name in (
-        "pyproject.toml",
-        "setup.py",
-        "CMakeLists.txt",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "CHANGELOG.md",
-    ):
+    for name in BUILD_FILES:
         shutil.copy(ROOT / name, copy)
     for name in ("aajr_kernels", "csrc"):
         if (ROOT / name).is_dir():

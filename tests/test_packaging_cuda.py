@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,9 +10,9 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from test_packaging import BUILD_FILES, load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++) is installed")
@@ -38,15 +37,7 @@ def tree(tmp_path) -> Path:
     """The build as it is, with one small kernel."""
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in (
-        "pyproject.toml",
-        "setup.py",
-        "CMakeLists.txt",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "CHANGELOG.md",
-    ):
+    for name in BUILD_FILES:
         shutil.copy(ROOT / name, tree)
     shutil.copytree(
         ROOT / "aajr_kernels",
@@ -187,16 +178,8 @@ def test_an_editable_install_has_it_beside_the_native_one_and_finds_a_compiler_t
 
 
 # ------------------------------------------------------------------------------------------------------- resources
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_budgets", ROOT / "scripts" / "cuda_budgets.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_table_of_the_page_is_that_of_the_budgets():
-    cuda_budgets = script()
+    cuda_budgets = load_script("cuda_budgets")
     budgets = json.loads(cuda_budgets.BUDGETS.read_text())
     between = cuda_budgets.PAGE.read_text().partition(cuda_budgets.BEGIN)[2].partition(cuda_budgets.END)[0]
     assert between.strip() == cuda_budgets.table(budgets)
@@ -204,7 +187,7 @@ def test_the_table_of_the_page_is_that_of_the_budgets():
 
 
 def test_rules_and_budgets_find_what_they_are_for():
-    cuda_budgets = script()
+    cuda_budgets = load_script("cuda_budgets")
     fine = {
         "norm_fwd_kernel<bf16, true, 1>": {"sm_90": [64, 0, 0]},
         "norm_bwd_kernel<bf16, true, 2>": {"sm_90": [255, 0, 0]},
@@ -223,10 +206,12 @@ def test_rules_and_budgets_find_what_they_are_for():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(script().why_not() is not None, reason=str(script().why_not()))
+@pytest.mark.skipif(
+    load_script("cuda_budgets").why_not() is not None, reason=str(load_script("cuda_budgets").why_not())
+)
 def test_every_kernel_on_every_processor_is_within_rules_and_budgets(record_property):
     """Compiled without a warning, or the build fails."""
-    cuda_budgets = script()
+    cuda_budgets = load_script("cuda_budgets")
     module, seconds = cuda_budgets.build()
     record_property("seconds", seconds)
     found = cuda_budgets.usage(module)

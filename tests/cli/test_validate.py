@@ -243,11 +243,7 @@ def unwrapped(output: str) -> str:
 
 def test_missing_backend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(
-        runtime,
-        "backends",
-        lambda: {"reference": None, "native": "no compiler", "triton": None, "cuda": "not built"},
-    )
+    monkeypatch.setattr(runtime, "_missing", {"native": "no compiler", "cuda": "not built"}.get)
     result = invoke("--backend", "native")
     assert result.exit_code == 2
     assert "native cannot run here: no compiler." in unwrapped(result.output)
@@ -288,7 +284,7 @@ def test_a_backend_of_some_ops_skips_the_others(monkeypatch):
         ("silu", "skipped"),
     }
     monkeypatch.setattr(cuda, "module", lambda: SimpleNamespace(host=False))
-    monkeypatch.setattr(runtime, "backends", lambda: dict.fromkeys(runtime.BACKENDS))
+    monkeypatch.setattr(runtime, "_missing", lambda name: None)
     with pytest.raises(
         runtime.BackendUnavailable, match="cuda cannot run here: its kernels need a CUDA device"
     ):
@@ -309,11 +305,7 @@ def native(monkeypatch):
             raise runtime.BackendUnavailable(f"op {op!r} has no 'native' backend.")
         return module
 
-    monkeypatch.setattr(
-        runtime,
-        "backends",
-        lambda: {"reference": None, "native": None, "triton": "no triton", "cuda": "not built"},
-    )
+    monkeypatch.setattr(runtime, "_missing", {"triton": "no triton", "cuda": "not built"}.get)
     monkeypatch.setattr(runtime, "implementation", implementation)
     return module
 

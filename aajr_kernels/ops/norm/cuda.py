@@ -8,7 +8,8 @@ import math
 import torch
 
 from ... import cuda
-from ...native import few_axes, is_dry, row_dense
+from ...native import is_dry
+from .native import optional_rows
 
 #: blocks on each multiprocessor that share the rows of a backward with parameter gradients
 _BLOCKS = 4
@@ -61,7 +62,14 @@ def _forward(
     summed = None if residual is None else torch.empty_like(y)
     shape = (2 * stacks if centred else stacks, math.prod(x.shape[1:-1]))
     stats = torch.empty(shape, dtype=torch.float32, device=x.device)
-    tensors = (*map(_rows, (x, y)), stats, _dense(weight), _dense(bias), _rows(residual), _rows(summed))
+    tensors = (
+        *map(optional_rows, (x, y)),
+        stats,
+        _dense(weight),
+        _dense(bias),
+        optional_rows(residual),
+        optional_rows(summed),
+    )
     cuda.call("norm_fwd", tensors, (centred,), (eps, offset))
     return y, summed, stats
 
@@ -92,14 +100,18 @@ def norm_bwd(
     new = functools.partial(torch.empty if dry or rows else torch.zeros, dtype=torch.float32, device=x.device)
     w_bar, w_parts = (new((size,)), new((blocks, size))) if need_weight else (None, None)
     b_bar, b_parts = (new((size,)), new((blocks, size))) if need_bias else (None, None)
-    tensors = (_rows(y_bar), _rows(x), _dense(weight), stats, _rows(x_bar), w_bar, b_bar, _rows(sum_bar))
+    tensors = (
+        optional_rows(y_bar),
+        optional_rows(x),
+        _dense(weight),
+        stats,
+        optional_rows(x_bar),
+        w_bar,
+        b_bar,
+        optional_rows(sum_bar),
+    )
     cuda.call("norm_bwd", (*tensors, w_parts, b_parts), (centred,), (offset,))
     return x_bar, w_bar, b_bar
-
-
-def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """`x` with a dense last axis and as few axes as the module takes."""
-    return None if x is None else row_dense(few_axes(x))
 
 
 def _dense(parameter: torch.Tensor | None) -> torch.Tensor | None:

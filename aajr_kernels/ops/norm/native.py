@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ...native import call, empty, few_axes, operator, row_dense
+from ...native import call, empty, operator, rows
 
 
 @operator(
@@ -23,7 +23,15 @@ def norm_fwd(
     y = empty(x.shape, dtype=x.dtype)
     shape = (2 * x.shape[0] if centred else x.shape[0], math.prod(x.shape[1:-1]))
     stats = torch.empty(shape, dtype=torch.float32)
-    tensors = (_rows(x), _rows(y), stats, _rows(weight), _rows(bias), None, None)
+    tensors = (
+        optional_rows(x),
+        optional_rows(y),
+        stats,
+        optional_rows(weight),
+        optional_rows(bias),
+        None,
+        None,
+    )
     call("norm_fwd", tensors, (centred,), (eps, offset))
     return y, stats
 
@@ -45,7 +53,15 @@ def add_norm_fwd(
     y, summed = (empty((stacks, *x.shape[1:]), dtype=x.dtype) for _ in range(2))
     shape = (2 * stacks if centred else stacks, math.prod(x.shape[1:-1]))
     stats = torch.empty(shape, dtype=torch.float32)
-    tensors = (_rows(x), _rows(y), stats, _rows(weight), _rows(bias), _rows(residual), _rows(summed))
+    tensors = (
+        optional_rows(x),
+        optional_rows(y),
+        stats,
+        optional_rows(weight),
+        optional_rows(bias),
+        optional_rows(residual),
+        optional_rows(summed),
+    )
     call("norm_fwd", tensors, (centred,), (eps, offset))
     return y, summed, stats
 
@@ -70,13 +86,20 @@ def norm_bwd(
     x_bar = empty(x.shape, dtype=x.dtype) if need_x else None
     w_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_weight else None
     b_bar = torch.empty(x.shape[-1], dtype=torch.float32) if need_bias else None
-    tensors = (_rows(y_bar), _rows(x), _rows(weight), stats, _rows(x_bar), w_bar, b_bar, _rows(sum_bar))
+    tensors = (
+        optional_rows(y_bar),
+        optional_rows(x),
+        optional_rows(weight),
+        stats,
+        optional_rows(x_bar),
+        w_bar,
+        b_bar,
+        optional_rows(sum_bar),
+    )
     call("norm_bwd", tensors, (centred,), (offset,))
     return x_bar, w_bar, b_bar
 
 
-def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """`x` with a dense last axis and as few axes as the module takes."""
-    if x is None:
-        return None
-    return row_dense(few_axes(x))
+def optional_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """:func:`..native.rows` of what may be missing."""
+    return None if x is None else rows(x)

@@ -18,14 +18,14 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32, device=y.device)
     flat = q.view(q.shape[0], math.prod(q.shape[1:]))
-    cuda.call("sensitivity_fwd", (_rows(y), flat, _parts(y, metric)), (CODES[metric],))
+    cuda.call("sensitivity_fwd", (native.rows(y), flat, _parts(y, metric)), (CODES[metric],))
     return q
 
 
 @cuda.operator("(Tensor q_bar, Tensor y, str metric) -> Tensor")
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
-    rows = _rows(y)
+    rows = native.rows(y)
     y_bar = torch.empty(rows.shape, dtype=y.dtype, device=y.device)
     k, count = q_bar.shape[0], math.prod(q_bar.shape[1:])
     parts = moments = None
@@ -43,8 +43,3 @@ def _parts(y: torch.Tensor, metric: str) -> torch.Tensor:
     tiles = max(1, -(-y.shape[-1] // cuda.module().tile))
     fields = k if CODES[metric] == CODES["l2"] else _TILE[0] + _TILE[1] * k
     return torch.empty((tiles, fields, math.prod(y.shape[1:-1])), dtype=torch.float32, device=y.device)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with a dense last axis and no more axes than the kernels take."""
-    return native.row_dense(native.few_axes(x))

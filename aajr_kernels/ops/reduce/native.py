@@ -12,23 +12,20 @@ from ... import native
 CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with a dense last axis and no more axes than the kernels take."""
-    return native.row_dense(native.few_axes(x))
-
-
 @native.operator("(Tensor y, str metric) -> Tensor")
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32)
-    native.call("sensitivity_fwd", (_rows(y), q.view(q.shape[0], math.prod(q.shape[1:]))), (CODES[metric],))
+    native.call(
+        "sensitivity_fwd", (native.rows(y), q.view(q.shape[0], math.prod(q.shape[1:]))), (CODES[metric],)
+    )
     return q
 
 
 @native.operator("(Tensor q_bar, Tensor y, str metric) -> Tensor")
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
-    rows = _rows(y)
+    rows = native.rows(y)
     y_bar = native.empty_like(rows)
     q_bar = q_bar.reshape(q_bar.shape[0], math.prod(q_bar.shape[1:])).contiguous()
     native.call("sensitivity_bwd", (rows, q_bar, y_bar), (CODES[metric],))
@@ -38,7 +35,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
 @native.operator("(Tensor x) -> Tensor")
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
-    rows = _rows(x)
+    rows = native.rows(x)
     y = native.empty_like(rows)
     native.call("softmax_fwd", (rows, y))
     return y.reshape(x.shape)
@@ -47,7 +44,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
 @native.operator("(Tensor y_bar, Tensor x) -> Tensor")
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
-    rows = _rows(x)
+    rows = native.rows(x)
     x_bar = native.empty_like(rows)
-    native.call("softmax_bwd", (rows, _rows(y_bar), x_bar))
+    native.call("softmax_bwd", (rows, native.rows(y_bar), x_bar))
     return x_bar.reshape(x.shape)
