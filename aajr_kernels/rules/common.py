@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..dual import Dual, is_dual, num_tangents
+from ..runtime import autocasting
 
 __all__ = [
     "Dual",
@@ -22,6 +23,7 @@ __all__ = [
     "is_number",
     "join",
     "num_tangents",
+    "once_rounded",
     "parts",
     "per_slice",
 ]
@@ -81,6 +83,17 @@ def ndim_of(*values: Any) -> int:
     return max([0] + [v.dim() for v in values if not is_number(v)])
 
 
+def promoted(tensors: list[Any]) -> torch.dtype:
+    """The dtype that torch gives a combination of tensors and Duals."""
+    shaped = [value.dtype for value in tensors if value.dim()]
+    dtype = functools.reduce(torch.promote_types, shaped or [value.dtype for value in tensors])
+    if not dtype.is_floating_point:  # integers with axes: the shapeless operands are of a higher category
+        dtype = functools.reduce(
+            torch.promote_types, [value.dtype for value in tensors if not value.dim()], dtype
+        )
+    return dtype
+
+
 def settled(*values: Any) -> tuple[Any, ...]:
     """`values`, cast to the dtype that torch gives their combination where a shapeless Dual is among them.
 
@@ -89,13 +102,59 @@ def settled(*values: Any) -> tuple[Any, ...]:
     tensors = [value for value in values if not is_number(value)]
     if not any(is_dual(value) and value.dim() == 0 for value in tensors):
         return values
-    shaped = [value.dtype for value in tensors if value.dim()]
-    dtype = functools.reduce(torch.promote_types, shaped or [value.dtype for value in tensors])
-    if not dtype.is_floating_point:  # integers with axes: the shapeless operands are of a higher category
-        dtype = functools.reduce(
-            torch.promote_types, [value.dtype for value in tensors if not value.dim()], dtype
-        )
+    dtype = promoted(tensors)
     return tuple(value if is_number(value) else value.to(dtype) for value in values)
+
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    """A Dual or tensor of floating point in another dtype; anything else as it is."""
+    if isinstance(x, Dual):
+        return Dual(x.stacked.to(dtype))
+    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def _result_dtype(rule: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    """The dtype of a rule's result for operands of low dtypes, as torch has it."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, (Dual, torch.Tensor))]
+    if not autocasting(tensors[0].device.type):
+        return promoted([x for x in tensors if x.is_floating_point()])
+    # autocast may want float32: its lists are torch's own, so the primal goes through the rule
+    bare = lambda x: Dual(x.stacked[:1]) if isinstance(x, Dual) else x
+    with torch.no_grad():
+        result = rule(*(bare(x) for x in args), **{name: bare(x) for name, x in kwargs.items()})
+    return (result[0] if isinstance(result, tuple) else result).dtype
+
+
+def once_rounded(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """`rule`, computed in float32 where an operand is of bfloat16 or float16, and its result rounded once.
+
+    A derivative must not be taken from a result that was already rounded, nor from a difference of rounded terms:
+    e^(x − y) with y = logsumexp(x) rounded at 100 is off by a third. Autograd goes through the same float32 graph, so
+    the gradient through the tangent is rounded once as well. Rules made of one product or sum need none of it.
+
+    A ``dtype=`` is that of the computation: the first operand is cast to it beforehand, as torch does.
+    """
+
+    @functools.wraps(rule)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("dtype", None)
+        if wanted is not None:
+            args = (args[0].to(wanted), *args[1:])
+        operands = (*args, *kwargs.values())
+        if not any(isinstance(x, (Dual, torch.Tensor)) and x.dtype in _LOW for x in operands):
+            return rule(*args, **kwargs)
+        dtype = _result_dtype(rule, args, kwargs)
+        single = torch.float64 if dtype == torch.float64 else torch.float32
+        raised = [_cast(x, single) for x in args]
+        result = rule(*raised, **{name: _cast(x, single) for name, x in kwargs.items()})
+        if isinstance(result, tuple):
+            return tuple([_cast(x, dtype) for x in result])
+        return _cast(result, dtype)
+
+    return wide
 
 
 def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., torch.Tensor] | None) -> Any:
@@ -107,9 +166,10 @@ def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., 
             a Dual.
 
     Returns:
-        A rule ``rule(*args, **kwargs)`` whose keyword arguments go to `function` alone.
+        A rule ``rule(*args, **kwargs)`` whose keyword arguments go to `function` alone; :func:`once_rounded`.
     """
 
+    @once_rounded
     def rule(*args: Any, **kwargs: Any) -> Any:
         values = settled(*args[: len(partials)])
         num_tangents(*values)

@@ -289,7 +289,9 @@ rule("atan2", "arctan2")(
     elementwise(torch.atan2, lambda y, a, b: b / (a * a + b * b), lambda y, a, b: -a / (a * a + b * b))
 )
 rule("hypot")(elementwise(torch.hypot, lambda y, a, b: a / y, lambda y, a, b: b / y))
-rule("logaddexp")(elementwise(torch.logaddexp, lambda y, a, b: (a - y).exp(), lambda y, a, b: (b - y).exp()))
+rule("logaddexp")(
+    elementwise(torch.logaddexp, lambda y, a, b: (a - b).sigmoid(), lambda y, a, b: (b - a).sigmoid())
+)
 
 
 def _log_beside(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from ..ops.reduce import softmax
 from ..runtime import UnsupportedOperation, rule
-from .common import Dual, axes, axis, is_dual, join, recast, split
+from .common import Dual, axes, axis, is_dual, join, once_rounded, recast, split
 
 
 def _dims(x: Dual, dim: Any) -> list[int]:
@@ -93,6 +93,7 @@ def _dropped(x: Dual, dims: list[int], keepdim: bool) -> Dual:
 
 @rule("var")
 @_vector
+@once_rounded
 def _var(x: Dual, *args: Any, **kwargs: Any) -> Dual:
     return _dropped(*_variance(x, args, kwargs))
 
@@ -107,6 +108,7 @@ def _deviation(variance: Dual) -> Dual:
 
 @rule("std")
 @_vector
+@once_rounded
 def _std(x: Dual, *args: Any, **kwargs: Any) -> Dual:
     variance, dims, keepdim = _variance(x, args, kwargs)
     return _dropped(_deviation(variance), dims, keepdim)
@@ -114,6 +116,7 @@ def _std(x: Dual, *args: Any, **kwargs: Any) -> Dual:
 
 @rule("var_mean")
 @_vector
+@once_rounded
 def _var_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
     variance, dims, keepdim = _variance(x, args, kwargs)
     return _dropped(variance, dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
@@ -121,6 +124,7 @@ def _var_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
 
 @rule("std_mean")
 @_vector
+@once_rounded
 def _std_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
     variance, dims, keepdim = _variance(x, args, kwargs)
     return _dropped(_deviation(variance), dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
@@ -128,18 +132,17 @@ def _std_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
 
 @rule("prod")
 @_vector
-def _prod(x: Dual, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Dual:
+@once_rounded
+def _prod(x: Dual, dim: int | None = None, keepdim: bool = False) -> Dual:
     """Σ_i ẋ_i Π_{j≠i} x_j with exclusive products from both sides, exact at zeros."""
-    if dtype is not None:
-        x = x.to(dtype)
     if dim is None:
         return _prod(x.reshape(-1), 0).reshape(tuple(1 for _ in x.shape) if keepdim else ())
     primal, tangents = split(x)
     d = axis(x, dim)
-    ones = torch.ones_like(primal.narrow(d, 0, 1))
     n = primal.shape[d]
     if n == 0:
         return join(primal.prod(d, keepdim), tangents.sum(d, keepdim))
+    ones = torch.ones_like(primal.narrow(d, 0, 1))
     before = torch.cat([ones, primal.narrow(d, 0, n - 1)], d).cumprod(d)
     after = torch.cat([primal.narrow(d, 1, n - 1), ones], d).flip(d).cumprod(d).flip(d)
     return join(primal.prod(d, keepdim), (tangents * (before * after)).sum(d, keepdim))
@@ -147,9 +150,9 @@ def _prod(x: Dual, dim: int | None = None, keepdim: bool = False, *, dtype: Any 
 
 @rule("cumprod")
 @_vector
-def _cumprod(x: Dual, dim: int, *, dtype: Any = None) -> Dual:
+@once_rounded
+def _cumprod(x: Dual, dim: int) -> Dual:
     """Products of Duals at doubling distance: no division, so exact at zeros, where torch's own gradient is NaN."""
-    x = x if dtype is None else x.to(dtype)
     step, size = 1, x.shape[dim]
     while step < size:
         later = x.narrow(dim, step, size - step) * x.narrow(dim, 0, size - step)
@@ -195,6 +198,7 @@ def _shared_extremum(name: str) -> Callable[..., Dual]:
 
     @rule(name)
     @_vector
+    @once_rounded
     def reduce(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
         dims = _dims(x, dim)
         primal, tangents = split(x)
@@ -225,6 +229,8 @@ def _ordered(name: str) -> None:
         result = function(x.primal.detach(), *args, **kwargs)
         if isinstance(result, torch.Tensor):  # median without an axis
             flat = x.reshape(-1)
+            if not flat.numel():
+                return flat.sum() * float("nan")
             return flat[flat.primal.detach().argsort(stable=True)[(flat.numel() - 1) // 2]]
         names = {"topk": 1, "kthvalue": 1}.get(name, 0)
         dim = kwargs.get("dim", args[names] if len(args) > names else -1)
@@ -245,25 +251,18 @@ rule("msort")(lambda x: torch.sort(x, dim=0).values)
 # -- norms ------------------------------------------------------------------------------------------------------------
 
 
-@rule("norm", torch.linalg.vector_norm)
-def _norm(
-    x: Dual, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, **kwargs: Any
-) -> Dual:
-    """Vector norms. At a zero vector the derivative is 0, torch's choice as well."""
-    p = kwargs.get("ord", p)
-    p = 2 if p is None or p == "fro" else p
-    if not isinstance(p, (int, float)):
-        raise UnsupportedOperation(f"norm of order {p!r} has no rule for a Dual: use a vector norm.")
-    if dtype is not None:
-        x = x.to(dtype)
+@_vector
+@once_rounded
+def _vector_norm(x: Dual, p: float, dim: Any, keepdim: bool) -> Dual:
+    """At a zero vector the derivative is 0, torch's choice as well."""
     dims = _dims(x, dim)
-    primal, tangents = split(x)
-    out = torch.linalg.vector_norm(primal, p, dims or None, keepdim=True)
     if p == float("inf") or p == float("-inf"):
         return (_amax if p > 0 else _amin)(x.abs(), dim, keepdim)
-    if p == 0:
-        return _dropped(join(out, torch.zeros_like(out)), dims, keepdim)
-    if p == 1:
+    primal, tangents = split(x)
+    out = torch.linalg.vector_norm(primal, p, dims, keepdim=True)
+    if p == 0:  # a count
+        weight = torch.zeros_like(primal)
+    elif p == 1:
         weight = primal.sign()
     elif p == 2:
         weight = primal / torch.where(out == 0, 1.0, out)
@@ -274,19 +273,37 @@ def _norm(
     return _dropped(join(out, (weight * tangents).sum(dims, keepdim=True)), dims, keepdim)
 
 
+@rule("norm", torch.linalg.vector_norm)
+def _norm(
+    x: Dual, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, **kwargs: Any
+) -> Dual:
+    p = kwargs.get("ord", p)
+    p = 2 if p is None or p == "fro" else p
+    if not isinstance(p, (int, float)):
+        raise UnsupportedOperation(f"norm of order {p!r} has no rule for a Dual: use a vector norm.")
+    if dtype is not None and torch.promote_types(x.dtype, dtype) != dtype:
+        raise ValueError(
+            f"dtype of a norm must hold that of its input ({x.dtype}), got {dtype}: cast the result with .to()."
+        )
+    return _vector_norm(x, p, dim, keepdim, dtype=dtype)
+
+
 @rule(torch.linalg.norm)
 def _linalg_norm(
     x: Dual, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Dual:
     """A matrix norm where an order meets two axes, a vector norm otherwise."""
-    if ord is not None and dim is None and x.dim() > 2:
+    if ord is not None and dim is None and x.dim() not in (1, 2):
         raise ValueError(
-            f"dim of linalg.norm must be given with ord={ord!r} for more than two axes, got shape {tuple(x.shape)}."
+            f"dim of linalg.norm must be given with ord={ord!r} unless x has one or two axes, got shape "
+            f"{tuple(x.shape)}."
         )
+    if isinstance(dim, (tuple, list)) and len(dim) not in (1, 2):
+        raise ValueError(f"dim of linalg.norm must name one or two axes, got {dim}: use linalg.vector_norm.")
     matrix = x.dim() == 2 if dim is None else isinstance(dim, (tuple, list)) and len(dim) == 2
     if matrix and ord not in (None, "fro"):
         return torch.linalg.matrix_norm(x, ord, dim or (-2, -1), keepdim, dtype=dtype)
-    return _norm(x, ord, dim, keepdim, dtype)
+    return _norm(x, ord, dim, keepdim, dtype=dtype)
 
 
 # -- softmax family ---------------------------------------------------------------------------------------------------
@@ -304,20 +321,21 @@ def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
 
 
 @_vector
-def _log_softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
+@once_rounded
+def _log_softmax_of(x: Dual, dim: int | None) -> Dual:
     """ẋ − Σ p ẋ."""
     d = _softmax_axis(x, dim)
-    primal, tangents = split(x if dtype is None else x.to(dtype))
+    primal, tangents = split(x)
     out = primal.log_softmax(d)
     return join(out, tangents - (out.exp() * tangents).sum(d, keepdim=True))
 
 
 def _softmax_family() -> None:
     for name, function, kind in (("softmax", _softmax_of, "op"), ("log_softmax", _log_softmax_of, "torch")):
-        rule(name, kind=kind)(lambda x, dim=None, dtype=None, _f=function, **kwargs: _f(x, dim, dtype))
+        rule(name, kind=kind)(lambda x, dim=None, dtype=None, _f=function, **kwargs: _f(x, dim, dtype=dtype))
         wrapper = getattr(torch.nn.functional, name)
         rule(wrapper, kind=kind)(
-            lambda x, dim=None, _stacklevel=3, dtype=None, _f=function: _f(x, dim, dtype)
+            lambda x, dim=None, _stacklevel=3, dtype=None, _f=function: _f(x, dim, dtype=dtype)
         )
     wrapper = torch.nn.functional.softmin
     rule(wrapper, kind="op")(lambda x, dim=None, _stacklevel=3, dtype=None: _softmax_of(-x, dim, dtype))
@@ -326,19 +344,32 @@ def _softmax_family() -> None:
 _softmax_family()
 
 
+def _shares(
+    exponents: torch.Tensor, total: torch.Tensor, add: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The weights of a logsumexp: e^(x − y) over its own sum, since e^y is only as right as the rounded y = `total`.
+
+    A row of only −inf has weight 0 everywhere.
+    """
+    powers = (exponents - torch.where(torch.isinf(total), 0.0, total).detach()).exp()
+    sums = add(powers)
+    return powers / torch.where(sums == 0, 1.0, sums)
+
+
 @rule("logsumexp")
 @_vector
+@once_rounded
 def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
     dims = _dims(x, dim)
     primal, tangents = split(x)
     out = primal.logsumexp(dims, keepdim=True)
-    # a row of −inf alone has weight 0 everywhere
-    weight = (primal - torch.where(torch.isinf(out), 0.0, out)).exp()
+    weight = _shares(primal, out, lambda powers: powers.sum(dims, keepdim=True))
     return _dropped(join(out, (weight * tangents).sum(dims, keepdim=True)), dims, keepdim)
 
 
 @rule("logcumsumexp")
 @_vector
+@once_rounded
 def _scan_logsumexp(x: Dual, dim: int) -> Dual:
     """Σ_{j ≤ i} e^(x_j − y_i) ẋ_j by a matrix of weights: a running sum of e^x ẋ would underflow before a late peak."""
     d = axis(x, dim)
@@ -346,8 +377,8 @@ def _scan_logsumexp(x: Dual, dim: int) -> Dual:
     out = primal.logcumsumexp(-1)
     n = primal.shape[-1]
     later = torch.ones(n, n, dtype=torch.bool, device=out.device).triu(1)
-    exponents = primal.unsqueeze(-2) - torch.where(torch.isinf(out), 0.0, out).unsqueeze(-1)
-    weights = exponents.masked_fill(later, float("-inf")).exp()
+    exponents = primal.unsqueeze(-2).expand(*primal.shape, n).masked_fill(later, float("-inf"))
+    weights = _shares(exponents, out.unsqueeze(-1), lambda powers: powers.sum(-1, keepdim=True))
     tangent = (weights @ tangents.unsqueeze(-1)).squeeze(-1)
     return join(out.movedim(-1, d), tangent.movedim(-1, d))
 

@@ -206,7 +206,7 @@ def _flip(x: Dual, *dims: Any, **kwargs: Any) -> Dual:
 
 @rule("roll", kind="view")
 def _roll(x: Dual, shifts: Any, dims: Any = None) -> Dual:
-    if dims is None or dims == ():
+    if dims is None or dims in ((), []):
         return x.reshape(-1).roll(shifts, 0).reshape(x.shape)
     return Dual(x.stacked.roll(shifts, axes(x, dims)))
 
