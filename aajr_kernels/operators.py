@@ -10,23 +10,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+
+from .torch_private import mark_constant as constant
 
 __all__ = ["Operators", "constant"]
 
 _LIBRARY = torch.library.Library("aajr", "FRAGMENT")
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def constant(function: _F) -> _F:
-    """Mark a function that torch.compile runs while it traces, and whose result it takes as a constant.
-
-    That is all ``torch.compiler.assume_constant_result`` does, beside importing the compiler, which takes a second.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 class Operators:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from . import cuda, gpu, native, sharding
 from .operators import constant
 from .recording import Coverage, coverage, record, record_unsupported, recording
+from .torch_private import break_graph
 
 __all__ = [
     "BackendUnavailable",
@@ -54,12 +55,6 @@ def unsupported(message: str) -> NoReturn:
     """
     break_graph(message)
     raise UnsupportedOperation(message)
-
-
-def break_graph(message: str) -> None:
-    """While torch.compile traces: what follows cannot be traced. With ``fullgraph=True`` that is an error."""
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break(msg=message)
 
 
 class BackendUnavailable(RuntimeError):

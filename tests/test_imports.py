@@ -17,6 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
 LAYERS = {
+    "torch_private": -1,
     "operators": 0,
     "memory": 0,
     "sharding": 0,

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from ..runtime import RULES, UnsupportedOperation, break_graph, functions_named, rule
+from ..runtime import RULES, UnsupportedOperation, functions_named, rule
+from ..torch_private import break_graph
 from .common import Dual, is_dual, num_tangents
 
 #: names, looked up in every torch namespace; a dotted one in that namespace alone

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._functorch.utils
 import torch.utils._pytree as pytree
 from torch.utils.hooks import BackwardHook
 
+from .. import torch_private
 from ..dual import Dual
 from ..runtime import GUARDS, UnsupportedOperation
 from .common import is_dual
@@ -24,7 +24,6 @@ from .common import is_dual
 __all__ = [
     "function_rule",
     "guard_backward_hooks",
-    "guard_bound_functions",
     "guard_functions",
     "linear_function",
 ]
@@ -76,46 +75,25 @@ def _holds_dual(values: Any) -> bool:
 
 
 def guard_functions() -> None:
-    """Make ``autograd.Function.apply`` raise on a Dual. Idempotent."""
-    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-    if hasattr(original, "_refuses_duals"):
+    """Make every ``autograd.Function`` raise on a Dual, also through an ``apply`` bound earlier. Idempotent."""
+    torch_private.watch_functions(_apply, _refuse)
+
+
+def _apply(apply: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+    if not _holds_dual((args, kwargs)):
+        return apply(*args, **kwargs)
+    known = FUNCTION_RULES.get(_qualified(cls))
+    if known is None:
+        return _refuse(cls, (args, kwargs))
+    return known(apply, *args, **kwargs)
+
+
+def _refuse(cls: type, args: tuple[Any, ...]) -> None:
+    if not _holds_dual(args):
         return
-
-    @functools.wraps(original)
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if _holds_dual((args, kwargs)):
-            known = FUNCTION_RULES.get(_qualified(cls))
-            if known is not None:
-                return known(functools.partial(original, cls), *args, **kwargs)
-            remedy = (
-                "use non-reentrant checkpointing (use_reentrant=False)"
-                if cls.__name__ == "CheckpointFunction"
-                else _REMEDY
-            )
-            raise UnsupportedOperation(
-                f"{cls.__module__}.{cls.__qualname__}.apply would drop the gradient of a Dual: {remedy}."
-            )
-        return original(cls, *args, **kwargs)
-
-    apply._refuses_duals = True  # type: ignore[attr-defined]
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-
-
-def guard_bound_functions() -> None:
-    """Make an ``apply`` that was bound before the guard raise too: its body unwraps its arguments here. Idempotent."""
-    utils = torch._functorch.utils
-    original = getattr(utils, "unwrap_dead_wrappers", None)
-    if original is None or hasattr(original, "_refuses_duals"):
-        return
-
-    @functools.wraps(original)
-    def unwrap(args: Any) -> Any:
-        if _holds_dual(args):
-            raise UnsupportedOperation(f"an autograd.Function would drop the gradient of a Dual: {_REMEDY}.")
-        return original(args)
-
-    unwrap._refuses_duals = True  # type: ignore[attr-defined]
-    utils.unwrap_dead_wrappers = unwrap
+    reentrant = cls.__name__ == "CheckpointFunction"
+    remedy = "use non-reentrant checkpointing (use_reentrant=False)" if reentrant else _REMEDY
+    raise UnsupportedOperation(f"{_qualified(cls)}.apply would drop the gradient of a Dual: {remedy}.")
 
 
 def _warning(original: Callable[..., Any], what: str) -> Callable[..., Any]:
@@ -130,16 +108,12 @@ def _warning(original: Callable[..., Any], what: str) -> Callable[..., Any]:
         )
         return values
 
-    setup._warns_of_duals = True  # type: ignore[attr-defined]
     return setup
 
 
 def guard_backward_hooks() -> None:
     """Make full backward hooks warn when a module takes or returns a Dual. Idempotent."""
-    for name, what in (("setup_input_hook", "input"), ("setup_output_hook", "output")):
-        original = getattr(BackwardHook, name)
-        if not hasattr(original, "_warns_of_duals"):
-            setattr(BackwardHook, name, _warning(original, what))
+    torch_private.watch_backward_hooks(_warning)
 
 
-GUARDS += [guard_functions, guard_bound_functions, guard_backward_hooks]
+GUARDS += [guard_functions, guard_backward_hooks]

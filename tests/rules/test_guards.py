@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import types
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -95,13 +96,94 @@ def test_it_raises(name: str) -> None:
     assert str(caught.value).endswith(".") and len(str(caught.value)) > 40
 
 
-def test_an_apply_bound_earlier_raises_too() -> None:
-    x = made(3)
-    guarded = torch.autograd.Function.apply.__func__
-    bound = types.MethodType(getattr(guarded, "__wrapped__", guarded), Twice)
+class TwiceInTwo(Twice):
+    """The form with ``setup_context``, whose forward has no context."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class Scaled(Twice):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Any) -> Tensor:  # type: ignore[override]
+        return x * factors[0]
+
+
+class Returned(Twice):
+    """Forward runs no function of torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+
+class Nested(Twice):
+    """Forward calls a Function that was bound earlier."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return original_apply(Twice)(x)
+
+
+def original_apply(cls: type) -> Callable[..., Any]:
+    """``cls.apply`` as a module has it that bound it before the first dual: what the guard replaced."""
+    return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("cls", [Twice, TwiceInTwo, Returned, Nested])
+def test_an_apply_bound_earlier_raises_too(cls: type, k: int) -> None:
+    x = made(3, k=k)
+    calls: list[Callable[..., Any]] = [original_apply(cls), cls.apply, original_apply(cls)]
+    for call in calls:
+        with pytest.raises(UnsupportedOperation, match=rf"{cls.__name__}\.apply would drop the gradient"):
+            call(x)
+        leaf = x.primal.clone().requires_grad_()
+        call(leaf).sum().backward()
+        assert torch.equal(leaf.grad, torch.full((3,), 2.0).double())
+
+
+def test_an_apply_bound_earlier_sees_duals_that_are_not_its_first_argument() -> None:
+    x, plain = made(3), torch.ones(3).double().requires_grad_()
     with pytest.raises(UnsupportedOperation, match="drop the gradient"):
-        bound(x)
-    assert bound(x.primal.requires_grad_()).requires_grad
+        original_apply(Scaled)(plain, [x])
+
+
+def test_an_apply_bound_before_the_first_dual_raises() -> None:
+    """The real order, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", BOUND_FIRST], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["raised"] * 2 + ["4.0"] * 2, done.stderr
+
+
+BOUND_FIRST = """
+import torch, aajr_kernels as aajr
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x) if isinstance(x, torch.Tensor) else None
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+first = Square.apply
+x = torch.full((), 2.0, requires_grad=True)
+y = aajr.dual(x, x)
+for apply in (first, Square.apply):
+    try:
+        apply(y)
+    except aajr.UnsupportedOperation:
+        print("raised")
+for apply in (first, Square.apply):
+    print(torch.autograd.grad(apply(x), x)[0].item())
+"""
 
 
 def test_the_message_names_function_and_remedy_and_coverage_counts_it() -> None:

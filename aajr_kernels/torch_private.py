@@ -1,0 +1,147 @@
+"""Every private part of torch that the package reaches, and what each relies on per version of torch.
+
+The bottom of the package: it imports torch only, and no other module names anything of torch that starts with an
+underscore (``tests/test_torch_private.py`` reads the sources). To add something:
+
+1. Give it one function or name here, said in the package's terms: ``break_graph``, not ``torch._dynamo``. What differs
+   between versions differs here, never at the caller. Look for the part itself (``hasattr``, ``isinstance``) where that
+   tells the versions apart, else compare :data:`VERSION`.
+2. Write into its docstring what it relies on, in which versions, and what happens where that is missing. A part without
+   which a gradient would be lost raises; one that only improves a message is left out.
+3. Test it where its caller is tested. The suite runs on every version of :data:`TESTED`.
+
+Nothing here imports ``torch._dynamo``, which takes a second: functions that need it find it loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import BackwardHook
+
+__all__ = [
+    "TESTED",
+    "VERSION",
+    "break_graph",
+    "mark_constant",
+    "watch_backward_hooks",
+    "watch_functions",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+#: first and last minor version of torch on which the whole suite has passed
+TESTED = ((2, 11), (2, 14))
+#: minor version of torch, from ``torch.__version__`` without its local part
+VERSION: tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# autograd
+# ---------------------------------------------------------------------------------------------------------------
+
+_SEEN = "_aajr_sees_arguments"
+
+
+def watch_functions(call: Callable[..., Any], check: Callable[[type, tuple[Any, ...]], None]) -> None:
+    """Have every ``autograd.Function`` see its arguments first, also through an ``apply`` bound before. Idempotent.
+
+    Relies on, in torch 2.11-2.15: ``Function.apply`` may be assigned (a classmethod in Python to 2.13, a descriptor in
+    C from 2.14 on); every call of it makes a ``BackwardCFunction``, which knows its class as ``_forward_cls``, before
+    it looks up the class's ``forward``. An ``apply`` bound earlier is the original one and cannot be replaced: its
+    class's ``forward`` is, when the first such call has made its context.
+
+    Args:
+        call: takes the original ``apply`` of a class, the class and all arguments, and returns the result.
+        check: takes a class and the positional arguments of its ``forward``; raises where they may not be.
+    """
+    original = inspect.getattr_static(torch.autograd.Function, "apply")
+    if getattr(getattr(original, "__func__", None), _SEEN, False):
+        return
+    current = (
+        threading.local()
+    )  # .cls: the class whose `apply` has seen its arguments and made no context yet
+
+    def seen(cls: type, *args: Any, **kwargs: Any) -> Any:
+        current.cls = cls
+        try:
+            return original.__get__(None, cls)(*args, **kwargs)
+        finally:
+            current.cls = None
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return call(functools.partial(seen, cls), cls, *args, **kwargs)
+
+    setattr(apply, _SEEN, True)
+    apply.__doc__ = original.__get__(None, torch.autograd.Function).__doc__
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+
+    def made(ctx: BackwardCFunction, *args: Any, **kwargs: Any) -> None:
+        cls = getattr(ctx, "_forward_cls", None)
+        if cls is getattr(current, "cls", None):
+            current.cls = None  # `forward` may call other Functions
+        elif cls is not None and issubclass(cls, torch.autograd.Function):
+            _watch_forward(cls, check)
+
+    BackwardCFunction.__init__ = made  # type: ignore[method-assign,assignment]
+
+
+def _watch_forward(cls: type, check: Callable[[type, tuple[Any, ...]], None]) -> None:
+    forward = cls.forward  # type: ignore[attr-defined]
+    if getattr(forward, _SEEN, False):
+        return
+
+    @functools.wraps(forward)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(cls, (*args, *kwargs.values()))
+        return forward(*args, **kwargs)
+
+    setattr(checked, _SEEN, True)
+    cls.forward = staticmethod(checked)  # type: ignore[attr-defined]
+
+
+def watch_backward_hooks(wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> None:
+    """Replace what attaches a module's full backward hooks to its inputs and outputs. Idempotent.
+
+    Relies on, in torch 2.11-2.15: ``torch.utils.hooks.BackwardHook`` with ``setup_input_hook(values)``,
+    ``setup_output_hook(values)`` and ``module``.
+
+    Args:
+        wrap: makes the replacement of a method, from the method and ``"input"`` or ``"output"``.
+    """
+    for name, place in (("setup_input_hook", "input"), ("setup_output_hook", "output")):
+        original = getattr(BackwardHook, name)
+        if not hasattr(original, _SEEN):
+            replacement = wrap(original, place)
+            setattr(replacement, _SEEN, True)
+            setattr(BackwardHook, name, replacement)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# torch.compile
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def break_graph(message: str) -> None:
+    """While torch.compile traces: what follows cannot be traced. With ``fullgraph=True`` that is an error.
+
+    Relies on, in torch 2.11-2.15: ``torch._dynamo.graph_break(msg)``, whose text reaches the user.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=message)
+
+
+def mark_constant(function: _F) -> _F:
+    """Mark a function that torch.compile runs while it traces, and whose result it takes as a constant.
+
+    Relies on, in torch 2.11-2.15: the attribute that ``torch.compiler.assume_constant_result`` sets, and that is all it
+    does, beside importing the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
