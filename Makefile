@@ -4,10 +4,11 @@
 PYTHON ?= python3
 JOBS ?= 2
 ifdef PY
-SETUP :=
+SETUP =
 else
 PY := .venv/bin/python
-SETUP := setup
+# one for each group of packages that a target needs (pyproject.toml, [dependency-groups])
+SETUP = setup-$(1)
 endif
 
 export HF_HUB_OFFLINE ?= 1
@@ -17,58 +18,64 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench bench-check bench-ops figures integrations docs lint format gpu-check dist clean
+.PHONY: help setup demo test test-all test-env sanitize bench bench-check bench-ops figures integrations docs lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup:  ## create or refresh .venv (the other targets do this themselves)
+setup:  ## create or refresh .venv with everything (the other targets install what they need)
 	@$(PYTHON) scripts/setup_env.py
 
-demo: $(SETUP)  ## the main job on a real model and real text; everything is saved under runs/
+setup-%:
+	@$(PYTHON) scripts/setup_env.py $*
+
+demo: $(call SETUP,demo)  ## the main job on a real model and real text; everything is saved under runs/
 	$(PY) -m aajr_kernels demo
 
-test: $(SETUP)  ## the tests, without the slow ones and those that need a GPU
+test: $(call SETUP,test)  ## the tests, without the slow ones and those that need a GPU
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(SETUP)  ## every test, the packaging ones too; GPU tests say why they are skipped
+test-all: $(call SETUP,test)  ## every test, the packaging ones too; GPU tests say why they are skipped
 	$(PYTEST)
 
-sanitize: $(SETUP)  ## the tests of the kernels with address and undefined-behaviour sanitizers (another build)
+test-env: $(call SETUP,test)  ## the tests with other versions: ENV=oldest|gpu|newest|py310|py312|py313 ARGS="--short"
+	$(PY) scripts/test_env.py $(ENV) --jobs $(JOBS) $(ARGS)
+
+sanitize: $(call SETUP,test)  ## the tests of the kernels with address and undefined-behaviour sanitizers (another build)
 	$(PY) scripts/sanitize.py --jobs $(JOBS)
 
-bench: $(SETUP)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --check" (bench/README.md)
+bench: $(call SETUP,bench)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --check" (bench/README.md)
 	$(PY) -m aajr_kernels bench $(ARGS)
 
-bench-check: $(SETUP)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
+bench-check: $(call SETUP,bench)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
 	$(PY) -m aajr_kernels bench attention norm head step --quick --baseline bench/baselines $(if $(filter 1,$(UPDATE)),--update)
 
-figures: $(SETUP)  ## the report, the tables of README.md and docs/memory.md, README's pictures, from committed rows
+figures: $(call SETUP,bench)  ## the report, the tables of README.md and docs/memory.md, README's pictures, from committed rows
 	$(PY) -m aajr_kernels report --readme README.md --images docs/images --memory docs/memory.md
 
-integrations: $(SETUP)  ## run the tests of docs/integrations.md and rewrite its table
+integrations: $(call SETUP,test)  ## run the tests of docs/integrations.md and rewrite its table
 	$(PY) scripts/integrations.py --run
 
-docs: $(SETUP)  ## the documentation as a site in site/; a broken link fails it
+docs: $(call SETUP,docs)  ## the documentation as a site in site/; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-bench-ops: $(SETUP)  ## pytest-benchmark statistics of single variants; ARGS="-k attention"
+bench-ops: $(call SETUP,test)  ## pytest-benchmark statistics of single variants; ARGS="-k attention"
 	$(PY) -m pytest bench --benchmark-only --timeout 600 -p no:xdist $(ARGS)
 
-lint: $(SETUP)  ## ruff's checks and format, mypy
+lint: $(call SETUP,lint)  ## ruff's checks and format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-format: $(SETUP)  ## apply ruff's format and safe fixes
+format: $(call SETUP,lint)  ## apply ruff's format and safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-gpu-check: $(SETUP)  ## what needs a GPU: tests in parts (PART=2/4 runs one), compute-sanitizer, benchmarks (ONLY=bench)
+gpu-check: $(call SETUP,test)  ## what needs a GPU: tests in parts (PART=2/4 runs one), compute-sanitizer, benchmarks (ONLY=bench)
 	$(PY) scripts/gpu_check.py $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
 
-dist: $(SETUP)  ## source archive and wheel in dist/, checked
+dist: $(call SETUP,release)  ## source archive and wheel in dist/, checked
 	rm -rf build dist
 	$(PY) -m build
 	$(PY) -m twine check --strict dist/*

