@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from . import runtime
 from .operators import constant
+from .torch_private import pytree
 
 __all__ = ["Dual", "dual", "is_dual", "unpack"]
 

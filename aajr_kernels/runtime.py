@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from . import cuda, gpu, native, sharding
 from .operators import constant
 from .recording import Coverage, coverage, record, record_unsupported, recording
-from .torch_private import break_graph
+from .torch_private import NN, VARIABLE_FUNCTIONS, break_graph, has_memory
 
 __all__ = [
     "BackendUnavailable",
@@ -177,15 +177,10 @@ def _load_all(backend: str) -> None:
             implementation(found.name, backend)
 
 
-def _has_memory(t: torch.Tensor) -> bool:
-    """Whether the tensor is what it seems: no subclass that intercepts operations."""
-    return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-
-
 def _fits_native(t: torch.Tensor) -> bool:
     """A CPU tensor with memory of its own, now or when compiled code runs, and a dtype that has kernels."""
     fits = t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
-    return fits and (torch.compiler.is_compiling() or _has_memory(t))
+    return fits and (torch.compiler.is_compiling() or has_memory(t))
 
 
 #: backends of devices -> why their kernels do not take a tensor
@@ -200,7 +195,7 @@ def _why_not(backend: str, *tensors: torch.Tensor | None) -> str | None:
         if (reason := _WHY_NOT[backend](t)) is not None:
             return reason
         # DTensor, for one, has a pointer of zero
-        if not torch.compiler.is_compiling() and not _has_memory(t):
+        if not torch.compiler.is_compiling() and not has_memory(t):
             return f"a {type(t).__name__}, which has no memory of its own: pass the local tensor"
         first = t if first is None else first
         if t.device != first.device:
@@ -344,7 +339,7 @@ TRACED: dict[str, Callable[..., Any]] = {}
 #: method name -> rule: torch.compile cannot look up the methods that torch writes in Python by themselves
 METHODS: dict[str, Callable[..., Any]] = {}
 
-_NAMESPACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.linalg, torch._C._VariableFunctions)
+_NAMESPACES = (torch, torch.Tensor, F, NN, torch.special, torch.linalg, VARIABLE_FUNCTIONS)
 
 
 def functions_named(name: str) -> list[Callable[..., Any]]:

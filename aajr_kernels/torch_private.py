@@ -10,6 +10,9 @@ underscore (``tests/test_torch_private.py`` reads the sources). To add something
    which a gradient would be lost raises; one that only improves a message is left out.
 3. Test it where its caller is tested. The suite runs on every version of :data:`TESTED`.
 
+One other module overrides private methods, where its classes stand: ``integrations/distributed/styles.py`` has
+``_prepare_input_fn`` and ``_prepare_input_arg`` of torch's parallel styles, the same in torch 2.11-2.15.
+
 Nothing here imports ``torch._dynamo``, which takes a second: functions that need it find it loaded.
 """
 
@@ -23,13 +26,31 @@ from typing import Any, TypeVar
 
 import torch
 from torch.autograd.function import BackwardCFunction
+from torch.nn import _reduction
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import BackwardHook
 
 __all__ = [
+    "ALL_REDUCE",
+    "FROM_LOCAL",
+    "GROUPED_MM",
+    "NESTED_MASK_FITS",
+    "NN",
+    "RUNNING_NORMS",
     "TESTED",
+    "TRACED_CHECKPOINT",
+    "VARIABLE_FUNCTIONS",
     "VERSION",
+    "TorchDispatchMode",
+    "allow_recompilations",
+    "assert_async",
     "break_graph",
+    "has_memory",
     "mark_constant",
+    "pytree",
+    "reduction_kind",
+    "reduction_name",
     "watch_backward_hooks",
     "watch_functions",
 ]
@@ -40,6 +61,40 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 TESTED = ((2, 11), (2, 14))
 #: minor version of torch, from ``torch.__version__`` without its local part
 VERSION: tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Functions and types: names that torch 2.11-2.15 have
+# ---------------------------------------------------------------------------------------------------------------
+
+#: builtins behind ``torch.nn.functional``, and those behind ``torch``
+NN: Any = torch._C._nn
+VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
+
+#: the product over groups of transformers' mixtures of experts, where this build of torch has it
+GROUPED_MM: Callable[..., torch.Tensor] | None = getattr(torch, "_grouped_mm", None)
+
+#: asked by ``nn.TransformerEncoder``: whether its padding suits the nested fast path
+NESTED_MASK_FITS: Callable[..., bool] = torch._nested_tensor_from_mask_left_aligned
+
+#: norms of modules with running statistics
+RUNNING_NORMS: type[torch.nn.Module] = torch.nn.modules.batchnorm._NormBase
+
+#: Functions in which ``DTensor.from_local`` and ``torch.distributed.nn.functional.all_reduce`` end, by qualified name
+FROM_LOCAL = "torch.distributed.tensor._api._FromTorchTensor"
+ALL_REDUCE = "torch.distributed.nn.functional._AllReduce"
+
+#: ``(condition, message)``: an assertion on a device, without waiting for it
+assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
+
+#: string of ``size_average`` and ``reduce``; number of ``reduction`` as torch's builtins take it
+reduction_name: Callable[[bool | None, bool | None], str] = _reduction.legacy_get_string
+reduction_kind: Callable[[str], int] = _reduction.get_enum
+
+
+def has_memory(t: torch.Tensor) -> bool:
+    """Whether the tensor is what it seems: no subclass that intercepts operations."""
+    return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -127,6 +182,9 @@ def watch_backward_hooks(wrap: Callable[[Callable[..., Any], str], Callable[...,
 # torch.compile
 # ---------------------------------------------------------------------------------------------------------------
 
+#: in :data:`aajr_kernels.runtime.TRACED`: what Dynamo calls in place of non-reentrant checkpointing, in torch 2.11-2.15
+TRACED_CHECKPOINT = "torch.tag_activation_checkpoint"
+
 
 def break_graph(message: str) -> None:
     """While torch.compile traces: what follows cannot be traced. With ``fullgraph=True`` that is an error.
@@ -145,3 +203,12 @@ def mark_constant(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def allow_recompilations(count: int) -> None:
+    """Let torch.compile compile one function for at least so many kinds of arguments.
+
+    Relies on, in torch 2.11-2.15: ``torch._dynamo.config.recompile_limit``.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)

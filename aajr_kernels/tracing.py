@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .dual import Dual, dispatch
 from .runtime import TRACED
+from .torch_private import TRACED_CHECKPOINT
 
 __all__ = ["call", "tuple_arguments"]
 
@@ -55,7 +56,7 @@ def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(inside, *(arg.stacked if isinstance(arg, Dual) else arg for arg in args), **kwargs)
 
 
-TRACED["torch.tag_activation_checkpoint"] = _checkpoint
+TRACED[TRACED_CHECKPOINT] = _checkpoint
 
 
 def _in_sequences(values: Iterable[Any]) -> bool:

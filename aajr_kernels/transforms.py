@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from . import tracing
 from .dual import Dual, dual, is_dual, num_tangents
+from .torch_private import pytree
 
 __all__ = ["jvp", "primal_tree"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sharding
+from ..torch_private import RUNNING_NORMS
 
 __all__ = ["RandomState", "held", "modules_of", "ranks_of"]
 
@@ -104,5 +105,5 @@ def _sharded(p: Tensor) -> bool:
 
 def _statistics(m: nn.Module) -> Iterator[Tensor]:
     """Buffers that a forward in training mode overwrites."""
-    if isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats:
+    if isinstance(m, RUNNING_NORMS) and m.training and m.track_running_stats:
         yield from m.buffers(recurse=False)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..torch_private import pytree
 from .penalty import Measured, measure, reduce_units, units_of
 from .scopes import Groups
 

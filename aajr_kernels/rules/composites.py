@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import torch_private
 from ..ops import attention
 from ..runtime import UnsupportedOperation, record, recording, rule
 from .common import Dual, is_dual, join, num_tangents, split
@@ -212,7 +213,7 @@ def grouped_mm(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-for _function in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)):
+for _function in (torch_private.GROUPED_MM, getattr(F, "grouped_mm", None)):
     if _function is not None:
         rule(_function, kind="op")(grouped_mm)
 
@@ -276,7 +277,7 @@ def _refusal(name: str, remedy: str) -> Callable[..., Any]:
 
 
 # nn.TransformerEncoder asks whether its padding suits the nested fast path, which a Dual must not take
-rule(torch._nested_tensor_from_mask_left_aligned, kind="view")(lambda x, mask: False)
+rule(torch_private.NESTED_MASK_FITS, kind="view")(lambda x, mask: False)
 
 for _name, _remedy in _REFUSED.items():
     rule(getattr(torch, _name), kind="view")(_refusal(_name, _remedy))

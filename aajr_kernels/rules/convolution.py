@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..runtime import UnsupportedOperation, rule
+from ..torch_private import NN
 from .common import Dual, is_dual, join, num_tangents, per_slice, split
 
 # -- folding ----------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ for _n in (1, 2, 3):
 
 for _n in (1, 2, 3):
     for _name in (f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d"):
-        _functions = {getattr(F, _name), getattr(torch, _name, None), getattr(torch._C._nn, _name, None)}
+        _functions = {getattr(F, _name), getattr(torch, _name, None), getattr(NN, _name, None)}
         _linear_in_input(_name, _n, *_functions)
 
 
@@ -131,7 +132,7 @@ for _n in (1, 2, 3):
 
 
 def _max_unpool(spatial: int) -> Callable[..., Any]:
-    function = getattr(torch._C._nn, f"max_unpool{spatial}d")
+    function = getattr(NN, f"max_unpool{spatial}d")
 
     def unpool(x: Dual, indices: torch.Tensor, *args: Any, **kwargs: Any) -> Dual:
         slices = x.stacked.shape[0]
@@ -147,14 +148,14 @@ def _max_unpool(spatial: int) -> Callable[..., Any]:
 
 
 for _n in (2, 3):
-    rule(getattr(torch._C._nn, f"max_unpool{_n}d"))(_max_unpool(_n))
+    rule(getattr(NN, f"max_unpool{_n}d"))(_max_unpool(_n))
 
 # -- resampling and patches -------------------------------------------------------------------------------------------
 
 _linear_in_input("interpolate", None, F.interpolate, F.upsample)
 _linear_in_input("channel_shuffle", None, torch.channel_shuffle, torch.native_channel_shuffle)
-_linear_in_input("unfold", 2, F.unfold, torch._C._nn.im2col)
-_linear_in_input("fold", 1, F.fold, torch._C._nn.col2im)
+_linear_in_input("unfold", 2, F.unfold, NN.im2col)
+_linear_in_input("fold", 1, F.fold, NN.col2im)
 rule(F.affine_grid)(
     lambda theta, *args, **kwargs: per_slice(lambda t: F.affine_grid(t, *args, **kwargs), theta)
 )

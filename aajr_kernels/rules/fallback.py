@@ -15,10 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from ..runtime import RULES, UnsupportedOperation, functions_named, rule
-from ..torch_private import break_graph
+from ..torch_private import break_graph, pytree
 from .common import Dual, is_dual, num_tangents
 
 #: names, looked up in every torch namespace; a dotted one in that namespace alone

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.utils.hooks import BackwardHook
 
 from .. import torch_private
 from ..dual import Dual
 from ..runtime import GUARDS, UnsupportedOperation
+from ..torch_private import pytree
 from .common import is_dual
 
 __all__ = [

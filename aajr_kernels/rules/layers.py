@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..ops import activation
 from ..runtime import UnsupportedOperation, functions_named, rule
+from ..torch_private import NN
 from .common import Dual, elementwise, is_dual, join, per_slice, primal_of, split
 
 # -- embedding --------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def _activation(
 
 for _name, _slope in _SLOPES.items():
     # the builtin behind the wrapper knows arguments that the wrapper lacks (elu: scale, input_scale)
-    _plain = getattr(torch._C._nn, _name, None) or getattr(torch, _name, None) or getattr(F, _name)
+    _plain = getattr(NN, _name, None) or getattr(torch, _name, None) or getattr(F, _name)
     _act = _activation(_plain, _slope)
     rule(_name)(_act)
     for _function in functions_named(_name + "_"):

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn import _reduction
 
 from ..runtime import UnsupportedOperation, rule
+from ..torch_private import NN, reduction_kind, reduction_name
 from .common import Dual, elementwise, is_dual, per_slice, primal_of
-
-_nn: Any = torch._C._nn
 
 
 def _reduced(values: Any, reduction: int) -> Any:
@@ -45,7 +43,7 @@ def _nll_loss(
 ) -> Dual:
     """Linear in the log-probabilities: the same pick for primal and tangents."""
     _plain_weight("nll_loss", weight, target)
-    return per_slice(lambda part: _nn.nll_loss_nd(part, target, weight, reduction, ignore_index), log_p)
+    return per_slice(lambda part: NN.nll_loss_nd(part, target, weight, reduction, ignore_index), log_p)
 
 
 def _smoothed(
@@ -102,7 +100,7 @@ def _cross_entropy(
         # torch's mean is over the batch alone: everything but the class axis
         return _reduced(values, reduction)
     if not is_dual(log_p):
-        return _nn.cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)
+        return NN.cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)
     if label_smoothing:
         return _smoothed(log_p, target, weight, reduction, ignore_index, label_smoothing)
     return _nll_loss(log_p, target, weight, reduction, ignore_index)
@@ -120,15 +118,15 @@ def _functional_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    kind = _reduction.get_enum(reduction)
+        reduction = reduction_name(size_average, reduce)
+    kind = reduction_kind(reduction)
     return _cross_entropy(input, target, weight, kind, ignore_index, label_smoothing)
 
 
 # -- pointwise losses -------------------------------------------------------------------------------------------------
 
 
-def _pointwise(name: str, function: Callable[..., Any], namespace: Any = _nn) -> None:
+def _pointwise(name: str, function: Callable[..., Any], namespace: Any = NN) -> None:
     """A loss ``function(input, target, *options)`` whose builtin takes (input, target, reduction, *options)."""
 
     def loss(input: Any, target: Any, reduction: int = 1, *options: Any, **named: Any) -> Any:
@@ -179,7 +177,7 @@ _bce = elementwise(
 )
 
 
-@rule(_nn.binary_cross_entropy, kind="op")
+@rule(NN.binary_cross_entropy, kind="op")
 def _binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
     values = _bce(input, target)
     return _reduced(values if weight is None else values * weight, reduction)

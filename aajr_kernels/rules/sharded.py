@@ -17,6 +17,7 @@ import torch
 from ..dual import Dual
 from ..runtime import UnsupportedOperation, rule
 from ..sharding import spread
+from ..torch_private import ALL_REDUCE, FROM_LOCAL
 from .guards import function_rule, linear_function
 
 __all__ = ["of_the_dual", "of_the_stack"]
@@ -46,7 +47,7 @@ def _moved(placement: Any, move: Callable[[int], int]) -> Any:
 
 
 # DTensor.from_local is public and ends in this class, the one place where a Dual meets it
-@function_rule("torch.distributed.tensor._api._FromTorchTensor")
+@function_rule(FROM_LOCAL)
 def _from_local(
     apply: Callable[..., Any],
     x: Dual,
@@ -115,7 +116,7 @@ for _function in (_redistribute, _to_local, _full_tensor):
 
 
 # sums over processes, which are linear and know no axes
-linear_function("torch.distributed.nn.functional._AllReduce")
+linear_function(ALL_REDUCE)
 linear_function("transformers.distributed.parallel_utils._AllReduceForward")
 linear_function("transformers.distributed.parallel_utils._AllReduceBackward")
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ... import runtime
+from ...torch_private import allow_recompilations
 from .roofline import Work
 
 SEED = 0
@@ -182,7 +183,7 @@ def compiled(scalar: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     A run compiles the same functions of transformers for many models and lengths; past its limit of recompilations
     torch would go on without compiling, in silence but for a line in the log.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    allow_recompilations(256)
     found: Callable[..., torch.Tensor] = torch.compile(scalar, dynamic=False)
     return found
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...torch_private import TorchDispatchMode
 from .case import portion
 
 #: kernels that move numbers and compute none

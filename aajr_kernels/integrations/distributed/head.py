@@ -31,6 +31,7 @@ from ... import runtime, sharding
 from ...dual import Dual
 from ...ops.head import lm_head_penalty
 from ...ops.reduce import sensitivity
+from ...torch_private import assert_async
 from .ops import local, mesh_of
 
 __all__: list[str] = []
@@ -302,7 +303,7 @@ def _gathered(numbers: Tensor, group: Any, h: Tensor) -> Tensor:
     same = ((projection - projection[0]).abs() <= slack[0]) & (label == label[0])
     same = same | projection.isnan()  # what is not a number shows in the result
     if h.device.type != "cpu":
-        torch._assert_async(same.all(), _SAME_TOKENS)
+        assert_async(same.all(), _SAME_TOKENS)
     elif not bool(same.all()):
         raise ValueError(_SAME_TOKENS)
     return everything[:, 3:]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ...torch_private import pytree
 from ..losses import IGNORED
 from . import randomness
 from .policy import Policy

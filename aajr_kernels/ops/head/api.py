@@ -9,6 +9,7 @@ import torch
 
 from ... import runtime, sharding
 from ...dual import Dual, is_dual
+from ...torch_private import assert_async
 from .function import HeadFunction
 
 METRICS = ("l2", "logits", "fisher", "probs")
@@ -137,4 +138,4 @@ def _check_labels(labels: torch.Tensor, batch: tuple[int, ...], vocabulary: int,
                 f"{worst}."
             )
     else:  # without waiting for the device, as torch's cross-entropy does
-        torch._assert_async(valid.all(), "lm_head_penalty: labels out of range")
+        assert_async(valid.all(), "lm_head_penalty: labels out of range")
