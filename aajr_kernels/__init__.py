@@ -6,6 +6,7 @@ The public names, once. See README.md for a tour and the docstrings for shapes, 
 from . import integrations, nn
 from . import rules as _rules  # noqa: F401  registers every rule
 from .dual import Dual, dual, is_dual, unpack
+from .leaving import strict
 from .memory import recompute
 from .method import (
     LMHead,
@@ -70,6 +71,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "stability_report",
+    "strict",
     "swiglu",
     "tanh",
     "trajectory_penalty",

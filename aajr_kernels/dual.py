@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import runtime
+from .leaving import array_ufunc, as_number, is_numpy, leave, refuse_array
 from .operators import constant
 from .torch_private import pytree
 
@@ -53,6 +54,8 @@ def dispatch(
         )
     if kwargs:
         args, kwargs = runtime.positional(args, kwargs)
+    if not torch.compiler.is_compiling() and any(map(is_numpy, args)):
+        args = tuple(map(as_number, args))
     result = rule(*args, **kwargs)
     if runtime.recording():
         _record(func, result)
@@ -90,7 +93,9 @@ class Dual:
 
     Every ``torch.Tensor`` method and operator is available and acts on primal and tangents by its rule. Properties
     such as ``shape``, ``dtype`` and ``device`` are those of the primal. Comparisons and integer results are plain
-    tensors. ``detach()`` and ``.data`` return the plain primal.
+    tensors. ``detach()`` and ``.data`` return the plain primal. So do ``item()``, ``tolist()``, ``float()``, ``int()``,
+    ``bool()`` and formatting, as Python numbers, which leave the tangent behind without a word: :class:`strict` makes
+    them raise. NumPy's scalars count as Python numbers, on either side of an operator; its arrays do not mix.
     """
 
     stacked: torch.Tensor
@@ -257,30 +262,38 @@ class Dual:
     # -- leaving the number ---------------------------------------------------------------------------------------
 
     def item(self) -> Any:
+        leave("item()")
         return self.primal.item()
 
     def tolist(self) -> Any:
+        leave("tolist()")
         return self.primal.tolist()
 
     def __float__(self) -> float:
+        leave("float()")
         return float(self.primal)
 
     def __int__(self) -> int:
+        leave("int()")
         return int(self.primal)
 
     def __bool__(self) -> bool:
+        leave("bool()")
         return bool(self.primal)
 
     def __format__(self, spec: str) -> str:
-        return format(self.primal.item(), spec) if self.ndim == 0 and spec else repr(self)
+        if self.ndim or not spec:
+            return repr(self)
+        leave("a format")
+        return format(self.primal.item(), spec)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise runtime.UnsupportedOperation(
-            "NumPy cannot hold a Dual, its tangent would be lost: use y.primal.detach().numpy()."
-        )
+        refuse_array()
 
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__array__()
+    numpy = __array__
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return array_ufunc(ufunc, method, *inputs, **kwargs)
 
     def __repr__(self) -> str:
         head = f"Dual(shape={tuple(self.shape)}, num_tangents={self.num_tangents}, dtype={self.dtype}"

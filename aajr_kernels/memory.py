@@ -17,7 +17,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["Result", "keep", "offer", "offered", "recompute", "release", "saved", "value_of", "wanted"]
+from . import torch_private
+
+__all__ = [
+    "Result",
+    "as_now",
+    "keep",
+    "offer",
+    "offered",
+    "recompute",
+    "release",
+    "saved",
+    "value_of",
+    "wanted",
+]
 
 #: what an op does that is not told by its own argument
 _chosen = {"norms": False, "activations": False}
@@ -82,6 +95,29 @@ class Result:
         self.consumers = self.asked = 0
         self.value: torch.Tensor | None = None
         self.saved: tuple[Any, ...] | None = None
+
+
+# -- what may be written to -------------------------------------------------------------------------------------------
+
+
+def as_now(x: torch.Tensor, needed: bool | None = None) -> torch.Tensor:
+    """`x` with its present values, for a backward: what is written to `x` later does not reach it.
+
+    Where torch saves the result of a function, its argument may be written in place afterwards, as in
+    ``x.mul_(x.sigmoid())``. The tangent's derivative needs the argument: it takes this copy, which costs memory and
+    time only if there is such a write (copy on write).
+
+    Args:
+        x: a tensor.
+        needed: whether there will be a backward; None: as autograd says here, outside of a Function's forward.
+    """
+    if needed is None:
+        needed = torch.is_grad_enabled() and x.requires_grad
+    if not needed:
+        return x
+    if torch.compiler.is_compiling():  # the compiler leaves out copies of what is never written
+        return x.clone()
+    return torch_private.lazy_clone(x)
 
 
 # -- the node that made it --------------------------------------------------------------------------------------------

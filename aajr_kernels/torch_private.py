@@ -47,6 +47,7 @@ __all__ = [
     "assert_async",
     "break_graph",
     "has_memory",
+    "lazy_clone",
     "mark_constant",
     "pytree",
     "reduction_kind",
@@ -176,6 +177,19 @@ def watch_backward_hooks(wrap: Callable[[Callable[..., Any], str], Callable[...,
             replacement = wrap(original, place)
             setattr(replacement, _SEEN, True)
             setattr(BackwardHook, name, replacement)
+
+
+def lazy_clone(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` that is made when one of the two is written.
+
+    Relies on, in torch 2.11-2.15: ``torch._lazy_clone``, which raises a RuntimeError for memory that torch did not
+    allocate itself, and for classes of tensors without it. There the copy is made at once; so it is of a part of a
+    larger memory, all of which a write would copy.
+    """
+    try:
+        return torch._lazy_clone(x) if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+    except (AttributeError, RuntimeError):
+        return x.clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------

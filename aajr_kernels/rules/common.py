@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from .. import memory
 from ..dual import Dual, is_dual, num_tangents
+from ..leaving import refuse_shape
 from ..runtime import autocasting
 
 __all__ = [
@@ -27,7 +29,18 @@ __all__ = [
     "parts",
     "per_slice",
 ]
-__all__ += ["axes", "axis", "lift", "ndim_of", "primal_of", "recast", "settled", "sizes_of", "split"]
+__all__ += [
+    "as_now",
+    "axes",
+    "axis",
+    "lift",
+    "ndim_of",
+    "primal_of",
+    "recast",
+    "settled",
+    "sizes_of",
+    "split",
+]
 
 
 def split(x: Dual) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,10 +71,7 @@ def is_number(x: Any) -> bool:
     if isinstance(x, (torch.Tensor, Dual)):
         return False
     if getattr(x, "shape", ()) != ():  # an array would broadcast against the stack axis
-        raise TypeError(
-            f"an operand beside a Dual must be a tensor, a Dual or a number, got {type(x).__name__} of shape "
-            f"{tuple(x.shape)}: convert it with torch.as_tensor."
-        )
+        refuse_shape(x)
     return True
 
 
@@ -193,6 +203,14 @@ def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., 
         return join(out, tangent)
 
     return rule
+
+
+def as_now(x: Any) -> Any:
+    """A Dual as it is now, whatever is written to it later (:func:`aajr_kernels.memory.as_now`); the rest unchanged.
+
+    Taken by the rules of functions of which torch saves the result: their arguments may be written in place.
+    """
+    return Dual(memory.as_now(x.stacked)) if isinstance(x, Dual) else x
 
 
 def per_slice(function: Callable[[torch.Tensor], torch.Tensor], x: Dual) -> Dual:

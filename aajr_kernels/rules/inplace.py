@@ -14,7 +14,7 @@ import torch
 
 from ..runtime import KINDS, RULES, UnsupportedOperation
 from ..runtime import register as enter
-from .common import Dual, is_dual, num_tangents
+from .common import Dual, as_now, is_dual, num_tangents
 
 _RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 
@@ -27,7 +27,7 @@ def _in_place(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
                 "buffer with x.new_zeros(...) of a Dual x, or use the out-of-place form."
             )
         before = Dual(x.stacked.clone())
-        args = tuple(before if a is x else a for a in args)
+        args = tuple(before if a is x else as_now(a) for a in args)  # an argument may be another view of x
         kwargs.pop("inplace", None)
         result = rule(before, *args, **kwargs)
         if not is_dual(result):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..ops import activation
 from ..runtime import UnsupportedOperation, functions_named, rule
 from ..torch_private import NN
-from .common import Dual, elementwise, is_dual, join, per_slice, primal_of, split
+from .common import Dual, as_now, elementwise, is_dual, join, per_slice, primal_of, split
 
 # -- embedding --------------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,6 @@ _SLOPES: dict[str, Callable[..., torch.Tensor]] = {
     "softplus": _softplus_slope,
     "softshrink": lambda x, lambd=0.5: (x.abs() > lambd).to(x.dtype),
     "softsign": lambda x: (1 + x.abs()).square().reciprocal(),
-    "tanhshrink": lambda x: x.tanh().square(),
     "threshold": lambda x, threshold, value: (x > threshold).to(x.dtype),
 }
 assert math.isclose(_ALPHA, _SELU_SCALE * 1.6732632423543772, rel_tol=1e-12)
@@ -250,6 +249,11 @@ for _name, _slope in _SLOPES.items():
     rule(_name)(_act)
     for _function in functions_named(_name + "_"):
         rule(_function)(lambda x, *args, _act=_act, **kwargs: _act(x, *args, inplace=True, **kwargs))
+
+
+rule("tanhshrink")(
+    lambda x: elementwise(torch.nn.functional.tanhshrink, lambda out, p: p.tanh().square())(as_now(x))
+)
 
 
 @rule("glu", kind="op")

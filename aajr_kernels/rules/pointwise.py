@@ -16,6 +16,7 @@ from ..runtime import functions_named, rule
 from .common import (
     Dual,
     align,
+    as_now,
     elementwise,
     is_dual,
     is_number,
@@ -100,7 +101,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         return a / b
     if is_number(b):
         return Dual(a.stacked / b)
-    a, b = settled(a, b)
+    a, b = settled(a, as_now(b) if is_number(a) else b)
     n = ndim_of(a, b)
     if not is_dual(b):
         return Dual(align(a.stacked, n) / b)
@@ -198,13 +199,21 @@ UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "tan": lambda y, x: 1 + y * y,
     "tanh": lambda y, x: 1 - y * y,
 }
+_TORCH_SAVES_RESULT = "exp exp2 expit expm1 reciprocal rsqrt sigmoid sqrt tan tanh".split()
+
+
+def _of_present_values(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: function(as_now(x))
+
+
 for _name, _derivative in UNARY.items():
     _function = (
         getattr(torch, _name, None)
         or getattr(torch.special, _name, None)
         or getattr(torch.nn.functional, _name)
     )
-    rule(_name)(elementwise(_function, _derivative))
+    _rule = elementwise(_function, _derivative)
+    rule(_name)(_of_present_values(_rule) if _name in _TORCH_SAVES_RESULT else _rule)
 rule(torch.Tensor.__abs__)(elementwise(torch.abs, UNARY["abs"]))
 
 
@@ -340,12 +349,13 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 _PLAIN = """
 eq ne lt le gt ge greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf isneginf isreal
 signbit isclose allclose equal argmax argmin argsort count_nonzero nonzero any all logical_and logical_or
-logical_xor logical_not bincount searchsorted bucketize histc is_nonzero is_same_size is_floating_point
+logical_xor logical_not bincount searchsorted bucketize histc is_same_size is_floating_point
 is_complex is_tensor? numel isin result_type can_cast? multinomial bernoulli is_conj is_neg is_inference
 is_signed is_set_to is_shared is_pinned argwhere is_distributed?
 """.split()
 for _name in _PLAIN:
     for _function in functions_named(_name.rstrip("?")):
         rule(_function, kind="view")(_plain(_function))
+rule("is_nonzero", kind="view")(bool)
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__"):
     rule(getattr(torch.Tensor, _name), kind="view")(_plain(getattr(torch.Tensor, _name)))

@@ -9,7 +9,7 @@ import torch
 
 from ..ops.reduce import softmax
 from ..runtime import UnsupportedOperation, rule
-from .common import Dual, axes, axis, is_dual, join, once_rounded, recast, split
+from .common import Dual, as_now, axes, axis, is_dual, join, once_rounded, recast, split
 
 
 def _dims(x: Dual, dim: Any) -> list[int]:
@@ -166,7 +166,7 @@ def _cumprod(x: Dual, dim: int) -> Dual:
 
 def _pick(x: Dual, index: torch.Tensor, dim: int) -> Dual:
     index = index.unsqueeze(0).expand(x.stacked.shape[0], *index.shape)
-    return Dual(x.stacked.gather(axis(x, dim), index))
+    return Dual(as_now(x).stacked.gather(axis(x, dim), index))
 
 
 def _extremum(name: str) -> None:
@@ -325,7 +325,7 @@ def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
 def _log_softmax_of(x: Dual, dim: int | None) -> Dual:
     """ẋ − Σ p ẋ."""
     d = _softmax_axis(x, dim)
-    primal, tangents = split(x)
+    primal, tangents = split(as_now(x))
     out = primal.log_softmax(d)
     return join(out, tangents - (out.exp() * tangents).sum(d, keepdim=True))
 

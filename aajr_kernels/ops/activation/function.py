@@ -9,6 +9,8 @@ import torch
 from ... import memory, runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
+_TORCH_SAVES_RESULT = ("relu", "tanh", "sigmoid")
+
 
 class PointwiseFunction(torch.autograd.Function):
     """``[1 + K, *shape] -> [1 + K, *shape]``; with `recompute` consumers do not keep the result."""
@@ -17,8 +19,8 @@ class PointwiseFunction(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, kind: str, backend: str, recompute: bool = False) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.backend = kind, backend
-        ctx.save_for_backward(x)
         y: torch.Tensor = runtime.implementation("activation", backend).pointwise_fwd(x, kind)
+        ctx.save_for_backward(memory.as_now(x, ctx.needs_input_grad[0]) if kind in _TORCH_SAVES_RESULT else x)
         if recompute:
             memory.offer(ctx, y, _pointwise_again)
         return y

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ... import memory, runtime
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -39,9 +39,10 @@ class SoftmaxFunction(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, backend: str) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        ctx.save_for_backward(x)
         with runtime.no_autocast(x.device.type):
-            return runtime.implementation("reduce", backend).softmax_fwd(x)
+            y: torch.Tensor = runtime.implementation("reduce", backend).softmax_fwd(x)
+        ctx.save_for_backward(memory.as_now(x, ctx.needs_input_grad[0]))
+        return y
 
     @staticmethod
     @runtime.first_order
