@@ -172,6 +172,11 @@ def _decoder(name: str, attention: str, experts: str = "", pad: str = "") -> Sub
     model = _from_config(config_class, model_class, options, attention)
     if experts:
         model.set_experts_implementation(experts)
+    if experts == "batched_mm":
+        from transformers.integrations.moe import batched_mm_experts_forward
+
+        if "clamp_" in batched_mm_experts_forward.__code__.co_names:
+            pytest.skip("this transformers clamps the experts' ids in place, which its own backward refuses")
     mask = padding((LENGTH, LENGTH - 4), pad.removeprefix("pad_")) if pad else None
 
     def call(model: nn.Module, x: Any) -> Any:
@@ -259,6 +264,9 @@ def _t5(attention: str, side: str) -> Subject:
         relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0
     )
     options |= dict(feed_forward_proj="gated-gelu" if side == "encoder" else "relu")
+    transformers = pytest.importorskip("transformers")
+    if not transformers.T5PreTrainedModel._supports_sdpa:  # before 5.15 T5 has one attention, of its own
+        attention = "eager"
     model = _from_config("T5Config", "T5ForConditionalGeneration", options, attention)
     mask = padding((LENGTH, 9))
     tokens = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))

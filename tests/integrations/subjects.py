@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import zoo
@@ -43,6 +44,15 @@ def tiny(name: str, attention: str = "sdpa", **options: Any) -> nn.Module:
     config = getattr(transformers, config_class)(**(_SIZES | more | options))
     config._attn_implementation = attention
     return randomise(getattr(transformers, model_class)(config), 21)
+
+
+@cache
+def cache_name() -> str:
+    """What models call their cache: ``past_key_values`` until transformers 5.23, ``cache`` since."""
+    import transformers
+
+    taken = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
 
 
 def _subject(name: str) -> Subject:

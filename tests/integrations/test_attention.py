@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from budgets import assert_exact, assert_exact_gradients
-from integrations.subjects import SUBJECTS, tiny
+from integrations.subjects import SUBJECTS, cache_name, tiny
 from torch.nn import functional as F
 from zoo import LENGTH, WINDOW, embeddings, padding
 
@@ -30,9 +30,8 @@ def config(window: int | None = None) -> SimpleNamespace:
 
 
 def created(name: str, mask: torch.Tensor | None = None, window: int | None = None, **options) -> Visibility:
-    options.setdefault("past_key_values", None)
-    if "bidirectional" in name:
-        options.pop("past_key_values")
+    if "bidirectional" not in name:
+        options[cache_name()] = None
     result = getattr(masking, name)(config(window), embeddings(2, LENGTH, 4), mask, **options)
     assert isinstance(result, Visibility)
     return result
@@ -65,11 +64,11 @@ def test_masks_under_compilation(padded):
     """Dynamo cannot look into closures: the window is read from what transformers passes beside them."""
     mask = padding((LENGTH, 9)) if padded else None
 
-    settings = config(WINDOW)
+    settings, no_cache = config(WINDOW), {cache_name(): None}
 
     def masks(x):
-        causal = masking.create_causal_mask(settings, x, mask, None)
-        window = masking.create_sliding_window_causal_mask(settings, x, mask, None)
+        causal = masking.create_causal_mask(settings, x, mask, **no_cache)
+        window = masking.create_sliding_window_causal_mask(settings, x, mask, **no_cache)
         return x + 1, causal, window, masking.create_bidirectional_sliding_window_mask(settings, x, mask)
 
     x = embeddings(2, LENGTH, 4)
@@ -136,7 +135,7 @@ def test_a_static_cache_is_written_out():
 
 
 def step(model, x, cache, mask=None):
-    return model(inputs_embeds=x, past_key_values=cache, attention_mask=mask, use_cache=True)
+    return model(inputs_embeds=x, attention_mask=mask, use_cache=True, **{cache_name(): cache})
 
 
 @pytest.mark.parametrize("name", ["llama-sdpa", "mistral-sdpa", "gemma2-eager", "gemma3-sdpa"])
@@ -151,7 +150,7 @@ def test_a_cache_filled_in_steps(name, padded):
         cache, start, parts = transformers.DynamicCache(config=model.config), 0, []
         for stop in (6, 7, LENGTH):
             output = step(model, x[:, start:stop], cache, None if mask is None else mask[:, :stop])
-            cache, start = output.past_key_values, stop
+            cache, start = output[cache_name()], stop
             parts.append(output.logits)
         return torch.cat(parts, 1)[seen]
 

@@ -133,16 +133,56 @@ EXPECTED = {
 }
 
 
+#: the lines of what needs no replacement; BERT's and ViT's depend on how a version cuts a layer into modules
+NORM, ROTARY = (
+    "norm: runs on the rules of torch's functions",
+    "rotary: computes cos and sin, which carry no tangent",
+)
+PLAIN_MLP = "MLP: linear layers and an activation run on the rules of torch's functions"
+T5_LAYERS = {
+    "attention: consists of SelfAttention": 4,
+    "attention: consists of EncDecAttention": 2,
+    "MLP: consists of DenseReluDense": 4,
+}
+KEPT = {
+    "gpt2-sdpa": {NORM: 5, PLAIN_MLP: 2},
+    "gpt_neox-sdpa": {NORM: 5, PLAIN_MLP: 2, ROTARY: 1},
+    "mixtral-sdpa-grouped_mm": {"MLP: consists of experts": 2, ROTARY: 1},
+    "qwen3_moe-sdpa-grouped_mm": {"MLP: consists of experts": 2, ROTARY: 1},
+    "bert-sdpa": {NORM: 6, PLAIN_MLP: 2, "attention: consists of self": 2},
+    "modernbert-sdpa": {NORM: 6, ROTARY: 1},
+    "vit-sdpa": {NORM: 5, PLAIN_MLP: 2},
+    "t5_encoder-sdpa": T5_LAYERS,
+}
+#: what class names of attention, rotary embeddings, norms and MLPs have in them, as people would look for them
+WORDS = ("attention", "attn", "rotary", "norm", "mlp", "dense", "expert", "intermediate")
+
+
+def counted(lines: dict[str, str]) -> dict[str, int]:
+    return {what: list(lines.values()).count(what) for what in lines.values()}
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-def test_everything_is_replaced(name):
+def test_everything_is_listed(name):
+    """The same on every version of transformers, but for T5 before it asked the registry, and for ViT's wrapper."""
     model = SUBJECTS[name]().model
     fusion = fuse(model)
-    counts: dict[str, int] = {}
-    for what in fusion.replaced.values():
-        counts[what] = counts.get(what, 0) + 1
-    assert counts == EXPECTED[name]
-    assert fusion.left == {}
-    assert {what for what, _, _ in fusion.rows()} == set(counts)
+    expected, kept, left = dict(EXPECTED[name]), dict(KEPT.get(name, {ROTARY: 1})), {}
+    if name.startswith("t5") and not type(model)._supports_sdpa:
+        left = {
+            "attention: T5Attention does not ask transformers' registry for it": expected.pop("attention")
+        }
+    if hasattr(model, "vit") and hasattr(model.vit, "encoder"):  # until 5.8
+        kept["attention: consists of attention"] = 2
+    assert counted(fusion.replaced) == expected
+    assert counted(fusion.left) == left
+    assert counted(fusion.kept) == kept
+    assert {what for what, _, _ in fusion.rows()} == set(expected)
+    lines = fusion.replaced | fusion.left | fusion.kept
+    assert len(lines) == len(fusion.replaced) + len(fusion.left) + len(fusion.kept)
+    for module, part in model.named_modules():
+        if any(word in type(part).__name__.lower() for word in WORDS):
+            assert module in lines and module.split(".")[0] in repr(fusion), module
 
 
 def test_expected_covers_every_known_type():
@@ -253,7 +293,11 @@ def checkpointed(model: nn.Module, **options: bool) -> nn.Module:
 @pytest.mark.parametrize("name", ["llama-sdpa-pad_left", "t5_encoder-sdpa", "gemma3-sdpa"])
 def test_gradient_checkpointing_is_exact(name):
     subject, v, probe, _ = problem(name, 1)
-    with fuse(subject.model):
+    with fuse(subject.model) as fusion:
+        if fusion.left:  # T5 before transformers 5.15
+            pytest.skip(
+                "the model's own attention rounds to float32, in the second computation beyond our reach"
+            )
         expected = through_the_dual(subject, v, probe)
         for module in subject.model.modules():
             if isinstance(module, nn.Dropout):

@@ -1,16 +1,17 @@
 """The known forms of the layers in transformers' models, and the fused forward of each.
 
-A form is recognised by the names that the code of a module's ``forward`` uses, not by its class: model files copy the
-same few lines under many class names, and a changed line shows in the names it uses. What is not recognised is left
-as it is.
+A form is recognised by the names that the code of a module's ``forward`` uses, under whatever decorators it has, not by
+its class: model files copy the same few lines under many class names, and a changed line shows in the names it uses.
+What is not recognised is left as it is. A replacement takes the place of the recognised code under the same decorators.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import nn
 from ...ops.activation import geglu, gelu, quick_gelu, relu2, swiglu
 from ...ops.norm import rms_norm
 from ...ops.rotary import rotary
+from .wrappers import around, chains
 
-__all__ = ["Replacement", "find"]
+__all__ = ["Replacement", "find", "names_of", "uses_attention_interface"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,41 @@ class Replacement:
     inside: tuple[str, ...] = ()
 
 
-def _names(function: Any) -> frozenset[str]:
+def names_of(function: Any) -> frozenset[str]:
+    """The names that the code of `function` uses, none where it has no code of Python's."""
     code = getattr(function, "__code__", None)
     return frozenset() if code is None else frozenset(code.co_names)
 
 
-def _constants(function: Any) -> tuple[Any, ...]:
-    return function.__code__.co_consts
+def _matching(function: Any, accepts: Callable[[FunctionType], bool]) -> tuple[Any, ...] | None:
+    """The way from `function` through its decorators to the first function that `accepts` takes."""
+    ways = (way for way in chains(function) if isinstance(way[-1], FunctionType))
+    return next((way for way in ways if accepts(way[-1])), None)
+
+
+def _takes_one(code: CodeType) -> bool:
+    """Whether a method takes one argument beside ``self``, and nothing that is not named."""
+    variadic = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    return code.co_argcount == 2 and code.co_kwonlyargcount == 0 and not code.co_flags & variadic
+
+
+def _replacing(what: str, way: tuple[Any, ...], function: Any, **options: Any) -> Replacement:
+    """`function` in the place of the last of `way`, its ``x`` called as the parameter is there."""
+    code, taken = function.__code__, way[-1].__code__.co_varnames[1]
+    if _takes_one(code) and taken not in code.co_varnames:  # a decorator may pass it by its name
+        function = _renamed(function, taken)
+    body = around(way, function)
+    if body is None:
+        reason = f"a decorator of {way[-1].__qualname__} does not hold what it decorates"
+        return Replacement(what, reason=reason)
+    return Replacement(what, body, **options)
+
+
+@functools.cache
+def _renamed(function: FunctionType, parameter: str) -> FunctionType:
+    names = tuple(parameter if name == "x" else name for name in function.__code__.co_varnames)
+    code = function.__code__.replace(co_varnames=names)
+    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------
@@ -60,6 +90,7 @@ class _Norm:
 
     Attributes:
         dtype: ``"promoted"`` of x and the weight, ``"weight"`` (half precision; else promoted), or ``"input"``.
+        inner: names that the method ``_norm`` uses, where ``forward`` calls it.
     """
 
     names: frozenset[str]
@@ -67,23 +98,36 @@ class _Norm:
     dtype: str
     offset: float = 0.0
     constant: Any = None
+    inner: frozenset[str] = frozenset()
+
+    def matches(self, forward: FunctionType) -> bool:
+        code = forward.__code__
+        known = self.constant is None or self.constant in code.co_consts
+        return names_of(forward) == self.names and known and _takes_one(code)
 
 
 _UPCAST = "to torch float32 pow mean rsqrt variance_epsilon weight dtype"
 NORMS = (
     _Norm(frozenset(_UPCAST.split()), "variance_epsilon", "promoted"),
     _Norm(frozenset(f"{_UPCAST} float16 bfloat16".split()), "variance_epsilon", "weight"),
-    _Norm(frozenset(["_norm", "float", "weight", "type_as"]), "eps", "input", offset=1.0, constant=1.0),
+    _Norm(
+        frozenset(["_norm", "float", "weight", "type_as"]),
+        "eps",
+        "input",
+        offset=1.0,
+        constant=1.0,
+        inner=frozenset(["torch", "rsqrt", "pow", "mean", "eps"]),
+    ),
 )
 
 
 def _norm(module: nn.Module) -> Replacement | None:
-    forward = type(module).forward
     for form in NORMS:
-        if _names(forward) == form.names and (form.constant is None or form.constant in _constants(forward)):
-            return Replacement("RMS norm", _rms_norm_forward(form))
-    if type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
-        return Replacement("RMS norm", reason=f"{type(module).__name__}.forward has an unknown form")
+        way = _matching(type(module).forward, form.matches)
+        if way is not None and (
+            not form.inner or names_of(getattr(type(module), "_norm", None)) == form.inner
+        ):
+            return _replacing("RMS norm", way, _rms_norm_forward(form))
     return None
 
 
@@ -119,6 +163,9 @@ class _Gated:
     packed: str = ""
     dropout: str = ""
     follows_down: bool = False  # the product is cast to the dtype of the last projection's weight
+
+    def matches(self, forward: FunctionType) -> bool:
+        return names_of(forward) == self.names and _takes_one(forward.__code__)
 
 
 GATED = (
@@ -183,14 +230,15 @@ _LABELS = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU (tanh)"}
 
 def _gated(module: nn.Module) -> Replacement | None:
     for form in GATED:
-        if _names(type(module).forward) == form.names and hasattr(module, form.act):
+        way = _matching(type(module).forward, form.matches)
+        if way is not None and hasattr(module, form.act):
             kind = _gate_kind(getattr(module, form.act))
             if kind is None:
                 name = type(getattr(module, form.act)).__name__
                 return Replacement(
                     "gated MLP", reason=f"there is no gated product with the activation {name}"
                 )
-            return Replacement(f"{_LABELS[kind]} MLP", _gated_forward(form, kind), inside=(form.act,))
+            return _replacing(f"{_LABELS[kind]} MLP", way, _gated_forward(form, kind), inside=(form.act,))
     return None
 
 
@@ -224,7 +272,10 @@ def _experts(module: nn.Module) -> Replacement | None:
     if gate is None or not getattr(module, "has_gate", False):
         return None
     what = "gated product of the experts"
-    if _names(gate) != {"chunk", "act_fn"}:
+    way = _matching(
+        gate, lambda method: names_of(method) == {"chunk", "act_fn"} and _takes_one(method.__code__)
+    )
+    if way is None:
         return Replacement(what, reason=f"{type(module).__name__} has a gate of its own")
     kind = _gate_kind(module.act_fn)
     if kind is None:
@@ -235,15 +286,15 @@ def _experts(module: nn.Module) -> Replacement | None:
             what,
             reason='the eager loop over experts has no gate to replace: set_experts_implementation("grouped_mm")',
         )
-    return Replacement(f"{_LABELS[kind]} of the experts", _packed_gate(kind), "_apply_gate")
+    return _replacing(f"{_LABELS[kind]} of the experts", way, _packed_gate(kind), attribute="_apply_gate")
 
 
 @functools.cache
 def _packed_gate(kind: str) -> Callable[..., Any]:
     product = _PRODUCTS[kind]
 
-    def apply_gate(self: Any, gate_up_out: Any) -> Any:
-        return product(*gate_up_out.chunk(2, dim=-1))
+    def apply_gate(self: Any, x: Any) -> Any:
+        return product(*x.chunk(2, dim=-1))
 
     return apply_gate
 
@@ -285,21 +336,44 @@ def apply_rotary(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> 
     return rotary(q, cos, sin, unsqueeze_dim=unsqueeze_dim), rotary(k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
 
+_PARAMETERS = apply_rotary.__code__.co_varnames[: apply_rotary.__code__.co_argcount]
+
+
+def _rotates_halves(function: FunctionType) -> bool:
+    code = function.__code__
+    half = function.__globals__.get("rotate_half")
+    same = code.co_varnames[: code.co_argcount] == _PARAMETERS and function.__defaults__ == (1,)
+    return same and "rotate_half" in names_of(function) <= _ROTARY_NAMES and names_of(half) == _HALF_NAMES
+
+
+def _asks_the_registry(forward: FunctionType) -> bool:
+    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= names_of(forward)
+
+
 def uses_attention_interface(module: nn.Module) -> bool:
     """Whether the module's forward asks transformers' attention registry."""
-    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= _names(type(module).forward)
+    return _matching(module.__dict__.get("forward", type(module).forward), _asks_the_registry) is not None
 
 
 def _rotary(module: nn.Module) -> Replacement | None:
-    forward = type(module).forward
-    if not uses_attention_interface(module) or ROTARY not in _names(forward):
+    way = _matching(type(module).forward, _asks_the_registry)
+    if way is None:
         return None
-    assert isinstance(forward, FunctionType)
-    original = forward.__globals__[ROTARY]
-    half = getattr(original, "__globals__", {}).get("rotate_half")
-    if not _names(original) or not _names(original) <= _ROTARY_NAMES or _names(half) != _HALF_NAMES:
-        return Replacement("rotary", reason=f"{ROTARY} of {forward.__module__} has an unknown form")
-    return Replacement("rotary", with_globals(forward, ROTARY, apply_rotary))
+    forward = way[-1]
+    code = forward.__code__
+    if ROTARY not in code.co_names:
+        words = {*code.co_names, *code.co_varnames}
+        if words & {"position_embeddings", "rotary_emb", "cos"} or any("rotary" in word for word in words):
+            return Replacement(
+                "rotary", reason=f"rotary: {forward.__qualname__} applies it in an unknown form"
+            )
+        return None
+    original = forward.__globals__.get(ROTARY)
+    inner = _matching(original, _rotates_halves)
+    fused = None if inner is None else around(inner, apply_rotary)
+    if fused is None:
+        return Replacement("rotary", reason=f"rotary: {ROTARY} of {forward.__module__} has an unknown form")
+    return _replacing("rotary", way, with_globals(forward, ROTARY, fused))
 
 
 @functools.cache

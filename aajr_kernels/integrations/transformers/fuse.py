@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .forms import Replacement, find, uses_attention_interface
+from .kinds import kind_of, line_for, without_the_registry
 from .library import NAME, pretrained_model_class, register
 from .recomputed import as_it_is, recomputed
 
@@ -47,12 +48,15 @@ class Fusion:
     Attributes:
         replaced: module name -> what runs on a fused op.
         left: module name -> why it was left as it is. A model with everything fused has none.
+        kept: module name -> why nothing there had to be replaced. Every attention, rotary embedding, norm and MLP of
+            the model is in one of the three.
         active: False after :meth:`undo`.
     """
 
     model_name: str
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
     active: bool = True
     _methods: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     _configs: list[tuple[Any, Any, list[Any]]] = field(default_factory=list)
@@ -98,7 +102,8 @@ class Fusion:
         lines = [f"Fusion of {self.model_name}" + ("" if self.active else " (undone)")]
         width = max((len(what) for what, _, _ in self.rows()), default=0)
         lines += [f"  {what:{width}}  {n:4d} x {name}" for what, n, name in self.rows()]
-        lines += [f"  left  {n:4d} x {name}: {reason}" for (reason, name), n in _grouped(self.left).items()]
+        for title, listing in (("left", self.left), ("kept", self.kept)):
+            lines += [f"  {title}  {n:4d} x {name}: {why}" for (why, name), n in _grouped(listing).items()]
         return "\n".join(lines)
 
 
@@ -114,9 +119,11 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     """Run the norms, gated MLPs, rotary embeddings and attention of this model instance on the fused operations.
 
     Nothing else is touched: no other instance, no module of transformers, no parameter, no key of the state dict. A
-    wrapped model (PEFT) is fine, before or after. ``torch.nn.LayerNorm``, linear layers and plain activations are not
-    listed: they run on the fused ops through the rules of their torch functions. Plain tensors give the values they
-    gave before, within rounding (the decomposed norms round to float32 also in a float64 model, the fused do not).
+    wrapped model (PEFT) is fine, before or after. Decorators of the replaced methods stay around the replacements.
+    Every attention, rotary embedding, norm and MLP is listed, as replaced, as left with the reason, or as kept: a
+    ``torch.nn.LayerNorm`` runs on the fused op through the rule of its torch function. So do linear layers and plain
+    activations, which are not listed. Plain tensors give the values they gave before, within rounding (the decomposed
+    norms round to float32 also in a float64 model, the fused do not).
 
     The fused methods live on the instance and follow ``copy.deepcopy``; undo the fusion before pickling the whole
     module (``state_dict`` needs no such care).
@@ -139,38 +146,61 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     models = _outermost(model, pretrained_model_class())
     _check(model, models)
     register()
-    inner = [
+    fusion = Fusion(type(model).__name__)
+    fusion._models = [
         module for part in models for module in part.modules() if isinstance(module, pretrained_model_class())
     ]
-    fusion = Fusion(type(model).__name__, _models=inner)
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     plan: list[tuple[nn.Module, Replacement]] = []
-    bypassed: set[int] = set()
+    bypassed: set[nn.Module] = set()
+    switched: list[nn.Module] = []
     for part in models:
+        opaque = without_the_registry(part)
+        switched += [] if opaque else [part]
         for module in part.modules():  # parents before their children
-            found = find(module) if id(module) not in bypassed else None
-            if recompute and id(module) not in bypassed:
+            found = find(module) if module not in bypassed else None
+            if recompute and module not in bypassed:
                 found = as_it_is(module) if found is None else recomputed(found)
-            name = names[id(module)]
-            what = ["attention"] if uses_attention_interface(module) else []
+            what, why = [], []
+            if uses_attention_interface(module) and opaque:
+                why.append(f"attention: its masks go to {opaque[0]}, too, which does not ask the registry")
+            elif uses_attention_interface(module):
+                what.append("attention")
             if found is not None and found.function is None:
-                fusion.left[name] = found.reason
+                why.append(found.reason)
             elif found is not None and found.attribute in module.__dict__:
-                fusion.left[name] = f"its {found.attribute} was replaced on the instance by something else"
+                why.append(f"its {found.attribute} was replaced on the instance by something else")
             elif found is not None:
                 plan.append((module, found))
-                bypassed.update(id(getattr(module, attribute)) for attribute in found.inside)
+                bypassed.update(getattr(module, attribute) for attribute in found.inside)
                 what.append(found.what)
             if what:
-                fusion.replaced[name] = " + ".join(what)
+                fusion.replaced[names[module]] = " + ".join(what)
+            if why:
+                fusion.left[names[module]] = "; ".join(why)
+    _list_the_rest(fusion, names, {module for part in models for module in part.modules()})
     for module, found in plan:
         method = types.MethodType(found.function, module)  # type: ignore[arg-type]
         module.__dict__[found.attribute] = method
         fusion._methods.append((module, found.attribute, method))
-    fusion._configs = [_own_config(config, model) for config in _configs(models)]
-    for part in inner:
-        part.__dict__[_MARK] = fusion
+    aside = {module for part in models if part not in switched for module in part.modules()}
+    holders = [module for module in names if module not in aside]
+    fusion._configs = [_own_config(config, holders) for config in _configs(switched)]
+    for module in fusion._models:
+        module.__dict__[_MARK] = fusion
     return fusion
+
+
+def _list_the_rest(fusion: Fusion, names: dict[nn.Module, str], within: set[nn.Module]) -> None:
+    """A line for every attention, rotary embedding, norm and MLP that has none yet."""
+    for module, name in names.items():
+        kind = None if isinstance(module, pretrained_model_class()) else kind_of(module)
+        if kind is None or name in fusion.replaced or name in fusion.left:
+            continue
+        needless, why = line_for(module, kind)
+        if not needless and module not in within:
+            why = f"{kind}: {type(module).__name__} is no part of a transformers model"
+        (fusion.kept if needless else fusion.left)[name] = why
 
 
 def _outermost(model: nn.Module, cls: type) -> list[nn.Module]:
@@ -207,11 +237,11 @@ def _configs(models: list[nn.Module]) -> list[Any]:
     return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
 
-def _own_config(config: Any, model: nn.Module) -> tuple[Any, Any, list[Any]]:
-    """Give the modules of this instance a configuration of their own: two instances may share one."""
+def _own_config(config: Any, modules: list[nn.Module]) -> tuple[Any, Any, list[Any]]:
+    """Give these modules of this instance a configuration of their own: two instances may share one."""
     own = copy.copy(config)
     own._attn_implementation = NAME
-    holders = [module for module in model.modules() if module.__dict__.get("config") is config]
+    holders = [module for module in modules if module.__dict__.get("config") is config]
     for holder in holders:
         holder.__dict__["config"] = own
     return config, own, holders

@@ -1,0 +1,123 @@
+"""Functions under decorators: the ways to what is inside, and the same decorators around another function.
+
+transformers decorates the ``forward`` of its layers, other ones in every version: renamed arguments, gradient
+checkpointing, a choice of kernels, configuration defaults. Recognition reads the function inside; calls keep every
+decorator, since what it does to arguments and results has to happen still.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+__all__ = ["around", "chains"]
+
+_DEPTH = 12  # decorators above each other; transformers 5.24 has four
+
+
+def chains(function: Any) -> Iterator[tuple[Any, ...]]:
+    """Every way from `function` inwards, ``(function, what it wraps, ...)``; the shortest is ``(function,)``."""
+    return _chains((function,), {id(function)})
+
+
+def _chains(chain: tuple[Any, ...], seen: set[int]) -> Iterator[tuple[Any, ...]]:
+    yield chain
+    if len(chain) > _DEPTH:
+        return
+    for inner in _inside(chain[-1]):
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            yield from _chains((*chain, inner), seen)
+
+
+def _inside(function: Any) -> list[Any]:
+    """The functions that `function` holds, and what it declares as ``__wrapped__`` where it does not hold that."""
+    wrapped = getattr(function, "__wrapped__", None)
+    held = [value for value in _held(function) if value is wrapped or _is_function(value)]
+    held.sort(key=lambda value: value is not wrapped)
+    return held if wrapped is None else [*held, wrapped]
+
+
+def _held(function: Any) -> list[Any]:
+    if isinstance(function, (functools.partial, functools.partialmethod)):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, types.MethodType):
+        return [function.__func__]
+    if isinstance(function, nn.Module):  # the kernels library makes modules of functions
+        return [] if "forward" in function.__dict__ else [type(function).forward]
+    if isinstance(function, types.FunctionType):
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        return [_contents(cell) for cell in function.__closure__ or ()] + defaults
+    return list(getattr(function, "__dict__", {}).values())
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _is_function(value: Any) -> bool:
+    kinds = (types.FunctionType, types.MethodType, functools.partial, functools.partialmethod)
+    return isinstance(value, kinds) or (callable(value) and hasattr(value, "__wrapped__"))
+
+
+@functools.cache
+def around(chain: tuple[Any, ...], function: Any) -> Any:
+    """`function` in the place of the last of `chain`, under new copies of the decorators above it.
+
+    Returns:
+        None where a decorator does not hold what it wraps, so that another function cannot take its place. The result
+        is the same object for the same arguments: the layers of a model share it.
+    """
+    for outer, inner in reversed(list(pairwise(chain))):
+        function = _holding(outer, inner, function)
+        if function is None:
+            return None
+    return function
+
+
+def _holding(outer: Any, old: Any, new: Any) -> Any:
+    """`outer` with `new` in the place of `old`, or None."""
+    if not any(value is old for value in _held(outer)):
+        return None
+
+    def swap(value: Any) -> Any:
+        return new if value is old else value
+
+    if isinstance(outer, (functools.partial, functools.partialmethod)):
+        named = {name: swap(value) for name, value in outer.keywords.items()}
+        return type(outer)(swap(outer.func), *map(swap, outer.args), **named)
+    if isinstance(outer, types.MethodType):
+        return types.MethodType(new, outer.__self__)
+    if isinstance(outer, nn.Module):
+        return types.MethodType(new, outer)
+    if not isinstance(outer, types.FunctionType):
+        twin = copy.copy(outer)
+        twin.__dict__.update({name: swap(value) for name, value in outer.__dict__.items()})
+        return twin
+    closure = [(cell, _contents(cell)) for cell in outer.__closure__ or ()]
+    cells = tuple(types.CellType(new) if value is old else cell for cell, value in closure)
+    # a decorator that refers to itself refers to its copy
+    cells = tuple(types.CellType() if value is outer else cell for cell, (_, value) in zip(cells, closure))
+    body = types.FunctionType(
+        outer.__code__,
+        outer.__globals__,
+        outer.__name__,
+        tuple(map(swap, outer.__defaults__ or ())) or None,
+        cells,
+    )
+    for cell, (_, value) in zip(cells, closure):
+        if value is outer:
+            cell.cell_contents = body
+    body.__kwdefaults__ = {name: swap(value) for name, value in (outer.__kwdefaults__ or {}).items()} or None
+    body.__qualname__, body.__module__ = outer.__qualname__, outer.__module__
+    body.__dict__.update({name: swap(value) for name, value in outer.__dict__.items()})
+    return body
