@@ -29,18 +29,8 @@ __all__ = [
     "parts",
     "per_slice",
 ]
-__all__ += [
-    "as_now",
-    "axes",
-    "axis",
-    "lift",
-    "ndim_of",
-    "primal_of",
-    "recast",
-    "settled",
-    "sizes_of",
-    "split",
-]
+__all__ += ["any_low", "as_now", "axes", "axis", "cast", "lift", "ndim_of", "primal_of", "raised", "recast"]
+__all__ += ["settled", "sizes_of", "split"]
 
 
 def split(x: Dual) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,11 +109,21 @@ def settled(*values: Any) -> tuple[Any, ...]:
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
+def any_low(values: Any) -> bool:
+    """Whether a Dual or tensor among `values` is of bfloat16 or float16."""
+    return any(isinstance(x, (Dual, torch.Tensor)) and x.dtype in _LOW for x in values)
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
     """A Dual or tensor of floating point in another dtype; anything else as it is."""
     if isinstance(x, Dual):
         return Dual(x.stacked.to(dtype))
     return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def raised(x: Any) -> Any:
+    """A Dual or tensor of a low dtype in float32; anything else as it is."""
+    return cast(x, torch.float32) if any_low((x,)) else x
 
 
 def _result_dtype(rule: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
@@ -153,16 +153,13 @@ def once_rounded(rule: Callable[..., Any]) -> Callable[..., Any]:
         wanted = kwargs.pop("dtype", None)
         if wanted is not None:
             args = (args[0].to(wanted), *args[1:])
-        operands = (*args, *kwargs.values())
-        if not any(isinstance(x, (Dual, torch.Tensor)) and x.dtype in _LOW for x in operands):
+        if not any_low((*args, *kwargs.values())):
             return rule(*args, **kwargs)
         dtype = _result_dtype(rule, args, kwargs)
-        single = torch.float64 if dtype == torch.float64 else torch.float32
-        raised = [_cast(x, single) for x in args]
-        result = rule(*raised, **{name: _cast(x, single) for name, x in kwargs.items()})
+        result = rule(*(raised(x) for x in args), **{name: raised(x) for name, x in kwargs.items()})
         if isinstance(result, tuple):
-            return tuple([_cast(x, dtype) for x in result])
-        return _cast(result, dtype)
+            return tuple([cast(x, dtype) for x in result])
+        return cast(result, dtype)
 
     return wide
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .. import torch_private
 from ..ops import attention
 from ..runtime import UnsupportedOperation, record, recording, rule
-from .common import Dual, is_dual, join, num_tangents, split
+from .common import Dual, is_dual, join, num_tangents, once_rounded, split
 
 # -- composites of torch.nn.functional --------------------------------------------------------------------------------
 
@@ -41,10 +41,13 @@ feature_alpha_dropout gaussian_nll_loss huber_loss kl_div l1_loss linear_cross_e
 lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d mse_loss multi_head_attention_forward
 multilabel_soft_margin_loss nll_loss normalize smooth_l1_loss soft_margin_loss
 """.split()
+#: those whose every step would round: no products of matrices among them
+_POINTWISE = {"gaussian_nll_loss", "multilabel_soft_margin_loss", "normalize"}
 for _name in COMPOSITES:
     _function = getattr(F, _name.rstrip("?"), None)
     if _function is not None:
-        rule(_function, kind="op")(ungated(_function))
+        _body = ungated(_function)
+        rule(_function, kind="op")(once_rounded(_body) if _name in _POINTWISE else _body)
 
 # complex conjugates and parts of real numbers
 for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
@@ -228,7 +231,11 @@ def _gates(x: Any, h: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> tuple[
 @rule(torch.lstm_cell, kind="op")
 def _lstm_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> tuple[Any, Any]:
     h, c = hx
-    left, right = _gates(x, h, w_ih, w_hh, b_ih, b_hh)
+    return _lstm_gates(*_gates(x, h, w_ih, w_hh, b_ih, b_hh), c)
+
+
+@once_rounded
+def _lstm_gates(left: Any, right: Any, c: Any) -> tuple[Any, Any]:
     i, f, g, o = (left + right).chunk(4, 1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
@@ -236,7 +243,11 @@ def _lstm_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: An
 
 @rule(torch.gru_cell, kind="op")
 def _gru_cell(x: Any, h: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-    left, right = _gates(x, h, w_ih, w_hh, b_ih, b_hh)
+    return _gru_gates(*_gates(x, h, w_ih, w_hh, b_ih, b_hh), h)
+
+
+@once_rounded
+def _gru_gates(left: Any, right: Any, h: Any) -> Any:
     (lr, lz, ln), (rr, rz, rn) = left.chunk(3, 1), right.chunk(3, 1)
     z = torch.sigmoid(lz + rz)
     n = torch.tanh(ln + torch.sigmoid(lr + rr) * rn)
@@ -244,11 +255,8 @@ def _gru_cell(x: Any, h: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any 
 
 
 def _rnn_cell(act: Callable[[Any], Any]) -> Callable[..., Any]:
-    def cell(x: Any, h: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-        left, right = _gates(x, h, w_ih, w_hh, b_ih, b_hh)
-        return act(left + right)
-
-    return cell
+    add = once_rounded(lambda left, right: act(left + right))
+    return lambda x, h, w_ih, w_hh, b_ih=None, b_hh=None: add(*_gates(x, h, w_ih, w_hh, b_ih, b_hh))
 
 
 rule(torch.rnn_tanh_cell, kind="op")(_rnn_cell(torch.tanh))

@@ -18,7 +18,7 @@ import torch
 
 from ..runtime import RULES, UnsupportedOperation, functions_named, rule
 from ..torch_private import break_graph, pytree
-from .common import Dual, is_dual, num_tangents
+from .common import Dual, any_low, cast, is_dual, num_tangents, primal_of, raised
 
 #: names, looked up in every torch namespace; a dotted one in that namespace alone
 ALLOWED = """
@@ -33,7 +33,10 @@ poisson_nll_loss triplet_margin_loss triplet_margin_with_distance_loss
 
 
 def generic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule ``torch.func.jvp(function)``, one tangent at a time, plain arguments closed over."""
+    """The rule ``torch.func.jvp(function)``, one tangent at a time, plain arguments closed over.
+
+    Low dtypes are computed in float32 and rounded once, where torch takes them at all.
+    """
 
     def rule_(*args: Any, **kwargs: Any) -> Any:
         break_graph(
@@ -41,6 +44,15 @@ def generic(function: Callable[..., Any]) -> Callable[..., Any]:
             "write it with functions that have rules, or compile without fullgraph=True."
         )
         leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_dual)
+        dtypes = None
+        if any_low(leaves):
+            with torch.no_grad():
+                plain_args, plain_kwargs = pytree.tree_unflatten(
+                    [primal_of(leaf) for leaf in leaves], structure
+                )
+                low = function(*plain_args, **plain_kwargs)
+            dtypes = [y.dtype for y in pytree.tree_leaves(low)]
+            leaves = [raised(leaf) for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if is_dual(leaf)]
         k = num_tangents(*leaves)
 
@@ -63,12 +75,14 @@ def generic(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         primal_leaves, result = pytree.tree_flatten(value)
         tangent_leaves = [pytree.tree_leaves(run[1]) for run in runs]
-        outputs = [
+        outputs: list[Any] = [
             Dual(torch.stack([value, *(leaves[i] for leaves in tangent_leaves)]))
             if value.is_floating_point()
             else value
             for i, value in enumerate(primal_leaves)
         ]
+        if dtypes is not None:
+            outputs = [cast(y, dtype) for y, dtype in zip(outputs, dtypes)]
         return pytree.tree_unflatten(outputs, result)
 
     return rule_

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..ops import activation
 from ..runtime import UnsupportedOperation, functions_named, rule
 from ..torch_private import NN
-from .common import Dual, as_now, elementwise, is_dual, join, per_slice, primal_of, split
+from .common import Dual, as_now, elementwise, is_dual, join, once_rounded, per_slice, primal_of, split
 
 # -- embedding --------------------------------------------------------------------------------------------------------
 
@@ -257,6 +257,7 @@ rule("tanhshrink")(
 
 
 @rule("glu", kind="op")
+@once_rounded
 def _glu(x: Any, dim: int = -1) -> Any:
     if x.shape[dim] % 2:
         raise ValueError(f"input of glu must have an even size along dim {dim}, got {tuple(x.shape)}.")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..runtime import UnsupportedOperation, rule
 from ..torch_private import NN, reduction_kind, reduction_name
-from .common import Dual, elementwise, is_dual, per_slice, primal_of
+from .common import Dual, elementwise, is_dual, once_rounded, per_slice, primal_of
 
 
 def _reduced(values: Any, reduction: int) -> Any:
@@ -46,8 +46,9 @@ def _nll_loss(
     return per_slice(lambda part: NN.nll_loss_nd(part, target, weight, reduction, ignore_index), log_p)
 
 
+@once_rounded
 def _smoothed(
-    log_p: Any,
+    logits: Any,
     target: torch.Tensor,
     weight: torch.Tensor | None,
     reduction: int,
@@ -55,7 +56,8 @@ def _smoothed(
     smoothing: float,
 ) -> Any:
     """Class indices with label smoothing ε: (1−ε) of the picked class plus ε/C of all, ignored positions left out."""
-    axis = 0 if log_p.dim() == 1 else 1
+    axis = 0 if logits.dim() == 1 else 1
+    log_p: Any = torch.log_softmax(logits, axis)
     picked = _nll_loss(log_p, target, weight, reduction, ignore_index)
     classes = log_p.shape[axis]
     channel = None if weight is None else weight.reshape(-1, *(1,) * (log_p.dim() - 1 - axis))
@@ -88,22 +90,27 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     _plain_weight("cross_entropy", weight)
-    axis = 0 if logits.dim() == 1 else 1
-    log_p: Any = torch.log_softmax(logits, axis)
     if is_dual(target) or target.is_floating_point():
-        classes = logits.shape[axis]
-        if label_smoothing:
-            target = target * (1 - label_smoothing) + label_smoothing / classes
-        if weight is not None:
-            target = target * weight.reshape(-1, *(1,) * (logits.dim() - 1 - axis))
-        values = -(log_p * target).sum(axis)
-        # torch's mean is over the batch alone: everything but the class axis
-        return _reduced(values, reduction)
-    if not is_dual(log_p):
+        return _against_probabilities(logits, target, weight, reduction, label_smoothing)
+    if not is_dual(logits):
         return NN.cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)
     if label_smoothing:
-        return _smoothed(log_p, target, weight, reduction, ignore_index, label_smoothing)
+        return _smoothed(logits, target, weight, reduction, ignore_index, label_smoothing)
+    log_p = torch.log_softmax(logits, 0 if logits.dim() == 1 else 1)
     return _nll_loss(log_p, target, weight, reduction, ignore_index)
+
+
+@once_rounded
+def _against_probabilities(
+    logits: Any, target: Any, weight: torch.Tensor | None, reduction: int, smoothing: float
+) -> Any:
+    """Torch's mean is over the batch only: everything but the class axis."""
+    axis = 0 if logits.dim() == 1 else 1
+    if smoothing:
+        target = target * (1 - smoothing) + smoothing / logits.shape[axis]
+    if weight is not None:
+        target = target * weight.reshape(-1, *(1,) * (logits.dim() - 1 - axis))
+    return _reduced(-(torch.log_softmax(logits, axis) * target).sum(axis), reduction)
 
 
 @rule(F.cross_entropy, kind="op")
@@ -132,7 +139,7 @@ def _pointwise(name: str, function: Callable[..., Any], namespace: Any = NN) -> 
     def loss(input: Any, target: Any, reduction: int = 1, *options: Any, **named: Any) -> Any:
         return _reduced(function(input, target, *options, **named), reduction)
 
-    rule(getattr(namespace, name), kind="op")(loss)
+    rule(getattr(namespace, name), kind="op")(once_rounded(loss))
 
 
 def _huber(input: Any, target: Any, delta: float = 1.0) -> Any:
@@ -178,12 +185,14 @@ _bce = elementwise(
 
 
 @rule(NN.binary_cross_entropy, kind="op")
+@once_rounded
 def _binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
     values = _bce(input, target)
     return _reduced(values if weight is None else values * weight, reduction)
 
 
 @rule(torch.binary_cross_entropy_with_logits, kind="op")
+@once_rounded
 def _with_logits(
     input: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
 ) -> Any:
@@ -198,6 +207,7 @@ def _with_logits(
 
 
 @rule("cosine_similarity", kind="op")
+@once_rounded
 def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     x1, x2 = torch.broadcast_tensors(x1, x2)
     unit1, unit2 = (x / x.norm(dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
@@ -205,16 +215,19 @@ def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any
 
 
 @rule("pairwise_distance", kind="op")
+@once_rounded
 def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
     return (x1 - x2 + eps).norm(p, -1, keepdim)
 
 
 @rule("cdist", kind="op")
+@once_rounded
 def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str | None = None) -> Any:
     return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).norm(p, -1)
 
 
 @rule("pdist", kind="op")
+@once_rounded
 def _pdist(x: Any, p: float = 2.0) -> Any:
     i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device).unbind(0)
     return (x[i] - x[j]).norm(p, -1)

@@ -9,7 +9,7 @@ import torch
 
 from ..ops.linear import linear
 from ..runtime import UnsupportedOperation, autocasting, record, recording, rule
-from .common import Dual, align, is_dual, join, num_tangents
+from .common import Dual, align, is_dual, join, num_tangents, raised
 
 
 def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
@@ -89,28 +89,37 @@ def _is_linear(bias: Any, a: Any, weight: Any) -> bool:
 
 
 def _affine(name: str) -> Callable[..., Any]:
+    """β x + α a b: torch's own fused sum of the primals; of tangents the products, slice by slice, added in float32."""
+    function = getattr(torch, name)
+
     def affine(x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
         if name == "addmm" and beta == 1 and alpha == 1 and _is_linear(x, a, b):
             return linear(a, b.t(), x)  # transformers' Conv1D
-        product = _matmul(a, b)
-        if name in ("addbmm",):
-            product = product.sum(0)
-        product = product if alpha == 1 else product * alpha
-        if isinstance(beta, (int, float)) and beta == 0:  # torch ignores the input, be it NaN
-            return product.expand(torch.broadcast_shapes(tuple(x.shape), tuple(product.shape)))
-        x = x if name == "addmv" else _beside(x, product)
-        return product + (x if beta == 1 else x * beta)
+        if is_dual(beta) or is_dual(alpha):
+            raise UnsupportedOperation(
+                f"{name} takes numbers for beta and alpha, got a Dual: multiply before."
+            )
+        k = num_tangents(x, a, b)
+        (x0, *x_tan), (a0, *a_tan), (b0, *b_tan) = (y.stacked if is_dual(y) else (y,) for y in (x, a, b))
+        primal = function(x0, a0, b0, beta=beta, alpha=alpha)
+        products = [(y, b0) for y in a_tan] + [(a0, y) for y in b_tan]
+        # at beta = 0 torch ignores its first operand, be it NaN
+        terms = [raised(function(x0, *pair, beta=0)) for pair in products]
+        results = [primal]
+        for i in range(k):
+            total = sum(terms[i::k], torch.zeros((), dtype=primal.dtype, device=primal.device)) * alpha
+            if x_tan and beta:
+                total = total + raised(x_tan[i]) * beta
+            results.append(total.expand(primal.shape).to(primal.dtype))
+        inner = {"addr": 1, "addbmm": a0.shape[0] * a0.shape[-1]}.get(name, a0.shape[-1])
+        _count(f"torch.{name}", primal, inner, 1 + len(terms))
+        return Dual(torch.stack(results))
 
     return affine
 
 
-for _name in ("addmm", "addmv", "baddbmm", "addbmm"):
+for _name in ("addmm", "addmv", "baddbmm", "addbmm", "addr"):
     rule(_name, kind="op")(_affine(_name))
-
-
-@rule("addr", kind="op")
-def _addr(x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    return x * beta + _outer(a, b) * alpha
 
 
 @rule("linear", kind="op")

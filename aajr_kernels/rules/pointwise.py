@@ -23,6 +23,7 @@ from .common import (
     join,
     ndim_of,
     num_tangents,
+    once_rounded,
     parts,
     primal_of,
     settled,
@@ -49,9 +50,15 @@ def _plus(a: Any, b: Any) -> Any:
     return join(primal, tangents)
 
 
+@once_rounded
+def _plus_product(a: Any, b: Any, c: Any) -> Any:
+    """a + b c."""
+    return _plus(a, _multiply(b, c))
+
+
 @rule("add", torch.Tensor.__add__, torch.Tensor.__radd__)
 def _add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
-    return _plus(a, b if alpha == 1 else _multiply(b, alpha))
+    return _plus(a, b) if alpha == 1 else _plus_product(a, b, alpha)
 
 
 @rule("sub", "subtract", torch.Tensor.__sub__)
@@ -60,7 +67,7 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
         num_tangents(a, b)
         n = ndim_of(a, b)
         return Dual(torch.sub(align(a.stacked, n), align(b.stacked, n)))
-    return _plus(a, _multiply(b, -alpha))
+    return _plus_product(a, b, -alpha) if alpha != 1 else _plus(a, _multiply(b, -1))
 
 
 @rule("rsub", torch.Tensor.__rsub__)
@@ -101,11 +108,18 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         return a / b
     if is_number(b):
         return Dual(a.stacked / b)
-    a, b = settled(a, as_now(b) if is_number(a) else b)
+    if is_dual(b):
+        return _quotient(a, as_now(b) if is_number(a) else b)
+    (a, b) = settled(a, b)
+    return Dual(align(a.stacked, ndim_of(a, b)) / b)
+
+
+@once_rounded
+def _quotient(a: Any, b: Dual) -> Dual:
+    a, b = settled(a, b)
     n = ndim_of(a, b)
-    if not is_dual(b):
-        return Dual(align(a.stacked, n) / b)
     (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
+    assert q_tan is not None
     out = p / q
     tangents = -out * q_tan if p_tan is None else p_tan - out * q_tan
     return join(out, tangents / q)
@@ -115,9 +129,9 @@ rule(torch.Tensor.__rdiv__, torch.Tensor.__rtruediv__)(lambda a, b: _div(b, a))
 rule("floor_divide", torch.Tensor.__floordiv__)(lambda a, b: _div(a, b, rounding_mode="floor"))
 rule(torch.Tensor.__rfloordiv__)(lambda a, b: _div(b, a, rounding_mode="floor"))
 rule("neg", "negative", torch.Tensor.__neg__)(lambda x: Dual(-x.stacked))
-rule("lerp")(lambda start, end, weight: _plus(start, _multiply(_sub(end, start), weight)))
-rule("addcmul")(lambda x, a, b, *, value=1: _plus(x, _multiply(_multiply(a, b), value)))
-rule("addcdiv")(lambda x, a, b, *, value=1: _plus(x, _multiply(_div(a, b), value)))
+rule("lerp")(once_rounded(lambda start, end, weight: _plus(start, _multiply(_sub(end, start), weight))))
+rule("addcmul")(once_rounded(lambda x, a, b, *, value=1: _plus(x, _multiply(_multiply(a, b), value))))
+rule("addcdiv")(once_rounded(lambda x, a, b, *, value=1: _plus(x, _multiply(_div(a, b), value))))
 
 # -- powers -----------------------------------------------------------------------------------------------------------
 
@@ -178,7 +192,7 @@ UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "erfinv": lambda y, x: (y * y).exp() / _TWO_OVER_SQRT_PI,
     "exp": lambda y, x: y,
     "exp2": lambda y, x: y * math.log(2),
-    "expm1": lambda y, x: y + 1,
+    "expm1": lambda y, x: x.exp(),  # y + 1 cancels where y rounds to -1
     "expit": lambda y, x: y * (1 - y),
     "frac": lambda y, x: torch.ones_like(x),
     "lgamma": lambda y, x: x.digamma(),

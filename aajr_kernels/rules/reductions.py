@@ -384,5 +384,6 @@ def _scan_logsumexp(x: Dual, dim: int) -> Dual:
 
 
 @rule("dist")
+@once_rounded
 def _dist(a: Any, b: Any, p: float = 2) -> Any:
     return torch.linalg.vector_norm((a - b) if is_dual(a) else -(b - a), p)

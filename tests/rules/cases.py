@@ -30,10 +30,10 @@ _g = torch.Generator().manual_seed(20)
 
 
 def rand(*shape: int, low: float = 0.15, high: float = 0.85) -> Tensor:
-    """Distinct values in (low, high)."""
+    """Distinct values in (low, high) that bfloat16 and float16 hold."""
     n = int(torch.tensor(shape).prod()) if shape else 1
     values = (torch.randperm(n, generator=_g) + 0.2 + 0.6 * torch.rand(n, generator=_g)).double() / n
-    return (low + (high - low) * values).reshape(shape)
+    return (low + (high - low) * values).reshape(shape).bfloat16().double()
 
 
 def real(*shape: int) -> Tensor:
@@ -60,7 +60,7 @@ SPD = S @ S.mT + torch.eye(3, dtype=torch.float64)
 B3, C3, IMG, SEQ = real(2, 3, 4), real(2, 4, 5), real(2, 4, 4, 6), real(2, 4, 7)
 # e^x of the first two underflows beside the third
 LATE = torch.tensor([0.0, 1.0, 800.0, 700.0], dtype=torch.float64)
-GAPS = torch.tensor([float("nan"), 0.05, float("nan"), -0.05], dtype=torch.float64)
+GAPS = torch.tensor([float("nan"), 0.0625, float("nan"), -0.0625], dtype=torch.float64)
 IDX = torch.tensor([2, 0, 2])
 AT = torch.tensor([[0, 2, 1, 0], [1, 1, 0, 2]])
 MASK = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)

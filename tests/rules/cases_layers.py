@@ -177,10 +177,9 @@ case(
     real(3, 2),
     *_cell,
     duals=ALL,
-    up=False,
 )
 _cell = (real(6, 4), real(6, 2), real(6), real(6))
-case("gru_cell", torch.gru_cell, X, real(3, 2), *_cell, duals=BOTH, up=False)
+case("gru_cell", torch.gru_cell, X, real(3, 2), *_cell, duals=BOTH)
 _cell = (real(2, 4), real(2, 2), real(2), real(2))
 case("rnn_tanh_cell", torch.rnn_tanh_cell, X, real(3, 2), *_cell, duals=BOTH)
 case(
