@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from . import cuda, gpu, native, sharding
 from .operators import constant
 from .recording import Coverage, coverage, record, record_unsupported, recording
-from .torch_private import NN, VARIABLE_FUNCTIONS, break_graph, has_memory
+from .torch_private import NN, VARIABLE_FUNCTIONS, break_graph, has_memory, separate_outputs
 
 __all__ = [
     "BackendUnavailable",
@@ -177,6 +177,12 @@ def _load_all(backend: str) -> None:
             implementation(found.name, backend)
 
 
+@constant
+def _ready_to_trace() -> None:
+    """Mend what torch.compile does to our autograd Functions: compiled code may be the first to use them."""
+    separate_outputs()
+
+
 def _fits_native(t: torch.Tensor) -> bool:
     """A CPU tensor with memory of its own, now or when compiled code runs, and a dtype that has kernels."""
     fits = t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
@@ -226,6 +232,7 @@ def select_backend(
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
     backend = _select(op, tensors, triton_lacks, in_cuda)
     if torch.compiler.is_compiling():
+        _ready_to_trace()
         _load_all(backend)
     return backend
 
@@ -416,14 +423,13 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
 # ---------------------------------------------------------------------------------------------------------------
 
 #: patches of torch that make a lost derivative loud; installed at the first dual(), never at import
-GUARDS: list[Callable[[], None]] = []
+GUARDS: list[Callable[[], None]] = [separate_outputs]
 
 
 def install_guards() -> None:
     """Install the registered guards, each once."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # before a look at the list, which would become a guard of compiled code
+    if torch.compiler.is_compiling():
+        _ready_to_trace()  # not a look at the list, which would become a guard of compiled code
         return
     while GUARDS:
         GUARDS.pop()()

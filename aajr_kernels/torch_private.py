@@ -33,6 +33,7 @@ from torch.utils.hooks import BackwardHook
 
 __all__ = [
     "ALL_REDUCE",
+    "CHECKPOINT_SAVER",
     "FROM_LOCAL",
     "GROUPED_MM",
     "NESTED_MASK_FITS",
@@ -49,9 +50,11 @@ __all__ = [
     "has_memory",
     "lazy_clone",
     "mark_constant",
+    "on_recomputation",
     "pytree",
     "reduction_kind",
     "reduction_name",
+    "separate_outputs",
     "watch_backward_hooks",
     "watch_functions",
 ]
@@ -192,6 +195,22 @@ def lazy_clone(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
 
+#: qualified name of the Function that keeps the arguments of a non-reentrant checkpoint in torch 2.11; gone in 2.12
+CHECKPOINT_SAVER = "torch.utils.checkpoint._NoopSaveInputs"
+
+
+def on_recomputation(saver: torch.Tensor, restore: Callable[[list[Any]], list[Any]]) -> None:
+    """Have a checkpoint call its function again with ``restore(arguments)``.
+
+    Relies on, in torch 2.11: the result of :data:`CHECKPOINT_SAVER` has a node, unless gradients are off, whose
+    ``get_args(saved_tensors)`` gives its own arguments but the first, a dummy.
+    """
+    node: Any = saver.grad_fn
+    if node is not None:
+        get_args = node.get_args
+        node.get_args = lambda saved: restore(get_args(saved))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # torch.compile
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,3 +245,50 @@ def allow_recompilations(count: int) -> None:
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
+
+
+_SEPARATES = "_aajr_separates_outputs"
+
+
+def separate_outputs() -> None:
+    """Have no compiled ``autograd.Function`` return a tensor twice, which costs it its gradient. Idempotent.
+
+    Relies on, in torch 2.11: Dynamo makes each intermediate of a traced ``forward`` an output of the higher
+    order operator that stands for the Function. An operation that returns what it was given (``mul_``, ``out=``,
+    ``contiguous``, ``to``) makes one tensor two outputs; autograd sends its whole gradient to the last of them, where
+    the traced ``backward`` does not look: zeros in silence, on every backend of torch.compile. The operator
+    is not cached, so that no compiled code from before remains. From 2.12 on Dynamo returns what is used only.
+    """
+    if VERSION >= (2, 12):
+        return
+    operator = type(torch.ops.higher_order.autograd_function_apply)
+    original = operator.__call__
+    if hasattr(original, _SEPARATES):
+        return
+
+    @functools.wraps(original)
+    def call(self: Any, fwd: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        return original(self, _separating(fwd), *args, **kwargs)
+
+    setattr(call, _SEPARATES, True)
+    operator.__call__ = call  # type: ignore[method-assign]
+
+
+def _separating(fwd: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`fwd`, which returns outputs and what is saved, with an alias in place of an output that came before."""
+    graph = torch.fx.Graph()
+    results = graph.graph_copy(fwd.graph, {})
+    graph.output(graph.call_function(_separate, (results,)))
+    return torch.fx.GraphModule(fwd, graph)
+
+
+def _separate(results: tuple[Any, Any]) -> tuple[Any, Any]:
+    outputs, saved = results
+    seen: set[int] = set()
+    separated = []
+    for output in outputs:
+        if isinstance(output, torch.Tensor):
+            output = output.detach() if id(output) in seen else output
+            seen.add(id(output))
+        separated.append(output)
+    return tuple(separated), saved

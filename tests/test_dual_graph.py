@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import pytest
@@ -219,6 +220,28 @@ def test_reentrant_checkpointing_raises():
     model, x, v = model_and_input()
     with pytest.raises(aajr.UnsupportedOperation, match="use non-reentrant checkpointing"):
         checkpoint(model, dual(x, v), use_reentrant=True)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_checkpoints_take_duals_anywhere_and_nested(k):
+    x, v = pair(3, 5, k=k)
+    leaves = [t.requires_grad_() for t in (x, v, torch.randn(5, 5, dtype=torch.float64))]
+    again = functools.partial(checkpoint, use_reentrant=False)
+    plainly = lambda function, *args, **kwargs: function(*args, **kwargs)
+
+    def inner(d, weight, missing, pair, scale):
+        assert missing is None and isinstance(d, aajr.Dual)
+        return (torch.tanh(d @ weight) * pair[0] + pair[1]).sin() * scale
+
+    def outer(run, d, weight):
+        return run(inner, d * 2, weight, None, (d, weight[0]), scale=d.exp())
+
+    def penalty(run):
+        y = run(outer, run, dual(x, v), leaves[2])
+        return y.tangents.square().sum() + y.primal.mean()
+
+    for got, want in zip(*(torch.autograd.grad(penalty(run), leaves) for run in (again, plainly))):
+        assert_exact(got, want)
 
 
 # -- storage ----------------------------------------------------------------------------------------------------------

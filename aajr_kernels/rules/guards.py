@@ -66,6 +66,18 @@ def linear_function(function: str | type[torch.autograd.Function]) -> Any:
     return function
 
 
+@function_rule(torch_private.CHECKPOINT_SAVER)
+def _save_arguments(apply: Callable[..., Any], *args: Any) -> torch.Tensor:
+    """A checkpoint keeps Duals as it keeps tensors: by their stacks, which an outer checkpoint may drop."""
+    saver: torch.Tensor = apply(*(arg.stacked if is_dual(arg) else arg for arg in args))
+    are_duals = [is_dual(arg) for arg in args[1:]]
+    torch_private.on_recomputation(
+        saver,
+        lambda values: [Dual(value) if is_one else value for value, is_one in zip(values, are_duals)],
+    )
+    return saver
+
+
 def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
