@@ -98,6 +98,8 @@ class Progress:
             megabytes = float(size[3]) * (1000 if size[4] == "GB" else 1)
             if megabytes >= NAMED_MB:
                 say(f"  downloading {size[1]} {size[2]}, {megabytes:,.0f} MB")
+        elif line.lstrip().startswith("Building "):
+            self.activity = "building"
         elif line.startswith("Installing collected packages:"):
             count = line.count(",") + 1
             self.activity = f"unpacking {count} packages"
