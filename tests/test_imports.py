@@ -20,6 +20,7 @@ LAYERS = {
     "torch_private": -1,
     "operators": 0,
     "memory": 0,
+    "progress": 0,
     "sharding": 0,
     "recording": 1,
     "native": 1,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..progress import Progress
 from . import bench_compare
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _tune() -> None:
         )
     from .benchmarks import tune
 
-    tune.show(tune.on_device(_console()), _console())
+    tune.show(tune.on_device(), _console())
 
 
 def _console() -> Console:
@@ -309,19 +309,17 @@ def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path |
         console.print(
             f"[yellow]The machine is busy (load {load:.1f}): ratios may be off.[/]", highlight=False
         )
-    aside = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     results: list[Outcome] = []
-    with Progress(*columns, console=aside, transient=True, disable=not aside.is_terminal) as bar:
+    with Progress() as progress:
         # a gate and a warm-up cost about as much as two rounds
         rounds = [(repeats or case.repeats if case.timed else 0) + 2 for case in cases]
-        task = bar.add_task("", total=sum(rounds))
+        progress.stage("gates and rounds", sum(rounds))
         try:
             for number, case in enumerate(cases):
 
                 def tell(text: str, name: str = case.name) -> None:
-                    step = 1 if text.startswith(("round", "gate")) else 0
-                    bar.update(task, description=f"{name}: {text}", advance=step, refresh=True)
+                    tell_of = progress.begin if text.startswith(("round", "gate")) else progress.note
+                    tell_of(f"{name}: {text}")
 
                 try:
                     result = run_case(case, facts, repeats=repeats, peak=peak, progress=tell)
@@ -331,9 +329,9 @@ def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path |
                 show.outcome(result, console)
                 if rows is not None:
                     append_rows(rows, result.rows)
-                bar.update(task, completed=sum(rounds[: number + 1]))
+                progress.reach(sum(rounds[: number + 1]), case.name)
         except KeyboardInterrupt:
-            bar.stop()
+            progress.stop()
             kept = f"; their rows are in {rows}" if rows is not None else ""
             console.print(f"[yellow]Interrupted after {len(results)} of {len(cases)} cases{kept}.[/]")
             raise typer.Exit(130) from None

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from ..progress import Progress
+
 if TYPE_CHECKING:
     from .benchmarks import Outcome
 
@@ -42,9 +44,10 @@ def commit(name: str, arguments: Sequence[str], rows: Path | None, console: Cons
     """
     from .benchmarks import against, append_rows, compare
 
-    with Console(stderr=True).status("") as status:
+    with Progress() as progress:
+        progress.stage(f"{name} and this code", 1 + 2 * against.TURNS)
         try:
-            other, here = against.measure_both(name, arguments, status.update)
+            other, here = against.measure_both(name, arguments, progress.begin)
         except against.Failed as error:
             raise typer.BadParameter(str(error), param_hint="--against") from error
     if rows is not None:

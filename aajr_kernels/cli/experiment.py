@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from ..progress import Progress
 
 #: the checkout that this package is imported from, or the folder it is installed in
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,14 +112,12 @@ def _list(experiments: ModuleType) -> None:
 
 def _run(chosen: object, store: object, quick: bool, jobs: int) -> None:
     base = importlib.import_module("experiments.base")
-    aside = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=aside, transient=True, disable=not aside.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+    with Progress() as progress:
 
         def tell(done: int, total: int, key: str) -> None:
-            bar.update(task, completed=done, total=total, description=key)
-            if key and not aside.is_terminal:
-                aside.print(f"{done}/{total} {key}", highlight=False)
+            if key:
+                progress.reach(done, key)
+            else:
+                progress.stage("tasks", total, done)
 
         base.run_experiment(chosen, store, quick=quick, jobs=jobs, progress=tell)

@@ -13,10 +13,10 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .. import runtime
+from ..progress import Progress
 from .info import package_version, why_no_accelerator
 from .validation import DEVICES, DTYPES, OPS, Row, Target, find_targets, validate_all
 
@@ -87,7 +87,9 @@ def validate(
         )
 
     start = time.perf_counter()
-    rows = _run(ops, plan, seed, quiet=as_json)
+    with Progress() as progress:
+        progress.stage("checks", len(ops) * len(plan))
+        rows = validate_all(ops, plan, seed, lambda op, dtype: progress.begin(f"{op} {dtype}"))
     seconds = time.perf_counter() - start
     if not any(row.cases or row.failures for row in rows):
         raise typer.BadParameter(f"nothing was checked: {rows[0].skipped[0]}", param_hint="--backend")
@@ -124,23 +126,6 @@ def _plan(
             else:
                 reasons[dtype, str(target)] = reason
     return plan, reasons
-
-
-def _run(ops: Sequence[str], plan: Mapping[str, Sequence[Target]], seed: int, quiet: bool) -> list[Row]:
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=len(ops) * len(plan))
-        started = 0
-
-        def advance(op: str, dtype: str) -> None:
-            nonlocal started
-            progress.update(task, description=f"{op} {dtype}", completed=started)
-            started += 1
-
-        return validate_all(ops, plan, seed, advance)
 
 
 def _finite(number: float) -> float | None:

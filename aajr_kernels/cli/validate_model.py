@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..progress import Progress
 from .info import package_version, why_no_accelerator
 from .validation.loading import CannotValidate, load, prepare
-from .validation.model import CONFIRMED, DTYPES, Check, Report, as_json, validate_model
+from .validation.model import CONFIRMED, DTYPES, Check, Report, as_json, steps, validate_model
 
 BATCH = 2
 _STYLES = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "shown": "[dim]peer[/]"}
@@ -54,10 +55,12 @@ def run(
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    with Console(stderr=True).status("loading", spinner="dots") as status:
+    with Progress() as progress:
+        progress.stage("the model is loaded")
         try:
             subject = prepare(load(spec, layers), BATCH, length, seed)
-            report = validate_model(subject, chosen, place, lambda what: status.update(escape(what)))
+            progress.stage("checks", steps(chosen))
+            report = validate_model(subject, chosen, place, progress.begin)
         except CannotValidate as error:
             raise typer.BadParameter(str(error), param_hint="--model") from error
     seconds = time.perf_counter() - start

@@ -18,6 +18,7 @@ from torch.utils.benchmark import Timer
 from ... import gpu
 from ...ops.attention import tuned
 from ...ops.attention.tiling import Options
+from ...progress import Progress
 
 #: kernels and which gradients of q, k, v make the backward launch them
 NEEDS = {
@@ -138,10 +139,8 @@ def median(call: Callable[[], Any]) -> float:
     return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.2).median * 1e3
 
 
-def on_device(console: Any, head_sizes: tuple[int, ...] = (64, 128)) -> list[Line]:
+def on_device(head_sizes: tuple[int, ...] = (64, 128)) -> list[Line]:
     """Measure every line for the device, with progress; the best tiles are written into the table."""
-    from rich.progress import Progress
-
     jobs = [
         (kernel, head, causal)
         for head in head_sizes
@@ -152,12 +151,10 @@ def on_device(console: Any, head_sizes: tuple[int, ...] = (64, 128)) -> list[Lin
     ]
     arch = gpu.architecture(torch.device("cuda"))
     lines = []
-    with Progress(console=console) as progress:
-        task = progress.add_task(
-            f"tiles on {arch}", total=sum(len(list(candidates(kernel, arch))) for kernel, *_ in jobs)
-        )
+    with Progress() as progress:
+        progress.stage(f"tiles on {arch}", sum(len(list(candidates(kernel, arch))) for kernel, *_ in jobs))
         for kernel, head, causal in jobs:
-            line = measure(kernel, head, causal, timer=median, progress=lambda: progress.advance(task))
+            line = measure(kernel, head, causal, timer=median, progress=progress.step)
             lines.append(line)
             if line.best is not None:
                 tuned.write({line.name: line.best})  # an interrupted run keeps what it has

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ... import __version__, runtime
 from ...integrations.transformers import fuse
+from ...progress import Progress
 from ..info import package_version, why_no_accelerator
 from . import data, plots, policy, scratch
 from .report import Section, comparison_sheet, lora_sheet, page, scratch_sheet
@@ -113,49 +113,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-class _Bars:
-    """One progress bar per stage, the current one at the bottom."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description:34}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
-        )
-        self.progress = Progress(*columns, console=console)
-        self.current: TaskID | None = None
-
-    def stage(self, name: str, total: int) -> None:
-        self.finish()
-        self.current = self.progress.add_task(name, total=total, note="")
-
-    def step(self, note: str = "") -> None:
-        assert self.current is not None
-        self.progress.update(self.current, advance=1, note=note)
-
-    def note(self, note: str) -> None:
-        assert self.current is not None
-        self.progress.update(self.current, note=note)
-
-    def finish(self) -> None:
-        if self.current is not None:
-            total = self.progress.tasks[self.current].total
-            self.progress.update(self.current, completed=total or 0, note="")
-            self.progress.stop_task(self.current)
-        self.current = None
-
-    def __enter__(self) -> _Bars:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if exc[0] is None:
-            self.finish()
-        self.progress.stop()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Part (a)
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,7 +129,7 @@ def run_policy(
 ) -> tuple[Section, dict[str, Any]]:
     """Part (a): the comparison, then LoRA with and without the penalty."""
     config = QUICK_POLICY if quick else policy.PolicyConfig()
-    with _Bars(console) as bars:
+    with Progress(console.file, keep=True) as bars:
         bars.stage("SmolLM2-135M-Instruct from GGUF", 1)
         model, tokenizer, texts = load_policy(config, seed, device)
         bars.stage("its replies to prompt injections", 1)
@@ -186,8 +143,7 @@ def run_policy(
         single = policy.collate([prompts[longest]], [replies[longest]]).to(device)
 
         bars.stage("gradients by every method", 1 + config.repeats * (4 + len(config.difference_steps)))
-        bars.note("float64 oracle")
-        rows = policy.compare(model, single, config, bars.step)
+        rows = policy.compare(model, single, config, bars.begin)
         fusion = fuse(model)
         bars.stage("held-out figures before LoRA", 1)
         before = policy.evaluate(model, held_out, config.radius)
@@ -229,7 +185,7 @@ def run_scratch(
     """Part (b): both training runs and the attack on both models."""
     config = QUICK_SCRATCH if quick else scratch.ScratchConfig()
     runs = []
-    with _Bars(console) as bars:
+    with Progress(console.file, keep=True) as bars:
         bars.stage("Shakespeare, modern spelling", 1)
         corpus = data.shakespeare()
         scratch.build(config, seed)  # imports transformers, which is not to count as training

@@ -104,6 +104,12 @@ class Report:
         return found
 
 
+def steps(dtypes: tuple[str, ...]) -> int:
+    """How often :func:`validate_model` tells what is next."""
+    oracles = {torch.float32 if DTYPES[name] == torch.float64 else DTYPES[name] for name in dtypes}
+    return len(oracles) + 1 + 3 * len(dtypes) + (len(PEERS) if "float32" in dtypes else 0)
+
+
 def validate_model(
     subject: Subject,
     dtypes: tuple[str, ...],

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ...progress import Progress
 from ..ascent import NonFiniteLoss
 from ..attack_state import held
 from . import randomness
@@ -30,7 +31,7 @@ from .checkpoints import Checkpoints, put_weights, weights_of
 from .config import FitConfig, describe
 from .objective import Knobs
 from .policy import Policy
-from .record import Recorder, Row, bar
+from .record import Recorder, Row
 from .report import write_report
 from .schedules import value_at
 from .step import Objective
@@ -95,7 +96,7 @@ def fit(
         evaluate: from the model, in eval mode and without gradients, to numbers by name; called every
             ``evaluate_every`` steps and at the end. Random states are put back after it.
         on_step: called with every logged row.
-        progress: a bar on standard error, if that is a terminal.
+        progress: on standard error: a bar on a terminal, else a line every few seconds.
 
     Returns:
         FitResult.
@@ -115,7 +116,8 @@ def fit(
     modes = {m: m.training for m in model.modules()}
     model.train()
     try:
-        with bar(config.steps, begin, progress) as update:
+        with Progress(shown=progress) as display:
+            display.stage("training", config.steps, begin)
             for step in range(begin, config.steps):
                 row, last = run.step(step, recorder), step + 1 == config.steps
                 if (step + 1) % config.log_every == 0 or last:
@@ -126,7 +128,7 @@ def fit(
                     recorder.add(run.evaluated(evaluate, step))
                 if checkpoints is not None and (last or _due(step, config.checkpoint_every)):
                     run.save(checkpoints, step + 1)
-                update(step + 1, f"loss {row['loss']:.4g}")
+                display.reach(step + 1, f"loss {row['loss']:.4g}")
     except NonFiniteLossError as error:
         newest = checkpoints.newest() if checkpoints is not None else None
         if newest is not None:

@@ -1,16 +1,14 @@
-"""What a training writes while it runs: rows as JSON lines, TensorBoard, a progress bar."""
+"""What a training writes while it runs: rows as JSON lines, TensorBoard."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Recorder", "Row", "bar", "read_rows"]
+__all__ = ["Recorder", "Row", "read_rows"]
 
 Row = dict[str, Any]
 
@@ -82,22 +80,6 @@ class Recorder:
         """Close what is open."""
         if self.writer is not None:
             self.writer.close()
-
-
-@contextlib.contextmanager
-def bar(total: int, done: int, shown: bool) -> Iterator[Any]:
-    """A function ``update(step, text)`` that draws a progress bar on a terminal."""
-    if not shown:
-        yield lambda step, text: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total, completed=done)
-        yield lambda step, text: progress.update(task, completed=step, description=text)
 
 
 def _cut(path: Path, step: int) -> list[Row]:
