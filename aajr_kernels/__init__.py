@@ -3,6 +3,9 @@
 The public names, once. See README.md for a tour and the docstrings for shapes, dtypes and errors.
 """
 
+from . import waiting as _waiting  # noqa: F401  before torch is imported
+
+# isort: split
 from . import integrations, nn
 from . import rules as _rules  # noqa: F401  registers every rule
 from .dual import Dual, dual, is_dual, unpack

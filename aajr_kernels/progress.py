@@ -10,13 +10,13 @@ import os
 import sys
 import threading
 import time
-from typing import Any, TextIO
+from typing import IO, Any
 
 #: seconds between two lines: at first, and at most after a long time
 SHORTEST, LONGEST = 3.0, 30.0
 
 
-def draws(file: TextIO) -> bool:
+def draws(file: IO[str]) -> bool:
     """Whether bars can be drawn and redrawn there."""
     return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
@@ -30,7 +30,7 @@ class Progress:
         keep: leave finished bars on the terminal. Lines always stay.
     """
 
-    def __init__(self, file: TextIO | None = None, *, shown: bool = True, keep: bool = False) -> None:
+    def __init__(self, file: IO[str] | None = None, *, shown: bool = True, keep: bool = False) -> None:
         self._file = file or sys.stderr
         self._shown = shown
         self._display: Any = _Bars(self._file, keep) if shown and draws(self._file) else None
@@ -159,7 +159,7 @@ def in_words(seconds: float) -> str:
 class _Bars:
     """One rich bar per stage, the current one at the bottom."""
 
-    def __init__(self, file: TextIO, keep: bool) -> None:
+    def __init__(self, file: IO[str], keep: bool) -> None:
         from rich import progress
         from rich.console import Console
 

@@ -22,6 +22,7 @@ LAYERS = {
     "memory": 0,
     "progress": 0,
     "sharding": 0,
+    "waiting": 0,
     "recording": 1,
     "native": 1,
     "gpu": 1,
