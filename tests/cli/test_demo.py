@@ -15,7 +15,8 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 from aajr_kernels.cli.demos import data, peers, policy, run, scratch
-from aajr_kernels.cli.demos.meter import measure
+from aajr_kernels.cli.demos.meter import Cost, measure
+from aajr_kernels.cli.demos.report import comparison_sheet
 from aajr_kernels.cli.main import app
 
 CPU = torch.device("cpu")
@@ -104,6 +105,34 @@ def test_comparison_agrees_with_the_float64_oracle() -> None:
         assert rows[name].value == pytest.approx(rows[policy.FORWARD_MODE].value, rel=1e-4)
         assert rows[name].seconds > 0
     assert rows[policy.FORWARD_MODE].value > 0
+
+
+def test_comparison_takes_minima_over_interleaved_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is slow in the round that warms up and in the second timed one."""
+    calls: list[int] = []
+
+    def timed(call: Any, device: torch.device) -> tuple[Any, Cost]:
+        calls.append(len(calls) // 5)
+        return call(), Cost((100.0, 2.0, 9.0, 2.2)[calls[-1]], None)
+
+    monkeypatch.setattr(policy, "measure", timed)
+    model = tiny_policy(1)
+    config = policy.PolicyConfig(repeats=3, difference_steps=(1e-3,))
+    rows = policy.compare(model, dialogues(model, TEXTS[:1]), config)
+    assert len(calls) == 5 * 4
+    assert [row.seconds for row in rows] == [2.0] * 5
+    assert [row.spread for row in rows] == pytest.approx([0.1] * 5)
+    assert rows[0].method == policy.PLAIN
+
+
+def test_the_tables_say_when_times_are_not_to_be_trusted() -> None:
+    def note(*spreads: float | None) -> str:
+        rows = [policy.MethodRow(policy.PLAIN, 1.0, None, 0.5, None, one) for one in spreads]
+        return comparison_sheet(rows, 7).note
+
+    assert "The spread is wide, up to 310%" in note(0.02, 3.1)
+    assert "wide" not in note(0.02, 0.2) and "Single" not in note(0.02, 0.2)
+    assert "Single times" in note(None, None)
 
 
 def test_finite_differences_approach_the_oracle() -> None:

@@ -13,6 +13,11 @@ MEGABYTE = 1 << 20
 pytestmark = pytest.mark.skipif(not meter._STATM.exists(), reason="this system has no /proc/self/statm")
 
 
+def test_spread_is_that_of_the_median():
+    assert meter.spread([2.0, 3.0, 9.0]) == pytest.approx(0.5)
+    assert meter.spread([2.0]) is None
+
+
 def touch(megabytes: int) -> None:
     held = torch.ones(megabytes * MEGABYTE, dtype=torch.uint8)
     time.sleep(0.05)  # for whoever watches from the side

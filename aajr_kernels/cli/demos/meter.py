@@ -1,13 +1,14 @@
-"""Wall time and peak memory of one call, on a CPU or a GPU."""
+"""Wall time and peak memory of one call, on a CPU or a GPU, and how far several times can be trusted."""
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
 import os
+import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,25 @@ class _PeakSampler(threading.Thread):
         self._done.set()
         self.join()
         return max(self.peak_bytes, _resident()) - self.start_bytes
+
+
+#: a spread above this is worth a sentence: the minimum itself may be far off then
+WIDE = 0.25
+
+
+def spread(seconds: Sequence[float]) -> float | None:
+    """How far the median of several times lies above their minimum, relative to it; None of a single time."""
+    return statistics.median(seconds) / min(seconds) - 1 if len(seconds) > 1 else None
+
+
+def judged(spreads: Sequence[float | None]) -> str:
+    """A sentence to put below a table of minimal times."""
+    known = [one for one in spreads if one is not None]
+    if len(known) < len(spreads):
+        return "Single times: a busy moment of the machine changes them and their ratios."
+    if max(known) > WIDE:
+        return f"The spread is wide, up to {max(known):.0%}: the machine was busy, and times and ratios may be far off."
+    return ""
 
 
 def measure(call: Callable[[], Any], device: torch.device) -> tuple[Any, Cost]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from .meter import judged, spread
 from .policy import HeldOut, LoraRun, MethodRow, PolicyConfig
 from .scratch import ScratchConfig, ScratchRun
 
@@ -97,15 +98,21 @@ def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Sheet:
         error = "-" if row.gradient_error is None else f"{row.gradient_error:.1e}"
         value = "-" if row.gradient_error is None else f"{row.value:.4f}"
         memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-        return [row.method, value, error, f"{row.seconds:.2f}", f"{row.seconds / plain:.1f}", memory]
+        time = f"{row.seconds:.2f}{_above(row.spread)}"
+        return [row.method, value, error, time, f"{row.seconds / plain:.1f}", memory]
 
     return Sheet(
         f"Penalty and gradients of 135 M parameters, {tokens} tokens, float32",
         ("method", "penalty", "grad. error", "time s", "x plain", "MiB"),
         [cells(row) for row in rows],
-        "Gradient error: relative to forward mode in float64, all parameters together. MiB: peak memory beyond weights "
-        "and gradients.",
+        "Gradient error: relative to forward mode in float64, all parameters together. Time: minimum of interleaved "
+        "rounds, and how far their median lies above it. MiB: peak memory beyond weights and gradients. "
+        + judged([row.spread for row in rows]),
     )
+
+
+def _above(share: float | None) -> str:
+    return "" if share is None else f" +{share:.0%}"
 
 
 def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -> Sheet:
@@ -140,13 +147,15 @@ def scratch_sheet(runs: Sequence[ScratchRun], config: ScratchConfig) -> Sheet:
     def cells(run: ScratchRun) -> list[str]:
         name = f"penalty x {run.weight:g}" if run.weight else "no penalty"
         losses = [f"{run.robust_loss[i]:.3f}" for i in chosen]
-        return [name, *losses, f"{run.sensitivity[-1][1]:.3f}", f"{run.seconds:.0f}"]
+        time = f"{1e3 * min(run.step_seconds):.0f}{_above(spread(run.step_seconds))}"
+        return [name, *losses, f"{run.sensitivity[-1][1]:.3f}", time]
 
     heads = [f"radius {config.radii[i]:g}" if config.radii[i] else "clean" for i in chosen]
     return Sheet(
         f"Loss on two plays never trained on, {config.steps} steps, same start and batches",
-        ("training", *heads, "sensitivity", "time s"),
+        ("training", *heads, "sensitivity", "ms/step"),
         [cells(run) for run in runs],
         "Losses in nats per byte; radius of the attack on every byte's embedding in units of the mean embedding "
-        "norm; sensitivity: Fisher size along the ascent direction, per byte.",
+        "norm; sensitivity: Fisher size along the ascent direction, per byte. Time: of the fastest step, and how far "
+        "the median lies above it. " + judged([spread(run.step_seconds) for run in runs]),
     )

@@ -142,7 +142,7 @@ def run_policy(
         longest = max(range(len(prompts)), key=lambda i: len(prompts[i][0]))
         single = policy.collate([prompts[longest]], [replies[longest]]).to(device)
 
-        bars.stage("gradients by every method", 1 + config.repeats * (4 + len(config.difference_steps)))
+        bars.stage("gradients by every method", 1 + (1 + config.repeats) * (4 + len(config.difference_steps)))
         rows = policy.compare(model, single, config, bars.begin)
         fusion = fuse(model)
         bars.stage("held-out figures before LoRA", 1)

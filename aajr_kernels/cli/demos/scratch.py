@@ -62,6 +62,7 @@ class ScratchRun:
         sensitivity: ``(step, Fisher penalty along the ascent direction)``, on held-out text.
         robust_loss: held-out cross-entropy under attack, one entry per radius.
         seconds: of the training loop.
+        step_seconds: of each step; the first, which warms up, is left out.
     """
 
     weight: float
@@ -69,6 +70,7 @@ class ScratchRun:
     sensitivity: list[tuple[int, float]] = field(default_factory=list)
     robust_loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
 
 
 def build(config: ScratchConfig, seed: int) -> Any:
@@ -192,6 +194,7 @@ def train(
     for step in range(config.steps):
         if step % max(1, config.steps // 8) == 0:
             run.sensitivity.append((step, sensitivity(model, probe)))
+        begun = time.perf_counter()
         windows = corpus.batch("train", config.batch, config.context, batches).to(device)
         if weight:
             penalty, task = penalised_loss(model, windows)
@@ -204,6 +207,8 @@ def train(
         optimizer.step()
         schedule.step()
         run.loss.append(task.item())
+        if step:
+            run.step_seconds.append(time.perf_counter() - begun)
         on_step(run.loss[-1])
     run.seconds = time.perf_counter() - start
     run.sensitivity.append((config.steps, sensitivity(model, probe)))
