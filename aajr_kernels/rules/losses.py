@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..runtime import UnsupportedOperation, rule
 from ..torch_private import NN, reduction_kind, reduction_name
-from .common import Dual, elementwise, is_dual, once_rounded, per_slice, primal_of
+from .common import Dual, any_low, elementwise, is_dual, once_rounded, per_slice, primal_of
 
 
 def _reduced(values: Any, reduction: int) -> Any:
@@ -221,13 +221,19 @@ def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keep
 
 
 @rule("cdist", kind="op")
-@once_rounded
 def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str | None = None) -> Any:
+    _taken(torch.cdist, x1, x2, p)
     return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).norm(p, -1)
 
 
 @rule("pdist", kind="op")
-@once_rounded
 def _pdist(x: Any, p: float = 2.0) -> Any:
+    _taken(torch.pdist, x, p)
     i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device).unbind(0)
     return (x[i] - x[j]).norm(p, -1)
+
+
+def _taken(function: Callable[..., Any], *args: Any) -> None:
+    """Raise what torch raises of a dtype that the function does not take; one row of each operand shows it."""
+    if any_low(args):
+        function(*(primal_of(x)[..., :2, :] if isinstance(x, (torch.Tensor, Dual)) else x for x in args))

@@ -61,6 +61,8 @@ B3, C3, IMG, SEQ = real(2, 3, 4), real(2, 4, 5), real(2, 4, 4, 6), real(2, 4, 7)
 # e^x of the first two underflows beside the third
 LATE = torch.tensor([0.0, 1.0, 800.0, 700.0], dtype=torch.float64)
 GAPS = torch.tensor([float("nan"), 0.0625, float("nan"), -0.0625], dtype=torch.float64)
+# quotients with 0.53 and 2.41 are far from integers
+QUOTIENTS = torch.tensor([0.75, 1.375, -0.625, 2.75], dtype=torch.float64)
 IDX = torch.tensor([2, 0, 2])
 AT = torch.tensor([[0, 2, 1, 0], [1, 1, 0, 2]])
 MASK = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
@@ -136,7 +138,11 @@ case("special.multigammaln", lambda x: special.multigammaln(x, 2), P + 1)
 case("where", lambda x, y: torch.where(MASK, x, y), X, COL, duals=BOTH)
 case("masked_fill", lambda x: x.masked_fill(MASK, 2.0), X)
 case("conj", lambda x: x.conj().resolve_conj().conj_physical(), X)
-case("real", lambda x: x.real, X)
+case("real", lambda x: torch.real(x) + x.real, X)
+case("resolve_neg", torch.resolve_neg, X)
+case("i0", torch.i0, X)
+case("floor_divide", lambda x: (x // 0.53, 2.41 // x), QUOTIENTS, up=False)
+case("Tensor.__rmod__", lambda x: 2.41 % x, QUOTIENTS, up=False)
 
 # -- shapes ---------------------------------------------------------------------------------------------------------
 for _name, _fn in {
@@ -168,6 +174,13 @@ for _name, _fn in {
     "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
     "tril": lambda x: x.tril(),
     "triu": lambda x: x.triu(1),
+    "split_with_sizes": lambda x: x.split_with_sizes([1, 3], 1),
+    "unsafe_split": lambda x: x.unsafe_split(3, 1),
+    "unsafe_chunk": lambda x: x.unsafe_chunk(2, 1),
+    "view_as": lambda x: x.view_as(X.reshape(4, 3)),
+    "reshape_as": lambda x: x.reshape_as(X.reshape(4, 3)),
+    "atleast_1d": lambda x: torch.atleast_1d(x[0, 0]),
+    "atleast_2d": lambda x: torch.atleast_2d(x[0]),
     "diag": lambda x: torch.diag(x[0]),
     "diag_embed": lambda x: x.diag_embed(),
     "F.pad": lambda x: F.pad(x, (1, 2)),
@@ -260,6 +273,8 @@ case("einsum", lambda x, y: torch.einsum("bij,bjk->bki", x, y), B3, C3, duals=BO
 case("tensordot", lambda x, y: torch.tensordot(x, y, dims=([2], [1])), B3, C3, duals=BOTH)
 case("kron", torch.kron, X, Y[:2], duals=BOTH)
 case("cross", lambda x, y: torch.cross(x, y, dim=0), X, Y, duals=BOTH)
+case("linalg.cross", lambda x, y: linalg.cross(x, y, dim=0), X, Y, duals=BOTH)
+case("Tensor.__rmatmul__", lambda x: x.__rmatmul__(C3[0].mT), X.mT)
 case("cross(first axis of size 3)", torch.cross, S, S.flip(0), duals=BOTH)
 case("linalg.multi_dot", lambda x, y: linalg.multi_dot([x, y, y.mT]), X, C3[0], duals=BOTH)
 case("chain_matmul", lambda x, y: torch.chain_matmul(x, y), X, C3[0], duals=BOTH)
@@ -290,6 +305,15 @@ case("linalg.tensorinv", lambda x: linalg.tensorinv(x.reshape(3, 3), ind=1), S)
 
 # -- indexing -------------------------------------------------------------------------------------------------------
 case("__getitem__", lambda x: (x[1], x[:, None, 1:3], x[IDX], x[MASK], x[..., -1], x[IDX, IDX]), X)
+
+
+def _written(x: Tensor, y: Tensor) -> Tensor:
+    x = x * 1
+    x[1, ::2] = y[0, :2]
+    return x
+
+
+case("__setitem__", _written, X, Y, duals=BOTH)
 case("index_select", lambda x: x.index_select(0, IDX), X)
 case("gather", lambda x: x.gather(0, AT), X)
 case("take_along_dim", lambda x: x.take_along_dim(AT, 0), X)

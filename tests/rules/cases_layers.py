@@ -24,6 +24,8 @@ for _n, _x, _w in ((1, SEQ, real(6, 2, 3)), (2, IMG, real(6, 2, 3, 2)), (3, VOL,
         _pool = getattr(F, f"{_name}{_n}d")
         case(f"F.{_name}{_n}d", lambda x, p=_pool, a=_args: p(x, *a), _x)
         case(f"F.{_name}{_n}d(unbatched)", lambda x, p=_pool, a=_args: p(x, *a), _x[0])
+    _pool = getattr(F, f"adaptive_max_pool{_n}d_with_indices")
+    case(f"F.adaptive_max_pool{_n}d_with_indices", lambda x, p=_pool: p(x, 2), _x)
     case(f"F.lp_pool{_n}d", given(getattr(F, f"lp_pool{_n}d"), 2.0, 2), _x.abs())
     _pool, _unpool = getattr(F, f"max_pool{_n}d"), getattr(F, f"max_unpool{_n}d")
     _size = (_x.shape[2:],)
@@ -42,13 +44,22 @@ case("F.pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), IMG)
 case("F.pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), IMG[0])
 case("channel_shuffle", lambda x: torch.channel_shuffle(x, 2), IMG, up=False)
 case("F.unfold", lambda x: F.unfold(x, (2, 3), padding=1), IMG)
+case("im2col", lambda x: torch._C._nn.im2col(x, (2, 3), (1, 1), (1, 1), (1, 1)), IMG)
+case(
+    "col2im",
+    lambda x: torch._C._nn.col2im(x, (3, 3), (2, 2), (1, 1), (0, 0), (1, 1)),
+    SEQ[..., :4].contiguous(),
+)
 case("F.fold", lambda x: F.fold(x, (3, 3), (2, 2)), SEQ[..., :4].contiguous())
+# places between the pixels of IMG, far from their centres, where bilinear weights have kinks
+PLACES = torch.tensor([0.3, 1.6, 2.4, 4.3, 3.7, 1.4, 2.65, 0.7, 4.6, 3.35, 1.7, 0.4], dtype=torch.float64)
+GRID = torch.stack([(2 * PLACES + 1) / 6 - 1, (PLACES.flip(0) + 1) / 4 - 1], -1).reshape(2, 2, 3, 2)
 case("F.affine_grid", lambda x: F.affine_grid(x, [2, 1, 3, 2], align_corners=False), real(2, 2, 3))
 case(
     "F.grid_sample",
     lambda x, g: F.grid_sample(x, g, align_corners=False),
     IMG,
-    0.61 * real(2, 2, 3, 2) - 0.31,
+    GRID,
     up=False,
 )
 case("F.local_response_norm", lambda x: F.local_response_norm(x, 3), IMG)
@@ -110,6 +121,15 @@ case(
     Y.softmax(1),
     duals=BOTH,
 )
+if hasattr(F, "linear_cross_entropy"):
+    case(
+        "F.linear_cross_entropy",
+        lambda x, w: F.linear_cross_entropy(x, w, CLS),
+        X,
+        torch.cat([Y, P]),
+        duals=BOTH,
+    )
+case("cross_entropy_loss", lambda x: torch._C._nn.cross_entropy_loss(x, CLS, None, 1), X)
 case("F.nll_loss", lambda x: F.nll_loss(x, PIX, _plain()), SEQ)
 case("F.l1_loss", F.l1_loss, X, Y, duals=BOTH)
 case("F.smooth_l1_loss", lambda x, y: F.smooth_l1_loss(x, y, beta=0.7), X, Y, duals=BOTH)
@@ -165,6 +185,7 @@ for _name in "dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dr
     _in_place = seeded(given(getattr(F, _name), 0.4, True, True))
     case("F." + _name, seeded(given(getattr(F, _name), 0.4, True)), _d)
     case(f"F.{_name}(inplace)", lambda x, f=_in_place: f(x * 1), _d)
+case("native_dropout", seeded(lambda x: torch.native_dropout(x, 0.4, True)[0]), X)
 case("torch.dropout", seeded(lambda x: torch.dropout(x, 0.4, True)), X)
 
 # -- recurrent cells ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from rules.check import check
 import aajr_kernels as aajr
 from aajr_kernels.rules import fallback
 
-CONSTANT = {"angle", "fix", "floor", "ceil", "round", "trunc", "sign", "sgn", "div(floor)"}
+CONSTANT = {"angle", "fix", "floor", "ceil", "round", "trunc", "sign", "sgn", "div(floor)", "floor_divide"}
 #: entries of the list that other names cover: the method, or the module, of the same function
 ALIASES = {
     "trapz": "trapezoid", "nuclear_norm": "linalg.matrix_norm(nuc)", "cholesky": "linalg.cholesky",

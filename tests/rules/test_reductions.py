@@ -134,6 +134,28 @@ def test_weights_of_a_logsumexp_sum_to_one_at_any_level(dtype: torch.dtype, leve
         )
 
 
+@pytest.mark.parametrize("p", [order for order in ORDERS if order >= 0])
+@pytest.mark.parametrize("k", [1, 3])
+def test_distances_of_every_order_keep_k(p: float, k: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    x, y = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(k, 3, 4, generator=generator, dtype=torch.float64)
+
+    def lengths(difference: Tensor) -> Tensor:
+        return linalg.vector_norm(difference, p, dim=-1)
+
+    i, j = torch.triu_indices(3, 3, 1)
+    for function, reference in (
+        (lambda x: torch.cdist(x, y, p), lambda x: lengths(x.unsqueeze(1) - y)),
+        (lambda x: F.pdist(x, p), lambda x: lengths(x[i] - x[j])),
+        (lambda x: F.pairwise_distance(x, y, p), lambda x: lengths(x - y + 1e-6)),
+    ):
+        got, expected = function(dual(x, v)), _upstream(reference, x, v)
+        assert expected is not None
+        _same("value", got.primal, expected[0][0])
+        _same("tangents", got.tangents, expected[0][1])
+
+
 def test_a_product_and_a_median_of_nothing_are_torchs() -> None:
     x = dual(torch.ones(2, 0), torch.ones(3, 2, 0))
     assert x.prod().primal == 1 and (x.prod().tangents == torch.zeros(3)).all()

@@ -1,0 +1,136 @@
+"""Every rule in bfloat16 and float16: at most twice as wrong as PyTorch's forward mode in that dtype.
+
+The cases are those of the sweep, which compares them in float64 with finite differences; their values are ones that
+both dtypes hold. A rule that no case reaches fails the last test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from budgets import FACTOR, ULPS, gradient_floor, norm
+from rules import cases, cases_attention, cases_layers  # noqa: F401  the last two fill the table
+from rules.low import Point, Results
+
+from aajr_kernels import runtime
+
+EVERY_DAY = ((torch.bfloat16, 2), (torch.float16, 1))
+THE_REST = ((torch.bfloat16, 1), (torch.float16, 2))
+#: kinds of exceptions by which torch says that a function does not take a dtype
+REFUSALS = (RuntimeError, TypeError, ValueError)
+
+
+def _reference(point: Point, dtype: torch.dtype, exact: Results) -> Results:
+    """PyTorch's forward mode in the dtype where that is right, else the float32 result rounded once."""
+    if point.case.upstream:
+        try:
+            theirs = point.upstream(dtype)
+        except REFUSALS:
+            theirs = {}
+        if set(theirs) == set(exact) and all(x.isfinite().all() for x in theirs.values()):
+            return theirs
+    single = point.ours(torch.float32, rounded=dtype)
+    return {name: x.to(dtype) for name, x in single.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "runs", [pytest.param(EVERY_DAY, id="daily"), pytest.param(THE_REST, id="rest", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("index", range(len(cases.CASES)), ids=[case.name for case in cases.CASES])
+def test_low_precision(index: int, runs: tuple[tuple[torch.dtype, int], ...]) -> None:
+    case = cases.CASES[index]
+    for dtype, k in runs:
+        point = Point.of(case, k)
+        try:
+            plain = point.plain(dtype)
+        except REFUSALS:
+            with pytest.raises(REFUSALS):
+                point.ours(dtype)
+            continue
+        exact = point.upstream(torch.float64) if case.upstream else point.ours(torch.float64)
+        ours, reference = point.ours(dtype), _reference(point, dtype, exact)
+        gradients = {name: x for name, x in exact.items() if name.startswith("gradient")}
+        for i, y in enumerate(plain):
+            assert ours[f"value {i}"].dtype == y.dtype, f"{dtype}: value {i} is of {ours[f'value {i}'].dtype}"
+        for name, want in exact.items():
+            got = ours[name]
+            assert got.shape == want.shape, f"{dtype}, K = {k}: {name} of shape {tuple(got.shape)}"
+            size = norm(want)
+            if name in gradients:
+                size = max(size, gradient_floor(gradients, want))
+            error, theirs = (norm(x.double() - want) for x in (got, reference[name]))
+            allowed = FACTOR * theirs + ULPS * torch.finfo(dtype).eps * size
+            assert error <= allowed, (
+                f"{dtype}, K = {k}: error of {name} {error:.2e} is above the budget {allowed:.2e} = {FACTOR:g} x "
+                f"{theirs:.2e} + {ULPS:g} ulps of {size:.2e}"
+            )
+
+
+# -- no rule without a case -------------------------------------------------------------------------------------------
+
+#: what has no derivative to round: comparisons and integers, new tensors, casts, refusals, random numbers
+PLAIN = ("_plain.", "_created.", "_cast.", "_refusal.", "_drawn.", "_type", "_stride", "_detach")
+#: names with rules of that sort, or with the very function of another name behind them
+SAME = {
+    "all_reduce": "a sum over processes, tests/integrations/test_sharding.py",
+    "is_nonzero": "a bool",
+    "native_channel_shuffle": "channel_shuffle",
+    "threshold_": "F.threshold",
+    "pinverse": "linalg.pinv",
+    "randint_like": "integers",
+    "upsample": "F.interpolate by its old name",
+    "trapz": "trapezoid",
+    "nuclear_norm": "linalg.matrix_norm",
+    "_nested_tensor_from_mask_left_aligned": "always False",
+    "fill_": "a constant",
+    "zero_": "a constant",
+    "copy_": "a copy",
+}
+
+
+class _Seen(dict[Any, Any]):
+    """A table of rules that notes what is looked up, by name and by rule."""
+
+    def __init__(self, table: dict[Any, Any], names: set[str], rules: set[int]) -> None:
+        super().__init__(table)
+        self.names, self.rules = names, rules
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        rule = super().get(key, default)
+        self.names.add(key if isinstance(key, str) else getattr(key, "__name__", ""))
+        self.rules.add(id(rule))
+        return rule
+
+
+def _behind(rule: Any) -> list[Any]:
+    """The rule and, of an in-place form, the one that it is made from and whose result it copies."""
+    cells = (rule.__closure__ or ()) if rule.__module__.endswith(".inplace") else ()
+    return [rule, *(cell.cell_contents for cell in cells if callable(cell.cell_contents))]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_rule_has_a_case_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+    rules: set[int] = set()
+    table = dict(runtime.RULES)
+    for attribute in ("RULES", "METHODS"):
+        monkeypatch.setattr(runtime, attribute, _Seen(getattr(runtime, attribute), names, rules))
+    for case in cases.CASES:
+        try:
+            Point.of(case, 1).lifted(torch.bfloat16)
+        except REFUSALS:  # held against torch above
+            continue
+    missing = set()
+    for function, rule in table.items():
+        name = getattr(function, "__name__", "")
+        known = {name, name.rstrip("_"), name.removeprefix("special_"), f"linalg_{name}"} & (
+            names | set(SAME)
+        )
+        if not known and not any(id(r) in rules or r.__qualname__.startswith(PLAIN) for r in _behind(rule)):
+            missing.add(name)
+    assert not missing, (
+        f"no case of the sweep reaches the rules of {sorted(missing)}: add `case(...)` to tests/rules/cases*.py."
+    )
