@@ -30,7 +30,7 @@ __all__ = [
     "per_slice",
 ]
 __all__ += ["any_low", "as_now", "axes", "axis", "cast", "lift", "ndim_of", "primal_of", "raised", "recast"]
-__all__ += ["settled", "sizes_of", "split"]
+__all__ += ["settled", "sizes_of", "split", "vector"]
 
 
 def split(x: Dual) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,16 +216,37 @@ def per_slice(function: Callable[[torch.Tensor], torch.Tensor], x: Dual) -> Dual
 
 
 def axis(x: Dual, dim: int) -> int:
-    """Axis `dim` of the primal as an axis of the stacked tensor, checked: the stack axis is never touched."""
-    n = x.dim()
+    """Axis `dim` of the primal as an axis of the stacked tensor, checked: the stack axis is never touched.
+
+    A 0-dimensional Dual has axes 0 and -1, as in torch, and none in the stack: where 1 comes back for it, torch raises.
+    Rules that name one axis are a :func:`vector` rule, those that name several take :func:`axes`, which are none.
+    """
+    n = x.dim() or 1
     if not -n <= dim < n:
         raise IndexError(f"dim must be in [{-n}, {n - 1}], got {dim}.")
     return dim % n + 1
 
 
 def axes(x: Dual, dims: Any) -> list[int]:
-    """:func:`axis` of each of `dims`, or of the only one."""
-    return [axis(x, d) for d in ((dims,) if isinstance(dims, int) else dims)]
+    """:func:`axis` of each of `dims`, or of the only one; none for a 0-dimensional Dual."""
+    checked = [axis(x, d) for d in (dims if isinstance(dims, (tuple, list)) else (dims,))]
+    if len(checked) > 1 and x.dim() == 0:
+        raise ValueError(f"dims of a 0-dimensional Dual must name its axis once, got {dims}.")
+    return checked if x.dim() else []
+
+
+def vector(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a rule that names an axis treat a 0-dimensional Dual as a vector of one, as torch does."""
+
+    @functools.wraps(function)
+    def rule_(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        if x.dim():
+            return function(x, *args, **kwargs)
+        result = function(x.reshape(1), *args, **kwargs)
+        shapeless = lambda r: r.reshape(()) if r.numel() == 1 else r
+        return tuple(shapeless(r) for r in result) if isinstance(result, tuple) else shapeless(result)
+
+    return rule_
 
 
 def sizes_of(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -52,6 +52,8 @@ def _setitem(x: Any, index: Any, value: Any) -> None:
 
 @rule("index_select", kind="view")
 def _index_select(x: Dual, dim: int, index: torch.Tensor) -> Dual:
+    if x.dim() == 0:
+        return per_slice(lambda part: part.index_select(dim, index), x)
     return Dual(x.stacked.index_select(axis(x, dim), index))
 
 

@@ -58,7 +58,14 @@ def _matmul_operator(a: Any, b: Any) -> Any:
     return _matmul(a, b)
 
 
-@rule("dot", "vdot", "inner", kind="op")
+@rule("dot", "vdot", kind="op")
+def _dot(a: Any, b: Any) -> Any:
+    if a.dim() != 1 or b.dim() != 1:
+        raise ValueError(f"dot takes two vectors, got shapes {tuple(a.shape)} and {tuple(b.shape)}.")
+    return _inner(a, b)
+
+
+@rule("inner", kind="op")
 def _inner(a: Any, b: Any) -> Any:
     if a.dim() == 0 or b.dim() == 0:
         return a * b
@@ -68,6 +75,8 @@ def _inner(a: Any, b: Any) -> Any:
 
 @rule("outer", "ger", kind="op")
 def _outer(a: Any, b: Any) -> Any:
+    if a.dim() != 1 or b.dim() != 1:
+        raise ValueError(f"outer takes two vectors, got shapes {tuple(a.shape)} and {tuple(b.shape)}.")
     return a.unsqueeze(-1) * b.unsqueeze(0)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..ops.reduce import softmax
 from ..runtime import UnsupportedOperation, rule
-from .common import Dual, as_now, axes, axis, is_dual, join, once_rounded, recast, split
+from .common import Dual, as_now, axes, axis, is_dual, join, once_rounded, recast, split, vector
 
 
 def _dims(x: Dual, dim: Any) -> list[int]:
@@ -17,19 +17,6 @@ def _dims(x: Dual, dim: Any) -> list[int]:
     if dim is None or (isinstance(dim, (tuple, list)) and len(dim) == 0):
         return list(range(1, x.dim() + 1))
     return axes(x, dim)
-
-
-def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a rule that names an axis treat a 0-dimensional Dual as a vector of one, as torch does."""
-
-    def rule_(x: Dual, *args: Any, **kwargs: Any) -> Any:
-        if x.dim():
-            return function(x, *args, **kwargs)
-        result = function(x.reshape(1), *args, **kwargs)
-        shapeless = lambda r: r.reshape(()) if r.numel() == 1 else r
-        return tuple(shapeless(r) for r in result) if isinstance(result, tuple) else shapeless(result)
-
-    return rule_
 
 
 # -- sums and moments -------------------------------------------------------------------------------------------------
@@ -42,7 +29,7 @@ def _linear(name: str) -> Callable[..., Any]:
             getattr(x.stacked, name)(dims, keepdim, dtype=dtype) if dims else x.stacked.to(dtype or x.dtype)
         )
 
-    return _vector(reduce)
+    return vector(reduce)
 
 
 for _name in ("sum", "mean"):
@@ -50,7 +37,7 @@ for _name in ("sum", "mean"):
 
 
 @rule("cumsum")
-@_vector
+@vector
 def _cumsum(x: Dual, dim: int, *, dtype: Any = None) -> Any:
     return recast(x.stacked.cumsum(axis(x, dim), dtype=dtype))
 
@@ -92,7 +79,7 @@ def _dropped(x: Dual, dims: list[int], keepdim: bool) -> Dual:
 
 
 @rule("var")
-@_vector
+@vector
 @once_rounded
 def _var(x: Dual, *args: Any, **kwargs: Any) -> Dual:
     return _dropped(*_variance(x, args, kwargs))
@@ -107,7 +94,7 @@ def _deviation(variance: Dual) -> Dual:
 
 
 @rule("std")
-@_vector
+@vector
 @once_rounded
 def _std(x: Dual, *args: Any, **kwargs: Any) -> Dual:
     variance, dims, keepdim = _variance(x, args, kwargs)
@@ -115,7 +102,7 @@ def _std(x: Dual, *args: Any, **kwargs: Any) -> Dual:
 
 
 @rule("var_mean")
-@_vector
+@vector
 @once_rounded
 def _var_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
     variance, dims, keepdim = _variance(x, args, kwargs)
@@ -123,7 +110,7 @@ def _var_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
 
 
 @rule("std_mean")
-@_vector
+@vector
 @once_rounded
 def _std_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
     variance, dims, keepdim = _variance(x, args, kwargs)
@@ -131,7 +118,7 @@ def _std_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
 
 
 @rule("prod")
-@_vector
+@vector
 @once_rounded
 def _prod(x: Dual, dim: int | None = None, keepdim: bool = False) -> Dual:
     """Σ_i ẋ_i Π_{j≠i} x_j with exclusive products from both sides, exact at zeros."""
@@ -149,7 +136,7 @@ def _prod(x: Dual, dim: int | None = None, keepdim: bool = False) -> Dual:
 
 
 @rule("cumprod")
-@_vector
+@vector
 @once_rounded
 def _cumprod(x: Dual, dim: int) -> Dual:
     """Products of Duals at doubling distance: no division, so exact at zeros, where torch's own gradient is NaN."""
@@ -179,6 +166,8 @@ def _extremum(name: str) -> None:
                 x, args[0] if args else kwargs["other"]
             )
         dim = args[0] if args else kwargs.get("dim")
+        if dim is not None:
+            axis(x, dim)
         keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
         if dim is None:
             return (_amax if name == "max" else _amin)(x)
@@ -197,7 +186,7 @@ def _shared_extremum(name: str) -> Callable[..., Dual]:
     """amax and amin share the derivative evenly among ties."""
 
     @rule(name)
-    @_vector
+    @vector
     @once_rounded
     def reduce(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
         dims = _dims(x, dim)
@@ -217,6 +206,8 @@ _extremum("min")
 
 @rule("aminmax")
 def _aminmax(x: Dual, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    if dim is not None:
+        axis(x, dim)
     values: Any = (_amin(x, dim, keepdim), _amax(x, dim, keepdim))
     return torch.return_types.aminmax(values)
 
@@ -251,7 +242,7 @@ rule("msort")(lambda x: torch.sort(x, dim=0).values)
 # -- norms ------------------------------------------------------------------------------------------------------------
 
 
-@_vector
+@vector
 @once_rounded
 def _vector_norm(x: Dual, p: float, dim: Any, keepdim: bool) -> Dual:
     """At a zero vector the derivative is 0, torch's choice as well."""
@@ -315,12 +306,12 @@ def _softmax_axis(x: Dual, dim: int | None) -> int:
     return axis(x, dim)
 
 
-@_vector
+@vector
 def _softmax_of(x: Dual, dim: int | None, dtype: Any = None) -> Dual:
     return softmax(x if dtype is None else x.to(dtype), _softmax_axis(x, dim) - 1)
 
 
-@_vector
+@vector
 @once_rounded
 def _log_softmax_of(x: Dual, dim: int | None) -> Dual:
     """ẋ − Σ p ẋ."""
@@ -357,7 +348,7 @@ def _shares(
 
 
 @rule("logsumexp")
-@_vector
+@vector
 @once_rounded
 def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
     dims = _dims(x, dim)
@@ -368,7 +359,7 @@ def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
 
 
 @rule("logcumsumexp")
-@_vector
+@vector
 @once_rounded
 def _scan_logsumexp(x: Dual, dim: int) -> Dual:
     """Σ_{j ≤ i} e^(x_j − y_i) ẋ_j by a matrix of weights: a running sum of e^x ẋ would underflow before a late peak."""

@@ -59,6 +59,8 @@ def _expand(x: Dual, *size: Any, implicit: bool = False, **kwargs: Any) -> Dual:
     size = sizes_of(size) if size else sizes_of((kwargs["size"],))
     if len(size) < x.dim():
         raise ValueError(f"size must have at least {x.dim()} entries, got {len(size)}.")
+    if any(n < 0 for n in size[: len(size) - x.dim()]):
+        raise ValueError(f"size must not be negative for an axis that x {tuple(x.shape)} lacks, got {size}.")
     return Dual(align(x.stacked, len(size)).expand(x.stacked.shape[0], *size))
 
 
@@ -77,13 +79,16 @@ def _broadcast_tensors(*tensors: Any) -> list[Any]:
 @rule("permute", kind="view")
 def _permute(x: Dual, *dims: Any, **kwargs: Any) -> Dual:
     dims = sizes_of(dims) if dims else tuple(kwargs["dims"])
+    if len(dims) != x.dim():
+        raise ValueError(f"dims of permute must name all {x.dim()} axes, got {dims}.")
     return Dual(x.stacked.permute(0, *axes(x, dims)))
 
 
 @rule("transpose", "swapaxes", "swapdims", kind="view")
 def _transpose(x: Dual, *args: int, **kwargs: int) -> Dual:
     dim0, dim1 = (*args, *kwargs.values())
-    return Dual(x.stacked.transpose(axis(x, dim0), axis(x, dim1)))
+    moved = axis(x, dim0), axis(x, dim1)
+    return Dual(x.stacked.transpose(*moved) if x.dim() else x.stacked)
 
 
 @rule("t", torch.Tensor.T.__get__, torch.Tensor.H.__get__, kind="view")  # type: ignore[attr-defined]
@@ -93,7 +98,7 @@ def _t(x: Dual) -> Dual:
 
 @rule("adjoint", torch.Tensor.mT.__get__, torch.Tensor.mH.__get__, kind="view")  # type: ignore[attr-defined]
 def _mt(x: Dual) -> Dual:
-    return x.transpose(-1, -2)
+    return x.transpose(-1, -2) if x.dim() else Dual(x.stacked)
 
 
 @rule("movedim", "moveaxis", kind="view")
@@ -116,9 +121,8 @@ def _squeeze(x: Dual, dim: Any = None) -> Dual:
 
 @rule("flatten", kind="view")
 def _flatten(x: Dual, start_dim: int = 0, end_dim: int = -1) -> Dual:
-    if x.dim() == 0:
-        return x.reshape(1)
-    return Dual(x.stacked.flatten(axis(x, start_dim), axis(x, end_dim)))
+    start, end = axis(x, start_dim), axis(x, end_dim)
+    return Dual(x.stacked.flatten(start, end)) if x.dim() else x.reshape(1)
 
 
 @rule("ravel", kind="view")
@@ -153,6 +157,8 @@ def _linalg_diagonal(A: Dual, *, offset: int = 0, dim1: int = -2, dim2: int = -1
 
 @rule(torch.Tensor.unfold, kind="view")
 def _unfold(x: Dual, dimension: int, size: int, step: int) -> Dual:
+    if x.dim() == 0:
+        return x.reshape(1).unfold(dimension, size, step)[0]
     return Dual(x.stacked.unfold(axis(x, dimension), size, step))
 
 
@@ -208,6 +214,8 @@ def _flip(x: Dual, *dims: Any, **kwargs: Any) -> Dual:
 def _roll(x: Dual, shifts: Any, dims: Any = None) -> Dual:
     if dims is None or dims in ((), []):
         return x.reshape(-1).roll(shifts, 0).reshape(x.shape)
+    if x.dim() == 0:
+        raise IndexError(f"dims of roll of a 0-dimensional Dual must be left out, got {dims}.")
     return Dual(x.stacked.roll(shifts, axes(x, dims)))
 
 
@@ -222,7 +230,7 @@ def _repeat(x: Dual, *sizes: Any, **kwargs: Any) -> Dual:
 @rule("tile", kind="view")
 def _tile(x: Dual, *dims: Any, **kwargs: Any) -> Dual:
     dims = sizes_of(dims) if dims else tuple(kwargs["dims"])
-    return x.repeat(*(1,) * (x.dim() - len(dims)), *dims)
+    return x.repeat((*(1,) * (x.dim() - len(dims)), *dims))
 
 
 @rule("repeat_interleave", kind="view")
