@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction
 from torch.nn import _reduction
 from torch.utils import _pytree as pytree
@@ -50,6 +51,7 @@ __all__ = [
     "has_memory",
     "lazy_clone",
     "mark_constant",
+    "pass_weight_of_l1_loss",
     "on_recomputation",
     "pytree",
     "reduction_kind",
@@ -209,6 +211,29 @@ def on_recomputation(saver: torch.Tensor, restore: Callable[[list[Any]], list[An
     if node is not None:
         get_args = node.get_args
         node.get_args = lambda saved: restore(get_args(saved))
+
+
+_SEES_WEIGHT = "_aajr_passes_weight"
+
+
+def pass_weight_of_l1_loss() -> None:
+    """Have ``F.l1_loss`` hand its ``weight`` to ``__torch_function__``, which torch leaves out of the call. Idempotent.
+
+    Relies on, in torch 2.11-2.15: ``l1_loss`` calls ``handle_torch_function(l1_loss, (input, target, weight), ...)`` of
+    its module. A torch that passes the weight is left as it is by the wrapper.
+    """
+    original = F.handle_torch_function  # type: ignore[attr-defined]
+    if hasattr(original, _SEES_WEIGHT):
+        return
+
+    @functools.wraps(original)
+    def handle(function: Any, operands: Any, *args: Any, **kwargs: Any) -> Any:
+        if function is F.l1_loss and len(operands) == 3 and len(args) < 6:
+            kwargs.setdefault("weight", operands[2])
+        return original(function, operands, *args, **kwargs)
+
+    setattr(handle, _SEES_WEIGHT, True)
+    F.handle_torch_function = handle  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..runtime import UnsupportedOperation, rule
+from ..runtime import UnsupportedOperation, autocasting, rule
 from ..torch_private import NN
 from .common import Dual, is_dual, join, num_tangents, per_slice, split
 
@@ -52,6 +52,10 @@ def _linear_in_input(name: str, spatial: int | None, *functions: Callable[..., A
 def _convolution(function: Callable[..., torch.Tensor], spatial: int) -> Callable[..., Any]:
     def convolve(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
         num_tangents(x, weight, bias)
+        if bias is not None and bias.dtype != x.dtype and not autocasting(x.device.type):
+            raise TypeError(
+                f"bias of a convolution must have the dtype of its input ({x.dtype}), got {bias.dtype}."
+            )
         unbatched = x.dim() == spatial + 1
         out: Any
 

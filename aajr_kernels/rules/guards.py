@@ -128,4 +128,4 @@ def guard_backward_hooks() -> None:
     torch_private.watch_backward_hooks(_warning)
 
 
-GUARDS += [guard_functions, guard_backward_hooks]
+GUARDS += [guard_functions, guard_backward_hooks, torch_private.pass_weight_of_l1_loss]

@@ -96,6 +96,9 @@ def _writes(name: str, place: int, *keywords: str) -> None:
         k = num_tangents(x, *args, *kwargs.values())
         key = next((word for word in keywords if word in kwargs), None)
         source = kwargs[key] if key else args[place]
+        places = [x, source, *args, *kwargs.values()]
+        if any(is_dual(value) and value is not source for value in places[2:]):
+            raise TypeError(f"an index or mask of {name} must be a plain tensor, got a Dual.")
 
         def write_slice(i: int) -> torch.Tensor:
             if key:

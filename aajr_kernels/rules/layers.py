@@ -242,6 +242,13 @@ def _activation(
     return act
 
 
+def _hardtanh(x: Dual, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Dual:
+    if min_val > max_val:
+        raise ValueError(f"min_val of hardtanh must not be above max_val ({max_val}), got {min_val}.")
+    act = _activation(NN.hardtanh, _SLOPES["hardtanh"])
+    return act(x, min_val, max_val, inplace=inplace)
+
+
 for _name, _slope in _SLOPES.items():
     # the builtin behind the wrapper knows arguments that the wrapper lacks (elu: scale, input_scale)
     _plain = getattr(NN, _name, None) or getattr(torch, _name, None) or getattr(F, _name)
@@ -256,6 +263,11 @@ rule("tanhshrink")(
 )
 
 
+rule("hardtanh")(_hardtanh)
+for _function in functions_named("hardtanh_"):
+    rule(_function)(lambda x, min_val=-1.0, max_val=1.0: _hardtanh(x, min_val, max_val, True))
+
+
 @rule("glu", kind="op")
 @once_rounded
 def _glu(x: Any, dim: int = -1) -> Any:
@@ -267,6 +279,11 @@ def _glu(x: Any, dim: int = -1) -> Any:
 
 @rule("prelu", kind="op")
 def _prelu(x: Any, weight: Any) -> Any:
+    channels = x.shape[1] if x.dim() > 1 else 1
+    if weight.dim() > 1 or weight.numel() not in (1, channels):
+        raise ValueError(
+            f"weight of prelu must be one number or one per channel ({channels}), got {tuple(weight.shape)}."
+        )
     if weight.numel() != 1:
         weight = weight.reshape(-1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else weight
     else:

@@ -143,6 +143,8 @@ def _pointwise(name: str, function: Callable[..., Any], namespace: Any = NN) -> 
 
 
 def _huber(input: Any, target: Any, delta: float = 1.0) -> Any:
+    if delta <= 0:
+        raise ValueError(f"delta of huber_loss must be positive, got {delta}.")
     error = input - target
     size = error.abs()
     inner = primal_of(size) <= delta
@@ -150,6 +152,8 @@ def _huber(input: Any, target: Any, delta: float = 1.0) -> Any:
 
 
 def _smooth_l1(input: Any, target: Any, beta: float = 1.0) -> Any:
+    if beta < 0:
+        raise ValueError(f"beta of smooth_l1_loss must not be negative, got {beta}.")
     if beta == 0:
         return (input - target).abs()
     error = input - target
@@ -178,7 +182,7 @@ _pointwise("kl_div", _kl_div, torch)
 
 # clamped as torch clamps: logarithms at -100, the denominator of the derivative at 1e-12
 _bce = elementwise(
-    lambda p, t: F.binary_cross_entropy(p, t.expand_as(p), reduction="none"),
+    lambda p, t: NN.binary_cross_entropy(*torch.broadcast_tensors(p, t), None, 0),
     lambda out, p, t: (p - t) / (p * (1 - p)).clamp_min(1e-12),
     lambda out, p, t: (-p).log1p().clamp_min(-100) - p.log().clamp_min(-100),
 )

@@ -17,7 +17,7 @@ def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
         record(name, "torch", 2.0 * out.numel() * inner * products)
 
 
-@rule("matmul", "mm", "bmm", "mv", kind="op")
+@rule("matmul", kind="op")
 def _matmul(a: Any, b: Any) -> Any:
     """ȧ b + a ḃ, with torch's meaning of one-dimensional factors."""
     if b.dim() == 1 and (is_dual(b) or a.dim() == 1):
@@ -45,6 +45,22 @@ def _product(x: Dual, plain: torch.Tensor, function: Callable[..., torch.Tensor]
     return Dual(result)
 
 
+def _of_axes(name: str, left: int, right: int) -> Callable[..., Any]:
+    """The product of factors with these numbers of axes; torch broadcasts them in matmul only."""
+
+    def product(a: Any, b: Any, **kwargs: Any) -> Any:
+        if (a.dim(), b.dim()) != (left, right):
+            raise ValueError(
+                f"{name} takes factors of {left} and {right} axes, got shapes {tuple(a.shape)} and {tuple(b.shape)}: "
+                "use torch.matmul."
+            )
+        return _matmul(a, b, **kwargs)
+
+    return product
+
+
+for _name, _left, _right in (("mm", 2, 2), ("bmm", 3, 3), ("mv", 2, 1)):
+    rule(_name, kind="op")(_of_axes(_name, _left, _right))
 rule(torch.Tensor.__rmatmul__, kind="op")(lambda b, a: _matmul(a, b))
 
 

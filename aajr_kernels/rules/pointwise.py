@@ -129,7 +129,18 @@ rule(torch.Tensor.__rdiv__, torch.Tensor.__rtruediv__)(lambda a, b: _div(b, a))
 rule("floor_divide", torch.Tensor.__floordiv__)(lambda a, b: _div(a, b, rounding_mode="floor"))
 rule(torch.Tensor.__rfloordiv__)(lambda a, b: _div(b, a, rounding_mode="floor"))
 rule("neg", "negative", torch.Tensor.__neg__)(lambda x: Dual(-x.stacked))
-rule("lerp")(once_rounded(lambda start, end, weight: _plus(start, _multiply(_sub(end, start), weight))))
+
+
+_between = once_rounded(lambda start, end, weight: _plus(start, _multiply(_sub(end, start), weight)))
+
+
+@rule("lerp")
+def _lerp(start: Any, end: Any, weight: Any) -> Any:
+    if end.dtype != start.dtype:
+        raise TypeError(f"end of lerp must have the dtype of start ({start.dtype}), got {end.dtype}.")
+    return _between(start, end, weight)
+
+
 rule("addcmul")(once_rounded(lambda x, a, b, *, value=1: _plus(x, _multiply(_multiply(a, b), value))))
 rule("addcdiv")(once_rounded(lambda x, a, b, *, value=1: _plus(x, _multiply(_div(a, b), value))))
 
@@ -305,7 +316,10 @@ rule("clamp_max")(lambda x, max: _clamp(x, max=max))
 _remainder = elementwise(
     torch.remainder, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.floor(a / b)
 )
-rule("remainder", torch.Tensor.__mod__)(_remainder)
+# of a number and a tensor torch has no derivative
+rule("remainder", torch.Tensor.__mod__)(
+    lambda a, b: _remainder(*(_tensors(a, b) if is_number(a) else (a, b)))
+)
 rule(torch.Tensor.__rmod__)(lambda b, a: _remainder(*_tensors(a, b)))
 rule("fmod")(elementwise(torch.fmod, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.trunc(a / b)))
 rule("atan2", "arctan2")(

@@ -91,8 +91,15 @@ def _transpose(x: Dual, *args: int, **kwargs: int) -> Dual:
     return Dual(x.stacked.transpose(*moved) if x.dim() else x.stacked)
 
 
-@rule("t", torch.Tensor.T.__get__, torch.Tensor.H.__get__, kind="view")  # type: ignore[attr-defined]
+@rule("t", torch.Tensor.H.__get__, kind="view")  # type: ignore[attr-defined]
 def _t(x: Dual) -> Dual:
+    if x.dim() > 2:
+        raise ValueError(f"t() takes at most two axes, got {tuple(x.shape)}: use mT or transpose.")
+    return _reversed(x)
+
+
+@rule(torch.Tensor.T.__get__, kind="view")  # type: ignore[attr-defined]
+def _reversed(x: Dual) -> Dual:
     return Dual(x.stacked.permute(0, *range(x.dim(), 0, -1)))
 
 
@@ -359,6 +366,10 @@ rule(torch.Tensor.where, kind="view")(lambda self, condition, other: _where(cond
 @rule("masked_fill", kind="view")
 def _masked_fill(x: Any, mask: torch.Tensor, value: Any) -> Dual:
     if is_dual(value) or not is_dual(x):
+        if is_dual(value) and value.dim():
+            raise ValueError(
+                f"value of masked_fill must have no axes, got {tuple(value.shape)}: use torch.where."
+            )
         return _where(mask, value, x)
     n = ndim_of(x, mask)
     stacked = align(x.stacked, n)
