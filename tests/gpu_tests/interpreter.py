@@ -1,7 +1,8 @@
 """bfloat16 in Triton's interpreter, for the tests, and less waiting for it.
 
 The interpreter keeps bfloat16 as 16-bit integers. Its products multiply those integers, and its casts cut bits off
-instead of rounding to the nearest number; both are repaired here, in the test process alone.
+instead of rounding to the nearest number; both are repaired here, in the test process only. So are bounds of
+loops, which Triton 3.6 keeps as arrays of one element: from 2.4 on NumPy makes no numbers of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,20 @@ import numpy as np
 def patch() -> None:
     """Give the interpreter correct bfloat16 products and casts, and quicker calls of device functions."""
     _patch_numbers()
+    _patch_indices()
     _patch_calls()
+
+
+def _patch_indices() -> None:
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def _patch_calls() -> None:

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, linalg
 
 from aajr_kernels import Dual, dual, is_dual
+from aajr_kernels.torch_private import VERSION
 
 INF = float("inf")
 ORDERS = (0, 0.5, 1, 1.5, 2, 3, -0.5, -1, -2, INF, -INF)
@@ -24,8 +25,10 @@ ZERO = torch.zeros((), dtype=torch.float64)
 REDUCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(torch, name)
     for name in """sum mean amax amin logsumexp nansum nanmean prod var std var_mean std_mean max min median nanmedian
-    cumsum cumprod cummax cummin logcumsumexp softmax log_softmax sort mode aminmax""".split()
+    cumsum cumprod cummax cummin logcumsumexp softmax log_softmax sort mode""".split()
 }
+if VERSION > (2, 11):  # which has no forward mode of it
+    REDUCTIONS["aminmax"] = torch.aminmax
 for _order in ORDERS:
     REDUCTIONS[f"linalg.vector_norm({_order})"] = lambda x, p=_order, **named: linalg.vector_norm(
         x, p, **named
