@@ -26,6 +26,7 @@ __all__ = [
     "join",
     "num_tangents",
     "once_rounded",
+    "once_rounded_sum",
     "parts",
     "per_slice",
 ]
@@ -162,6 +163,15 @@ def once_rounded(rule: Callable[..., Any]) -> Callable[..., Any]:
         return cast(result, dtype)
 
     return wide
+
+
+def once_rounded_sum(terms: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The broadcast sum of products that are already there, rounded once to `dtype`."""
+    return (
+        functools.reduce(torch.add, [raised(term) for term in terms]).to(dtype)
+        if len(terms) > 1
+        else terms[0]
+    )
 
 
 def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., torch.Tensor] | None) -> Any:

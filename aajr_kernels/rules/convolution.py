@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..runtime import UnsupportedOperation, autocasting, rule
 from ..torch_private import NN
-from .common import Dual, is_dual, join, num_tangents, per_slice, split
+from .common import Dual, is_dual, join, num_tangents, once_rounded_sum, per_slice, primal_of
 
 # -- folding ----------------------------------------------------------------------------------------------------------
 
@@ -50,45 +50,35 @@ def _linear_in_input(name: str, spatial: int | None, *functions: Callable[..., A
 
 
 def _convolution(function: Callable[..., torch.Tensor], spatial: int) -> Callable[..., Any]:
+    """The bias goes into torch's kernel with the primals, which meets it before the product is rounded."""
+
     def convolve(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-        num_tangents(x, weight, bias)
+        k = num_tangents(x, weight, bias)
         if bias is not None and bias.dtype != x.dtype and not autocasting(x.device.type):
             raise TypeError(
                 f"bias of a convolution must have the dtype of its input ({x.dtype}), got {bias.dtype}."
             )
         unbatched = x.dim() == spatial + 1
-        out: Any
+        x0, w0 = primal_of(x), primal_of(weight)
+        primal = function(x0, w0, primal_of(bias), *args, **kwargs)
+        if k == 0:
+            return Dual(primal.unsqueeze(0))
 
         def product(stack: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             return folded(lambda part: function(part, w, None, *args, **kwargs), stack, unbatched)
 
-        if not is_dual(weight):
-            if not is_dual(x):
-                out = function(x, weight, None, *args, **kwargs)
-            else:
-                out = Dual(product(x.stacked, weight))
-        else:
-            w, w_tan = split(weight)
-            stack = x.stacked if is_dual(x) else x.unsqueeze(0)
-            by_input = product(stack, w[0])
-            by_weight = [product(stack[:1], part) for part in w_tan.unbind(0)]
-            moved = torch.cat(by_weight) if by_weight else by_input[:0]
-            out = join(by_input[:1], by_input[1:] + moved if is_dual(x) else moved)
-        if bias is None:
-            return out
-        return _add_bias(out, bias, spatial)
+        terms = []
+        if is_dual(x):
+            terms.append(product(x.tangents, w0))
+        if is_dual(weight):
+            terms.append(torch.cat([product(x0.unsqueeze(0), part) for part in weight.tangents.unbind(0)]))
+        if is_dual(bias):
+            terms.append(bias.tangents.reshape(bias.num_tangents, -1, *(1,) * spatial))
+            if not unbatched:
+                terms[-1] = terms[-1].unsqueeze(1)
+        return join(primal.unsqueeze(0), once_rounded_sum(terms, primal.dtype))
 
     return convolve
-
-
-def _add_bias(out: Any, bias: Any, spatial: int) -> Any:
-    """`out` plus a bias per channel; a plain bias joins the primal alone."""
-    bias = bias.to(out.dtype).reshape(-1, *(1,) * spatial)
-    if is_dual(bias) or not is_dual(out):
-        return out + bias
-    first = torch.zeros(out.stacked.shape[0], dtype=out.dtype, device=out.device)
-    first[0] = 1
-    return Dual(out.stacked + bias * first.reshape(-1, *(1,) * (out.stacked.dim() - 1)))
 
 
 for _n in (1, 2, 3):

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..ops.linear import linear
 from ..runtime import UnsupportedOperation, autocasting, record, recording, rule
-from .common import Dual, align, is_dual, join, num_tangents, raised
+from .common import Dual, align, is_dual, join, num_tangents, once_rounded_sum, primal_of, raised
 
 
 def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
@@ -96,11 +97,6 @@ def _outer(a: Any, b: Any) -> Any:
     return a.unsqueeze(-1) * b.unsqueeze(0)
 
 
-def _beside(x: Any, product: Any) -> Any:
-    """The summand of a product: under autocast in the low dtype of the product, as torch's fused sum has it."""
-    return x.to(product.dtype) if autocasting(product.device.type) else x
-
-
 def _is_linear(bias: Any, a: Any, weight: Any) -> bool:
     """Whether ``addmm(bias, a, weight)`` is the linear layer of a Dual with plain parameters."""
     return (
@@ -151,8 +147,18 @@ for _name in ("addmm", "addmv", "baddbmm", "addbmm", "addr"):
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if is_dual(x) and not is_dual(weight) and not is_dual(bias):
         return linear(x, weight, bias)
-    product = _matmul(x, weight.mT if weight.dim() > 1 else weight)
-    return product if bias is None else product + _beside(bias, product)
+    k = num_tangents(x, weight, bias)
+    x0, w0 = primal_of(x), primal_of(weight)
+    primal = F.linear(x0, w0, primal_of(bias))
+    if k == 0:
+        return Dual(primal.unsqueeze(0))
+    terms = [F.linear(x.tangents, w0)] if is_dual(x) else []
+    if is_dual(weight):
+        terms.append(torch.stack([F.linear(x0, part) for part in weight.tangents.unbind(0)]))
+    if is_dual(bias):
+        terms.append(align(bias.tangents, primal.dim()))
+    _count("torch.linear", primal, x0.shape[-1], 1 + len(terms))
+    return join(primal.unsqueeze(0), once_rounded_sum(terms, primal.dtype))
 
 
 def bilinear(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from budgets import assert_within_budget
 from ops.op_checks import check, check_low, stacks
 
+import aajr_kernels as aajr
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
 from aajr_kernels.ops.linear import linear
 
@@ -58,6 +60,18 @@ def test_empty(shape):
 def test_low_dtypes(dtype):
     params = [torch.randn(33, 65), torch.randn(33)]
     check_low(linear, lambda x, w, b: F.linear(x, w, b), [stacks(17, 65, k=2)], params, dtype)
+
+
+@pytest.mark.parametrize("backend", [b for b, why in aajr.backends().items() if why is None and b != "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_that_cancels_the_product_meets_it_before_it_is_rounded(backend, dtype):
+    x, w = torch.randn(3, 16, 64).to(dtype), torch.randn(32, 64).to(dtype)
+    b = -F.linear(x[0, 0], w)
+    exact = F.linear(x[0].double(), w.double(), b.double())
+    with aajr.use_backend(backend):
+        y = linear(Dual(x), w, b)
+    assert_within_budget(y.primal[0], F.linear(x[0], w, b)[0], exact[0])
+    assert_within_budget(y.tangents, F.linear(x[1:], w), F.linear(x[1:].double(), w.double()))
 
 
 def test_weight_gradient_accumulates_in_float32():

@@ -6,20 +6,30 @@ both dtypes hold. A rule that no case reaches fails the last test.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from budgets import FACTOR, ULPS, gradient_floor, norm
+import torch.nn.functional as F
+from budgets import FACTOR, ULPS, assert_within_budget, gradient_floor, norm
 from rules import cases, cases_attention, cases_layers  # noqa: F401  the last two fill the table
 from rules.low import Point, Results
 
-from aajr_kernels import runtime
+from aajr_kernels import dual, is_dual, runtime
 
 EVERY_DAY = ((torch.bfloat16, 2), (torch.float16, 1))
 THE_REST = ((torch.bfloat16, 1), (torch.float16, 2))
 #: kinds of exceptions by which torch says that a function does not take a dtype
 REFUSALS = (RuntimeError, TypeError, ValueError)
+
+
+def _exact(point: Point) -> Results:
+    """In float64; the sweep holds the rules there against finite differences."""
+    try:
+        return point.upstream(torch.float64) if point.case.upstream else point.ours(torch.float64)
+    except REFUSALS:  # of a version of torch without forward mode of the function
+        return point.ours(torch.float64)
 
 
 def _reference(point: Point, dtype: torch.dtype, exact: Results) -> Results:
@@ -50,7 +60,7 @@ def test_low_precision(index: int, runs: tuple[tuple[torch.dtype, int], ...]) ->
             with pytest.raises(REFUSALS):
                 point.ours(dtype)
             continue
-        exact = point.upstream(torch.float64) if case.upstream else point.ours(torch.float64)
+        exact = _exact(point)
         ours, reference = point.ours(dtype), _reference(point, dtype, exact)
         gradients = {name: x for name, x in exact.items() if name.startswith("gradient")}
         for i, y in enumerate(plain):
@@ -67,6 +77,39 @@ def test_low_precision(index: int, runs: tuple[tuple[torch.dtype, int], ...]) ->
                 f"{dtype}, K = {k}: error of {name} {error:.2e} is above the budget {allowed:.2e} = {FACTOR:g} x "
                 f"{theirs:.2e} + {ULPS:g} ulps of {size:.2e}"
             )
+
+
+# -- sums that cancel -------------------------------------------------------------------------------------------------
+
+#: name -> sum of a product and a first operand, which the test chooses so that the two cancel, and the other operands
+SUMS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "F.linear": (lambda b, x, w: F.linear(x, w, b), ((1, 64), (8, 64))),
+    "F.conv1d": (lambda b, x, w: F.conv1d(x, w, b), ((1, 16, 3), (8, 16, 3))),
+    "F.conv_transpose2d": (lambda b, x, w: F.conv_transpose2d(x, w, b), ((1, 32, 1, 1), (32, 8, 1, 1))),
+    "addmm": (torch.addmm, ((5, 64), (64, 7))),
+    "addmv": (torch.addmv, ((5, 64), (64,))),
+    "baddbmm": (torch.baddbmm, ((2, 5, 64), (2, 64, 3))),
+    "addbmm": (torch.addbmm, ((2, 5, 64), (2, 64, 3))),
+    "addcmul": (torch.addcmul, ((5, 7), (5, 7))),
+    "add(alpha)": (lambda b, x, _: torch.add(b, x, alpha=0.7), ((5, 7), (1,))),
+    "sub(alpha)": (lambda b, x, _: torch.sub(b, x, alpha=0.7), ((5, 7), (1,))),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("places", [(0,), (1,), (2,), (0, 1, 2)])
+def test_sums_that_cancel_are_rounded_once(name: str, dtype: torch.dtype, places: tuple[int, ...]) -> None:
+    function, shapes = SUMS[name]
+    generator = torch.Generator().manual_seed(2)
+    x, w = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    product = function(torch.zeros(8 if name.startswith("F.") else (), dtype=dtype), x, w)
+    b = -product.reshape(8) if name.startswith("F.") else -product
+    operands = [dual(y, torch.ones_like(y)) if i in places else y for i, y in enumerate((b, x, w))]
+    exact = function(*(y.double() for y in (b, x, w)))
+    result = function(*operands)
+    value = result.primal if is_dual(result) else result
+    assert_within_budget(value, function(b, x, w), exact, name)
 
 
 # -- no rule without a case -------------------------------------------------------------------------------------------

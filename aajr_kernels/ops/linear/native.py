@@ -24,7 +24,10 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
         y = empty(product.shape, dtype=x.dtype)
         call("linear_bias", (few_axes(product.contiguous()), few_axes(y), bias))
         return y
-    y = _product(x.flatten(0, -2), weight.t(), (*x.shape[:-1], weight.shape[0]))
+    shape = (*x.shape[:-1], weight.shape[0])
+    if bias is not None and x.dtype in reference.LOW:
+        return reference.affine_(empty(shape, dtype=x.dtype), x, weight, bias)
+    y = _product(x.flatten(0, -2), weight.t(), shape)
     if bias is not None:
         rows = few_axes(y)
         call("linear_bias", (rows, rows, bias))  # of the primal, the first of the stacked tensors

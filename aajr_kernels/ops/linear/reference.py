@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+LOW = (torch.bfloat16, torch.float16)
+
 
 def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Stacked output of a linear layer.
@@ -16,9 +18,22 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     Returns:
         ``[1 + K, *batch, out]``.
     """
+    if bias is not None and x.dtype in LOW:
+        # a product that is rounded before the bias is added loses all that cancels
+        primal = torch.nn.functional.linear(x[:1], weight, bias)
+        return torch.cat([primal, torch.nn.functional.linear(x[1:], weight)])
     y = torch.nn.functional.linear(x, weight)
     if bias is not None:
         y[0] += bias
+    return y
+
+
+def affine_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """:func:`linear_fwd` of low dtypes into contiguous memory `y`, outside autograd and torch.compile."""
+    rows, out = x.flatten(0, -2), y.flatten(0, -2)
+    primal = rows.shape[0] // x.shape[0]
+    torch.addmm(bias, rows[:primal], weight.t(), out=out[:primal])
+    torch.mm(rows[primal:], weight.t(), out=out[primal:])
     return y
 
 

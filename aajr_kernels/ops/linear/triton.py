@@ -2,8 +2,9 @@
 :mod:`.reference`.
 
 The products run in the dtype of the rows, cuBLAS and hipBLAS accumulate in float32; W̄ is one product over the rows of
-primal and tangents, twice the inner dimension and one write. The bias is added in place to the primal's rows alone, its
-gradient sums the rows of the primal's cotangent in a fixed order.
+primal and tangents, twice the inner dimension and one write. The bias is added to the primal's rows only: in float32 in
+place, in low dtypes by the product itself before it rounds. Its gradient sums the rows of the primal's cotangent in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
         torch.compiler.is_compiling()
     ):  # the compiler knows how to add a bias; no kernel of ours would be quicker
         return reference.linear_fwd(x, weight, bias)
-    y = x.flatten(0, -2).mm(weight.t()).view(*x.shape[:-1], weight.shape[0])
+    shape = (*x.shape[:-1], weight.shape[0])
+    if bias is not None and x.dtype in reference.LOW:
+        return reference.affine_(x.new_empty(shape), x, weight, bias)
+    y = x.flatten(0, -2).mm(weight.t()).view(shape)
     cols = weight.shape[0]
     if bias is None or y.numel() == 0:
         return y
