@@ -59,6 +59,7 @@ __all__ = [
     "separate_outputs",
     "watch_backward_hooks",
     "watch_functions",
+    "watch_multi_head_attention",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -234,6 +235,44 @@ def pass_weight_of_l1_loss() -> None:
 
     setattr(handle, _SEES_WEIGHT, True)
     F.handle_torch_function = handle  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# multi-head attention
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def watch_multi_head_attention(
+    call: Callable[..., Any], dtype_of: Callable[[Any], torch.dtype | None]
+) -> list[Callable[..., Any]]:
+    """Have ``F.multi_head_attention_forward`` see all its arguments first. Idempotent.
+
+    Relies on, in torch 2.11-2.15: nn.MultiheadAttention and nn.Transformer* find that function and ``_none_or_dtype``,
+    which refuses masks that are no Tensor, in ``torch.nn.functional``; torch.jit.script compiles what
+    ``__prepare_scriptable__`` of a function returns.
+
+    Args:
+        call: called with the function and its arguments.
+        dtype_of: takes the place of ``_none_or_dtype``.
+
+    Returns:
+        The functions that now go by that name, none where they did before.
+    """
+    original = F.multi_head_attention_forward
+    if hasattr(original, _SEEN):
+        return []
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(original, *args, **kwargs)
+
+    replaced: dict[str, Callable[..., Any]] = {original.__name__: forward, "_none_or_dtype": dtype_of}
+    for name, function in replaced.items():
+        before = getattr(F, name)
+        function.__prepare_scriptable__ = lambda before=before: before  # type: ignore[attr-defined]
+        setattr(function, _SEEN, True)
+        setattr(F, name, function)
+    return [forward]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .. import torch_private
 from ..ops import attention
 from ..runtime import UnsupportedOperation, record, recording, rule
-from .common import Dual, is_dual, join, num_tangents, once_rounded, split
+from .common import Dual, is_dual, join, num_tangents, once_rounded, primal_of, split
 
 # -- composites of torch.nn.functional --------------------------------------------------------------------------------
 
@@ -26,10 +26,14 @@ _GATES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_
 _OPEN = {**F.__dict__, **dict.fromkeys(_GATES, lambda *values: False)}
 
 
-def ungated(function: types.FunctionType) -> Callable[..., Any]:
-    """The same function of ``torch.nn.functional``, which no longer hands its call to ``__torch_function__``."""
+def ungated(function: types.FunctionType, **instead: Any) -> Callable[..., Any]:
+    """The same function of ``torch.nn.functional``, which no longer hands its call to ``__torch_function__``.
+
+    `instead` are names of that module that it finds replaced.
+    """
+    names = {**_OPEN, **instead} if instead else _OPEN
     body = types.FunctionType(
-        function.__code__, _OPEN, function.__name__, function.__defaults__, function.__closure__
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )
     body.__kwdefaults__ = function.__kwdefaults__
     return body
@@ -37,8 +41,8 @@ def ungated(function: types.FunctionType) -> Callable[..., Any]:
 
 COMPOSITES = """
 alpha_dropout binary_cross_entropy binary_cross_entropy_with_logits dropout1d dropout2d dropout3d
-feature_alpha_dropout gaussian_nll_loss huber_loss kl_div l1_loss linear_cross_entropy? local_response_norm
-lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d mse_loss multi_head_attention_forward
+feature_alpha_dropout gaussian_nll_loss gumbel_softmax huber_loss kl_div l1_loss linear_cross_entropy?
+local_response_norm lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d mse_loss
 multilabel_soft_margin_loss nll_loss normalize smooth_l1_loss soft_margin_loss
 """.split()
 #: those whose every step would round: no products of matrices among them
@@ -87,6 +91,33 @@ def _sdpa(
     out = attention.attention(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout_p)
     dims = max(query.dim(), key.dim(), value.dim())
     return out.reshape(*(*lead, heads)[len(lead) + 3 - dims :], *out.shape[-2:])
+
+
+def _attention_weights(scores: Any, dim: int) -> Any:
+    """Softmax of masked scores over the keys `dim`, of which a row that may attend to nothing gives zeros."""
+    if scores.shape[dim] == 0:
+        return scores
+    empty = (primal_of(scores) == -math.inf).all(dim, keepdim=True)
+    return F.softmax(scores.masked_fill(empty, 0.0), dim).masked_fill(empty, 0.0)
+
+
+def dtype_of_mask(mask: Any) -> torch.dtype | None:
+    """What ``F._none_or_dtype`` tells of a Tensor, of a Dual too."""
+    return None if mask is None else mask.dtype
+
+
+MHA: Any = F.multi_head_attention_forward
+_MHA_NAMES = MHA.__code__.co_varnames[: MHA.__code__.co_argcount]
+_mha_body = ungated(MHA, softmax=_attention_weights, _none_or_dtype=dtype_of_mask)
+
+
+@rule(MHA, kind="op")
+def multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    """``F.multi_head_attention_forward`` with any of its tensors a Dual, masks and projections included."""
+    kwargs.update(zip(_MHA_NAMES, args))
+    if is_dual(kwargs.get("attn_mask")):
+        kwargs["is_causal"] = False  # the hint would take the place of the mask, and drop its tangents
+    return _mha_body(**kwargs)
 
 
 def _causal_bias(mask: Any) -> tuple[Any, bool | str]:

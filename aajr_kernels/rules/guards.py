@@ -1,8 +1,8 @@
 """Guards at places of torch where a Dual would lose its derivative in silence.
 
 ``autograd.Function.apply`` sees no tensor in a Dual and would record no gradient: it raises. The full backward hooks
-of modules are attached to tensors and would not run: they warn. Both are installed at the first ``dual()`` and pass
-through where no Dual is involved.
+of modules are attached to tensors and would not run: they warn. Multi-head attention does not look at its masks: it is
+made to. All are installed at the first ``dual()`` and pass through where no Dual is involved.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import torch
 from torch.utils.hooks import BackwardHook
 
 from .. import torch_private
-from ..dual import Dual
-from ..runtime import GUARDS, UnsupportedOperation
+from ..dual import Dual, dispatch
+from ..runtime import GUARDS, UnsupportedOperation, rule
 from ..torch_private import pytree
+from . import composites
 from .common import is_dual
 
 __all__ = [
     "function_rule",
+    "guard_attention_masks",
     "guard_backward_hooks",
     "guard_functions",
     "linear_function",
@@ -128,4 +130,16 @@ def guard_backward_hooks() -> None:
     torch_private.watch_backward_hooks(_warning)
 
 
-GUARDS += [guard_functions, guard_backward_hooks, torch_private.pass_weight_of_l1_loss]
+def guard_attention_masks() -> None:
+    """Let multi-head attention see a Dual among the arguments that it does not look at, such as masks. Idempotent."""
+
+    def seen(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if any(is_dual(value) for value in (*args, *kwargs.values())):
+            return dispatch(original, args, kwargs)
+        return original(*args, **kwargs)
+
+    for function in torch_private.watch_multi_head_attention(seen, composites.dtype_of_mask):
+        rule(function, kind="op")(composites.multi_head_attention)
+
+
+GUARDS += [guard_functions, guard_backward_hooks, guard_attention_masks, torch_private.pass_weight_of_l1_loss]

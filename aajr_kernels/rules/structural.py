@@ -139,7 +139,8 @@ def _ravel(x: Dual) -> Dual:
 
 @rule("unflatten", kind="view")
 def _unflatten(x: Dual, dim: int, sizes: Sequence[int]) -> Dual:
-    return Dual(x.stacked.unflatten(axis(x, dim), tuple(sizes)))
+    # not the method, which torch writes in Python: under a mode torch.compile cannot trace its super()
+    return Dual(torch.unflatten(x.stacked, axis(x, dim), tuple(sizes)))
 
 
 @rule("narrow", kind="view")

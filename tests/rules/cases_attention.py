@@ -99,6 +99,71 @@ case(
     duals=BOTH,
     up=False,
 )
+BIASES = {"": real(4, 5), " of heads": real(4, 4, 5)}
+FLOATS = real(2, 5)
+for _name, _bias in BIASES.items():
+    for _weights in (False, True):
+        _options = {"need_weights": _weights, "average_attn_weights": False}
+        case(
+            f"mha(moving mask{_name}, weights {_weights})",
+            lambda q, m, s, *w, o=_options: mha(q, s, s, *w, attn_mask=m, **o),
+            TGT,
+            _bias,
+            SRC,
+            *IN,
+            *OUT,
+            duals=BOTH,
+        )
+        case(
+            f"mha(only the masks move{_name}, weights {_weights})",
+            lambda m, p, q, s, *w, o=_options: mha(q, s, s, *w, attn_mask=m, key_padding_mask=p, **o),
+            _bias,
+            FLOATS,
+            TGT,
+            SRC,
+            *IN,
+            *OUT,
+            duals=BOTH,
+        )
+case(
+    "mha(moving mask, padding, bias_k, zero)",
+    lambda m, q, s, k, *w: mha(
+        q, s, s, *w, attn_mask=m, key_padding_mask=KEYS.double() * -2, bias_k=k, zero=True
+    ),
+    BIASES[""],
+    TGT,
+    SRC,
+    TGT[:1, :1],
+    *IN,
+    *OUT,
+    duals=(0, 3),
+)
+case("mha(moving weights)", lambda q, s, *w: mha(q, s, s, *w), TGT, SRC, *IN, *OUT, duals=(2, 3, 4, 5))
+case(
+    "mha(moving projections)",
+    lambda a, b, c, q, s, w: mha(
+        q, s, s, None, None, w, None, use_separate_proj_weight=True, q_proj_weight=a, k_proj_weight=b,
+        v_proj_weight=c,
+    ),
+    *(real(6, 6) / 3 for _ in range(3)),
+    TGT,
+    SRC,
+    OUT[0],
+    duals=ALL,
+)  # fmt: skip
+case(
+    "mha(moving static keys)",
+    lambda k, v, q, s, *w: mha(q, s, s, *w, static_k=k, static_v=v),
+    real(4, 5, 3),
+    real(4, 5, 3),
+    TGT,
+    SRC,
+    *IN,
+    *OUT,
+    duals=BOTH,
+)
+case("sdpa(only the mask moves)", lambda m, q, k, v: sdpa(q, k, v, m), real(4, 3, 5), Q, K, V)
+case("sdpa(causal, more queries)", lambda q, k: sdpa(q, k, k, is_causal=True, scale=0.4), K, Q, duals=BOTH)
 case("mha(unbatched)", lambda x, *w: self_attention(x, *w), TGT[:, 0], *IN, *OUT)
 case(
     "mha(bias_k, zero)",

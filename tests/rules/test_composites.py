@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,13 +53,9 @@ def test_dropout_in_attention_takes_one_mask() -> None:
 
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.manual_seed(7)
-        # a plain call draws another mask than ours: compare tangents by differences of our own primal
-        zero = torch.zeros_like
-        lift = [x if isinstance(x, aajr.Dual) else dual(x, zero(x)) for x in (q, k, v)]
-        y = sdpa(*lift, dropout_p=0.3)
-        return y if isinstance(q, aajr.Dual) else y.primal
+        return sdpa(q, k, v, dropout_p=0.3)
 
-    check(fn, (q, k, v), 1, duals=(0,), upstream=False)
+    check(fn, (q, k, v), 2, duals=(0, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +79,115 @@ def test_attention_errors() -> None:
         sdpa(q, made(1, 3, 3, 4), made(1, 3, 3, 4), enable_gqa=True)
     with pytest.raises(ValueError, match="tangents"):
         sdpa(q, made(1, 2, 3, 4, k=3), q)
+
+
+def _heads(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """``[N, B, 6]`` as ``[B, 2, N, 3]``."""
+    return (x @ w.mT + b).unflatten(-1, (2, 3)).permute(1, 2, 0, 3)
+
+
+def _formula(x: Tensor, memory: Tensor, w: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Multi-head attention and its weights, zeros where a row of the mask is -inf."""
+    q = _heads(x, w[:6], b[:6])
+    k, v = (_heads(memory, w[i : i + 6], b[i : i + 6]) for i in (6, 12))
+    allowed = mask.exp() > 0
+    scores = (q @ k.mT) * 3**-0.5 + mask.masked_fill(~allowed, 0.0)
+    weights = torch.where(allowed, (scores - scores.amax()).exp(), 0.0)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    return (weights @ v).permute(2, 0, 1, 3).flatten(-2), weights
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("form", ["bool", "three axes", "padding", "inf", "dual", "only dual"])
+def test_rows_of_multi_head_attention_without_keys_give_zeros(form: str, need_weights: bool) -> None:
+    """Value, tangents and all gradients against a formula that leaves those rows out."""
+    torch.manual_seed(2)
+    x, memory = torch.randn(4, 2, 6).double(), torch.randn(5, 2, 6).double()
+    w, b = torch.randn(18, 6).double() / 3, torch.randn(18).double()
+    allowed = (torch.rand(2, 1, 4, 5) > 0.3).expand(2, 2, -1, -1).clone()
+    allowed[..., 2, :] = False
+    options: dict[str, Any] = {"attn_mask": ~allowed[0, 0]}
+    if form == "three axes":
+        options = {"attn_mask": ~allowed.flatten(0, 1)}
+    elif form == "padding":
+        allowed = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 1, 0]]).bool()[:, None, None].expand(2, 2, 4, 5)
+        options = {"key_padding_mask": ~allowed[:, 0, 0]}
+    else:
+        allowed = allowed[:1, :1].expand(2, 2, -1, -1)
+    bias = torch.zeros(4, 5).double().masked_fill(~allowed[0, 0], -torch.inf)
+    full = torch.zeros(2, 2, 4, 5).double().masked_fill(~allowed, -torch.inf)
+    if form == "inf":
+        options = {"attn_mask": bias}
+    leaves = [x, memory, w, b]
+    tangents = [torch.randn(2, *leaf.shape).double() for leaf in leaves]
+    mask, mask_tan = bias.clone(), torch.randn(2, 4, 5).double()
+    if form in ("dual", "only dual"):
+        leaves, tangents = [*leaves, mask], [*tangents, mask_tan]
+    moves = range(len(leaves)) if form != "only dual" else (4,)
+    variables = [z.requires_grad_() for z in (*leaves, *(tangents[i] for i in moves))]
+    values = [dual(z, tangents[i]) if i in moves else z for i, z in enumerate(leaves)]
+    if len(leaves) == 5:
+        options = {"attn_mask": values[4]}
+    eye = torch.eye(6, dtype=torch.float64)
+    y, weights = F.multi_head_attention_forward(
+        *values[:2], values[1], 6, 2, *values[2:4], None, None, False, 0.0, eye, None,
+        need_weights=need_weights, average_attn_weights=False, **options,
+    )  # fmt: skip
+    pairs = [y, weights] if need_weights else [y]
+
+    def oracle(*moved: Tensor) -> tuple[Tensor, ...]:
+        given = [*leaves]
+        for i, z in zip(moves, moved):
+            given[i] = z
+        return _formula(*given[:4], given[4] if len(given) == 5 else full)[: len(pairs)]
+
+    runs = [
+        torch.func.jvp(oracle, tuple(leaves[i] for i in moves), tuple(tangents[i][k] for i in moves))
+        for k in range(2)
+    ]
+    total, wanted = torch.zeros(()), torch.zeros(())
+    for i, got in enumerate(pairs):
+        expected = torch.stack([runs[0][0][i], *(run[1][i] for run in runs)])
+        torch.testing.assert_close(got.stacked, expected, rtol=1e-12, atol=1e-12)
+        assert (got.stacked == 0).any() and got.tangents.any()
+        cotangent = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
+        total = total + (got.stacked * (cotangent + got.stacked.detach())).sum()
+        wanted = wanted + (expected * (cotangent + expected.detach())).sum()
+    for got, want in zip(*(torch.autograd.grad(z, variables, allow_unused=True) for z in (total, wanted))):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+def test_multi_head_attention_without_keys_gives_the_bias() -> None:
+    """Also where there are no keys at all."""
+    layer = nn.MultiheadAttention(6, 2, batch_first=True).double()
+    for need_weights in (True, False):
+        x, memory = made(2, 4, 6), made(2, 0, 6)
+        y, weights = layer(x, memory, memory, need_weights=need_weights)
+        assert torch.equal(y.primal, layer.out_proj.bias.expand(2, 4, 6)) and not y.tangents.any()
+        assert weights is None or weights.shape == (2, 4, 0)
+
+
+def test_a_causal_hint_does_not_replace_a_mask_that_moves() -> None:
+    """torch would drop the mask and its tangents; nn.TransformerEncoder finds the hint by itself."""
+    x, layer = torch.randn(2, 5, 6).double(), nn.MultiheadAttention(6, 2, batch_first=True).double()
+    causal = torch.zeros(5, 5).double().masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+
+    def attend(mask: Tensor) -> Tensor:
+        return layer(x, x, x, attn_mask=mask + causal, need_weights=False, is_causal=aajr.is_dual(mask))[0]
+
+    check(attend, (torch.zeros(5, 5).double(),), 2, upstream=False)
+
+
+def test_functions_that_take_dual_masks_can_still_be_scripted() -> None:
+    made(1)  # replaces them
+    layer = nn.MultiheadAttention(6, 2, batch_first=True)
+    x = torch.randn(2, 5, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(layer)
+    torch.testing.assert_close(scripted(x, x, x)[0], layer(x, x, x)[0])
 
 
 # -- modules made of composites -------------------------------------------------------------------------------------
