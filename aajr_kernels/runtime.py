@@ -120,6 +120,11 @@ def check_backend(name: str) -> None:
         raise BackendUnavailable(f"backend {name!r} cannot run here: {reason.rstrip('.')}.")
 
 
+def chosen() -> str:
+    """The backend that :class:`use_backend` or AAJR_BACKEND names, or ``"auto"``."""
+    return _choice
+
+
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
 
 

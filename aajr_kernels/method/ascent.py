@@ -67,7 +67,8 @@ def ascend(
     Args:
         loss_fn: from a tensor like `x` to one loss per batch row, ``[B]``, which must depend on that row alone. It is
             called with the same random state every time, so that dropout has one mask for the whole attack and the
-            training forward that follows it. Autocast, where it is on, applies to it and to nothing else here.
+            training forward that follows it, of plain tensors or of a Dual (docs/ops/attention.md, for attention on a
+            GPU). Autocast, where it is on, applies to it and to nothing else here.
         x: ``[B, ..., C]``, floating point, at least two axes; typically embeddings. Not changed, no graph to it.
         radius: of the ball, positive: a number, ``[B]``, or ``[B, G]``, one per group. Infinite leaves the set to
             `project`.
@@ -282,8 +283,7 @@ class _Attack:
 
     def _losses(self, point: Tensor) -> Tensor:
         assert self.state is not None
-        self.state.restore()
-        losses = self.loss_fn(point)
+        losses = self.state.replay(self.loss_fn, point)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
             raise TypeError(f"loss_fn must return a floating point tensor of losses, got {kind}.")

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .. import sharding
+from ..ops.attention import draws_apart
+from ..runtime import RULES
 from ..torch_private import RUNNING_NORMS
 
-__all__ = ["RandomState", "held", "modules_of", "ranks_of"]
+__all__ = ["RandomState", "held", "modules_of", "one_dropout_mask", "ranks_of"]
+
+
+class _DrawnAlike(TorchFunctionMode):
+    """Sends attention with dropout of plain tensors where that of Duals goes."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and (kwargs.get("dropout_p") or any(args[4:5])):
+            return RULES[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def one_dropout_mask(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context in which plain tensors and Duals draw the same dropout masks from the same random state.
+
+    They do anywhere but in attention on devices whose fused kernels draw in their own ways: torch's
+    ``scaled_dot_product_attention`` of plain tensors takes our kernels here.
+    """
+    return _DrawnAlike() if draws_apart(device) else contextlib.nullcontext()
 
 
 class RandomState:
@@ -30,6 +59,12 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         if self._module is not None:
             self._module.set_rng_state(self._state, *self._device)
+
+    def replay(self, call: Callable[[Any], Any], x: Any) -> Any:
+        """``call(x)`` from these states, with the dropout masks that a Dual draws from them."""
+        self.restore()
+        with one_dropout_mask(x.device):
+            return call(x)
 
 
 def modules_of(module: object) -> tuple[nn.Module, ...]:

@@ -40,11 +40,7 @@ Loss = Callable[[Any], Any]
 def repeatable(call: Callable[[Any], Any], random: RandomState) -> Callable[[Any], Any]:
     """`call` from the same random state every time: dropout draws the same mask at every point of one measurement."""
 
-    def repeated(x: Any) -> Any:
-        random.restore()
-        return call(x)
-
-    return repeated
+    return lambda x: random.replay(call, x)
 
 
 # -- one number per batch row ------------------------------------------------------------------------------------------

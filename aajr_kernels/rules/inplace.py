@@ -88,7 +88,16 @@ def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
 
 def register() -> None:
     """Give every in-place method whose out-of-place form has a rule its own; called after all rules are registered."""
-    for name in ("bernoulli_", "normal_", "uniform_", "exponential_", "random_", "log_normal_", "cauchy_"):
+    for name in (
+        "bernoulli_",
+        "normal_",
+        "uniform_",
+        "exponential_",
+        "random_",
+        "log_normal_",
+        "cauchy_",
+        "geometric_",
+    ):
         enter(getattr(torch.Tensor, name), _drawn(name), "view")
     for name in dir(torch.Tensor):
         if not name.endswith("_") or name.endswith("__"):

@@ -300,10 +300,13 @@ def _rrelu(
     inplace: bool = False,
     generator: torch.Generator | None = None,
 ) -> Dual:
-    """The slopes are drawn once, from the values of minus one, and shared by primal and tangents."""
-    with torch.no_grad():
-        slopes = -torch.rrelu(-torch.ones_like(x.stacked[0]), lower, upper, training, generator)
-        slopes = torch.where(x.stacked[0] > 0, torch.ones_like(slopes), slopes)
+    """The slopes are drawn once, where the primal is not positive as torch does, and shared with the tangents."""
+    primal = x.stacked[0].detach()
+    if training:
+        slopes = torch.empty_like(primal, memory_format=torch.contiguous_format)
+        torch.ops.aten.rrelu_with_noise(primal, slopes, lower, upper, True, generator)
+    else:
+        slopes = torch.full_like(primal, (lower + upper) / 2).masked_fill_(primal > 0, 1.0)
     if inplace:
         x.stacked.mul_(slopes)
         return x

@@ -37,7 +37,7 @@ struct AttentionProblem {
   int64_t offset;  // query i sees the keys j <= i + offset
   int64_t window;  // and only those j > i + offset - window; 0: all
   float dropout;
-  uint64_t seed;
+  const uint8_t* keep;  // [B, H, N, longest_k], dense: 0 where a weight is dropped; null without dropout
   // Packed sequences: query rows [q_start[b], q_start[b + 1]) of the only batch row attend to the key rows
   // [k_start[b], k_start[b + 1]), and B is the number of sequences. Null: ordinary batches.
   const int64_t *q_start, *k_start;

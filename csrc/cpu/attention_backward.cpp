@@ -15,8 +15,7 @@ namespace {
 
 // Scores, their tangents and cotangents of a tile, down to dS0, dS0'_k, P and P c_k.
 void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums,
-                        const Sequence& s, const Block& at, int64_t head, int64_t j0, int64_t nb,
-                        const Dropout& dropout) {
+                        const Sequence& s, const Block& at, int64_t j0, int64_t nb, const Dropout& dropout) {
   const int64_t padded = round_up(nb, NR);
   const bool scores = p.has_scores(), need_scores = p.q_bar.data || p.k_bar.data || p.bias_bar;
   const float rest = scale_of_products(p);
@@ -48,9 +47,9 @@ void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Op
   }
   const float *shift = stat_row(p.shift, p, s, at.h), *norm = stat_row(p.norm, p, s, at.h);
   const float* mu = scores ? stat_row(p.mu, p, s, at.h) : nullptr;
-  const auto pass = scores ? (dropout.on ? differentiate<true, true> : differentiate<true, false>)
-                           : (dropout.on ? differentiate<false, true> : differentiate<false, false>);
-  pass(p, w, dropout, shift, norm, mu, head, at, j0, padded, diagonal, early ? 1.0f : rest);
+  const auto pass = scores ? (p.keep ? differentiate<true, true> : differentiate<true, false>)
+                           : (p.keep ? differentiate<false, true> : differentiate<false, false>);
+  pass(p, w, dropout, shift, norm, mu, s, at, j0, padded, diagonal, early ? 1.0f : rest);
   if (p.bias_bar) add_bias_gradient(p, w, sums, s, at, j0, nb);
   if (p.softcap > 0.0f && need_scores) uncap(p, at, padded, w);
 }
@@ -107,13 +106,13 @@ void multiply_bars(const AttentionBackward& p, const Workspace& w, const Operand
 
 template <class T>
 void query_block(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums,
-                 const Sequence& s, const Block& at, int64_t head, const Dropout& dropout) {
+                 const Sequence& s, const Block& at, const Dropout& dropout) {
   load_block<T>(p, w, s, at);
   for (int64_t e = 0; e < (1 + p.K) * QB * w.ld_q; ++e) w.dq[e] = 0.0f;
   const Span span = visible(p, s, at.i0, at.i0 + at.mb);
   for (int64_t j0 = span.low; j0 < span.high; j0 += KB) {
     const int64_t nb = smaller(KB, span.high - j0), diagonal = diagonal_of(p, s, at.i0, j0);
-    differentiate_tile(p, w, of, sums, s, at, head, j0, nb, dropout);
+    differentiate_tile(p, w, of, sums, s, at, j0, nb, dropout);
     if (p.v_bar.data) multiply_weights(p, w, sums, at.mb, j0, nb, diagonal);
     if (p.q_bar.data || p.k_bar.data) multiply_bars(p, w, of, sums, at.mb, j0, nb, diagonal);
   }
@@ -183,7 +182,7 @@ void backward_typed(const AttentionBackward& p) {
         if ((turn < parts ? turn : 2 * parts - 1 - turn) != part) continue;
         for (int64_t g = 0; g < group; ++g) {
           const Block at{hk * group + g, block * QB, smaller(QB, s.n - block * QB)};
-          query_block<T>(p, w, operands(i), own, s, at, b * p.H + at.h, dropout);
+          query_block<T>(p, w, operands(i), own, s, at, dropout);
         }
       }
     });

@@ -166,16 +166,16 @@ inline void load_block(const AttentionBackward& p, const Workspace& w, const Seq
 // scores: S / scale -> P with dropout factors; rates: S'_k / scale -> c_k times that; tbar: A_k -> dS'_k; sbar: B -> dS.
 template <bool SCORES, bool DROP>
 inline void differentiate(const AttentionBackward& p, const Workspace& w, const Dropout& dropout, const float* shift,
-                   const float* norm, const float* mu, int64_t head, const Block& at, int64_t j0, int64_t padded,
+                   const float* norm, const float* mu, const Sequence& s, const Block& at, int64_t j0, int64_t padded,
                    int64_t diagonal, float scale) {
   for (int64_t i = 0; i < at.mb; ++i) {
     float *score = w.scores + i * LD, *s_bar = w.sbar + i * LD;
     const float top = shift[at.i0 + i], share = norm[at.i0 + i], d0 = w.d0[i];
-    const uint32_t key = DROP ? dropout.row_key(head, at.i0 + i) : 0;
+    const uint8_t* keep = DROP ? dropout.row(p, s, at.h, at.i0 + i) : nullptr;
     const int64_t tangents = SCORES ? p.K : 0, held = extent(i, diagonal, padded);
     for (int64_t j = 0; j < held; j += W) {
       const vf prob = exp_flushed(load(score + j) * scale - top) * share;
-      const vf factor = DROP ? dropout.factor(key, j0 + j) : splat(1.0f);
+      const vf factor = DROP ? dropout.factor(keep, j0 + j) : splat(1.0f);
       const vf kept = DROP ? prob * factor : prob;
       vf bar = prob * ((DROP ? load(s_bar + j) * factor : load(s_bar + j)) - d0);
       for (int64_t t = 0; t < tangents; ++t) {

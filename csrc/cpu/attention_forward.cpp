@@ -104,7 +104,7 @@ AAJR_INLINE void rescale(const Workspace& w, int64_t stacks, int64_t i, float fa
 
 // scores: S / scale -> P (with the dropout factors), rates: S' / scale -> P S', or P (S' - r) (likewise); the running
 // statistics move on.
-void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropout, int64_t head, const Block& at,
+void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropout, const Sequence& s, const Block& at,
             int64_t j0, int64_t padded, int64_t diagonal, bool has_scores, float scale) {
   const int64_t k = has_scores ? p.K : 0;
   for (int64_t i = 0; i < at.mb; ++i) {
@@ -154,10 +154,9 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
           store(rate + j, load(row + j) * (load(rate + j) * scale - mean));
       }
     }
-    if (dropout.on) {
-      const uint32_t key = dropout.row_key(head, at.i0 + i);
+    if (const uint8_t* keep = dropout.row(p, s, at.h, at.i0 + i)) {
       for (int64_t j = 0; j < held; j += W) {
-        const vf factor = dropout.factor(key, j0 + j);
+        const vf factor = dropout.factor(keep, j0 + j);
         store(row + j, load(row + j) * factor);
         for (int64_t t = 0; t < k; ++t) {
           float* rate = w.rates + (t * QB + i) * LD;
@@ -195,7 +194,7 @@ void finish(const AttentionForward& p, const Workspace& w, const Sequence& s, co
 
 // One block of queries of one head against all keys it sees.
 template <class T>
-void query_block(const AttentionForward& p, const Workspace& w, const Sequence& s, const Block& at, int64_t head,
+void query_block(const AttentionForward& p, const Workspace& w, const Sequence& s, const Block& at,
                  const Panels& keys, const Dense& values, const Dropout& dropout) {
   const bool has_q = p.q.stacks > 1, has_k = p.k.stacks > 1, has_v = p.v.stacks > 1, has_scores = p.has_scores();
   for (int t = 0; t < p.q.stacks; ++t)
@@ -226,7 +225,7 @@ void query_block(const AttentionForward& p, const Workspace& w, const Sequence& 
         gemm<false>(at.mb, padded, terms, count, w.rates + t * QB * LD, LD, lower);
         finish_rates(p, s, at, j0, nb, padded, t, early ? rest : 1.0f, w.slopes, w.rates + t * QB * LD);
       }
-    soften(p, w, dropout, head, at, j0, padded, diagonal, has_scores, early ? 1.0f : rest);
+    soften(p, w, dropout, s, at, j0, padded, diagonal, has_scores, early ? 1.0f : rest);
     const TileOperand weights = w.factor(0, at.mb, padded);
     terms[0] = values.times(weights, 0, j0, nb);
     gemm<true>(at.mb, w.ld_v, terms, 1, w.sums, w.ld_v, left);
@@ -271,7 +270,7 @@ void forward_typed(const AttentionForward& p) {
       if (at.mb <= 0) return;
       const Workspace w(scratch.get() + work * slot, p);
       const TileScope tiles;
-      query_block<T>(p, w, s, at, b * p.H + h, keys(i), values(i), dropout);
+      query_block<T>(p, w, s, at, keys(i), values(i), dropout);
     });
   }
 }

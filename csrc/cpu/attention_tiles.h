@@ -126,39 +126,23 @@ inline void mask_scores(const AttentionProblem& p, const Sequence& s, int64_t h,
   }
 }
 
-// Dropout: the factor of position (i, j) of a head, 0 or 1 / (1 - p), from a hash of the seed and the position alone.
+// Dropout: the factors of a query's weights, 0 or 1 / (1 - p), from the mask that the caller drew.
 struct Dropout {
   float keep_factor = 1.0f;
-  uint32_t threshold = 0, key0 = 0, key1 = 0;
-  bool on = false;
+  int64_t columns = 0;
 
-  explicit Dropout(const AttentionProblem& p) {
-    if (p.dropout <= 0.0f) return;
-    on = true;
-    key0 = static_cast<uint32_t>(p.seed), key1 = static_cast<uint32_t>(p.seed >> 32);
-    const double scaled = static_cast<double>(p.dropout) * 4294967296.0;
-    threshold = scaled >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(scaled);
-    keep_factor = p.dropout >= 1.0f ? 0.0f : 1.0f / (1.0f - p.dropout);
+  explicit Dropout(const AttentionProblem& p)
+      : keep_factor(p.dropout >= 1.0f ? 0.0f : 1.0f / (1.0f - p.dropout)), columns(p.longest_k) {}
+  static const uint8_t* row(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t i) {
+    return p.keep == nullptr ? nullptr : p.keep + ((s.batch * p.H + h) * p.N + s.q0 + i) * p.longest_k;
   }
-  // An invertible mix of 32 bits in which every input bit reaches every output bit.
-  template <class U>
-  static AAJR_INLINE U mix(U x) {
-    x ^= x >> 16;
-    x *= 0x21f0aaadu;
-    x ^= x >> 15;
-    x *= 0xd35a2d97u;
-    x ^= x >> 15;
-    return x;
-  }
-  uint32_t row_key(int64_t head, int64_t row) const {
-    const uint32_t r = mix(static_cast<uint32_t>(row) ^ key0);
-    return mix(r + static_cast<uint32_t>(head) * 0x9e3779b9u + static_cast<uint32_t>(head >> 32)) ^ key1;
-  }
-  AAJR_INLINE vf factor(uint32_t key, int64_t column) const {
-    vu index;
-    for (int e = 0; e < W; ++e) index[e] = static_cast<uint32_t>(column + e) * 0x85ebca6bu + key;
-    const vu bits = mix(mix(index) + key);
-    return bits >= threshold ? splat(keep_factor) : vf{};
+  AAJR_INLINE vf factor(const uint8_t* row, int64_t column) const {
+    using Bytes = uint8_t __attribute__((vector_size(W)));
+    Bytes bytes{};
+    if (column + W <= columns) __builtin_memcpy(&bytes, row + column, W);
+    else
+      for (int64_t e = 0; column + e < columns; ++e) bytes[e] = row[column + e];
+    return __builtin_convertvector(bytes, vu) != 0 ? splat(keep_factor) : vf{};
   }
 };
 

@@ -54,8 +54,8 @@ int64_t longest(const View& v, const char* name, int64_t rows) {
   return most;
 }
 
-// Tensors q, k, v, mask, q_start, k_start, shift, norm, mu, out; ints causal, offset, window, seed, align_right;
-// floats scale, softcap, dropout.
+// Tensors q, k, v, mask, q_start, k_start, shift, norm, mu, out and, where weights are dropped, last of all keep;
+// ints causal, offset, window, drops, align_right; floats scale, softcap, dropout.
 constexpr size_t kTensors = 10, kInts = 5, kFloats = 3;
 
 void fill(AttentionProblem& p, const Args& a) {
@@ -85,7 +85,7 @@ void fill(AttentionProblem& p, const Args& a) {
   p.shift = shift.as<float>(), p.norm = norm.as<float>(), p.mu = mu.as<float>();
   p.mu_stack = p.B * p.H * p.N;
   p.causal = a.ints[0] != 0, p.offset = a.ints[1], p.window = a.ints[2];
-  p.seed = static_cast<uint64_t>(a.ints[3]), p.align_right = a.ints[4] != 0;
+  p.align_right = a.ints[4] != 0;
   if (p.window < 0) fail("window must be positive, or 0 for none.");
   constexpr int64_t kFar = int64_t{1} << 60;  // so that sums of positions, offset and window cannot overflow
   if (p.offset < -kFar || p.offset > kFar) fail("offset must lie between -2^60 and 2^60.");
@@ -107,18 +107,37 @@ void fill(AttentionProblem& p, const Args& a) {
   p.B = q_start.size[0] - 1;
 }
 
+// After fill(): `tensors` are those of the call without a dropout mask.
+void take_keep(AttentionProblem& p, const Args& a, size_t tensors) {
+  if (a.tensors.size() == tensors) return;
+  const View& keep = a.tensors[tensors];
+  check_dtype(keep, "keep", DType::boolean);
+  check_shape(keep, "keep", {a.tensors[0].size[1], p.H, p.N, p.longest_k});
+  check_contiguous(keep, "keep");
+  p.keep = keep.as<uint8_t>();
+}
+
+// The number of tensors, one more where weights are dropped.
+size_t counted(const Args& a, size_t tensors) {
+  const bool drops = a.ints.size() == kInts && a.ints[3] != 0;
+  check_count(a, tensors + drops, kInts, kFloats);
+  return tensors;
+}
+
 void attention_fwd(const Args& a) {
-  check_count(a, kTensors, kInts, kFloats);
+  const size_t tensors = counted(a, kTensors);
   AttentionForward p{};
   fill(p, a);
+  take_keep(p, a, tensors);
   p.out = rows_of(a.tensors[9], "out", p.dtype);
   AAJR_SELECT_AMX(attention_kernels).forward(p);
 }
 
 void attention_bwd(const Args& a) {
-  check_count(a, kTensors + 5, kInts, kFloats);
+  const size_t tensors = counted(a, kTensors + 5);
   AttentionBackward p{};
   fill(p, a);
+  take_keep(p, a, tensors);
   p.out = rows_of(a.tensors[9], "out", p.dtype);
   const View &out = a.tensors[9], &out_bar = a.tensors[10];
   p.out_bar = rows_of(out_bar, "out_bar", p.dtype);
@@ -145,12 +164,14 @@ void attention_bwd(const Args& a) {
 }
 
 const Register register_fwd("attention_fwd",
-                            "tensors: q, k, v, mask|None, q_start|None, k_start|None, shift, norm, mu, out; ints: "
-                            "causal, offset, window, seed, align_right; floats: scale, softcap, dropout",
+                            "tensors: q, k, v, mask|None, q_start|None, k_start|None, shift, norm, mu, out, and keep "
+                            "if drops; ints: causal, offset, window, drops, align_right; floats: scale, softcap, "
+                            "dropout",
                             attention_fwd);
 const Register register_bwd("attention_bwd",
-                            "tensors: those of attention_fwd, then out_bar, q_bar|None, k_bar|None, v_bar|None, "
-                            "bias_bar|None (zeroed); ints and floats as in attention_fwd",
+                            "tensors: those of attention_fwd without keep, then out_bar, q_bar|None, k_bar|None, "
+                            "v_bar|None, bias_bar|None (zeroed), and keep if drops; ints and floats as in "
+                            "attention_fwd",
                             attention_bwd);
 
 }  // namespace

@@ -82,7 +82,7 @@ class Run {
   }
   View result(const char* name, std::initializer_list<int64_t> shape) { return result(name, shape, dtype_); }
 
-  void call(const std::string& name, std::initializer_list<View> tensors, std::initializer_list<int64_t> ints = {},
+  void call(const std::string& name, std::vector<View> tensors, std::initializer_list<int64_t> ints = {},
             std::initializer_list<double> floats = {}) const {
     for (const Registered& entry : registry())
       if (name == entry.name) {

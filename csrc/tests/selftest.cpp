@@ -133,16 +133,21 @@ void attend(Run& r, const Attention& a) {
   const View cu = a.packed ? starts : none;
   const View shift = r.result("shift", {a.b, a.h, a.n}, DType::f32), norm = r.result("norm", {a.b, a.h, a.n}, DType::f32);
   const View mu = r.result("mu", {a.tangents, a.b, a.h, a.n}, DType::f32), out = r.result("out", {s, a.b, a.h, a.n, a.v});
-  const std::initializer_list<int64_t> ints = {a.causal, a.offset, a.window, 1234567, 0};
+  const std::initializer_list<int64_t> ints = {a.causal, a.offset, a.window, a.dropout > 0.0, 0};
   const std::initializer_list<double> floats = {0.25, a.softcap, a.dropout};
-  r.call("attention_fwd", {q, k, v, mask, cu, cu, shift, norm, mu, out}, ints, floats);
+  const View keep = a.dropout > 0.0 ? r.booleans({a.b, a.h, a.n, a.m}) : none;
+  // where weights are dropped, the mask of what is kept comes last
+  const auto call = [&](const char* name, std::vector<View> tensors) {
+    if (keep) tensors.push_back(keep);
+    r.call(name, tensors, ints, floats);
+  };
+  call("attention_fwd", {q, k, v, mask, cu, cu, shift, norm, mu, out});
   const View out_bar = r.random({s, a.b, a.h, a.n, a.v});
   const View q_bar = r.result("q_bar", {s, a.b, a.h, a.n, a.d});
   const View k_bar = r.result("k_bar", {1 + a.k_tangents, a.b, a.hk, a.m, a.d});
   const View v_bar = r.result("v_bar", {s, a.b, a.hk, a.m, a.v});
   const View bias_bar = a.mask == 2 ? r.result("bias_bar", {stacks, 1, a.h, a.n, a.m}, DType::f32, true) : none;
-  r.call("attention_bwd", {q, k, v, mask, cu, cu, shift, norm, mu, out, out_bar, q_bar, k_bar, v_bar, bias_bar}, ints,
-         floats);
+  call("attention_bwd", {q, k, v, mask, cu, cu, shift, norm, mu, out, out_bar, q_bar, k_bar, v_bar, bias_bar});
 }
 
 // Every row's mu is about 100, and the tangent of the output is what is left of (P S')V - mu O.
@@ -169,7 +174,7 @@ void attention_long(Run& r) {
 }
 void attention_masked(Run& r) {
   Attention a;
-  a.mask = 1, a.dropout = 0.3;
+  a.mask = 1, a.dropout = 0.3, a.m = 37;
   attend(r, a);
 }
 void attention_packed(Run& r) {

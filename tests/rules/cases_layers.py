@@ -187,6 +187,8 @@ for _name in "dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dr
     case(f"F.{_name}(inplace)", lambda x, f=_in_place: f(x * 1), _d)
 case("native_dropout", seeded(lambda x: torch.native_dropout(x, 0.4, True)[0]), X)
 case("torch.dropout", seeded(lambda x: torch.dropout(x, 0.4, True)), X)
+case("F.gumbel_softmax", seeded(lambda x: F.gumbel_softmax(x, tau=0.7)), X)
+case("F.rrelu(training)", seeded(lambda x: F.rrelu(x, 0.1, 0.5, training=True)), X)
 
 # -- recurrent cells ------------------------------------------------------------------------------------------------
 _cell = (real(8, 4), real(8, 2), real(8), real(8))

@@ -47,7 +47,7 @@ def check(case: Case) -> Verdict:
     truth = functools.cache(lambda function: function(case.gate_length))
     limit = LIMITS[case.dtype]
     for variant in case.variants:
-        key = (case.suite, case.dtype, case.gate_length, variant.backend or runtime._choice, variant.key)
+        key = (case.suite, case.dtype, case.gate_length, variant.backend or runtime.chosen(), variant.key)
         try:
             if variant.key is None or key not in _judged:
                 _judged[key] = _judge(variant, case.gate_length, truth)
@@ -91,7 +91,7 @@ def _judge(
 
 def on_backend(variant: Variant) -> runtime.use_backend:
     """The backend a variant asks for, or the one that is chosen already."""
-    return runtime.use_backend(variant.backend or runtime._choice)
+    return runtime.use_backend(variant.backend or runtime.chosen())
 
 
 def errors(gradients: Gradients, exact: Gradients) -> tuple[float, float]:

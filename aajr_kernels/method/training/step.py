@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime import autocasting
-from ..attack_state import held
+from ..attack_state import held, one_dropout_mask
 from ..losses import IGNORED
 from ..report import StabilityReport
 from ..stability import stability_report
@@ -187,7 +187,8 @@ class Objective:
         arguments = (self.module, self.policy, ours, self.config, knobs, counts, generator, look, row_weights)
 
         def work() -> tuple[Tensor, dict[str, Tensor]]:
-            terms = terms_of(*arguments)
+            with one_dropout_mask(self.device):
+                terms = terms_of(*arguments)
             return terms.total, terms.parts
 
         if self.module is self.model or not (knobs.attacks or knobs.clean):  # nothing to be differentiated

@@ -7,6 +7,6 @@ Reverse: written out in :mod:`aajr_kernels.ops.attention.reference`; 15 tile pro
 Saved:   the inputs, the output, and per row the shift and the normaliser of the softmax and μ_k: memory O(N·D).
 """
 
-from .api import attention
+from .api import attention, draws_apart
 
-__all__ = ["attention"]
+__all__ = ["attention", "draws_apart"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import runtime, sharding
 from ...dual import Dual, num_tangents, stack_of
 from .function import AttentionFunction
-from .packed import Bounds, packed_sequences, pieces
+from .packed import Bounds, Packed, packed_sequences, pieces
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS: Any = (Tensor, Dual)
@@ -82,8 +82,10 @@ def attention(
         scale: s, by default ``D ** -0.5``.
         softcap: c of ``cap(x) = c tanh(x / c)``, applied before the mask.
         window: a query sees its last `window` keys only, its own position included; needs `causal`.
-        dropout: probability of dropping an attention weight, one mask for primal and tangents, drawn anew in the
-            backward from a seed that comes from torch's generator.
+        dropout: probability of dropping an attention weight, one mask for primal and tangents. On the reference and
+            native backends it is the mask that ``scaled_dot_product_attention`` of plain tensors draws from the same
+            random state, ``N * M`` bytes for a head. The Triton kernels draw theirs from a seed of torch's generator,
+            for Duals and plain tensors alike.
         cu_seqlens: packed sequences: ascending offsets ``[sequences + 1]`` from 0 to N, int32 or int64. `q`, `k`, `v`
             are then ``[H, N, D]`` (or with a batch axis of one), all sequences one after another, and every sequence
             attends to its own keys; `causal` and `window` count within a sequence, and `mask` is None. A pair
@@ -93,7 +95,8 @@ def attention(
 
     Returns:
         ``[*batch, H, N, V]`` in the dtype of `q`, a Dual if any argument is one. A query that may see no key gives
-        zeros, with zero gradients. Plain tensors go to ``scaled_dot_product_attention`` where it knows the options.
+        zeros, with zero gradients. Plain tensors go to ``scaled_dot_product_attention`` where it knows the options
+            and draws the same dropout mask.
 
     Raises:
         TypeError: an argument is no tensor, or a dtype is wrong.
@@ -114,7 +117,8 @@ def attention(
     packed = packed_sequences(q, k, mask, cu_seqlens)
     # torch's attention wants the lengths of packed sequences, which a captured graph cannot tell
     captured = packed is not None and packed.bounds is None
-    if not dual and softcap is None and not captured:
+    own = dropout > 0 and draws_apart(q.device)
+    if not dual and softcap is None and not captured and not own:
         return _plain(
             q, k, v, mask, causal, window, scale, dropout, None if packed is None else packed.bounds
         )
@@ -126,9 +130,8 @@ def attention(
                 f"attention: {name} must have the dtype of q ({qs.dtype}), got {x.dtype}: cast one of them."
             )
     bias = None if mask is None else _mask_five_axes(stack_of(mask), batch)
-    # drawn on the device: a kernel reads it there, nobody waits, and a captured graph draws anew
-    seed = torch.randint(1 << 62, (), device=qs.device) if dropout > 0 else None
     backend = runtime.select_backend("attention", qs, ks, vs, triton_lacks=_too_large(qs, vs))
+    drawn = _draw(backend, qs, ks, dropout, packed) if dropout > 0 else None
     if runtime.recording() and torch.compiler.is_compiling():
         runtime.record("attention", backend)  # lengths may be symbols, and packed ones unknown
     elif runtime.recording():
@@ -140,9 +143,39 @@ def attention(
     offset = 0 if align_right else _offset(causal, qs.shape[-2], ks.shape[-2])
     options = (scale, softcap, offset, window, dropout, align_right)
     starts = () if packed is None else packed.starts
-    out = AttentionFunction.apply(qs, ks, vs, bias, options, backend, seed, *starts)
+    out = AttentionFunction.apply(qs, ks, vs, bias, options, backend, drawn, *starts)
     out = out.reshape(out.shape[0], *batch, *out.shape[2:])
     return Dual(out) if dual else out[0]
+
+
+def draws_apart(device: torch.device) -> bool:
+    """Whether torch's attention and ours draw other dropout masks there: fused kernels each draw in their own way."""
+    return device.type != "cpu" or runtime.chosen() == "triton"
+
+
+def _draw(backend: str, q: Tensor, k: Tensor, p: float, packed: Packed | None) -> Tensor:
+    """The weights that dropout keeps, bool ``[B, H, N, M]``, or the seed for kernels that draw them."""
+    if (
+        backend == "triton"
+    ):  # on the device: a kernel reads it there, nobody waits, and a captured graph draws anew
+        return torch.randint(1 << 62, (), device=q.device)
+    weights = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def kept(*shape: int) -> Tensor:
+        """As torch's attention written out draws it, in the same order."""
+        with torch.no_grad(), runtime.no_autocast(q.device.type):
+            return torch.dropout(torch.ones(shape, dtype=weights, device=q.device), p, True) != 0
+
+    _, batch, heads, n, _ = q.shape
+    if packed is None:
+        return kept(batch, heads, n, k.shape[-2])
+    sizes = packed.sizes()
+    keep = torch.zeros((1, heads, n, max([0, *(m for _, m in sizes)])), dtype=torch.bool, device=q.device)
+    start = 0
+    for rows, keys in sizes:
+        keep[:, :, start : start + rows, :keys] = kept(1, heads, rows, keys)
+        start += rows
+    return keep
 
 
 def _too_large(q: Tensor, v: Tensor) -> str | None:

@@ -14,9 +14,9 @@ class AttentionFunction(torch.autograd.Function):
     """q ``[1|1+K, B, H, N, D]``, k, v ``[1|1+K, B, HK, M, D|V]`` and a mask -> ``[1 + K, B, H, N, V]``.
 
     The options are those of the reference's ``Options`` but the last: (scale, softcap, offset, window, dropout,
-    align_right); the seed of the dropout mask is a tensor, None without dropout. Packed sequences come with the int64
-    offsets of their queries and keys, without gradient. A backend returns the output and whatever tensors its own
-    backward wants to see again.
+    align_right). `drawn` is the dropout mask, bool, or the int64 seed of kernels that draw it; None without. Packed
+    sequences come with the int64 offsets of their queries and keys, without gradient. A backend returns the output and
+    whatever tensors its own backward wants to see again.
     """
 
     @staticmethod
@@ -28,7 +28,7 @@ class AttentionFunction(torch.autograd.Function):
         mask: torch.Tensor | None,
         options: tuple[Any, ...],
         backend: str,
-        seed: torch.Tensor | None = None,
+        drawn: torch.Tensor | None = None,
         q_start: torch.Tensor | None = None,
         k_start: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -38,8 +38,8 @@ class AttentionFunction(torch.autograd.Function):
         q, k, v = _dense(q), _dense(k), _dense(v)
         with runtime.no_autocast(q.device.type):
             starts = None if q_start is None else (q_start, k_start)
-            out, *residuals = module.attention_fwd(q, k, v, mask, _options(module, options, seed), starts)
-        ctx.save_for_backward(seed, q_start, k_start, q, k, v, mask, out, *residuals)
+            out, *residuals = module.attention_fwd(q, k, v, mask, _options(module, options, drawn), starts)
+        ctx.save_for_backward(drawn, q_start, k_start, q, k, v, mask, out, *residuals)
         return out
 
     @staticmethod
@@ -49,11 +49,11 @@ class AttentionFunction(torch.autograd.Function):
             return (None,) * 9
         module = runtime.implementation("attention", ctx.backend)
         with runtime.no_autocast(out_bar.device.type):
-            seed, q_start, k_start, *saved = ctx.saved_tensors
+            drawn, q_start, k_start, *saved = ctx.saved_tensors
             grads = module.attention_bwd(
                 out_bar,
                 *saved,
-                options=_options(module, ctx.options, seed),
+                options=_options(module, ctx.options, drawn),
                 needs=ctx.needs_input_grad[:4],
                 starts=None if q_start is None else (q_start, k_start),
             )
@@ -73,5 +73,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if same else own
 
 
-def _options(module: Any, options: tuple[Any, ...], seed: torch.Tensor | None) -> Any:
-    return module.Options(*options, seed=0 if seed is None else seed)
+def _options(module: Any, options: tuple[Any, ...], drawn: torch.Tensor | None) -> Any:
+    if drawn is None:
+        return module.Options(*options)
+    return module.Options(*options, **{"keep" if drawn.dtype == torch.bool else "seed": drawn})

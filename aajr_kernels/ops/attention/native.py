@@ -15,7 +15,7 @@ __all__ = ["Options", "attention_bwd", "attention_fwd"]
 
 #: options and offsets of packed sequences, as operators of torch take them; lengths may be symbols
 _OPTIONS = (
-    "float scale, float? softcap, SymInt? offset, SymInt? window, float dropout, bool align_right, Tensor? seed, "
+    "float scale, float? softcap, SymInt? offset, SymInt? window, float dropout, bool align_right, Tensor? keep, "
     "Tensor? q_start, Tensor? k_start"
 )
 _Starts = tuple[Tensor, Tensor] | None
@@ -23,25 +23,20 @@ _Starts = tuple[Tensor, Tensor] | None
 
 def _flat(options: Options, starts: _Starts) -> tuple[Any, ...]:
     o = options
-    seed = o.seed if isinstance(o.seed, Tensor) or not o.dropout else torch.tensor(o.seed)
-    return (
-        o.scale, o.softcap, o.offset, o.window, o.dropout, o.align_right, seed if o.dropout else None,
-        *(starts or (None, None)),
-    )  # fmt: skip
+    return o.scale, o.softcap, o.offset, o.window, o.dropout, o.align_right, o.keep, *(starts or (None, None))
 
 
 def _numbers(flat: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    if native.is_dry():  # a seed without a value, lengths that are symbols: no kernel asks for them
+    if native.is_dry():  # lengths that are symbols: no kernel asks for them
         return (), ()
-    scale, softcap, offset, window, dropout, align_right, seed, *_ = flat
-    ints = (
-        int(offset is not None),
-        offset or 0,
-        window or 0,
-        0 if seed is None else int(seed),
-        int(align_right),
-    )
+    scale, softcap, offset, window, dropout, align_right, keep, *_ = flat
+    ints = (int(offset is not None), offset or 0, window or 0, int(keep is not None), int(align_right))
     return ints, (scale, softcap or 0.0, dropout)
+
+
+def _call(name: str, operands: tuple[Tensor | None, ...], flat: tuple[Any, ...]) -> None:
+    keep = flat[6]
+    native.call(name, operands if keep is None else (*operands, keep), *_numbers(flat))
 
 
 def _kernel_mask(mask: Tensor | None) -> Tensor | None:
@@ -71,7 +66,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: 
     out = native.empty((stacks, b, n, h, v.shape[-1]), dtype=q.dtype).transpose(2, 3)
     stats = torch.empty((2 + (stacks - 1 if has_scores else 0), b, h, n))
     operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *_parts(stats), out)
-    native.call("attention_fwd", operands, *_numbers(flat))
+    _call("attention_fwd", operands, flat)
     return out, stats
 
 
@@ -125,5 +120,5 @@ def _attention_bwd(
     bias_bar = torch.zeros(mask.shape) if need_bias and mask is not None else None
     parts = _parts(stats.contiguous())
     operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *parts, out, out_bar, q_bar, k_bar, v_bar, bias_bar)
-    native.call("attention_bwd", operands, *_numbers(flat))
+    _call("attention_bwd", operands, flat)
     return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)

@@ -87,7 +87,7 @@ def attention_fwd(
             scaled = total.reciprocal().masked_fill_(total == 0, 0.0)
             norm[at.rows] = at.ungroup(scaled).squeeze(-1)
             shift[at.rows] = at.ungroup(top.masked_fill(total == 0, math.inf)).squeeze(-1)
-            drop = t.dropped(p)
+            drop = t.dropped(at)
             kept = p if drop is None else torch.mul(p, drop, out=t.tile("kept", *p.shape))
             both = t.product("pv", kept, values[:, at.keys, :-1]).mul_(scaled)
             primal = both[..., -V:]
@@ -161,7 +161,7 @@ def attention_bwd(
             p, tau = t.scores(at, keys[0], at.take(shift))
             slope = None if tau is None else t.slope(tau)
             t.exp_(p)  # not normalised: the cotangents take the factor instead
-            drop = t.dropped(p)
+            drop = t.dropped(at)
             kept = p if drop is None else torch.mul(p, drop, out=t.tile("kept", *p.shape))
             factor = at.take(norm).unsqueeze(-1)
             g = [at.take(x).to(t.dtype) * factor for x in out_bar]

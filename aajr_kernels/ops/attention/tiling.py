@@ -29,7 +29,8 @@ class Options:
         window: and only the keys j > i + offset - window; None for all.
         dropout: probability of dropping an attention weight.
         align_right: with packed sequences, offset = keys - queries of each sequence.
-        seed: seed of the dropout mask; a number or a tensor of one, int64, that stays on its device.
+        keep: bool ``[B, H, N, M]``, the weights that dropout keeps; of packed sequences ``[1, H, N, longest M]``.
+        seed: for kernels that draw the mask themselves; a number or a tensor of one, int64, that stays on its device.
     """
 
     scale: float
@@ -38,6 +39,7 @@ class Options:
     window: int | None = None
     dropout: float = 0.0
     align_right: bool = False
+    keep: Tensor | None = None
     seed: int | Tensor = 0
 
 
@@ -105,9 +107,7 @@ class Tiles:
         self.rides = self.has_q and options.softcap is None
         # exp2 is cheaper than exp, but a bias near the largest number must not be multiplied by log2(e)
         self.unit, self.exp_ = (_LOG2E, torch.exp2_) if self.bias is None else (1.0, torch.exp_)
-        self.generator = None
-        if options.dropout > 0:
-            self.generator = torch.Generator(device=q.device).manual_seed(int(options.seed))
+        self.keep = None if options.keep is None else options.keep.unflatten(1, (self.HK, self.G))
         self.workspace: dict[str, Tensor] = {}
 
     def grouped(self, mask: Tensor) -> Tensor:
@@ -251,13 +251,13 @@ class Tiles:
         result = self.product(name, rows[..., :-1], values[..., :-1].mT).mul_(drop)
         return result.add_(rows[..., -1:]).mul_(p)
 
-    def dropped(self, like: Tensor) -> Tensor | None:
-        """The dropout mask of the next tile with its factor 1 / (1 - p), None without dropout."""
-        if self.generator is None:
+    def dropped(self, at: Block) -> Tensor | None:
+        """The dropout mask of a tile with its factor 1 / (1 - p), None without dropout."""
+        if self.keep is None:
             return None
-        keep = 1.0 - self.options.dropout
-        mask = self.tile("dropout", *like.shape).bernoulli_(keep, generator=self.generator)
-        return mask.div_(keep) if keep > 0 else mask
+        rows = at.part(self.keep).flatten(0, 1).flatten(1, 2)
+        mask = self.tile("dropout", *rows.shape).copy_(rows)
+        return mask.div_(1.0 - self.options.dropout) if self.options.dropout < 1 else mask
 
 
 def slices(size: int, step: int) -> list[slice]:
@@ -267,7 +267,7 @@ def slices(size: int, step: int) -> list[slice]:
 def sequences(options: Options, starts: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, slice, Options]]:
     """Packed sequences one by one: query rows, key rows and options of each; an empty one where there is none."""
     rows, keys = (x.tolist() if x.numel() > 1 else [0, 0] for x in starts)
-    for i, (q0, q1, k0, k1) in enumerate(zip(rows, rows[1:], keys, keys[1:])):
+    for q0, q1, k0, k1 in zip(rows, rows[1:], keys, keys[1:]):
         offset = k1 - k0 - (q1 - q0) if options.align_right else options.offset
-        # every sequence draws a dropout mask of its own
-        yield slice(q0, q1), slice(k0, k1), replace(options, offset=offset, seed=int(options.seed) + i)
+        keep = None if options.keep is None else options.keep[:, :, q0:q1, : k1 - k0]
+        yield slice(q0, q1), slice(k0, k1), replace(options, offset=offset, keep=keep)

@@ -116,7 +116,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[A
     scale, softcap, offset, window, dropout, align_right, seed, q_start, k_start = flat
     if dropout and seed is None:
         raise TypeError("attention: the Triton kernels take the seed of the dropout mask as a tensor.")
-    options = Options(scale, softcap, offset, window, dropout, align_right, 0 if seed is None else seed)
+    options = Options(scale, softcap, offset, window, dropout, align_right, seed=0 if seed is None else seed)
     starts = None if q_start is None else (q_start, k_start)
     return Problem(q, k, v, mask, options, starts)
 
