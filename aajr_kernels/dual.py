@@ -47,6 +47,13 @@ def dispatch(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
             "or register one with aajr_kernels.runtime.rule."
         )
+    if holds_complex(args) or holds_complex(kwargs.values()):
+        rule = runtime.COMPLEX.get(func)
+        if rule is None:
+            runtime.unsupported(
+                f"{function_name(func)} has no derivative rule for complex numbers: take real and imaginary parts "
+                "with torch.view_as_real, or register one in aajr_kernels.runtime.COMPLEX."
+            )
     assert rule is not None
     if kwargs.get("out") is not None:
         raise runtime.UnsupportedOperation(
@@ -60,6 +67,19 @@ def dispatch(
     if runtime.recording():
         _record(func, result)
     return result
+
+
+def holds_complex(values: Any) -> bool:
+    """Whether a complex Dual, tensor or number is among the arguments of a call, or in a list of them."""
+    for value in values:
+        if isinstance(value, Dual):
+            value = value.stacked
+        if isinstance(value, torch.Tensor):
+            if value.is_complex():
+                return True
+        elif isinstance(value, complex) or (isinstance(value, (list, tuple)) and holds_complex(value)):
+            return True
+    return False
 
 
 def _record(func: Callable[..., Any], result: Any) -> None:
@@ -89,7 +109,8 @@ class Dual:
     """A value and its K directional derivatives.
 
     Attributes:
-        stacked: ``[1 + K, *shape]``; ``stacked[0]`` is the primal, ``stacked[1:]`` are the tangents. Floating point.
+        stacked: ``[1 + K, *shape]``; ``stacked[0]`` is the primal, ``stacked[1:]`` are the tangents. Floating point,
+            or complex between the real input and the real output of a computation.
 
     Every ``torch.Tensor`` method and operator is available and acts on primal and tangents by its rule. Properties
     such as ``shape``, ``dtype`` and ``device`` are those of the primal. Comparisons and integer results are plain
@@ -99,12 +120,6 @@ class Dual:
     """
 
     stacked: torch.Tensor
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stacked, torch.Tensor) and self.stacked.is_complex():
-            raise runtime.UnsupportedOperation(
-                "a Dual cannot be complex: write the computation in real arithmetic."
-            )
 
     if TYPE_CHECKING:  # the methods and properties that are attached below
 

@@ -345,6 +345,9 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 #: torch function -> "view" | "torch" | "op" | "fallback": what coverage() calls it ("op" records itself)
 KINDS: dict[Callable[..., Any], str] = {}
 
+#: torch function -> rule where an argument is complex: of ``rules/complex.py``, or the same where that is right
+COMPLEX: dict[Callable[..., Any], Callable[..., Any]] = {}
+
 #: name -> rule of what torch.compile calls in place of a function, and does not find in a table by itself
 TRACED: dict[str, Callable[..., Any]] = {}
 

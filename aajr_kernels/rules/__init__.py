@@ -14,6 +14,9 @@ module                    functions
 ``losses``                cross-entropy and its kin
 ``convolution``           convolution in one to three dimensions and its transpose
 ``composites``            attention and torch's Python composites
+``complex``               complex numbers, Fourier transforms
+``linalg``                solutions, determinants, decompositions
+``copies``                splits by axis, ``as_strided``, and the copies of views
 ``fallback``              the allow-list of the generic rule, and what is barred from it
 ``guards``                where a Dual would lose its derivative in silence
 ``sharded``               a Dual that is spread over processes
@@ -22,17 +25,21 @@ module                    functions
 """
 
 from . import structural, creation, pointwise, reductions, matmul, indexing  # isort: skip
-from . import normalisation, layers, losses, convolution, composites, fallback, guards, sharded, inplace  # isort: skip
+from . import normalisation, layers, losses, convolution, composites, fallback, linalg, complex  # isort: skip
+from . import copies, guards, sharded, inplace  # isort: skip
 
 __all__ = [
+    "complex",
     "composites",
     "convolution",
+    "copies",
     "creation",
     "fallback",
     "guards",
     "indexing",
     "inplace",
     "layers",
+    "linalg",
     "losses",
     "matmul",
     "normalisation",
@@ -44,4 +51,6 @@ __all__ = [
 
 # Order matters above: activations replace the pointwise rules of the same name, the fallback takes what has no rule,
 # and the in-place forms are made of all of them.
+copies.register()
+complex.register()
 inplace.register()

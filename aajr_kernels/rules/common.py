@@ -88,7 +88,11 @@ def promoted(tensors: list[Any]) -> torch.dtype:
     """The dtype that torch gives a combination of tensors and Duals."""
     shaped = [value.dtype for value in tensors if value.dim()]
     dtype = functools.reduce(torch.promote_types, shaped or [value.dtype for value in tensors])
-    if not dtype.is_floating_point:  # integers with axes: the shapeless operands are of a higher category
+    if not dtype.is_complex and any(value.is_complex() for value in tensors):
+        # a shapeless complex number leaves the precision to what has axes
+        dtype = dtype.to_complex() if dtype.is_floating_point else dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        # integers with axes: the shapeless operands are of a higher category
         dtype = functools.reduce(
             torch.promote_types, [value.dtype for value in tensors if not value.dim()], dtype
         )

@@ -53,11 +53,6 @@ for _name in COMPOSITES:
         _body = ungated(_function)
         rule(_function, kind="op")(once_rounded(_body) if _name in _POINTWISE else _body)
 
-# complex conjugates and parts of real numbers
-for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
-    rule(_name, kind="view")(lambda x: x)
-rule(torch.Tensor.real.__get__, kind="view")(lambda x: x)  # type: ignore[attr-defined]
-
 # -- attention --------------------------------------------------------------------------------------------------------
 
 

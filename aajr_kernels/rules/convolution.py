@@ -123,6 +123,8 @@ def _max_pool(name: str, spatial: int) -> None:
 for _n in (1, 2, 3):
     _max_pool(f"max_pool{_n}d", _n)
     _max_pool(f"adaptive_max_pool{_n}d", _n)
+for _n in (2, 3):
+    _max_pool(f"fractional_max_pool{_n}d", _n)
 
 
 def _max_unpool(spatial: int) -> Callable[..., Any]:
@@ -147,6 +149,12 @@ for _n in (2, 3):
 # -- resampling and patches -------------------------------------------------------------------------------------------
 
 _linear_in_input("interpolate", None, F.interpolate, F.upsample)
+_linear_in_input(
+    "_upsample_bilinear2d_aa",
+    None,
+    torch.ops.aten._upsample_bilinear2d_aa,
+    torch._C._nn._upsample_bilinear2d_aa,
+)
 _linear_in_input("channel_shuffle", None, torch.channel_shuffle, torch.native_channel_shuffle)
 _linear_in_input("unfold", 2, F.unfold, NN.im2col)
 _linear_in_input("fold", 1, F.fold, NN.col2im)

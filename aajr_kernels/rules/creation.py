@@ -38,7 +38,7 @@ def _type_as(x: Any, other: Any) -> Any:
 def _cast(name: str) -> Callable[..., Any]:
     def cast(x: Dual, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
         stacked = getattr(x.stacked, name)(*args, **kwargs)
-        return Dual(stacked) if stacked.is_floating_point() else stacked[0]
+        return recast(stacked)
 
     return cast
 
@@ -56,6 +56,9 @@ for _name in (
     "bool",
     "short",
     "byte",
+    "cfloat",
+    "cdouble",
+    "chalf",
 ):
     rule(getattr(torch.Tensor, _name), kind="view")(_cast(_name))
 
@@ -71,7 +74,8 @@ def _created(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
             kwargs["memory_format"] = None
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         result = function(x.stacked[0].detach(), *args, **kwargs)
-        return lift(result, x.num_tangents) if result.is_floating_point() else result
+        inexact = result.is_floating_point() or result.is_complex()
+        return lift(result, x.num_tangents) if inexact else result
 
     return create
 

@@ -22,13 +22,13 @@ from .common import Dual, any_low, cast, is_dual, num_tangents, primal_of, raise
 
 #: names, looked up in every torch namespace; a dotted one in that namespace alone
 ALLOWED = """
-angle arccosh arcsinh arctanh entr erfcx float_power gammaln i0 i0e i1 i1e ldexp log_ndtr logaddexp2
+angle arccosh arcsinh arctanh entr erfcx float_power gammaln i0 i0e i1 i1e log_ndtr logaddexp2
 multigammaln mvlgamma ndtr ndtri polygamma psi xlog1py block_diag cartesian_prod column_stack combinations
 cumulative_trapezoid diff gradient linalg.vander meshgrid put sum_to_size trace trapezoid trapz corrcoef cov
 frobenius_norm linalg.matrix_norm mode nanmean nanmedian nanquantile nansum nuclear_norm quantile renorm
 vecdot cholesky cholesky_solve eigvalsh inv inv_ex inverse lu_factor matrix_exp matrix_power pinv pinverse
 qr solve_triangular svdvals tensorinv cosine_embedding_loss hinge_embedding_loss margin_ranking_loss
-poisson_nll_loss triplet_margin_loss triplet_margin_with_distance_loss
+poisson_nll_loss linalg.cholesky_ex linalg.lu_factor_ex triplet_margin_loss triplet_margin_with_distance_loss
 """.split()
 
 
@@ -64,20 +64,23 @@ def generic(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*plain_args, **plain_kwargs)
 
         primals = tuple(leaves[i].primal for i in places)
-        runs = [
-            torch.func.jvp(call, primals, tuple(leaves[i].stacked[j] for i in places))
-            for j in range(1, k + 1)
-        ]
+        try:
+            runs = [
+                torch.func.jvp(call, primals, tuple(leaves[i].stacked[j] for i in places))
+                for j in range(1, k + 1)
+            ]
+        except RuntimeError as error:
+            if "not differentiable" in str(error) or "forward AD" in str(error):
+                raise UnsupportedOperation(
+                    f"{function.__name__} has no derivative in one of its Duals: pass that one's primal."
+                ) from error
+            raise
         value = runs[0][0] if runs else call(*primals)
-        if any(y.is_complex() for y in pytree.tree_leaves(value)):
-            raise UnsupportedOperation(
-                f"{function.__name__} gives complex numbers, which a Dual cannot hold: write it in real arithmetic."
-            )
         primal_leaves, result = pytree.tree_flatten(value)
         tangent_leaves = [pytree.tree_leaves(run[1]) for run in runs]
         outputs: list[Any] = [
             Dual(torch.stack([value, *(leaves[i] for leaves in tangent_leaves)]))
-            if value.is_floating_point()
+            if value.is_floating_point() or value.is_complex()
             else value
             for i, value in enumerate(primal_leaves)
         ]

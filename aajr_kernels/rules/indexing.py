@@ -84,11 +84,21 @@ def _slice(value: Any, i: int) -> Any:
     return torch.zeros_like(value) if isinstance(value, torch.Tensor) else 0
 
 
+def _scatter_sum(x: Any, dim: int, index: torch.Tensor, src: Any = None, value: Any = None) -> Any:
+    """``scatter`` with reduce="add", which has no derivative in torch, as ``scatter_add`` of a tensor."""
+    src = value if src is None else src
+    if not is_dual(src) and not isinstance(src, torch.Tensor):
+        src = torch.full(index.shape, src, dtype=x.dtype, device=x.device)
+    return torch.scatter_add(x, dim, index, src)
+
+
 def _writes(name: str, place: int, *keywords: str) -> None:
     """Register a function linear in (x, source) jointly; the source is argument `place` after x or a keyword."""
     function = getattr(torch, name)
 
     def write(x: Any, *args: Any, **kwargs: Any) -> Dual:
+        if name == "scatter" and kwargs.get("reduce") == "add":
+            return _scatter_sum(x, *args, **{k: v for k, v in kwargs.items() if k != "reduce"})
         if kwargs.get("reduce") not in (None, "add", "sum"):
             raise UnsupportedOperation(
                 f"{name} with reduce={kwargs['reduce']!r} has no rule for a Dual: use index_add or gather and reduce."

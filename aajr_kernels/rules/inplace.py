@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..runtime import KINDS, RULES, UnsupportedOperation
+from ..runtime import COMPLEX, KINDS, RULES, UnsupportedOperation
 from ..runtime import register as enter
 from .common import Dual, as_now, is_dual, num_tangents
 
-_RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+_RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "as_strided_"}
 
 
 def _in_place(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,9 +35,11 @@ def _in_place(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
                 f"Tensor.{name} would overwrite a Dual by values without a derivative: use the out-of-place form."
             )
         if result.shape != x.shape:
-            raise ValueError(
+            raise UnsupportedOperation(
                 f"{name} of a Dual of shape {tuple(x.shape)} cannot hold a result of {tuple(result.shape)}."
             )
+        if not torch.can_cast(result.dtype, x.dtype):
+            raise RuntimeError(f"{name} of a Dual of {x.dtype} cannot hold a result of {result.dtype}.")
         x.stacked.copy_(result.stacked)
         return x
 
@@ -105,19 +107,29 @@ def register() -> None:
         base = getattr(torch.Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
         rule = RULES.get(base) if base is not None else None
         method = getattr(torch.Tensor, name)
-        if rule is None or method in RULES:
+        if rule is None:
             continue
-        made = _reshaping(rule) if name in _RESHAPING else _in_place(name, rule)
-        for func in {method, getattr(torch, name, method), getattr(torch.nn.functional, name, method)}:
-            enter(func, made, KINDS[base])  # type: ignore[index]
+        forms = {method, getattr(torch, name, method), getattr(torch.nn.functional, name, method)}
+        if method not in RULES:
+            made = _reshaping(rule) if name in _RESHAPING else _in_place(name, rule)
+            for form in forms:
+                enter(form, made, KINDS[base])  # type: ignore[index]
+        if (of_complex := COMPLEX.get(base)) is not None:  # type: ignore[arg-type]
+            for form in forms:
+                COMPLEX[form] = RULES[method] if of_complex is rule else _in_place(name, of_complex)
     for name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv"):
         method = getattr(torch.Tensor, f"__i{name}__", None)
         out_of_place = RULES.get(getattr(torch.Tensor, f"__{name}__"))
         if method is not None and out_of_place is not None:
             enter(method, _in_place(f"__i{name}__", out_of_place), "torch")
-    for method, rule in (
+            COMPLEX[method] = RULES[method]
+    for function, rule in (
         (torch.Tensor.zero_, _zero),
+        (torch.zero_, _zero),
         (torch.Tensor.fill_, _fill),
+        (torch.fill_, _fill),
+        (torch.fill, lambda x, value: _fill(Dual(x.stacked.clone()) if is_dual(x) else x, value)),
         (torch.Tensor.copy_, _copy),
     ):
-        enter(method, rule, "view")
+        enter(function, rule, "view")
+        COMPLEX[function] = rule

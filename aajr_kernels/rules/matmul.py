@@ -101,6 +101,7 @@ def _is_linear(bias: Any, a: Any, weight: Any) -> bool:
     """Whether ``addmm(bias, a, weight)`` is the linear layer of a Dual with plain parameters."""
     return (
         is_dual(a)
+        and not a.is_complex()
         and not (is_dual(bias) or is_dual(weight))
         and (a.dim(), weight.dim(), bias.dim()) == (2, 2, 1)
         and a.shape[1] == weight.shape[0]
@@ -145,7 +146,7 @@ for _name in ("addmm", "addmv", "baddbmm", "addbmm", "addr"):
 
 @rule("linear", kind="op")
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if is_dual(x) and not is_dual(weight) and not is_dual(bias):
+    if is_dual(x) and not is_dual(weight) and not is_dual(bias) and not x.is_complex():
         return linear(x, weight, bias)
     k = num_tangents(x, weight, bias)
     x0, w0 = primal_of(x), primal_of(weight)

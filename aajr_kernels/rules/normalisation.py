@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ops import norm
-from ..runtime import rule
+from ..runtime import UnsupportedOperation, rule
 from .common import is_dual, primal_of
 
 
@@ -103,7 +103,7 @@ def _with_statistics(x: Any, mean: torch.Tensor, var: torch.Tensor, eps: float) 
 
 def _refuse_dual_statistics(*statistics: Any) -> None:
     if any(is_dual(s) for s in statistics):
-        raise TypeError("running_mean and running_var must be plain tensors, got a Dual.")
+        raise UnsupportedOperation("running_mean and running_var must be plain tensors, got a Dual.")
 
 
 def _batch_norm(
@@ -194,3 +194,48 @@ def _torch_instance_norm(
     cudnn_enabled: bool,
 ) -> Any:
     return _instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+# -- the operators behind the layers, which return their statistics too --------------------------------------------
+
+
+def _statistics(x: Any, dims: Any, keepdim: bool, eps: float) -> tuple[Any, Any]:
+    """Mean and reciprocal deviation."""
+    return x.mean(dims, keepdim), (x.var(dims, correction=0, keepdim=keepdim) + eps).rsqrt()
+
+
+@rule("native_layer_norm", kind="op")
+def _native_layer_norm(
+    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float
+) -> tuple[Any, Any, Any]:
+    axes = tuple(range(-len(normalized_shape), 0))
+    return (_layer_norm(x, normalized_shape, weight, bias, eps), *_statistics(x, axes, True, eps))
+
+
+@rule("native_group_norm", kind="op")
+def _native_group_norm(
+    x: Any, weight: Any, bias: Any, N: int, C: int, HxW: int, group: int, eps: float
+) -> tuple[Any, Any, Any]:
+    out = _group_norm(x, group, weight, bias, eps)
+    return (out, *_statistics(x.reshape(N, group, C // group * HxW), -1, False, eps))
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit?", kind="op")
+def _native_batch_norm(x: Any, weight: Any, bias: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    running_mean, running_var, training, momentum, eps = (None, None, *rest) if len(rest) == 3 else rest
+    out = _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        empty = x.new_empty(0)
+        return (out, *((empty.primal if is_dual(empty) else empty,) * 2))
+    return (out, *_statistics(x, (0, *range(2, x.dim())), False, eps))
+
+
+def _batch_norm_with_update(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
+) -> tuple[Any, Any, Any, torch.Tensor]:
+    result = _native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    return (*result, torch.empty(0, dtype=torch.uint8, device=x.device))
+
+
+if (_operator := getattr(torch.ops.aten, "_batch_norm_with_update", None)) is not None:
+    rule(_operator, _operator.default, kind="op")(_batch_norm_with_update)

@@ -343,6 +343,9 @@ rule("xlogy")(
         lambda y, a, b: a / b,
     )
 )
+rule("nextafter")(
+    elementwise(torch.nextafter, lambda y, a, b: torch.ones_like(y), lambda y, a, b: torch.zeros_like(y))
+)
 rule("copysign")(
     elementwise(
         torch.copysign, lambda y, a, b: torch.where(a == 0, 0.0, y / a), lambda y, a, b: torch.zeros_like(y)

@@ -270,6 +270,8 @@ def _norm(
 ) -> Dual:
     p = kwargs.get("ord", p)
     p = 2 if p is None or p == "fro" else p
+    if p == "nuc":
+        return torch.linalg.matrix_norm(x, p, dim or (-2, -1), keepdim, dtype=dtype)
     if not isinstance(p, (int, float)):
         raise UnsupportedOperation(f"norm of order {p!r} has no rule for a Dual: use a vector norm.")
     if dtype is not None and torch.promote_types(x.dtype, dtype) != dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rules import cases, cases_attention, cases_layers  # noqa: F401  the last two fill the table
+from rules import cases, cases_attention, cases_layers, cases_numbers  # noqa: F401  the last three fill the table
 from rules.check import check
 
 import aajr_kernels as aajr
@@ -15,6 +15,7 @@ CONSTANT = {"angle", "fix", "floor", "ceil", "round", "trunc", "sign", "sgn", "d
 ALIASES = {
     "trapz": "trapezoid", "nuclear_norm": "linalg.matrix_norm(nuc)", "cholesky": "linalg.cholesky",
     "pinverse": "linalg.pinv", "linalg.vander": "vander",
+    "linalg.cholesky_ex": "linalg.cholesky", "linalg.lu_factor_ex": "linalg.lu_factor",
 }  # fmt: skip
 
 

@@ -46,27 +46,10 @@ def made(*shape: int, k: int = 1) -> aajr.Dual:
 # -- refused, with a message ----------------------------------------------------------------------------------------
 
 BARRED: dict[str, Callable[[aajr.Dual], Any]] = {
-    "native_layer_norm": lambda x: torch.native_layer_norm(x, (3,), None, None, 1e-5),
-    "native_batch_norm": lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5),
-    "native_group_norm": lambda x: torch.native_group_norm(x, None, None, 3, 3, 1, 1, 1e-5),
-    "linalg_solve": lambda x: torch.linalg.solve(x, x),
-    "linalg_solve_ex": lambda x: torch.linalg.solve_ex(x, x),
-    "linalg_det": torch.linalg.det,
-    "det": torch.det,
-    "linalg_slogdet": torch.linalg.slogdet,
-    "slogdet": torch.slogdet,
-    "logdet": torch.logdet,
     "scatter_reduce": lambda x: x.scatter_reduce(0, torch.zeros(3, 3, dtype=torch.long), x, "prod"),
     "index_reduce": lambda x: x.index_reduce(0, torch.tensor([0, 1, 0]), x, "prod"),
-    "cholesky_inverse": torch.cholesky_inverse,
-    "householder_product": lambda x: torch.linalg.householder_product(x, x[0]),
     "bessel_j0": torch.special.bessel_j0,
     "chebyshev": lambda x: torch.special.chebyshev_polynomial_t(x, 2),
-    "fft_fft": torch.fft.fft,
-    "stft": lambda x: torch.stft(x, 2, return_complex=True),
-    "as_strided": lambda x: x.as_strided((2,), (1,)),
-    "linalg_eig": torch.linalg.eig,
-    "linalg_eigh": torch.linalg.eigh,
     "aten op": lambda x: torch.ops.aten.add(x, x),
     "custom op": lambda x: twice(x, []),
     "custom op packet": lambda x: torch.ops.aajr_test.twice(x, []),
@@ -189,10 +172,10 @@ for apply in (first, Square.apply):
 def test_the_message_names_function_and_remedy_and_coverage_counts_it() -> None:
     with (
         aajr.coverage() as coverage,
-        pytest.raises(UnsupportedOperation, match=r"logdet has no derivative rule.*runtime\.rule"),
+        pytest.raises(UnsupportedOperation, match=r"bessel_j0 has no derivative rule.*runtime\.rule"),
     ):
-        torch.logdet(made(3, 3))
-    assert coverage.unsupported == ["torch.logdet"]
+        torch.special.bessel_j0(made(3, 3))
+    assert coverage.unsupported == ["torch.special_bessel_j0"]
 
 
 def test_nothing_barred_is_on_the_fallbacks_list() -> None:
@@ -209,11 +192,6 @@ def test_barred_functions_a_transformer_needs_have_rules_of_their_own() -> None:
         F.scaled_dot_product_attention,
     ):
         assert function in RULES
-
-
-def test_the_fallback_refuses_complex_results() -> None:
-    with pytest.raises(UnsupportedOperation, match="complex"):
-        fallback.generic(torch.linalg.eigvals)(made(3, 3))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -358,6 +336,5 @@ def test_forward_hooks_see_the_dual() -> None:
 
 def test_a_cast_to_complex_numbers_does_not_drop_the_tangent():
     x = aajr.dual(torch.ones(2), torch.ones(2))
-    for cast in (lambda: x.to(torch.complex64), lambda: x.type(torch.complex64)):
-        with pytest.raises(aajr.UnsupportedOperation, match="cannot be complex"):
-            cast()
+    for cast in (lambda: x.to(torch.complex64), lambda: x.type(torch.complex64), lambda: x.cfloat()):
+        assert torch.equal(cast().tangent, torch.ones(2, dtype=torch.complex64))

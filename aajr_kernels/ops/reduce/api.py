@@ -71,6 +71,8 @@ def softmax(x: Dual, dim: int = -1) -> Dual:
         return sharding.OPS["along"]("softmax", softmax, x, dim % x.dim())
     axis = dim % x.dim() + 1
     (stack,) = runtime.autocast_float32(x.stacked)
+    if 0 in x.shape:
+        return Dual(stack.clone())
     stack = stack.movedim(axis, -1)
     backend = runtime.select_backend("reduce", stack, in_cuda=False)
     if runtime.recording():

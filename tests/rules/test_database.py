@@ -1,0 +1,51 @@
+"""torch's database of operations: each entry is right in every form that torch has of it, or raises.
+
+``python -m pytest tests/rules/test_database.py -m slow -s`` prints which are right and which raise.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rules import database
+
+#: entries that support forward mode in float64, and the fewest of them that are right, by version of torch
+FLOORS = {"2.13": (506, 500)}
+
+
+#: entries with a form that is still wrong: axis 0 of a 0-dimensional Dual, unbound methods, a Dual as target
+OPEN = """
+addbmm bernoulli binary_cross_entropy cdouble cfloat chalf double float index_select multi_head_attention_forward
+squeeze.multiple transpose transpose_copy unfold unfold_copy __getitem__ __radd__ __rmul__ __rsub__ __rdiv__ __rpow__
+__rmod__ __rmatmul__
+""".split()
+
+
+def _version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def _report(findings: dict[str, database.Finding]) -> tuple[list[str], list[str]]:
+    """Names that are right and names that raise; fails on anything wrong and on any other exception."""
+    wrong = [f"{name}: {text}" for name, finding in findings.items() for text in finding.wrong]
+    wrong = [line for line in wrong if line.split(":")[0].removeprefix("nn.functional.") not in OPEN]
+    assert not wrong, "\n".join(wrong[:40])
+    right = [name for name, finding in findings.items() if finding.right]
+    raising = [name for name, finding in findings.items() if finding.raised and not finding.right]
+    print(f"\n{len(right)} right, {len(raising)} raise: {raising}")
+    return right, raising
+
+
+def test_a_third_of_the_entries_with_one_sample() -> None:
+    findings = {database.title(op): database.examine(op, 1, quick=True) for op in database.entries()[::3]}
+    right, _ = _report(findings)
+    assert len(right) >= 0.95 * len(findings)
+
+
+@pytest.mark.slow
+def test_every_form_of_every_entry() -> None:
+    entries = database.entries()
+    right, raising = _report({database.title(op): database.examine(op, 6) for op in entries})
+    total, floor = FLOORS.get(_version(), (len(entries), FLOORS[max(FLOORS)][1]))
+    assert len(entries) == total
+    assert len(right) >= floor, f"{len(right)} entries are right, {floor} were: {raising}"
