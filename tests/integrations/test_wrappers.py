@@ -9,7 +9,7 @@ import inspect
 import pytest
 import torch
 from budgets import assert_exact, assert_exact_gradients
-from integrations.subjects import cache_name, tiny
+from integrations.subjects import SUBJECTS, cache_name, tiny
 from torch import nn
 from zoo import LENGTH, embeddings, padding
 
@@ -170,8 +170,6 @@ def test_a_decorated_rotary_embedding(monkeypatch, listing, decorator):
 
 
 def test_decorated_gates_of_experts(monkeypatch):
-    from integrations.subjects import SUBJECTS
-
     subject = SUBJECTS["mixtral-sdpa-grouped_mm"]()
     experts = type(subject.model.model.layers[0].mlp.experts)
     expected = fuse(subject.model)
@@ -307,13 +305,13 @@ def test_a_renamed_argument_keeps_its_old_name():
     assert cache.get_seq_length() == 5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_generation_goes_on_as_before(name):
-    """Left padding, caches and, in Qwen2's second layer, a window."""
-    model = tiny(name)
-    tokens = torch.randint(3, 97, (2, 9))
-    mask = padding((9, 5), "left", 9).long()
-    options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, output_scores=True)
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_generation_goes_on_as_before(name, options):
+    """Left padding, windows, and caches of both kinds: for a static one generate() makes the masks."""
+    model = SUBJECTS["mistral-sdpa"]().model if name == "mistral" else tiny(name)
+    tokens, mask = torch.randint(3, 97, (2, 9)), padding((9, 5), "left", 9).long()
+    options = options | dict(attention_mask=mask, max_new_tokens=6, do_sample=False, output_scores=True)
     expected = model.generate(tokens, return_dict_in_generate=True, **options)
     with fuse(model):
         found = model.generate(tokens, return_dict_in_generate=True, **options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,13 @@ class Visibility:
     causal: bool | str = False
     window: int | None = None
     mask: torch.Tensor | None = None
+
+    #: with `contiguous`: the part of a prepared mask's interface that generate() and the models ask for, where a cache
+    #: of fixed size has its masks made ahead of the model
+    ndim: ClassVar[int] = 4
+
+    def contiguous(self) -> Visibility:
+        return self
 
 
 def _cell(function: Any, name: str) -> Any:
@@ -72,7 +79,7 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
         q_offset: Any = 0,
         kv_offset: int = 0,
         mask_function: Any = causal,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Visibility | None = None,
         device: Any = "cpu",
         use_vmap: bool = False,
         local_size: int | None = None,
@@ -81,6 +88,8 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
         **kwargs: Any,
     ) -> Visibility:
         """Visibility of `kv_length` keys from `kv_offset` for `q_length` queries from `q_offset`."""
+        if isinstance(attention_mask, Visibility):  # made ahead of the model
+            return attention_mask
         found = structure(mask_function)
         if (
             found is None
