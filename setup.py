@@ -15,6 +15,7 @@ the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs (two otherwise).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,6 +24,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +166,22 @@ def run(*command: str) -> None:
         raise BuildFailed(first_error(done.stdout))
 
 
+@contextlib.contextmanager
+def timed(seconds: dict[str, dict[str, float]], part: str) -> Iterator[None]:
+    """Add to `seconds` what a part of the build takes: on the wall clock, and on all processors together."""
+    import resource  # Unix, as every build is
+
+    def now() -> dict[str, float]:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {"wall": time.monotonic(), "processor": used.ru_utime + used.ru_stime}
+
+    start = now()
+    yield
+    spent = seconds.setdefault(part, dict.fromkeys(start, 0.0))
+    for clock, end in now().items():
+        spent[clock] = round(spent[clock] + end - start[clock], 1)
+
+
 class BuildPython(build_py):
     def run(self) -> None:
         super().run()
@@ -179,9 +198,11 @@ class BuildNative(build_ext):
         compiler = find_compiler()
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         remove_module(package, "_cuda")
+        self.seconds: dict[str, dict[str, float]] = {}
         try:
-            build = self._configure()
-            self._build(build, "_native", library)
+            with timed(self.seconds, "native"):
+                build = self._configure()
+                self._build(build, "_native", library)
         except BuildFailed as error:
             reason = f"its compilation with {compiler} failed: {error}"
             remove_module(package)
@@ -191,7 +212,8 @@ class BuildNative(build_ext):
             if CUDA_WISH == "ON":
                 raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {error}") from error
             raise CompileError(reason) from error
-        write_build_info(package, native=True, reason=None, compiler=compiler, **self._cuda(build, package))
+        cuda = self._cuda(build, package)
+        write_build_info(package, native=True, reason=None, compiler=compiler, **cuda, seconds=self.seconds)
 
     def _cuda(self, build: Path, package: Path) -> dict[str, Any]:
         """Build the CUDA module where CMake found what it takes; what came of it, for the record.
@@ -205,7 +227,8 @@ class BuildNative(build_ext):
         if not found["cuda"]:
             return {"cuda": False, "cuda_reason": why_not_cuda() or found["cuda_reason"]}
         try:
-            self._build(build, "_cuda", package.resolve() / file_of("_cuda"))
+            with timed(self.seconds, "cuda"):
+                self._build(build, "_cuda", package.resolve() / file_of("_cuda"))
         except BuildFailed as error:
             reason = f"its compilation failed: {error}"
             if CUDA_WISH == "ON":

@@ -167,7 +167,11 @@ def native_status() -> str:
         return "native CPU kernels: unknown, the build left no record"
     if not info["native"]:
         return f"native CPU kernels: none, {info['reason']}; the reference backend works"
-    return f"native CPU kernels: built with {info['compiler']}"
+    parts = [
+        f"{name} {took['wall']:.0f} s, {took['processor']:.0f} s of processor time"
+        for name, took in info.get("seconds", {}).items()
+    ]
+    return "; ".join([f"native CPU kernels: built with {info['compiler']}", *parts])
 
 
 def dependencies() -> list[str]:

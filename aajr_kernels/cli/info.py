@@ -169,8 +169,14 @@ def _native_table(facts: dict[str, Any]) -> Table | Text:
     table.add_row(
         "compiler", module["compiler"] + (f", {build['compiler']}" if build.get("compiler") else "")
     )
+    if took := (build.get("seconds") or {}).get("native"):
+        table.add_row("build took", _seconds(took))
     table.add_row("file", module["file"])
     return table
+
+
+def _seconds(took: dict[str, float]) -> str:
+    return f"{took['wall']:.0f} s, {took['processor']:.0f} s of processor time"
 
 
 def _cuda_table(facts: dict[str, Any]) -> Table | Text:
@@ -180,6 +186,8 @@ def _cuda_table(facts: dict[str, Any]) -> Table | Text:
     table = _table("CUDA C++ kernels (experimental: chosen by name)", "what", "value")
     table.add_row("architectures", ", ".join(module["architectures"]) or "the CPU, for tests")
     table.add_row("toolkit", module["toolkit"])
+    if took := (facts["build"].get("seconds") or {}).get("cuda"):
+        table.add_row("build took", _seconds(took))
     table.add_row("file", module["file"])
     return table
 

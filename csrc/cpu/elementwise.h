@@ -74,14 +74,42 @@ AAJR_INLINE void give(T* p, Group<T> x, int64_t n) {
     give_part(p, x, n);
 }
 
-// An activation F of activation_functions.h on a group.
-template <class F, class T>
-AAJR_INLINE void first(Group<T> x, Group<T>& f, Group<T>& f1) {
-  for (int i = 0; i < Group<T>::count; ++i) F::first(x.v[i], f.v[i], f1.v[i]);
+// An activation on a group, and its derivatives up to the first or the second.
+template <class T>
+struct Values {
+  Group<T> f, f1, f2;
+};
+
+// An activation F of activation_functions.h on several vectors. Called through a pointer, so that the loops over memory are
+// compiled once per storage type and not for every activation too; several vectors hide what the call costs.
+using Evaluate = void (*)(const vf* x, int count, vf* f, vf* f1, vf* f2);
+template <class F, bool Second>
+void evaluate_several(const vf* x, int count, vf* f, vf* f1, vf* f2) {
+  for (int i = 0; i < count; ++i) {
+    if (Second) F::second(x[i], f[i], f1[i], f2[i]);
+    else F::first(x[i], f[i], f1[i]);
+  }
 }
-template <class F, class T>
-AAJR_INLINE void second(Group<T> x, Group<T>& f, Group<T>& f1, Group<T>& f2) {
-  for (int i = 0; i < Group<T>::count; ++i) F::second(x.v[i], f.v[i], f1.v[i], f2.v[i]);
+
+// step(values, i) for the groups of x[0, n), the last of them partial.
+template <class T, class Step>
+AAJR_INLINE void for_groups(const T* x, int64_t n, Evaluate evaluate, const Step& step) {
+  constexpr int several = 8, vectors = Group<T>::count, size = Group<T>::size;
+  vf in[several], f[several], f1[several], f2[several];
+  for (int64_t first = 0; first < n;) {
+    int count = 0;
+    for (int64_t i = first; count < several && i < n; i += size, count += vectors) {
+      const Group<T> group = take(x + i, n - i);
+      for (int j = 0; j < vectors; ++j) in[count + j] = group.v[j];
+    }
+    evaluate(in, count, f, f1, f2);
+    for (int i = 0; i < count; i += vectors, first += size) {
+      Values<T> values;
+      for (int j = 0; j < vectors; ++j)
+        values.f.v[j] = f[i + j], values.f1.v[j] = f1[i + j], values.f2.v[j] = f2[i + j];
+      step(values, first);
+    }
+  }
 }
 
 // body(pointers, n) for every piece of a row, `pointers[i]` its first element in streams[i] (null where that is null).

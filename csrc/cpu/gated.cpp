@@ -7,20 +7,16 @@ namespace aajr {
 namespace AAJR_ARCH {
 namespace {
 
-// `Plain`: one tangent on both sides, everything wanted, no tail; otherwise the fields of `p` decide.
-template <class F, class T>
 struct ForwardStep {
-  template <bool Plain>
-  static AAJR_INLINE void run(const Gated& p, T* const* at, int64_t i, int64_t n) {
-    const int64_t k_count = Plain ? 1 : p.tangents, left = Plain ? Group<T>::size : n - i;
-    const bool gate_moves = Plain || p.gate_moves, up_moves = Plain || p.up_moves;
+  static constexpr bool second = false;
+  template <class T>
+  static AAJR_INLINE void run(const Gated& p, T* const* at, const Values<T>& v, int64_t i, int64_t n) {
+    const int64_t k_count = p.tangents, left = n - i;
+    const bool gate_moves = p.gate_moves, up_moves = p.up_moves;
     const T *g = at[0] + i, *u = at[1] + i;
     T* h = at[2] + i;
-    Group<T> f, f1;
-    first<F>(take(g, left), f, f1);
-    const Group<T> up = take(u, left);
+    const Group<T> up = take(u, left), f = v.f, f1 = v.f1 * up;
     give(h, f * up, left);
-    f1 = f1 * up;
     for (int64_t k = 1; k <= k_count; ++k) {
       Group<T> tangent{};
       if (gate_moves) tangent = take(g + k * p.gate.stack, left) * f1;
@@ -30,17 +26,16 @@ struct ForwardStep {
   }
 };
 
-template <class F, class T>
 struct BackwardStep {
-  template <bool Plain>
-  static AAJR_INLINE void run(const Gated& p, T* const* at, int64_t i, int64_t n) {
-    const int64_t k_count = Plain ? 1 : p.tangents, left = Plain ? Group<T>::size : n - i;
-    const bool gate_moves = Plain || p.gate_moves, up_moves = Plain || p.up_moves;
+  static constexpr bool second = true;
+  template <class T>
+  static AAJR_INLINE void run(const Gated& p, T* const* at, const Values<T>& v, int64_t i, int64_t n) {
+    const int64_t k_count = p.tangents, left = n - i;
+    const bool gate_moves = p.gate_moves, up_moves = p.up_moves;
     const T *g = at[0] + i, *u = at[1] + i, *h = at[2] + i;
     T *g_bar = at[3], *u_bar = at[4];
-    const bool gate_wanted = Plain || g_bar, up_wanted = Plain || u_bar;
-    Group<T> f, f1, f2;
-    second<F>(take(g, left), f, f1, f2);
+    const bool gate_wanted = g_bar, up_wanted = u_bar;
+    const Group<T> f = v.f, f1 = v.f1, f2 = v.f2;
     const Group<T> up = take(u, left), cotangent = take(h, left), f1_up = f1 * up;
     Group<T> along_gate{}, along_up = cotangent * up;
     for (int64_t k = 1; k <= k_count; ++k) {
@@ -59,41 +54,37 @@ struct BackwardStep {
   }
 };
 
-template <template <class, class> class Step, class F, class T>
-void rows(const Gated& p) {
+template <class Step, class T>
+void rows(const Gated& p, Evaluate evaluate) {
   const Stream* const streams[] = {&p.gate, &p.up, &p.h, &p.gate_bar, &p.up_bar};
-  const bool forward = !p.gate_bar.data && !p.up_bar.data;
-  const bool plain = p.tangents == 1 && p.gate_moves && p.up_moves && (forward || (p.gate_bar.data && p.up_bar.data));
   for_rows<T>(p.layout, streams, 1 + p.tangents, p.threads, [&](T* const(&at)[5], int64_t n) {
-    int64_t i = 0;
-    if (plain)
-      for (; i + Group<T>::size <= n; i += Group<T>::size) Step<F, T>::template run<true>(p, at, i, n);
-    for (; i < n; i += Group<T>::size) Step<F, T>::template run<false>(p, at, i, n);
+    for_groups(at[0], n, evaluate, [&](const Values<T>& v, int64_t i) { Step::run(p, at, v, i, n); });
   });
 }
 
-template <template <class, class> class Step, class F>
-void with_dtype(const Gated& p) {
-  switch (p.dtype) {
-    case DType::f32: return rows<Step, F, float>(p);
-    case DType::bf16: return rows<Step, F, bf16>(p);
-    default: return rows<Step, F, f16>(p);
+template <class Step>
+Evaluate evaluation(Activation kind) {
+  switch (kind) {
+    case Activation::gelu: return evaluate_several<Gelu, Step::second>;
+    case Activation::gelu_tanh: return evaluate_several<GeluTanh, Step::second>;
+    default: return evaluate_several<Silu, Step::second>;
   }
 }
 
-template <template <class, class> class Step>
-void with_kind(const Gated& p) {
-  switch (p.kind) {
-    case Activation::gelu: return with_dtype<Step, Gelu>(p);
-    case Activation::gelu_tanh: return with_dtype<Step, GeluTanh>(p);
-    default: return with_dtype<Step, Silu>(p);
+template <class Step>
+void with_dtype(const Gated& p) {
+  const Evaluate evaluate = evaluation<Step>(p.kind);
+  switch (p.dtype) {
+    case DType::f32: return rows<Step, float>(p, evaluate);
+    case DType::bf16: return rows<Step, bf16>(p, evaluate);
+    default: return rows<Step, f16>(p, evaluate);
   }
 }
 
 }  // namespace
 
 const GatedKernels& gated_kernels() {
-  static const GatedKernels kernels{with_kind<ForwardStep>, with_kind<BackwardStep>};
+  static const GatedKernels kernels{with_dtype<ForwardStep>, with_dtype<BackwardStep>};
   return kernels;
 }
 

@@ -218,12 +218,11 @@ AAJR_INLINE void backward_write(const NormBackward& p, const Row<T>& row, const 
     }
   };
   struct One { char vectors[1]; };
-  struct Four { char vectors[4]; };
+  struct Several { char vectors[Single ? 1 : 4]; };
+  constexpr int step = sizeof(Several) * W;
   int64_t i = 0;
-  if (!Single)
-    for (; i + 4 * W <= n; i += 4 * W) block(i, Whole{}, Four{});
-  for (; i + W <= n; i += W) block(i, Whole{}, One{});
-  if (i < n) block(i, Part{n - i}, One{});
+  for (; i + step <= n; i += step) block(i, Whole{}, Several{});
+  for (; i < n; i += W) block(i, Part{n - i}, One{});
 }
 
 template <class T, bool Centred>

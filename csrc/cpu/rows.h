@@ -9,7 +9,7 @@
 namespace aajr {
 namespace AAJR_ARCH {
 
-// Tags of a step: W elements, or the last n < W.
+// Tags of a step: W elements, or the first W of n where there are so many.
 struct Whole {};
 struct Part {
   int64_t n;
@@ -18,11 +18,16 @@ struct Part {
 template <class T>
 AAJR_INLINE vf read(const T* p, Whole, float = 0.0f) { return load(p); }
 template <class T>
-AAJR_INLINE vf read(const T* p, Part part, float rest = 0.0f) { return load_part(p, part.n, rest); }
+AAJR_INLINE vf read(const T* p, Part part, float rest = 0.0f) {
+  return part.n >= W ? load(p) : load_part(p, part.n, rest);
+}
 template <class T>
 AAJR_INLINE void write(T* p, vf x, Whole) { store(p, x); }
 template <class T>
-AAJR_INLINE void write(T* p, vf x, Part part) { store_part(p, x, part.n); }
+AAJR_INLINE void write(T* p, vf x, Part part) {
+  if (part.n >= W) store(p, x);
+  else store_part(p, x, part.n);
+}
 
 // body(i, u, tag) for the vectors of [begin, end): u < U tells independent accumulators apart.
 template <int U, class Body>
@@ -32,8 +37,8 @@ AAJR_INLINE void walk(int64_t begin, int64_t end, const Body& body) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) body(i + u * W, u, Whole{});
   }
-  for (; i + W <= end; i += W) body(i, 0, Whole{});
-  if (i < end) body(i, 0, Part{end - i});
+  // what is left, up to U - 1 whole vectors and a part of one, shares one copy of the body
+  for (; i < end; i += W) body(i, 0, Part{end - i});
 }
 
 // N sums over a row at once: body(i, tag, add) calls add(j, vector) for sum j. Blocks keep the float32 chains short

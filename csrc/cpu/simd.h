@@ -117,9 +117,10 @@ AAJR_INLINE void store(f16* p, vf x) {
 }
 #endif
 
-// The first n < W elements; the others read as `rest` and are not written.
+// The first n < W elements; the others read as `rest` and are not written. Out of line: the rare path is long, and used
+// in many places.
 template <class T>
-AAJR_INLINE vf load_part(const T* p, int64_t n, float rest = 0.0f) {
+inline __attribute__((noinline)) vf load_part(const T* p, int64_t n, float rest = 0.0f) {
   T buffer[W] = {};
   std::memcpy(buffer, p, n * sizeof(T));
   vf x = load(buffer);
@@ -129,7 +130,7 @@ AAJR_INLINE vf load_part(const T* p, int64_t n, float rest = 0.0f) {
   return x;
 }
 template <class T>
-AAJR_INLINE void store_part(T* p, vf x, int64_t n) {
+inline __attribute__((noinline)) void store_part(T* p, vf x, int64_t n) {
   T buffer[W];
   store(buffer, x);
   std::memcpy(p, buffer, n * sizeof(T));

@@ -75,7 +75,8 @@ def test_tables_describe_the_cuda_module():
 def test_tables_describe_the_native_module():
     facts = info.collect()
     facts["backends"]["native"] = None
-    facts["build"] = {"native": True, "compiler": "/usr/bin/c++"}
+    took = {"native": {"wall": 40.6, "processor": 71.2}}
+    facts["build"] = {"native": True, "compiler": "/usr/bin/c++", "seconds": took}
     facts["native"] = {
         "file": "_native.so",
         "capability": "avx2",
@@ -91,6 +92,7 @@ def test_tables_describe_the_native_module():
         "default, avx2; not on this processor: amx",
         "7, its own",
         "GCC 12.2.0, /usr/bin/c++",
+        "41 s, 71 s of processor time",
         "_native.so",
     ):
         assert part in text, part
