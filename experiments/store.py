@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from aajr_kernels.method.training.record import read_json_lines
+
 __all__ = ["Row", "Store", "environment", "read"]
 
 Row = dict[str, Any]
@@ -31,25 +33,24 @@ def environment() -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Header and rows of the complete tasks of a file.
+    """Header and rows of the complete tasks of a file; lines that are no rows are left out, with a warning.
 
     Raises:
         ValueError: the file does not start with a header.
     """
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with path.open("rb") as file:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # torn by an interruption; nothing can follow it
-    if not lines or "config" not in lines[0]:
+            header = json.loads(file.readline().decode("utf-8"))
+        except ValueError:
+            header = None
+    if not isinstance(header, dict) or not {"config", "experiment"} <= set(header):
         raise ValueError(
             f"{path.name} does not start with the header of an experiment: choose another folder."
         )
     tasks: dict[str, list[Row]] = {}
-    for row in lines[1:]:
+    for row in read_json_lines(path, {"task": str, "of": int}, skip=1):
         tasks.setdefault(row["task"], []).append(row)
-    return lines[0], [row for rows in tasks.values() if len(rows) == rows[0]["of"] for row in rows]
+    return header, [row for rows in tasks.values() if len(rows) == rows[0]["of"] for row in rows]
 
 
 class Store:

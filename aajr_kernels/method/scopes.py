@@ -8,7 +8,8 @@ scope           a group is                                      G
 ``"agent"``     all tokens of one agent                         A
 ==============  ==============================================  =====
 
-N is the number of tokens of a batch row, A one more than the largest agent.
+N is the number of tokens of a batch row, A the number of agents; their numbers are labels, of any size, and the groups
+are in their ascending order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["SCOPES", "Groups", "attackable", "checked_agents"]
+__all__ = ["SCOPES", "Groups", "agent_labels", "attackable", "checked_agents"]
 
 SCOPES = ("sequence", "token", "agent")
 
@@ -40,9 +41,10 @@ class Groups:
         if scope == "agent":
             assert agents is not None
             flat = agents.reshape(self.batch, self.tokens)
-            self.count = max(int(flat.max()) + 1, 1) if flat.numel() else 1
+            labels = agent_labels(flat)
+            self.count = labels.numel()
             # a dense table keeps sums deterministic, which scatter_add is not on a GPU
-            self._member = flat.unsqueeze(-1) == torch.arange(self.count, device=flat.device)
+            self._member = flat.unsqueeze(-1) == labels
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over every group, ``[B, G]``."""
@@ -90,6 +92,13 @@ class Groups:
         """`numbers` where the entries are, 1 for entries of no group."""
         wide = self.spread(numbers)
         return wide if self._member is None else torch.where(wide == 0, 1.0, wide)
+
+
+def agent_labels(agents: Tensor) -> Tensor:
+    """The different agents, ascending; ``[0]`` if there is none."""
+    labels = agents.unique()
+    labels = labels[labels >= 0]
+    return labels if labels.numel() else labels.new_zeros(1)
 
 
 def checked_agents(agents: object, x: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..torch_private import pytree
 from .penalty import Measured, measure, reduce_units, units_of
-from .scopes import Groups
+from .scopes import Groups, agent_labels
 
 __all__ = ["PenaltyStatistics", "Trajectory", "trajectory_penalty"]
 
@@ -267,8 +267,9 @@ def _tangents(traj: Trajectory, index: Tensor, direction: str, per_agent: bool) 
     if not per_agent:
         return found.unsqueeze(0)
     assert traj.agents is not None
-    agents = range(int(traj.agents.max()) + 1)
-    return torch.stack([torch.where((traj.agents == a).unsqueeze(-1), found, 0.0) for a in agents])
+    return torch.stack(
+        [torch.where((traj.agents == a).unsqueeze(-1), found, 0.0) for a in agent_labels(traj.agents)]
+    )
 
 
 def _unit(v: Tensor, groups: Groups) -> Tensor:

@@ -280,3 +280,38 @@ def test_a_model_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(loading, "BYTES", 10**15)
     with pytest.raises(CannotValidate, match="GiB for copies and gradients.*--layers 2"):
         prepare(Small(), 2, 8, 0)
+
+
+def test_finite_differences_leave_alone_what_embeddings_drop_from_a_gradient():
+    """Of a padding row torch drops the gradient, of a table with scale_grad_by_freq it divides it."""
+
+    class Tables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Embedding(5, 3, padding_idx=1)
+            self.again = nn.Embedding(5, 3, padding_idx=-1)
+            self.again.weight = self.shared.weight
+            self.head = nn.Linear(3, 5, bias=False)
+            self.head.weight = self.shared.weight
+            self.bag = nn.EmbeddingBag(5, 3, padding_idx=0)
+            self.counted = nn.Embedding(5, 3, scale_grad_by_freq=True)
+            self.free = nn.Embedding(5, 3)
+
+    tables = Tables()
+    along = {name: torch.ones_like(p) for name, p in tables.named_parameters()}
+    model._keep_still(tables, along)
+    still = {name: (direction == 0).all(1).nonzero().flatten().tolist() for name, direction in along.items()}
+    assert still == {
+        "shared.weight": [1, 4],
+        "bag.weight": [0],
+        "counted.weight": [0, 1, 2, 3, 4],
+        "free.weight": [],
+    }
+
+
+@pytest.mark.slow
+def test_a_model_with_a_padding_row_passes():
+    code, report = report_of(
+        "transformers:BartForConditionalGeneration", "--dtype", "float64", "--length", "6"
+    )
+    assert code == 0 and report["finite_differences"] < 1e-9

@@ -377,3 +377,25 @@ def test_a_loss_that_overflows_on_the_way():
     traj = aajr.ascend(burst, x, radius=50.0, steps=4)  # 'auto' steps back from where it is not finite
     assert torch.isfinite(traj.losses).all() and (traj.losses.diff(dim=0) >= 0).all()
     assert traj.losses[-1] > traj.losses[0]
+
+
+def test_agents_are_labels_of_any_size() -> None:
+    """Memory and time follow the number of agents, not their numbers; the attack does not depend on them."""
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 5, 4), torch.randn(4)
+    few = torch.tensor([[0, 0, 1, 2, 1], [0, 2, 2, -1, 1], [-1, 0, 1, 2, -1]])
+    attack = dict(radius=1.0, steps=2, scope="agent", init="uniform")
+    runs = []
+    for low, middle, high, nobody in ((0, 1, 2, -1), (7, 10**6, 2**63 - 1, -(2**63)), (1, 2**40, 2**41, -5)):
+        agents = few.clone()
+        for place, label in enumerate((low, middle, high)):
+            agents[few == place] = label
+        agents[few < 0] = nobody
+        generator = torch.Generator().manual_seed(1)
+        traj = aajr.ascend(lambda z: (z @ w).tanh().sum(1), x, agents=agents, generator=generator, **attack)
+        penalty = aajr.trajectory_penalty(
+            lambda z: (z @ w).tanh().unsqueeze(-1), x, traj, metric="l2", per_agent=True
+        )
+        runs.append((traj.points, traj.losses, penalty[0]))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))

@@ -32,6 +32,7 @@ from aajr_kernels.method.training import (
     read_rows,
 )
 from aajr_kernels.method.training.checkpoints import Checkpoints
+from aajr_kernels.method.training.record import Recorder
 from aajr_kernels.method.training.state import pack, unpack
 
 CPU = torch.device("cpu")
@@ -356,3 +357,28 @@ def test_a_stream_counts_and_begins_again():
     assert ends.take(4) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="batches ended after 4"):
         ends.take(1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (b"\0", "Expecting value"),
+        (b"\xff", "utf-8"),
+        (b"3\n", "a int"),
+        (b"{}\n", "without 'step'"),
+        (b"[", "Expect"),
+    ],
+    ids=repr,
+)
+def test_a_damaged_row_costs_that_row_only(tmp_path, damage, told):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": step / 2} for step in range(1, 6)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    lines[1] = damage if damage.endswith(b"\n") else damage + lines[1]
+    path.write_bytes(b"".join(lines) + b'{"step": 6, "lo')  # the last line is torn, which says nothing
+    with pytest.warns(
+        RuntimeWarning, match=rf"metrics\.jsonl, line 2 is no row and was left out: .*{told}"
+    ) as said:
+        recorder = Recorder(tmp_path, 4, tensorboard=False)
+    assert len(said) == 1 and recorder.rows == [rows[0], *rows[2:4]]
+    assert read_rows(path) == recorder.rows  # the file is whole again

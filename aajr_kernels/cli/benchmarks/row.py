@@ -170,10 +170,10 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: a line is no row; the message has its number.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
-                rows.append(Row.parse(line))
+                rows.append(Row.parse(line.decode("utf-8")))
             except ValueError as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
     return rows

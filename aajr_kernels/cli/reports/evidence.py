@@ -42,7 +42,7 @@ def evidence(root: Path) -> list[Evidence]:
 
 def _one(path: Path, root: Path) -> Evidence:
     name = path.relative_to(root).as_posix()
-    header, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
+    header, *rows = path.read_bytes().splitlines() or [b""]
     try:
         facts: dict[str, Any] = json.loads(header)["environment"]
     except (ValueError, KeyError, TypeError) as error:

@@ -233,7 +233,7 @@ def _gradients(subject: Subject, penalty: Tensor, output: Tensor) -> Results:
 
     def of(loss: Tensor, keep: bool) -> dict[str, Tensor | None]:
         found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
-        return dict(zip(leaves, found))
+        return {name: g.to_dense() if g is not None and g.is_sparse else g for name, g in zip(leaves, found)}
 
     return Results(penalty, output, of(penalty, True), of(subject.task(output), False))
 
@@ -297,6 +297,22 @@ def _peer(
     return check
 
 
+def _keep_still(model: torch.nn.Module, along: dict[str, Tensor]) -> None:
+    """Zero a direction where an embedding gives its table another gradient than the derivative, as torch means it.
+
+    Of a padding row it drops the gradient, and ``scale_grad_by_freq`` divides it. A table that other layers share is
+    one parameter, under the first of its names.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and id(module.weight) in names:
+            direction = along[names[id(module.weight)]]
+            if module.scale_grad_by_freq:
+                direction.zero_()
+            elif module.padding_idx is not None:
+                direction[module.padding_idx] = 0
+
+
 @torch.no_grad()
 def _confirm(subject: Subject, truth: Results) -> float:
     """The oracle's gradient along a random change of all leaves, against differences of its penalty."""
@@ -305,6 +321,7 @@ def _confirm(subject: Subject, truth: Results) -> float:
     along = {}
     for name, p in leaves.items():
         along[name] = p.square().mean().sqrt() * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    _keep_still(subject.model, along)
 
     def value() -> Tensor:
         with oracle.oracle_mode():

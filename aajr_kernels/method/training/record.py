@@ -5,26 +5,56 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Recorder", "Row", "read_rows"]
+__all__ = ["Recorder", "Row", "read_json_lines", "read_rows"]
 
 Row = dict[str, Any]
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a ``metrics.jsonl``; a last line torn by a crash is left out.
+    """The rows of a ``metrics.jsonl``.
+
+    A last line torn by a crash is left out; so is every other line that is no row, with a warning that has its number.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
+    return read_json_lines(Path(path), {"step": int})
+
+
+def read_json_lines(path: Path, fields: Mapping[str, type], skip: int = 0) -> list[Row]:
+    """The JSON objects with these fields in a file of one per line; the others are left out as in :func:`read_rows`.
+
+    Args:
+        path: of the file.
+        fields: names that a row must have, and the types of their values.
+        skip: lines at the start that are no rows.
+    """
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    *whole, torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*whole, torn], start=1):
+        if number <= skip or not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}, no object")
+            for name, kind in fields.items():
+                if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
+                    raise ValueError(f"an object without {name!r} ({kind.__name__})")
+        except ValueError as error:
+            if number <= len(whole):
+                warnings.warn(
+                    f"{path.name}, line {number} is no row and was left out: {error}.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            continue
+        rows.append(row)
     return rows
 
 
