@@ -275,15 +275,18 @@ def _over_nan(share: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return lambda out, a, b: torch.where(b.isnan(), 1.0, torch.where(a.isnan(), 0.0, share(out, a, b)))
 
 
-for _name, _share in (
-    ("maximum", _wins(1)),
-    ("minimum", _wins(-1)),
-    ("fmax", _over_nan(_wins(1))),
-    ("fmin", _over_nan(_wins(-1))),
+def _without_nan(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """fmax or fmin by maximum or minimum: torch 2.14 gives NaN arguments of its own a derivative."""
+    return lambda a, b: function(torch.where(a.isnan(), b, a), torch.where(b.isnan(), a, b))
+
+
+for _name, _function, _share in (
+    ("maximum", torch.maximum, _wins(1)),
+    ("minimum", torch.minimum, _wins(-1)),
+    ("fmax", _without_nan(torch.maximum), _over_nan(_wins(1))),
+    ("fmin", _without_nan(torch.minimum), _over_nan(_wins(-1))),
 ):
-    rule(_name)(
-        elementwise(getattr(torch, _name), _share, lambda out, a, b, _share=_share: 1 - _share(out, a, b))
-    )
+    rule(_name)(elementwise(_function, _share, lambda out, a, b, _share=_share: 1 - _share(out, a, b)))
 
 
 @rule("clamp", "clip")
