@@ -8,6 +8,7 @@ from . import waiting as _waiting  # noqa: F401  before torch is imported
 # isort: split
 from . import integrations, nn
 from . import rules as _rules  # noqa: F401  registers every rule
+from . import torch_check as _torch_check  # noqa: F401  runs at the first dual()
 from .dual import Dual, dual, is_dual, unpack
 from .leaving import strict
 from .memory import recompute

@@ -32,6 +32,8 @@ def dispatch(
     Raises:
         UnsupportedOperation: `func` has no rule, or was called with ``out=``.
     """
+    if torch.compiler.is_compiling():
+        runtime.guard_compiled()
     rule = rule or runtime.RULES.get(func)
     if rule is None and torch.compiler.is_compiling() and function_name(func) in runtime.TRACED:
         return runtime.TRACED[function_name(func)](*args, **kwargs)

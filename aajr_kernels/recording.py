@@ -79,6 +79,16 @@ def coverage() -> Iterator[Coverage]:
         _coverage.remove(recorder)
 
 
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Inside, the open :func:`coverage` blocks hear nothing."""
+    held, _coverage[:] = list(_coverage), []
+    try:
+        yield
+    finally:
+        _coverage[:] = held
+
+
 def recording() -> bool:
     """Whether a :func:`coverage` block is open; lets callers skip the cost of counting."""
     return _is_open() if torch.compiler.is_compiling() else bool(_coverage)

@@ -48,6 +48,8 @@ __all__ = [
     "allow_recompilations",
     "assert_async",
     "break_graph",
+    "is_tested",
+    "tested_range",
     "has_memory",
     "lazy_clone",
     "mark_constant",
@@ -68,6 +70,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 TESTED = ((2, 11), (2, 14))
 #: minor version of torch, from ``torch.__version__`` without its local part
 VERSION: tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
+
+
+def is_tested() -> bool:
+    """Whether this torch lies in the range on which the suite has passed."""
+    return TESTED[0] <= VERSION <= TESTED[1]
+
+
+def tested_range() -> str:
+    """The range, for messages: ``"2.11 to 2.14"``."""
+    return " to ".join(".".join(map(str, version)) for version in TESTED)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,16 @@ LAYERS = {
     "cuda": 2,
     "runtime": 3,
 }
-LAYERS |= {"leaving": 3.5, "dual": 4, "ops": 5, "tracing": 5, "rules": 6, "transforms": 6, "method": 7}
+LAYERS |= {
+    "leaving": 3.5,
+    "dual": 4,
+    "ops": 5,
+    "tracing": 5,
+    "rules": 6,
+    "torch_check": 6,
+    "transforms": 6,
+    "method": 7,
+}
 LAYERS |= {"integrations": 8, "nn": 8, "cli": 9}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import cuda, native, runtime
+from .. import cuda, native, runtime, torch_private
 
 PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
 
@@ -38,6 +38,7 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: package_version(name) for name in PACKAGES},
         },
+        "torch": {"tested": torch_private.is_tested(), "range": torch_private.tested_range()},
         "platform": platform.platform(),
         "cpu": {
             "model": cpu_model(),
@@ -128,6 +129,10 @@ def show(facts: dict[str, Any], console: Console) -> None:
     versions = _table("Versions", "package", "version")
     for name, version in facts["versions"].items():
         versions.add_row(name, Text(version) if version else Text("not installed", "dim"))
+        if name == "torch":
+            tested = facts["torch"]["tested"]
+            words = "tested" if tested else f"untested: {facts['torch']['range']} are"
+            versions.add_row("", Text(words, "green" if tested else "yellow"))
     console.print(versions)
 
     devices = _table("Devices", "device", "what")

@@ -126,7 +126,9 @@ def _causal_bias(mask: Any) -> tuple[Any, bool | str]:
 def _leading(query: Any, key: Any, value: Any, enable_gqa: bool) -> list[int]:
     """Broadcast leading sizes ``[..., H, HK]`` of the three operands."""
     shapes = [(1,) * (3 - x.dim()) + tuple(x.shape[:-2]) for x in (query, key, value)]
-    lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
+    lead, *others = (shape[:-1] for shape in shapes)
+    if any(other != lead for other in others):
+        lead = torch.broadcast_shapes(lead, *others)  # which imports SymPy: a second
     h, hk, hv = (shape[-1] for shape in shapes)
     if enable_gqa:
         if hk != hv:  # each divides H: repeating to the larger is what torch does for both

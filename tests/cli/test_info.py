@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import aajr_kernels
+from aajr_kernels import torch_private
 from aajr_kernels.cli import info, main
 
 
@@ -55,6 +56,14 @@ def test_tables_name_what_is_missing_and_why():
     assert "CUDA C++ kernels: none. this installation has no CUDA module: no compiler [sic]" in text
     assert "not installed" in text
     assert "torch is a CPU build" in text
+
+
+@pytest.mark.parametrize(("version", "words"), [((2, 13), " tested"), ((9, 0), "untested: 2.11 to 2.1")])
+def test_a_tested_torch_and_another_one_are_told_apart(version, words, monkeypatch):
+    monkeypatch.setattr(torch_private, "VERSION", version)
+    console = Console(width=100, record=True, file=io.StringIO())
+    info.show(info.collect(), console)
+    assert words in console.export_text()
 
 
 def test_tables_describe_the_cuda_module():
