@@ -102,6 +102,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     An explicit patch: ``torch.use_deterministic_algorithms``, the only way to make torch fill it, would also change
     which kernels run, and a TorchFunctionMode would switch off fast paths and change what torch.compile traces.
     """
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()  # a process group that a test started cleared the table
     for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
