@@ -10,7 +10,18 @@ import torch.nn.functional as F
 
 from ..ops.linear import linear
 from ..runtime import UnsupportedOperation, autocasting, record, recording, rule
-from .common import Dual, align, is_dual, join, num_tangents, once_rounded_sum, primal_of, raised
+from .common import (
+    Dual,
+    align,
+    any_low,
+    is_dual,
+    join,
+    num_tangents,
+    once_rounded,
+    once_rounded_sum,
+    primal_of,
+    raised,
+)
 
 
 def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:
@@ -121,6 +132,9 @@ def _affine(name: str) -> Callable[..., Any]:
             raise UnsupportedOperation(
                 f"{name} takes numbers for beta and alpha, got a Dual: multiply before."
             )
+        if x.numel() == 1 and any_low((x, a, b)):
+            # its gradient sums the cotangents of all elements, of which little but their rounding remains
+            return once_rounded(affine)(x, a, b, beta=beta, alpha=alpha)
         k = num_tangents(x, a, b)
         (x0, *x_tan), (a0, *a_tan), (b0, *b_tan) = (y.stacked if is_dual(y) else (y,) for y in (x, a, b))
         primal = function(x0, a0, b0, beta=beta, alpha=alpha)

@@ -284,6 +284,22 @@ case("addmv", torch.addmv, real(3), X, V, duals=(0, 1, 2))
 case("addr", torch.addr, real(4, 4), V, W, duals=(0, 1, 2))
 case("baddbmm", torch.baddbmm, real(2, 3, 5), B3, C3, duals=(0, 1, 2))
 case("addbmm", torch.addbmm, real(3, 5), B3, C3, duals=(0, 1, 2))
+for _name, _a, _b in (
+    ("addmm", X, C3[0]),
+    ("addmv", X, V),
+    ("addr", V, W),
+    ("baddbmm", B3, C3),
+    ("addbmm", B3, C3),
+):
+    _plus = getattr(torch, _name)
+    case(
+        f"{_name}(scalar)",
+        lambda x, a, b, f=_plus: f(x, a, b, beta=0.5, alpha=2),
+        X[0, 0],
+        _a,
+        _b,
+        duals=(0, 1, 2),
+    )
 case("einsum", lambda x, y: torch.einsum("bij,bjk->bki", x, y), B3, C3, duals=BOTH)
 case("tensordot", lambda x, y: torch.tensordot(x, y, dims=([2], [1])), B3, C3, duals=BOTH)
 case("kron", torch.kron, X, Y[:2], duals=BOTH)
