@@ -218,7 +218,10 @@ class Dual:
 
     def __len__(self) -> int:
         if self.ndim == 0:
-            raise TypeError("len() of a 0-dimensional Dual.")
+            raise TypeError(
+                "len() of a 0-dimensional Dual: torch.tensor, torch.as_tensor and torch.nested take a Dual apart like "
+                "a list; leave them out, a Dual is a tensor already, and has no rule for nested tensors."
+            )
         return self.shape[0]
 
     def __iter__(self) -> Any:

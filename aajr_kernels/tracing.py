@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .dual import Dual, dispatch
-from .runtime import TRACED
+from .runtime import TRACED, UnsupportedOperation
 from .torch_private import TRACED_CHECKPOINT
 
 __all__ = ["call", "tuple_arguments"]
@@ -43,7 +44,17 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         with tuple_arguments():
             return function(*args)
-    return function(*args)
+    try:
+        return function(*args)
+    except TypeError as error:
+        # Python refuses before torch is asked: the descriptors of torch.Tensor take instances of its class in C
+        if "'Dual'" in str(error) and (unbound := re.match(r"descriptor '(\w+)'", str(error))):
+            name = unbound.group(1)
+            raise UnsupportedOperation(
+                f"torch.Tensor.{name} cannot be called unbound with a Dual, of which torch is not told: call the "
+                f"method of the Dual, x.{name}(...), or the function of torch of that name."
+            ) from error
+        raise
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

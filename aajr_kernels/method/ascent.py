@@ -319,7 +319,9 @@ class _Attack:
             return delta
         with torch.no_grad():
             found = self.plan.project(delta)
-        if not isinstance(found, Tensor) or found.shape != delta.shape or not found.is_floating_point():
+        if isinstance(found, Tensor) and not found.is_floating_point():
+            raise TypeError(f"project must return a floating-point perturbation, got {found.dtype}.")
+        if not isinstance(found, Tensor) or found.shape != delta.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"project must return a perturbation of shape {tuple(delta.shape)}, got {got}.")
         return self._masked(found.to(delta))

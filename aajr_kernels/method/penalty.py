@@ -260,6 +260,8 @@ def reduce_units(
     if denominator is None:
         units = q[0].numel() if keep is None else keep.sum()
         denominator = max(units, 1) if isinstance(units, int) else units.clamp(min=1)
+    if isinstance(denominator, torch.Tensor):
+        denominator = denominator.reshape(())
     return total / (q.shape[0] * denominator)
 
 
@@ -295,10 +297,19 @@ def _check_choices(metric: str, form: str, unit: str, reduction: str, gamma: Any
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
     if gamma is None and form != "squared":
         raise ValueError(f"gamma must be given with form={form!r}: the threshold on the root of q.")
-    if gamma is not None and not (isinstance(gamma, (int, float)) and 0 <= gamma < float("inf")):
+    if gamma is not None and not isinstance(gamma, (int, float)):
+        raise TypeError(f"gamma must be a Python number, got {type(gamma).__name__}: pass float(gamma).")
+    if gamma is not None and not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
     if denominator is not None:
         if reduction != "mean":
             raise ValueError(f"denominator applies to reduction='mean' alone, got reduction={reduction!r}.")
-        if not isinstance(denominator, torch.Tensor) and not denominator > 0:
+        if isinstance(denominator, torch.Tensor):
+            if denominator.numel() != 1:
+                raise ValueError(
+                    f"denominator must be a number or a tensor of one element, got shape {tuple(denominator.shape)}."
+                )
+        elif not hasattr(denominator, "__float__"):
+            raise TypeError(f"denominator must be a number or a tensor, got {type(denominator).__name__}.")
+        elif not denominator > 0:
             raise ValueError(f"denominator must be positive, got {denominator}.")

@@ -173,6 +173,10 @@ def trajectory_penalty(
         TypeError, ValueError: an argument has a wrong type, shape or value; whatever :func:`aligned_penalty` raises.
     """
     _check(x, traj, steps, direction, at, per_agent, batch_steps, inputs)
+    if unknown := sorted(set(penalty_options) - set(measure.__kwdefaults__ or ())):
+        raise TypeError(
+            f"trajectory_penalty() has no option {', '.join(unknown)}, and aligned_penalty() neither."
+        )
     index, shares = _chosen(traj, steps, weights, generator)
     place = "end" if steps == "worst" else at or "start"
     share_primal = bool(penalty_options.get("return_primal"))

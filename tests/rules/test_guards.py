@@ -338,3 +338,23 @@ def test_a_cast_to_complex_numbers_does_not_drop_the_tangent():
     x = aajr.dual(torch.ones(2), torch.ones(2))
     for cast in (lambda: x.to(torch.complex64), lambda: x.type(torch.complex64), lambda: x.cfloat()):
         assert torch.equal(cast().tangent, torch.ones(2, dtype=torch.complex64))
+
+
+#: slots and methods in C, which Python refuses a Dual for before torch is asked
+UNBOUND = ("add", "exp", "view", "__getitem__", "__radd__")
+
+
+@pytest.mark.parametrize("name", UNBOUND)
+def test_an_unbound_method_of_tensor_has_a_remedy_inside_of_a_derivative(name: str) -> None:
+    x = torch.randn(3, 3).double()
+    arguments = {"exp": (), "view": (9,)}.get(name, (1,))
+    model = lambda z: getattr(Tensor, name)(z, *arguments)
+    for run in (lambda: aajr.jvp(model, (x,), (x,)), lambda: aajr.aligned_penalty(model, x, x, metric="l2")):
+        with pytest.raises(UnsupportedOperation, match=rf"torch\.Tensor\.{name} cannot be called unbound"):
+            run()
+
+
+def test_unbound_methods_in_python_ask_the_dual() -> None:
+    x = made(3, 3)
+    assert torch.equal(Tensor.norm(x).stacked, x.norm().stacked)
+    assert torch.equal(Tensor.__rsub__(x, 1.0).stacked, (1.0 - x).stacked)
