@@ -231,8 +231,12 @@ def select_backend(
 
     Raises:
         BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
-        UnsupportedOperation: a tensor is a DTensor.
+        UnsupportedOperation: a tensor is a DTensor, or complex.
     """
+    if any(t is not None and t.is_complex() for t in tensors):
+        raise UnsupportedOperation(
+            f"{op} got complex numbers and takes real ones: pass real and imaginary parts, torch.view_as_real(x)."
+        )
     if sharding.spread(*tensors):
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
     backend = _select(op, tensors, triton_lacks, in_cuda)

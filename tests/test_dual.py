@@ -313,6 +313,19 @@ def test_it_is_a_dataclass_that_distributed_code_can_walk():
     assert type(moved) is Dual and torch.equal(moved.stacked, d.stacked + 1)
 
 
+def test_a_dual_is_real_where_it_is_made_and_measured():
+    z = torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(TypeError, match="a Dual is real"):
+        aajr.dual(z, z)
+    for metric in ("l2", "logits", "fisher", "probs"):
+        with pytest.raises(aajr.UnsupportedOperation, match="got complex numbers"):
+            aajr.aligned_penalty(lambda d: d * 1j, torch.ones(2, 3), torch.ones(2, 3), metric=metric)
+    with pytest.raises(aajr.UnsupportedOperation, match="got complex numbers"):
+        aajr.linear(number(3) * 1j, torch.ones(2, 3, dtype=torch.complex128))
+    with pytest.raises(aajr.UnsupportedOperation, match="no derivative rule for complex numbers"):
+        torch.nn.functional.gelu(number(3) * 1j)
+
+
 def test_an_integer_reduction_is_plain():
     total = number(3).sum(dtype=torch.long)
     assert isinstance(total, torch.Tensor) and total.dtype == torch.long

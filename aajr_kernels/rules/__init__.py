@@ -19,6 +19,7 @@ module                    functions
 ``copies``                splits by axis, ``as_strided``, and the copies of views
 ``fallback``              the allow-list of the generic rule, and what is barred from it
 ``guards``                where a Dual would lose its derivative in silence
+``functions``             autograd Functions of models, by name
 ``sharded``               a Dual that is spread over processes
 ``inplace``               in-place forms of all of the above
 ========================  ==================================================================================
@@ -26,7 +27,7 @@ module                    functions
 
 from . import structural, creation, pointwise, reductions, matmul, indexing  # isort: skip
 from . import normalisation, layers, losses, convolution, composites, fallback, linalg, complex  # isort: skip
-from . import copies, guards, sharded, inplace  # isort: skip
+from . import copies, guards, functions, sharded, inplace  # isort: skip
 
 __all__ = [
     "complex",
@@ -35,6 +36,7 @@ __all__ = [
     "copies",
     "creation",
     "fallback",
+    "functions",
     "guards",
     "indexing",
     "inplace",

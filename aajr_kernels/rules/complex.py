@@ -100,6 +100,10 @@ complex_rule("adjoint")(lambda x: x.transpose(-1, -2).conj())
 def _view_as_complex(x: Dual) -> Dual:
     if x.dim() == 0:  # the stack axis would be taken for the parts
         raise RuntimeError("view_as_complex takes a last axis of two parts, got a 0-dimensional Dual.")
+    if x.stacked.stride(0) % 2 and all(s % 2 == 0 for s in x.stride()[:-1]):
+        raise UnsupportedOperation(
+            "view_as_complex of a Dual takes a primal of an even number of values in one piece: call clone() first."
+        )
     return Dual(torch.view_as_complex(x.stacked))
 
 
@@ -200,6 +204,8 @@ for _function in {torch.linalg.vector_norm, torch.linalg.norm, *functions_named(
 
 
 def _all_or(x: Dual, dim: Any) -> list[int]:
+    if x.dim() == 0 and dim is not None:
+        raise IndexError(f"a 0-dimensional Dual has no axis {dim}.")
     return axes(x, tuple(range(x.dim())) if dim is None else dim)
 
 

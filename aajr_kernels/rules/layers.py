@@ -301,6 +301,8 @@ def _rrelu(
     generator: torch.Generator | None = None,
 ) -> Dual:
     """The slopes are drawn once, where the primal is not positive as torch does, and shared with the tangents."""
+    if lower > upper:
+        raise RuntimeError(f"lower of rrelu must be at most upper, got {lower} and {upper}.")
     primal = x.stacked[0].detach()
     if training:
         slopes = torch.empty_like(primal, memory_format=torch.contiguous_format)

@@ -10,15 +10,11 @@ import torch
 from rules import database
 
 #: entries that support forward mode in float64, and the fewest of them that are right, by version of torch
-FLOORS = {"2.13": (506, 500)}
+FLOORS = {"2.13": (506, 501)}
 
 
-#: entries with a form that is still wrong: axis 0 of a 0-dimensional Dual, unbound methods, a Dual as target
-OPEN = """
-addbmm bernoulli binary_cross_entropy cdouble cfloat chalf double float index_select multi_head_attention_forward
-squeeze.multiple transpose transpose_copy unfold unfold_copy __getitem__ __radd__ __rmul__ __rsub__ __rdiv__ __rpow__
-__rmod__ __rmatmul__
-""".split()
+#: entries with a form that is still refused with TypeError: a method of torch.Tensor called with a Dual as self
+OPEN = "bernoulli cdouble __getitem__ __radd__ __rmul__ __rsub__ __rdiv__ __rpow__".split()
 
 
 def _version() -> str:
@@ -28,9 +24,9 @@ def _version() -> str:
 def _report(findings: dict[str, database.Finding]) -> tuple[list[str], list[str]]:
     """Names that are right and names that raise; fails on anything wrong and on any other exception."""
     wrong = [f"{name}: {text}" for name, finding in findings.items() for text in finding.wrong]
-    wrong = [line for line in wrong if line.split(":")[0].removeprefix("nn.functional.") not in OPEN]
+    wrong = [line for line in wrong if line.split(":")[0] not in OPEN or "descriptor" not in line]
     assert not wrong, "\n".join(wrong[:40])
-    right = [name for name, finding in findings.items() if finding.right]
+    right = [name for name, finding in findings.items() if finding.right and not finding.wrong]
     raising = [name for name, finding in findings.items() if finding.raised and not finding.right]
     print(f"\n{len(right)} right, {len(raising)} raise: {raising}")
     return right, raising
@@ -49,3 +45,9 @@ def test_every_form_of_every_entry() -> None:
     total, floor = FLOORS.get(_version(), (len(entries), FLOORS[max(FLOORS)][1]))
     assert len(entries) == total
     assert len(right) >= floor, f"{len(right)} entries are right, {floor} were: {raising}"
+
+
+@pytest.mark.slow
+def test_what_torch_refuses_is_refused() -> None:
+    accepted = [line for op in database.entries() for line in database.accepted_errors(op)]
+    assert not accepted, "\n".join(accepted)
