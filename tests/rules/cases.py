@@ -36,9 +36,9 @@ _g = torch.Generator().manual_seed(20)
 def rand(*shape: int, low: float = 0.15, high: float = 0.85, generator: torch.Generator = _g) -> Tensor:
     """Distinct values in (low, high) that bfloat16 and float16 hold."""
     n = int(torch.tensor(shape).prod()) if shape else 1
-    values = (
-        torch.randperm(n, generator=generator) + 0.2 + 0.6 * torch.rand(n, generator=generator)
-    ).double() / n
+    places = torch.randperm(n, generator=generator) + 0.5
+    jitter = 0.6 * (torch.rand(n, generator=generator) - 0.5)
+    values = (places + (jitter if n < 100 else 0.0)).double() / n  # many values must not tie when rounded
     return (low + (high - low) * values).reshape(shape).bfloat16().double()
 
 

@@ -22,8 +22,9 @@ for _n, _x, _w in ((1, SEQ, real(6, 2, 3)), (2, IMG, real(6, 2, 3, 2)), (3, VOL,
     _pools = {"avg_pool": (2,), "adaptive_avg_pool": (2,), "max_pool": (2, 1), "adaptive_max_pool": (2,)}
     for _name, _args in _pools.items():
         _pool = getattr(F, f"{_name}{_n}d")
-        case(f"F.{_name}{_n}d", lambda x, p=_pool, a=_args: p(x, *a), _x)
-        case(f"F.{_name}{_n}d(unbatched)", lambda x, p=_pool, a=_args: p(x, *a), _x[0])
+        _at = 4 * _x if "max" in _name else _x  # far apart: a step of a difference must not change the place
+        case(f"F.{_name}{_n}d", lambda x, p=_pool, a=_args: p(x, *a), _at)
+        case(f"F.{_name}{_n}d(unbatched)", lambda x, p=_pool, a=_args: p(x, *a), _at[0])
     _pool = getattr(F, f"adaptive_max_pool{_n}d_with_indices")
     case(f"F.adaptive_max_pool{_n}d_with_indices", lambda x, p=_pool: p(x, 2), _x)
     case(f"F.lp_pool{_n}d", given(getattr(F, f"lp_pool{_n}d"), 2.0, 2), _x.abs())
