@@ -115,7 +115,7 @@ def _complex(real: Any, imag: Any) -> Dual:
     return Dual(torch.complex(align(a, n), align(b, n)))
 
 
-@both("polar")
+@both(torch.polar)  # by function: torch.linalg has a decomposition of that name
 def _polar(abs: Any, angle: Any) -> Any:
     if abs.dtype != angle.dtype:
         raise RuntimeError(f"abs and angle of polar must have one dtype, got {abs.dtype} and {angle.dtype}.")

@@ -10,7 +10,7 @@ import torch
 from rules import database
 
 #: entries that support forward mode in float64, and the fewest of them that are right, by version of torch
-FLOORS = {"2.13": (506, 501)}
+FLOORS = {"2.13": (506, 501), "2.14": (507, 500)}
 
 
 #: entries with a form that is still refused with TypeError: a method of torch.Tensor called with a Dual as self
@@ -51,3 +51,11 @@ def test_every_form_of_every_entry() -> None:
 def test_what_torch_refuses_is_refused() -> None:
     accepted = [line for op in database.entries() for line in database.accepted_errors(op)]
     assert not accepted, "\n".join(accepted)
+
+
+@pytest.mark.slow
+def test_complex_numbers_are_right_or_raise() -> None:
+    """Those of the entries that take complex128, with complex Duals, which exist inside functions."""
+    entries = [op for op in database.entries() if torch.complex128 in op.supported_dtypes("cpu")]
+    right, _ = _report({database.title(op): database.examine(op, 2, torch.complex128) for op in entries})
+    assert len(right) >= 285
