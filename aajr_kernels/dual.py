@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import runtime
+from . import guarding, runtime
 from .leaving import array_ufunc, as_number, is_numpy, leave, refuse_array
-from .operators import constant
+from .recording import function_name
 from .torch_private import pytree
 
 __all__ = ["Dual", "dual", "is_dual", "unpack"]
@@ -33,12 +33,12 @@ def dispatch(
         UnsupportedOperation: `func` has no rule, or was called with ``out=``.
     """
     if torch.compiler.is_compiling():
-        runtime.guard_compiled()
+        guarding.guard_compiled()
     rule = rule or runtime.RULES.get(func)
-    if rule is None and torch.compiler.is_compiling() and function_name(func) in runtime.TRACED:
-        return runtime.TRACED[function_name(func)](*args, **kwargs)
     if rule is None:
         name = function_name(func)
+        if torch.compiler.is_compiling() and name in runtime.TRACED:
+            return runtime.TRACED[name](*args, **kwargs)
         if runtime.recording():
             runtime.record_unsupported(name)
         if isinstance(func, torch.ScriptMethod):  # of torch.jit.script and trace
@@ -49,12 +49,12 @@ def dispatch(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
             "or register one with aajr_kernels.runtime.rule."
         )
-    if holds_complex(args) or holds_complex(kwargs.values()):
+    if runtime.holds_complex(args) or runtime.holds_complex(kwargs.values()):
         rule = runtime.COMPLEX.get(func)
         if rule is None:
             runtime.unsupported(
-                f"{function_name(func)} has no derivative rule for complex numbers: take real and imaginary parts "
-                "with torch.view_as_real, or register one in aajr_kernels.runtime.COMPLEX."
+                f"{function_name(func)} has no derivative rule for complex numbers: take their parts with "
+                "torch.view_as_real, or register one in aajr_kernels.runtime.COMPLEX."
             )
     assert rule is not None
     if kwargs.get("out") is not None:
@@ -71,19 +71,6 @@ def dispatch(
     return result
 
 
-def holds_complex(values: Any) -> bool:
-    """Whether a complex Dual, tensor or number is among the arguments of a call, or in a list of them."""
-    for value in values:
-        if isinstance(value, Dual):
-            value = value.stacked
-        if isinstance(value, torch.Tensor):
-            if value.is_complex():
-                return True
-        elif isinstance(value, complex) or (isinstance(value, (list, tuple)) and holds_complex(value)):
-            return True
-    return False
-
-
 def _record(func: Callable[..., Any], result: Any) -> None:
     kind = runtime.KINDS[func]
     if kind == "op":
@@ -92,18 +79,6 @@ def _record(func: Callable[..., Any], result: Any) -> None:
     if kind != "view" and not torch.compiler.is_compiling():  # lengths may be symbols
         flops = float(sum(leaf.stacked.numel() for leaf in _duals_in((result,))))
     runtime.record(function_name(func), kind, flops)
-
-
-@constant
-def function_name(func: Callable[..., Any]) -> str:
-    """A readable name of a torch function: ``Tensor.add``, ``torch.cat``, ``F.layer_norm``."""
-    name = getattr(func, "__name__", str(func))
-    owner = getattr(func, "__objclass__", None)
-    if owner is not None or getattr(torch.Tensor, name, None) is func:
-        return f"Tensor.{name}"
-    if getattr(torch.nn.functional, name, None) is func:
-        return f"F.{name}"
-    return f"torch.{name}"
 
 
 @dataclass(eq=False, repr=False)
@@ -467,7 +442,7 @@ def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
         )
     if v.shape[0] == 0:
         raise ValueError("v must hold at least one direction, got K = 0.")
-    runtime.install_guards()
+    guarding.install_guards()
     return Dual(torch.cat([x.unsqueeze(0), v]))
 
 

@@ -7,14 +7,15 @@ is traced: the compiled code has no time for it, and its arithmetic, which may h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .operators import constant
 
-__all__ = ["Coverage", "coverage", "record", "record_unsupported", "recording"]
+__all__ = ["Coverage", "coverage", "function_name", "record", "record_unsupported", "recording"]
 
 
 @dataclass(eq=False)
@@ -119,3 +120,15 @@ def record_unsupported(name: str) -> None:
     """Tell them that a function without a rule was called."""
     for recorder in _coverage:
         recorder.unsupported.append(name)
+
+
+@constant
+def function_name(func: Callable[..., Any]) -> str:
+    """A readable name of a torch function: ``Tensor.add``, ``torch.cat``, ``F.layer_norm``."""
+    name = getattr(func, "__name__", str(func))
+    owner = getattr(func, "__objclass__", None)
+    if owner is not None or getattr(torch.Tensor, name, None) is func:
+        return f"Tensor.{name}"
+    if getattr(torch.nn.functional, name, None) is func:
+        return f"F.{name}"
+    return f"torch.{name}"

@@ -352,6 +352,19 @@ KINDS: dict[Callable[..., Any], str] = {}
 #: torch function -> rule where an argument is complex: of ``rules/complex.py``, or the same where that is right
 COMPLEX: dict[Callable[..., Any], Callable[..., Any]] = {}
 
+
+def holds_complex(values: Any) -> bool:
+    """Whether a complex Dual, tensor or number is among the arguments of a call, or in a list of them."""
+    for value in values:
+        value = getattr(value, "stacked", value)
+        if isinstance(value, torch.Tensor):
+            if value.is_complex():
+                return True
+        elif isinstance(value, complex) or (isinstance(value, (list, tuple)) and holds_complex(value)):
+            return True
+    return False
+
+
 #: name -> rule of what torch.compile calls in place of a function, and does not find in a table by itself
 TRACED: dict[str, Callable[..., Any]] = {}
 
@@ -428,46 +441,3 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     if "input" not in kwargs:
         args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
     return args, kwargs
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Guards
-# ---------------------------------------------------------------------------------------------------------------
-
-#: patches of torch that make a lost derivative loud; installed at the first dual(), never at import
-GUARDS: list[Callable[[], None]] = [separate_outputs]
-
-
-#: the same of compiled code: functions that return a message where they found a fault
-COMPILED_GUARDS: list[Callable[[], str | None]] = []
-_compiled_fault: str | None = None
-
-
-def install_guards() -> None:
-    """Install the registered guards, each once; one that refuses does so again."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # before a look at the list, which would become a guard of compiled code
-        return
-    while GUARDS:
-        guard = GUARDS.pop()
-        try:
-            guard()
-        except UnsupportedOperation:
-            GUARDS.append(guard)
-            raise
-
-
-def guard_compiled() -> None:
-    """While torch.compile traces a Dual: run the guards of compiled code, once, and raise what they found."""
-    fault = _traced_fault()
-    if fault is not None:
-        unsupported(fault)
-
-
-@constant
-def _traced_fault() -> str | None:
-    global _compiled_fault
-    while COMPILED_GUARDS and _compiled_fault is None:
-        _compiled_fault = COMPILED_GUARDS.pop()()
-    return _compiled_fault

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import recording, runtime, torch_private
+from . import guarding, recording, runtime, torch_private
 from .dual import dual
 
 __all__ = ["check", "check_compiled"]
@@ -192,5 +192,5 @@ def check_compiled() -> str | None:
     return None if fault is None else _message(fault, " compiled")
 
 
-runtime.GUARDS.append(check)
-runtime.COMPILED_GUARDS.append(check_compiled)
+guarding.GUARDS.append(check)
+guarding.COMPILED_GUARDS.append(check_compiled)

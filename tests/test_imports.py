@@ -28,6 +28,7 @@ LAYERS = {
     "gpu": 1,
     "cuda": 2,
     "runtime": 3,
+    "guarding": 3,
 }
 LAYERS |= {
     "leaving": 3.5,

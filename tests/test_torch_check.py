@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aajr_kernels as aajr
-from aajr_kernels import UnsupportedOperation, runtime, torch_check, torch_private
+from aajr_kernels import UnsupportedOperation, guarding, runtime, torch_check, torch_private
 from aajr_kernels.rules import common
 
 pytestmark = [  # of Dynamo's doings
@@ -28,9 +28,9 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     first_dual()  # the other guards are installed
     monkeypatch.setattr(torch_private, "VERSION", (9, 3))
     monkeypatch.setattr(torch, "__version__", "9.3.0")
-    monkeypatch.setattr(runtime, "GUARDS", [torch_check.check])
-    monkeypatch.setattr(runtime, "COMPILED_GUARDS", [torch_check.check_compiled])
-    monkeypatch.setattr(runtime, "_compiled_fault", None)
+    monkeypatch.setattr(guarding, "GUARDS", [torch_check.check])
+    monkeypatch.setattr(guarding, "COMPILED_GUARDS", [torch_check.check_compiled])
+    monkeypatch.setattr(guarding, "_compiled_fault", None)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -123,12 +123,12 @@ def penalty(x: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_compiled_gradients_are_checked_when_a_dual_is_compiled(untested: None) -> None:
-    runtime.GUARDS.clear()
+    guarding.GUARDS.clear()
     x = torch.ones(3, requires_grad=True)
     value = torch.compile(penalty, backend="aot_eager", fullgraph=True)(x)
     (gradient,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(gradient, torch.autograd.grad(penalty(x), x)[0])
-    assert not runtime.COMPILED_GUARDS
+    assert not guarding.COMPILED_GUARDS
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_wrong_compiled_gradients_raise(name: str, untested: None, monkeypatch: 
         return (broken if torch.compiler.is_compiling() else right)(*args, **kwargs)
 
     monkeypatch.setitem(runtime.RULES, function, rule)
-    runtime.GUARDS.clear()
+    guarding.GUARDS.clear()
     x = torch.ones(3, requires_grad=True)
     for _ in range(2):
         with pytest.raises(UnsupportedOperation, match="fails the check of compiled values"):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import runtime
 from ..dual import Dual
 from ..ops.head import lm_head_penalty
 from .head import LMHead, as_head
@@ -63,7 +62,7 @@ def lm_loss(
         return q, cotangent[rows].to(q.device)
 
     def loss(x: Any) -> Any:
-        runtime.install_guards()
+        guarding.install_guards()
         hidden = func(x if isinstance(x, Dual) else Dual(x.unsqueeze(0)))
         if not isinstance(hidden, Dual):
             raise TypeError(

@@ -17,7 +17,8 @@ from torch.utils.hooks import BackwardHook
 
 from .. import torch_private
 from ..dual import Dual, dispatch
-from ..runtime import GUARDS, UnsupportedOperation, rule
+from ..guarding import GUARDS
+from ..runtime import UnsupportedOperation, rule
 from ..torch_private import pytree
 from . import composites
 from .common import is_dual
