@@ -93,10 +93,10 @@ def _attention_bwd_kv_kernel(
     blocks = tl.maximum((high - low + BLOCK_M - 1) // BLOCK_M, 0)
 
     lnorms = (tl.num_programs(1) * GROUP).to(tl.int64) * NP
-    k_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    k_tan_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    v_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    v_tan_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    k_acc = pin(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), PIN)
+    k_tan_acc = pin(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), PIN)
+    v_acc = pin(tl.zeros([BLOCK_N, BLOCK_V], tl.float32), PIN)
+    v_tan_acc = pin(tl.zeros([BLOCK_N, BLOCK_V], tl.float32), PIN)
     start = settle(low, PIN)
     h = hk * GROUP
     for _ in tl.range(0, GROUP * blocks, num_stages=STAGES):
