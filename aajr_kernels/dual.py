@@ -77,7 +77,8 @@ def _record(func: Callable[..., Any], result: Any) -> None:
         return
     flops = 0.0
     if kind != "view" and not torch.compiler.is_compiling():  # lengths may be symbols
-        flops = float(sum(leaf.stacked.numel() for leaf in _duals_in((result,))))
+        leaves = pytree.tree_leaves(result, is_leaf=is_dual)
+        flops = float(sum(leaf.stacked.numel() for leaf in leaves if isinstance(leaf, Dual)))
     runtime.record(function_name(func), kind, flops)
 
 
@@ -373,10 +374,6 @@ pytree.register_pytree_node(
 def is_dual(x: object) -> bool:
     """Whether `x` is a Dual."""
     return isinstance(x, Dual)
-
-
-def _duals_in(values: Any) -> list[Dual]:
-    return [leaf for leaf in pytree.tree_leaves(values, is_leaf=is_dual) if isinstance(leaf, Dual)]
 
 
 def num_tangents(*values: Any) -> int:

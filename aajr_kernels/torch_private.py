@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch._lowrank
 import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction
 from torch.nn import _reduction
@@ -34,14 +35,19 @@ from torch.utils.hooks import BackwardHook
 
 __all__ = [
     "ALL_REDUCE",
+    "BATCH_NORM_WITH_UPDATE",
     "CHECKPOINT_SAVER",
     "FROM_LOCAL",
     "GROUPED_MM",
+    "LOW_RANK",
+    "MASKED_INDEX",
+    "MASKED_INDEX_PUT",
     "NESTED_MASK_FITS",
     "NN",
     "RUNNING_NORMS",
     "TESTED",
     "TRACED_CHECKPOINT",
+    "UPSAMPLE_BILINEAR_AA",
     "VARIABLE_FUNCTIONS",
     "VERSION",
     "TorchDispatchMode",
@@ -92,6 +98,19 @@ VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
 
 #: the product over groups of transformers' mixtures of experts, where this build of torch has it
 GROUPED_MM: Callable[..., torch.Tensor] | None = getattr(torch, "_grouped_mm", None)
+
+#: resampling with anti-aliasing: the operator, and the builtin behind ``F.interpolate``
+UPSAMPLE_BILINEAR_AA: tuple[Any, Any] = (torch.ops.aten._upsample_bilinear2d_aa, NN._upsample_bilinear2d_aa)
+
+#: reads and adds by index where a mask allows it; what Inductor's decompositions of pooling and resampling are made of
+MASKED_INDEX: Any = getattr(torch, "_unsafe_masked_index", None)
+MASKED_INDEX_PUT: Any = getattr(torch, "_unsafe_masked_index_put_accumulate", None)
+
+#: training's batch norm as one operator
+BATCH_NORM_WITH_UPDATE: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
+
+#: the module of ``svd_lowrank`` and ``pca_lowrank``, which torch writes in Python
+LOW_RANK: Any = torch._lowrank
 
 #: asked by ``nn.TransformerEncoder``: whether its padding suits the nested fast path
 NESTED_MASK_FITS: Callable[..., bool] = torch._nested_tensor_from_mask_left_aligned

@@ -28,7 +28,7 @@ LAYERS = {
     "gpu": 1,
     "cuda": 2,
     "runtime": 3,
-    "guarding": 3,
+    "guarding": 3.5,
 }
 LAYERS |= {
     "leaving": 3.5,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import guarding
 from ..dual import Dual
 from ..ops.head import lm_head_penalty
 from .head import LMHead, as_head

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..runtime import UnsupportedOperation, autocasting, rule
-from ..torch_private import NN
+from ..torch_private import NN, UPSAMPLE_BILINEAR_AA
 from .common import Dual, is_dual, join, num_tangents, once_rounded_sum, per_slice, primal_of
 
 # -- folding ----------------------------------------------------------------------------------------------------------
@@ -149,12 +149,7 @@ for _n in (2, 3):
 # -- resampling and patches -------------------------------------------------------------------------------------------
 
 _linear_in_input("interpolate", None, F.interpolate, F.upsample)
-_linear_in_input(
-    "_upsample_bilinear2d_aa",
-    None,
-    torch.ops.aten._upsample_bilinear2d_aa,
-    torch._C._nn._upsample_bilinear2d_aa,
-)
+_linear_in_input("_upsample_bilinear2d_aa", None, *UPSAMPLE_BILINEAR_AA)
 _linear_in_input("channel_shuffle", None, torch.channel_shuffle, torch.native_channel_shuffle)
 _linear_in_input("unfold", 2, F.unfold, NN.im2col)
 _linear_in_input("fold", 1, F.fold, NN.col2im)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..runtime import KINDS, RULES, UnsupportedOperation, functions_named, rule
+from ..torch_private import MASKED_INDEX, MASKED_INDEX_PUT
 from .common import Dual, axis, is_dual, join, lift, num_tangents, per_slice, primal_of, split
 
 # -- splits by axis ---------------------------------------------------------------------------------------------------
@@ -153,20 +154,21 @@ def _frexp(x: Dual) -> Any:
     return torch.return_types.frexp(result)
 
 
-@rule("_unsafe_masked_index?")
 def _masked_index(x: Dual, mask: torch.Tensor, indices: Any, fill: Any) -> Dual:
     parts = x.stacked.unbind(0)
     fills = [fill, *[0] * (len(parts) - 1)]
-    return Dual(torch.stack([torch._unsafe_masked_index(p, mask, indices, f) for p, f in zip(parts, fills)]))
+    return Dual(torch.stack([MASKED_INDEX(p, mask, indices, f) for p, f in zip(parts, fills)]))
 
 
-@rule("_unsafe_masked_index_put_accumulate?")
 def _masked_index_put(x: Any, mask: torch.Tensor, indices: Any, values: Any) -> Dual:
     k = num_tangents(x, values)
     pairs = zip(*((v if is_dual(v) else lift(v, k)).stacked.unbind(0) for v in (x, values)))
-    return Dual(
-        torch.stack([torch._unsafe_masked_index_put_accumulate(p, mask, indices, v) for p, v in pairs])
-    )
+    return Dual(torch.stack([MASKED_INDEX_PUT(p, mask, indices, v) for p, v in pairs]))
+
+
+for _function, _by_mask in ((MASKED_INDEX, _masked_index), (MASKED_INDEX_PUT, _masked_index_put)):
+    if _function is not None:
+        rule(_function)(_by_mask)
 
 
 # -- ATen operators that Python reaches ---------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import types
 from typing import Any
 
 import torch
-import torch._lowrank
 
 from ..runtime import UnsupportedOperation, rule
+from ..torch_private import LOW_RANK
 from .common import Dual, is_dual, join, ndim_of, num_tangents, parts, split
 
 #: named tuples, which torch's stubs know in part
@@ -303,9 +303,9 @@ def _low_rank() -> None:
     dense = types.SimpleNamespace(
         matmul=torch.matmul, is_sparse=lambda x: False, get_floating_dtype=lambda x: x.dtype
     )
-    scope = {**torch._lowrank.__dict__, "_utils": dense, "has_torch_function": lambda values: False}
+    scope = {**vars(LOW_RANK), "_utils": dense, "has_torch_function": lambda values: False}
     for name in ("get_approximate_basis", "_svd_lowrank", "svd_lowrank", "pca_lowrank"):
-        function = getattr(torch._lowrank, name)
+        function = getattr(LOW_RANK, name)
         scope[name] = types.FunctionType(function.__code__, scope, name, function.__defaults__)
     for name in ("svd_lowrank", "pca_lowrank"):
         rule(getattr(torch, name))(scope[name])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..ops import norm
 from ..runtime import UnsupportedOperation, rule
+from ..torch_private import BATCH_NORM_WITH_UPDATE
 from .common import is_dual, primal_of
 
 
@@ -237,5 +238,5 @@ def _batch_norm_with_update(
     return (*result, torch.empty(0, dtype=torch.uint8, device=x.device))
 
 
-if (_operator := getattr(torch.ops.aten, "_batch_norm_with_update", None)) is not None:
-    rule(_operator, _operator.default, kind="op")(_batch_norm_with_update)
+if BATCH_NORM_WITH_UPDATE is not None:
+    rule(BATCH_NORM_WITH_UPDATE, BATCH_NORM_WITH_UPDATE.default, kind="op")(_batch_norm_with_update)

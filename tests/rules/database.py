@@ -441,31 +441,3 @@ def examine(op: Any, limit: int, dtype: torch.dtype = torch.float64, quick: bool
                 else:
                     finding.right += 1
     return finding
-
-
-def accepted_errors(op: Any) -> list[str]:
-    """Calls of `op` that torch refuses, and that are accepted with a Dual."""
-    accepted = []
-    if op.error_inputs_func is None:
-        return accepted
-    for number, error in enumerate(op.error_inputs("cpu")):
-        sample = error.sample_input
-        call = Call(op.op, sample, torch.float64)
-        for dtype in (torch.float64, torch.float32):
-            call = Call(op.op, sample, dtype)
-            if call.places:
-                break
-        if not call.places:
-            continue
-        try:
-            call(*[p.clone() for p in call.points])
-        except Exception:
-            pass
-        else:
-            continue  # refused for another reason than its arguments
-        try:
-            call(*[dual(p, torch.ones_like(p)) if i == 0 else p for i, p in enumerate(call.points)])
-        except Exception:
-            continue
-        accepted.append(f"{title(op)}, error {number}: torch says {error.error_regex!r}")
-    return accepted
