@@ -41,7 +41,7 @@ NOT_OPS = {
         "dual",
     ),
     *("is_dual", "jvp", "normalize", "seed", "unpack", "use_backend", "integrations", "nn"),
-    *("lm_loss", "recompute", "stability_report", "trajectory_penalty", "tuple_arguments"),
+    *("lm_loss", "recompute", "stability_report", "strict", "trajectory_penalty", "tuple_arguments"),
 }
 
 

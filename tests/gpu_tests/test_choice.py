@@ -29,6 +29,7 @@ class Fake:
     dtype: torch.dtype = torch.bfloat16
     __torch_dispatch__ = torch._C._disabled_torch_dispatch_impl
     def is_floating_point(self): return self.dtype.is_floating_point
+    def is_complex(self): return self.dtype.is_complex
 
 def fake(device="cuda:0", dtype=torch.bfloat16):
     return Fake(torch.device(device), dtype)

@@ -332,8 +332,8 @@ def test_tuple_arguments(name):
 
 def test_an_unsupported_operation_says_so():
     x, v = torch.randn(2, 4, 6).unbind()
-    function = lambda x, v: torch.fft.rfft(aajr.dual(x, v))
-    words = r"fft_rfft has no derivative rule for a Dual: replace it, .*or register one"
+    function = lambda x, v: torch.special.bessel_j0(aajr.dual(x, v))
+    words = r"special_bessel_j0 has no derivative rule for a Dual: replace it, .*or register one"
     with pytest.raises(torch._dynamo.exc.Unsupported, match=words):
         compiled(function, "eager")[0](x, v)
     torch.compiler.reset()

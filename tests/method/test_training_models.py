@@ -172,6 +172,9 @@ def test_without_matplotlib_the_page_says_so(tmp_path, monkeypatch):
     assert "brings matplotlib" in (tmp_path / "report.md").read_text()
 
 
-def test_a_bar_on_a_terminal_only(capsys):
+def test_progress_is_lines_without_a_terminal(capsys):
     fit(tiny_lm(), sequences(1), plain())
-    assert capsys.readouterr().err.strip() == ""
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("begins") and "done" in lines[-1] and not any("\r" in line for line in lines)
+    fit(tiny_lm(), sequences(1), plain(), progress=False)
+    assert capsys.readouterr().err == ""

@@ -66,7 +66,8 @@ def test_misaligned_memory_is_refused_by_name_or_read(case, dtype):
             else:
                 assert case.op == "linear"
                 torch.testing.assert_close(got, expected)
-    assert refused and all(re.search(r"aligned .*clone\(\)", message) for message in refused), refused
+    assert refused or case.op == "linear"  # its products in a low dtype may all be torch's
+    assert all(re.search(r"aligned .*clone\(\)", message) for message in refused), refused
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
