@@ -34,6 +34,7 @@ __all__ = [
     "record",
     "record_unsupported",
     "recording",
+    "refuse_transform",
     "unsupported",
     "use_backend",
 ]
@@ -55,6 +56,14 @@ def unsupported(message: str) -> NoReturn:
     """
     break_graph(message)
     raise UnsupportedOperation(message)
+
+
+def refuse_transform(error: Exception | None = None) -> NoReturn:
+    """Raise :class:`UnsupportedOperation`: an op with a hand-written backward ran inside a transform of torch."""
+    raise UnsupportedOperation(
+        "the ops of aajr_kernels are no functorch transforms (torch.func, forward_ad): take torch.autograd.grad, or "
+        "aajr_kernels.jvp for a derivative along a direction."
+    ) from error
 
 
 class BackendUnavailable(RuntimeError):

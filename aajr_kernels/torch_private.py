@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 import torch._lowrank
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.nn import _reduction
 from torch.utils import _pytree as pytree
@@ -57,6 +59,7 @@ __all__ = [
     "is_tested",
     "tested_range",
     "has_memory",
+    "in_transform",
     "lazy_clone",
     "mark_constant",
     "pass_weight_of_l1_loss",
@@ -66,6 +69,7 @@ __all__ = [
     "reduction_name",
     "separate_outputs",
     "watch_backward_hooks",
+    "watch_control_flow",
     "watch_functions",
     "watch_multi_head_attention",
 ]
@@ -140,6 +144,16 @@ def has_memory(t: torch.Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 
 _SEEN = "_aajr_sees_arguments"
+
+
+def in_transform(*tensors: torch.Tensor) -> bool:
+    """Whether torch.func transforms what runs now, or a tensor has a tangent of ``torch.autograd.forward_ad``.
+
+    Relies on, in torch 2.11-2.15: ``torch._C._are_functorch_transforms_active()``.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def watch_functions(call: Callable[..., Any], check: Callable[[type, tuple[Any, ...]], None]) -> None:
@@ -269,6 +283,41 @@ def pass_weight_of_l1_loss() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# control flow
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def watch_control_flow(watched: dict[str, Callable[..., Any]]) -> None:
+    """Have functions of torch's control flow, ``torch.cond`` and its like, see their arguments first. Idempotent.
+
+    Relies on, in torch 2.11-2.15: each lies in the module of its name in ``torch._higher_order_ops``, which
+    ``import torch`` loads, and is found by that name there, in the package and in ``torch``. One that this torch lacks
+    is left out; one bound by its user before raises errors of torch's own.
+
+    Args:
+        watched: name of a function -> called in its place, with the function and its arguments.
+    """
+    for name, call in watched.items():
+        module = sys.modules.get(f"torch._higher_order_ops.{name}")
+        original = getattr(module, name, None)
+        if original is None or hasattr(original, _SEEN):
+            continue
+        replacement = _calling(call, original)
+        setattr(replacement, _SEEN, True)
+        for owner in (module, torch._higher_order_ops, torch):
+            if getattr(owner, name, None) is original:
+                setattr(owner, name, replacement)
+
+
+def _calling(call: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return call(original, *args, **kwargs)
+
+    return replacement
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # multi-head attention
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -293,10 +342,7 @@ def watch_multi_head_attention(
     if hasattr(original, _SEEN):
         return []
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return call(original, *args, **kwargs)
-
+    forward = _calling(call, original)
     replaced: dict[str, Callable[..., Any]] = {original.__name__: forward, "_none_or_dtype": dtype_of}
     for name, function in replaced.items():
         before = getattr(F, name)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..dual import Dual
 from .attack_state import RandomState, held, modules_of, ranks_of
+from .checks import check_integers
 from .projection import NORMS, Ball, checked_radius
 from .scopes import SCOPES, Groups, attackable, checked_agents
 from .stepsize import AutoStep, GivenStep, checked_step_size
@@ -168,10 +169,8 @@ def _plan(given: dict[str, Any]) -> _Plan:
     for name, choices in (("step", STEPS), ("norm", NORMS), ("scope", SCOPES), ("init", INITS)):
         if given[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r}.")
-    for name, least in (("steps", 1), ("restarts", 1), ("max_backtracks", 0)):
-        value = given[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+    check_integers(1, steps=given["steps"], restarts=given["restarts"])
+    check_integers(0, max_backtracks=given["max_backtracks"])
     agents = checked_agents(given["agents"], x)
     if given["scope"] == "agent" and agents is None:
         raise ValueError("agents must be given with scope='agent': the agent of every token.")

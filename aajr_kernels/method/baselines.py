@@ -34,6 +34,7 @@ from ..dual import Dual, dual
 from ..ops.reduce import sensitivity
 from . import probes
 from .attack_state import RandomState, held, modules_of
+from .checks import check_integers, check_number
 from .head import LMHead, as_head
 from .penalty import aligned_penalty, reduce_units
 from .scopes import Groups
@@ -351,8 +352,8 @@ def _check(
         raise ValueError(f"func must be given for method {method!r}: the policy.")
     if u is not None and u.shape != x.shape:
         raise ValueError(f"u must have the shape of x {tuple(x.shape)}, got {tuple(u.shape)}.")
-    for name, value, least in (("samples", samples, 1), ("iterations", iterations, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+    check_integers(1, samples=samples)
+    check_integers(0, iterations=iterations)
+    check_number("h", h)
     if not 0 < h < math.inf:
         raise ValueError(f"h must be a positive number, got {h}.")

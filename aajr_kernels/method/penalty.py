@@ -25,7 +25,10 @@ from .. import tracing
 from ..dual import Dual, dual
 from ..ops.head import lm_head_penalty
 from ..ops.reduce import sensitivity
+from ..runtime import refuse_transform
+from ..torch_private import in_transform
 from ..transforms import primal_tree
+from .checks import check_number, check_scalar
 from .directions import included
 from .expected import Reduction, expected_cotangents
 from .head import LMHead, as_head
@@ -147,14 +150,18 @@ def measure(
 ) -> Measured:
     """The work of :func:`aligned_penalty`, which has the arguments."""
     _check_choices(metric, form, unit, reduction, gamma, denominator)
+    if penalty_weight is not None:
+        check_scalar("penalty_weight", penalty_weight)
     if labels is not None and (head is None or not return_primal):
         raise ValueError(
             "labels need head= and return_primal=True: without a head compute the loss from the returned primal."
         )
     description = None if head is None else as_head(head)
     x_dual = dual(x, v)
-    eager_cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and not torch.isfinite(v.detach()).all():
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and in_transform(x, v):  # the reduction to q is an op
+        refuse_transform()
+    if is_eager and v.device.type == "cpu" and not torch.isfinite(v.detach()).all():
         raise ValueError(
             "v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=)."
         )
@@ -297,19 +304,13 @@ def _check_choices(metric: str, form: str, unit: str, reduction: str, gamma: Any
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
     if gamma is None and form != "squared":
         raise ValueError(f"gamma must be given with form={form!r}: the threshold on the root of q.")
-    if gamma is not None and not isinstance(gamma, (int, float)):
-        raise TypeError(f"gamma must be a Python number, got {type(gamma).__name__}: pass float(gamma).")
-    if gamma is not None and not 0 <= gamma < float("inf"):
-        raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
+    if gamma is not None:
+        check_number("gamma", gamma)
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
     if denominator is not None:
         if reduction != "mean":
             raise ValueError(f"denominator applies to reduction='mean' alone, got reduction={reduction!r}.")
-        if isinstance(denominator, torch.Tensor):
-            if denominator.numel() != 1:
-                raise ValueError(
-                    f"denominator must be a number or a tensor of one element, got shape {tuple(denominator.shape)}."
-                )
-        elif not hasattr(denominator, "__float__"):
-            raise TypeError(f"denominator must be a number or a tensor, got {type(denominator).__name__}.")
-        elif not denominator > 0:
+        check_scalar("denominator", denominator)
+        if not isinstance(denominator, torch.Tensor) and not denominator > 0:
             raise ValueError(f"denominator must be positive, got {denominator}.")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import is_number
 from .scopes import Groups
 
 __all__ = ["NORMS", "Ball", "checked_radius"]
@@ -93,7 +94,7 @@ def checked_radius(radius: object, groups: Groups) -> float | Tensor:
         TypeError: it is neither a number nor a floating point tensor.
         ValueError: it is not positive, or its shape does not fit.
     """
-    if isinstance(radius, (int, float)) and not isinstance(radius, bool):
+    if is_number(radius):
         if not radius > 0:
             raise ValueError(f"radius must be positive, got {radius}.")
         return float(radius)

@@ -35,6 +35,7 @@ from torch import nn
 
 from . import probes
 from .attack_state import RandomState, held, modules_of
+from .checks import check_integers, check_number
 from .head import LMHead, as_head
 from .report import StabilityReport
 
@@ -129,7 +130,7 @@ def stability_report(
         TypeError, ValueError: an argument has a wrong type, shape or value.
         UnsupportedOperation: `loss_fn` or `func` uses a function without a derivative rule.
     """
-    _check(x, traj, curvature, samples, func, output_loss, metric, gamma, unit, power_iterations)
+    _check(x, traj, curvature, samples, func, output_loss, metric, gamma, unit, power_iterations, tolerance)
     modules, random = modules_of(module), RandomState(x.device)
     loss_fn = probes.repeatable(loss_fn, random)
     try:
@@ -327,6 +328,7 @@ def _check(
     gamma: float | None,
     unit: str,
     power_iterations: int,
+    tolerance: float | None,
 ) -> None:
     for name, value, choices in (
         ("curvature", curvature, CURVATURES),
@@ -338,12 +340,13 @@ def _check(
     if not isinstance(x, torch.Tensor) or x.shape != traj.x.shape:
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be the input of traj, shape {tuple(traj.x.shape)}, got {got}.")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"samples must be an integer >= 2 (the ends of a segment), got {samples!r}.")
-    if isinstance(power_iterations, bool) or not isinstance(power_iterations, int) or power_iterations < 0:
-        raise ValueError(f"power_iterations must be an integer >= 0, got {power_iterations!r}.")
-    if gamma is not None and not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
-        raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
+    check_integers(2, samples=samples)  # the ends of a segment
+    check_integers(0, power_iterations=power_iterations)
+    for name, number in (("gamma", gamma), ("tolerance", tolerance)):
+        if number is not None:
+            check_number(name, number)
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {number}.")
     for name, wanted in (
         ("output_loss", output_loss is not None),
         ("gamma", gamma is not None),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .checks import is_number
 from .scopes import Groups
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def checked_step_size(step_size: object, steps: int, x: Tensor) -> str | Tensor:
         return step_size
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     shape = (steps, x.shape[0])
-    if isinstance(step_size, (int, float)) and not isinstance(step_size, bool):
+    if is_number(step_size):
         if not 0 < step_size < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}.")
         return torch.full(shape, float(step_size), dtype=dtype, device=x.device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..torch_private import pytree
+from .checks import check_integers, check_scalar
 from .penalty import Measured, measure, reduce_units, units_of
 from .scopes import Groups, agent_labels
 
@@ -177,6 +178,8 @@ def trajectory_penalty(
         raise TypeError(
             f"trajectory_penalty() has no option {', '.join(unknown)}, and aligned_penalty() neither."
         )
+    if penalty_options.get("penalty_weight") is not None:
+        check_scalar("penalty_weight", penalty_options["penalty_weight"])
     index, shares = _chosen(traj, steps, weights, generator)
     place = "end" if steps == "worst" else at or "start"
     share_primal = bool(penalty_options.get("return_primal"))
@@ -224,13 +227,17 @@ def step_shares(weights: Sequence[float] | Tensor | None, count: int) -> Tensor:
     """Weights of the steps ``[T]``, float64 on the CPU, with sum 1.
 
     Raises:
-        ValueError: they are not `count` finite nonnegative numbers, or all zero.
+        TypeError, ValueError: they are not `count` finite nonnegative numbers, or all zero.
     """
     if weights is None:
         return torch.full((count,), 1.0 / count, dtype=torch.float64)
-    shares = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+    wrong = f"weights must be {count} finite numbers >= 0 with a positive sum, got {weights!r}."
+    try:
+        shares = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(wrong) from error
     if shares.shape != (count,) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < math.inf:
-        raise ValueError(f"weights must be {count} finite numbers >= 0 with a positive sum, got {weights}.")
+        raise ValueError(wrong)
     return shares / shares.sum()
 
 
@@ -391,8 +398,7 @@ def _check(
         raise ValueError(
             f"at does not go with steps='worst', which is the worst point itself, got at={at!r}."
         )
-    if not isinstance(batch_steps, int) or isinstance(batch_steps, bool) or batch_steps < 1:
-        raise ValueError(f"batch_steps must be an integer >= 1, got {batch_steps!r}.")
+    check_integers(1, batch_steps=batch_steps)
     if per_agent and traj.agents is None:
         raise ValueError("per_agent needs a trajectory with agents: give agents= to ascend.")
     if inputs is not None and not isinstance(inputs, Mapping):

@@ -2,23 +2,27 @@
 
 ``autograd.Function.apply`` sees no tensor in a Dual and would record no gradient: it raises. The full backward hooks
 of modules are attached to tensors and would not run: they warn. Multi-head attention does not look at its masks: it is
-made to. All are installed at the first ``dual()`` and pass through where no Dual is involved.
+made to. Parameters and buffers detach what they are made of, and control flow (``torch.cond``) maps over the stack:
+they raise. All are installed at the first ``dual()`` and pass through where no Dual is involved.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import BackwardHook
 
 from .. import torch_private
 from ..dual import Dual, dispatch
 from ..guarding import GUARDS
-from ..runtime import UnsupportedOperation, rule
+from ..runtime import UnsupportedOperation, refuse_transform, rule, unsupported
 from ..torch_private import pytree
 from . import composites
 from .common import is_dual
@@ -27,7 +31,9 @@ __all__ = [
     "function_rule",
     "guard_attention_masks",
     "guard_backward_hooks",
+    "guard_control_flow",
     "guard_functions",
+    "guard_parameters",
     "linear_function",
 ]
 
@@ -37,6 +43,8 @@ _REMEDY = (
     "rule that applies it to x.stacked"
 )
 
+
+_PACKAGE = __name__.partition(".")[0] + "."
 
 #: module and qualified name of an autograd.Function -> what its ``apply`` does with a Dual; called with the real apply
 FUNCTION_RULES: dict[str, Callable[..., Any]] = {}
@@ -96,7 +104,14 @@ def guard_functions() -> None:
 
 def _apply(apply: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
     if not _holds_dual((args, kwargs)):
-        return apply(*args, **kwargs)
+        if not cls.__module__.startswith(_PACKAGE):
+            return apply(*args, **kwargs)
+        try:
+            return apply(*args, **kwargs)
+        except RuntimeError as error:  # torch's words are addressed to the author of the Function
+            if "functorch transforms" in str(error) or "implement the jvp" in str(error):
+                refuse_transform(error)
+            raise
     known = FUNCTION_RULES.get(_qualified(cls))
     if known is None:
         return _refuse(cls, (args, kwargs))
@@ -143,4 +158,71 @@ def guard_attention_masks() -> None:
         rule(function, kind="op")(composites.multi_head_attention)
 
 
-GUARDS += [guard_functions, guard_backward_hooks, guard_attention_masks, torch_private.pass_weight_of_l1_loss]
+def guard_parameters() -> None:
+    """Make ``nn.Parameter`` and ``nn.Buffer`` raise on a Dual, which they would detach. Idempotent."""
+    for cls in (nn.Parameter, nn.Buffer):
+        if not hasattr(cls.__new__, "_aajr_refuses_duals"):
+            cls.__new__ = staticmethod(_refusing(cls.__new__))  # type: ignore[method-assign]
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def new(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if is_dual(data):
+            raise UnsupportedOperation(f"nn.{cls.__name__} would drop the tangent of a Dual: pass y.primal.")
+        return original(cls, data, *args, **kwargs)
+
+    new._aajr_refuses_duals = True  # type: ignore[attr-defined]
+    return new
+
+
+_LOOP = "a loop in Python"
+#: functions of torch's control flow -> what to write in their place
+_CONTROL_FLOW = {
+    "cond": "torch.where or if",
+    "switch": "torch.where or if",
+    "while_loop": _LOOP,
+    "scan": _LOOP,
+    "associative_scan": _LOOP,
+    "map": _LOOP,
+}
+
+
+def guard_control_flow() -> None:
+    """Make ``torch.cond`` and its like raise where a Dual is among their operands, or captured. Idempotent."""
+
+    def refusing(name: str, remedy: str) -> Callable[..., Any]:
+        def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            is_constant = name == "cond" and args and isinstance(args[0], (bool, int, float))
+            if not is_constant and (_reaches_dual(args) or _reaches_dual(tuple(kwargs.values()))):
+                unsupported(f"torch.{name} has no derivative rule for a Dual: write {remedy}.")
+            return original(*args, **kwargs)
+
+        return call
+
+    torch_private.watch_control_flow({name: refusing(name, remedy) for name, remedy in _CONTROL_FLOW.items()})
+
+
+def _reaches_dual(value: Any) -> bool:
+    """Whether a Dual is in a tree of operands, or captured by a function among them; Dynamo can trace it."""
+    if is_dual(value):
+        return True
+    if isinstance(value, dict):
+        return any(_reaches_dual(entry) for entry in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_reaches_dual(entry) for entry in value)
+    if torch.compiler.is_compiling() or not inspect.isfunction(value):
+        return False
+    captured = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    captured += [value.__globals__.get(name) for name in value.__code__.co_names]
+    return any(map(is_dual, captured))
+
+
+GUARDS += [
+    guard_functions,
+    guard_backward_hooks,
+    guard_attention_masks,
+    guard_parameters,
+    guard_control_flow,
+    torch_private.pass_weight_of_l1_loss,
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from ..ascent import INITS
 from ..ascent import STEPS as KINDS
 from ..baselines import METHODS
+from ..checks import check_integers, check_number
 from ..penalty import FORMS, METRICS, UNITS
 from ..projection import NORMS
 from ..scopes import SCOPES
@@ -51,12 +53,16 @@ class Attack:
 
     def __post_init__(self) -> None:
         checked_schedule(self.radius, "radius")
-        _at_least(1, steps=self.steps, restarts=self.restarts)
+        check_integers(1, steps=self.steps, restarts=self.restarts)
         _one_of(KINDS, step=self.step)
         _one_of(NORMS, norm=self.norm)
         _one_of(SCOPES, scope=self.scope)
         _one_of(INITS, init=self.init)
-        if self.step_size != "auto" and not (isinstance(self.step_size, (int, float)) and self.step_size > 0):
+        if not isinstance(self.step_size, str):
+            check_number("step_size", self.step_size)
+        if self.step_size != "auto" and (
+            isinstance(self.step_size, str) or not 0 < self.step_size < math.inf
+        ):
             raise ValueError(f"step_size must be 'auto' or a positive number, got {self.step_size!r}.")
 
 
@@ -105,6 +111,9 @@ class Penalty:
         _one_of(FORMS, form=self.form)
         _one_of(UNITS, unit=self.unit)
         _one_of(DIRECTIONS, direction=self.direction)
+        check_integers(1, batch_steps=self.batch_steps, samples=self.samples)
+        check_integers(0, iterations=self.iterations)
+        check_number("h", self.h)
         checked_schedule(self.weight, "weight")
         if self.gamma is not None:
             checked_schedule(self.gamma, "gamma")
@@ -134,7 +143,9 @@ class Diagnostics:
     power_iterations: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(1, every=self.every)
+        check_integers(1, every=self.every)
+        check_integers(2, samples=self.samples)
+        check_integers(0, power_iterations=self.power_iterations)
         if self.power_iterations and not self.smoothness:
             raise ValueError("power_iterations needs smoothness=True: both look at the policy's output.")
 
@@ -212,14 +223,19 @@ class FitConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, accumulate=self.accumulate, max_skips=self.max_skips)
-        _at_least(1, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
-        _at_least(0, evaluate_every=self.evaluate_every)
+        check_integers(1, steps=self.steps, accumulate=self.accumulate, max_skips=self.max_skips)
+        check_integers(1, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
+        check_integers(0, evaluate_every=self.evaluate_every)
         if self.keep is not None:
-            _at_least(1, keep=self.keep)
+            check_integers(1, keep=self.keep)
         _one_of(("raise", "skip"), non_finite=self.non_finite)
         checked_schedule(self.learning_rate, "learning_rate")
         _checked_objective(self)
+        for name, number in zip(("beta1", "beta2"), self.betas):
+            check_number(name, number)
+        check_number("weight_decay", self.weight_decay)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
         if self.autocast not in (None, torch.bfloat16):
@@ -246,7 +262,7 @@ def describe(value: Any) -> Any:
 
 def _checked_objective(config: ObjectiveConfig | FitConfig) -> None:
     if config.seed is not None:
-        _at_least(0, seed=config.seed)
+        check_integers(0, seed=config.seed)
     for name in ("adversarial_weight", "clean_weight"):
         checked_schedule(getattr(config, name), name)
     for name, kind in (("attack", Attack), ("penalty", Penalty)):
@@ -258,12 +274,6 @@ def _checked_objective(config: ObjectiveConfig | FitConfig) -> None:
     if config.diagnostics is not None and not isinstance(config.diagnostics, Diagnostics):
         kind = type(config.diagnostics).__name__
         raise TypeError(f"diagnostics must be a Diagnostics or None, got {kind}.")
-
-
-def _at_least(least: int, **values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
 
 
 def _one_of(choices: tuple[str, ...], **values: Any) -> None:

@@ -92,8 +92,9 @@ def checked_schedule(schedule: Any, name: str) -> None:
     if callable(schedule):
         return
     if isinstance(schedule, bool) or not isinstance(schedule, (int, float)):
+        remedy = f": pass float({name})" if hasattr(schedule, "__float__") else ""
         raise TypeError(
-            f"{name} must be a number or a function from the step to one, got {type(schedule).__name__}."
+            f"{name} must be a number or a function from the step to one, got {type(schedule).__name__}{remedy}."
         )
     value_at(schedule, 0, name)
 

@@ -1,0 +1,61 @@
+"""Checks of numbers among the arguments: one sentence says the argument, what came, what was expected, the remedy."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, TypeGuard
+
+import torch
+
+from ..dual import Dual
+
+__all__ = ["check_integers", "check_number", "check_scalar", "is_number"]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number of Python or a scalar of NumPy, and no truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_integers(least: int, **values: Any) -> None:
+    """Raise unless each is a Python integer that is large enough.
+
+    Raises:
+        TypeError: it is an integer of NumPy or a tensor.
+        ValueError: it is something else, or too small.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) and hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be a Python integer, got {type(value).__name__}: pass int({name}).")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless it is a Python number: such numbers are written down, and compiled into graphs.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
+    is_convertible = hasattr(value, "__float__") and not isinstance(value, bool)
+    remedy = f": pass float({name})" if is_convertible else ""
+    raise TypeError(f"{name} must be a Python number, got {type(value).__name__}{remedy}.")
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise unless it is a number of Python or NumPy, or a tensor of one element.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is a tensor of more or fewer elements.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}."
+            )
+    elif not is_number(value):
+        remedy = ": pass y.primal" if isinstance(value, Dual) else ""
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}{remedy}.")
