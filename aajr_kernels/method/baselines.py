@@ -36,7 +36,7 @@ from . import probes
 from .attack_state import RandomState, held, modules_of
 from .checks import check_integers, check_number
 from .head import LMHead, as_head
-from .penalty import aligned_penalty, reduce_units
+from .penalty import aligned_penalty, check_reduction, reduce_units
 from .scopes import Groups
 from .trajectory import Trajectory, drawn_steps, step_shares
 
@@ -114,6 +114,7 @@ def baseline_penalty(
         UnsupportedOperation: `func` or `loss_fn` uses a function without a derivative rule.
     """
     _check(method, func, x, u, loss_fn, samples, iterations, h)
+    check_reduction(form, unit, reduction, gamma, denominator)
     modules = modules_of(module)
     v = _first_direction(method, x, u, start, samples, attack_mask, scope, agents, generator)
     random = RandomState(x.device)

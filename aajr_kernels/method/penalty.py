@@ -149,7 +149,9 @@ def measure(
     penalty_weight: float | None = None,
 ) -> Measured:
     """The work of :func:`aligned_penalty`, which has the arguments."""
-    _check_choices(metric, form, unit, reduction, gamma, denominator)
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
+    check_reduction(form, unit, reduction, gamma, denominator)
     if penalty_weight is not None:
         check_scalar("penalty_weight", penalty_weight)
     if labels is not None and (head is None or not return_primal):
@@ -293,9 +295,13 @@ def _shaped(q: torch.Tensor, gamma: float | None, form: str) -> torch.Tensor:
     return excess if form == "hinge" else excess.square()
 
 
-def _check_choices(metric: str, form: str, unit: str, reduction: str, gamma: Any, denominator: Any) -> None:
+def check_reduction(form: str, unit: str, reduction: str, gamma: Any, denominator: Any) -> None:
+    """Raise unless the arguments of :func:`reduce_units` have the right types and values.
+
+    Raises:
+        TypeError, ValueError: one has not.
+    """
     for name, value, choices in (
-        ("metric", metric, METRICS),
         ("form", form, FORMS),
         ("unit", unit, UNITS),
         ("reduction", reduction, REDUCTIONS),

@@ -117,9 +117,25 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"h must be a Python number, got str\.",
     ),
+    "gamma of a baseline": (
+        lambda: baseline_penalty("random", NET, X, gamma="1"),
+        TypeError,
+        "gamma must be a Python number, got str",
+    ),
+    "form of a baseline": (
+        lambda: baseline_penalty("random", NET, X, gamma=0.1, form="bogus"),
+        ValueError,
+        "form must be one of squared, hinge, hinge2, got 'bogus'",
+    ),
+    "denominator of a baseline": (
+        lambda: baseline_penalty("random", NET, X, denominator=torch.ones(2)),
+        ValueError,
+        r"denominator must be a number or a tensor of one element, got shape \(2,\)",
+    ),
+    "betas, one": (lambda: FitConfig(3, betas=0.9), TypeError, r"betas must be two numbers, got 0\.9"),
     "steps of a training": (lambda: FitConfig(np.int64(3)), TypeError, r"pass int\(steps\)\."),
     "clip_norm": (lambda: FitConfig(3, clip_norm="1"), TypeError, "clip_norm must be a Python number, got str"),
-    "betas": (lambda: FitConfig(3, betas=(0.9, np.float32(1))), TypeError, r"beta2 .* pass float\(beta2\)\."),
+    "betas": (lambda: FitConfig(3, betas=(0.9, np.float32(1))), TypeError, r"pass float\(betas\[1\]\)\."),
     "radius of a training": (
         lambda: Attack(radius=np.float32(1)),
         TypeError,

@@ -231,8 +231,10 @@ class FitConfig:
         _one_of(("raise", "skip"), non_finite=self.non_finite)
         checked_schedule(self.learning_rate, "learning_rate")
         _checked_objective(self)
-        for name, number in zip(("beta1", "beta2"), self.betas):
-            check_number(name, number)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {self.betas!r}.")
+        for index, beta in enumerate(self.betas):
+            check_number(f"betas[{index}]", beta)
         check_number("weight_decay", self.weight_decay)
         if self.clip_norm is not None:
             check_number("clip_norm", self.clip_norm)
