@@ -11,7 +11,8 @@ import torch
 
 import aajr_kernels as aajr
 from aajr_kernels.method import baseline_penalty
-from aajr_kernels.method.training import Attack, FitConfig, Penalty
+from aajr_kernels.method.training import Attack, FitConfig, Linear, Penalty, WarmUp
+from aajr_kernels.method.training.schedules import value_at
 
 X = torch.linspace(-1.0, 1.0, 60).reshape(3, 5, 4)
 NET = torch.nn.Linear(4, 4)
@@ -132,6 +133,13 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"denominator must be a number or a tensor of one element, got shape \(2,\)",
     ),
+    "schedule": (lambda: Linear(0.0, np.float32(1), 5), TypeError, r"end must be a Python number, .* float\(end\)\."),
+    "schedule, value": (
+        lambda: value_at(lambda step: "1", 7, "radius"),
+        TypeError,
+        r"radius must be a number at every step, got str at step 7\.",
+    ),
+    "schedule, steps": (lambda: WarmUp(torch.tensor(5), 1.0), TypeError, r"steps must be a Python number, got Tensor"),
     "betas, one": (lambda: FitConfig(3, betas=0.9), TypeError, r"betas must be two numbers, got 0\.9"),
     "steps of a training": (lambda: FitConfig(np.int64(3)), TypeError, r"pass int\(steps\)\."),
     "clip_norm": (lambda: FitConfig(3, clip_norm="1"), TypeError, "clip_norm must be a Python number, got str"),

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_number
+
 __all__ = ["Constant", "Cosine", "Linear", "Schedule", "WarmUp", "value_at"]
 
 Schedule = float | Callable[[int], float]
@@ -20,6 +22,9 @@ class Constant:
     """The same value at every step."""
 
     value: float
+
+    def __post_init__(self) -> None:
+        check_number("value", self.value)
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -34,6 +39,8 @@ class _Ramp:
 
     def __post_init__(self) -> None:
         _positive(self.steps)
+        for name in ("start", "end", "begin"):
+            check_number(name, getattr(self, name))
 
     def _share(self, step: int) -> float:
         """Of the way that is done, 0 to 1."""
@@ -66,6 +73,7 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         _positive(self.steps)
+        checked_schedule(self.then, "then")
 
     def __call__(self, step: int) -> float:
         return value_at(self.then, step, "then") * min(1.0, (step + 1) / self.steps)
@@ -75,9 +83,13 @@ def value_at(schedule: Schedule, step: int, name: str) -> float:
     """The value of a schedule, checked.
 
     Raises:
+        TypeError: it is no number.
         ValueError: it is negative or not finite.
     """
-    value = float(schedule(step) if callable(schedule) else schedule)
+    number = schedule(step) if callable(schedule) else schedule
+    if not hasattr(number, "__float__"):
+        raise TypeError(f"{name} must be a number at every step, got {type(number).__name__} at step {step}.")
+    value = float(number)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0 at every step, got {value} at step {step}.")
     return value
@@ -100,5 +112,6 @@ def checked_schedule(schedule: Any, name: str) -> None:
 
 
 def _positive(steps: int) -> None:
+    check_number("steps", steps)
     if steps < 1:
         raise ValueError(f"steps of a schedule must be at least 1, got {steps}.")
