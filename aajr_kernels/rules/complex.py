@@ -25,6 +25,7 @@ from .common import (
     lift,
     ndim_of,
     num_tangents,
+    once_rounded,
     per_slice,
     split,
 )
@@ -119,10 +120,15 @@ def _complex(real: Any, imag: Any) -> Dual:
 def _polar(abs: Any, angle: Any) -> Any:
     if abs.dtype != angle.dtype:
         raise RuntimeError(f"abs and angle of polar must have one dtype, got {abs.dtype} and {angle.dtype}.")
-    if abs.dtype not in (torch.float32, torch.float64):
-        raise RuntimeError(f"polar takes float32 or float64, got {abs.dtype}: cast before.")
+    one = torch.ones((), dtype=abs.dtype, device=abs.device)
+    torch.polar(one, one)  # float16 is taken from torch 2.14 on only, and refused in its words before
     abs, angle = abs.clone(), angle.clone()  # torch saves no operand, so both may be written afterwards
-    return torch.complex(abs * torch.cos(angle), abs * torch.sin(angle))
+    return torch.complex(*(_polar_part(abs, angle, function) for function in (torch.cos, torch.sin)))
+
+
+@once_rounded
+def _polar_part(abs: Any, angle: Any, function: Any) -> Any:
+    return abs * function(angle)
 
 
 # -- absolute value and phase -------------------------------------------------------------------------------------
