@@ -263,9 +263,8 @@ def _short_time(function: Callable[..., Any]) -> None:
         return bilinear(transformed)(input, window)
 
 
-for _function in functions_named(
-    "stft"
-):  # the builtin behind the wrapper takes other arguments after the window
+# the builtin behind the wrapper takes other arguments after the window
+for _function in functions_named("stft"):
     _short_time(_function)
 
 

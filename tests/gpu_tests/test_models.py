@@ -10,7 +10,7 @@ import torch
 from budgets import assert_exact, assert_gradients_within_budget, assert_within_budget
 from integrations.subjects import tiny
 from native.suite import DEVICES, Target
-from test_zoo import MODEL_ULPS, SCALAR_ULPS, problem, through_the_dual
+from test_zoo import MODEL_ULPS, SCALAR_ULPS, eagerly, problem, through_the_dual
 
 import aajr_kernels as aajr
 from aajr_kernels import gpu, runtime
@@ -39,15 +39,7 @@ def triton_alone() -> Iterator[None]:
 )
 def test_float32_gradients_of_unmodified_models(name):
     subject, v, exact, probe = problem(name, 1)
-    eager = oracle.loss_and_gradients(
-        subject.tensor,
-        subject.x,
-        v,
-        subject.parameters,
-        metric=subject.metric,
-        probe=probe,
-        mask=subject.mask,
-    )
+    eager = eagerly(subject, v, probe)
     with triton_alone():
         found = through_the_dual(subject, v, probe)
     assert_within_budget(found.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS)
