@@ -49,7 +49,7 @@ def dispatch(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
             "or register one with aajr_kernels.runtime.rule."
         )
-    if runtime.holds_complex(args) or runtime.holds_complex(kwargs.values()):
+    if holds_complex(args) or holds_complex(kwargs.values()):
         rule = runtime.COMPLEX.get(func)
         if rule is None:
             runtime.unsupported(
@@ -69,6 +69,19 @@ def dispatch(
     if runtime.recording():
         _record(func, result)
     return result
+
+
+def holds_complex(values: Any) -> bool:
+    """Whether a complex Dual, tensor or number is among the arguments of a call, or in a list of them."""
+    for value in values:
+        if isinstance(value, Dual):
+            value = value.stacked
+        if isinstance(value, torch.Tensor):
+            if value.is_complex():
+                return True
+        elif isinstance(value, complex) or (isinstance(value, (list, tuple)) and holds_complex(value)):
+            return True
+    return False
 
 
 def _record(func: Callable[..., Any], result: Any) -> None:
@@ -418,27 +431,7 @@ def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
     for name, value in (("x", x), ("v", v)):
         if isinstance(value, Dual):
             raise TypeError(f"{name} is already a Dual: nested duals are not supported, pass {name}.primal.")
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{name} must be floating point, got {value.dtype}: a Dual is real; for token ids seed "
-                "the embedding with aajr_kernels.seed."
-            )
-    if v.dtype != x.dtype:
-        raise TypeError(f"v must have the dtype of x ({x.dtype}), got {v.dtype}: cast it with v.to(x.dtype).")
-    if v.device != x.device:
-        raise ValueError(
-            f"v must be on the device of x ({x.device}), got {v.device}: move it with v.to(x.device)."
-        )
-    if v.shape == x.shape:
-        v = v.unsqueeze(0)
-    elif v.shape[1:] != x.shape or v.dim() != x.dim() + 1:
-        raise ValueError(
-            f"v must have the shape of x {tuple(x.shape)} or [K, *x.shape] for K directions, got {tuple(v.shape)}."
-        )
-    if v.shape[0] == 0:
-        raise ValueError("v must hold at least one direction, got K = 0.")
+    v = guarding.directions(x, v)
     guarding.install_guards()
     return Dual(torch.cat([x.unsqueeze(0), v]))
 

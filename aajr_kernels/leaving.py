@@ -1,4 +1,4 @@
-"""What takes a Dual out of torch: Python numbers, which leave its tangent behind, and NumPy."""
+"""Ways out of torch for a Dual: Python numbers, which leave its tangent behind, and NumPy."""
 
 from __future__ import annotations
 

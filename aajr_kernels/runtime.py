@@ -361,19 +361,6 @@ KINDS: dict[Callable[..., Any], str] = {}
 #: torch function -> rule where an argument is complex: of ``rules/complex.py``, or the same where that is right
 COMPLEX: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-
-def holds_complex(values: Any) -> bool:
-    """Whether a complex Dual, tensor or number is among the arguments of a call, or in a list of them."""
-    for value in values:
-        value = getattr(value, "stacked", value)
-        if isinstance(value, torch.Tensor):
-            if value.is_complex():
-                return True
-        elif isinstance(value, complex) or (isinstance(value, (list, tuple)) and holds_complex(value)):
-            return True
-    return False
-
-
 #: name -> rule of what torch.compile calls in place of a function, and does not find in a table by itself
 TRACED: dict[str, Callable[..., Any]] = {}
 

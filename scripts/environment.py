@@ -82,7 +82,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 class Progress:
-    """What pip is doing, from its output, in a line now and then."""
+    """Tells in a line now and then how far pip is, from its output."""
 
     def __init__(self) -> None:
         self.activity = "asking for versions"

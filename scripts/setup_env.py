@@ -153,7 +153,7 @@ def building(emulated: bool) -> Iterator[None]:
 
 
 def build_info() -> dict[str, Any]:
-    """What the build recorded, or nothing."""
+    """Read the record of the build; empty where there is none."""
     try:
         info: dict[str, Any] = json.loads((ROOT / "aajr_kernels" / "_build_info.json").read_text())
     except (OSError, ValueError):

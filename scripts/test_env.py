@@ -46,7 +46,7 @@ MODELS = {"Llama": "llama-sdpa", "GPT-2": "gpt2-sdpa"}
 
 @dataclass(frozen=True)
 class Versions:
-    """What an environment is made of.
+    """Versions that an environment is made of.
 
     Attributes:
         shows: one line for the table.
@@ -85,6 +85,7 @@ SHORT = (
     "tests/test_imports.py",
     "tests/cli/test_info.py",
     "tests/rules/test_guards.py",
+    "tests/rules/test_transforms_around.py",
     *(
         f"tests/test_zoo.py::test_aligned_penalty_is_exact_in_float64[{name}-1]"
         for name in ("llama-sdpa", "gpt2-sdpa", "bert-sdpa", "t5_encoder-sdpa", "vit-sdpa")
