@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..runtime import functions_named, rule
+from ..torch_private import VERSION
 from .common import (
     Dual,
     align,
@@ -346,9 +347,10 @@ rule("xlogy")(
         lambda y, a, b: a / b,
     )
 )
-rule("nextafter")(
-    elementwise(torch.nextafter, lambda y, a, b: torch.ones_like(y), lambda y, a, b: torch.zeros_like(y))
-)
+if VERSION > (2, 11):  # where it has no derivative, in neither mode
+    rule("nextafter")(
+        elementwise(torch.nextafter, lambda y, a, b: torch.ones_like(y), lambda y, a, b: torch.zeros_like(y))
+    )
 rule("copysign")(
     elementwise(
         torch.copysign, lambda y, a, b: torch.where(a == 0, 0.0, y / a), lambda y, a, b: torch.zeros_like(y)

@@ -12,6 +12,8 @@ from rules import cases
 from rules.cases import B3, BOTH, IMG, SPD, P, S, V, W, X, Y, case
 from torch import Tensor, linalg
 
+from aajr_kernels.torch_private import VERSION
+
 #: draws of its own, so that the values of other modules stay as they are
 real = functools.partial(cases.real, generator=torch.Generator().manual_seed(21))
 
@@ -210,13 +212,14 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "fill_diagonal": diagonal_filled,
     "ldexp(negative)": lambda x: torch.ldexp(x, torch.tensor([-2, -1, 0, 3])),
     "frexp": lambda x: torch.frexp(x).mantissa ** 2,
-    "nextafter": lambda x: torch.nextafter(x, Y) * x,
     "fill": lambda x: torch.fill(x, x[0, 0] * x[0, 1]),
     "slice": lambda x: torch.ops.aten.slice(x, 1, 1, 4, 2) * 2,
     "_safe_softmax": lambda x: torch.ops.aten._safe_softmax(x.masked_fill(Y > 0, float("-inf")), 0),
     "_unsafe_masked_index": lambda x: torch._unsafe_masked_index(x, Y > 0, AT, 2.0),
     "gumbel_softmax": lambda x: (torch.manual_seed(5), F.gumbel_softmax(x, tau=0.7))[1],
 }
+if VERSION > (2, 11):
+    VIEWS["nextafter"] = lambda x: torch.nextafter(x, Y) * x
 for _name, _function in VIEWS.items():
     case(_name, _function, X, up="ldexp" not in _name)
 case("dsplit", lambda x: torch.dsplit(x, [1, 3])[1], B3)
