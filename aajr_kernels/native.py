@@ -77,7 +77,7 @@ def load(name: str, variable: str, path: str) -> ModuleType:
 
 
 def build_info() -> dict[str, Any]:
-    """What the installation recorded about the module: ``native``, ``reason``, ``compiler``, ``seconds``."""
+    """The record of the installation about the module: ``native``, ``reason``, ``compiler``, ``seconds``."""
     path = Path(__file__).parent / "_build_info.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())

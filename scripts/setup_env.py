@@ -201,7 +201,7 @@ def read_stamp() -> dict[str, Any]:
 
 
 def wanted_stamp(groups: set[str]) -> dict[str, Any]:
-    """What the environment depends on; the build's part apart, so that a new kernel does not reinstall packages."""
+    """State of what the environment depends on; the build apart, so that a new kernel does not reinstall packages."""
     names = ("AAJR_NATIVE", "AAJR_CUDA", "AAJR_CUDA_ARCHITECTURES", "AAJR_CMAKE_ARGS", "CXX")
     settings = [os.environ.get(name, "") for name in names]
     return {

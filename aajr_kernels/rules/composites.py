@@ -97,7 +97,7 @@ def _attention_weights(scores: Any, dim: int) -> Any:
 
 
 def dtype_of_mask(mask: Any) -> torch.dtype | None:
-    """What ``F._none_or_dtype`` tells of a Tensor, of a Dual too."""
+    """Answer as ``F._none_or_dtype`` does of a Tensor, of a Dual too."""
     return None if mask is None else mask.dtype
 
 

@@ -1,4 +1,4 @@
-"""What a training writes while it runs: rows as JSON lines, TensorBoard."""
+"""Records of a training while it runs: rows as JSON lines, TensorBoard."""
 
 from __future__ import annotations
 

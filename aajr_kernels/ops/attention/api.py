@@ -155,9 +155,8 @@ def draws_apart(device: torch.device) -> bool:
 
 def _draw(backend: str, q: Tensor, k: Tensor, p: float, packed: Packed | None) -> Tensor:
     """The weights that dropout keeps, bool ``[B, H, N, M]``, or the seed for kernels that draw them."""
-    if (
-        backend == "triton"
-    ):  # on the device: a kernel reads it there, nobody waits, and a captured graph draws anew
+    if backend == "triton":
+        # on the device: a kernel reads it there, the host does not wait, and a captured graph draws anew
         return torch.randint(1 << 62, (), device=q.device)
     weights = torch.float64 if q.dtype == torch.float64 else torch.float32
 
