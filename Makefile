@@ -35,8 +35,9 @@ demo: $(call SETUP,demo)  ## the main job on a real model and real text; everyth
 test: $(call SETUP,test)  ## the tests, without the slow ones and those that need a GPU
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(call SETUP,test)  ## every test, the packaging ones too; GPU tests say why they are skipped
+test-all: $(call SETUP,test)  ## every test, the packaging ones too (GPU tests say why they are skipped), and ENV=oldest
 	$(PYTEST)
+	$(PY) scripts/test_env.py oldest --jobs $(JOBS)
 
 test-env: $(call SETUP,test)  ## the tests with other versions: ENV=oldest|gpu|newest|py310|py312|py313 ARGS="--short"
 	$(PY) scripts/test_env.py $(ENV) --jobs $(JOBS) $(ARGS)
