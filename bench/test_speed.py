@@ -17,8 +17,8 @@ pytest.importorskip("pytest_benchmark")
 
 import torch
 
-from aajr_kernels.cli.benchmarks import SUITES, Case, Selection
-from aajr_kernels.cli.benchmarks.gate import Verdict, check, on_backend
+from . import SUITES, Case, Selection
+from .gate import Verdict, check, on_backend
 
 CASES = [
     case

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from text import VOCABULARY, passages
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from aajr_kernels.method.training import Attack, Cosine, Linear, Objective, ObjectiveConfig, Penalty, WarmUp
+from aajr_kernels.training import Attack, Cosine, Linear, Objective, ObjectiveConfig, Penalty, WarmUp
 
 STEPS, ACCUMULATE = 40, 2
 

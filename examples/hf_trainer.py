@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.trainer import AAJRTrainer
-from aajr_kernels.method.training import Attack, Diagnostics, Linear, Objective, ObjectiveConfig, Penalty
+from aajr_kernels.training import Attack, Diagnostics, Linear, Objective, ObjectiveConfig, Penalty
 
 STEPS = 60
 OBJECTIVE = ObjectiveConfig(

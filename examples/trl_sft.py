@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from aajr_kernels.integrations.trainer import AAJRTrainerMixin
-from aajr_kernels.method.training import Attack, ObjectiveConfig, Penalty
+from aajr_kernels.training import Attack, ObjectiveConfig, Penalty
 
 
 class RobustSFTTrainer(AAJRTrainerMixin, SFTTrainer):

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from aajr_kernels.method.training.record import read_json_lines
+from aajr_kernels.training.record import read_json_lines
 
 __all__ = ["Row", "Store", "environment", "read"]
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit; ``dirty`` says whether the code of package or experiments was changed since."""
-    from aajr_kernels.cli.benchmarks import environment as machine
+    from bench import environment as machine
 
     facts = machine()
     root = Path(__file__).parent.parent

@@ -36,7 +36,7 @@ else:
 
 sys.path.insert(0, str(ROOT))
 
-from aajr_kernels.cli.reports.readme import between
+from bench.report.readme import between
 
 ROWS, PAGE = ROOT / "docs" / "environments.jsonl", ROOT / "docs" / "environments.md"
 BEGIN, END = "<!-- environments: written by `make test-env` -->", "<!-- end of environments -->"

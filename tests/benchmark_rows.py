@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aajr_kernels.cli.benchmarks.row import Row
+from bench.row import Row
 
 PLAIN: dict[str, Any] = {
     "suite": "step",

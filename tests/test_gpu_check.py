@@ -16,7 +16,7 @@ import pytest
 import torch
 from native.suite import Target
 
-from aajr_kernels.cli import benchmarks
+import bench as benchmarks
 from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from aajr_kernels import progress
-from aajr_kernels.progress import Progress, in_words
+from aajr_kernels.training import progress
+from aajr_kernels.training.progress import Progress, in_words
 
 ROOT = Path(__file__).parent.parent
 

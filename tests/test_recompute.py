@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import aajr_kernels as aajr
 from aajr_kernels import memory
-from aajr_kernels.cli.benchmarks.memory import Files
 from aajr_kernels.ops.norm import reference as norm_reference
+from bench.suites.memory import Files
 
 B, N, C, H = 2, 7, 16, 24
 #: op -> its result for a consumer, from x and residual [B, N, C] and the weight and bias of a norm

@@ -22,14 +22,14 @@ from ..runtime import BackendUnavailable, UnsupportedOperation
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("aajr_kernels.cli.info", "Versions, devices, backends and why one is missing."),
     "validate": ("aajr_kernels.cli.validate", "Check every op against a float64 oracle."),
-    "bench": ("aajr_kernels.cli.bench", "Speed and memory, as ratios to PyTorch's own."),
+    "bench": ("bench.__main__", "Speed and memory, as ratios to PyTorch's own."),
     "scaling": (
-        "aajr_kernels.cli.scaling",
+        "bench.scaling.__main__",
         "Bytes, operations and memory of a step on many devices, modelled.",
     ),
-    "report": ("aajr_kernels.cli.report", "One page of the rows, the pictures and README's table."),
-    "demo": ("aajr_kernels.cli.demo", "The penalty on a real language model and on real text."),
-    "experiment": ("aajr_kernels.cli.experiment", "The evidence for the method: rows, figures and pages."),
+    "report": ("bench.report.__main__", "One page of the rows, the pictures and README's table."),
+    "demo": ("demo.__main__", "The penalty on a real language model and on real text."),
+    "experiment": ("experiments.__main__", "The evidence for the method: rows, figures and pages."),
 }
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import runtime
-from ..progress import Progress
+from ..training.progress import Progress
 from .info import package_version, why_no_accelerator
 from .validation import DEVICES, DTYPES, OPS, Row, Target, find_targets, validate_all
 

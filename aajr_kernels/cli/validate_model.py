@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..progress import Progress
+from ..training.progress import Progress
 from .info import package_version, why_no_accelerator
 from .validation.loading import CannotValidate, load, prepare
 from .validation.model import CONFIRMED, DTYPES, Check, Report, as_json, steps, validate_model

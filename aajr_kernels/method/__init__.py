@@ -1,5 +1,6 @@
 """The method: the adversary's ascent, directions, the head, the aligned penalty, its rivals, and diagnostics."""
 
+from ..training import FitConfig, fit
 from .ascent import ascend
 from .baselines import baseline_penalty, trajectory_baseline
 from .directions import normalize, seed
@@ -7,7 +8,6 @@ from .head import LMHead
 from .losses import lm_loss
 from .penalty import aligned_penalty
 from .stability import StabilityReport, stability_report, step_condition
-from .training import FitConfig, fit
 from .trajectory import PenaltyStatistics, Trajectory, trajectory_penalty
 
 __all__ = [

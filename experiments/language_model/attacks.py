@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import aajr_kernels as aajr
 from aajr_kernels.method.attack_state import held
-from aajr_kernels.method.training import Policy, prepared
+from aajr_kernels.training import Policy, prepared
 
 __all__ = ["Scene", "embedding_attack", "losses_of", "norm_of", "scene_of", "substitution_attack"]
 

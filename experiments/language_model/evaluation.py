@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import aajr_kernels as aajr
-from aajr_kernels.method.training import Policy, policy_of
+from aajr_kernels.training import Policy, policy_of
 
 from ..ascents import recorded
 from .attacks import Scene, embedding_attack, losses_of, norm_of, scene_of, substitution_attack

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aajr_kernels.cli.demos.data import require
 from aajr_kernels.integrations.transformers import fuse
+from common.texts import require
 
 from .text import CACHE, Text, encoded, plays
 
@@ -42,7 +42,7 @@ def adapted(config: dict[str, Any], seed: int) -> tuple[nn.Module, Text]:
     """
     require("transformers", "peft")
     if config["model"] == "smollm2":
-        base, tokenizer = importlib.import_module("aajr_kernels.cli.demos.data").smollm2(CACHE)
+        base, tokenizer = importlib.import_module("common.texts").smollm2(CACHE)
         text = encoded(tokenizer, config["characters"])
     else:
         base, text = _llama(config, 0), plays()

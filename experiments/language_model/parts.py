@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aajr_kernels.method.training import policy_of
+from aajr_kernels.training import policy_of
 
 from ..minimax.search import propose
 from ..store import Row

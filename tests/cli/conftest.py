@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cli.toy_bench import FACTS, Toy
+from toy_bench import FACTS, Toy
 
-from aajr_kernels.cli import benchmarks
-from aajr_kernels.cli.benchmarks import Suite, gate, head, step
+import bench as benchmarks
+from bench import Suite, gate
+from bench.suites import head, step
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,6 @@ def nothing_judged_before():
 def toy(monkeypatch) -> Toy:
     found = Toy()
     monkeypatch.setattr(benchmarks, "SUITES", {"toy": Suite("toy", "a toy", ("only",), found.cases)})
-    monkeypatch.setattr("aajr_kernels.cli.benchmarks.run.time", found)
+    monkeypatch.setattr("bench.run.time", found)
     monkeypatch.setattr(benchmarks, "environment", lambda: {**FACTS, "threads": torch.get_num_threads()})
     return found

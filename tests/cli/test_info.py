@@ -134,7 +134,7 @@ def test_info_imports_no_other_command_and_no_optional_package():
         "from aajr_kernels.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as exit:\n    assert not exit.code\n"
         "heavy = ['transformers', 'triton', 'matplotlib', 'peft']\n"
-        "heavy += ['aajr_kernels.cli.demo', 'aajr_kernels.cli.validate']\n"
+        "heavy += ['demo.__main__', 'aajr_kernels.cli.validate']\n"
         "print('loaded:', [m for m in heavy if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from aajr_kernels.cli import experiment as command
 from aajr_kernels.cli.main import app
 from experiments import EXPERIMENTS, RESULTS, inclusion, load
+from experiments import __main__ as command
 from experiments.digits.report import chosen
 from experiments.language_model import comparisons, parts
 from experiments.minimax.report import NAMES as MINIMAX

@@ -15,9 +15,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from aajr_kernels.cli.demos import data
 from aajr_kernels.cli.main import app
-from aajr_kernels.method.training import policy_of, prepared
+from aajr_kernels.training import policy_of, prepared
+from common import texts as data
 from experiments import load
 from experiments.base import run_experiment
 from experiments.language_model import attacks, models, parts, text, training

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from aajr_kernels.cli import experiment as command
 from aajr_kernels.cli.main import app
+from experiments import __main__ as command
 from experiments.base import Experiment, Task, run_experiment
 from experiments.store import Store, read
 from experiments.summaries import bootstrap_interval, interval_text, table

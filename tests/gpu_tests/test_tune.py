@@ -9,9 +9,9 @@ import torch
 from native.suite import Target
 from typer.testing import CliRunner
 
-from aajr_kernels.cli.benchmarks import tune
 from aajr_kernels.cli.main import app
 from aajr_kernels.ops.attention import configs, tuned
+from bench import tune
 
 interpreted = pytest.mark.skipif(
     Target("triton").why_not("attention") is not None or torch.cuda.is_available(),

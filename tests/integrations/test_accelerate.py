@@ -14,7 +14,7 @@ import torch
 from budgets import assert_exact_gradients
 from integrations.trainers import CONFIG, Rows, adapted_gpt2, collate, gpt2, llama
 
-from aajr_kernels.method.training import Objective
+from aajr_kernels.training import Objective
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -91,7 +91,7 @@ from integrations.trainers import CONFIG, Rows, adapted_gpt2, arguments, collate
 import transformers
 from accelerate import Accelerator
 from aajr_kernels.integrations.trainer import AAJRTrainer
-from aajr_kernels.method.training import Objective
+from aajr_kernels.training import Objective
 from integrations.test_accelerate import loop_of
 from integrations.test_trl import Extra
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.distributed import inside, tensor_parallel
-from aajr_kernels.method.training import Objective
+from aajr_kernels.training import Objective
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 pytestmark = [

@@ -19,7 +19,7 @@ from zoo import LENGTH, Subject, embeddings, randomise
 import aajr_kernels as aajr
 from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import fuse
-from aajr_kernels.method.training import Objective, policy_of
+from aajr_kernels.training import Objective, policy_of
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -25,15 +25,7 @@ from integrations.trainers import (
 )
 
 import aajr_kernels as aajr
-from aajr_kernels.method.training import (
-    Attack,
-    Diagnostics,
-    Linear,
-    Objective,
-    ObjectiveConfig,
-    Penalty,
-    Policy,
-)
+from aajr_kernels.training import Attack, Diagnostics, Linear, Objective, ObjectiveConfig, Penalty, Policy
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -11,7 +11,7 @@ from integrations.trainers import CONFIG, Rows, arguments, collate, gpt2, quiet,
 from torch import nn
 
 from aajr_kernels.integrations.trainer import AAJRPenaltyMixin, AAJRTrainerMixin
-from aajr_kernels.method.training import Objective, ObjectiveConfig, Penalty
+from aajr_kernels.training import Objective, ObjectiveConfig, Penalty
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -11,7 +11,7 @@ from integrations.subjects import tiny
 from torch import Tensor, nn
 
 from aajr_kernels.cli.validation import oracle
-from aajr_kernels.method.training import Attack, ObjectiveConfig, Penalty
+from aajr_kernels.training import Attack, ObjectiveConfig, Penalty
 
 ATTACK = Attack(radius=0.5, steps=2, step_size=0.3)
 CONFIG = ObjectiveConfig(attack=ATTACK, penalty=Penalty(weight=0.2), adversarial_weight=0.7, clean_weight=0.3)

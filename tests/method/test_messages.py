@@ -11,8 +11,8 @@ import torch
 
 import aajr_kernels as aajr
 from aajr_kernels.method import baseline_penalty
-from aajr_kernels.method.training import Attack, FitConfig, Linear, Penalty, WarmUp
-from aajr_kernels.method.training.schedules import value_at
+from aajr_kernels.training import Attack, FitConfig, Linear, Penalty, WarmUp
+from aajr_kernels.training.schedules import value_at
 
 X = torch.linspace(-1.0, 1.0, 60).reshape(3, 5, 4)
 NET = torch.nn.Linear(4, 4)

@@ -247,7 +247,7 @@ def test_entry_points_check_before_they_touch_memory(index, value, words):
 MEASURE = """
 import torch
 from aajr_kernels import Dual
-from aajr_kernels.cli.demos.meter import measure
+from common.meter import measure
 from aajr_kernels.ops.head import lm_head_penalty
 torch.set_num_threads(2)
 def run(tokens, words, size):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...method.training import ObjectiveConfig
+from ...training import ObjectiveConfig
 from ..transformers.library import trainer_class
 
 __all__ = ["arguments", "divided_later", "language_model", "replaceable_loss"]

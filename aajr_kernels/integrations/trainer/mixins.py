@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...method.training import Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
-from ...method.training.objective import Knobs
-from ...method.training.wrappers import unwrapped
 from ...method.wrapped import inside
+from ...training import Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
+from ...training.objective import Knobs
+from ...training.wrappers import unwrapped
 from . import checks
 from .grpo import grpo_batch
 from .meter import Meter
@@ -138,7 +138,7 @@ class AAJRTrainerMixin(_Mixin):
 
     Args:
         objective: attack, penalty and their weights; schedules count optimizer steps.
-        policy: how to call the model, where :func:`~aajr_kernels.method.training.policy_of` does not know.
+        policy: how to call the model, where :func:`~aajr_kernels.training.policy_of` does not know.
         arguments, options: of the trainer.
 
     Means are over the tokens of the whole optimizer step: all its micro-batches, and with

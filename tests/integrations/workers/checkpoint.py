@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from common import batch, begin, difference, end, layers_of, model_of, step, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from aajr_kernels.integrations.distributed import TrainingState
+from common import batch, begin, difference, end, layers_of, model_of, step, whole
 
 rank, world, (kind, action, where, precision) = begin()
 dtype, folder = getattr(torch, precision), Path(where)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import HIDDEN, batch, begin, end, layers_of, model_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.distributed import inside, tensor_parallel
+from common import HIDDEN, batch, begin, end, layers_of, model_of
 
 rank, world, _ = begin()
 mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))

@@ -7,6 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+
 from common import batch, begin, difference, end, gradients, model_of, say, step
 
 rank, world, (folder,) = begin()

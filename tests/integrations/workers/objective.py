@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from common import batch, begin, difference, end, gradients, hidden_of, model_of, say
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from aajr_kernels.integrations.distributed import tensor_parallel
-from aajr_kernels.method.training import Attack, FitConfig, Penalty, Policy
-from aajr_kernels.method.training.batches import prepared
-from aajr_kernels.method.training.objective import Counts, Knobs, terms_of
+from aajr_kernels.training import Attack, FitConfig, Penalty, Policy
+from aajr_kernels.training.batches import prepared
+from aajr_kernels.training.objective import Counts, Knobs, terms_of
+from common import batch, begin, difference, end, gradients, hidden_of, model_of, say
 
 rank, world, _ = begin()
 config = FitConfig(steps=1, attack=Attack(radius=0.5, steps=2), penalty=Penalty(weight=0.1))

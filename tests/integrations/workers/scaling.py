@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-from common import VOCABULARY, batch, begin, end, layers_of, model_of, step
 from plans import plan_of
 from torch.distributed import ProcessGroup
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -20,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aajr_kernels.cli.scaling_model import Layout, Shape, collectives
 from aajr_kernels.integrations.transformers import fuse
+from bench.scaling.model import Layout, Shape, collectives
+from common import VOCABULARY, batch, begin, end, layers_of, model_of, step
 
 #: operator -> collective, and where the largest tensor of the call is
 FUNCTIONAL = {"all_reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from common import batch, begin, difference, end, gradients, head_of, layers_of, model_of, say, step
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -12,6 +11,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from common import batch, begin, difference, end, gradients, head_of, layers_of, model_of, say, step
 
 rank, world, (kind, name, precision, *more) = begin()
 dtype, mixed = getattr(torch, precision), "mixed" in more

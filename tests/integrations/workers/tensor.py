@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import batch, begin, difference, end, gradients, layers_of, model_of, say, step
 from plans import plan_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -18,6 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from aajr_kernels.integrations.distributed import tensor_parallel
 from aajr_kernels.integrations.transformers import fuse
+from common import batch, begin, difference, end, gradients, layers_of, model_of, say, step
 
 rank, world, (name, precision, data, *more) = begin()
 dtype, copies = getattr(torch, precision), int(data)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import torch
-from common import BOUND, begin, end
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import aajr_kernels as aajr
+from common import BOUND, begin, end
 
 rank, world, (precision, size, *more) = begin()
 dtype, words = getattr(torch, precision), int(size)

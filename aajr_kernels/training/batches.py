@@ -1,0 +1,221 @@
+"""Batches: what they hold, what is learnt from them, and the place in the data that a checkpoint remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.losses import IGNORED
+from ..torch_private import pytree
+from . import randomness
+from .policy import Policy
+
+__all__ = ["Batches", "Prepared", "Stream", "prepared"]
+
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+#: entries of a batch that are not handed to the model
+OWN = ("input_ids", "inputs_embeds", "labels", "attack_mask", "agents")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A micro-batch on the device of the model.
+
+    Attributes:
+        ids: ``[B, N]``, or None with `given`.
+        given: ``[B, N, C]``, embeddings in place of ids.
+        inputs: what else the model is called with.
+        labels: ``[B, N]``, the target of every position, −100 = none.
+        attended: ``[B, N]`` bool, or None for all.
+        attackable: the same.
+        agents: ``[B, N]``, or None.
+    """
+
+    ids: Tensor | None
+    given: Tensor | None
+    inputs: dict[str, Any]
+    labels: Tensor
+    attended: Tensor | None
+    attackable: Tensor | None
+    agents: Tensor | None
+
+    def embedded(self, policy: Policy) -> Tensor:
+        """``[B, N, C]``, attached to the embedding's weights."""
+        if self.given is not None:
+            return self.given
+        if policy.embed is None:
+            raise ValueError(
+                "a batch must hold inputs_embeds, or the policy an embed: this one has input_ids."
+            )
+        return policy.embed(self.ids)  # type: ignore[arg-type]
+
+    def tokens(self, which: str) -> Tensor | None:
+        """Bool ``[B, N]``: those with a label (``"loss"``), or all that are attended to; None for all."""
+        return self.labels != IGNORED if which == "loss" else self.attended
+
+
+def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
+    """Check a batch, move it, and align its labels.
+
+    Args:
+        batch: a mapping with ``input_ids`` ``[B, N]`` or ``inputs_embeds`` ``[B, N, C]``, and if wanted ``labels``
+            (the ids by default), ``attention_mask`` ``[B, N]``, ``attack_mask`` ``[B, N]`` (nonzero = may be
+            attacked), ``agents`` ``[B, N]`` and more for the model; or the ids alone. What is not attended to is
+            neither attacked nor learnt, nor does it predict.
+        device: of the model.
+        shift: labels are the tokens themselves; position t learns that at t + 1.
+
+    Raises:
+        TypeError, ValueError: an entry is missing or has a wrong type or shape.
+    """
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a mapping or a tensor of token ids, got {type(batch).__name__}.")
+    entries = {name: _moved(value, device) for name, value in batch.items() if value is not None}
+    ids, given = entries.get("input_ids"), entries.get("inputs_embeds")
+    if (ids is None) == (given is None):
+        raise ValueError(
+            f"a batch must hold either input_ids or inputs_embeds, got {', '.join(map(str, entries)) or 'nothing'}."
+        )
+    if ids is not None and (ids.dim() != 2 or ids.is_floating_point()):
+        raise ValueError(f"input_ids must be integers [B, N], got {ids.dtype} {tuple(ids.shape)}.")
+    if given is not None and (given.dim() != 3 or not given.is_floating_point()):
+        raise ValueError(f"inputs_embeds must be numbers [B, N, C], got {given.dtype} {tuple(given.shape)}.")
+    shape = tuple(ids.shape if ids is not None else given.shape[:2])  # type: ignore[union-attr]
+    for name in ("labels", "attack_mask", "agents"):
+        if name in entries and tuple(entries[name].shape) != shape:
+            raise ValueError(
+                f"{name} must have the shape {shape} of the tokens, got {tuple(entries[name].shape)}."
+            )
+    mask = entries.get("attention_mask")
+    # masks of other shapes are the model's affair: they do not say which tokens are there
+    attended = mask != 0 if isinstance(mask, Tensor) and tuple(mask.shape) == shape else None
+    labels = entries.get("labels", ids)
+    if labels is None:
+        raise ValueError("labels must be in a batch that holds inputs_embeds.")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, got {labels.dtype}.")
+    attackable = attended
+    if "attack_mask" in entries:
+        chosen = entries["attack_mask"] != 0
+        attackable = chosen if attended is None else chosen & attended
+    return Prepared(
+        ids,
+        given,
+        {name: value for name, value in entries.items() if name not in OWN},
+        _aligned(labels.long(), attended, "labels" in entries, shift),
+        attended,
+        attackable,
+        entries.get("agents"),
+    )
+
+
+def _aligned(labels: Tensor, attended: Tensor | None, own: bool, shift: bool) -> Tensor:
+    if attended is not None and not own:
+        labels = labels.masked_fill(~attended, IGNORED)
+    if shift:
+        labels = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORED)], 1)
+    return labels if attended is None else labels.masked_fill(~attended, IGNORED)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return pytree.tree_map(
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, value
+    )
+
+
+class Stream:
+    """Micro-batches without end, and where in them a training is.
+
+    What can be iterated again starts again when it is at its end. A checkpoint remembers the random states in which
+    that last happened and how many batches came since: going there again, a shuffling ``DataLoader`` brings what it
+    would have brought. A function is called with the number of micro-batches that came before instead, and can jump
+    there.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        if not callable(batches) and not isinstance(batches, Iterable):
+            raise TypeError(
+                f"batches must be an iterable or a function from a position to one, got {type(batches).__name__}."
+            )
+        self.batches, self.device = batches, device
+        self.epoch = self.position = self.total = 0
+        self._iterator: Iterator[Any] | None = None
+        self._start: dict[str, Any] = {}
+
+    def take(self, count: int) -> list[Any]:
+        """The next micro-batches.
+
+        Raises:
+            ValueError: there are no more.
+        """
+        return [self._next() for _ in range(count)]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, together with the random states of now."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "total": self.total,
+            "start": self._start,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go where `state` was; random states are left anywhere.
+
+        Raises:
+            ValueError: there are fewer batches than had been used.
+        """
+        self.epoch, self.total, position = state["epoch"], state["total"], state["position"]
+        if callable(self.batches):
+            self.position = position
+            return
+        if not position:
+            return
+        randomness.restore(state["start"], self.device, self._generators())
+        self._begin()
+        for n in range(position):
+            try:
+                next(self._iterator)  # type: ignore[arg-type]
+            except StopIteration:
+                raise ValueError(
+                    f"batches ended after {n}, but the checkpoint had used {position}: resume with the same data."
+                ) from None
+        self.position = position
+
+    def _begin(self) -> None:
+        if callable(self.batches):
+            self._iterator = iter(self.batches(self.total))
+            return
+        self._start = randomness.capture(self.device, self._generators())
+        self._iterator = iter(self.batches)
+
+    def _generators(self) -> list[torch.Generator]:
+        """Those that a DataLoader was given."""
+        owners = (self.batches, getattr(self.batches, "sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def _next(self) -> Any:
+        if self._iterator is None:
+            self._begin()
+        for again in (True, False):
+            try:
+                batch = next(self._iterator)  # type: ignore[arg-type]
+            except StopIteration:
+                if not again or (self._iterator is self.batches and not callable(self.batches)):
+                    break
+                self.epoch, self.position = self.epoch + (self.position > 0), 0
+                self._begin()
+            else:
+                self.position, self.total = self.position + 1, self.total + 1
+                return batch
+        raise ValueError(
+            f"batches ended after {self.total}, before the training did: give more, or what can be iterated again (a "
+            "list, a DataLoader, a function from a position to an iterable)."
+        )

@@ -1,0 +1,284 @@
+"""What a training is made of, as frozen data that can be written down next to its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..method.ascent import INITS
+from ..method.ascent import STEPS as KINDS
+from ..method.baselines import METHODS
+from ..method.checks import check_integers, check_number
+from ..method.penalty import FORMS, METRICS, UNITS
+from ..method.projection import NORMS
+from ..method.scopes import SCOPES
+from ..method.trajectory import DIRECTIONS
+from .schedules import Schedule, checked_schedule
+
+__all__ = ["Attack", "Diagnostics", "FitConfig", "ObjectiveConfig", "Penalty", "describe"]
+
+STEPS = ("worst", "all", "last", "random")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The inner maximisation; the arguments of :func:`~aajr_kernels.ascend`, with these differences.
+
+    Attributes:
+        radius: of the ball; a schedule. Where it is 0 the step trains on the clean loss, without attack and penalty.
+        relative: `radius` (and a `step_size` that is a number) count in norms of a token: the root mean square of the
+            norms of the batch's embedded tokens (for ``norm="linf"``: of their entries). Penalties then are those of a
+            direction of that length. A model gains nothing by inflating its embeddings, and the same numbers serve
+            models whose embeddings differ in scale.
+        steps: T.
+        step_size: ``"auto"`` or a number.
+        eval_mode: without dropout; by default with the dropout mask of the training forward.
+    """
+
+    radius: Schedule = 1.0
+    relative: bool = False
+    steps: int = 3
+    step_size: float | str = "auto"
+    step: str = "normalized"
+    norm: str = "l2"
+    scope: str = "token"
+    init: str = "zero"
+    restarts: int = 1
+    eval_mode: bool = False
+
+    def __post_init__(self) -> None:
+        checked_schedule(self.radius, "radius")
+        check_integers(1, steps=self.steps, restarts=self.restarts)
+        _one_of(KINDS, step=self.step)
+        _one_of(NORMS, norm=self.norm)
+        _one_of(SCOPES, scope=self.scope)
+        _one_of(INITS, init=self.init)
+        if not isinstance(self.step_size, str):
+            check_number("step_size", self.step_size)
+        if self.step_size != "auto" and (
+            isinstance(self.step_size, str) or not 0 < self.step_size < math.inf
+        ):
+            raise ValueError(f"step_size must be 'auto' or a positive number, got {self.step_size!r}.")
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What is penalised along the trajectory, in the units of :func:`~aajr_kernels.aligned_penalty`.
+
+    Attributes:
+        method: ``"none"``, ``"aligned"``, or a baseline measured at the same points: ``"random"``, ``"frobenius"``,
+            ``"spectral"``, ``"input_gradient"``, ``"cure"``, ``"finite_difference"``.
+        weight: λ; a schedule. Where it is 0 nothing is computed.
+        gamma: threshold γ on √q, a schedule, or None.
+        steps: ``"worst"``: at every row's point of largest loss, with the direction that led there; ``"aligned"``
+            then shares one forward with the adversarial loss. ``"all"``, ``"last"``, ``"random"``: as in
+            :func:`~aajr_kernels.trajectory_penalty`; the adversarial loss then has a forward of its own.
+        tokens: ``"loss"``: the penalty is a mean over the tokens whose label is learnt; ``"attention"``: over all that
+            are attended to.
+        direction, at, per_agent, batch_steps, weights: of ``trajectory_penalty``, for ``"aligned"``; `weights` of the
+            baselines too.
+        metric, form, unit: of ``aligned_penalty``.
+        samples, iterations, h: of :func:`~aajr_kernels.method.baseline_penalty`.
+    """
+
+    method: str = "aligned"
+    weight: Schedule = 0.1
+    gamma: Schedule | None = None
+    steps: str = "worst"
+    tokens: str = "loss"
+    direction: str = "ascent"
+    at: str | None = None
+    per_agent: bool = False
+    batch_steps: int = 1
+    weights: tuple[float, ...] | None = None
+    metric: str = "fisher"
+    form: str = "squared"
+    unit: str = "token"
+    samples: int = 1
+    iterations: int = 4
+    h: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _one_of(("none", *METHODS), method=self.method)
+        _one_of(STEPS, steps=self.steps)
+        _one_of(("loss", "attention"), tokens=self.tokens)
+        _one_of(METRICS, metric=self.metric)
+        _one_of(FORMS, form=self.form)
+        _one_of(UNITS, unit=self.unit)
+        _one_of(DIRECTIONS, direction=self.direction)
+        check_integers(1, batch_steps=self.batch_steps, samples=self.samples)
+        check_integers(0, iterations=self.iterations)
+        check_number("h", self.h)
+        checked_schedule(self.weight, "weight")
+        if self.gamma is not None:
+            checked_schedule(self.gamma, "gamma")
+        elif self.form != "squared":
+            raise ValueError(f"gamma must be given with form={self.form!r}: the threshold on the root of q.")
+        if self.method not in ("none", "aligned"):
+            for name in ("direction", "at", "per_agent", "batch_steps"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} goes with method='aligned', got method={self.method!r}.")
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """:func:`~aajr_kernels.stability_report` on the first micro-batch of every `every`-th step.
+
+    Attributes:
+        every: steps between two reports.
+        curvature, samples, power_iterations: of ``stability_report``.
+        smoothness: also the effective smoothness along the trajectory, and with γ the hinge-active fraction; one dual
+            forward more per sample.
+    """
+
+    every: int
+    curvature: str = "exact"
+    samples: int = 3
+    smoothness: bool = False
+    power_iterations: int = 0
+
+    def __post_init__(self) -> None:
+        check_integers(1, every=self.every)
+        check_integers(2, samples=self.samples)
+        check_integers(0, power_iterations=self.power_iterations)
+        if self.power_iterations and not self.smoothness:
+            raise ValueError("power_iterations needs smoothness=True: both look at the policy's output.")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The objective without the loop around it: for :class:`~.step.Objective` and the trainers built on it.
+
+    Attributes:
+        attack, penalty, adversarial_weight, clean_weight, shift_labels, diagnostics: as in :class:`FitConfig`.
+        seed: of the attack's draws, which depend on it, on the step and on the micro-batch alone; None: 0 in a loop of
+            your own, the trainer's seed in a trainer.
+    """
+
+    attack: Attack = field(default_factory=Attack)
+    penalty: Penalty = field(default_factory=Penalty)
+    adversarial_weight: Schedule = 1.0
+    clean_weight: Schedule = 0.0
+    shift_labels: bool = True
+    seed: int | None = None
+    diagnostics: Diagnostics | None = None
+
+    def __post_init__(self) -> None:
+        _checked_objective(self)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """A training; see :func:`fit`.
+
+    Attributes:
+        steps: optimizer steps in all.
+        attack, penalty: as they say.
+        adversarial_weight, clean_weight: of the losses at the worst point and at the clean input; schedules.
+        accumulate: micro-batches per step. Losses and penalties are means over all tokens of the step, however they
+            are spread over its micro-batches.
+        learning_rate, betas, weight_decay: of the AdamW that is made if no optimizer is given; the rate is a schedule,
+            and matrices decay, vectors do not.
+        clip_norm: largest norm of the gradient, or None.
+        autocast: ``torch.bfloat16``, or None.
+        shift_labels: labels come as for Hugging Face, ``labels[:, t]`` being the token at t; False: the target at t.
+        seed: of the global generators at the start, and of the attack's draws.
+        non_finite: ``"raise"`` :class:`NonFiniteLossError` before the parameters are touched, or ``"skip"`` the step.
+        max_skips: consecutive skipped steps after which it is raised all the same.
+        checkpoint_every: steps between checkpoints; the last step has one too. A crash loses at most as many.
+        keep: newest checkpoints that are kept, or None for all.
+        trainable_only: checkpoints hold the parameters that require a gradient (adapters) and no frozen ones.
+        log_every, evaluate_every: steps between rows of ``metrics.jsonl`` and calls of ``evaluate``; 0: no evaluation
+            but the last.
+        diagnostics: of the inner maximisation, or None.
+        tensorboard: also write to TensorBoard.
+    """
+
+    steps: int
+    attack: Attack = field(default_factory=Attack)
+    penalty: Penalty = field(default_factory=Penalty)
+    adversarial_weight: Schedule = 1.0
+    clean_weight: Schedule = 0.0
+    accumulate: int = 1
+    learning_rate: Schedule = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    autocast: torch.dtype | None = None
+    shift_labels: bool = True
+    seed: int = 0
+    non_finite: str = "raise"
+    max_skips: int = 10
+    checkpoint_every: int = 100
+    keep: int | None = 2
+    trainable_only: bool = False
+    log_every: int = 1
+    evaluate_every: int = 0
+    diagnostics: Diagnostics | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_integers(1, steps=self.steps, accumulate=self.accumulate, max_skips=self.max_skips)
+        check_integers(1, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
+        check_integers(0, evaluate_every=self.evaluate_every)
+        if self.keep is not None:
+            check_integers(1, keep=self.keep)
+        _one_of(("raise", "skip"), non_finite=self.non_finite)
+        checked_schedule(self.learning_rate, "learning_rate")
+        _checked_objective(self)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {self.betas!r}.")
+        for index, beta in enumerate(self.betas):
+            check_number(f"betas[{index}]", beta)
+        check_number("weight_decay", self.weight_decay)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
+        if self.autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"autocast must be torch.bfloat16 or None, got {self.autocast}: float16 would need a scaled loss."
+            )
+
+
+def describe(value: Any) -> Any:
+    """A configuration as what JSON can hold; functions by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"schedule": type(value).__name__, **found} if callable(value) else found
+    if isinstance(value, Mapping):
+        return {str(key): describe(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__qualname__", None) or (
+        str(value) if isinstance(value, torch.dtype) else type(value).__qualname__
+    )
+
+
+def _checked_objective(config: ObjectiveConfig | FitConfig) -> None:
+    if config.seed is not None:
+        check_integers(0, seed=config.seed)
+    for name in ("adversarial_weight", "clean_weight"):
+        checked_schedule(getattr(config, name), name)
+    for name, kind in (("attack", Attack), ("penalty", Penalty)):
+        if not isinstance(getattr(config, name), kind):
+            raise TypeError(
+                f"{name} must be {'an' if name == 'attack' else 'a'} {kind.__name__}, got "
+                f"{type(getattr(config, name)).__name__}: from aajr_kernels.training."
+            )
+    if config.diagnostics is not None and not isinstance(config.diagnostics, Diagnostics):
+        kind = type(config.diagnostics).__name__
+        raise TypeError(f"diagnostics must be a Diagnostics or None, got {kind}.")
+
+
+def _one_of(choices: tuple[str, ...], **values: Any) -> None:
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

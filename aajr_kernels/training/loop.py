@@ -1,0 +1,338 @@
+"""The training loop of the method: attack, loss at the worst point, penalty along the way there, step.
+
+A step takes ``accumulate`` micro-batches. For each it embeds the tokens, ascends the loss in embedding space, and adds
+the gradients of the objective (:mod:`.objective`); then it clips them and steps. What is random in an attack depends on
+seed, step and micro-batch alone. Together with the states of the global generators and the place in the data, which
+checkpoints hold, a training that was interrupted ends, on a CPU, with the bits it would have ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..method.ascent import NonFiniteLoss
+from ..method.attack_state import held
+from . import randomness
+from .batches import Batches, Stream
+from .checkpoints import Checkpoints, put_weights, weights_of
+from .config import FitConfig, describe
+from .objective import Knobs
+from .policy import Policy
+from .progress import Progress
+from .record import Recorder, Row
+from .report import write_report
+from .schedules import value_at
+from .step import Objective
+from .wrappers import unwrapped
+
+__all__ = ["FitResult", "NonFiniteLossError", "fit"]
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or gradient was NaN or infinite; the parameters are those from before the step."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished training.
+
+    Attributes:
+        steps: optimizer steps, of this call and of those it continued.
+        resumed_from: the step this call started at, 0 without a checkpoint.
+        rows: of ``metrics.jsonl``, from the first step on.
+        skipped: steps that were skipped because something was not finite.
+        folder: with checkpoints and report, or None.
+    """
+
+    steps: int
+    resumed_from: int
+    rows: list[Row]
+    skipped: int
+    folder: Path | None
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    config: FitConfig,
+    *,
+    policy: Policy | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    evaluate: Evaluate | None = None,
+    on_step: Callable[[Row], None] | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Train a language model against the inner maximiser, with the penalty along its ascent.
+
+    Args:
+        model: a Hugging Face causal language model, with adapters or not, or any module that takes ``inputs_embeds``
+            and returns logits; on its device, in its dtype. It is in training mode meanwhile.
+        batches: an iterable of micro-batches (see :func:`.batches.prepared`), begun again at its end if that is
+            possible, or a function from the number of micro-batches before to such an iterable.
+        config: everything else, as data.
+        policy: how to call the model, where :func:`.policy.policy_of` does not know.
+        optimizer: of the parameters that are trained; by default AdamW of all that require
+            a gradient, as `config` says.
+        scheduler: of the rates of a given `optimizer`, stepped after every step.
+        out: folder for checkpoints, ``metrics.jsonl``, ``config.json`` and the report; None keeps nothing.
+        resume: continue from the newest whole checkpoint in `out`; False refuses a folder that has any.
+        evaluate: from the model, in eval mode and without gradients, to numbers by name; called every
+            ``evaluate_every`` steps and at the end. Random states are put back after it.
+        on_step: called with every logged row.
+        progress: on standard error: a bar on a terminal, else a line every few seconds.
+
+    Returns:
+        FitResult.
+
+    Raises:
+        NonFiniteLossError: see ``FitConfig.non_finite``. A new call continues from the newest checkpoint.
+        TypeError, ValueError: an argument or a batch has a wrong type, shape or value.
+        ImportError: `out` without the package safetensors.
+    """
+    run = _Run(model, config, policy, optimizer, scheduler, batches)
+    folder = None if out is None else Path(out)
+    checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", config.keep)
+    begin = run.resume(checkpoints, resume)
+    if folder is not None:
+        (folder / "config.json").write_text(json.dumps(describe(config), indent=1), encoding="utf-8")
+    recorder = Recorder(folder, begin, config.tensorboard)
+    modes = {m: m.training for m in model.modules()}
+    model.train()
+    try:
+        with Progress(shown=progress) as display:
+            display.stage("training", config.steps, begin)
+            for step in range(begin, config.steps):
+                row, last = run.step(step, recorder), step + 1 == config.steps
+                if (step + 1) % config.log_every == 0 or last:
+                    recorder.add(row)
+                    if on_step is not None:
+                        on_step(row)
+                if evaluate is not None and (last or _due(step, config.evaluate_every)):
+                    recorder.add(run.evaluated(evaluate, step))
+                if checkpoints is not None and (last or _due(step, config.checkpoint_every)):
+                    run.save(checkpoints, step + 1)
+                display.reach(step + 1, f"loss {row['loss']:.4g}")
+    except NonFiniteLossError as error:
+        newest = checkpoints.newest() if checkpoints is not None else None
+        if newest is not None:
+            raise NonFiniteLossError(f"{error} The newest checkpoint is {newest.path}.") from error
+        raise
+    finally:
+        recorder.close()
+        for module, mode in modes.items():
+            module.training = mode
+    if folder is not None:
+        write_report(folder, recorder.rows, describe(config))
+    return FitResult(max(begin, config.steps), begin, recorder.rows, run.skipped, folder)
+
+
+class _Run:
+    """The objects of a training and what changes in it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FitConfig,
+        policy: Policy | None,
+        optimizer: torch.optim.Optimizer | None,
+        scheduler: LRScheduler | None,
+        batches: Batches,
+    ) -> None:
+        if not isinstance(config, FitConfig):
+            raise TypeError(f"config must be a FitConfig, got {type(config).__name__}.")
+        if unwrapped(model) is not model:
+            raise TypeError(
+                "model must be a plain module, got one that is spread over processes: fit trains in one process; use "
+                "AAJRTrainer, or Objective in a loop of your own."
+            )
+        self.objective = Objective(model, config, policy=policy)
+        self.model, self.config = model, config
+        own = [p for p in model.parameters() if p.requires_grad]
+        if not own:
+            raise ValueError("model must have a parameter that requires a gradient, got none: unfreeze some.")
+        if scheduler is not None and optimizer is None:
+            raise ValueError("scheduler goes with the optimizer it was made for: give optimizer= too.")
+        self.made = optimizer is None
+        self.optimizer = _adamw(own, config) if optimizer is None else optimizer
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not {id(p) for p in self.parameters} <= {id(p) for p in model.parameters()}:
+            raise ValueError(
+                "optimizer must hold parameters of model alone, got others: make it after the model is loaded, "
+                "moved and given adapters."
+            )
+        self.scheduler = scheduler
+        self.device = self.parameters[0].device
+        self.stream = Stream(batches, self.device)
+        self.skipped = self.in_a_row = 0
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, recorder: Recorder) -> Row:
+        """Everything from batches to parameters; the row to be logged."""
+        config, started = self.config, time.perf_counter()
+        knobs = Knobs.at(config, step)
+        objective = self.objective
+        batches = [objective.prepared(b) for b in self.stream.take(config.accumulate)]
+        counts = objective.counts(batches)
+        if self.made:
+            for group in self.optimizer.param_groups:
+                group["lr"] = value_at(config.learning_rate, step, "learning_rate")
+        self.model.zero_grad()
+        parts: dict[str, list[Tensor]] = {}
+        totals: list[Tensor] = []
+        problem: str | None = None
+        on_report = lambda report: recorder.stability(report, step + 1)
+        for n, batch in enumerate(batches):
+            try:
+                with torch.autocast(self.device.type, config.autocast, enabled=config.autocast is not None):
+                    terms = objective(batch, counts=counts, step=step, part=n, on_report=on_report)
+            except NonFiniteLoss as error:
+                problem = f"the attack stopped: {error}"
+                break
+            terms.total.backward()
+            totals.append(terms.total.detach())
+            for name, value in terms.parts.items():
+                parts.setdefault(name, []).append(value)
+        numbers = {
+            name: float(torch.stack(v).max() if name.endswith("_max") else torch.stack(v).sum())
+            for name, v in parts.items()
+        }
+        loss = float(torch.stack(totals).sum()) if totals else math.nan
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf))
+        if problem is None and not math.isfinite(loss):
+            problem = ", ".join(f"{k} = {v:.4g}" for k, v in {"loss": loss, **numbers}.items())
+        elif problem is None and not math.isfinite(norm):
+            problem = f"the norm of the gradient is {norm}"
+        self._update(step, problem)
+        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": norm}
+        used = {"radius": knobs.radius, "weight": knobs.weight, "gamma": knobs.gamma}
+        spent = {"tokens": counts.tokens, "skipped": self.skipped, "seconds": time.perf_counter() - started}
+        return {"step": step + 1, "loss": loss, **numbers, **rates, **used, **spent}
+
+    def _update(self, step: int, problem: str | None) -> None:
+        if problem is None:
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.model.zero_grad()
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            if self.config.non_finite == "raise" or self.in_a_row >= self.config.max_skips:
+                raise NonFiniteLossError(
+                    f"step {step + 1} is not finite ({problem}) and was not taken: lower the learning rate, the radius "
+                    "or the penalty's weight, clip the gradient, or pass over such steps with non_finite='skip'."
+                )
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                # a first step that is skipped looks to torch like a wrong order of calls
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                self.scheduler.step()
+
+    def evaluated(self, evaluate: Evaluate, step: int) -> Row:
+        """A row of what `evaluate` says."""
+        state = randomness.capture(self.device)
+        try:
+            with torch.no_grad(), held((self.model,), True):
+                found = evaluate(self.model)
+        finally:
+            randomness.restore(state, self.device)
+        if not isinstance(found, Mapping):
+            raise TypeError(f"evaluate must return numbers by name, got {type(found).__name__}.")
+        return {"step": step + 1, **{f"eval/{name}": float(value) for name, value in found.items()}}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoints: Checkpoints, step: int) -> None:
+        """Write a checkpoint."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "random": randomness.capture(self.device),
+            "data": self.stream.state(),
+            "skipped": [self.skipped, self.in_a_row],
+        }
+        weights = weights_of(self.model, self.config.trainable_only)
+        checkpoints.save(step, weights, state, describe(self.config))
+
+    def resume(self, checkpoints: Checkpoints | None, wanted: bool) -> int:
+        """Go to the newest checkpoint, or to the start; the steps that are done."""
+        found = None
+        if checkpoints is not None and checkpoints.paths():
+            if not wanted:
+                raise ValueError(
+                    f"out must be a folder without checkpoints for resume=False, got {checkpoints.folder.parent}: give "
+                    "another one, or continue with resume=True."
+                )
+            found = checkpoints.newest()
+        if found is None:
+            randomness.seed(self.config.seed)
+            return 0
+        self._compare(found.config)
+        with torch.no_grad():
+            put_weights(self.model, found.weights(), found.path, self.config.trainable_only)
+        state = found.state()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            if state["scheduler"] is None:
+                raise ValueError(
+                    f"scheduler must be None to continue {found.path}, which was written without."
+                )
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.stream.resume(state["data"])
+        randomness.restore(state["random"], self.device)
+        self.skipped, self.in_a_row = state["skipped"]
+        return found.step
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        """Say what changed since the checkpoint."""
+        now = describe(self.config)
+        free = (
+            "steps",
+            "keep",
+            "log_every",
+            "checkpoint_every",
+            "evaluate_every",
+            "tensorboard",
+            "diagnostics",
+        )
+        changed = [name for name in now if name not in free and now[name] != before.get(name)]
+        if changed:
+            warnings.warn(
+                f"the configuration changed since the checkpoint: {', '.join(changed)}. The training goes on with the "
+                "new one.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _adamw(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    groups = [
+        {"params": chosen, "weight_decay": decay}
+        for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if chosen
+    ]
+    return torch.optim.AdamW(
+        groups, lr=value_at(config.learning_rate, 0, "learning_rate"), betas=config.betas
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and (step + 1) % every == 0

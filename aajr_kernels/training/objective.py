@@ -1,0 +1,321 @@
+"""What one micro-batch adds to the objective of a step.
+
+    c · L(x) + a · L(x + δ*) + λ · P
+
+with δ* where the ascent found the largest loss of every row, and P the penalty along the ascent. L and P are sums over
+the micro-batch divided by the counts of the whole step: gradients then add up to those of one large batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method.ascent import ascend
+from ..method.baselines import NEEDS_LOSS, trajectory_baseline
+from ..method.losses import IGNORED
+from ..method.trajectory import Trajectory, gathered, trajectory_penalty
+from .batches import Prepared
+from .config import FitConfig, ObjectiveConfig
+from .policy import Policy
+from .schedules import value_at
+
+__all__ = ["Chosen", "Counts", "Knobs", "Terms", "terms_of"]
+
+#: what says how the objective is made
+Chosen = FitConfig | ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The scheduled numbers at one step."""
+
+    radius: float
+    weight: float
+    gamma: float | None
+    adversarial: float
+    clean: float
+
+    @classmethod
+    def at(cls, config: Chosen, step: int) -> Knobs:
+        """Evaluate the schedules."""
+        gamma = config.penalty.gamma
+        found = cls(
+            value_at(config.attack.radius, step, "radius"),
+            0.0 if config.penalty.method == "none" else value_at(config.penalty.weight, step, "weight"),
+            None if gamma is None else value_at(gamma, step, "gamma"),
+            value_at(config.adversarial_weight, step, "adversarial_weight"),
+            value_at(config.clean_weight, step, "clean_weight"),
+        )
+        return found if found.radius else replace(found, weight=0.0, adversarial=0.0, clean=1.0)
+
+    @property
+    def attacks(self) -> bool:
+        """Whether an ascent is needed."""
+        return self.radius > 0 and (self.weight > 0 or self.adversarial > 0)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a whole step: tokens that are learnt, units that the penalty is a mean over, rows.
+
+    Attributes:
+        processes: whose batches are counted. Gradients are averaged over them, so that each contributes its share of
+            the sum this many times.
+    """
+
+    tokens: int
+    units: int
+    rows: int
+    processes: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Prepared],
+        config: Chosen,
+        summed: Callable[[list[int]], list[int]] | None = None,
+        processes: int = 1,
+    ) -> Counts:
+        """Count.
+
+        Args:
+            batches: the micro-batches of this process.
+            config: says what the units are.
+            summed: adds numbers up over `processes`; all of them call it.
+            processes: as above.
+
+        Raises:
+            ValueError: there is nothing to learn.
+        """
+        tokens = int(sum((b.labels != IGNORED).sum() for b in batches))
+        rows = sum(b.labels.shape[0] for b in batches)
+        units = rows if config.penalty.method in NEEDS_LOSS else sum(_units(b, config) for b in batches)
+        if summed is not None:
+            tokens, units, rows = summed([tokens, units, rows])
+        if tokens == 0:
+            raise ValueError(
+                "labels must name at least one token to be learnt in every step, got none: check the attention mask "
+                "and the labels, and that sequences are longer than one token."
+            )
+        return cls(tokens, max(units, 1), rows, processes)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Of one micro-batch.
+
+    Attributes:
+        total: attached; what is differentiated on this process.
+        parts: detached shares of the step's clean loss, adversarial loss and penalty (without their weights), and
+            numbers on the attack.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def terms_of(
+    model: nn.Module,
+    policy: Policy,
+    batch: Prepared,
+    config: Chosen,
+    knobs: Knobs,
+    counts: Counts,
+    generator: torch.Generator,
+    after_attack: Callable[[Trajectory, Any, float | None], None] | None = None,
+    row_weights: Tensor | None = None,
+) -> Terms:
+    """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
+
+    `after_attack` is called with the trajectory, what was maximised and γ, in the random state of the attack.
+    `row_weights` ``[B]`` multiply the losses that are maximised.
+    """
+    x = batch.embedded(policy)
+    token_sum = policy.loss_fn(batch.inputs, batch.labels, "sum")
+    parts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=x.device)
+    if knobs.attacks:
+        adversary = _weighted(policy.loss_fn(batch.inputs, batch.labels, "mean"), row_weights)
+        unit = _unit(x, batch.attended, config)
+        size = float(unit.detach())
+        work = _Work(model, policy, batch, config, counts, generator, adversary, x)
+        trajectory = work.attack(knobs.radius, size)
+        parts["attack_start"] = trajectory.losses[0].sum() / counts.rows
+        parts["attack_worst"] = trajectory.worst_loss.sum() / counts.rows
+        if after_attack is not None:
+            after_attack(trajectory, adversary, None if knobs.gamma is None else knobs.gamma / size)
+        loss: Tensor | None = None
+        if knobs.weight > 0:
+            measure = work.aligned if config.penalty.method == "aligned" else work.baseline
+            # a slope of the output in units of c is c times as large; CURE differentiates twice
+            slope = unit**2 if config.penalty.method == "cure" else unit
+            scale = slope if config.penalty.form == "hinge" else slope**2
+            threshold = None if knobs.gamma is None else knobs.gamma / float(slope.detach())
+            here = replace(knobs, weight=knobs.weight * float(scale.detach()), gamma=threshold)
+            penalty, loss, more = measure(trajectory, here)
+            if "q_max" in more:
+                more["q_max"] = more["q_max"] * slope.detach() ** 2
+            penalty = penalty * scale
+            parts |= {"penalty": penalty.detach(), **more}
+            total = total + knobs.weight * penalty
+        if knobs.adversarial > 0:
+            if loss is None:
+                loss = token_sum(trajectory.worst + (x - x.detach())).sum() / counts.tokens
+            parts["adversarial_loss"] = loss.detach()
+            total = total + knobs.adversarial * loss
+    if knobs.clean > 0:
+        clean = token_sum(x).sum() / counts.tokens
+        parts["clean_loss"] = clean.detach()
+        total = total + knobs.clean * clean
+    return Terms(total * counts.processes if counts.processes > 1 else total, parts)
+
+
+#: penalty, the adversarial loss if it comes from the same forward, statistics
+_Found = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A micro-batch under attack: what its ascent and its penalty need, `x` its embedded tokens."""
+
+    model: nn.Module
+    policy: Policy
+    batch: Prepared
+    config: Chosen
+    counts: Counts
+    generator: torch.Generator
+    adversary: Any
+    x: Tensor
+
+    def attack(self, radius: float, unit: float) -> Trajectory:
+        attack, x = self.config.attack, self.x
+        if attack.norm == "linf" and attack.relative:
+            unit /= x.shape[-1] ** 0.5
+        step_size = attack.step_size if isinstance(attack.step_size, str) else attack.step_size * unit
+        return ascend(
+            self.adversary,
+            x.detach(),
+            radius=radius * unit,
+            steps=attack.steps,
+            step_size=step_size,
+            step=attack.step,
+            norm=attack.norm,
+            scope=attack.scope,
+            agents=self.batch.agents,
+            init=attack.init,
+            restarts=attack.restarts,
+            mask=self.batch.attackable,
+            generator=self.generator,
+            module=self.model,
+            eval_mode=attack.eval_mode,
+        )
+
+    def aligned(self, trajectory: Trajectory, knobs: Knobs) -> _Found:
+        chosen, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
+        options = self.options(knobs)
+        learnt = int((batch.labels != IGNORED).sum())
+        # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
+        divisor = counts.units if chosen.unit == "token" else max(learnt, 1)
+        rescale = divisor / counts.tokens
+        share = chosen.steps == "worst" and knobs.adversarial > 0
+        if share:
+            options["return_primal"] = True
+            if policy.head is not None:
+                options["labels"] = batch.labels
+                options["penalty_weight"] = knobs.weight / (knobs.adversarial * rescale)
+        several = chosen.batch_steps > 1
+        forward = policy.forward if several else functools.partial(policy.forward, **batch.inputs)
+        penalty, aux = trajectory_penalty(
+            forward,
+            self.x,
+            trajectory,
+            steps=chosen.steps,
+            weights=chosen.weights,
+            direction=chosen.direction,
+            at=chosen.at,
+            per_agent=chosen.per_agent,
+            batch_steps=chosen.batch_steps,
+            inputs=batch.inputs if several else None,
+            generator=self.generator,
+            **options,
+        )
+        loss = None
+        if share and policy.head is not None:
+            loss = aux.primal * rescale
+        elif share:
+            loss = policy.token_losses(aux.primal, batch.labels).sum() / counts.tokens
+        weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
+        active = weight * _units(batch, self.config) / counts.units
+        return penalty, loss, {"active": active, "q_max": aux.q_max.max()}
+
+    def baseline(self, trajectory: Trajectory, knobs: Knobs) -> _Found:
+        chosen, batch, x = self.config.penalty, self.batch, self.x
+        steps = chosen.steps
+        if steps == "worst":
+            trajectory, steps = _at_the_worst(trajectory), "last"
+        if x.requires_grad:  # gradients reach the clean input as they do for the aligned penalty
+            trajectory = replace(trajectory, points=trajectory.points + (x - x.detach()))
+        penalty, _ = trajectory_baseline(
+            chosen.method,
+            functools.partial(self.policy.forward, **batch.inputs),
+            trajectory,
+            steps=steps,
+            weights=chosen.weights,
+            generator=self.generator,
+            loss_fn=self.adversary if chosen.method in NEEDS_LOSS else None,
+            samples=chosen.samples,
+            iterations=chosen.iterations,
+            h=chosen.h * float(_unit(x.detach(), batch.attended, self.config)),
+            module=self.model,
+            **self.options(knobs),
+        )
+        return penalty, None, {}
+
+    def options(self, knobs: Knobs) -> dict[str, Any]:
+        """What all penalties take."""
+        chosen = self.config.penalty
+        return dict(
+            metric=chosen.metric,
+            head=self.policy.head,
+            gamma=knobs.gamma,
+            form=chosen.form,
+            mask=self.batch.tokens(chosen.tokens),
+            unit=chosen.unit,
+            denominator=float(self.counts.units),
+        )
+
+
+def _weighted(loss_fn: Callable[[Any], Any], weights: Tensor | None) -> Callable[[Any], Any]:
+    """Losses ``[B]`` times the weights of their rows."""
+    if weights is None:
+        return loss_fn
+    return lambda x: loss_fn(x) * weights
+
+
+def _unit(x: Tensor, attended: Tensor | None, config: Chosen) -> Tensor:
+    """What perturbations are measured in; attached, so that a penalty in this unit has its own gradient."""
+    if not config.attack.relative:
+        return torch.ones((), dtype=torch.float64)
+    squares = x.double().square().sum(-1)
+    return (squares if attended is None else squares[attended]).mean().sqrt()
+
+
+def _at_the_worst(trajectory: Trajectory) -> Trajectory:
+    """One step: every row at its worst point, with the direction that led there."""
+    directions = gathered(trajectory.directions, trajectory.worst_steps.unsqueeze(0))
+    worst = trajectory.worst
+    return replace(trajectory, points=torch.stack([worst, worst]), directions=directions)
+
+
+def _units(batch: Prepared, config: Chosen) -> int:
+    """Included tokens or sequences of a micro-batch."""
+    keep = batch.tokens(config.penalty.tokens)
+    if keep is None:
+        keep = torch.ones_like(batch.labels, dtype=torch.bool)
+    return int(keep.any(-1).sum() if config.penalty.unit == "sequence" else keep.sum())

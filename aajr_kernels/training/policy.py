@@ -1,0 +1,160 @@
+"""How a training calls a model: embed, forward, head."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method.attack_state import held
+from ..method.head import LMHead, as_head
+from ..method.losses import IGNORED, lm_loss
+from .wrappers import unwrapped
+
+__all__ = ["Policy", "policy_of"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What :func:`fit` needs of a model.
+
+    Attributes:
+        forward: called as ``forward(x, **inputs)`` with embeddings ``[B, N, C]``, a tensor or a Dual, and the entries
+            of the batch that are left (``attention_mask``, ...). Returns hidden states ``[B, N, C]`` with `head`, else
+            logits ``[B, N, V]`` or a model output with ``.logits``.
+        embed: from token ids ``[B, N]`` to embeddings; None if batches bring ``inputs_embeds``.
+        head: the language-model head, whose logits are then streamed over the vocabulary.
+    """
+
+    forward: Callable[..., Any]
+    embed: Callable[[Tensor], Tensor] | None = None
+    head: LMHead | nn.Linear | None = None
+
+    def loss_fn(self, inputs: dict[str, Any], labels: Tensor, reduction: str) -> Callable[[Any], Any]:
+        """The cross-entropy ``[B]`` of labels aligned with the output, as of :func:`~aajr_kernels.lm_loss`."""
+        if self.head is not None:
+            return lm_loss(
+                lambda x: self.forward(x, **inputs), head=self.head, labels=labels, reduction=reduction
+            )
+        count = (labels != IGNORED).sum(-1).clamp(min=1) if reduction == "mean" else 1
+
+        def loss(x: Any) -> Any:
+            return self.token_losses(self.forward(x, **inputs), labels).sum(-1) / count
+
+        return loss
+
+    def token_losses(self, output: Any, labels: Tensor) -> Any:
+        """Cross-entropy ``[B, N]`` from logits, 0 where it is ignored.
+
+        Raises:
+            TypeError, ValueError: `output` has no logits, or of another shape.
+        """
+        logits = getattr(output, "logits", output)
+        if not hasattr(logits, "shape"):
+            raise TypeError(
+                f"the model must return logits or an output with .logits, got {type(output).__name__}."
+            )
+        if tuple(logits.shape[:-1]) != tuple(labels.shape):
+            raise ValueError(
+                f"the model must return logits [B, N, V] for labels {tuple(labels.shape)}, got {tuple(logits.shape)}."
+            )
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        flat = wide.reshape(-1, wide.shape[-1])
+        terms = nn.functional.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none")
+        return terms.reshape(labels.shape)
+
+
+def policy_of(model: nn.Module) -> Policy:
+    """A policy for a Hugging Face causal language model, or for a module called with ``inputs_embeds``.
+
+    Where the body and a linear head of a Hugging Face model can be called apart, and give the logits of the whole (this
+    is tried on a few tokens), the head is streamed; otherwise logits are formed.
+
+    Raises:
+        TypeError: `model` is no module, takes no ``inputs_embeds``, is wrapped for several processes, or learns a
+            prompt.
+    """
+    if unwrapped(model) is not model:
+        raise TypeError(
+            "model must be the plain module, got one that is spread over processes: give its .module, and call the "
+            "policy through Objective or AAJRTrainer, which go through the wrapper."
+        )
+    given: Any = model
+    peft = getattr(given, "peft_config", None)
+    if peft is not None and any(getattr(c, "is_prompt_learning", False) for c in peft.values()):
+        raise TypeError(
+            "model must not learn a prompt (PEFT), which token embeddings would bypass: use LoRA."
+        )
+    # an adapter's own wrapper adds nothing to the call; its layers are inside the model
+    inner = given.get_base_model() if peft is not None and hasattr(given, "get_base_model") else given
+    taken = inspect.signature(inner.forward).parameters
+    if "inputs_embeds" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise TypeError(
+            f"model must take inputs_embeds=, which {type(inner).__name__}.forward does not: give policy=Policy(...)."
+        )
+    embed = _call(inner, "get_input_embeddings")
+    more = {"use_cache": False} if hasattr(inner, "config") and "use_cache" in taken else {}
+    whole = Policy(lambda x, **inputs: inner(inputs_embeds=x, **more, **inputs), embed)
+    return _streamed(inner, whole, more) or whole
+
+
+def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
+    """Body and head apart, if they make the whole."""
+    body, head = getattr(model, "base_model", None), _call(model, "get_output_embeddings")
+    if body is None or body is model or type(head) is not nn.Linear or whole.embed is None:
+        return None
+    config = getattr(model, "config", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    found = Policy(
+        lambda x, **inputs: body(inputs_embeds=x, **more, **inputs).last_hidden_state,
+        whole.embed,
+        LMHead(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None)),
+    )
+    difference = _difference(model, found, whole)
+    if difference > (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2):
+        warnings.warn(
+            f"the logits of {type(model).__name__} are not those of its head (relative difference {difference:.1e}), "
+            "so they are formed, not streamed: give policy=Policy(forward, embed, LMHead(weight, bias, scale, "
+            "softcap)) to save their memory.",
+            stacklevel=4,
+        )
+        return None
+    return found
+
+
+def _difference(model: nn.Module, streamed: Policy, whole: Policy) -> float:
+    """Largest relative difference of the logits of eight tokens."""
+    assert whole.embed is not None and streamed.head is not None
+    head = as_head(streamed.head)
+    ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
+    same: Any = contextlib.nullcontext()
+    if hasattr(model, "_original_forward"):  # accelerate put its autocast into the forward of the whole
+        same = torch.autocast(head.weight.device.type, torch.bfloat16)
+    with torch.no_grad(), held((model,), True), same:
+        x = whole.embed(ids)
+        expected = whole.forward(x).logits.float()
+        z = nn.functional.linear(streamed.forward(x), head.weight, head.bias).float() * head.scale
+        if head.softcap is not None:
+            z = torch.tanh(z / head.softcap) * head.softcap
+    if z.shape != expected.shape:
+        return float("inf")
+    return float((z - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def _call(model: Any, name: str) -> Any:
+    """What a method of a Hugging Face model returns, None where it has none."""
+    method = getattr(model, name, None)
+    if method is None:
+        return None
+    try:
+        return method()
+    except NotImplementedError:
+        return None

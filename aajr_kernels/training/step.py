@@ -1,0 +1,248 @@
+"""The objective as the loss of a micro-batch, for a loop that is not :func:`fit`'s.
+
+    objective = Objective(model, ObjectiveConfig(attack=..., penalty=...))
+    for step in range(steps):
+        batches = [next(data) for _ in range(accumulate)]
+        counts = objective.counts(batches)
+        for part, batch in enumerate(batches):
+            objective(batch, counts=counts, step=step, part=part).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+Under DistributedDataParallel all processes do the same, each with its own batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method.attack_state import held, one_dropout_mask
+from ..method.losses import IGNORED
+from ..method.report import StabilityReport
+from ..method.stability import stability_report
+from ..method.trajectory import Trajectory
+from ..method.wrapped import inside
+from ..runtime import autocasting
+from . import randomness
+from .batches import Prepared, prepared
+from .config import FitConfig, ObjectiveConfig
+from .objective import Chosen, Counts, Knobs, Terms, terms_of
+from .policy import Policy, policy_of
+from .wrappers import unwrapped
+
+__all__ = ["Objective"]
+
+OnReport = Callable[[StabilityReport], None]
+
+
+class Objective:
+    """What :func:`fit` minimises, micro-batch by micro-batch.
+
+        clean_weight · L(x)  +  adversarial_weight · L(x + δ*)  +  λ · P
+
+    Args:
+        model: a causal language model of Hugging Face, with adapters or not, or any module that takes
+            ``inputs_embeds`` and returns logits; plain or in DistributedDataParallel, on its device.
+        config: attack, penalty, weights.
+        policy: how to call the model (the module inside the wrapper), where :func:`policy_of` does not know.
+
+    Attributes:
+        module: the model without its wrapper.
+
+    Raises:
+        TypeError: `model` is in a wrapper that is not understood, or cannot be called by itself; `config` is none.
+    """
+
+    def __init__(self, model: nn.Module, config: Chosen, *, policy: Policy | None = None) -> None:
+        if not isinstance(config, (ObjectiveConfig, FitConfig)):
+            raise TypeError(f"config must be an ObjectiveConfig, got {type(config).__name__}.")
+        self.model, self.module = model, unwrapped(model)
+        self.config = config
+        self.policy = policy_of(self.module) if policy is None else policy
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's parameters."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def group(self) -> Any:
+        """The process group whose gradients are averaged, or None."""
+        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return self.model.process_group if wrapped else None
+
+    def prepared(self, batch: Any) -> Prepared:
+        """A checked micro-batch on the device, with its labels aligned; see :func:`.batches.prepared`."""
+        if isinstance(batch, Prepared):
+            return batch
+        return prepared(batch, self.device, self.config.shift_labels)
+
+    def counts(self, batches: Sequence[Any], *, across: bool = True) -> Counts:
+        """What the means of a step are over.
+
+        Args:
+            batches: all micro-batches of the step on this process.
+            across: add up over the processes of a DistributedDataParallel, all of which call this; False: every
+                process has means of its own.
+
+        Raises:
+            ValueError: there is nothing to learn in them.
+        """
+        group = self.group if across else None
+        ours = [self.prepared(batch) for batch in batches]
+        if group is None:
+            return Counts.of(ours, self.config)
+        summed = functools.partial(_summed, group=group, device=self.device)
+        return Counts.of(ours, self.config, summed, group.size())
+
+    def __call__(
+        self,
+        batch: Any,
+        *,
+        counts: Counts | None = None,
+        step: int = 0,
+        part: int = 0,
+        on_report: OnReport | None = None,
+    ) -> Terms:
+        """The share of one micro-batch in the objective of a step; call it under autocast, backward outside.
+
+        Args:
+            batch: see :func:`.batches.prepared`.
+            counts: of the whole step; by default this batch is all of it (on this process).
+            step: 0, 1, ...: where the schedules are, and with `part` what the attack draws.
+            part: the index of the micro-batch in the step.
+            on_report: called with the :class:`StabilityReport` where ``config.diagnostics`` says that one is due.
+
+        Returns:
+            Terms: ``total.backward()`` for all micro-batches, under DistributedDataParallel on all processes, adds up
+            to the gradient of the objective of one large batch.
+
+        Raises:
+            TypeError, ValueError: the batch has wrong entries; nothing depends on a parameter that is trained.
+            NonFiniteLoss: in the attack.
+            RuntimeError: the model was prepared for mixed precision and autocast is off.
+        """
+        terms = self._terms(batch, Knobs.at(self.config, step), counts, step, part, on_report=on_report)
+        if not terms.total.requires_grad:
+            raise ValueError(
+                "the objective does not depend on any parameter that is trained: check the weights of the losses, and "
+                "that a parameter requires a gradient."
+            )
+        return terms
+
+    def penalty(
+        self,
+        batch: Any,
+        *,
+        counts: Counts | None = None,
+        row_weights: Tensor | None = None,
+        step: int = 0,
+        part: int = 0,
+        on_report: OnReport | None = None,
+    ) -> Terms:
+        """λ · P alone, to be added to a loss of another kind.
+
+        Args:
+            batch: as for the objective; labels say where the policy acted.
+            counts, step, part, on_report: as there.
+            row_weights: ``[B]``: the adversary maximises every row's cross-entropy times its weight, so with
+                advantages the surrogate loss −A log π of a policy gradient. By default the cross-entropy.
+
+        Returns:
+            Terms: whose total is 0 without a gradient where λ or the radius is 0, or the batch has no labels.
+        """
+        knobs = replace(Knobs.at(self.config, step), adversarial=0.0, clean=0.0)
+        batch = self.prepared(batch)
+        if counts is None and not bool((batch.labels != IGNORED).any()):
+            return Terms(torch.zeros((), device=self.device), {})
+        return self._terms(batch, knobs, counts, step, part, row_weights, on_report)
+
+    def _terms(
+        self,
+        batch: Any,
+        knobs: Knobs,
+        counts: Counts | None,
+        step: int,
+        part: int,
+        row_weights: Tensor | None = None,
+        on_report: OnReport | None = None,
+    ) -> Terms:
+        self._check_autocast()
+        ours = self.prepared(batch)
+        if counts is None:
+            counts = Counts.of([ours], self.config)
+        group = self.group
+        own = part if group is None else part * group.size() + group.rank()
+        generator = randomness.generator_for(self.config.seed or 0, step, own, self.device)
+        look = None
+        chosen = self.config.diagnostics
+        if on_report is not None and chosen is not None and own == 0 and (step + 1) % chosen.every == 0:
+            look = functools.partial(self._diagnose, ours, step, on_report)
+        arguments = (self.module, self.policy, ours, self.config, knobs, counts, generator, look, row_weights)
+
+        def work() -> tuple[Tensor, dict[str, Tensor]]:
+            with one_dropout_mask(self.device):
+                terms = terms_of(*arguments)
+            return terms.total, terms.parts
+
+        if self.module is self.model or not (knobs.attacks or knobs.clean):  # nothing to be differentiated
+            return Terms(*work())
+        # DistributedDataParallel wants one forward from which one backward comes: the whole objective is it. Buffers
+        # are synchronised before, and unused parameters are found in the loss.
+        return Terms(*inside(self.model, work)())
+
+    def _check_autocast(self) -> None:
+        """accelerate puts autocast into the forward of the whole model, which is not what is called."""
+        if hasattr(self.module, "_original_forward") and not autocasting(self.device.type):
+            raise RuntimeError(
+                "the model was prepared for mixed precision and the objective is called outside of it: call it inside "
+                "`with accelerator.autocast():`."
+            )
+
+    def _diagnose(
+        self,
+        batch: Prepared,
+        step: int,
+        on_report: OnReport,
+        trajectory: Trajectory,
+        loss_fn: Any,
+        gamma: float | None,
+    ) -> None:
+        chosen = self.config.diagnostics
+        assert chosen is not None
+        more: dict[str, Any] = {}
+        if chosen.smoothness:
+            more = dict(
+                func=lambda x: self.policy.forward(x, **batch.inputs),
+                head=self.policy.head,
+                metric=self.config.penalty.metric if self.config.penalty.metric != "probs" else "fisher",
+                gamma=gamma,
+                output_mask=batch.tokens("loss"),
+                unit=self.config.penalty.unit,
+                power_iterations=chosen.power_iterations,
+            )
+        with held((self.module,), self.config.attack.eval_mode):
+            report = stability_report(
+                loss_fn,
+                trajectory.x,
+                trajectory,
+                curvature=chosen.curvature,
+                samples=chosen.samples,
+                generator=randomness.generator_for(self.config.seed or 0, step + 1, -1, self.device),
+                module=self.module,
+                **more,
+            )
+        on_report(report)
+
+
+def _summed(numbers: list[int], group: Any, device: torch.device) -> list[int]:
+    total = torch.tensor(numbers, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(total, group=group)
+    found: list[int] = total.tolist()
+    return found

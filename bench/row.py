@@ -1,0 +1,240 @@
+"""The row of a benchmark: one variant of one case, measured once. This dataclass is the schema of bench/results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aajr_kernels import native
+from aajr_kernels.cli.info import cpu_model, package_version
+
+from . import allocator
+
+#: environment variables that decide how fast something runs; those that are set go into every row
+SETTINGS = (
+    "AAJR_BACKEND",
+    "AAJR_CPU_CAPABILITY",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "ONEDNN_MAX_CPU_ISA",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file.
+
+    Attributes:
+        suite, family, config, length, variant: what ran; `config` holds sizes and options.
+        device, dtype: where and in what.
+        backend: of our ops: ``native``, ``reference``, ``triton``, several joined by ``+``; ``torch`` if none ran.
+        ops: our op -> the backend it ran on.
+        min_ms, median_ms: forward and backward over `repeats` interleaved runs; None where only memory was measured.
+        base, ratio: the variant that `min_ms` is divided by, and the quotient.
+        gflop_per_s, gb_per_s: arithmetic (attention, head) or traffic (element-wise ops) that has to be done, over
+            `min_ms`.
+        peak_bytes: peak memory of one call above inputs and parameters, in a fresh process.
+        gradient_bytes: the part of it that the gradients themselves take, where a bound needs it.
+        peak_ratio: peak_bytes over those of the base.
+        gradient_error: relative error of all gradients together against float64, at a small length.
+        bounds: quantity -> what it may be at most: ``ratio``, ``peak_ratio``, ``extra_bytes`` (the peak without the
+            gradients) or ``ratio of X`` (that of the rival X, measured in the same run).
+        passed: whether all bounds hold; None without bounds.
+        repeats: timed runs of this variant; 0 where only memory was measured.
+        seed: of the inputs.
+        machine, cpu: architecture and processor.
+        torch_capability, native_capability: instruction sets in use by torch and by the native module.
+        threads: of torch, which are those of the native module.
+        settings: the environment variables of :data:`SETTINGS` that were set.
+        allocator: of memory, while timing: what :func:`.allocator.in_use` says.
+        python, torch, transformers, aajr_kernels: versions.
+        commit, dirty: of the checkout, and whether its code was changed since; None outside a checkout.
+
+    Rows from before these fields have their defaults:
+        device_name, triton: name of the accelerator; version of Triton.
+        timing: ``graph`` where calls were replayed from a captured CUDA graph, else ``calls``.
+        flop_share, byte_share: gflop_per_s and gb_per_s over the ceilings.
+        ceilings: of the device, measured in the same run: ``gflop_per_s`` of a large product in the dtype, ``gb_per_s``
+            of a copy.
+        round_ratios: this variant over the base, round by round; what intervals are made of.
+        failure: why there are no numbers, such as "out of memory"; empty where there are.
+    """
+
+    suite: str
+    family: str
+    config: dict[str, Any]
+    length: int
+    variant: str
+    device: str
+    dtype: str
+    backend: str
+    ops: dict[str, str]
+    min_ms: float | None
+    median_ms: float | None
+    base: str | None
+    ratio: float | None
+    gflop_per_s: float | None
+    gb_per_s: float | None
+    peak_bytes: int | None
+    gradient_bytes: int | None
+    peak_ratio: float | None
+    gradient_error: float | None
+    bounds: dict[str, float]
+    passed: bool | None
+    repeats: int
+    seed: int
+    machine: str
+    cpu: str | None
+    torch_capability: str
+    native_capability: str | None
+    threads: int
+    settings: dict[str, str]
+    allocator: str
+    python: str
+    torch: str
+    transformers: str | None
+    aajr_kernels: str
+    commit: str | None
+    dirty: bool | None
+    device_name: str | None = None
+    triton: str | None = None
+    timing: str = "calls"
+    flop_share: float | None = None
+    byte_share: float | None = None
+    ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
+    round_ratios: list[float] = dataclasses.field(default_factory=list)
+    failure: str = ""
+
+    def line(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def parse(cls, line: str) -> Row:
+        """The row of one line.
+
+        Raises:
+            ValueError: it is no JSON object with the fields of this class, each of its type; only those with defaults
+                may be missing.
+        """
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError(f"a row must be a JSON object, got {type(found).__name__}.")
+        hints = typing.get_type_hints(cls)
+        later = {field.name for field in dataclasses.fields(cls) if _has_default(field)} - set(found)
+        if wrong := sorted((set(found) ^ set(hints)) - later):
+            raise ValueError(
+                f"a row must have exactly the fields of Row; missing or unknown: {', '.join(wrong)}."
+            )
+        for name, hint in hints.items():
+            if name in found and not _fits(found[name], hint):
+                raise ValueError(f"{name} of a row must be {hint}, got {found[name]!r}.")
+        return cls(**found)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is dict:
+        of = typing.get_args(hint)[1]
+        return isinstance(value, dict) and (of is Any or all(_fits(v, of) for v in value.values()))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results file.
+
+    Raises:
+        ValueError: a line is no row; the message has its number.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(Row.parse(line.decode("utf-8")))
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+    return rows
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a results file, which is made if there is none."""
+    with path.open("a") as file:
+        file.writelines(row.line() + "\n" for row in rows)
+
+
+def native_capability() -> str | None:
+    """The instruction set that the native module uses, or None without the module."""
+    try:
+        return str(native.info()["capability"])
+    except ImportError:
+        return None
+
+
+def environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The fields of a row that are the same for a whole run."""
+    commit, dirty = _commit()
+    return {
+        "machine": platform.machine(),
+        "cpu": cpu_model(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_capability": native_capability(),
+        "threads": torch.get_num_threads(),
+        "settings": {name: environ[name] for name in SETTINGS if name in environ},
+        "allocator": allocator.in_use(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": package_version("transformers"),
+        "triton": package_version("triton"),
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "aajr_kernels": _version(),
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def _version() -> str:
+    import aajr_kernels
+
+    return aajr_kernels.__version__
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this package is imported from, and whether its code differs from it."""
+    root = Path(__file__).resolve().parents[3]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], check=True, cwd=root, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None  # an environment inside somebody else's repository
+        return git("rev-parse", "--short", "HEAD"), bool(
+            git("status", "--porcelain", "--", "aajr_kernels", "csrc")
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None, None

@@ -1,0 +1,259 @@
+"""Suite `method`: a training step of the method against the adversarial step that a user pays anyway.
+
+Both attack the embeddings with three normalised steps per token, and train on the cross-entropy at the last point,
+through a head of 32,000 words. The method's step adds the ``fisher`` penalty along the last direction, at that same
+point. The adversarial step is written in plain PyTorch, on the unmodified model, eager and compiled; the faster one
+counts. What the method does beside the penalty is what makes up for part of its price: its ascent runs on the kernels
+of the penalty (`lm_loss`), and the loss comes from the penalty's forward.
+
+Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries and values with everything else frozen;
+``checkpoint`` and ``lora-checkpoint`` the same with Hugging Face's activation checkpointing of every layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from aajr_kernels.integrations.transformers import fuse
+from aajr_kernels.method import LMHead, ascend, lm_loss, trajectory_penalty
+
+from ..case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, compiled, draw
+from . import models
+from .step import size
+
+VOCABULARY = 32000
+STEPS, RADIUS, LENGTH = 3, 1.0, 0.5
+WEIGHT = 0.1  # of the penalty
+BOUND = 1.3
+RANK = 8
+FAMILIES = ("step", "checkpoint", "lora", "lora-checkpoint")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one variant computes.
+
+    Attributes:
+        penalty: the method's step; otherwise the adversarial one.
+        ours: `ascend` and our kernels on a fused model; otherwise plain PyTorch on the model as it comes.
+        compiled: the plain loss is compiled.
+        family: what is trained, and whether activations are checkpointed.
+        device: where it runs.
+    """
+
+    dtype: str
+    penalty: bool = False
+    ours: bool = False
+    compiled: bool = False
+    family: str = "step"
+    device: str = "cpu"
+
+
+def cases(selection: Selection) -> list[Case]:
+    pairs = selection.grid(("float32",), (512,))
+    return [
+        _case(f, dtype, length, selection) for f in FAMILIES if selection.wants(f) for dtype, length in pairs
+    ]
+
+
+def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
+    task = functools.partial(Task, dtype, family=family, device=selection.device)
+    bounded = selection.bounded and (family, dtype, length) == ("step", "float32", 512)
+    others = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
+    variants = (
+        _variant("adversarial", task()),
+        *(others if family == "step" else ()),
+        _variant("adversarial, our kernels", task(ours=True)),
+        _variant("with penalty", task(penalty=True, ours=True), bounds={"ratio": BOUND} if bounded else {}),
+    )
+    return Case(
+        "method",
+        family,
+        dtype,
+        length,
+        variants,
+        base=tuple(v.name for v in variants if v.name in ("adversarial", "adversarial, compiled")),
+        config={
+            "model": "llama",
+            "sizes": models.described("llama", length),
+            "metric": "fisher",
+            "V": VOCABULARY,
+            "steps": STEPS,
+            "radius": RADIUS,
+            "step_size": LENGTH,
+            "scope": "token",
+            "weight": WEIGHT,
+            "trained": f"LoRA of rank {RANK} on q, v" if "lora" in family else "everything",
+            "checkpointing": "checkpoint" in family,
+        },
+        gate_length=min(length, 512),  # what is compiled for it is compiled for the timing
+        repeats=6,
+        device=selection.device,
+        why="ascent, loss and penalty ÷ ascent and loss",
+    )
+
+
+def _variant(name: str, task: Task, **options: Any) -> Variant:
+    # PyTorch's forward mode does not go through its checkpoints
+    family = "lora" if "lora" in task.family else "step"
+    truth = functools.partial(true_gradients, Task(task.dtype, task.penalty, family=family))
+    return Variant(name, functools.partial(make, task), truth, key=task, compiled=task.compiled, **options)
+
+
+def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tensor]:
+    """Model, head, embeddings ``[1, S, C]`` and labels ``[1, S]``."""
+    model = models.build("llama", task.dtype, length)
+    width = models.sizes("llama", length).hidden
+    head = nn.Linear(width, VOCABULARY, bias=False).to(DTYPES[task.dtype])
+    if "lora" in task.family:
+        model, head = _adapted(model), head.requires_grad_(False)
+    if "checkpoint" in task.family:
+        models.checkpoint(model)
+    if task.ours:
+        fuse(model)
+    labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))
+    x = draw(1, length, width, dtype=task.dtype, seed=1)
+    return model.to(task.device), head.to(task.device), x.to(task.device), labels.to(task.device)
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    """With adapters whose matrices are random, both of them: a zero one would hide wrong gradients of the other."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for an attribute that transformers renamed
+        config = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        found: nn.Module = peft.get_peft_model(model, config)
+    return found
+
+
+def trained(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters that get gradients."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def make(task: Task, length: int) -> Run:
+    """A step with its gradients in ``.grad``, which are freed between the timed calls."""
+    model, head, x, labels = problem(task, length)
+    parameters = trained(model, head)
+    plain = plain_loss(model, head, labels)
+    if task.compiled:
+        plain = compiled(plain)
+
+    def call() -> Gradients:
+        if task.ours:
+            total = our_step(task, model, head, x, labels)
+        else:
+            with without_gradients(parameters):
+                points, _ = plain_ascent(plain, x)
+            total = plain(points[-1])
+        total.backward()
+        return [p.grad for p in parameters]
+
+    def reset() -> None:
+        for p in parameters:
+            p.grad = None
+
+    return Run(call, reset)
+
+
+def our_step(task: Task, model: nn.Module, head: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+    """The scalar of a step on our kernels."""
+    hidden: Callable[[Any], Any] = lambda d: model(inputs_embeds=d).last_hidden_state
+    loss = lm_loss(hidden, head=head, labels=labels)
+    trajectory = ascend(
+        loss,
+        x,
+        radius=RADIUS,
+        steps=STEPS,
+        step_size=LENGTH,
+        scope="token",
+        module=(model, head),
+        evaluate_last=False,
+    )
+    if not task.penalty:
+        return loss(trajectory.points[-1]).sum()
+    penalty, aux = trajectory_penalty(
+        hidden,
+        x,
+        trajectory,
+        steps="last",
+        at="end",
+        head=LMHead(head.weight),
+        labels=labels,
+        return_primal=True,
+        penalty_weight=WEIGHT,
+    )
+    total: Tensor = aux.primal + WEIGHT * penalty
+    return total
+
+
+# -- plain PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def plain_loss(model: nn.Module, head: nn.Linear, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The cross-entropy as users write it."""
+
+    def loss(x: Tensor) -> Tensor:
+        z = head(model(inputs_embeds=x).last_hidden_state)
+        wide = z if z.dtype == torch.float64 else z.float()
+        return F.cross_entropy(wide.flatten(0, 1), labels.flatten())
+
+    return loss
+
+
+@contextlib.contextmanager
+def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Compiled code would compute the gradients of all weights in the attack too."""
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def plain_ascent(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Points and unit directions of projected gradient ascent, written out."""
+    delta, points, directions = torch.zeros_like(x), [x], []
+    for _ in range(STEPS):
+        point = points[-1].detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss(point), point)
+        directions.append(F.normalize(g, dim=-1, eps=0.0))
+        delta = delta + LENGTH * directions[-1]
+        delta = delta * (RADIUS / delta.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+        points.append(x + delta)
+    return points, directions
+
+
+@functools.lru_cache(maxsize=2)
+def true_gradients(task: Task, length: int) -> Gradients:
+    """All gradients in float64, by PyTorch's forward mode on exact layers, for weights rounded to the dtype."""
+    model, head, x, labels = problem(task, length)
+    model, head, x = models.make_exact(model), head.double(), x.double()
+    loss = plain_loss(model, head, labels)
+    with sdpa_kernel(SDPBackend.MATH):
+        points, directions = plain_ascent(loss, x)
+        total = loss(points[-1])
+        if task.penalty:
+            output: Callable[[Any], Any] = lambda e: head(model(inputs_embeds=e).last_hidden_state)
+            pair = torch.func.jvp(output, (points[-1],), (directions[-1],))
+            total = total + WEIGHT * size(pair[0], pair[1], head)
+        total.backward()
+    return [p.grad for p in trained(model, head)]
+
+
+SUITE = Suite(
+    "method", "adversarial training step with the penalty against without", FAMILIES, cases, parts=False
+)

@@ -1,0 +1,180 @@
+"""`aajr bench --tune`: measures tiles of the attention kernels on the device and writes the best into the table.
+
+Every candidate is compared with the default tile first; one that is wrong, does not compile or does not fit is left out
+with the reason. Times are of one kernel at a time, on inputs as a language model has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from aajr_kernels import gpu
+from aajr_kernels.ops.attention import tuned
+from aajr_kernels.ops.attention.tiling import Options
+from aajr_kernels.training.progress import Progress
+
+#: kernels and which gradients of q, k, v make the backward launch them
+NEEDS = {
+    "fwd": None,
+    "dq": (True, False, False, False),
+    "dk": (False, True, False, False),
+    "dv": (False, False, True, False),
+    "dkv": (False, True, True, False),
+}
+QUERY_SIDE = ("fwd", "dq")
+HEADS, KEY_HEADS = 16, 4
+
+
+@dataclass
+class Line:
+    """One line of the table and what was measured for it.
+
+    Attributes:
+        name: as in the table.
+        times: milliseconds of every candidate that is right.
+        left_out: why the others are not among them.
+    """
+
+    name: str
+    times: dict[tuned.Sizes, float] = field(default_factory=dict)
+    left_out: dict[tuned.Sizes, str] = field(default_factory=dict)
+
+    @property
+    def best(self) -> tuned.Sizes | None:
+        return min(self.times, key=lambda sizes: self.times[sizes], default=None)
+
+
+def candidates(kernel: str, arch: str) -> Iterator[tuned.Sizes]:
+    """Tiles worth trying. A group of 4 warps multiplies 64 rows at a time from sm_90 on, fewer would be idle."""
+    long, short = (64, 128), (16, 32, 64, 128)
+    for own, other, warps, stages in itertools.product(long, short, (4, 8), (1, 2, 3)):
+        if other > own or (arch in ("sm_90", "sm_100") and own < 16 * warps):
+            continue
+        yield (own, other, warps, stages) if kernel in QUERY_SIDE else (other, own, warps, stages)
+
+
+def calls(
+    kernel: str, head: int, causal: bool, length: int, dtype: torch.dtype, device: str
+) -> Callable[[], Any]:
+    """A call whose time is the kernel's (with the pass over rows in the backward); returns its results."""
+    from aajr_kernels.ops.attention import triton as launchers
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 1, heads, length, head) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    options = Options(head**-0.5, offset=0 if causal else None)
+    needs = NEEDS[kernel]
+    if needs is None:
+        return lambda: launchers.attention_fwd(q, k, v, None, options)[:1]
+    saved = launchers.attention_fwd(q, k, v, None, options)
+    bar = torch.randn(saved[0].shape, generator=generator).to(device, dtype)
+    return lambda: launchers.attention_bwd(bar, q, k, v, None, *saved, options=options, needs=needs)
+
+
+def measure(
+    kernel: str,
+    head: int,
+    causal: bool,
+    *,
+    timer: Callable[[Callable[[], Any]], float],
+    length: int = 4096,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    tried: Iterator[tuned.Sizes] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Line:
+    """Times of all candidates for one line of the table.
+
+    Args:
+        kernel: a key of NEEDS.
+        head: head size; stands for all of its class (up to 64, 128, 256).
+        causal: whether keys above the diagonal are hidden.
+        timer: milliseconds of a call.
+        length: positions.
+        dtype: of the inputs.
+        device: where to run.
+        tried: candidates instead of the usual ones.
+        progress: called after every candidate.
+    """
+    arch = gpu.architecture(torch.device(device))
+    limit = 64 if head <= 64 else 128 if head <= 128 else 256
+    line = Line(tuned.key(kernel, arch, dtype, limit, causal))
+    call = calls(kernel, head, causal, length, dtype, device)
+    expected = call()
+    for sizes in candidates(kernel, arch) if tried is None else tried:
+        try:
+            with tuned.trial(line.name, sizes):
+                wrong = _difference(call(), expected)
+                if wrong < 4 * torch.finfo(dtype).eps:
+                    line.times[sizes] = timer(call)
+                else:
+                    line.left_out[sizes] = f"differs from the default by {wrong:.1e}"
+        except Exception as error:  # of the compiler, the driver or memory: this tile is not for this device
+            line.left_out[sizes] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+        progress()
+    return line
+
+
+def _difference(got: Any, expected: Any) -> float:
+    """Largest relative difference of any result, infinite where one is NaN."""
+    worst = 0.0
+    for a, b in zip(got, expected):
+        if isinstance(a, Tensor):
+            error = ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def median(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call, the median over a fifth of a second."""
+    return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.2).median * 1e3
+
+
+def on_device(head_sizes: tuple[int, ...] = (64, 128)) -> list[Line]:
+    """Measure every line for the device, with progress; the best tiles are written into the table."""
+    jobs = [
+        (kernel, head, causal)
+        for head in head_sizes
+        for causal in (False, True)
+        for kernel in NEEDS
+        # one kernel for keys and values up to 64, two above
+        if (kernel in ("dk", "dv")) == (head > 64) or kernel in QUERY_SIDE
+    ]
+    arch = gpu.architecture(torch.device("cuda"))
+    lines = []
+    with Progress() as progress:
+        progress.stage(f"tiles on {arch}", sum(len(list(candidates(kernel, arch))) for kernel, *_ in jobs))
+        for kernel, head, causal in jobs:
+            line = measure(kernel, head, causal, timer=median, progress=progress.step)
+            lines.append(line)
+            if line.best is not None:
+                tuned.write({line.name: line.best})  # an interrupted run keeps what it has
+    return lines
+
+
+def show(lines: list[Line], console: Any) -> None:
+    """The best tile of every line beside the next best, and how many were left out."""
+    from rich.table import Table
+
+    table = Table("line", "best (queries, keys, warps, stages)", "ms", "next, ms", "left out")
+    for line in lines:
+        order = sorted(line.times.values())
+        best = "none" if line.best is None else ", ".join(map(str, line.best))
+        table.add_row(
+            line.name,
+            best,
+            *(f"{t:.3f}" for t in order[:2]),
+            *[""] * (2 - len(order[:2])),
+            str(len(line.left_out)),
+        )
+    console.print(table)
+    console.print(f"written to {tuned.PATH}")

@@ -1,0 +1,162 @@
+"""Tables that print with rich and read the same in HTML, and the report they end up in."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from common.meter import judged, spread
+
+from .policy import HeldOut, LoraRun, MethodRow, PolicyConfig
+from .scratch import ScratchConfig, ScratchRun
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table.
+
+    Attributes:
+        title: one line.
+        columns: headings; the first column is text, the others are numbers.
+        rows: cells, formatted.
+        note: one or two sentences below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def to_rich(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, header_style="dim", title=self.title, title_justify="left")
+        table.title_style = "bold"
+        table.caption, table.caption_justify, table.caption_style = self.note, "left", "dim"
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def to_html(self) -> str:
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows
+        )
+        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
+        return f"<h3>{html.escape(self.title)}</h3><table><tr>{head}</tr>{body}</table>{note}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A chapter of the report: its heading, a paragraph, a picture and tables."""
+
+    heading: str
+    text: str
+    picture: Path
+    sheets: Sequence[Sheet]
+
+    def to_html(self) -> str:
+        data = base64.b64encode(self.picture.read_bytes()).decode()
+        image = f'<img alt="{html.escape(self.heading)}" src="data:image/png;base64,{data}">'
+        tables = "".join(sheet.to_html() for sheet in self.sheets)
+        return f"<h2>{html.escape(self.heading)}</h2><p>{html.escape(self.text)}</p>{image}{tables}"
+
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+th{color:#666;font-weight:500}img{max-width:100%}.note,.small{color:#666;font-size:.9rem}
+"""
+
+
+def page(title: str, sections: Sequence[Section], facts: str) -> str:
+    """One self-contained HTML page."""
+    body = "".join(section.to_html() for section in sections)
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}<p class=small>{html.escape(facts)}</p></html>\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tables of the two parts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Sheet:
+    """Every way to the penalty and its gradients, on one dialogue."""
+    plain = rows[0].seconds
+
+    def cells(row: MethodRow) -> list[str]:
+        error = "-" if row.gradient_error is None else f"{row.gradient_error:.1e}"
+        value = "-" if row.gradient_error is None else f"{row.value:.4f}"
+        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+        time = f"{row.seconds:.2f}{_above(row.spread)}"
+        return [row.method, value, error, time, f"{row.seconds / plain:.1f}", memory]
+
+    return Sheet(
+        f"Penalty and gradients of 135 M parameters, {tokens} tokens, float32",
+        ("method", "penalty", "grad. error", "time s", "x plain", "MiB"),
+        [cells(row) for row in rows],
+        "Gradient error: relative to forward mode in float64, all parameters together. Time: minimum of interleaved "
+        "rounds, and how far their median lies above it. MiB: peak memory beyond weights and gradients. "
+        + judged([row.spread for row in rows]),
+    )
+
+
+def _above(share: float | None) -> str:
+    return "" if share is None else f" +{share:.0%}"
+
+
+def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -> Sheet:
+    """Held-out figures before and after the LoRA steps."""
+
+    def cells(name: str, figures: HeldOut) -> list[str]:
+        rise = figures.attacked_loss - figures.loss
+        return [
+            name,
+            f"{figures.penalty:.1f}",
+            f"{figures.loss:.3f}",
+            f"{figures.attacked_loss:.3f}",
+            f"{rise:+.3f}",
+        ]
+
+    names = {True: "replies and penalty", False: "replies alone"}
+    return Sheet(
+        f"{config.held_out} held-out injections, before and after {config.lora_steps} LoRA steps",
+        ("trained on", "penalty", "reply loss", "after attack", "rise"),
+        [cells("before", before)] + [cells(names[bool(run.weight)], run.after) for run in runs],
+        f"Losses in nats per token. Attack: one ascent step of {config.radius:g} in embedding space, spread over the "
+        "injected text.",
+    )
+
+
+def scratch_sheet(runs: Sequence[ScratchRun], config: ScratchConfig) -> Sheet:
+    """Clean and attacked loss of both models."""
+    chosen = [
+        i for i, r in enumerate(config.radii) if i in (0, len(config.radii) // 2, len(config.radii) - 1)
+    ]
+
+    def cells(run: ScratchRun) -> list[str]:
+        name = f"penalty x {run.weight:g}" if run.weight else "no penalty"
+        losses = [f"{run.robust_loss[i]:.3f}" for i in chosen]
+        time = f"{1e3 * min(run.step_seconds):.0f}{_above(spread(run.step_seconds))}"
+        return [name, *losses, f"{run.sensitivity[-1][1]:.3f}", time]
+
+    heads = [f"radius {config.radii[i]:g}" if config.radii[i] else "clean" for i in chosen]
+    return Sheet(
+        f"Loss on two plays never trained on, {config.steps} steps, same start and batches",
+        ("training", *heads, "sensitivity", "ms/step"),
+        [cells(run) for run in runs],
+        "Losses in nats per byte; radius of the attack on every byte's embedding in units of the mean embedding "
+        "norm; sensitivity: Fisher size along the ascent direction, per byte. Time: of the fastest step, and how far "
+        "the median lies above it. " + judged([spread(run.step_seconds) for run in runs]),
+    )

@@ -1,0 +1,172 @@
+"""The training loop: models it can call by itself, and what it writes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from training.tiny_lm import ATTACK, plain, quiet, sequences, sgd, tiny_lm, vector
+
+from aajr_kernels import training
+from aajr_kernels.training import Diagnostics, FitConfig, Penalty, Policy, fit, policy_of, read_rows
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "granite", "cohere", "gpt2"])
+def test_the_head_of_hugging_face_models_is_streamed(name):
+    transformers = pytest.importorskip("transformers")
+    small = dict(
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    still = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    classes = {
+        "llama": ("LlamaConfig", "LlamaForCausalLM", small),
+        "gemma": ("GemmaConfig", "GemmaForCausalLM", small),
+        "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", small | {"final_logit_softcapping": 0.5}),
+        "granite": ("GraniteConfig", "GraniteForCausalLM", small | {"logits_scaling": 3.0}),
+        "cohere": ("CohereConfig", "CohereForCausalLM", small | {"logit_scale": 0.25}),
+        "gpt2": (
+            "GPT2Config",
+            "GPT2LMHeadModel",
+            dict(vocab_size=29, n_embd=16, n_layer=1, n_head=2, **still),
+        ),
+    }
+    config, cls, options = classes[name]
+    model = getattr(transformers, cls)(getattr(transformers, config)(**options)).double()
+    policy = policy_of(model)
+    assert policy.head is not None
+    logits = Policy(lambda x, **inputs: model(inputs_embeds=x, **inputs), model.get_input_embeddings())
+    ends = []
+    for chosen in (policy, logits):
+        twin_state = copy.deepcopy(model.state_dict())
+        batch = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6).long()}
+        config = plain(penalty=Penalty(weight=0.3))
+        row = quiet(model, [batch], config, policy=chosen, optimizer=sgd(model, 0.1)).rows[0]
+        ends.append((vector(model).clone(), row["loss"]))
+        model.load_state_dict(twin_state)
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-6)
+    # norms in transformers compute in float32
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_is_not_all_of_it_is_found_out():
+    transformers = pytest.importorskip("transformers")
+    options = dict(vocab_size=29, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+
+    class Shifted(transformers.GPT2LMHeadModel):
+        def forward(self, *arguments, **options):
+            output = super().forward(*arguments, **options)
+            output.logits = output.logits * 1.1
+            return output
+
+    with pytest.warns(UserWarning, match="logits of Shifted are not those of its head"):
+        policy = policy_of(Shifted(transformers.GPT2Config(**options)))
+    assert policy.head is None
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_adapters_are_trained_alone_and_checkpointed_alone(tmp_path):
+    peft = pytest.importorskip("peft")
+    from integrations.subjects import tiny
+
+    def adapted():
+        torch.manual_seed(3)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(tiny("llama"), lora)
+
+    model = adapted()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    config = FitConfig(steps=2, attack=ATTACK, learning_rate=1e-2, trainable_only=True)
+    quiet(model, [torch.arange(12).reshape(2, 6)], config, out=tmp_path)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("lora_" in n for n in changed)
+    assert policy_of(model).head is not None
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    again = adapted()
+    assert training.load_checkpoint(checkpoint, again) == 2
+    assert torch.equal(vector(again), vector(model))
+    held = checkpoint / "model.safetensors"
+    assert held.stat().st_size < sum(p.numel() * 4 for p in model.parameters()) / 4
+
+
+def test_a_whole_run_under_autocast():
+    model, low = tiny_lm(), tiny_lm()
+    rows = quiet(model, sequences(1), plain(steps=2)).rows
+    found = quiet(low, sequences(1), plain(steps=2, autocast=torch.bfloat16)).rows
+    assert all(p.dtype == torch.float32 for p in low.parameters())
+    # eight bits through half a dozen products
+    assert (
+        found[0]["loss"] == pytest.approx(rows[0]["loss"], rel=0.05) and found[0]["loss"] != rows[0]["loss"]
+    )
+
+
+# -- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_rows_page_figure_and_diagnostics(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
+    model, heard = tiny_lm(dropout=0.2), []
+    config = FitConfig(
+        steps=4,
+        attack=ATTACK,
+        penalty=Penalty(gamma=0.1),
+        diagnostics=Diagnostics(2, smoothness=True, power_iterations=2),
+        evaluate_every=2,
+        tensorboard=True,
+    )
+
+    def evaluate(model):
+        assert not model.training and not torch.is_grad_enabled()
+        return {"norm": vector(model).norm()}
+
+    result = quiet(model, sequences(2), config, out=tmp_path, evaluate=evaluate, on_step=heard.append)
+    assert read_rows(tmp_path / "metrics.jsonl") == result.rows
+    assert [r["step"] for r in result.rows] == [1, 2, 2, 3, 4, 4] and len(heard) == 4
+    assert result.rows[-1]["eval/norm"] == pytest.approx(float(vector(model).norm()))
+    stability = [json.loads(line) for line in (tmp_path / "stability.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in stability] == [2, 4]
+    summary = stability[0]["summary"]
+    assert {"kappa", "hinge_active", "smoothness", "spectral_norm"} <= summary.keys()
+    # losses of the attack, met again in the report: the same dropout mask
+    assert summary["loss_start"] == pytest.approx(result.rows[1]["attack_start"], rel=1e-6)
+    page = (tmp_path / "report.md").read_text()
+    assert "| step | norm |" in page and '"radius": 0.5' in page and "![Losses" in page
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert model.training
+
+
+def test_diagnostics_and_evaluation_do_not_change_the_training(tmp_path):
+    models = [tiny_lm(dropout=0.3) for _ in range(2)]
+    config = plain(steps=3)
+    quiet(models[0], sequences(3), config)
+    more = plain(steps=3, diagnostics=Diagnostics(1), evaluate_every=1)
+    quiet(models[1], sequences(3), more, evaluate=lambda m: {"draw": torch.rand(())}, out=tmp_path)
+    assert torch.equal(vector(models[0]), vector(models[1]))
+
+
+def test_without_matplotlib_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    quiet(tiny_lm(), sequences(1), plain(), out=tmp_path)
+    assert "brings matplotlib" in (tmp_path / "report.md").read_text()
+
+
+def test_progress_is_lines_without_a_terminal(capsys):
+    fit(tiny_lm(), sequences(1), plain())
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("begins") and "done" in lines[-1] and not any("\r" in line for line in lines)
+    fit(tiny_lm(), sequences(1), plain(), progress=False)
+    assert capsys.readouterr().err == ""
