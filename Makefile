@@ -30,7 +30,7 @@ setup-%:
 	@$(PYTHON) scripts/setup_env.py $*
 
 demo: $(call SETUP,demo)  ## the main job on a real model and real text; everything is saved under runs/
-	$(PY) -m aajr_kernels demo
+	$(PY) -m demo
 
 test: $(call SETUP,test)  ## the tests, without the slow ones and those that need a GPU
 	$(PYTEST) -m "not slow and not gpu"
@@ -46,13 +46,13 @@ sanitize: $(call SETUP,test)  ## the tests of the kernels with address and undef
 	$(PY) scripts/sanitize.py --jobs $(JOBS)
 
 bench: $(call SETUP,bench)  ## speed and memory as ratios to PyTorch's; ARGS="step:llama --check" (bench/README.md)
-	$(PY) -m aajr_kernels bench $(ARGS)
+	$(PY) -m bench $(ARGS)
 
 bench-check: $(call SETUP,bench)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
-	$(PY) -m aajr_kernels bench attention norm head step --quick --baseline bench/baselines $(if $(filter 1,$(UPDATE)),--update)
+	$(PY) -m bench attention norm head step --quick --baseline bench/baselines $(if $(filter 1,$(UPDATE)),--update)
 
 figures: $(call SETUP,bench)  ## the report, the tables of README.md and docs/memory.md, README's pictures, from committed rows
-	$(PY) -m aajr_kernels report --readme README.md --images docs/images --memory docs/memory.md
+	$(PY) -m bench.report --readme README.md --images docs/images --memory docs/memory.md
 
 integrations: $(call SETUP,test)  ## run the tests of docs/integrations.md and rewrite its table
 	$(PY) scripts/integrations.py --run

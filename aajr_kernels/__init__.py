@@ -6,7 +6,7 @@ The public names, once. See README.md for a tour and the docstrings for shapes, 
 from . import waiting as _waiting  # noqa: F401  before torch is imported
 
 # isort: split
-from . import integrations, nn
+from . import integrations, nn, training
 from . import rules as _rules  # noqa: F401  registers every rule
 from . import torch_check as _torch_check  # noqa: F401  runs at the first dual()
 from .dual import Dual, dual, is_dual, unpack
@@ -78,6 +78,7 @@ __all__ = [
     "strict",
     "swiglu",
     "tanh",
+    "training",
     "trajectory_penalty",
     "tuple_arguments",
     "unpack",

@@ -12,30 +12,35 @@ import itertools
 import os
 import sys
 from collections.abc import MutableMapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 #: variable -> value. GNU's library, which torch's packages bring, takes the first: about 50 µs, less than two threads
 #: take to meet on an idle machine, and more than falling asleep costs. Intel's and LLVM's take the second.
 SETTINGS = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive"}
+#: packages of a checkout that are commands
+PROGRAMS = ("bench", "demo", "experiments")
+ROOT = Path(__file__).resolve().parent.parent
 #: what a user may have decided; then nothing is changed
 DECISIONS = (*SETTINGS, "KMP_BLOCKTIME")
 
 
 def is_command(arguments: Sequence[str], original: Sequence[str]) -> bool:
-    """Whether a process is `aajr` or `python -m aajr_kernels`.
+    """Whether a process is `aajr`, `python -m aajr_kernels` or a command of the checkout (``python -m bench``).
 
     Args:
         arguments: its ``sys.argv``, which begins with "-m" while Python looks for the module to run.
         original: its ``sys.orig_argv``.
     """
     name = PurePath(arguments[0]).name if arguments else ""
-    if name != "-m":
+    if name not in ("-m", "__main__.py"):
         return name in ("aajr", "aajr.exe", "aajr-script.py")
-    pairs = itertools.pairwise(original)
-    return any(
-        option.startswith("-") and option.endswith("m") and module == "aajr_kernels"
-        for option, module in pairs
-    )
+    modules = [
+        module
+        for option, module in itertools.pairwise(original)
+        if option.startswith("-") and option.endswith("m")
+    ]
+    package = modules[0].split(".")[0] if modules else ""
+    return package == "aajr_kernels" or (package in PROGRAMS and (ROOT / package / "__main__.py").exists())
 
 
 def shorten(environment: MutableMapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks behind `aajr bench`: suites of cases that are gated, interleaved, and written as rows.
+"""The benchmarks behind `python -m bench`: suites of cases that are gated, interleaved, and written as rows.
 
 ==============  ===============================================================================
 module          what it holds
@@ -20,6 +20,10 @@ To add a suite, write a module with a function from a Selection to Cases and ent
 """
 
 from dataclasses import replace
+
+import aajr_kernels  # noqa: F401  before torch, whose waiting threads it tells to sleep
+
+# isort: split
 
 from .allocator import keep_memory
 from .case import Case, Run, Selection, Suite, Variant

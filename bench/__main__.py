@@ -1,4 +1,4 @@
-"""`aajr bench`: ratios of the fused ops and of the penalty step, gated, interleaved, written as rows."""
+"""`python -m bench`: ratios of the fused ops and of the penalty step, gated, interleaved, written as rows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from aajr_kernels.training.progress import Progress
+from common.command import run
 
 from . import comparisons as bench_compare
 
@@ -377,7 +378,7 @@ def _hold_to(capability: str, ctx: typer.Context) -> None:
     settings = CAPABILITIES[capability]
     if all(os.environ.get(name) == value for name, value in settings.items()):
         return
-    command = [sys.executable, "-m", "aajr_kernels", "bench", *_arguments(ctx)]
+    command = [sys.executable, "-m", "bench", *_arguments(ctx)]
     raise typer.Exit(subprocess.run(command, check=False, env={**os.environ, **settings}).returncode)
 
 
@@ -411,3 +412,7 @@ def _arguments(ctx: typer.Context, without: Sequence[str] = ()) -> list[str]:
             for one in values:
                 found += [parameter.opts[0], one]
     return found + positional
+
+
+if __name__ == "__main__":
+    run(bench, "bench", "bench")

@@ -16,7 +16,7 @@ from .row import Row, read_rows
 
 __all__ = ["Failed", "measure_both", "worktree"]
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parent.parent
 TURNS = 2  # either commit is measured so often, in the order other, this, this, other
 
 
@@ -84,7 +84,7 @@ def measure_both(
 
     Args:
         commit: anything that git resolves.
-        arguments: of ``aajr bench``: suites and options, without ``--rows``.
+        arguments: of ``python -m bench``: suites and options, without ``--rows``.
         progress: told what is next.
 
     Raises:
@@ -98,8 +98,8 @@ def measure_both(
             for place in (tree, ROOT) if turn % 2 == 0 else (ROOT, tree):
                 progress(f"{'this code' if place == ROOT else commit}, turn {turn + 1} of {TURNS}")
                 file = Path(folder) / f"{turn}-{place == ROOT}.jsonl"
-                command = [sys.executable, "-m", "aajr_kernels", "bench", *arguments, "--rows", str(file)]
-                what = "aajr bench " + ("here" if place == ROOT else f"at {commit}")
+                command = [sys.executable, "-m", "bench", *arguments, "--rows", str(file)]
+                what = "python -m bench " + ("here" if place == ROOT else f"at {commit}")
                 path = os.pathsep.join(p for p in (str(place), os.environ.get("PYTHONPATH")) if p)
                 _run(command, place, what, PYTHONPATH=path)
                 try:

@@ -1,4 +1,4 @@
-"""What `aajr bench` compares: files of rows, this code and another commit, a run and its baseline."""
+"""What `python -m bench` compares: files of rows, this code and another commit, a run and its baseline."""
 
 from __future__ import annotations
 

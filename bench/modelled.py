@@ -1,4 +1,4 @@
-"""`aajr bench --model`: what the roofline model predicts for a device that is not there."""
+"""`python -m bench --model`: what the roofline model predicts for a device that is not there."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         groups.setdefault((model_name(row), row.dtype, _machine(row)), []).append(row)
     groups = {k: v for k, v in groups.items() if len({r.length for r in v}) > 1} or groups
     if not groups:
-        raise ValueError("no row has the ratio of a step: run `aajr bench step --rows FILE` first.")
+        raise ValueError("no row has the ratio of a step: run `python -m bench step --rows FILE` first.")
     shown = {r.variant for inside in groups.values() for r in inside if r.variant not in BASES}
     columns = 3 if len(groups) > 4 and len(groups) % 3 == 0 else min(len(groups), 4)
     figure, axes = _figure(columns, math.ceil(len(groups) / columns))
@@ -142,7 +142,9 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
     compared = [r for r in whole_models(rows) if r.variant not in BASES or r.variant == "plain"]
     chosen = [r for r in sorted(compared, key=rank) if (finite(r.gradient_error) or 0) > 0]
     if not chosen:
-        raise ValueError("no row has the gradient error of a step: run `aajr bench step --rows FILE` first.")
+        raise ValueError(
+            "no row has the gradient error of a step: run `python -m bench step --rows FILE` first."
+        )
     measured = {r.dtype for r in chosen}
     dtypes = [d for d in LIMITS if d in measured] + sorted(measured - set(LIMITS))
     hues = colours([*COLOURS, *(r.variant for r in chosen)])

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
-import subprocess
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from aajr_kernels import native
-from aajr_kernels.cli.info import cpu_model, package_version
+from common import machine
 
 from . import allocator
-
-#: environment variables that decide how fast something runs; those that are set go into every row
-SETTINGS = (
-    "AAJR_BACKEND",
-    "AAJR_CPU_CAPABILITY",
-    "ATEN_CPU_CAPABILITY",
-    "MKL_DEBUG_CPU_TYPE",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "MKL_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "OMP_PROC_BIND",
-    "ONEDNN_MAX_CPU_ISA",
-)
 
 
 @dataclass(frozen=True)
@@ -186,55 +167,6 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(row.line() + "\n" for row in rows)
 
 
-def native_capability() -> str | None:
-    """The instruction set that the native module uses, or None without the module."""
-    try:
-        return str(native.info()["capability"])
-    except ImportError:
-        return None
-
-
-def environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """The fields of a row that are the same for a whole run."""
-    commit, dirty = _commit()
-    return {
-        "machine": platform.machine(),
-        "cpu": cpu_model(),
-        "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "native_capability": native_capability(),
-        "threads": torch.get_num_threads(),
-        "settings": {name: environ[name] for name in SETTINGS if name in environ},
-        "allocator": allocator.in_use(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": package_version("transformers"),
-        "triton": package_version("triton"),
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "aajr_kernels": _version(),
-        "commit": commit,
-        "dirty": dirty,
-    }
-
-
-def _version() -> str:
-    import aajr_kernels
-
-    return aajr_kernels.__version__
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this package is imported from, and whether its code differs from it."""
-    root = Path(__file__).resolve().parents[3]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], check=True, cwd=root, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None, None  # an environment inside somebody else's repository
-        return git("rev-parse", "--short", "HEAD"), bool(
-            git("status", "--porcelain", "--", "aajr_kernels", "csrc")
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
+    return {**machine.describe(), "allocator": allocator.in_use()}

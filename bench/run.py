@@ -220,7 +220,7 @@ def peak_in_new_process(case: Case, variant: Variant) -> int | None:
     """Peak bytes of one call of a variant of a registered case above its inputs and parameters."""
     command = [sys.executable, "-m", f"{__package__}.peak", case.suite, case.family, case.dtype]
     command += [str(case.length), case.part, case.device, variant.name, str(torch.get_num_threads())]
-    root = str(Path(__file__).resolve().parents[3])
+    root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}

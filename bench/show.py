@@ -1,4 +1,4 @@
-"""What `aajr bench` prints: the list of cases, a table per case, the verdict."""
+"""What `python -m bench` prints: the list of cases, a table per case, the verdict."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""The cases of `aajr bench` under pytest-benchmark: one benchmark per variant, grouped by case.
+"""The cases of `python -m bench` under pytest-benchmark: one benchmark per variant, grouped by case.
 
     pytest bench --benchmark-only                       # the ops
     pytest bench --benchmark-only -k "attention and d64" --benchmark-autosave --benchmark-compare
 
-For statistics of single variants and for comparing two commits. Ratios that are to be quoted come from `aajr bench`,
-which interleaves the variants. A case whose gradients are wrong fails here too, before anything is timed.
+For statistics of single variants and for comparing two commits. Ratios to quote come from `python -m bench`, which
+interleaves the variants. A case whose gradients are wrong fails here too, before anything is timed.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def verdict(case: Case) -> Verdict:
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
-def test_speed(benchmark, case: Case, name: str):
+def test_speed(benchmark: Any, case: Case, name: str) -> None:
     found = verdict(case)
     assert not found.failures, found.failures
     if name in found.left_out:

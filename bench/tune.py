@@ -1,4 +1,4 @@
-"""`aajr bench --tune`: measures tiles of the attention kernels on the device and writes the best into the table.
+"""`python -m bench --tune`: measures tiles of the attention kernels on the device and writes the best into the table.
 
 Every candidate is compared with the default tile first; one that is wrong, does not compile or does not fit is left out
 with the reason. Times are of one kernel at a time, on inputs as a language model has them.

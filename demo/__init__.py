@@ -1,4 +1,4 @@
-"""The two parts of `aajr demo`.
+"""The two parts of `python -m demo`.
 
 ===========  ==========================================================================
 module       what it does

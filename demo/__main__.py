@@ -1,4 +1,4 @@
-"""`aajr demo`: the penalty on a real language model and on real text."""
+"""`python -m demo`: the penalty on a real language model and on real text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from common import command
+from common.texts import MissingPackage
 
 
 class Part(str, enum.Enum):
@@ -38,9 +41,6 @@ def demo(
     language model trained on Shakespeare with and without the penalty, and attacked. Prints tables; saves pictures,
     an HTML report and JSON.
     """
-    from aajr_kernels.cli.main import fail
-    from common.texts import MissingPackage
-
     from .run import choose_device, run
 
     try:
@@ -56,4 +56,8 @@ def demo(
             device=chosen,
         )
     except MissingPackage as error:
-        fail(str(error))
+        command.fail(str(error))
+
+
+if __name__ == "__main__":
+    command.run(demo, "demo", "demo")

@@ -1,6 +1,7 @@
 """The evidence for the method: experiments with fixed seeds, their rows, figures and pages.
 
-``aajr experiment NAME`` runs one. To add one, write a module with the parts of :class:`Experiment` and enter it below.
+``python -m experiments NAME`` runs one. To add one, write a module with the parts of :class:`Experiment` and enter it
+below.
 
 ==================  ====================================================================================
 module              what it holds
@@ -19,6 +20,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import aajr_kernels  # noqa: F401  before torch, whose waiting threads it tells to sleep
+
+# isort: split
 from .base import Experiment
 
 __all__ = ["EXPERIMENTS", "RESULTS", "Experiment", "load"]

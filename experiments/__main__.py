@@ -1,12 +1,9 @@
-"""`aajr experiment`: the evidence for the method, with fixed seeds, resumable, as rows, figures and pages."""
+"""`python -m experiments`: the evidence for the method, with fixed seeds, resumable, as rows, figures and pages."""
 
 from __future__ import annotations
 
-import importlib
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -14,9 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from aajr_kernels.training.progress import Progress
+from common.command import fail, run
+from common.texts import MissingPackage
 
-#: the checkout that this package is imported from, or the folder it is installed in
-ROOT = Path(__file__).resolve().parents[2]
+from . import EXPERIMENTS, RESULTS, load
+from .base import Experiment, run_experiment
+from .store import Store, read
+
+#: the checkout
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def experiment(
@@ -38,37 +41,26 @@ def experiment(
         bool, typer.Option("--publish", help="Also put rows, figures and page where they are committed.")
     ] = False,
 ) -> None:
-    """Run an experiment of the repository's `experiments/`, or go on with one that was interrupted.
+    """Run an experiment, or go on with one that was interrupted.
 
     Rows are appended as JSON lines while it runs; run again with the same folder it computes what is missing. Results
-    depend on the configuration alone, not on the number of jobs. Exit code 2: bad arguments, no checkout, or something
-    that is not installed.
+    depend on the configuration alone, not on the number of jobs. Exit code 2: bad arguments, or something that is
+    not installed.
     """
-    from aajr_kernels.cli.main import fail
-    from common.texts import MissingPackage
-
-    if (ROOT / "experiments" / "__init__.py").exists():
-        experiments = _package()
-    else:
-        fail(
-            "the experiments are part of the repository, not of the installed package: clone it, run "
-            "pip install -e '.[experiments]' there, and call this again."
-        )
     if name is None:
-        _list(experiments)
+        _list()
         return
     try:
-        chosen = experiments.load(name)
+        chosen = load(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="NAME") from error
     if publish and quick:
         raise typer.BadParameter(
             "results of --quick are not evidence: publish a full run.", param_hint="--publish"
         )
-    store = importlib.import_module("experiments.store")
     folder = out or Path("runs/experiments") / (f"{name}-quick" if quick else name)
     rows = folder / "rows.jsonl"
-    committed = experiments.RESULTS / f"{name}.jsonl"
+    committed = RESULTS / f"{name}.jsonl"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if draw:
@@ -76,9 +68,9 @@ def experiment(
         else:
             if fresh:
                 rows.unlink(missing_ok=True)
-            opened = store.Store(rows, name, chosen.config(quick))
+            opened = Store(rows, name, chosen.config(quick))
             _run(chosen, opened, quick, jobs)
-        header, found = store.read(rows)
+        header, found = read(rows)
     except (OSError, ValueError, MissingPackage) as error:
         fail(str(error))
     page = folder / f"{name}.md"
@@ -96,22 +88,14 @@ def experiment(
         console.print(f"Copied to {committed.parent} and {pages}.", highlight=False, soft_wrap=True)
 
 
-def _package() -> ModuleType:
-    """The package beside this one; an editable installation makes only `aajr_kernels` importable."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module("experiments")
-
-
-def _list(experiments: ModuleType) -> None:
+def _list() -> None:
     table = Table("experiment", "what it shows", "committed rows", box=None)
-    for name, (_, summary) in experiments.EXPERIMENTS.items():
-        table.add_row(name, summary, "yes" if (experiments.RESULTS / f"{name}.jsonl").exists() else "no")
+    for name, (_, summary) in EXPERIMENTS.items():
+        table.add_row(name, summary, "yes" if (RESULTS / f"{name}.jsonl").exists() else "no")
     Console().print(table)
 
 
-def _run(chosen: object, store: object, quick: bool, jobs: int) -> None:
-    base = importlib.import_module("experiments.base")
+def _run(chosen: Experiment, store: Store, quick: bool, jobs: int) -> None:
     with Progress() as progress:
 
         def tell(done: int, total: int, key: str) -> None:
@@ -120,4 +104,8 @@ def _run(chosen: object, store: object, quick: bool, jobs: int) -> None:
             else:
                 progress.stage("tasks", total, done)
 
-        base.run_experiment(chosen, store, quick=quick, jobs=jobs, progress=tell)
+        run_experiment(chosen, store, quick=quick, jobs=jobs, progress=tell)
+
+
+if __name__ == "__main__":
+    run(experiment, "experiments", "experiments")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from aajr_kernels.training.record import read_json_lines
+from common import machine
 
 __all__ = ["Row", "Store", "environment", "read"]
 
@@ -21,15 +21,7 @@ Row = dict[str, Any]
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit; ``dirty`` says whether the code of package or experiments was changed since."""
-    from bench import environment as machine
-
-    facts = machine()
-    root = Path(__file__).parent.parent
-    command = ["git", "status", "--porcelain", "--", "aajr_kernels", "csrc", "experiments"]
-    if facts["commit"] is not None:
-        status = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        facts["dirty"] = any("experiments/results/" not in line for line in status.stdout.splitlines())
-    return facts
+    return machine.describe(("aajr_kernels", "csrc", "common", "experiments", ":!experiments/results"))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:

@@ -1,6 +1,6 @@
 """Check everything that needs a CUDA or ROCm device, in parts of under ten minutes each; the summary comes last.
 
-    make gpu-check                    the GPU tests in four parts, compute-sanitizer on small cases, `aajr bench gpu`
+    make gpu-check                    the GPU tests in four parts, compute-sanitizer, `python -m bench gpu`
     make gpu-check PART=2/8           one eighth of the tests alone, for machines lent by the minute
     make gpu-check ONLY=sanitizer     only that: tests, sanitizer or bench
     make gpu-check PY=python3         with an interpreter that has torch, triton, pytest and a GPU, without any set-up
@@ -186,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = len(rows.read_text().splitlines()) if rows.exists() else 0
         for title, families in BENCHES.items():
             names = [f"gpu:{family}" for family in families]
-            command = [sys.executable, "-m", "aajr_kernels", "bench", *names, "--rows", str(rows)]
-            results.append(run(f"aajr bench, {title}", command))
+            command = [sys.executable, "-m", "bench", *names, "--rows", str(rows)]
+            results.append(run(f"python -m bench, {title}", command))
         measured = summary_of_rows(rows.read_text().splitlines()[known:]) if rows.exists() else []
     print("\n=== summary")
     print("\n".join(measured))

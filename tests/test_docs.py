@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import aajr_kernels
 from aajr_kernels import runtime
@@ -141,10 +142,23 @@ def test_every_page_with_python_runs():
 
 
 def test_commands_of_the_pages_exist():
-    """`aajr ...` in blocks of commands: the subcommand, and every option that it is given."""
+    """`aajr ...` and `python -m bench ...` in blocks of commands: the command, and every option that it is given."""
     from aajr_kernels.cli.main import COMMANDS, load
+    from bench.__main__ import bench
+    from bench.report.__main__ import report
+    from bench.scaling.__main__ import scaling
+    from common.command import application
+    from demo.__main__ import demo
+    from experiments.__main__ import experiment
 
-    known = {name: {o for p in load(name).params for o in (*p.opts, *p.secondary_opts)} for name in COMMANDS}
+    commands = {f"aajr {name}": load(name) for name in COMMANDS}
+    programs = {"bench": bench, "bench.report": report, "bench.scaling": scaling, "demo": demo}
+    for name, function in {**programs, "experiments": experiment}.items():
+        commands[f"python -m {name}"] = typer.main.get_command(application(function))
+    known = {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+        for name, command in commands.items()
+    }
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
     seen = 0
@@ -159,11 +173,13 @@ def test_commands_of_the_pages_exist():
                 if words[:1] == ["make"] and words[1:]:
                     named = [word for word in words[1:] if re.fullmatch("[a-z-]+", word)]
                     assert named and set(named) <= targets, (page.name, line)
-                if words[:1] != ["aajr"]:
+                length = 2 if words[:1] == ["aajr"] else 3 if words[:2] == ["python", "-m"] else 0
+                name = " ".join(words[:length])
+                if not length or name.startswith(("python -m pip", "python -m build", "python -m pytest")):
                     continue
-                assert words[1] in known, (page.name, line)
-                given = {w.partition("=")[0] for w in words if w.startswith("--") and len(w) > 2}
-                assert given <= known[words[1]] | {"--help"}, (page.name, line)
+                assert name in known, (page.name, line)
+                options = {w.partition("=")[0] for w in words if w.startswith("--") and len(w) > 2}
+                assert options <= known[name] | {"--help"}, (page.name, line)
                 seen += 1
     assert seen > 10
 

@@ -65,7 +65,7 @@ def test_everything_runs_in_order_and_the_summary_is_last(device, capsys):
     assert titles[:4] == [f"part {i} of 4, {n} tests" for i, n in ((1, 2), (2, 3), (3, 2), (4, 3))]
     assert titles[4:] == [
         *SANITIZED,
-        *(f"aajr bench, {name}" for name in gpu_check.BENCHES),
+        *(f"python -m bench, {name}" for name in gpu_check.BENCHES),
     ]
     run = [test for _, command, tests in device[:4] for test in tests]
     assert run == gpu_check.collect("gpu") and "[a b]" in run[0]

@@ -20,7 +20,6 @@ LAYERS = {
     "torch_private": -1,
     "operators": 0,
     "memory": 0,
-    "progress": 0,
     "sharding": 0,
     "waiting": 0,
     "recording": 1,
@@ -39,21 +38,22 @@ LAYERS |= {
     "torch_check": 6,
     "transforms": 6,
     "method": 7,
+    "training": 7.5,
 }
 LAYERS |= {"integrations": 8, "nn": 8, "cli": 9}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {
     "triton": ["ops/*/triton*.py", "gpu/*"],
-    "transformers": ["integrations/transformers*", "cli/*"],
+    "transformers": ["integrations/transformers*", "cli/validation/*"],
     "accelerate": [],
-    "peft": ["cli/*"],
+    "peft": [],
     "trl": [],
-    "gguf": ["cli/*"],
-    "matplotlib": ["cli/*", "method/training/report.py"],
-    "plotly": ["cli/reports/*"],
-    "safetensors": ["method/training/checkpoints.py", "cli/*"],
-    "torch.utils.tensorboard": ["method/report.py", "method/training/record.py"],
+    "gguf": [],
+    "matplotlib": ["training/report.py"],
+    "plotly": [],
+    "safetensors": ["training/checkpoints.py"],
+    "torch.utils.tensorboard": ["method/report.py", "training/record.py"],
     "aajr_kernels._native": ["native.py"],
 }
 #: never loaded by `import aajr_kernels`
@@ -75,11 +75,11 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
         yield from _nodes(node)
 
 
-def imports_of(module: str) -> set[str]:
-    """Absolute names of the modules that a file of the package imports, at any depth."""
+def imports_of(module: str, root: Path = PACKAGE) -> set[str]:
+    """Absolute names of the modules that a file below `root` imports, at any depth."""
     found: set[str] = set()
-    package = ["aajr_kernels", *module.split("/")[:-1]]
-    for node in _nodes(ast.parse((PACKAGE / module).read_text())):
+    package = [*(root.relative_to(PACKAGE.parent).parts), *module.split("/")[:-1]]
+    for node in _nodes(ast.parse((root / module).read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -105,6 +105,7 @@ def test_the_graph_reader_resolves_imports():
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in ("__init__.py", "__main__.py")])
 def test_imports_run_one_way(module):
+    assert not {name.split(".")[0] for name in imports_of(module)} & PROGRAMS.keys(), module
     layer = module.split("/")[0].removesuffix(".py")
     assert layer in LAYERS, f"{module} belongs to no layer of the design: {', '.join(LAYERS)}"
     for name in inside_package(module):
@@ -116,6 +117,25 @@ def test_imports_run_one_way(module):
         else:
             allowed = LAYERS[target] < LAYERS[layer] or target == layer
             assert allowed, f"{module} imports {name}, which lies above it"
+
+
+#: package of the checkout -> what of the others it may import
+PROGRAMS = {"common": set(), "demo": {"common"}, "experiments": {"common"}, "bench": {"common"}}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_of_the_checkout_import_downwards(program):
+    """None imports another, and the package, which the graph above is about, imports none of them."""
+    for path in sorted((PACKAGE.parent / program).rglob("*.py")):
+        module = path.relative_to(PACKAGE.parent).as_posix()
+        names = imports_of(module, PACKAGE.parent)
+        others = {
+            name for name in names if name.split(".")[0] in PROGRAMS.keys() - PROGRAMS[program] - {program}
+        }
+        assert not others, f"{module} imports {sorted(others)}"
+        if program == "experiments":
+            commands = {name for name in names if name.startswith("aajr_kernels.cli")}
+            assert not commands, f"{module} imports {sorted(commands)}"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("ops/")])

@@ -17,8 +17,12 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("arguments", "original", "ours"),
     [
-        (["/usr/bin/aajr", "demo"], ["python", "/usr/bin/aajr", "demo"], True),
-        (["-m", "demo"], ["python", "-m", "aajr_kernels", "demo"], True),
+        (["/usr/bin/aajr", "info"], ["python", "/usr/bin/aajr", "info"], True),
+        (["-m", "info"], ["python", "-m", "aajr_kernels", "info"], True),
+        (["-m", "step"], ["python", "-m", "bench", "step"], True),
+        (["-m"], ["python", "-m", "bench.report"], True),
+        (["checkout/demo/__main__.py"], ["python", "-m", "demo"], True),
+        (["theirs/__main__.py"], ["python", "-m", "theirs"], False),
         (["-m"], ["python", "-X", "importtime", "-um", "aajr_kernels"], True),
         (["-m", "aajr_kernels"], ["python", "-m", "pytest", "aajr_kernels"], False),
         (["-m", "-m", "aajr_kernels"], ["python", "-m", "theirs.train"], False),
@@ -48,8 +52,15 @@ SPY = "import os; print(os.environ.get('GOMP_SPINCOUNT', 'unset'), flush=True); 
 
 @pytest.mark.parametrize(
     ("arguments", "seen"),
-    [(["-m", "aajr_kernels", "info"], "1000"), (["-c", "import aajr_kernels"], "unset")],
-    ids=["command", "library"],
+    [
+        (["-m", "aajr_kernels", "info"], "1000"),
+        (["-m", "bench", "--list"], "1000"),
+        (["-m", "bench.report", "--help"], "1000"),
+        (["-m", "demo", "--help"], "1000"),
+        (["-m", "experiments"], "1000"),
+        (["-c", "import aajr_kernels"], "unset"),
+    ],
+    ids=lambda value: " ".join(value[1:2]) if isinstance(value, list) else value,
 )
 def test_torch_finds_it_set_when_it_is_loaded(tmp_path, arguments, seen):
     (tmp_path / "torch.py").write_text(SPY)

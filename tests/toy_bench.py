@@ -6,15 +6,16 @@ import torch
 from typer.testing import CliRunner
 
 import bench as benchmarks
-from aajr_kernels.cli import main
 from bench import Case, Run, Selection, Variant, row
+from bench.__main__ import bench as command
 from bench.run import run_case
+from common.command import application
 
 FACTS = row.environment()
 
 
 def invoke(*arguments: object, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(main.app, ["bench", *map(str, arguments)])
+    result = CliRunner().invoke(application(command), [*map(str, arguments)])
     assert result.exit_code == exit_code, result.output
     return result.output
 

@@ -8,7 +8,6 @@ sub-command needs are missing.
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any, NoReturn
 
 import typer
@@ -22,15 +21,15 @@ from ..runtime import BackendUnavailable, UnsupportedOperation
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("aajr_kernels.cli.info", "Versions, devices, backends and why one is missing."),
     "validate": ("aajr_kernels.cli.validate", "Check every op against a float64 oracle."),
-    "bench": ("bench.__main__", "Speed and memory, as ratios to PyTorch's own."),
-    "scaling": (
-        "bench.scaling.__main__",
-        "Bytes, operations and memory of a step on many devices, modelled.",
-    ),
-    "report": ("bench.report.__main__", "One page of the rows, the pictures and README's table."),
-    "demo": ("demo.__main__", "The penalty on a real language model and on real text."),
-    "experiment": ("experiments.__main__", "The evidence for the method: rows, figures and pages."),
 }
+
+
+#: of every command
+OPTIONS: dict[str, Any] = dict(
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 class LazyGroup(TyperGroup):
@@ -54,9 +53,7 @@ app = typer.Typer(
     cls=LazyGroup,
     help="Exact gradients of a transformer's sensitivity along adversarial directions.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **OPTIONS,
 )
 for _name, (_module, _summary) in COMMANDS.items():
     app.command(_name, help=_summary)(lambda: None)
@@ -68,19 +65,25 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def main() -> None:
-    """Entry point of `aajr` and of `python -m aajr_kernels`."""
+def run(application: typer.Typer, name: str, extra: str) -> None:
+    """Run a command; what is missing becomes a one-sentence error.
+
+    Args:
+        application: the command.
+        name: as the user called it.
+        extra: of pyproject.toml, which brings the packages that the command needs.
+    """
     try:
-        app(prog_name="aajr")
+        application(prog_name=name)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in ("", "aajr_kernels"):
             raise
-        extra = {"bench": "bench", "experiment": "experiments", "report": "report"}.get(
-            sys.argv[1] if sys.argv[1:] else "", "demo"
-        )
-        fail(
-            f"this sub-command needs the package {package!r}: pip install 'aajr_kernels[{extra}]' brings it."
-        )
+        fail(f"this command needs the package {package!r}: pip install 'aajr_kernels[{extra}]' brings it.")
     except (BackendUnavailable, UnsupportedOperation) as error:
         fail(str(error))
+
+
+def main() -> None:
+    """Entry point of `aajr` and of `python -m aajr_kernels`."""
+    run(app, "aajr", "hf")

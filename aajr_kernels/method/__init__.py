@@ -1,6 +1,5 @@
 """The method: the adversary's ascent, directions, the head, the aligned penalty, its rivals, and diagnostics."""
 
-from ..training import FitConfig, fit
 from .ascent import ascend
 from .baselines import baseline_penalty, trajectory_baseline
 from .directions import normalize, seed
@@ -11,7 +10,6 @@ from .stability import StabilityReport, stability_report, step_condition
 from .trajectory import PenaltyStatistics, Trajectory, trajectory_penalty
 
 __all__ = [
-    "FitConfig",
     "LMHead",
     "PenaltyStatistics",
     "StabilityReport",
@@ -19,7 +17,6 @@ __all__ = [
     "aligned_penalty",
     "ascend",
     "baseline_penalty",
-    "fit",
     "lm_loss",
     "normalize",
     "seed",

@@ -1,4 +1,4 @@
-"""The page and the pictures behind `aajr report`, drawn from committed rows.
+"""The page and the pictures behind `python -m bench.report`, drawn from committed rows.
 
 ==============  ===============================================================================
 module          what it holds

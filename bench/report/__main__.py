@@ -1,4 +1,4 @@
-"""`aajr report`: one page of everything that was measured, the pictures and README's table, from committed rows."""
+"""`python -m bench.report`: one page of all committed rows, the pictures, and README's table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-#: the checkout that this package is imported from, or the folder it is installed in
+from common.command import fail, run
+
+#: the checkout
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,7 +30,7 @@ def report(
         Path | None, typer.Option(help="Also rewrite the table of memory between the marks of this file.")
     ] = None,
 ) -> None:
-    """Draw what `aajr bench` measured: one HTML file that works offline, with the lines every number is from.
+    """Draw what `python -m bench` measured: one HTML file that works offline, with the lines every number is from.
 
     Without --rows the results of the experiments are shown too. Exit code 2: bad arguments, rows that cannot be read,
     or nothing to draw.
@@ -66,6 +68,8 @@ def report(
                 f"{memory}: {'new table' if changed else 'unchanged'}", highlight=False, soft_wrap=True
             )
     except (OSError, ValueError) as error:
-        from aajr_kernels.cli.main import fail
-
         fail(f"{error.filename}: {error.strerror}." if isinstance(error, OSError) else str(error))
+
+
+if __name__ == "__main__":
+    run(report, "bench.report", "report")

@@ -66,5 +66,5 @@ def rewrite(path: Path, entries: Sequence[Entry]) -> bool:
     """
     table = lines(entries)
     if not table:
-        raise ValueError("no row has a peak of suite memory: run `aajr bench memory --rows FILE` first.")
+        raise ValueError("no row has a peak of suite memory: run `python -m bench memory --rows FILE` first.")
     return between(path, BEGIN, END, markdown(table, prefix="../"))

@@ -119,7 +119,7 @@ def rewrite(path: Path, table: Costs) -> bool:
     """
     if not table.lines:
         raise ValueError(
-            "no row has the ratio of an exact, fused step: run `aajr bench step --rows FILE` first."
+            "no row has the ratio of an exact, fused step: run `python -m bench step --rows FILE` first."
         )
     return between(path, BEGIN, END, markdown(table))
 

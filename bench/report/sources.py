@@ -38,7 +38,7 @@ def read(paths: Iterable[Path], root: Path) -> list[Entry]:
     """The rows of files, in order.
 
     Args:
-        paths: results files of `aajr bench`.
+        paths: results files of `python -m bench`.
         root: files below it are named relative to it, others by their name alone.
 
     Raises:
@@ -58,7 +58,7 @@ def read(paths: Iterable[Path], root: Path) -> list[Entry]:
                     raise ValueError(f"{name}, line {number}: {error}") from error
     if not found:
         names = ", ".join(path.name for path in paths) or "the folder of results"
-        raise ValueError(f"{names} holds no rows: run `aajr bench --rows FILE` first.")
+        raise ValueError(f"{names} holds no rows: run `python -m bench --rows FILE` first.")
     return found
 
 

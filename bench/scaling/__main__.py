@@ -1,4 +1,4 @@
-"""`aajr scaling`: what a step sends, computes and holds in many processes; counted, and seconds modelled."""
+"""`python -m bench.scaling`: what a step sends, computes and holds in many processes; counted, and seconds modelled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from common.command import fail, run
 
 from ..roofline import DEVICES, PRODUCT_SHARE, Device
 from .model import MODELS, Layout, Shape, collectives, memory, operations, sent
@@ -41,8 +43,6 @@ def scaling(
     All numbers are modelled: bytes and operations are counted from what the code does (tests compare the bytes with
     those of real steps in two and four processes), seconds rest on assumed rates. Exit code 2: bad arguments.
     """
-    from aajr_kernels.cli.main import fail
-
     if model is not None and model not in MODELS:
         fail(f"--model must be one of {', '.join(MODELS)}, got {model!r}.")
     if device not in DEVICES:
@@ -104,3 +104,7 @@ def seconds(shape: Shape, layout: Layout, device: Device) -> float:
     within = operations(shape, layout) / (1e12 * device.tflops * PRODUCT_SHARE)
     within += sent(found, layout, "tensor") / (LINK_SHARE * tensor_link)
     return max(within, sent(found, layout, "data") / (LINK_SHARE * data_link))
+
+
+if __name__ == "__main__":
+    run(scaling, "bench.scaling", "bench")

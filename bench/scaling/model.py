@@ -1,4 +1,4 @@
-"""Bytes, operations and memory of a step in many processes, counted; ``aajr scaling`` prints them.
+"""Bytes, operations and memory of a step in many processes, counted; ``python -m bench.scaling`` prints them.
 
 Counted is what the code does: FSDP2 gathers a layer before its forward and before its backward and scatters the sum of
 its gradient; the parallel styles of torch sum or gather activations; the split head gathers its statistics. Tests

@@ -146,7 +146,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     verdicts = "\n".join(verdict(rows, ours, other) for ours, other in PAIRS)
     return f"""# Price of robustness on digits
 
-`aajr experiment digits` ({config["seeds"]} seeds). {environment_line(header, seconds)}
+`python -m experiments digits` ({config["seeds"]} seeds). {environment_line(header, seconds)}
 
 ## Question
 

@@ -163,7 +163,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     ]
     return f"""# Strict inclusion
 
-`aajr experiment inclusion`. {environment_line(header, seconds)}
+`python -m experiments inclusion`. {environment_line(header, seconds)}
 
 ## Question
 

@@ -113,7 +113,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     verdicts = "\n".join(verdict(a, rows, ours, other) for ours, other in PAIRS)
     return f"""# Language models: robust perplexity, in embeddings and in tokens
 
-`aajr experiment language-model` ({a["seeds"]} seeds from scratch, {b["seeds"]} of SmolLM2-135M-Instruct).
+`python -m experiments language-model` ({a["seeds"]} seeds from scratch, {b["seeds"]} of SmolLM2-135M-Instruct).
 {environment_line(header, seconds)}
 
 ## Question
@@ -130,7 +130,7 @@ what is gained hold against an adversary who cannot touch embeddings, but puts o
   attack, the tokens of the others are scored. So no token is both, in training and in evaluation, under both attacks.
 - **From scratch**: a Llama of {a["layers"]} layers of width {a["width"]} over bytes. Every seed trains one on
   the plain text ({pretraining["steps"]} steps of {pretraining["batch"]} windows). From there every run takes
-  {a["steps"]} steps of {a["batch"]} windows with `method.fit`, AdamW at {a["learning_rate"]:g}, on
+  {a["steps"]} steps of {a["batch"]} windows with `training.fit`, AdamW at {a["learning_rate"]:g}, on
   (clean + w · adversarial) / (1 + w) + λ · penalty: adversarial is the loss at the worst point of
   {a["inner"]["steps"]} normalised steps of {a["inner"]["step"]:g} radii, a ball of {a["radius"]:g} norms of a token
   for every open token. A seed fixes start, batches and windows for all methods alike.

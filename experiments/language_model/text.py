@@ -71,7 +71,7 @@ def attackable(length: int, turn: int) -> Tensor:
 
 
 def in_turns(ids: Tensor, turn: int) -> dict[str, Tensor]:
-    """A batch for :func:`aajr_kernels.method.fit`: no token is both open to attack and scored as a label.
+    """A batch for :func:`aajr_kernels.training.fit`: no token is both open to attack and scored as a label.
 
     Args:
         ids: ``[B, N]``.

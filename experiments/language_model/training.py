@@ -1,4 +1,4 @@
-"""Training by :func:`aajr_kernels.method.fit`, the same for all methods up to what is penalised."""
+"""Training by :func:`aajr_kernels.training.fit`, the same for all methods up to what is penalised."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aajr_kernels.method import fit
-from aajr_kernels.training import Attack, Cosine, FitConfig, Penalty, WarmUp
+from aajr_kernels.training import Attack, Cosine, FitConfig, Penalty, WarmUp, fit
 
 from .text import in_turns, windows
 

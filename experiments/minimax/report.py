@@ -191,7 +191,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     verdicts = "\n".join(verdict(rows, a, b, factors) for a, b in PAIRS)
     return f"""# Stability of minimax training
 
-`aajr experiment minimax` ({config["seeds"]} seeds). {environment_line(header, seconds)}
+`python -m experiments minimax` ({config["seeds"]} seeds). {environment_line(header, seconds)}
 
 ## Question
 

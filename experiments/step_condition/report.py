@@ -143,7 +143,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     fall, beyond = raw["falls"] / raw["trials"], 1 - raw["held"] / raw["trials"]
     return f"""# The step condition
 
-`aajr experiment step-condition`. {environment_line(header, seconds)}
+`python -m experiments step-condition`. {environment_line(header, seconds)}
 
 ## Question
 

@@ -14,7 +14,7 @@ with claims to lots that must not overlap, whether a quarrel spoils the deal, lo
 
 PAGE = """# Two agents
 
-`aajr experiment two-agents` ({seeds} seeds). {environment}
+`python -m experiments two-agents` ({seeds} seeds). {environment}
 
 ## Question
 

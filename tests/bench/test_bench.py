@@ -1,4 +1,4 @@
-"""`aajr bench`: no speed on a red gate, the schema of the rows, bounds and exit status, peaks of memory."""
+"""`python -m bench`: no speed on a red gate, the schema of the rows, bounds and exit status, peaks of memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from toy_bench import FACTS, invoke
 
 import aajr_kernels
 import bench as benchmarks
-from bench import Row, Run, Selection, gate, row
+from bench import Row, Run, Selection, gate
 from bench import __main__ as bench
 from bench.plot import plot_steps
 from bench.run import peak_in_new_process, run_case
+from common import machine
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
@@ -175,7 +176,7 @@ def test_a_row_refuses_what_is_not_in_the_schema(tmp_path):
 
 
 def test_environment_records_what_decides_the_speed(monkeypatch):
-    facts = row.environment({"MKL_ENABLE_INSTRUCTIONS": "AVX2", "HOME": "/root"})
+    facts = machine.describe(environ={"MKL_ENABLE_INSTRUCTIONS": "AVX2", "HOME": "/root"})
     assert facts["settings"] == {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}
     assert set(facts) < {field.name for field in dataclasses.fields(Row)}
     assert facts["device_name"] is None or torch.cuda.is_available()
@@ -184,8 +185,8 @@ def test_environment_records_what_decides_the_speed(monkeypatch):
         assert facts["native_capability"] == aajr_kernels.native.info()["capability"]
     else:
         assert facts["native_capability"] is None
-    monkeypatch.setattr(row, "__file__", "/nowhere/a/b/c/d.py")
-    assert row._commit() == (None, None)
+    monkeypatch.setattr(machine, "ROOT", Path("/nowhere"))
+    assert machine._commit(["aajr_kernels"]) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -230,7 +231,7 @@ def test_a_capability_needs_a_process_of_its_own(toy, monkeypatch):
     invoke("toy:only", "--capability", "avx2", "--dtype", "float32", "--no-peak", "--check", exit_code=7)
     settings = bench.CAPABILITIES["avx2"]
     assert settings.items() <= started["env"].items()
-    assert set(started["command"][4:]) == {
+    assert set(started["command"][3:]) == {
         *("--capability", "avx2", "--dtype", "float32", "--no-peak", "--check", "toy:only"),
     }
     assert toy.calls == []

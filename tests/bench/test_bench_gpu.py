@@ -1,4 +1,4 @@
-"""Suite `gpu` of `aajr bench` at tiny sizes on a CPU, the roofline model, and the ceilings of a device."""
+"""Suite `gpu` of `python -m bench` at tiny sizes on a CPU, the roofline model, and the ceilings of a device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from native import cuda_host
-from typer.testing import CliRunner
+from toy_bench import invoke
 
 import bench as benchmarks
 from aajr_kernels import cuda
-from aajr_kernels.cli import main
 from bench import Row, Selection, ceilings, gate, modelled, roofline, row
 from bench.roofline import DEVICES, Attention, Decoder
 from bench.run import run_case
@@ -21,12 +20,6 @@ from bench.suites import gpu, gpu_attention, models
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 FAMILIES = benchmarks.SUITES["gpu"].families
 H100 = DEVICES["h100"]
-
-
-def invoke(*arguments: object, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(main.app, ["bench", *map(str, arguments)])
-    assert result.exit_code == exit_code, result.output
-    return result.output
 
 
 # --------------------------------------------------------------------------------------------- it runs, tiny, here

@@ -1,4 +1,4 @@
-"""Every suite of `aajr bench` at tiny sizes: its gates are green, and red for a wrong kernel."""
+"""Every suite of `python -m bench` at tiny sizes: its gates are green, and red for a wrong kernel."""
 
 from __future__ import annotations
 

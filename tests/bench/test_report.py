@@ -1,4 +1,4 @@
-"""`aajr report`: what is on the page, where it is from, what odd rows do to it, and errors."""
+"""`python -m bench.report`: what is on the page, where it is from, what odd rows do to it, and errors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from bench.report import page, sources
 from bench.report.panels import plain_text
 from bench.report.sections import DTYPES, SIZES, sections
 from bench.report.sweeps import size_of
+from common.command import application
 
 RESULTS = sorted((report.ROOT / "bench" / "results").glob("*.jsonl"))
 
 
 def invoke(*arguments: object, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(main.app, ["report", *map(str, arguments)])
+    result = CliRunner().invoke(application(report.report), [*map(str, arguments)])
     assert result.exit_code == exit_code, result.output
     return result.output
 
@@ -346,7 +347,7 @@ def test_the_page_of_the_checkout_shows_the_experiments(tmp_path):
     found = parsed((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert f"{sum(len(path.read_text().splitlines()) for path in RESULTS)} rows" in output
     names = {path.stem for path in (report.ROOT / "experiments" / "results").glob("*.jsonl")}
-    assert names and all(f"aajr experiment {name}," in found.words for name in names)
+    assert names and all(f"python -m experiments {name}," in found.words for name in names)
     for picture in found.find("img"):
         assert str(picture["src"]).startswith("data:image/png;base64,") and picture["alt"]
 
@@ -394,10 +395,8 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     def app(prog_name: str) -> None:
         raise ModuleNotFoundError("No module named 'plotly'", name="plotly")
 
-    monkeypatch.setattr(main, "app", app)
-    monkeypatch.setattr(main.sys, "argv", ["aajr", "report"])
     with pytest.raises(SystemExit):
-        main.main()
+        main.run(app, "python -m bench.report", "report")
     assert "pip install 'aajr_kernels[report]'" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The page of `aajr report` in a headless browser without a network: plots, filter, colours, a phone, no script."""
+"""The report's page in a headless browser without a network: plots, filter, colours, a phone, no script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ pytest.importorskip("playwright")
 import benchmark_rows
 from playwright import sync_api as api
 
-from aajr_kernels.cli import main
+from bench.report.__main__ import report
+from common.command import application
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 #: no look-ups of its own: the test has no network
@@ -52,9 +53,9 @@ def browser() -> Iterator[api.Browser]:
         launched.close()
 
 
-def report(folder: Path, *rows: object) -> Path:
+def page(folder: Path, *rows: object) -> Path:
     out = folder / "page.html"
-    result = CliRunner().invoke(main.app, ["report", *map(str, rows), "--out", str(out)])
+    result = CliRunner().invoke(application(report), [*map(str, rows), "--out", str(out)])
     assert result.exit_code == 0, result.output
     return out
 
@@ -63,7 +64,7 @@ def report(folder: Path, *rows: object) -> Path:
 def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     odd = [benchmark_rows.fields(variant=ODD, ratio=2.5, threads=1, length=n) for n in (512, 2048)]
-    return report(
+    return page(
         folder, "--rows", benchmark_rows.write(folder / "rows.jsonl", [*benchmark_rows.several(), *odd])
     )
 
@@ -230,7 +231,7 @@ def test_the_keyboard_reaches_tables_and_headings(view):
 
 @pytest.mark.slow
 def test_the_page_of_the_committed_rows(browser, tmp_path):
-    file = report(tmp_path)
+    file = page(tmp_path)
     view = View(browser, file)
     assert view.draw_all() > 20
     view.page.locator("img").last.scroll_into_view_if_needed()

@@ -84,5 +84,5 @@ def test_only_what_is_between_the_marks_changes(tmp_path):
     page.write_text("no marks")
     with pytest.raises(ValueError, match="must have the lines"):
         memory.rewrite(page, entries)
-    with pytest.raises(ValueError, match="aajr bench memory"):
+    with pytest.raises(ValueError, match="python -m bench memory"):
         memory.rewrite(page, [])

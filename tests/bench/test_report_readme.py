@@ -17,11 +17,11 @@ pytest.importorskip("matplotlib")
 import benchmark_rows
 from PIL import Image
 
-from aajr_kernels.cli import main
 from bench import Row, plot, read_rows
 from bench.plot import latest, plot_errors, plot_steps
 from bench.report import __main__ as report
 from bench.report.readme import BEGIN, END
+from common.command import application
 
 README = report.ROOT / "README.md"
 RESULTS = sorted((report.ROOT / "bench" / "results").glob("*.jsonl"))
@@ -29,7 +29,7 @@ IMAGES = report.ROOT / "docs" / "images"
 
 
 def invoke(*arguments: object, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(main.app, ["report", *map(str, arguments)])
+    result = CliRunner().invoke(application(report.report), [*map(str, arguments)])
     assert result.exit_code == exit_code, result.output
     return " ".join(result.output.split())
 

@@ -11,8 +11,9 @@ import torch
 from integrations.processes import launch, needs_gloo
 from typer.testing import CliRunner
 
-from aajr_kernels.cli.main import app
+from bench.scaling.__main__ import scaling as command
 from bench.scaling.model import MODELS, Layout, Shape, collectives, memory, operations, saved_in_a_layer, sent
+from common.command import application
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -97,7 +98,7 @@ def test_the_saved_activations_are_those_of_a_layer():
 
 
 def test_the_page_has_the_numbers_of_the_model():
-    found = CliRunner().invoke(app, ["scaling"])
+    found = CliRunner().invoke(application(command), [])
     assert found.exit_code == 0
     rows = [line for line in found.output.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 15
@@ -114,7 +115,7 @@ def test_the_page_has_the_numbers_of_the_model():
     ],
 )
 def test_bad_arguments(arguments, message):
-    found = CliRunner().invoke(app, ["scaling", *arguments])
+    found = CliRunner().invoke(application(command), [*arguments])
     assert found.exit_code == 2 and message in " ".join(found.output.split())
 
 

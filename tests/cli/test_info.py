@@ -145,16 +145,16 @@ def test_info_imports_no_other_command_and_no_optional_package():
 
 def test_a_missing_package_is_one_sentence(monkeypatch, capsys):
     def missing(name):
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot")
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers.models")
 
     monkeypatch.setattr(main, "load", missing)
-    monkeypatch.setattr(sys, "argv", ["aajr", "demo"])
+    monkeypatch.setattr(sys, "argv", ["aajr", "validate"])
     with pytest.raises(SystemExit) as exit:
         main.main()
     assert exit.value.code == 2
     error = capsys.readouterr().err
-    assert "'matplotlib'" in error
-    assert "pip install 'aajr_kernels[demo]'" in error
+    assert "'transformers'" in error
+    assert "pip install 'aajr_kernels[hf]'" in error
 
 
 def test_an_unavailable_backend_is_one_sentence(monkeypatch, capsys):

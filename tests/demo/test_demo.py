@@ -1,4 +1,4 @@
-"""`aajr demo`: both parts on tiny models, the figures against oracles of their own, and what is saved."""
+"""`python -m demo`: both parts on tiny models, the figures against oracles of their own, and what is saved."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from aajr_kernels.cli.main import app
 from common import texts as data
+from common.command import application
 from common.meter import Cost, measure
 from demo import peers, policy, run, scratch
+from demo.__main__ import demo as command
 from demo.report import comparison_sheet
 
 CPU = torch.device("cpu")
@@ -224,7 +225,9 @@ def tiny_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny_inputs")
 def test_command_saves_report_pictures_and_numbers(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["demo", "--quick", "--device", "cpu", "--out", str(tmp_path / "a")])
+    result = CliRunner().invoke(
+        application(command), ["--quick", "--device", "cpu", "--out", str(tmp_path / "a")]
+    )
     assert result.exit_code == 0, result.output
     assert "grad. error" in result.output and "radius" in result.output
     saved = json.loads((tmp_path / "a" / "results.json").read_text())
@@ -240,14 +243,14 @@ def test_command_saves_report_pictures_and_numbers(tmp_path: Path) -> None:
 def test_one_part_alone(tmp_path: Path) -> None:
     out = str(tmp_path / "b")
     result = CliRunner().invoke(
-        app, ["demo", "--quick", "--part", "scratch", "--device", "cpu", "--out", out]
+        application(command), ["--quick", "--part", "scratch", "--device", "cpu", "--out", out]
     )
     assert result.exit_code == 0, result.output
     assert "policy" not in json.loads((tmp_path / "b" / "results.json").read_text())
 
 
 def test_unknown_device_is_an_error_of_one_sentence() -> None:
-    result = CliRunner().invoke(app, ["demo", "--device", "abacus"])
+    result = CliRunner().invoke(application(command), ["--device", "abacus"])
     assert result.exit_code == 2
     with pytest.raises(ValueError, match="'abacus' is not a device: give auto, cpu or cuda"):
         run.choose_device("abacus")

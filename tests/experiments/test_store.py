@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from aajr_kernels.cli.main import app
-from experiments import __main__ as command
+from common.command import application
+from experiments.__main__ import experiment
 from experiments.base import Experiment, Task, run_experiment
 from experiments.store import Store, read
 from experiments.summaries import bootstrap_interval, interval_text, table
@@ -114,7 +114,7 @@ def test_texts():
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(app, ["experiment", *arguments])
+    return CliRunner().invoke(application(experiment), [*arguments])
 
 
 def test_the_command_lists_what_there_is():
@@ -131,13 +131,6 @@ def test_the_command_lists_what_there_is():
 def test_bad_arguments(arguments, message, tmp_path):
     result = invoke(*arguments, "--out", str(tmp_path))
     assert result.exit_code == 2 and message in " ".join(result.output.split())
-
-
-def test_without_a_checkout_the_command_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "ROOT", tmp_path)
-    result = invoke("digits")
-    assert result.exit_code == 2
-    assert "pip install -e '.[experiments]'" in " ".join(result.output.split())
 
 
 def test_a_folder_of_another_configuration_is_an_error_in_one_line(tmp_path):

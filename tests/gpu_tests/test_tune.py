@@ -9,9 +9,10 @@ import torch
 from native.suite import Target
 from typer.testing import CliRunner
 
-from aajr_kernels.cli.main import app
 from aajr_kernels.ops.attention import configs, tuned
 from bench import tune
+from bench.__main__ import bench as command
+from common.command import application
 
 interpreted = pytest.mark.skipif(
     Target("triton").why_not("attention") is not None or torch.cuda.is_available(),
@@ -87,5 +88,5 @@ def test_candidates_are_few_and_sensible(kernel, arch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_without_a_device_the_command_says_what_to_do():
-    result = CliRunner().invoke(app, ["bench", "--tune"])
+    result = CliRunner().invoke(application(command), ["--tune"])
     assert result.exit_code == 2 and "CUDA or ROCm device" in result.output

@@ -1,4 +1,4 @@
-"""Tiles that were measured: what ``aajr bench --tune`` wrote for a processor goes before the table in configs.py."""
+"""Measured tiles: those that ``python -m bench --tune`` wrote for a processor go before the table in configs.py."""
 
 from __future__ import annotations
 

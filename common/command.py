@@ -1,0 +1,25 @@
+"""The commands of a checkout: `python -m bench`, `python -m demo`, `python -m experiments`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from aajr_kernels.cli import main
+from aajr_kernels.cli.main import fail
+
+__all__ = ["application", "fail", "run"]
+
+
+def application(function: Callable[..., Any]) -> typer.Typer:
+    """A function with typer-annotated parameters as a command of its own."""
+    single = typer.Typer(**main.OPTIONS)
+    single.command()(function)
+    return single
+
+
+def run(function: Callable[..., Any], module: str, extra: str) -> None:
+    """Run the command of ``python -m MODULE``; `extra` of pyproject.toml brings the packages that it needs."""
+    main.run(application(function), f"python -m {module}", extra)
