@@ -29,8 +29,8 @@ from .ops.attention import attention
 from .ops.head import lm_head_penalty
 from .ops.linear import linear
 from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from .ops.reduce import sensitivity
 from .ops.rotary import rotary
+from .ops.sensitivity import sensitivity
 from .runtime import BackendUnavailable, Coverage, UnsupportedOperation, backends, coverage, use_backend
 from .tracing import tuple_arguments
 from .transforms import jvp

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .operators import constant
+from .backends.operator import constant
 from .runtime import UnsupportedOperation, unsupported
 from .torch_private import separate_outputs
 

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .operators import constant
+from .backends.operator import constant
 from .runtime import UnsupportedOperation, unsupported
 
 __all__ = ["array_ufunc", "as_number", "is_numpy", "leave", "refuse_array", "refuse_shape", "strict"]

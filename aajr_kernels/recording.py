@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .operators import constant
+from .torch_private import mark_constant as constant
 
 __all__ = ["Coverage", "coverage", "function_name", "record", "record_unsupported", "recording"]
 

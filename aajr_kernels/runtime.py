@@ -20,8 +20,11 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 
-from . import cuda, gpu, native, sharding
-from .operators import constant
+from . import sharding
+from .backends import cpu as native
+from .backends import cuda
+from .backends import triton as gpu
+from .backends.operator import constant
 from .recording import Coverage, coverage, record, record_unsupported, recording
 from .torch_private import NN, VARIABLE_FUNCTIONS, break_graph, has_memory, separate_outputs
 
@@ -137,9 +140,13 @@ def chosen() -> str:
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
 
 
+def _module(op: str, backend: str) -> str:
+    return f"aajr_kernels.ops.{op}.{'cpu' if backend == 'native' else backend}"
+
+
 @functools.cache
 def _found(op: str, backend: str) -> bool:
-    return importlib.util.find_spec(f"aajr_kernels.ops.{op}.{backend}") is not None
+    return importlib.util.find_spec(_module(op, backend)) is not None
 
 
 @constant  # torch.compile looks through a cache, and cannot trace what is behind it
@@ -275,12 +282,12 @@ def _select(
 
 
 def implementation(op: str, backend: str) -> ModuleType:
-    """The module ``aajr_kernels.ops.<op>.<backend>`` with the kernels of one op on one backend, imported lazily.
+    """The module of ``aajr_kernels.ops.<op>`` with the kernels of one op on one backend, imported lazily.
 
     Raises:
         BackendUnavailable: there is no such module, or it cannot be imported.
     """
-    name = f"aajr_kernels.ops.{op}.{backend}"
+    name = _module(op, backend)
     module = sys.modules.get(name)  # torch.compile traces the look-up, it could not trace an import
     if module is None:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import aajr_kernels
-from aajr_kernels import native
+from aajr_kernels.backends import cpu as native
 from aajr_kernels.cli.info import cpu_model, package_version
 
 #: the checkout

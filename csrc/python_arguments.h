@@ -1,6 +1,6 @@
 // How Python's arguments become those of an entry point, for every module of entry points.
 //
-// A tensor is None or (data_ptr, dtype code, shape, strides in elements), see aajr_kernels/native.py.
+// A tensor is None or (data_ptr, dtype code, shape, strides in elements), see aajr_kernels/backends/cpu.py.
 #pragma once
 
 #include <pybind11/pybind11.h>

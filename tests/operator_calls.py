@@ -12,9 +12,9 @@ from native.suite import Case, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aajr_kernels as aajr
-from aajr_kernels.ops.reduce import softmax
+from aajr_kernels.ops.sensitivity import softmax
 
-OPS = ("activation", "attention", "head", "norm", "reduce", "rotary")
+OPS = ("activation", "attention", "head", "norm", "sensitivity", "rotary")
 CASES = {str(case): case for case in (*cases_rows.CASES, *cases_products.CASES)}
 _WORDS = "bias per,residual,add,tables,interleaved,labels, bias,swiglu,softmax,layer".split(",")
 

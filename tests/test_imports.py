@@ -18,18 +18,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
 LAYERS = {
     "torch_private": -1,
-    "operators": 0,
     "memory": 0,
     "sharding": 0,
     "waiting": 0,
     "recording": 1,
-    "native": 1,
-    "gpu": 1,
-    "cuda": 2,
+    "backends": 2,
     "runtime": 3,
     "guarding": 3.5,
-}
-LAYERS |= {
     "leaving": 3.5,
     "dual": 4,
     "ops": 5,
@@ -39,12 +34,14 @@ LAYERS |= {
     "transforms": 6,
     "method": 7,
     "training": 7.5,
+    "integrations": 8,
+    "nn": 8,
+    "cli": 9,
 }
-LAYERS |= {"integrations": 8, "nn": 8, "cli": 9}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {
-    "triton": ["ops/*/triton*.py", "gpu/*"],
+    "triton": ["ops/*/triton*.py", "backends/triton/*"],
     "transformers": ["integrations/transformers*", "cli/validation/*"],
     "accelerate": [],
     "peft": [],
@@ -54,7 +51,7 @@ ONE_PLACE = {
     "plotly": [],
     "safetensors": ["training/checkpoints.py"],
     "torch.utils.tensorboard": ["method/report.py", "training/record.py"],
-    "aajr_kernels._native": ["native.py"],
+    "aajr_kernels._native": ["backends/cpu.py"],
 }
 #: never loaded by `import aajr_kernels`
 LAZY = [name for name in ONE_PLACE if name != "aajr_kernels._native"] + [

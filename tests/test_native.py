@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from aajr_kernels import native, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import cpu as native
 
 BUILT = runtime.backends()["native"] is None
 needs_native = pytest.mark.skipif(not BUILT, reason=f"native: {runtime.backends()['native']}")
@@ -23,7 +24,7 @@ def start(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_build_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "backends" / "cpu.py"))
     assert "never installed" in native.build_info()["reason"]
     record = tmp_path / "_build_info.json"
     record.write_text("{")

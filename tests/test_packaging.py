@@ -148,7 +148,11 @@ def test_pure_python_wheel_works_in_a_clean_environment(source, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "aajr_kernels/py.typed" in names
-    assert not [name for name in names if name.startswith(("tests/", "scripts/", "experiments/", "bench/", "demo/", "common/"))]
+    assert not [
+        name
+        for name in names
+        if name.startswith(("tests/", "scripts/", "experiments/", "bench/", "demo/", "common/"))
+    ]
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "aajr_kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     run(sys.executable, "-m", "twine", "check", "--strict", wheel)

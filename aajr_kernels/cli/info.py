@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import cuda, native, runtime, torch_private
+from .. import runtime, torch_private
+from ..backends import cpu as native
+from ..backends import cuda
 
 PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
 

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from ..dual import Dual, dual
-from ..ops.reduce import sensitivity
+from ..ops.sensitivity import sensitivity
 from . import probes
 from .attack_state import RandomState, held, modules_of
 from .checks import check_integers, check_number

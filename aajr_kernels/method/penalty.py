@@ -24,7 +24,7 @@ from torch import nn
 from .. import tracing
 from ..dual import Dual, dual
 from ..ops.head import lm_head_penalty
-from ..ops.reduce import sensitivity
+from ..ops.sensitivity import sensitivity
 from ..runtime import refuse_transform
 from ..torch_private import in_transform
 from ..transforms import primal_tree

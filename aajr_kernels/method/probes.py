@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..dual import Dual, dual
-from ..ops.reduce import sensitivity
+from ..ops.sensitivity import sensitivity
 from .attack_state import RandomState
 from .directions import normalize
 from .head import LMHead

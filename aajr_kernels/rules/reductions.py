@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ops.reduce import softmax
+from ..ops.sensitivity import softmax
 from ..runtime import UnsupportedOperation, rule
 from .common import Dual, as_now, axes, axis, is_dual, join, once_rounded, recast, split, vector
 

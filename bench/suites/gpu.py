@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aajr_kernels import cuda, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import cuda
 from aajr_kernels.dual import Dual
 
 from .. import peers, roofline

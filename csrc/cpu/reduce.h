@@ -9,7 +9,7 @@
 
 namespace aajr {
 
-// As METRICS in aajr_kernels/ops/reduce/api.py; l2 and logits are one formula.
+// As METRICS in aajr_kernels/ops/sensitivity/api.py; l2 and logits are one formula.
 enum class RowMetric : int { squares, fisher, probs, count };
 
 struct Sensitivity {

@@ -6,7 +6,7 @@
 
 namespace aajr::cuda {
 
-// As METRICS in aajr_kernels/ops/reduce/api.py; l2 and logits are one formula.
+// As METRICS in aajr_kernels/ops/sensitivity/api.py; l2 and logits are one formula.
 enum class Metric : int { squares, fisher, probs, count };
 
 // A row is cut into tiles, each in the hands of a block. What a tile knows of its row, numbers apart by `rows`:

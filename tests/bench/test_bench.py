@@ -182,7 +182,7 @@ def test_environment_records_what_decides_the_speed(monkeypatch):
     assert facts["device_name"] is None or torch.cuda.is_available()
     assert facts["torch_capability"] == torch.backends.cpu.get_cpu_capability()
     if aajr_kernels.backends()["native"] is None:
-        assert facts["native_capability"] == aajr_kernels.native.info()["capability"]
+        assert facts["native_capability"] == aajr_kernels.backends.cpu.info()["capability"]
     else:
         assert facts["native_capability"] is None
     monkeypatch.setattr(machine, "ROOT", Path("/nowhere"))

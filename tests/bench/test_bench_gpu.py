@@ -11,7 +11,7 @@ from native import cuda_host
 from toy_bench import invoke
 
 import bench as benchmarks
-from aajr_kernels import cuda
+from aajr_kernels.backends import cuda
 from bench import Row, Selection, ceilings, gate, modelled, roofline, row
 from bench.roofline import DEVICES, Attention, Decoder
 from bench.run import run_case

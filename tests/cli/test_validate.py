@@ -15,7 +15,8 @@ from native import cuda_host
 from typer.testing import CliRunner
 
 import aajr_kernels
-from aajr_kernels import cuda, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import cuda
 from aajr_kernels.cli import main
 from aajr_kernels.cli.validation import DTYPES, OPS, Target, budgets, checks, find_targets, validate_all
 from aajr_kernels.cli.validation.case import Draw

@@ -56,7 +56,7 @@ def save(table: Table, path: Path = PATH) -> None:
 
 def broken_rules(config: Config, architecture: str, kernel: str, row: Row) -> list[str]:
     """What holds whatever the budget says."""
-    from aajr_kernels.gpu.limits import SHARED, TENSOR_COLUMNS
+    from aajr_kernels.backends.triton.limits import SHARED, TENSOR_COLUMNS
 
     low = config.dtype in (torch.bfloat16, torch.float16)
     matrix = row["matrix"]

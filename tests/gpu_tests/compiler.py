@@ -76,9 +76,10 @@ class Compiler:
 
 
 def _answer(module: str, config: str, architecture: str) -> dict[str, Any]:
+    from triton_tools.offline import offline
+    from triton_tools.resources import resources
+
     from aajr_kernels import use_backend
-    from aajr_kernels.gpu.offline import offline
-    from aajr_kernels.gpu.resources import resources
 
     try:
         with offline(architecture) as compiled, use_backend("triton"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
-from aajr_kernels.ops.reduce import softmax
+from aajr_kernels.ops.sensitivity import softmax
 
 ALL = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 STRICT = ("sm_80", "sm_90")
@@ -295,7 +295,7 @@ def sensitivity(metric: str, dtype: torch.dtype, pinned: Sequence[str] = (), k: 
     def function(leaf):
         return aajr.sensitivity(Dual(leaf(2, 512, 32000, k=k)), metric)
 
-    _add("reduce", f"sensitivity {metric}" + (f" K{k}" if k > 1 else ""), dtype, function, pinned)
+    _add("sensitivity", f"sensitivity {metric}" + (f" K{k}" if k > 1 else ""), dtype, function, pinned)
 
 
 linear("bias", BF16, ("sm_90",))
@@ -315,7 +315,7 @@ sensitivity("fisher", FP32)
 sensitivity("probs", BF16)
 sensitivity("l2", BF16)
 sensitivity("fisher", BF16, k=3)
-_add("reduce", "softmax C4096", BF16, lambda leaf: softmax(Dual(leaf(2, 512, 4096, k=1))))
+_add("sensitivity", "softmax C4096", BF16, lambda leaf: softmax(Dual(leaf(2, 512, 4096, k=1))))
 
 
 def shipped() -> dict[str, Config]:

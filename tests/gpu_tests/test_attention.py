@@ -16,7 +16,8 @@ from ops.op_checks import forward_mode, stacks
 from torch import Tensor
 
 import aajr_kernels as aajr
-from aajr_kernels import gpu, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import triton as gpu
 from aajr_kernels.ops.attention import api as attention_api
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.configs import Tile

@@ -10,8 +10,9 @@ from budgets import assert_exact
 from native.suite import DEVICES, Target
 
 import aajr_kernels as aajr
-from aajr_kernels import gpu, runtime
-from aajr_kernels.gpu.layout import within_reach
+from aajr_kernels import runtime
+from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton.layout import within_reach
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.tiling import Options
 from aajr_kernels.ops.head import triton as head

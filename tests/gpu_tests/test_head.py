@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from budgets import assert_exact, assert_within_budget, gradient_floor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aajr_kernels import Dual, LMHead, aligned_penalty, gpu, runtime, use_backend
+from aajr_kernels import Dual, LMHead, aligned_penalty, runtime, use_backend
+from aajr_kernels.backends import triton as gpu
 from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.head import lm_head_penalty
 

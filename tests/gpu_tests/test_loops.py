@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aajr_kernels.gpu import loops
+from triton_tools import loops
 
 #: an outer loop with a product and a spill around an inner one, whose wait is at the end and jumps back into it
 SASS = """

@@ -13,7 +13,8 @@ from native.suite import DEVICES, Target
 from test_zoo import MODEL_ULPS, SCALAR_ULPS, eagerly, problem, through_the_dual
 
 import aajr_kernels as aajr
-from aajr_kernels import gpu, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import triton as gpu
 from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import fuse
 

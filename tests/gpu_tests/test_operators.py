@@ -10,8 +10,9 @@ import torch
 from native.suite import Target
 
 import aajr_kernels as aajr
-from aajr_kernels import gpu, runtime
-from aajr_kernels.gpu import operators
+from aajr_kernels import runtime
+from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import operators
 
 pytestmark = pytest.mark.skipif(
     Target("triton").why_not("attention") is not None, reason="Triton cannot run here"

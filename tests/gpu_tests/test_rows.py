@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from gpu_tests.checks import DEVICE, DTYPES, QUIET, compare, draw, same_bits
 
-from aajr_kernels import gpu
-from aajr_kernels.gpu import layout, sums
-from aajr_kernels.gpu import math as functions
+from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import layout, sums
+from aajr_kernels.backends.triton import math as functions
 from aajr_kernels.ops.linear import reference as linear_reference
 from aajr_kernels.ops.linear import triton as linear
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aajr_kernels import gpu
+from aajr_kernels.backends import triton as gpu
 
 
 @triton.jit

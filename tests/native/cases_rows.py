@@ -14,7 +14,7 @@ import aajr_kernels as aajr
 from aajr_kernels import Dual
 from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops import activation
-from aajr_kernels.ops.reduce import METRICS, sensitivity
+from aajr_kernels.ops.sensitivity import METRICS, sensitivity
 
 EPS = 1e-3
 
@@ -222,7 +222,7 @@ LINEAR = [
 # ---------------------------------------------------------------------------------------------------- reduction
 def reduction(metric, name, *shape, scale=2.0, **options):
     return Case(
-        "reduce",
+        "sensitivity",
         f"{metric} {name}",
         lambda k: ([stacks(*shape, k=k, scale=scale)], []),
         lambda s, p: sensitivity(Dual(s[0]), metric),

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 from native.suite import Target, capabilities, distinct
 
-from aajr_kernels import native, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import cpu as native
 
 
 @pytest.fixture

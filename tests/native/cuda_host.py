@@ -20,7 +20,8 @@ from types import ModuleType
 
 import pytest
 
-from aajr_kernels import cuda, native
+from aajr_kernels.backends import cpu as native
+from aajr_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-host"

@@ -21,7 +21,8 @@ from native import cuda_host
 from ops.op_checks import entered, forward_mode
 from torch import Tensor
 
-from aajr_kernels import native, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import cpu as native
 
 PACKAGE = Path(runtime.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
@@ -54,8 +55,8 @@ class Target:
         """Why the op cannot run there, or None."""
         on_host = self.backend == "cuda" and self.device == "cpu"
         reason = cuda_host.why_not() if on_host else runtime.backends()[self.backend]
-        if reason is None and not (PACKAGE / "ops" / op / f"{self.backend}.py").exists():
-            reason = f"op {op!r} has no {self.backend}.py"
+        if reason is None and not runtime._found(op, self.backend):
+            reason = f"op {op!r} has no kernels there"
         return None if reason is None else f"{self.backend}: {reason}"
 
     @contextlib.contextmanager

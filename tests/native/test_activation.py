@@ -9,11 +9,11 @@ import pytest
 import torch
 from budgets import assert_within_budget
 
-from aajr_kernels import native
+from aajr_kernels.backends import cpu as native
 from aajr_kernels.ops.activation import reference
 
 pytest.importorskip("aajr_kernels._native")
-from aajr_kernels.ops.activation import native as kernels
+from aajr_kernels.ops.activation import cpu as kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -168,10 +168,10 @@ EMPTY = {
         lambda: aajr.lm_head_penalty(zeros(3, 0), leaf(9, 0), leaf(9), metric="probs"),
         lambda: aajr.lm_head_penalty(zeros(0, 4), leaf(9, 4), metric="l2"),
     ],
-    "reduce": [
-        lambda: aajr.ops.reduce.sensitivity(zeros(0, 5), "fisher"),
-        lambda: aajr.ops.reduce.sensitivity(zeros(2, 0, 5), "probs"),
-        lambda: aajr.ops.reduce.sensitivity(zeros(3, 0), "l2"),
+    "sensitivity": [
+        lambda: aajr.ops.sensitivity.sensitivity(zeros(0, 5), "fisher"),
+        lambda: aajr.ops.sensitivity.sensitivity(zeros(2, 0, 5), "probs"),
+        lambda: aajr.ops.sensitivity.sensitivity(zeros(3, 0), "l2"),
     ],
 }
 

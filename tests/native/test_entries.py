@@ -21,7 +21,8 @@ from native.cases_products import attention, head
 from native.suite import Target, outcome
 from native.test_bad_input import SMALL
 
-from aajr_kernels import cuda, native
+from aajr_kernels.backends import cpu as native
+from aajr_kernels.backends import cuda
 
 PAGE = 4096
 SIZES = [4, 2, 2, 1, 8]  # bytes of the dtype codes

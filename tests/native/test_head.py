@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from budgets import assert_exact, assert_within_budget
 
-from aajr_kernels import Dual, native, use_backend
+from aajr_kernels import Dual, use_backend
+from aajr_kernels.backends import cpu as native
 from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.head import METRICS, lm_head_penalty
 

@@ -14,7 +14,7 @@ from aajr_kernels.ops.head import function, lm_head_penalty
 
 pytest.importorskip("aajr_kernels._native")
 
-from aajr_kernels.ops.head import native as kernels
+from aajr_kernels.ops.head import cpu as kernels
 
 T, V, C = 310, 290, 24
 

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from aajr_kernels import native
+from aajr_kernels.backends import cpu as native
 
 pytest.importorskip("aajr_kernels._native")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from budgets import assert_within_budget
 
-from aajr_kernels import native
+from aajr_kernels.backends import cpu as native
 from aajr_kernels.ops.norm import reference
 
 pytest.importorskip("aajr_kernels._native")
-from aajr_kernels.ops.norm import native as ours
+from aajr_kernels.ops.norm import cpu as ours
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aajr_kernels as aajr
-from aajr_kernels import native, runtime
+from aajr_kernels import runtime
+from aajr_kernels.backends import cpu as native
 
 pytestmark = pytest.mark.skipif(
     runtime.backends()["native"] is not None, reason=f"native: {runtime.backends()['native']}"

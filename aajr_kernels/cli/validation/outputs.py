@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...dual import Dual
 from ...ops.head import lm_head_penalty
-from ...ops.reduce import sensitivity
+from ...ops.sensitivity import sensitivity
 from . import formulas
 from .case import Case, Draw, Outputs
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from ... import runtime, sharding
 from ...dual import Dual
 from ...ops.head import lm_head_penalty
-from ...ops.reduce import sensitivity
+from ...ops.sensitivity import sensitivity
 from ...torch_private import assert_async
 from .ops import local, mesh_of
 

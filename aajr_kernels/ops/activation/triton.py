@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import triton
 
-from ... import gpu
-from ...gpu.layout import row_axes
-from ...gpu.operators import operator
+from ...backends import triton as gpu
+from ...backends.triton.layout import row_axes
+from ...backends.triton.operators import operator
 from .triton_kernels import _gated_bwd_kernel, _gated_fwd_kernel, _pointwise_bwd_kernel, _pointwise_fwd_kernel
 
 

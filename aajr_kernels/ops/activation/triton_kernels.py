@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...gpu.math import normal, sigmoid, tanh
-from ...gpu.rows import read, row_offsets
+from ...backends.triton.math import normal, sigmoid, tanh
+from ...backends.triton.rows import read, row_offsets
 
 
 @triton.jit

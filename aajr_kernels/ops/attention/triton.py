@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...gpu import architecture, launch
-from ...gpu.operators import operator
+from ...backends.triton import architecture, launch
+from ...backends.triton.operators import operator
 from .configs import Tile
 from .tiling import Options
 from .triton_backward import _attention_rows_kernel

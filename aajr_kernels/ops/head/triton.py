@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 
-from ...gpu.operators import operator
+from ...backends.triton.operators import operator
 from .triton_launch import TANGENTS, Optional, backward, forward, problem
 
 #: bytes of the logits kept by the joint form: with the sum of the weight's gradient, 8 per element of the weight

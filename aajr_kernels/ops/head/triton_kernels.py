@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...gpu.math import tanh
+from ...backends.triton.math import tanh
 
 #: metrics as the kernels know them; 0 is none (l2 is one of hidden states and needs no logits)
 METRICS = {"l2": 0, "logits": 1, "fisher": 2, "probs": 3}

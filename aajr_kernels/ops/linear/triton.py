@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from ... import gpu
-from ...gpu.sums import column_sums
+from ...backends import triton as gpu
+from ...backends.triton.sums import column_sums
 from . import reference
 from .triton_kernels import _linear_bias_kernel
 

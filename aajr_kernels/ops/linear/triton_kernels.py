@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...gpu.rows import read
+from ...backends.triton.rows import read
 
 
 @triton.jit(do_not_specialize=["rows"])

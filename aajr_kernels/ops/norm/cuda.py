@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from ... import cuda
-from ...native import is_dry
-from .native import optional_rows
+from ...backends import cuda
+from ...backends.cpu import is_dry
+from .cpu import optional_rows
 
 #: blocks on each multiprocessor that share the rows of a backward with parameter gradients
 _BLOCKS = 4

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 
-from ... import gpu
-from ...gpu.layout import row_axes, within_reach
-from ...gpu.operators import operator
-from ...gpu.sums import column_sums
+from ...backends import triton as gpu
+from ...backends.triton.layout import row_axes, within_reach
+from ...backends.triton.operators import operator
+from ...backends.triton.sums import column_sums
 from .triton_long import _norm_bwd_long_kernel, _norm_fwd_long_kernel, _norm_weight_bwd_kernel
 from .triton_short import _norm_bwd_kernel, _norm_fwd_kernel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...gpu.rows import read, row_offsets
+from ...backends.triton.rows import read, row_offsets
 from .triton_long import read_sum
 
 

@@ -12,10 +12,10 @@ import math
 import torch
 import triton
 
-from ... import gpu
-from ...gpu.layout import Strides, row_axes
-from ...gpu.operators import operator
-from ...gpu.sums import column_sums
+from ...backends import triton as gpu
+from ...backends.triton.layout import Strides, row_axes
+from ...backends.triton.operators import operator
+from ...backends.triton.sums import column_sums
 from .triton_kernels import _rotary_kernel, _rotary_tables_bwd_kernel
 
 _PARTS = 64  # of the rows that share one row of a table, for the table's gradient

@@ -19,7 +19,7 @@ class SensitivityFunction(torch.autograd.Function):
         ctx.metric, ctx.backend = metric, backend
         ctx.save_for_backward(y)
         with runtime.no_autocast(y.device.type):
-            return runtime.implementation("reduce", backend).sensitivity_fwd(y, metric)
+            return runtime.implementation("sensitivity", backend).sensitivity_fwd(y, metric)
 
     @staticmethod
     @runtime.first_order
@@ -28,7 +28,7 @@ class SensitivityFunction(torch.autograd.Function):
             return None, None, None
         (y,) = ctx.saved_tensors
         with runtime.no_autocast(y.device.type):
-            y_bar = runtime.implementation("reduce", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric)
+            y_bar = runtime.implementation("sensitivity", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric)
         return y_bar, None, None
 
 
@@ -40,7 +40,7 @@ class SoftmaxFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         with runtime.no_autocast(x.device.type):
-            y: torch.Tensor = runtime.implementation("reduce", backend).softmax_fwd(x)
+            y: torch.Tensor = runtime.implementation("sensitivity", backend).softmax_fwd(x)
         ctx.save_for_backward(memory.as_now(x, ctx.needs_input_grad[0]))
         return y
 
@@ -51,4 +51,4 @@ class SoftmaxFunction(torch.autograd.Function):
             return None, None
         (x,) = ctx.saved_tensors
         with runtime.no_autocast(x.device.type):
-            return runtime.implementation("reduce", ctx.backend).softmax_bwd(y_bar, x), None
+            return runtime.implementation("sensitivity", ctx.backend).softmax_bwd(y_bar, x), None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import native
+from ...backends import cpu as native
 from .tiling import Options
 
 __all__ = ["Options", "attention_bwd", "attention_fwd"]

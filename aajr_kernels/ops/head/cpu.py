@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ... import native
+from ...backends import cpu as native
 
 _METRICS = {"l2": 0, "logits": 1, "fisher": 2, "probs": 3}
 #: columns (stacks times tokens) and bytes of the logits that are kept between the two halves of a joint pass: below

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from . import native
-from .operators import Operators, constant
+from . import cpu as native
+from .operator import Operators, constant
 
 __all__ = ["call", "covers", "info", "missing", "module", "multiprocessors", "operator", "why_not"]
 

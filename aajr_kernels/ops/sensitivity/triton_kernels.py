@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...gpu.math import exp_flushed
-from ...gpu.rows import read, row_offsets
+from ...backends.triton.math import exp_flushed
+from ...backends.triton.rows import read, row_offsets
 
 
 @triton.jit

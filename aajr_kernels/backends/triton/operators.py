@@ -1,9 +1,9 @@
-"""The Triton launchers as operators of torch: see :mod:`aajr_kernels.operators`."""
+"""The Triton launchers as operators of torch: see :mod:`aajr_kernels.backends.operator`."""
 
 from __future__ import annotations
 
-from .. import gpu
-from ..operators import Operators
+from .. import triton as gpu
+from ..operator import Operators
 
 operator = Operators("", ("CPU", "CUDA"), gpu.dry_run)  # CPU: Triton's interpreter; ROCm calls itself CUDA
 #: "aajr::name" of every operator that was registered

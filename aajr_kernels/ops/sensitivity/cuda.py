@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from ... import cuda, native
-from .native import CODES
+from ...backends import cpu as native
+from ...backends import cuda
+from .cpu import CODES
 
 #: numbers that a tile, and the whole, know of a row, and of each of its tangents (csrc/cuda/sensitivity.h)
 _TILE, _MOMENTS = (3, 4), (2, 4)

@@ -9,7 +9,7 @@ from ops.op_checks import check, check_low, outcome, stacks
 
 from aajr_kernels import Dual, coverage
 from aajr_kernels.cli.validation.oracle import metric_values
-from aajr_kernels.ops.reduce import METRICS, sensitivity, softmax
+from aajr_kernels.ops.sensitivity import METRICS, sensitivity, softmax
 
 
 def both(y, metric, dtype=torch.float64):

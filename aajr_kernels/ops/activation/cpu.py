@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ... import native
+from ...backends import cpu as native
 from .reference import POINTWISE
 
 _CODES = {kind: code for code, kind in enumerate(POINTWISE)}

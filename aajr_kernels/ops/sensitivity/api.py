@@ -41,7 +41,7 @@ def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
         )
     if sharding.spread(y.stacked):
         return sensitivity(sharding.OPS["whole"](y), metric)
-    backend = runtime.select_backend("reduce", y.stacked)
+    backend = runtime.select_backend("sensitivity", y.stacked)
     if runtime.recording():
         runtime.record("sensitivity", backend, 5.0 * y.stacked.numel())
     return SensitivityFunction.apply(y.stacked, metric, backend)
@@ -74,7 +74,7 @@ def softmax(x: Dual, dim: int = -1) -> Dual:
     if 0 in x.shape:
         return Dual(stack.clone())
     stack = stack.movedim(axis, -1)
-    backend = runtime.select_backend("reduce", stack, in_cuda=False)
+    backend = runtime.select_backend("sensitivity", stack, in_cuda=False)
     if runtime.recording():
         runtime.record("softmax", backend, 5.0 * stack.numel())
     return Dual(SoftmaxFunction.apply(stack, backend).movedim(-1, axis))

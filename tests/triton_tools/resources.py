@@ -20,8 +20,7 @@ from typing import Any
 
 from triton import knobs
 from triton.runtime.cache import get_cache_manager
-
-from . import loops
+from triton_tools import loops
 
 #: kind of matrix instruction -> how the assembly language, PTX or AMD's, writes it; one for one in machine code
 _KINDS = {

@@ -9,8 +9,8 @@ import functools
 
 import torch
 
-from ...native import call, empty, few_axes, row_dense
-from ...operators import constant
+from ...backends.cpu import call, empty, few_axes, row_dense
+from ...backends.operator import constant
 from . import reference
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...native import MAX_AXES, call, empty_like, operator, row_dense
+from ...backends.cpu import MAX_AXES, call, empty_like, operator, row_dense
 
 
 @operator("(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ... import native
+from ...backends import cpu as native
 
 #: metric -> its number in csrc
 CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}

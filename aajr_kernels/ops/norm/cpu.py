@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ...native import call, empty, operator, rows
+from ...backends.cpu import call, empty, operator, rows
 
 
 @operator(

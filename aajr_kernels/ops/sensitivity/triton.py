@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from ... import gpu
-from ...gpu.layout import row_axes, within_reach
-from ...gpu.operators import operator
+from ...backends import triton as gpu
+from ...backends.triton.layout import row_axes, within_reach
+from ...backends.triton.operators import operator
 from .triton_kernels import (
     _sensitivity_bwd_kernel,
     _sensitivity_fwd_kernel,

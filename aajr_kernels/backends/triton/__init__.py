@@ -2,7 +2,7 @@
 
 Triton is imported on first use. A launcher calls :func:`launch`, which runs the kernel on the device of its tensors, in
 Triton's interpreter (``TRITON_INTERPRET=1``, set before the first kernel is used; tensors on the CPU, for tests), or,
-inside :func:`aajr_kernels.gpu.offline.offline`, compiles it for a processor that need not be there.
+inside :func:`triton_tools.offline.offline`, compiles it for a processor that need not be there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..operators import constant
+from ..operator import constant
 
 #: dtypes the kernels compute with; float64 is the reference's
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from budgets import assert_within_budget
 from gpu_tests.checks import DEVICE, DTYPES, QUIET, draw, same_bits
 
-from aajr_kernels.ops.reduce import METRICS, reference
-from aajr_kernels.ops.reduce import triton as ours
+from aajr_kernels.ops.sensitivity import METRICS, reference
+from aajr_kernels.ops.sensitivity import triton as ours
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 

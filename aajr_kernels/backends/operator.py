@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .torch_private import mark_constant as constant
+from ..torch_private import mark_constant as constant
 
 __all__ = ["Operators", "constant"]
 

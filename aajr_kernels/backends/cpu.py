@@ -1,6 +1,6 @@
 """The one door to the native CPU module `aajr_kernels._native`, which is loaded on first use.
 
-While torch.compile traces, the launchers in ``ops/*/native.py`` are operators of torch: see :data:`operator`.
+While torch.compile traces, the launchers in ``ops/*/cpu.py`` are operators of torch: see :data:`operator`.
 
 The module knows no torch: tensors cross as ``(data_ptr, dtype code, shape, strides)``, every call names its thread
 count, and the interpreter lock is released while a kernel runs. Entry points check shapes, dtypes and strides before
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from .operators import Operators
+from .operator import Operators
 
 #: dtype -> its number in csrc/view.h
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
@@ -78,7 +78,7 @@ def load(name: str, variable: str, path: str) -> ModuleType:
 
 def build_info() -> dict[str, Any]:
     """The record of the installation about the module: ``native``, ``reason``, ``compiler``, ``seconds``."""
-    path = Path(__file__).parent / "_build_info.json"
+    path = Path(__file__).parent.parent / "_build_info.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except OSError:
