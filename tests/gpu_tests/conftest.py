@@ -9,7 +9,8 @@ import torch
 
 #: files with many cases of one kernel, of which every third runs in `make test`, and all of them in `make test-all`
 SAMPLED = {
-    f"test_{name}.py" for name in ("activation", "attention", "head", "masks", "norm", "sensitivity", "rotary")
+    f"test_{name}.py"
+    for name in ("activation", "attention", "head", "masks", "norm", "sensitivity", "rotary")
 }
 
 
