@@ -1,8 +1,8 @@
-"""The method: the adversary's ascent, directions, the head, the aligned penalty, its rivals, and diagnostics."""
+"""The method: ascent, directions, head, aligned penalty, baselines and diagnostics."""
 
 from .ascent import ascend
 from .baselines import baseline_penalty, trajectory_baseline
-from .directions import normalize, seed
+from .directions import inject, normalize
 from .head import LMHead
 from .losses import lm_loss
 from .penalty import aligned_penalty
@@ -17,9 +17,9 @@ __all__ = [
     "aligned_penalty",
     "ascend",
     "baseline_penalty",
+    "inject",
     "lm_loss",
     "normalize",
-    "seed",
     "stability_report",
     "step_condition",
     "trajectory_baseline",

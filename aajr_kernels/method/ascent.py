@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dual import Dual
-from .attack_state import RandomState, held, modules_of, ranks_of
+from .attack_state import RandomState, frozen_parameters, modules_of, ranks_of
 from .checks import check_integers
 from .projection import NORMS, Ball, checked_radius
 from .scopes import SCOPES, Groups, attackable, checked_agents
@@ -127,7 +127,7 @@ def ascend(
         starts = [ball.draw(plan.keep, wide, generator) if d else torch.zeros_like(wide) for d in drawn]
         state = RandomState(clean.device)
         try:
-            with held(plan.modules, eval_mode):
+            with frozen_parameters(plan.modules, eval_mode):
                 attack.state = state
                 best = attack.run(starts[0])
                 for start in starts[1:]:

@@ -16,7 +16,7 @@ from ..ops.attention import draws_apart
 from ..runtime import RULES
 from ..torch_private import RUNNING_NORMS
 
-__all__ = ["RandomState", "held", "modules_of", "one_dropout_mask", "ranks_of"]
+__all__ = ["RandomState", "frozen_parameters", "modules_of", "one_dropout_mask", "ranks_of"]
 
 
 class _DrawnAlike(TorchFunctionMode):
@@ -83,7 +83,7 @@ def modules_of(module: object) -> tuple[nn.Module, ...]:
 
 
 @contextlib.contextmanager
-def held(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterator[None]:
+def frozen_parameters(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterator[None]:
     """Inside the block the modules' parameters need no gradient and, if asked, the modules are in eval mode.
 
     Afterwards, also after an exception, every flag and every running statistic is what it was. Sharded parameters
@@ -99,14 +99,14 @@ def held(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterator[None]:
     ]
     statistics = [] if evaluate else [b for m in submodules for b in _statistics(m)]
     saved = [b.clone() for b in statistics]
-    spread = any(_sharded(p) for module in modules for p in module.parameters())
+    has_sharded = any(_sharded(p) for module in modules for p in module.parameters())
     try:
         for p in parameters:
             p.requires_grad_(False)
         if evaluate:
             for m in submodules:
                 m.training = False
-        with sharding.frozen() if spread else contextlib.nullcontext():
+        with sharding.frozen() if has_sharded else contextlib.nullcontext():
             yield
     finally:
         for p in parameters:

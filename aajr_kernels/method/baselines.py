@@ -33,7 +33,7 @@ from torch import nn
 from ..dual import Dual, dual
 from ..ops.sensitivity import sensitivity
 from . import probes
-from .attack_state import RandomState, held, modules_of
+from .attack_state import RandomState, frozen_parameters, modules_of
 from .checks import check_integers, check_number
 from .head import LMHead, as_head
 from .penalty import aligned_penalty, check_reduction, reduce_units
@@ -121,7 +121,7 @@ def baseline_penalty(
     policy = None if func is None else probes.repeatable(func, random)
     if method in NEEDS_LOSS:
         assert loss_fn is not None
-        with held(modules, evaluate=False):
+        with frozen_parameters(modules, evaluate=False):
             loss = probes.repeatable(loss_fn, random)
             v = _loss_direction(method, loss, x, u, h, attack_mask, agents)
         slope = _slope(loss, x, v)
@@ -133,7 +133,7 @@ def baseline_penalty(
     else:
         assert policy is not None and v is not None
         if method == "spectral":
-            with held(modules, evaluate=False):
+            with frozen_parameters(modules, evaluate=False):
                 v = _power_iteration(policy, x, v, metric, head, iterations, attack_mask, agents)
         if method == "finite_difference":
             q = _difference(policy, x, v, metric, head, h)

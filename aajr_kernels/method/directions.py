@@ -11,7 +11,7 @@ from torch import nn
 
 from ..dual import Dual, dual
 
-__all__ = ["normalize", "seed"]
+__all__ = ["inject", "normalize"]
 
 SCOPES = ("token", "sequence")
 
@@ -73,7 +73,7 @@ def included(mask: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Ten
 
 
 @contextlib.contextmanager
-def seed(embedding_module: nn.Module, v: torch.Tensor) -> Iterator[None]:
+def inject(embedding_module: nn.Module, v: torch.Tensor) -> Iterator[None]:
     """Inside the block, `embedding_module` returns ``dual(output, v)``: call the model with token ids as usual.
 
     Args:
@@ -100,6 +100,6 @@ def seed(embedding_module: nn.Module, v: torch.Tensor) -> Iterator[None]:
         handle.remove()
     if calls == 0:
         raise RuntimeError(
-            f"embedding_module ({type(embedding_module).__name__}) was not called inside the seed block, so nothing "
+            f"embedding_module ({type(embedding_module).__name__}) was not called inside the block, so nothing "
             "carries a tangent: pass the module that embeds the tokens."
         )

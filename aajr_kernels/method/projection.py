@@ -44,11 +44,11 @@ class Ball:
         radius = self.table(delta)
         if self.norm == "linf":
             # by hand for agents: entries of no agent have no radius and are zero already
-            bound = self.groups.spread(self._per_group(radius))
+            bound = self.groups.broadcast(self._per_group(radius))
             return torch.minimum(torch.maximum(delta, -bound), bound)
         norm = self.groups.norm(delta)
         factor = torch.where(norm > radius, radius / torch.where(norm == 0, 1.0, norm), 1.0)
-        return delta * self.groups.spread(factor)
+        return delta * self.groups.broadcast(factor)
 
     def reach(self, keep: Tensor | None, like: Tensor) -> Tensor:
         """Euclidean radius of the smallest l2 ball around every group's set, ``[B, G]``."""
@@ -68,12 +68,12 @@ class Ball:
         radius = self._per_group(self.table(like))
         if self.norm == "linf":
             noise = torch.rand(like.shape, **options).to(like.device) * 2 - 1
-            return self._kept(noise, keep) * self.groups.spread(radius)
+            return self._kept(noise, keep) * self.groups.broadcast(radius)
         noise = torch.randn(like.shape, **options).to(like.device)
         share = torch.rand(radius.shape, **options).to(like.device)
         # the volume inside radius r grows with r to the number of dimensions
         length = radius * share ** (1.0 / self._sizes(keep, like).clamp(min=1))
-        return self.project(self.groups.unit(self._kept(noise, keep)) * self.groups.spread(length))
+        return self.project(self.groups.unit(self._kept(noise, keep)) * self.groups.broadcast(length))
 
     def _per_group(self, radius: Tensor) -> Tensor:
         return radius.expand(self.groups.batch, self.groups.count)

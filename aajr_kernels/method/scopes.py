@@ -64,7 +64,7 @@ class Groups:
             return tokens
         return torch.where(self._member, tokens.unsqueeze(-1), 0.0).amax(1)
 
-    def spread(self, numbers: Tensor) -> Tensor:
+    def broadcast(self, numbers: Tensor) -> Tensor:
         """``[B, G]`` (or ``[B, 1]``) back to where the entries are, broadcastable to the input; 0 for no group."""
         axes = len(self.shape) - 1
         if numbers.shape[1] == 1 and self._member is None:
@@ -90,7 +90,7 @@ class Groups:
 
     def _divisor(self, numbers: Tensor) -> Tensor:
         """`numbers` where the entries are, 1 for entries of no group."""
-        wide = self.spread(numbers)
+        wide = self.broadcast(numbers)
         return wide if self._member is None else torch.where(wide == 0, 1.0, wide)
 
 

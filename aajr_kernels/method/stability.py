@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from . import probes
-from .attack_state import RandomState, held, modules_of
+from .attack_state import RandomState, frozen_parameters, modules_of
 from .checks import check_integers, check_number
 from .head import LMHead, as_head
 from .report import StabilityReport
@@ -134,7 +134,7 @@ def stability_report(
     modules, random = modules_of(module), RandomState(x.device)
     loss_fn = probes.repeatable(loss_fn, random)
     try:
-        with held(modules, evaluate=False):
+        with frozen_parameters(modules, evaluate=False):
             fields = _measure_path(traj, tolerance)
             lengths = fields["displacement_norms"]
             units = [probes.row_unit(delta) for delta in traj.displacements]

@@ -26,8 +26,8 @@ class Prepared:
     """A micro-batch on the device of the model.
 
     Attributes:
-        ids: ``[B, N]``, or None with `given`.
-        given: ``[B, N, C]``, embeddings in place of ids.
+        input_ids: ``[B, N]``, or None with `inputs_embeds`.
+        inputs_embeds: ``[B, N, C]``, embeddings in place of ids.
         inputs: what else the model is called with.
         labels: ``[B, N]``, the target of every position, −100 = none.
         attended: ``[B, N]`` bool, or None for all.
@@ -35,8 +35,8 @@ class Prepared:
         agents: ``[B, N]``, or None.
     """
 
-    ids: Tensor | None
-    given: Tensor | None
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
     inputs: dict[str, Any]
     labels: Tensor
     attended: Tensor | None
@@ -45,13 +45,13 @@ class Prepared:
 
     def embedded(self, policy: Policy) -> Tensor:
         """``[B, N, C]``, attached to the embedding's weights."""
-        if self.given is not None:
-            return self.given
+        if self.inputs_embeds is not None:
+            return self.inputs_embeds
         if policy.embed is None:
             raise ValueError(
                 "a batch must hold inputs_embeds, or the policy an embed: this one has input_ids."
             )
-        return policy.embed(self.ids)  # type: ignore[arg-type]
+        return policy.embed(self.input_ids)  # type: ignore[arg-type]
 
     def tokens(self, which: str) -> Tensor | None:
         """Bool ``[B, N]``: those with a label (``"loss"``), or all that are attended to; None for all."""
@@ -77,16 +77,18 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping or a tensor of token ids, got {type(batch).__name__}.")
     entries = {name: _moved(value, device) for name, value in batch.items() if value is not None}
-    ids, given = entries.get("input_ids"), entries.get("inputs_embeds")
-    if (ids is None) == (given is None):
+    ids, inputs_embeds = entries.get("input_ids"), entries.get("inputs_embeds")
+    if (ids is None) == (inputs_embeds is None):
         raise ValueError(
             f"a batch must hold either input_ids or inputs_embeds, got {', '.join(map(str, entries)) or 'nothing'}."
         )
     if ids is not None and (ids.dim() != 2 or ids.is_floating_point()):
         raise ValueError(f"input_ids must be integers [B, N], got {ids.dtype} {tuple(ids.shape)}.")
-    if given is not None and (given.dim() != 3 or not given.is_floating_point()):
-        raise ValueError(f"inputs_embeds must be numbers [B, N, C], got {given.dtype} {tuple(given.shape)}.")
-    shape = tuple(ids.shape if ids is not None else given.shape[:2])  # type: ignore[union-attr]
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or not inputs_embeds.is_floating_point()):
+        raise ValueError(
+            f"inputs_embeds must be numbers [B, N, C], got {inputs_embeds.dtype} {tuple(inputs_embeds.shape)}."
+        )
+    shape = tuple(ids.shape if ids is not None else inputs_embeds.shape[:2])  # type: ignore[union-attr]
     for name in ("labels", "attack_mask", "agents"):
         if name in entries and tuple(entries[name].shape) != shape:
             raise ValueError(
@@ -106,7 +108,7 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
         attackable = chosen if attended is None else chosen & attended
     return Prepared(
         ids,
-        given,
+        inputs_embeds,
         {name: value for name, value in entries.items() if name not in OWN},
         _aligned(labels.long(), attended, "labels" in entries, shift),
         attended,
@@ -196,7 +198,7 @@ class Stream:
         self._iterator = iter(self.batches)
 
     def _generators(self) -> list[torch.Generator]:
-        """Those that a DataLoader was given."""
+        """The generators of a DataLoader and of its sampler."""
         owners = (self.batches, getattr(self.batches, "sampler", None))
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..method.ascent import NonFiniteLoss
-from ..method.attack_state import held
+from ..method.attack_state import frozen_parameters
 from . import randomness
 from .batches import Batches, Stream
 from .checkpoints import Checkpoints, put_weights, weights_of
 from .config import FitConfig, describe
-from .objective import Knobs
+from .objective import ScheduledValues
 from .policy import Policy
 from .progress import Progress
 from .record import Recorder, Row
@@ -187,7 +187,7 @@ class _Run:
     def step(self, step: int, recorder: Recorder) -> Row:
         """Everything from batches to parameters; the row to be logged."""
         config, started = self.config, time.perf_counter()
-        knobs = Knobs.at(config, step)
+        scheduled = ScheduledValues.at(config, step)
         objective = self.objective
         batches = [objective.prepared(b) for b in self.stream.take(config.accumulate)]
         counts = objective.counts(batches)
@@ -222,7 +222,7 @@ class _Run:
             problem = f"the norm of the gradient is {norm}"
         self._update(step, problem)
         rates = {"learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": norm}
-        used = {"radius": knobs.radius, "weight": knobs.weight, "gamma": knobs.gamma}
+        used = {"radius": scheduled.radius, "weight": scheduled.weight, "gamma": scheduled.gamma}
         spent = {"tokens": counts.tokens, "skipped": self.skipped, "seconds": time.perf_counter() - started}
         return {"step": step + 1, "loss": loss, **numbers, **rates, **used, **spent}
 
@@ -248,7 +248,7 @@ class _Run:
         """A row of what `evaluate` says."""
         state = randomness.capture(self.device)
         try:
-            with torch.no_grad(), held((self.model,), True):
+            with torch.no_grad(), frozen_parameters((self.model,), True):
                 found = evaluate(self.model)
         finally:
             randomness.restore(state, self.device)

@@ -25,14 +25,14 @@ from .config import FitConfig, ObjectiveConfig
 from .policy import Policy
 from .schedules import value_at
 
-__all__ = ["Chosen", "Counts", "Knobs", "Terms", "terms_of"]
+__all__ = ["Chosen", "Counts", "ScheduledValues", "Terms", "terms_of"]
 
 #: what says how the objective is made
 Chosen = FitConfig | ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class Knobs:
+class ScheduledValues:
     """The scheduled numbers at one step."""
 
     radius: float
@@ -42,7 +42,7 @@ class Knobs:
     clean: float
 
     @classmethod
-    def at(cls, config: Chosen, step: int) -> Knobs:
+    def at(cls, config: Chosen, step: int) -> ScheduledValues:
         """Evaluate the schedules."""
         gamma = config.penalty.gamma
         found = cls(
@@ -125,7 +125,7 @@ def terms_of(
     policy: Policy,
     batch: Prepared,
     config: Chosen,
-    knobs: Knobs,
+    scheduled: ScheduledValues,
     counts: Counts,
     generator: torch.Generator,
     after_attack: Callable[[Trajectory, Any, float | None], None] | None = None,
@@ -140,39 +140,39 @@ def terms_of(
     token_sum = policy.loss_fn(batch.inputs, batch.labels, "sum")
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=x.device)
-    if knobs.attacks:
+    if scheduled.attacks:
         adversary = _weighted(policy.loss_fn(batch.inputs, batch.labels, "mean"), row_weights)
         unit = _unit(x, batch.attended, config)
         size = float(unit.detach())
         work = _Work(model, policy, batch, config, counts, generator, adversary, x)
-        trajectory = work.attack(knobs.radius, size)
+        trajectory = work.attack(scheduled.radius, size)
         parts["attack_start"] = trajectory.losses[0].sum() / counts.rows
         parts["attack_worst"] = trajectory.worst_loss.sum() / counts.rows
         if after_attack is not None:
-            after_attack(trajectory, adversary, None if knobs.gamma is None else knobs.gamma / size)
+            after_attack(trajectory, adversary, None if scheduled.gamma is None else scheduled.gamma / size)
         loss: Tensor | None = None
-        if knobs.weight > 0:
+        if scheduled.weight > 0:
             measure = work.aligned if config.penalty.method == "aligned" else work.baseline
             # a slope of the output in units of c is c times as large; CURE differentiates twice
             slope = unit**2 if config.penalty.method == "cure" else unit
             scale = slope if config.penalty.form == "hinge" else slope**2
-            threshold = None if knobs.gamma is None else knobs.gamma / float(slope.detach())
-            here = replace(knobs, weight=knobs.weight * float(scale.detach()), gamma=threshold)
+            threshold = None if scheduled.gamma is None else scheduled.gamma / float(slope.detach())
+            here = replace(scheduled, weight=scheduled.weight * float(scale.detach()), gamma=threshold)
             penalty, loss, more = measure(trajectory, here)
             if "q_max" in more:
                 more["q_max"] = more["q_max"] * slope.detach() ** 2
             penalty = penalty * scale
             parts |= {"penalty": penalty.detach(), **more}
-            total = total + knobs.weight * penalty
-        if knobs.adversarial > 0:
+            total = total + scheduled.weight * penalty
+        if scheduled.adversarial > 0:
             if loss is None:
                 loss = token_sum(trajectory.worst + (x - x.detach())).sum() / counts.tokens
             parts["adversarial_loss"] = loss.detach()
-            total = total + knobs.adversarial * loss
-    if knobs.clean > 0:
+            total = total + scheduled.adversarial * loss
+    if scheduled.clean > 0:
         clean = token_sum(x).sum() / counts.tokens
         parts["clean_loss"] = clean.detach()
-        total = total + knobs.clean * clean
+        total = total + scheduled.clean * clean
     return Terms(total * counts.processes if counts.processes > 1 else total, parts)
 
 
@@ -216,19 +216,19 @@ class _Work:
             eval_mode=attack.eval_mode,
         )
 
-    def aligned(self, trajectory: Trajectory, knobs: Knobs) -> _Found:
+    def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Found:
         chosen, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
-        options = self.options(knobs)
+        options = self.options(scheduled)
         learnt = int((batch.labels != IGNORED).sum())
         # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
         divisor = counts.units if chosen.unit == "token" else max(learnt, 1)
         rescale = divisor / counts.tokens
-        share = chosen.steps == "worst" and knobs.adversarial > 0
+        share = chosen.steps == "worst" and scheduled.adversarial > 0
         if share:
             options["return_primal"] = True
             if policy.head is not None:
                 options["labels"] = batch.labels
-                options["penalty_weight"] = knobs.weight / (knobs.adversarial * rescale)
+                options["penalty_weight"] = scheduled.weight / (scheduled.adversarial * rescale)
         several = chosen.batch_steps > 1
         forward = policy.forward if several else functools.partial(policy.forward, **batch.inputs)
         penalty, aux = trajectory_penalty(
@@ -254,7 +254,7 @@ class _Work:
         active = weight * _units(batch, self.config) / counts.units
         return penalty, loss, {"active": active, "q_max": aux.q_max.max()}
 
-    def baseline(self, trajectory: Trajectory, knobs: Knobs) -> _Found:
+    def baseline(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Found:
         chosen, batch, x = self.config.penalty, self.batch, self.x
         steps = chosen.steps
         if steps == "worst":
@@ -273,17 +273,17 @@ class _Work:
             iterations=chosen.iterations,
             h=chosen.h * float(_unit(x.detach(), batch.attended, self.config)),
             module=self.model,
-            **self.options(knobs),
+            **self.options(scheduled),
         )
         return penalty, None, {}
 
-    def options(self, knobs: Knobs) -> dict[str, Any]:
+    def options(self, scheduled: ScheduledValues) -> dict[str, Any]:
         """What all penalties take."""
         chosen = self.config.penalty
         return dict(
             metric=chosen.metric,
             head=self.policy.head,
-            gamma=knobs.gamma,
+            gamma=scheduled.gamma,
             form=chosen.form,
             mask=self.batch.tokens(chosen.tokens),
             unit=chosen.unit,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.attack_state import held
+from ..method.attack_state import frozen_parameters
 from ..method.head import LMHead, as_head
 from ..method.losses import IGNORED, lm_loss
 from .wrappers import unwrapped
@@ -138,7 +138,7 @@ def _difference(model: nn.Module, streamed: Policy, whole: Policy) -> float:
     same: Any = contextlib.nullcontext()
     if hasattr(model, "_original_forward"):  # accelerate put its autocast into the forward of the whole
         same = torch.autocast(head.weight.device.type, torch.bfloat16)
-    with torch.no_grad(), held((model,), True), same:
+    with torch.no_grad(), frozen_parameters((model,), True), same:
         x = whole.embed(ids)
         expected = whole.forward(x).logits.float()
         z = nn.functional.linear(streamed.forward(x), head.weight, head.bias).float() * head.scale

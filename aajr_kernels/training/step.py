@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.attack_state import held, one_dropout_mask
+from ..method.attack_state import frozen_parameters, one_dropout_mask
 from ..method.losses import IGNORED
 from ..method.report import StabilityReport
 from ..method.stability import stability_report
@@ -32,7 +32,7 @@ from ..runtime import autocasting
 from . import randomness
 from .batches import Prepared, prepared
 from .config import FitConfig, ObjectiveConfig
-from .objective import Chosen, Counts, Knobs, Terms, terms_of
+from .objective import Chosen, Counts, ScheduledValues, Terms, terms_of
 from .policy import Policy, policy_of
 from .wrappers import unwrapped
 
@@ -128,7 +128,9 @@ class Objective:
             NonFiniteLoss: in the attack.
             RuntimeError: the model was prepared for mixed precision and autocast is off.
         """
-        terms = self._terms(batch, Knobs.at(self.config, step), counts, step, part, on_report=on_report)
+        terms = self._terms(
+            batch, ScheduledValues.at(self.config, step), counts, step, part, on_report=on_report
+        )
         if not terms.total.requires_grad:
             raise ValueError(
                 "the objective does not depend on any parameter that is trained: check the weights of the losses, and "
@@ -157,16 +159,16 @@ class Objective:
         Returns:
             Terms: whose total is 0 without a gradient where λ or the radius is 0, or the batch has no labels.
         """
-        knobs = replace(Knobs.at(self.config, step), adversarial=0.0, clean=0.0)
+        scheduled = replace(ScheduledValues.at(self.config, step), adversarial=0.0, clean=0.0)
         batch = self.prepared(batch)
         if counts is None and not bool((batch.labels != IGNORED).any()):
             return Terms(torch.zeros((), device=self.device), {})
-        return self._terms(batch, knobs, counts, step, part, row_weights, on_report)
+        return self._terms(batch, scheduled, counts, step, part, row_weights, on_report)
 
     def _terms(
         self,
         batch: Any,
-        knobs: Knobs,
+        scheduled: ScheduledValues,
         counts: Counts | None,
         step: int,
         part: int,
@@ -184,14 +186,26 @@ class Objective:
         chosen = self.config.diagnostics
         if on_report is not None and chosen is not None and own == 0 and (step + 1) % chosen.every == 0:
             look = functools.partial(self._diagnose, ours, step, on_report)
-        arguments = (self.module, self.policy, ours, self.config, knobs, counts, generator, look, row_weights)
+        arguments = (
+            self.module,
+            self.policy,
+            ours,
+            self.config,
+            scheduled,
+            counts,
+            generator,
+            look,
+            row_weights,
+        )
 
         def work() -> tuple[Tensor, dict[str, Tensor]]:
             with one_dropout_mask(self.device):
                 terms = terms_of(*arguments)
             return terms.total, terms.parts
 
-        if self.module is self.model or not (knobs.attacks or knobs.clean):  # nothing to be differentiated
+        if self.module is self.model or not (
+            scheduled.attacks or scheduled.clean
+        ):  # nothing to be differentiated
             return Terms(*work())
         # DistributedDataParallel wants one forward from which one backward comes: the whole objective is it. Buffers
         # are synchronised before, and unused parameters are found in the loss.
@@ -227,7 +241,7 @@ class Objective:
                 unit=self.config.penalty.unit,
                 power_iterations=chosen.power_iterations,
             )
-        with held((self.module,), self.config.attack.eval_mode):
+        with frozen_parameters((self.module,), self.config.attack.eval_mode):
             report = stability_report(
                 loss_fn,
                 trajectory.x,

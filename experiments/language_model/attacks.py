@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import aajr_kernels as aajr
-from aajr_kernels.method.attack_state import held
+from aajr_kernels.method.attack_state import frozen_parameters
 from aajr_kernels.training import Policy, prepared
 
 __all__ = ["Scene", "embedding_attack", "losses_of", "norm_of", "scene_of", "substitution_attack"]
@@ -46,13 +46,13 @@ class Scene:
 def scene_of(model: nn.Module, policy: Policy, batch: dict[str, Tensor]) -> Scene:
     """The scene of a batch of :func:`.text.in_turns`."""
     ready = prepared(batch, torch.device("cpu"), shift=True)
-    assert ready.ids is not None and ready.attackable is not None
-    return Scene(model, policy, ready.ids, ready.labels, ready.attackable)
+    assert ready.input_ids is not None and ready.attackable is not None
+    return Scene(model, policy, ready.input_ids, ready.labels, ready.attackable)
 
 
 def losses_of(scene: Scene, ids: Tensor | None = None) -> Tensor:
     """Mean cross-entropy ``[B]`` of the scored tokens, with other inputs `ids` if they are given."""
-    with torch.no_grad(), held((scene.model,), True):
+    with torch.no_grad(), frozen_parameters((scene.model,), True):
         found: Tensor = scene.loss()(scene.embedded(scene.ids if ids is None else ids))
     return found
 
@@ -141,7 +141,7 @@ def substitution_attack(
 
 def _first_order_gain(scene: Scene, ids: Tensor, vectors: Tensor) -> Tensor:
     """⟨∇ᵢL, e_k − xᵢ⟩ of every token i and every candidate k: ``[B, N, K]``."""
-    with held((scene.model,), True), torch.enable_grad():
+    with frozen_parameters((scene.model,), True), torch.enable_grad():
         x = scene.embedded(ids).requires_grad_()
         (slope,) = torch.autograd.grad(scene.loss()(x).sum(), x)
     return slope @ vectors.T - (slope * x.detach()).sum(-1, keepdim=True)

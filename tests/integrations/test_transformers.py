@@ -328,7 +328,7 @@ def test_token_ids_and_a_seeded_embedding():
     mask = padding((LENGTH, 9), "left")
 
     def run():
-        with aajr.seed(model.get_input_embeddings(), v):
+        with aajr.inject(model.get_input_embeddings(), v):
             y = model(input_ids=tokens, attention_mask=mask.long()).logits
         return y.primal[mask], y.tangent[mask]
 

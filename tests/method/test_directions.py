@@ -76,10 +76,10 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5))
 
 
-def test_seed_makes_a_dual_of_the_embedding_and_leaves_no_trace():
+def test_inject_makes_a_dual_of_the_embedding_and_leaves_no_trace():
     policy, ids = model(), torch.randint(7, (2, 3))
     v = torch.randn(2, 2, 3, 4)
-    with aajr.seed(policy[0], v):
+    with aajr.inject(policy[0], v):
         y = policy(ids)
     direct = policy[1:](aajr.dual(policy[0](ids), v))
     assert torch.equal(y.stacked, direct.stacked)
@@ -88,12 +88,15 @@ def test_seed_makes_a_dual_of_the_embedding_and_leaves_no_trace():
     assert policy[1].weight.grad.abs().max() > 0 and policy[0].weight.grad.abs().max() > 0
 
 
-def test_seed_says_when_nothing_was_seeded_and_restores_on_error():
+def test_inject_says_when_nothing_was_injected_and_restores_on_error():
     policy, ids = model(), torch.randint(7, (2, 3))
-    with pytest.raises(RuntimeError, match="was not called"), aajr.seed(policy[3], torch.randn(2, 3, 5)):
+    with pytest.raises(RuntimeError, match="was not called"), aajr.inject(policy[3], torch.randn(2, 3, 5)):
         pass
-    with pytest.raises(ValueError, match="v must have the shape"), aajr.seed(policy[0], torch.randn(2, 3, 5)):
+    with (
+        pytest.raises(ValueError, match="v must have the shape"),
+        aajr.inject(policy[0], torch.randn(2, 3, 5)),
+    ):
         policy(ids)
     assert isinstance(policy(ids), torch.Tensor)
-    with pytest.raises(TypeError, match="embedding_module"), aajr.seed(policy[0].weight, ids):
+    with pytest.raises(TypeError, match="embedding_module"), aajr.inject(policy[0].weight, ids):
         pass

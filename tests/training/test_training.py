@@ -118,14 +118,14 @@ def test_the_baselines_measure_where_the_aligned_penalty_does():
     """``aligned`` by the way of the baselines: the same value, and the same gradient of embeddings too."""
     model, config, seen = tiny_lm().double(), plain(penalty=Penalty(gamma=0.1)), []
     policy, batch = policy_of(model), prepared(sequences(1)[0], CPU, True)
-    knobs, counts = objectives.Knobs.at(config, 0), objectives.Counts.of([batch], config)
+    scheduled, counts = objectives.ScheduledValues.at(config, 0), objectives.Counts.of([batch], config)
     look = lambda traj, loss_fn, gamma: seen.append(traj)
-    objectives.terms_of(model, policy, batch, config, knobs, counts, torch.Generator(), look)
+    objectives.terms_of(model, policy, batch, config, scheduled, counts, torch.Generator(), look)
     found = []
     for way in ("aligned", "baseline"):
-        x = model.embedding(batch.ids)
+        x = model.embedding(batch.input_ids)
         work = objectives._Work(model, policy, batch, config, counts, torch.Generator(), None, x)
-        penalty, _, _ = getattr(work, way)(seen[0], knobs)
+        penalty, _, _ = getattr(work, way)(seen[0], scheduled)
         found.append((penalty, *torch.autograd.grad(penalty, list(model.parameters()))))
     for a, b in zip(*found):
         assert a.abs().max() > 0
@@ -173,7 +173,7 @@ def test_only_what_may_be_attacked_is():
     assert batch.labels[0].tolist() == [*ids[0, 1:].tolist(), -100]
     assert batch.labels[1].tolist() == [*ids[1, 1:4].tolist(), -100, -100]
     seen = []
-    arguments = (policy_of(model), batch, plain(), objectives.Knobs.at(plain(), 0))
+    arguments = (policy_of(model), batch, plain(), objectives.ScheduledValues.at(plain(), 0))
     counts = objectives.Counts.of([batch], plain())
     objectives.terms_of(model, *arguments, counts, torch.Generator(), lambda *a: seen.append(a))
     moved = (seen[0][0].points - seen[0][0].x).abs().amax((0, -1)) > 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...method.wrapped import inside
 from ...training import Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
-from ...training.objective import Knobs
+from ...training.objective import ScheduledValues
 from ...training.wrappers import unwrapped
 from . import checks
 from .grpo import grpo_batch
@@ -126,10 +126,10 @@ class _Mixin(_Base):
         self._signature_columns = [*kept, *(name for name in OURS if name not in kept)]
 
     def _aajr_logged(self, terms: Terms, step: int) -> None:
-        knobs = Knobs.at(self.aajr_config, step)
-        settings = {"radius": knobs.radius, "penalty_weight": knobs.weight}
-        if knobs.gamma is not None:
-            settings["gamma"] = knobs.gamma
+        scheduled = ScheduledValues.at(self.aajr_config, step)
+        settings = {"radius": scheduled.radius, "penalty_weight": scheduled.weight}
+        if scheduled.gamma is not None:
+            settings["gamma"] = scheduled.gamma
         self._aajr_meter.add(step, terms.parts, settings)
 
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from aajr_kernels.integrations.distributed import tensor_parallel
 from aajr_kernels.training import Attack, FitConfig, Penalty, Policy
 from aajr_kernels.training.batches import prepared
-from aajr_kernels.training.objective import Counts, Knobs, terms_of
+from aajr_kernels.training.objective import Counts, ScheduledValues, terms_of
 from common import batch, begin, difference, end, gradients, hidden_of, model_of, say
 
 rank, world, _ = begin()
@@ -22,8 +22,8 @@ def run(model: nn.Module) -> float:
     one = prepared({"inputs_embeds": x, "labels": labels.clamp(min=0)}, torch.device("cpu"), True)
     policy = Policy(hidden_of(model), head=model.lm_head)
     generator = torch.Generator().manual_seed(0)
-    knobs, counts = Knobs.at(config, 0), Counts.of([one], config)
-    terms = terms_of(model, policy, one, config, knobs, counts, generator)
+    scheduled, counts = ScheduledValues.at(config, 0), Counts.of([one], config)
+    terms = terms_of(model, policy, one, config, scheduled, counts, generator)
     terms.total.backward()
     return float(terms.total.detach())
 
