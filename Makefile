@@ -51,8 +51,8 @@ bench: $(call SETUP,bench)  ## speed and memory as ratios to PyTorch's; ARGS="st
 bench-check: $(call SETUP,bench)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
 	$(PY) -m bench attention norm head step --quick --baseline bench/baselines $(if $(filter 1,$(UPDATE)),--update)
 
-figures: $(call SETUP,bench)  ## the report, the tables of README.md and docs/memory.md, README's pictures, from committed rows
-	$(PY) -m bench.report --readme README.md --images docs/images --memory docs/memory.md
+figures: $(call SETUP,bench)  ## a page of the committed rows; the tables of README.md and docs, and the pictures
+	$(PY) -m bench.report --write .
 
 integrations: $(call SETUP,test)  ## run the tests of docs/integrations.md and rewrite its table
 	$(PY) scripts/integrations.py --run

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .case import LIMITS
-from .row import Row
+from .row import Row, latest
 
 #: variant -> colour, the same in every picture; each has a contrast of at least 3 on white and on a dark page
 COLOURS = {
@@ -31,6 +30,7 @@ COLOURS = {
 FURTHER = ("#c2571a", "#6477d6", "#8a7a3a", "#a0522d", "#4a8fa8", "#a8567f")
 #: what the rows are compared with; lines of one do not tell more than the axis does
 BASES = ("plain", "plain, eager attention", "plain, compiled", "plain, keys repeated", "plain, written out")
+GREY = "#777777"
 NAMES = {"llama": "Llama", "gpt2": "GPT-2", "bert": "BERT", "smollm2": "SmolLM2-135M"}
 
 
@@ -42,23 +42,11 @@ def colours(variants: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS.get(name) or rest[name] for name in names}
 
 
-def identity(row: Row) -> Hashable:
-    """What a row measures: rows with the same identity repeat each other."""
-    where = row.device, row.device_name if row.device != "cpu" else row.cpu, row.torch_capability, row.threads
-    config = json.dumps(row.config, sort_keys=True)
-    return row.suite, row.family, config, row.dtype, row.length, row.variant, where
-
-
-def latest(rows: Sequence[Row]) -> list[Row]:
-    """Of rows that measure the same, the last one."""
-    return list({identity(row): row for row in rows}.values())
-
-
 def whole_models(rows: Iterable[Row]) -> list[Row]:
     """The latest rows whose times are compared with a plain step of a whole model."""
     return [
         row
-        for row in latest(list(rows))
+        for row in latest(rows)
         if row.suite == "step"
         and finite(row.ratio) is not None
         and (row.base or "").startswith("plain")
@@ -99,34 +87,35 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: there is no step ratio among the rows.
     """
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in sorted(whole_models(rows), key=rank):
-        groups.setdefault((model_name(row), row.dtype, _machine(row)), []).append(row)
+        where = row.torch_capability if row.device == "cpu" else row.device_name or row.device
+        groups.setdefault(f"{model_name(row)} {row.dtype} {where}", []).append(row)
     groups = {k: v for k, v in groups.items() if len({r.length for r in v}) > 1} or groups
     if not groups:
         raise ValueError("no row has the ratio of a step: run `python -m bench step --rows FILE` first.")
-    shown = {r.variant for inside in groups.values() for r in inside if r.variant not in BASES}
+    drawn = [row for group in groups.values() for row in group]
+    variants = {row.variant for row in drawn if row.variant not in BASES}
     columns = 3 if len(groups) > 4 and len(groups) % 3 == 0 else min(len(groups), 4)
     figure, axes = _figure(columns, math.ceil(len(groups) / columns))
-    hues = {v: c for v, c in colours([*COLOURS, *sorted(shown)]).items() if v in shown}
+    hues = {v: c for v, c in colours([*COLOURS, *sorted(variants)]).items() if v in variants}
     keys: dict[str, Any] = {}
-    for axis, (title, inside) in zip(axes, groups.items()):
+    for axis, (title, group) in zip(axes, groups.items()):
         for variant, colour in hues.items():
-            line = sorted((r.length, r.ratio) for r in inside if r.variant == variant and r.ratio is not None)
+            line = sorted((r.length, r.ratio) for r in group if r.variant == variant and r.ratio is not None)
             if line:
                 (keys[variant],) = axis.plot(*zip(*line), "o-", color=colour, linewidth=1.6, markersize=4)
-        axis.axhline(1.0, color="#777777", linewidth=0.8)
-        lengths = sorted({r.length for r in inside})
+        axis.axhline(1.0, color=GREY, linewidth=0.8)
+        lengths = sorted({r.length for r in group})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(n) for n in lengths])
         axis.minorticks_off()
-        axis.set_title(" ".join(title), fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("S")
     axes[0].set_ylim(bottom=0)  # shared, and only now known at the top
     for axis in axes[::columns]:
         axis.set_ylabel("time ÷ plain step")
-    inside = [row for group in groups.values() for row in group]
-    _save(figure, axes, path, inside, {variant: keys[variant] for variant in hues if variant in keys})
+    _save(figure, axes, path, drawn, {variant: keys[variant] for variant in hues if variant in keys})
 
 
 def plot_errors(rows: Sequence[Row], path: Path) -> None:
@@ -139,37 +128,27 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: no row of a step has a gradient error.
     """
-    compared = [r for r in whole_models(rows) if r.variant not in BASES or r.variant == "plain"]
-    chosen = [r for r in sorted(compared, key=rank) if (finite(r.gradient_error) or 0) > 0]
-    if not chosen:
+    rows = [r for r in sorted(whole_models(rows), key=rank) if (finite(r.gradient_error) or 0) > 0]
+    rows = [r for r in rows if r.variant not in BASES or r.variant == "plain"]
+    if not rows:
         raise ValueError(
             "no row has the gradient error of a step: run `python -m bench step --rows FILE` first."
         )
-    measured = {r.dtype for r in chosen}
+    measured = {r.dtype for r in rows}
     dtypes = [d for d in LIMITS if d in measured] + sorted(measured - set(LIMITS))
-    hues = colours([*COLOURS, *(r.variant for r in chosen)])
-    variants = [v for v in hues if any(r.variant == v for r in chosen)]
-    models = dict.fromkeys(model_name(r) for r in chosen)
+    hues = colours([*COLOURS, *(r.variant for r in rows)])
+    variants = [v for v in hues if any(r.variant == v for r in rows)]
+    models = dict.fromkeys(model_name(r) for r in rows)
     marks = dict(zip(models, "osD^vP*X<>hd" * (1 + len(models) // 12)))
     figure, axes = _figure(len(dtypes), 1, height=1.3 + 0.26 * len(variants), sharex=True)
     for axis, dtype in zip(axes, dtypes):
-        for model, mark in marks.items():
-            points = {
-                r.variant: r.gradient_error for r in chosen if (r.dtype, model_name(r)) == (dtype, model)
-            }
-            places = [variants.index(variant) for variant in points]
-            edges = [hues[v] for v in points]
-            axis.scatter(
-                list(points.values()),
-                places,
-                s=30,
-                marker=mark,
-                facecolors="none",
-                edgecolors=edges,
-                zorder=3,
-            )
+        for row in rows:
+            if row.dtype == dtype:
+                place = row.gradient_error, variants.index(row.variant)
+                style = {"marker": marks[model_name(row)], "edgecolors": hues[row.variant]}
+                axis.scatter(*place, s=30, facecolors="none", zorder=3, **style)
         if dtype in LIMITS:
-            axis.axvline(LIMITS[dtype], color="#777777", linewidth=0.9, linestyle=(0, (4, 3)))
+            axis.axvline(LIMITS[dtype], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
         axis.set_xscale("log")
         axis.minorticks_off()
         axis.set_yticks(range(len(variants)), variants)
@@ -179,17 +158,10 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
     from matplotlib.lines import Line2D
 
-    grey = "#777777"
-    keys = {
-        model: Line2D([], [], color=grey, marker=mark, linestyle="", markersize=5, markerfacecolor="none")
-        for model, mark in marks.items()
-    }
-    keys["limit for exact ones"] = Line2D([], [], color=grey, linestyle=(0, (4, 3)), linewidth=0.9)
-    _save(figure, axes, path, chosen, keys)
-
-
-def _machine(row: Row) -> str:
-    return row.torch_capability if row.device == "cpu" else row.device_name or row.device
+    form: Any = {"color": GREY, "linestyle": "", "markersize": 5, "markerfacecolor": "none"}
+    keys = {model: Line2D([], [], marker=mark, **form) for model, mark in marks.items()}
+    keys["limit for exact ones"] = Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9)
+    _save(figure, axes, path, rows, keys)
 
 
 def _figure(columns: int, lines: int, height: float = 3.4, **options: Any) -> tuple[Any, list[Any]]:
@@ -216,5 +188,5 @@ def _save(figure: Any, axes: list[Any], path: Path, rows: Sequence[Row], keys: M
 
 def fingerprint(rows: Iterable[Row]) -> str:
     """A hash of what the pictures show of rows, in whatever order they are."""
-    lines = sorted(f"{identity(row)} {row.ratio} {row.gradient_error}" for row in rows)
+    lines = sorted(f"{row.key} {row.ratio} {row.gradient_error}" for row in rows)
     return "rows " + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

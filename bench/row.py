@@ -1,4 +1,4 @@
-"""The row of a benchmark: one variant of one case, measured once. This dataclass is the schema of bench/results."""
+"""The row of a benchmark: one variant of one case, measured once; the schema of bench/results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Row:
         peak_ratio: peak_bytes over those of the base.
         gradient_error: relative error of all gradients together against float64, at a small length.
         bounds: quantity -> what it may be at most: ``ratio``, ``peak_ratio``, ``extra_bytes`` (the peak without the
-            gradients) or ``ratio of X`` (that of the rival X, measured in the same run).
+            gradients) or ``ratio of X`` (that of the peer X, measured in the same run).
         passed: whether all bounds hold; None without bounds.
         repeats: timed runs of this variant; 0 where only memory was measured.
         seed: of the inputs.
@@ -101,6 +101,30 @@ class Row:
     round_ratios: list[float] = dataclasses.field(default_factory=list)
     failure: str = ""
 
+    @property
+    def case_key(self) -> tuple[object, ...]:
+        """Equal for rows of the same case on the same kind of machine; commit and versions may differ."""
+        config = json.dumps(self.config, sort_keys=True)
+        capabilities = (self.torch_capability, self.native_capability, self.threads)
+        where = (self.device, self.device_name, self.cpu, *capabilities)
+        return (self.suite, self.family, config, self.length, self.dtype, *where)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for rows that measure the same."""
+        return (*self.case_key, self.variant)
+
+    @property
+    def name(self) -> str:
+        """Case and variant in words."""
+        part = f" {self.config['part']}" if "part" in self.config else ""
+        return f"{self.suite}:{self.family} {self.dtype} {self.length}{part} {self.variant}"
+
+    @property
+    def share_of_roof(self) -> float | None:
+        """Of the machine's limit at the row's arithmetic intensity; None where the limits were not measured."""
+        return max((share for share in (self.flop_share, self.byte_share) if share is not None), default=None)
+
     def line(self) -> str:
         """The row as one line of JSON."""
         return json.dumps(dataclasses.asdict(self))
@@ -113,23 +137,19 @@ class Row:
             ValueError: it is no JSON object with the fields of this class, each of its type; only those with defaults
                 may be missing.
         """
-        found = json.loads(line)
-        if not isinstance(found, dict):
-            raise ValueError(f"a row must be a JSON object, got {type(found).__name__}.")
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            raise ValueError(f"a row must be a JSON object, got {type(values).__name__}.")
         hints = typing.get_type_hints(cls)
-        later = {field.name for field in dataclasses.fields(cls) if _has_default(field)} - set(found)
-        if wrong := sorted((set(found) ^ set(hints)) - later):
+        optional = list(hints)[list(hints).index("device_name") :]  # the fields with defaults
+        if wrong := sorted((set(values) ^ set(hints)) - (set(optional) - set(values))):
             raise ValueError(
                 f"a row must have exactly the fields of Row; missing or unknown: {', '.join(wrong)}."
             )
         for name, hint in hints.items():
-            if name in found and not _fits(found[name], hint):
-                raise ValueError(f"{name} of a row must be {hint}, got {found[name]!r}.")
-        return cls(**found)
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+            if name in values and not _fits(values[name], hint):
+                raise ValueError(f"{name} of a row must be {hint}, got {values[name]!r}.")
+        return cls(**values)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -159,6 +179,11 @@ def read_rows(path: Path) -> list[Row]:
             except ValueError as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
     return rows
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that measure the same, the last one."""
+    return list({row.key: row for row in rows}.values())
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.report.readme import between  # noqa: E402
+from bench.tables import between  # noqa: E402
 
 BUILD = ROOT / "build" / "cuda-check"
 BUDGETS = ROOT / "csrc" / "cuda" / "budgets.json"

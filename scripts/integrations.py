@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.report.readme import between  # noqa: E402
+from bench.tables import between  # noqa: E402
 
 ROWS, PAGE = ROOT / "docs" / "integrations.jsonl", ROOT / "docs" / "integrations.md"
 BEGIN, END = "<!-- integrations: written by `make integrations` -->", "<!-- end of integrations -->"

@@ -36,7 +36,7 @@ else:
 
 sys.path.insert(0, str(ROOT))
 
-from bench.report.readme import between
+from bench.tables import between
 
 ROWS, PAGE = ROOT / "docs" / "environments.jsonl", ROOT / "docs" / "environments.md"
 BEGIN, END = "<!-- environments: written by `make test-env` -->", "<!-- end of environments -->"

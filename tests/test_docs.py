@@ -145,7 +145,7 @@ def test_commands_of_the_pages_exist():
     """`aajr ...` and `python -m bench ...` in blocks of commands: the command, and every option that it is given."""
     from aajr_kernels.cli.main import COMMANDS, load
     from bench.__main__ import bench
-    from bench.report.__main__ import report
+    from bench.report import report
     from bench.scaling.__main__ import scaling
     from common.command import application
     from demo.__main__ import demo
