@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
 import aajr_kernels
@@ -71,30 +70,13 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_the_blocks_of_readme_run(tmp_path, monkeypatch):
-    """With a small model where the path leads, and what the text leaves to the reader."""
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes))
-    monkeypatch.chdir(tmp_path)
-    model.save_pretrained("path/to/any/llama")
-    ids = torch.randint(97, (2, 9))
-    names = {
-        "token_ids": ids,
-        "labels": ids.roll(-1, 1),
-        "attention_mask": torch.ones_like(ids),
-        "ascent_direction": torch.randn(2, 9, 32),
-        "task_loss": lambda logits: logits.logsumexp(-1).mean(),
-    }
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-        assert names["penalty"] > 0
-        trained = [p for name, p in names["model"].named_parameters() if "embed" not in name]
-        assert all(p.grad is not None and p.grad.any() for p in trained)
-        names["model"].zero_grad()
-        names["x"] = names["x"].detach()  # the next step's
+def test_the_block_of_readme_runs():
+    pytest.importorskip("transformers")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["penalty"] > 0
+    assert all(p.grad is not None and p.grad.any() for p in names["model"].parameters())
 
 
 @pytest.mark.filterwarnings(PINNED)
