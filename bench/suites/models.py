@@ -192,11 +192,11 @@ def use_primal_ops(model: nn.Module) -> nn.Module:
 def primal_ops() -> Iterator[None]:
     """Inside, the rotary embedding and the attention of fused models take plain tensors as a stack of one."""
     from aajr_kernels.integrations.transformers import attention as implementation
-    from aajr_kernels.integrations.transformers import forms
+    from aajr_kernels.integrations.transformers import registry
 
     turned = lambda x, cos, sin, **options: _primal(rotary, x, cos, sin, **options)
     with (
-        mock.patch.object(forms, "rotary", turned),
+        mock.patch.object(registry, "rotary", turned),
         mock.patch.object(implementation, "attention", _attention),
     ):
         yield

@@ -4,9 +4,11 @@
 module                    what it does
 ========================  ==================================================================================
 ``fuse``                  :func:`fuse` and the handle it returns
-``forms``                 the table of known forms of norms, gated products and rotary, and their replacements
+``forms``                 norms, activations and gated products: candidates by structure, and their replacements
+``registry``              attention modules that ask transformers' registry, and their rotary embedding
+``verify``                whether a replacement does what a module does, tried on a small twin of it
 ``wrappers``              decorators of their methods: what is inside, and the same around a replacement
-``kinds``                 attention, rotary, norms and MLPs by their names: a line for what no form replaces
+``kinds``                 attention, rotary, norms and MLPs by their names: a line for what is no candidate
 ``attention``             the attention implementation ``"aajr"``
 ``masks``                 its masks: structure (causal, window, padding) instead of [B, 1, N, M] tensors
 ``recomputed``            norms and activations whose results are computed again in the backward

@@ -5,37 +5,38 @@ from __future__ import annotations
 import copy
 import re
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from .forms import Replacement, find, uses_attention_interface
-from .kinds import kind_of, line_for, without_the_registry
+from .forms import Replacement, find, is_torchs
+from .kinds import kind_of, line_for
 from .library import NAME, pretrained_model_class, register
 from .recomputed import as_it_is, recomputed
+from .registry import asking
+from .verify import FLOATS, signature
+from .wrappers import around
 
 __all__ = ["KNOWN", "Fusion", "fuse"]
 
 #: ``config.model_type`` of the models whose layers were checked against the unfused model, value and gradient
 KNOWN = (
-    "bert",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "mixtral",
-    "modernbert",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-    "t5",
-    "vit",
+    *(
+        "bert",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "mixtral",
+        "modernbert",
+    ),
+    *("phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "t5", "vit"),
 )
 
 _MARK = "_aajr_fusion"
@@ -120,10 +121,13 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
 
     Nothing else is touched: no other instance, no module of transformers, no parameter, no key of the state dict. A
     wrapped model (PEFT) is fine, before or after. Decorators of the replaced methods stay around the replacements.
-    Every attention, rotary embedding, norm and MLP is listed, as replaced, as left with the reason, or as kept: a
-    ``torch.nn.LayerNorm`` runs on the fused op through the rule of its torch function. So do linear layers and plain
-    activations, which are not listed. Plain tensors give the values they gave before, within rounding (the decomposed
-    norms round to float32 also in a float64 model, the fused do not).
+
+    Layers are found by their structure, and each replacement is compared with what the module does before it is made:
+    values and a directional derivative on random tokens, once per class and configuration, on a small twin of the
+    module. One that differs is not made. Every attention, rotary embedding, norm and MLP is listed, as replaced, as
+    left with the reason, or as kept: a ``torch.nn.LayerNorm`` runs on the fused op through the rule of its torch
+    function. So do linear layers and plain activations, which are not listed. Plain tensors give the values they gave
+    before, within rounding (the decomposed norms round to float32 also in a float64 model, the fused do not).
 
     The fused methods live on the instance and follow ``copy.deepcopy``; undo the fusion before pickling the whole
     module (``state_dict`` needs no such care).
@@ -146,6 +150,7 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     models = _outermost(model, pretrained_model_class())
     _check(model, models)
     register()
+    around.cache_clear()  # it holds copies of the model files' globals, which may have changed since
     fusion = Fusion(type(model).__name__)
     fusion._models = [
         module for part in models for module in part.modules() if isinstance(module, pretrained_model_class())
@@ -155,40 +160,70 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     bypassed: set[nn.Module] = set()
     switched: list[nn.Module] = []
     for part in models:
-        opaque = without_the_registry(part)
+        once = _Once(part)
+        attentions = {module: once(asking, module) for module in part.modules()}
+        opaque = _opaque(part, attentions)
         switched += [] if opaque else [part]
         for module in part.modules():  # parents before their children
-            found = find(module) if module not in bypassed else None
+            pieces = [] if module in bypassed else attentions[module] or [once(find, module)]
             if recompute and module not in bypassed:
-                found = as_it_is(module) if found is None else recomputed(found)
+                pieces = [as_it_is(module) if piece is None else recomputed(piece) for piece in pieces]
             what, why = [], []
-            if uses_attention_interface(module) and opaque:
-                why.append(f"attention: its masks go to {opaque[0]}, too, which does not ask the registry")
-            elif uses_attention_interface(module):
-                what.append("attention")
-            if found is not None and found.function is None:
-                why.append(found.reason)
-            elif found is not None and found.attribute in module.__dict__:
-                why.append(f"its {found.attribute} was replaced on the instance by something else")
-            elif found is not None:
-                plan.append((module, found))
-                bypassed.update(getattr(module, attribute) for attribute in found.inside)
-                what.append(found.what)
+            for piece in filter(None, pieces):
+                if piece.reason:
+                    why.append(piece.reason)
+                elif piece.what == "attention" and opaque:
+                    why.append(f"attention: its masks go to {opaque}")
+                elif piece.attribute in module.__dict__ and piece.function is not None:
+                    why.append(f"its {piece.attribute} was replaced on the instance by something else")
+                else:
+                    what.append(piece.what)
+                    bypassed.update(getattr(module, attribute) for attribute in piece.inside)
+                    plan += [] if piece.function is None else [(module, piece)]
             if what:
                 fusion.replaced[names[module]] = " + ".join(what)
             if why:
                 fusion.left[names[module]] = "; ".join(why)
     _list_the_rest(fusion, names, {module for part in models for module in part.modules()})
-    for module, found in plan:
-        method = types.MethodType(found.function, module)  # type: ignore[arg-type]
-        module.__dict__[found.attribute] = method
-        fusion._methods.append((module, found.attribute, method))
+    for module, piece in plan:
+        method = types.MethodType(piece.function, module)  # type: ignore[arg-type]
+        module.__dict__[piece.attribute] = method
+        fusion._methods.append((module, piece.attribute, method))
     aside = {module for part in models if part not in switched for module in part.modules()}
     holders = [module for module in names if module not in aside]
     fusion._configs = [_own_config(config, holders) for config in _configs(switched)]
     for module in fusion._models:
         module.__dict__[_MARK] = fusion
     return fusion
+
+
+class _Once:
+    """Calls a finder once for every class and configuration among the modules of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._results: dict[Any, Any] = {}
+        self._dtype = self._dtype_of(model, torch.get_default_dtype())
+
+    @staticmethod
+    def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+        return next((p.dtype for p in module.parameters() if p.dtype in FLOATS), default)
+
+    def __call__(self, finder: Callable[[nn.Module, torch.dtype], Any], module: nn.Module) -> Any:
+        key = finder, signature(module)
+        if key not in self._results:
+            self._results[key] = finder(module, self._dtype_of(module, self._dtype))
+        return self._results[key]
+
+
+def _opaque(model: nn.Module, attentions: dict[nn.Module, list[Replacement]]) -> str:
+    """An attention that keeps the model from switching, since its masks are those of all others, and why; or ""."""
+    for name, module in model.named_modules():
+        if any(piece.what == "attention" and piece.reason for piece in attentions[module]):
+            return f"{name}, too, which is left"
+        asks = is_torchs(module) or any(attentions[part] for part in module.modules())
+        if kind_of(module) == "attention" and not asks:
+            return f"{name}, too, which does not ask the registry"
+    return ""
 
 
 def _list_the_rest(fusion: Fusion, names: dict[nn.Module, str], within: set[nn.Module]) -> None:

@@ -18,11 +18,12 @@ __all__ = ["as_it_is", "recomputed"]
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
-def recomputed(found: Replacement) -> Replacement:
+def recomputed(replacement: Replacement) -> Replacement:
     """The same replacement, inside the context; a rotary embedding has nothing to compute again."""
-    if found.function is None or found.what == "rotary":
-        return found
-    return dataclasses.replace(found, what=f"{found.what}, recomputed", function=_inside(found.function))
+    if replacement.function is None or replacement.what == "rotary":
+        return replacement
+    what, function = f"{replacement.what}, recomputed", _inside(replacement.function)
+    return dataclasses.replace(replacement, what=what, function=function)
 
 
 def as_it_is(module: nn.Module) -> Replacement | None:

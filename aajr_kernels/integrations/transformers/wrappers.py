@@ -1,8 +1,8 @@
 """Functions under decorators: the ways to what is inside, and the same decorators around another function.
 
 transformers decorates the ``forward`` of its layers, other ones in every version: renamed arguments, gradient
-checkpointing, a choice of kernels, configuration defaults. Recognition reads the function inside; calls keep every
-decorator, since what it does to arguments and results has to happen still.
+checkpointing, a choice of kernels, configuration defaults. A replacement takes the place of the function inside; calls
+keep every decorator, since what it does to arguments and results has to happen still.
 """
 
 from __future__ import annotations
@@ -16,31 +16,40 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["around", "chains"]
+__all__ = ["around", "chains", "ways"]
 
 _DEPTH = 12  # decorators above each other; transformers 5.24 has four
 
 
 def chains(function: Any) -> Iterator[tuple[Any, ...]]:
     """Every way from `function` inwards, ``(function, what it wraps, ...)``; the shortest is ``(function,)``."""
-    return _chains((function,), {id(function)})
+    seen: set[int] = {id(function)}
+    waiting: list[tuple[Any, ...]] = [(function,)]
+    while waiting:
+        chain = waiting.pop()
+        yield chain
+        for inner in _inside(chain[-1]) if len(chain) <= _DEPTH else ():
+            if id(inner) not in seen:
+                seen.add(id(inner))
+                waiting.append((*chain, inner))
 
 
-def _chains(chain: tuple[Any, ...], seen: set[int]) -> Iterator[tuple[Any, ...]]:
-    yield chain
-    if len(chain) > _DEPTH:
-        return
-    for inner in _inside(chain[-1]):
-        if id(inner) not in seen:
-            seen.add(id(inner))
-            yield from _chains((*chain, inner), seen)
+def ways(function: Any, through: str = "") -> list[tuple[Any, ...]]:
+    """The chains to where a replacement may stand, innermost first: never a function that says what it wraps.
+
+    With `through` they go on to the function of that name among the globals of what `function` decorates.
+    """
+    ends = [chain for chain in chains(function) if isinstance(chain[-1], types.FunctionType)]
+    if through:
+        named = ((chain, chain[-1].__globals__.get(through)) for chain in ends)
+        ends = [(*chain, *way) for chain, called in named if called is not None for way in ways(called)]
+    return sorted((way for way in ends if not hasattr(way[-1], "__wrapped__")), key=len, reverse=True)
 
 
 def _inside(function: Any) -> list[Any]:
     """The functions that `function` holds, and what it declares as ``__wrapped__`` where it does not hold that."""
     wrapped = getattr(function, "__wrapped__", None)
     held = [value for value in _held(function) if value is wrapped or _is_function(value)]
-    held.sort(key=lambda value: value is not wrapped)
     return held if wrapped is None else [*held, wrapped]
 
 
@@ -87,7 +96,8 @@ def around(chain: tuple[Any, ...], function: Any) -> Any:
 def _holding(outer: Any, old: Any, new: Any) -> Any:
     """`outer` with `new` in the place of `old`, or None."""
     if not any(value is old for value in _held(outer)):
-        return None
+        names = [name for name, value in getattr(outer, "__globals__", {}).items() if value is old]
+        return _with_globals(outer, dict.fromkeys(names, new)) if names else None
 
     def swap(value: Any) -> Any:
         return new if value is old else value
@@ -121,3 +131,16 @@ def _holding(outer: Any, old: Any, new: Any) -> Any:
     body.__qualname__, body.__module__ = outer.__qualname__, outer.__module__
     body.__dict__.update({name: swap(value) for name, value in outer.__dict__.items()})
     return body
+
+
+def _with_globals(function: types.FunctionType, values: dict[str, Any]) -> types.FunctionType:
+    """`function` with other values of some global names; its module stays as it is."""
+    namespace = {**function.__globals__, **values}
+    # without a module name torch.compile guards on this namespace and not on the module's, whose entry differs
+    del namespace["__name__"]
+    twin = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__qualname__, twin.__module__ = function.__qualname__, function.__module__
+    return twin
