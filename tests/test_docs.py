@@ -33,7 +33,7 @@ PAGES = {
     "ops/head.md": [],
     "ops/linear.md": [],
     "ops/norm.md": [],
-    "ops/reduce.md": [],
+    "ops/sensitivity.md": [],
     "ops/rotary.md": [],
     "quickstart.md": ["transformers"],
     "trainer.md": ["transformers", "accelerate", "peft", "trl", "datasets"],
