@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common.pages import between
+
 from .plot import finite, model_name, rank, whole_models
 from .row import Row
 
@@ -195,24 +197,3 @@ def _spans(lines: Iterable[int]) -> str:
         else:
             runs.append([line, line])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
-
-
-def between(path: Path, first: str, last: str, middle: str) -> bool:
-    """Put text between two marks of a file; whether that changed it.
-
-    Raises:
-        OSError: the file cannot be read or written.
-        ValueError: it has not exactly one pair of marks.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(first)
-    _, end, after = rest.partition(last)
-    if not begin or not end or first in rest or last in before + after:
-        raise ValueError(
-            f"{path.name} must have the lines {first} and {last} once each, in this order: add them where the table "
-            "belongs."
-        )
-    new = f"{before}{first}\n{middle}\n{last}{after}"
-    if new != text:
-        path.write_text(new, encoding="utf-8")
-    return new != text

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.tables import between  # noqa: E402
+from common.pages import between, table  # noqa: E402
 
 ROWS, PAGE = ROOT / "docs" / "integrations.jsonl", ROOT / "docs" / "integrations.md"
 BEGIN, END = "<!-- integrations: written by `make integrations` -->", "<!-- end of integrations -->"
@@ -43,35 +43,23 @@ def read() -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown."""
-    lines = [
-        "| integration | works | what was tried | gradient error | against | test |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        file, _, name = row["test"].partition("::")
-        error = "bitwise equal" if row["error"] == 0 else f"{row['error']:.0e}"
-        lines.append(
-            f"| {row['integration']} | ✓ | {row['shows']} | {error} | {row['against']} | `{Path(file).name}::{name}` |"
-        )
-    return "\n".join(lines)
-
-
-def versions(rows: list[dict[str, Any]]) -> str:
-    """What the rows ran with, in one sentence."""
-    packages = {f"{name} {version}" for row in rows for name, version in row["versions"].items()}
-    commits = {row["commit"] for row in rows}
-    return f"Measured with {', '.join(sorted(packages))}, commit {', '.join(sorted(commits))}."
-
-
 def write(page: Path, rows: list[dict[str, Any]]) -> bool:
-    """Put the table between the marks of the page; whether that changed it.
+    """Put the table and its versions between the marks of the page; whether that changed it.
 
     Raises:
         ValueError: it has not exactly one pair of marks.
     """
-    return between(page, BEGIN, END, f"{table(rows)}\n\n{versions(rows)}")
+    lines = []
+    for row in rows:
+        file, _, name = row["test"].partition("::")
+        error = "bitwise equal" if row["error"] == 0 else f"{row['error']:.0e}"
+        test = f"`{Path(file).name}::{name}`"
+        lines.append([row["integration"], "✓", row["shows"], error, row["against"], test])
+    heads = ["integration", "works", "what was tried", "gradient error", "against", "test"]
+    packages = sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    measured = f"Measured with {', '.join(packages)}, commit {commits}."
+    return between(page, BEGIN, END, f"{table(heads, lines)}\n\n{measured}")
 
 
 def run() -> list[dict[str, Any]]:
@@ -87,8 +75,8 @@ def run() -> list[dict[str, Any]]:
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         if code or not file.exists():
             raise SystemExit("the table was not written: a test failed, or none has a row in it.")
-        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return sorted(found, key=lambda row: (row["test"].partition("::")[0], row["integration"]))
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return sorted(rows, key=lambda row: (row["test"].partition("::")[0], row["integration"]))
 
 
 def main() -> None:

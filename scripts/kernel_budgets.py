@@ -26,6 +26,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from common import pages  # noqa: E402
+
 rules: Any = importlib.import_module("gpu_tests.budget_rules")
 shipped: Any = importlib.import_module("gpu_tests.shipped")
 compiler: Any = importlib.import_module("gpu_tests.compiler")
@@ -39,77 +41,65 @@ Kernels = dict[str, dict[str, Any]]
 
 
 def compile_all(pairs: list[tuple[Any, str]], jobs: int) -> dict[tuple[str, str], Kernels | Exception]:
-    """What the kernels of every (configuration, processor) take, or why they do not compile."""
+    """Resources of the kernels of every (configuration, processor), or why they do not compile; in order."""
     local, started = threading.local(), []
-    found: dict[tuple[str, str], Kernels | Exception] = {}
     seconds: dict[str, float] = {}
 
-    def ask(config: Any, architecture: str) -> Kernels:
+    def ask(config: Any, architecture: str) -> Kernels | Exception:
         if not hasattr(local, "compiler"):
             local.compiler = compiler.Compiler()
             started.append(local.compiler)
-        start = time.monotonic()
+        name, start = f"{config.name} {architecture}", time.monotonic()
         try:
-            answer: Kernels = local.compiler.ask("gpu_tests.shipped", config.name, architecture)
-        finally:
-            seconds[f"{config.name} {architecture}"] = time.monotonic() - start
+            answer: Kernels | Exception = local.compiler.ask("gpu_tests.shipped", config.name, architecture)
+        except Exception as error:
+            answer = error
+        seconds[name] = time.monotonic() - start
+        print(f"\r{len(seconds)}/{len(pairs)}  {name}".ljust(78), end="", file=sys.stderr)
         return answer
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as threads:
-        futures = {threads.submit(ask, *pair): pair for pair in pairs}
-        for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-            config, architecture = futures[future]
-            print(f"\r{done}/{len(pairs)}  {config.name} {architecture}".ljust(78), end="", file=sys.stderr)
-            error = future.exception()
-            found[config.name, architecture] = error if isinstance(error, Exception) else future.result()
+        answers = list(threads.map(lambda pair: ask(*pair), pairs))
     print(file=sys.stderr)
     for process in started:
         process.close()
     slowest = sorted(seconds.items(), key=lambda item: -item[1])[:8]
     print("slowest:", "; ".join(f"{name} {took:.0f} s" for name, took in slowest), file=sys.stderr)
-    return found
+    return {(config.name, architecture): a for (config, architecture), a in zip(pairs, answers)}
 
 
 def changed(before: dict[str, Any] | None, now: dict[str, Any], name: str) -> str:
-    if before is None or before[name] == now[name]:
-        return f"{now[name]:,}"
-    colour = "red" if now[name] > before[name] else "green"
-    return f"[{colour}]{now[name]:,} ({now[name] - before[name]:+,})[/]"
+    difference = 0 if before is None else now[name] - before[name]
+    colour = "red" if difference > 0 else "green"
+    return f"{now[name]:,}" + (f" [{colour}]({difference:+,})[/]" if difference else "")
 
 
-def show(
-    pairs: list[tuple[Any, str]], found: dict[tuple[str, str], Kernels | Exception], committed: Any
-) -> None:
+def show(kernels: dict[tuple[str, str], Kernels | Exception], committed: Any) -> None:
     """A line per kernel; in brackets the difference to the budget."""
     title = f"Triton {rules.family()}: registers and stack per thread, spills in hot loops / anywhere, bytes"
-    table = Table(title=title)
-    for name in ("configuration", "processor", "kernel"):
-        table.add_column(name)
+    table = Table("configuration", "processor", "kernel", title=title)
     for name in ("registers", "stack", "hot", "spills", "shared", "columns", "matrix"):
         table.add_column(name, justify="right")
-    for config, architecture in pairs:
-        kernels = found[config.name, architecture]
-        if isinstance(kernels, Exception):
-            last = str(kernels).strip().splitlines()[-1]
-            table.add_row(config.name, architecture, f"[red]{last}[/]")
+    for (config, architecture), rows in kernels.items():
+        if isinstance(rows, Exception):
+            table.add_row(config, architecture, f"[red]{str(rows).strip().splitlines()[-1]}[/]")
             continue
-        for kernel, row in kernels.items():
-            before = committed.get(config.name, {}).get(kernel, {}).get(architecture)
-            numbers = [
-                changed(before, row, n)
-                for n in ("registers", "stack", "hot_spills", "spills", "shared", "columns")
-            ]
+        for kernel, row in rows.items():
+            before = committed.get(config, {}).get(kernel, {}).get(architecture)
+            names = ("registers", "stack", "hot_spills", "spills", "shared", "columns")
+            numbers = [changed(before, row, name) for name in names]
             matrix = " ".join(f"{count} {kind}" for kind, count in row["matrix"].items())
-            new = "" if before else " [yellow](new)[/]"
-            table.add_row(config.name, architecture, kernel + new, *numbers, matrix)
+            table.add_row(
+                config, architecture, kernel + ("" if before else " [yellow](new)[/]"), *numbers, matrix
+            )
     Console(width=None if sys.stdout.isatty() else 190).print(table)
 
 
-def write(table: Any, found: dict[tuple[str, str], Kernels | Exception]) -> None:
+def write(table: Any, compiled: dict[tuple[str, str], Kernels | Exception]) -> None:
     """What was compiled replaces its rows; configurations that are no longer shipped go."""
     committed = table.setdefault(rules.family(), {})
     known = shipped.shipped()
-    for (name, architecture), kernels in found.items():
+    for (name, architecture), kernels in compiled.items():
         if isinstance(kernels, Exception):
             continue
         rows = committed.setdefault(name, {})
@@ -125,32 +115,20 @@ def write(table: Any, found: dict[tuple[str, str], Kernels | Exception]) -> None
     rules.save(table)
 
 
-def markdown(table: Any) -> str:
-    """What the kernels take, of the newest version in the table: a row per configuration and kernel."""
+def write_page(page: Path, table: Any) -> bool:
+    """Put the pinned budgets of the newest version between the marks of a page; whether that changed it."""
     version = max(table, default="")
-    lines = [
-        f"Triton {version}; registers per thread / spills in hot loops / KB of shared memory. `-`: not compiled.",
-        "",
-        "| configuration | kernel | " + " | ".join(shipped.ALL) + " |",
-        "|---|---|" + "---|" * len(shipped.ALL),
-    ]
+    text = f"Triton {version}; registers per thread / spills in hot loops / KB of shared memory. `-`: not compiled."
+    lines = []
     for name, kernels in table.get(version, {}).items():
-        if not shipped.CONFIGS[name].pinned:
-            continue
-        for i, (kernel, rows) in enumerate(sorted(kernels.items())):
+        for i, (kernel, rows) in enumerate(sorted(kernels.items()) if shipped.CONFIGS[name].pinned else ()):
             cells = [
                 f"{row['registers']} / {row['hot_spills']} / {row['shared'] / 1024:.0f}" if row else "-"
                 for row in (rows.get(architecture) for architecture in shipped.ALL)
             ]
-            lines.append(f"| {name if i == 0 else ''} | `{kernel}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def with_table(text: str, table: Any) -> str:
-    """The page with the table between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{markdown(table)}\n{END}{after}"
+            lines.append(["" if i else name, f"`{kernel}`", *cells])
+    heads = ["configuration", "kernel", *shipped.ALL]
+    return pages.between(page, BEGIN, END, f"{text}\n\n{pages.table(heads, lines)}")
 
 
 def main() -> int:
@@ -168,7 +146,7 @@ def main() -> int:
     options = parser.parse_args()
     table = rules.load()
     if options.docs:
-        DOCS.write_text(with_table(DOCS.read_text(), table))
+        write_page(DOCS, table)
         return 0
     pairs = [
         (config, architecture)
@@ -180,20 +158,22 @@ def main() -> int:
         raise SystemExit(
             "kernel_budgets: no shipped configuration is chosen: see tests/gpu_tests/shipped.py."
         )
-    found = compile_all(pairs, options.jobs)
-    show(pairs, found, table.get(rules.family(), {}))
-    failures = [str(error) for error in found.values() if isinstance(error, Exception)]
+    compiled = compile_all(pairs, options.jobs)
+    show(compiled, table.get(rules.family(), {}))
+    failures = []
     for config, architecture in pairs:
-        kernels = found[config.name, architecture]
+        kernels = compiled[config.name, architecture]
         if isinstance(kernels, Exception):
+            failures.append(str(kernels))
             continue
-        for kernel, row in kernels.items():
-            failures += [f"{config.name}: {x}" for x in rules.broken_rules(config, architecture, kernel, row)]
+        broken = [
+            x for name, row in kernels.items() for x in rules.broken_rules(config, architecture, name, row)
+        ]
         if not options.write:
-            over = rules.over_budget(table, rules.family(), config, architecture, kernels)
-            failures += [f"{config.name}: {x}" for x in over]
+            broken += rules.over_budget(table, rules.family(), config, architecture, kernels)
+        failures += [f"{config.name}: {x}" for x in broken]
     if options.write:
-        write(table, found)
+        write(table, compiled)
         print(f"wrote {rules.PATH.relative_to(ROOT)}")
     print("\n".join(failures) or f"{len(pairs)} configurations within their rules")
     return int(bool(failures))

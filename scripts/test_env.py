@@ -36,7 +36,7 @@ else:
 
 sys.path.insert(0, str(ROOT))
 
-from bench.tables import between
+from common.pages import between, table
 
 ROWS, PAGE = ROOT / "docs" / "environments.jsonl", ROOT / "docs" / "environments.md"
 BEGIN, END = "<!-- environments: written by `make test-env` -->", "<!-- end of environments -->"
@@ -209,6 +209,12 @@ def _git(folder: Path, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def commit_of_the_tree() -> str:
+    """Short hash of HEAD, with a + where the working tree differs from it."""
+    changed = _git(ROOT, "status", "--porcelain", "--", ".", ":!docs/environments.*")
+    return _git(ROOT, "log", "-1", "--format=%h")[0] + ("+" if changed else "")
+
+
 def _printed(python: Path, code: str) -> str:
     return subprocess.run(
         [str(python), "-c", code], text=True, stdout=subprocess.PIPE, check=True
@@ -238,15 +244,6 @@ def compiled_errors(report: ElementTree.Element) -> dict[str, float]:
     return errors
 
 
-def publish(environment: TestEnvironment, row: dict[str, Any]) -> None:
-    """Replace the environment's row and write the table."""
-    rows = {old["environment"]: old for old in read()}
-    rows[environment.name] = row
-    lines = (json.dumps(rows[name], ensure_ascii=False) + "\n" for name in ENVIRONMENTS if name in rows)
-    ROWS.write_text("".join(lines), encoding="utf-8")
-    between(PAGE, BEGIN, END, table(read()))
-
-
 def read() -> list[dict[str, Any]]:
     """The committed rows."""
     return (
@@ -254,8 +251,8 @@ def read() -> list[dict[str, Any]]:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown."""
+def write(page: Path, rows: list[dict[str, Any]]) -> bool:
+    """Put the table between the marks of the page; whether that changed it."""
     heads = [
         "command",
         "shows",
@@ -265,17 +262,27 @@ def table(rows: list[dict[str, Any]]) -> str:
         *(f"compiled {name}" for name in MODELS),
         "commit",
     ]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = [
+    lines = [
+        [
             f"`make test-env ENV={row['environment']}`",
             ENVIRONMENTS[row["environment"]].shows,
             row["python"],
+            *(row["versions"].get(name) or "–" for name in PACKAGES),
+            f"{row['passed']:,}",
+            *(f"{row['errors'][name]:.0e}" for name in MODELS),
+            row["commit"],
         ]
-        cells += [row["versions"].get(name) or "–" for name in PACKAGES]
-        cells += [f"{row['passed']:,}"] + [f"{row['errors'][name]:.0e}" for name in MODELS] + [row["commit"]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return between(page, BEGIN, END, table(heads, lines))
+
+
+def publish(row: dict[str, Any]) -> None:
+    """Replace the environment's row and write the table."""
+    rows = {old["environment"]: old for old in read()} | {row["environment"]: row}
+    ordered = [rows[name] for name in ENVIRONMENTS if name in rows]
+    ROWS.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered), encoding="utf-8")
+    write(PAGE, ordered)
 
 
 def main() -> None:
@@ -292,6 +299,7 @@ def main() -> None:
         parser.error("--publish needs a complete run: leave --short and pytest's arguments out.")
     environment = TestEnvironment(options.environment)
     with locked(environment.lock):
+        commit = commit_of_the_tree()  # before the run, which takes long: what is copied is what is tested
         environment.refresh()
         versions = {name: environment.version_of(name) for name in PACKAGES}
         python = _printed(environment.python, "import platform; print(platform.python_version())")
@@ -306,9 +314,6 @@ def main() -> None:
         if options.short:
             sys.exit(status)
         full_status, full = environment.pytest(*workers, "-m", "not slow and not gpu")
-    commit = _git(ROOT, "log", "-1", "--format=%h")[0] + (
-        "+" if _git(ROOT, "status", "--porcelain", "--", ".", ":!docs/environments.*") else ""
-    )
     row = {
         "environment": environment.name,
         "python": python,
@@ -322,7 +327,7 @@ def main() -> None:
     if status or full_status:
         sys.exit(status or full_status)
     if options.publish:
-        publish(environment, row)
+        publish(row)
 
 
 if __name__ == "__main__":
