@@ -24,7 +24,7 @@ from aajr_kernels.ops.attention.configs import Tile
 from aajr_kernels.ops.attention.tiling import Options
 
 triton_module = pytest.importorskip("aajr_kernels.ops.attention.triton", reason="triton is not installed")
-triton_problem = pytest.importorskip("aajr_kernels.ops.attention.triton_problem")
+triton_problem = pytest.importorskip("aajr_kernels.ops.attention.triton.problem")
 
 DEVICE = DEVICES["triton"]
 pytestmark = [

@@ -61,7 +61,7 @@ def test_products_follow_either_way_to_choose_tf32(monkeypatch):
 @pytest.mark.parametrize("options", [{"dropout": 1}, {"scale": 1}, {"softcap": 1}], ids=str)
 def test_whole_numbers_are_no_constants_of_the_kernels(options):
     """Triton makes an int of 1 a constant: 1 / (1 - dropout) is then divided by zero while it compiles."""
-    from aajr_kernels.ops.attention.triton_problem import Problem
+    from aajr_kernels.ops.attention.triton.problem import Problem
 
     x = torch.empty(2, 1, 2, 5, 16, device=DEVICE)
     scalars = Problem(x, x, x, None, Options(**({"scale": 0.3} | options)), None).scalars()[:3]

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_backward import add_tangents, bend, finish, tile_tangent, tile_weights
-from .triton_tiles import add_product, kept, load_rows, pin, seen, sequence, settle, store_rows
+from .backward import add_tangents, bend, finish, tile_tangent, tile_weights
+from .device import add_product, kept, load_rows, pin, seen, sequence, settle, store_rows
 
 
 @triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.triton import architecture, launch
-from ...backends.triton.operators import operator
-from .configs import Tile
-from .tiling import Options
-from .triton_backward import _attention_rows_kernel
-from .triton_bias import _attention_bwd_bias_kernel
-from .triton_forward import _attention_fwd_kernel
-from .triton_keys import _attention_bwd_kv_kernel
-from .triton_problem import (
+from ....backends.triton import architecture, launch
+from ....backends.triton.operators import operator
+from ..configs import Tile
+from ..tiling import Options
+from .backward import _attention_rows_kernel
+from .bias import _attention_bwd_bias_kernel
+from .forward import _attention_fwd_kernel
+from .keys import _attention_bwd_kv_kernel
+from .problem import (
     Problem,
     batch_parts,
     block_size,
@@ -28,7 +28,7 @@ from .triton_problem import (
     rows,
     stack,
 )
-from .triton_queries import _attention_bwd_q_kernel
+from .queries import _attention_bwd_q_kernel
 
 __all__ = ["Options", "attention_bwd", "attention_fwd"]
 

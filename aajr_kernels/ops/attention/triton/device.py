@@ -7,7 +7,7 @@ already as a column or a row, so that every function below serves both.
 import triton
 import triton.language as tl
 
-from .triton_mask import allowed
+from .mask import allowed
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 

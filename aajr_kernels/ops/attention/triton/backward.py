@@ -13,7 +13,7 @@ LATE) those of the scores should serve their tangents too: there p comes first.
 import triton
 import triton.language as tl
 
-from .triton_tiles import add_product, expand, load_rows, mask_tile, scores, store_rows, weights
+from .device import add_product, expand, load_rows, mask_tile, scores, store_rows, weights
 
 
 @triton.jit(do_not_specialize=["N", "NP"])

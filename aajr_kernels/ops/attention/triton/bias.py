@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_backward import add_tangents, tile_tangent, tile_weights
-from .triton_tiles import add_product, kept, load_rows, seen
+from .backward import add_tangents, tile_tangent, tile_weights
+from .device import add_product, kept, load_rows, seen
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "offset", "window", "NP"])

@@ -3,18 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import (
-    add_product,
-    kept,
-    load_rows,
-    mask_tile,
-    pin,
-    scores,
-    seen,
-    sequence,
-    settle,
-    store_rows,
-)
+from .device import add_product, kept, load_rows, mask_tile, pin, scores, seen, sequence, settle, store_rows
 
 
 @triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
