@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from aajr_kernels.backends import triton as gpu
-from aajr_kernels.ops.attention import tuned
+from aajr_kernels.ops.attention import configs
 from aajr_kernels.ops.attention.tiling import Options
 from aajr_kernels.training.progress import Progress
 
@@ -43,15 +43,15 @@ class Line:
     """
 
     name: str
-    times: dict[tuned.Sizes, float] = field(default_factory=dict)
-    left_out: dict[tuned.Sizes, str] = field(default_factory=dict)
+    times: dict[configs.Sizes, float] = field(default_factory=dict)
+    left_out: dict[configs.Sizes, str] = field(default_factory=dict)
 
     @property
-    def best(self) -> tuned.Sizes | None:
+    def best(self) -> configs.Sizes | None:
         return min(self.times, key=lambda sizes: self.times[sizes], default=None)
 
 
-def candidates(kernel: str, arch: str) -> Iterator[tuned.Sizes]:
+def candidates(kernel: str, arch: str) -> Iterator[configs.Sizes]:
     """Tiles worth trying. A group of 4 warps multiplies 64 rows at a time from sm_90 on, fewer would be idle."""
     long, short = (64, 128), (16, 32, 64, 128)
     for own, other, warps, stages in itertools.product(long, short, (4, 8), (1, 2, 3)):
@@ -87,7 +87,7 @@ def measure(
     length: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
-    tried: Iterator[tuned.Sizes] | None = None,
+    tried: Iterator[configs.Sizes] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Line:
     """Times of all candidates for one line of the table.
@@ -105,12 +105,12 @@ def measure(
     """
     arch = gpu.architecture(torch.device(device))
     limit = 64 if head <= 64 else 128 if head <= 128 else 256
-    line = Line(tuned.key(kernel, arch, dtype, limit, causal))
+    line = Line(configs.key(kernel, arch, dtype, limit, causal))
     call = calls(kernel, head, causal, length, dtype, device)
     expected = call()
     for sizes in candidates(kernel, arch) if tried is None else tried:
         try:
-            with tuned.trial(line.name, sizes):
+            with configs.trial(line.name, sizes):
                 wrong = _difference(call(), expected)
                 if wrong < 4 * torch.finfo(dtype).eps:
                     line.times[sizes] = timer(call)
@@ -157,7 +157,7 @@ def on_device(head_sizes: tuple[int, ...] = (64, 128)) -> list[Line]:
             line = measure(kernel, head, causal, timer=median, progress=progress.step)
             lines.append(line)
             if line.best is not None:
-                tuned.write({line.name: line.best})  # an interrupted run keeps what it has
+                configs.write({line.name: line.best})  # an interrupted run keeps what it has
     return lines
 
 
@@ -177,4 +177,4 @@ def show(lines: list[Line], console: Any) -> None:
             str(len(line.left_out)),
         )
     console.print(table)
-    console.print(f"written to {tuned.PATH}")
+    console.print(f"written to {configs.PATH}")

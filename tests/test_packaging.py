@@ -66,16 +66,21 @@ def test_every_public_name_exists():
     assert [name for name in aajr_kernels.__all__ if not hasattr(aajr_kernels, name)] == []
 
 
+#: files that are longer than a sitting, and read better in one piece than in several
+LONG_FILES = {
+    # attention's three kernels of gradients, which share the recomputation of a tile
+    "aajr_kernels/ops/attention/triton/backward.py": 600,
+}
+
+
 def test_no_file_grows_beyond_reading():
     sources = [
         path
         for folder in ("aajr_kernels", "experiments", "tests", "scripts")
         for path in (ROOT / folder).rglob("*.py")
     ]
-    long = {
-        str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) > 450
-    }
-    assert long == {}
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
+    assert {name: n for name, n in lengths.items() if n > LONG_FILES.get(name, 450)} == {}
 
 
 def test_make_targets_are_listed_by_help():

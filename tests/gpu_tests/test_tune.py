@@ -9,7 +9,7 @@ import torch
 from native.suite import Target
 from typer.testing import CliRunner
 
-from aajr_kernels.ops.attention import configs, tuned
+from aajr_kernels.ops.attention import configs
 from bench import tune
 from bench.__main__ import bench as command
 from common.command import application
@@ -23,10 +23,10 @@ interpreted = pytest.mark.skipif(
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """A table of its own."""
-    monkeypatch.setattr(tuned, "PATH", tmp_path / "tuned.json")
-    tuned.table.cache_clear()
-    yield tuned.PATH
-    tuned.table.cache_clear()
+    monkeypatch.setattr(configs, "PATH", tmp_path / "tuned.json")
+    configs.table.cache_clear()
+    yield configs.PATH
+    configs.table.cache_clear()
 
 
 @interpreted
@@ -48,7 +48,7 @@ def test_the_quickest_right_candidate_wins(table, kernel, monkeypatch):
     )
     assert line.best == (32, 64, 1, 1) and list(line.times.values()) == [3.0, 1.0, 2.0]
     assert list(line.left_out) == [(48, 32, 1, 1)]
-    tuned.write({line.name: line.best})
+    configs.write({line.name: line.best})
     assert configs.tile(kernel, "interpreter", torch.float32, 16, 16, True) == configs.Tile(32, 64, 1, 1)
     assert configs.tile(kernel, "interpreter", torch.float32, 16, 16, False) != configs.Tile(32, 64, 1, 1)
 
@@ -72,9 +72,9 @@ def test_a_wrong_candidate_is_left_out(table, monkeypatch):
 
 
 def test_the_table_keeps_other_lines(table):
-    tuned.write({"sm_90/fwd/16 bits/128/causal": (128, 64, 8, 2)})
-    tuned.write({"sm_90/dq/16 bits/128/causal": (128, 32, 8, 2)})
-    assert json.loads(table.read_text()).keys() == tuned.table().keys() and len(tuned.table()) == 2
+    configs.write({"sm_90/fwd/16 bits/128/causal": (128, 64, 8, 2)})
+    configs.write({"sm_90/dq/16 bits/128/causal": (128, 32, 8, 2)})
+    assert json.loads(table.read_text()).keys() == configs.table().keys() and len(configs.table()) == 2
     assert configs.tile("dq", "sm_90", torch.float16, 100, 128, True) == configs.Tile(128, 32, 8, 2)
 
 

@@ -12,10 +12,13 @@ from ....backends.triton import architecture, launch
 from ....backends.triton.operators import operator
 from ..configs import Tile
 from ..tiling import Options
-from .backward import _attention_rows_kernel
-from .bias import _attention_bwd_bias_kernel
+from .backward import (
+    _attention_bwd_bias_kernel,
+    _attention_bwd_kv_kernel,
+    _attention_bwd_q_kernel,
+    _attention_rows_kernel,
+)
 from .forward import _attention_fwd_kernel
-from .keys import _attention_bwd_kv_kernel
 from .problem import (
     Problem,
     batch_parts,
@@ -28,7 +31,6 @@ from .problem import (
     rows,
     stack,
 )
-from .queries import _attention_bwd_q_kernel
 
 __all__ = ["Options", "attention_bwd", "attention_fwd"]
 

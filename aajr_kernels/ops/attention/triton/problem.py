@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ....backends.triton import architecture, float32_products, launch
 from ..configs import Tile, tile
 from ..tiling import Options
-from .mask import _pack_mask_kernel
+from .device import _pack_mask_kernel
 
 GRID_LIMIT = 65535
 # a gradient of a bias is shared among programs until there are this many: a constant, so that the order of its sums
