@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,17 +17,18 @@ from rich.console import Console
 from aajr_kernels.training.progress import Progress
 from common.command import run
 
-from . import comparisons as bench_compare
+from . import compare as comparison
+from . import suites as registry
+from . import tables
+from .allocator import keep_memory
+from .case import DTYPES, PARTS, Case, Selection
+from .roofline import DEVICES
+from .row import append_rows, environment, read_rows
+from .run import Outcome, run_case
 
-if TYPE_CHECKING:
-    from . import Case, Outcome
-
-DTYPES = ("float32", "bfloat16", "float16")
-#: rounds of a run that is compared with a baseline, at least
-ROUNDS = 7
 #: a name for several suites
 GROUPS = {"ops": ("norm", "activation", "rotary")}
-#: --capability -> what holds every library to it; they read these variables when they start
+#: --capability -> the variables that hold every library to it; they are read when a process starts
 CAPABILITIES = {
     "avx2": {
         "AAJR_CPU_CAPABILITY": "avx2",
@@ -44,81 +45,58 @@ CAPABILITIES = {
 }
 
 
+def option(help: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, help=help, **options)
+
+
 def bench(
     ctx: typer.Context,
     suites: Annotated[
         list[str] | None,
         typer.Argument(help="Suites, or SUITE:FAMILY; --list names them. Default: all that can run here."),
     ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="Dtype to measure; repeatable. Default: each suite's own.")
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Sequence lengths, separated by commas. Default: each suite's own.")
-    ] = None,
-    part: Annotated[
-        str | None, typer.Option(help="Time forward or backward alone (ops and steps). Default: both.")
-    ] = None,
+    dtype: Annotated[list[str] | None, option("Dtype; repeatable. Default: each suite's own.")] = None,
+    lengths: Annotated[str | None, option("Lengths, separated by commas. Default: each suite's own.")] = None,
+    part: Annotated[str, option("Time forward, backward or both (ops and steps).")] = "both",
     device: Annotated[
         str | None,
-        typer.Option(
-            help="cpu or cuda. Default: suite gpu where there is a device for it, the others on the CPU."
-        ),
+        option("cpu or cuda. Default: suite gpu on a device if there is one, the others on the CPU."),
     ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(min=1, help="Timed rounds. Default: each case's own.")
-    ] = None,
+    repeats: Annotated[int | None, option("Timed rounds. Default: each case's own.", min=1)] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch and of the native module. Default: 2.")
+        int | None, option("Threads of torch and of the native module. Default: 2.", min=1)
     ] = None,
     capability: Annotated[
-        str | None, typer.Option(help="Hold every library to avx2 or avx512, in a process of its own.")
+        str | None, option("Hold every library to avx2 or avx512, in a process of its own.")
     ] = None,
     peak: Annotated[
         bool | None,
-        typer.Option(
-            "--peak/--no-peak", help="Peak memory of every case or of none. Default: where bounded."
-        ),
+        option("Peak memory of every case or of none. Default: where bounded.", "--peak/--no-peak"),
     ] = None,
-    rows: Annotated[
-        Path | None, typer.Option(help="Append the rows to this file, one JSON line each.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Measure nothing: draw the step ratios in --rows as this picture.")
-    ] = None,
+    rows: Annotated[Path | None, option("Append the rows to this file, one JSON line each.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="Measure nothing: predict the times on h100, a100, b200, mi300x... (suite gpu)."),
+        str | None, option("Measure nothing: predict the times on h100, a100, b200, mi300x... (suite gpu).")
     ] = None,
     tune: Annotated[
-        bool,
-        typer.Option("--tune", help="On a GPU: measure tiles of the attention kernels, write the best."),
+        bool, option("On a GPU: measure tiles of the attention kernels, write the best.", "--tune")
     ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 if a row is outside its bounds.")
-    ] = False,
+    check: Annotated[bool, option("Exit with 1 if a row is outside its bounds.", "--check")] = False,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="One small case of every family, three rounds, no peaks of memory."),
+        bool, option("One small case of every family, three rounds, no peaks of memory.", "--quick")
     ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Measure nothing: the ratios of the second file of rows against the first."),
+        option("Measure nothing: the ratios of the second file of rows against the first."),
     ] = None,
     against: Annotated[
-        str | None,
-        typer.Option(help="Also build this commit in a worktree, time it in turn, and compare."),
+        str | None, option("Also build this commit in a worktree, time it in turn, and compare.")
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of baselines: exit with 1 if a ratio is 15 % above that of this kind of machine."
-        ),
+        option("Folder of baselines: exit with 1 if a ratio is 15 % above that of this kind of machine."),
     ] = None,
-    update: Annotated[
-        bool, typer.Option("--update", help="With --baseline: write it instead of comparing.")
-    ] = False,
-    listed: Annotated[bool, typer.Option("--list", help="List the cases and their bounds.")] = False,
+    update: Annotated[bool, option("With --baseline: write it instead of comparing.", "--update")] = False,
+    listed: Annotated[bool, option("List the cases and their bounds.", "--list")] = False,
 ) -> None:
     """Speed and memory of the fused ops and of the penalty step, as ratios to PyTorch's own.
 
@@ -131,81 +109,59 @@ def bench(
     Exit code 0: done, 1: gradients are wrong, a case failed, with --check a bound is missed, or a ratio is above its
     baseline, 2: bad arguments, 130: interrupted.
     """
-    if plot is not None:
-        _draw(rows, plot)
-        return
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)  # a file or a pipe takes wide tables
     if tune:
-        _tune()
+        _tune(console)
         return
     if model is not None:
-        _predict(model, suites or ["gpu"], dtype, lengths)
+        _predict(model, suites or ["gpu"], dtype, lengths, console)
         return
     if compare is not None:
-        _alone(ctx, "compare")
-        bench_compare.files(*compare, _console())
+        _refuse_others(ctx, "compare")
+        _compare_files(*compare, console)
         return
     if capability is not None:
         _hold_to(capability, ctx)
     if against is not None:
-        _alone(
-            ctx,
-            "against",
-            *("suites", "dtype", "lengths", "part", "device", "repeats", "threads", "rows", "quick"),
-            "capability",
-        )
-        rest = _arguments(ctx, without=("against", "rows", "capability"))
-        bench_compare.commit(against, rest, rows, _console())
+        sizes = ("suites", "dtype", "lengths", "part", "device", "repeats", "threads", "rows", "quick")
+        _refuse_others(ctx, "against", *sizes, "capability")
+        _compare_commit(against, _arguments(ctx, ("against", "rows", "capability")), rows, console)
         return
-    from . import quick as quickly
-    from . import show
-
-    count = threads or min(2, os.cpu_count() or 1)
     if update and baseline is None:
         raise typer.BadParameter("it goes with --baseline FOLDER.", param_hint="--update")
-    standard = None
+    count = threads or min(2, os.cpu_count() or 1)
     if baseline is not None:
-        standard = bench_compare.Baseline(baseline, count, update)
-        repeats = max(repeats or 0, ROUNDS)
-    chosen = _cases(suites, dtype, lengths, everything=listed, part=part, device=device)
+        file = comparison.baseline_file(baseline, {**environment(), "threads": count})
+        try:
+            expected = comparison.read_baseline(file, update)
+        except comparison.Failed as error:
+            raise typer.BadParameter(str(error), param_hint="--baseline") from error
+        repeats = max(repeats or 0, comparison.ROUNDS)
+    cases = _cases(suites, dtype, lengths, everything=listed, part=part, device=device)
     if quick:
-        chosen, repeats, peak = quickly(chosen), repeats or 3, bool(peak)
-        if not chosen:
+        cases, repeats, peak = registry.quick(cases), repeats or 3, bool(peak)
+        if not cases:
             raise typer.BadParameter("nothing of that is quick: name another suite.", param_hint="--quick")
     if listed:
-        show.listing(chosen, _console())
+        console.print(tables.listing(cases))
         return
     if rows is not None and not rows.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {rows.parent}: make it first.", param_hint="--rows")
-    start = time.perf_counter()
-    before = torch.get_num_threads()
+    start, before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        results = _run(chosen, repeats, peak, rows)
+        results = _run(cases, repeats, peak, rows, console)
     finally:
         torch.set_num_threads(before)
-    show.verdict(results, time.perf_counter() - start, _console())
-    slower = standard is not None and standard.judge(results, _console())
-    if slower or any(result.failures or (check and result.missed) for result in results):
+    tables.show_verdict(results, time.perf_counter() - start, console)
+    failed = any(result.failures or (check and result.missed) for result in results)
+    if baseline is not None and update:
+        failed |= not comparison.write_baseline(file, expected, results, console)
+    elif baseline is not None:
+        failed |= not comparison.passes(expected, results, console)
+    if failed:
         raise typer.Exit(1)
-
-
-def _tune() -> None:
-    """Measure tiles on the device and write the best into the table that the kernels read."""
-    if not torch.cuda.is_available():
-        raise typer.BadParameter(
-            "tiles are measured on a CUDA or ROCm device, and torch sees none: edit ops/attention/configs.py and see "
-            "what scripts/kernel_budgets.py says.",
-            param_hint="--tune",
-        )
-    from . import tune
-
-    tune.show(tune.on_device(), _console())
-
-
-def _console() -> Console:
-    """Standard output, wide enough for the tables where it is a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
 
 
 def _cases(
@@ -213,45 +169,38 @@ def _cases(
     dtypes: list[str] | None,
     lengths: str | None,
     everything: bool = False,
-    part: str | None = None,
+    part: str = "both",
     device: str | None = None,
 ) -> list[Case]:
     """The cases of the suites and families that were named; those without a device for them only on request."""
-    from . import SUITES, Selection
-    from .case import PARTS
-
-    part = part or "both"
+    suites, whole = registry.SUITES, part == "both"
     _one_of(PARTS, part, "--part")
     _one_of((None, "cpu", "cuda"), device, "--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(
             "torch sees no CUDA or ROCm device: --model h100 predicts its times.", param_hint="--device"
         )
-    absent = [
-        name
-        for name, suite in SUITES.items()
-        if suite.device != "cpu" and (device == "cpu" or not torch.cuda.is_available())
-    ]
+    on_device = device != "cpu" and torch.cuda.is_available()
+    absent = [name for name, suite in suites.items() if suite.device != "cpu" and not on_device]
     for name in dtypes or ():
-        _one_of(DTYPES, name, "--dtype")
+        _one_of(tuple(DTYPES), name, "--dtype")
     sizes = _lengths(lengths) if lengths is not None else None
-    wanted: dict[str, list[str] | None] = {}
-    whole = part == "both"
     usual = [
         name
-        for name, suite in SUITES.items()
+        for name, suite in suites.items()
         if everything or (suite.usual and name not in absent and (whole or suite.parts))
     ]
-    for name in [one for given in names or usual for one in GROUPS.get(given, (given,))]:
+    families: dict[str, set[str]] = {}
+    for name in [one for group in names or usual for one in GROUPS.get(group, (group,))]:
         suite, _, family = name.partition(":")
-        if suite not in SUITES:
+        if suite not in suites:
             raise typer.BadParameter(
-                f"suite {suite!r} is unknown: choose from {', '.join((*GROUPS, *SUITES))}."
+                f"suite {suite!r} is unknown: choose from {', '.join((*GROUPS, *suites))}."
             )
-        if family and family not in SUITES[suite].families:
-            options = ", ".join(f"{suite}:{one}" for one in SUITES[suite].families)
+        if family and family not in suites[suite].families:
+            options = ", ".join(f"{suite}:{one}" for one in suites[suite].families)
             raise typer.BadParameter(f"suite {suite} has no family {family!r}: choose from {options}.")
-        if not whole and not SUITES[suite].parts:
+        if not whole and not suites[suite].parts:
             raise typer.BadParameter(
                 f"suite {suite} is timed as a whole, or has families for either: leave it out of this run.",
                 param_hint="--part",
@@ -261,18 +210,13 @@ def _cases(
                 f"suite {suite} needs a CUDA or ROCm device, and torch sees none (or --device says cpu): --model h100 "
                 "predicts its times."
             )
-        families = wanted.setdefault(suite, [])
-        if not family or families is None:
-            wanted[suite] = None
-        else:
-            families.append(family)
-    found: list[Case] = []
-    for suite, families in wanted.items():
-        chosen = None if families is None else tuple(families)
-        found += SUITES[suite].cases(
-            Selection(tuple(dtypes) if dtypes else None, sizes, chosen, part, device or "cpu")
+        families.setdefault(suite, set()).update([family] if family else suites[suite].families)
+    cases: list[Case] = []
+    for suite, wanted in families.items():
+        cases += suites[suite].cases(
+            Selection(tuple(dtypes) if dtypes else None, sizes, tuple(wanted), part, device or "cpu")
         )
-    return found
+    return cases
 
 
 def _one_of(choices: Sequence[str | None], value: str | None, option: str) -> None:
@@ -293,24 +237,19 @@ def _lengths(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path | None) -> list[Outcome]:
-    from . import Outcome, append_rows, environment, keep_memory, run_case, show
-
+def _run(
+    cases: list[Case], repeats: int | None, peak: bool | None, rows: Path | None, console: Console
+) -> list[Outcome]:
     keep_memory()
     facts = environment()
-    console = _console()
-    native = facts["native_capability"] or "none"
-    console.print(
-        f"{facts['cpu']}, torch {facts['torch']} ({facts['torch_capability']}), native module: {native}, "
-        f"{facts['threads']} threads",
-        highlight=False,
-        soft_wrap=True,
+    tables.say(
+        console,
+        f"{facts['cpu']}, torch {facts['torch']} ({facts['torch_capability']}), native module: "
+        f"{facts['native_capability'] or 'none'}, {facts['threads']} threads",
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
-        console.print(
-            f"[yellow]The machine is busy (load {load:.1f}): ratios may be off.[/]", highlight=False
-        )
+        tables.say(console, f"[yellow]The machine is busy (load {load:.1f}): ratios may be off.[/]")
     results: list[Outcome] = []
     with Progress() as progress:
         # a gate and a warm-up cost about as much as two rounds
@@ -320,17 +259,17 @@ def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path |
             for number, case in enumerate(cases):
 
                 def tell(text: str, name: str = case.name) -> None:
-                    tell_of = progress.begin if text.startswith(("round", "gate")) else progress.note
-                    tell_of(f"{name}: {text}")
+                    step = progress.begin if text.startswith(("round", "gate")) else progress.note
+                    step(f"{name}: {text}")
 
                 try:
-                    result = run_case(case, facts, repeats=repeats, peak=peak, progress=tell)
+                    outcome = run_case(case, facts, repeats=repeats, peak=peak, progress=tell)
                 except Exception as error:  # the other cases go on
-                    result = Outcome(case, failures=[f"{type(error).__name__}: {error}"], gate=False)
-                results.append(result)
-                show.outcome(result, console)
+                    outcome = Outcome(case, failures=[f"{type(error).__name__}: {error}"], gate=False)
+                results.append(outcome)
+                tables.show_outcome(outcome, console)
                 if rows is not None:
-                    append_rows(rows, result.rows)
+                    append_rows(rows, outcome.rows)
                 progress.reach(sum(rounds[: number + 1]), case.name)
         except KeyboardInterrupt:
             progress.stop()
@@ -340,41 +279,54 @@ def _run(cases: list[Case], repeats: int | None, peak: bool | None, rows: Path |
     return results
 
 
-def _predict(model: str, suites: list[str], dtypes: list[str] | None, lengths: str | None) -> None:
-    from . import modelled
-    from .roofline import DEVICES
-
-    if model not in DEVICES:
+def _tune(console: Console) -> None:
+    if not torch.cuda.is_available():
         raise typer.BadParameter(
-            f"{model!r} is unknown: choose from {', '.join(DEVICES)}.", param_hint="--model"
+            "tiles are measured on a CUDA or ROCm device, and torch sees none: edit ops/attention/configs.py and see "
+            "what scripts/kernel_budgets.py says.",
+            param_hint="--tune",
         )
-    cases = [c for c in _cases(suites, dtypes, lengths, everything=True) if any(v.work for v in c.variants)]
+    from .tune import on_device, show
+
+    show(on_device(), console)
+
+
+def _predict(
+    model: str, names: list[str], dtypes: list[str] | None, lengths: str | None, console: Console
+) -> None:
+    _one_of(tuple(DEVICES), model, "--model")
+    cases = [c for c in _cases(names, dtypes, lengths, everything=True) if any(v.work for v in c.variants)]
     if not cases:
         raise typer.BadParameter(
-            f"nothing of {', '.join(suites)} is modelled: name suite gpu or a family of it.",
+            f"nothing of {', '.join(names)} is modelled: name suite gpu or a family of it.",
             param_hint="--model",
         )
-    modelled.show(cases, DEVICES[model], _console())
+    tables.show_predictions(cases, DEVICES[model], console)
 
 
-def _draw(rows: Path | None, picture: Path) -> None:
-    from . import read_rows
-    from .plot import plot_steps
-
-    if rows is None:
-        raise typer.BadParameter("it draws from rows: name their file with --rows.", param_hint="--plot")
+def _compare_files(before: Path, after: Path, console: Console) -> None:
+    names = (before.stem, after.stem) if before.stem != after.stem else ("A", "B")
     try:
-        plot_steps(read_rows(rows), picture)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--rows") from error
+        comparison.show_change(read_rows(before), read_rows(after), names, console)
+    except (OSError, ValueError, comparison.Failed) as error:
+        raise typer.BadParameter(str(error), param_hint="--compare") from error
+
+
+def _compare_commit(commit: str, arguments: Sequence[str], rows: Path | None, console: Console) -> None:
+    try:
+        with Progress() as progress:
+            progress.stage(f"{commit} and this code", 1 + 2 * comparison.TURNS)
+            other, here = comparison.measure_both(commit, arguments, progress.begin)
+        if rows is not None:
+            append_rows(rows, [*other, *here])
+        comparison.show_change(other, here, (commit, "this code"), console)
+    except comparison.Failed as error:
+        raise typer.BadParameter(str(error), param_hint="--against") from error
 
 
 def _hold_to(capability: str, ctx: typer.Context) -> None:
     """Go on if the libraries of this process are held to the capability; else do the same in one where they are."""
-    if capability not in CAPABILITIES:
-        raise typer.BadParameter(
-            f"{capability!r} is unknown: choose from {', '.join(CAPABILITIES)}.", param_hint="--capability"
-        )
+    _one_of(tuple(CAPABILITIES), capability, "--capability")
     settings = CAPABILITIES[capability]
     if all(os.environ.get(name) == value for name, value in settings.items()):
         return
@@ -382,36 +334,34 @@ def _hold_to(capability: str, ctx: typer.Context) -> None:
     raise typer.Exit(subprocess.run(command, check=False, env={**os.environ, **settings}).returncode)
 
 
-def _alone(ctx: typer.Context, option: str, *also: str) -> None:
+def _refuse_others(ctx: typer.Context, option: str, *also: str) -> None:
     """Refuse options that would be without effect beside this one."""
-    given = [
-        parameter.opts[0]
-        for parameter in ctx.command.params
-        if parameter.name not in (option, *also)
-        and ctx.params.get(parameter.name or "") not in (None, (), [], False)
-    ]
-    if given:
-        raise typer.BadParameter(f"it does not go with {', '.join(given)}.", param_hint=f"--{option}")
+    without = [p.opts[0] for p in ctx.command.params if _set(ctx, p) and p.name not in (option, *also)]
+    if without:
+        raise typer.BadParameter(f"it does not go with {', '.join(without)}.", param_hint=f"--{option}")
+
+
+def _set(ctx: typer.Context, parameter: Any) -> bool:
+    """Whether the user gave a parameter a value other than its default."""
+    return ctx.params.get(parameter.name) not in (None, (), [], parameter.default)
 
 
 def _arguments(ctx: typer.Context, without: Sequence[str] = ()) -> list[str]:
-    """The command line that gives these parameters, but for some."""
-    found: list[str] = []
+    """The command line that sets these parameters, but for some."""
+    options: list[str] = []
     positional: list[str] = []
     for parameter in ctx.command.params:
         value: Any = ctx.params.get(parameter.name or "")
-        if value is None or value == () or value == [] or parameter.name in without:
+        if not _set(ctx, parameter) or parameter.name in without:
             continue
         values = [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
         if parameter.param_type_name == "argument":
             positional += values
         elif isinstance(value, bool):
-            names = parameter.opts if value else parameter.secondary_opts
-            found += names[:1]
+            options += (parameter.opts if value else parameter.secondary_opts)[:1]
         else:
-            for one in values:
-                found += [parameter.opts[0], one]
-    return found + positional
+            options += [word for one in values for word in (parameter.opts[0], one)]
+    return options + positional
 
 
 if __name__ == "__main__":

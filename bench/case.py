@@ -1,6 +1,6 @@
-"""What a suite is made of: cases, each a set of variants that compute comparable things.
+"""Cases and suites: a case is a set of variants that compute comparable things.
 
-A suite is a function from a :class:`Selection` to cases, entered in the registry of the package. A case names its
+A suite is a function from a :class:`Selection` to cases, entered in :data:`bench.suites.SUITES`. A case names its
 sizes, its variants and what they are measured against; a variant knows how to build itself at any length (the gate
 runs at a small one, the peak of memory in another process) and which exact gradients it has to reproduce.
 """
@@ -22,7 +22,7 @@ SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: relative error of all gradients together that an exact variant may have
 LIMITS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
-#: what of a call is timed: forward and backward, or one of them
+#: of a call, timed: forward and backward, or one of them
 PARTS = ("both", "forward", "backward")
 
 #: None is a zero gradient: autograd leaves it out
@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One way to compute what a case is about.
+    """One way to compute the case.
 
     Attributes:
         name: as in the rows.
@@ -58,7 +58,7 @@ class Variant:
         flops, bytes: arithmetic and memory traffic of one call, for the rates.
         gradient_bytes: size of the gradients, where memory is bounded beside them.
         bounds: ``ratio``, ``peak_ratio``, ``extra_bytes``, ``ms``, ``copy_ratio`` -> largest value.
-        rival: a variant that this one has to beat.
+        peer: a variant that this one has to beat.
         key: the same for variants, also of other cases, that compute the same; the gate judges them once.
         compiled: torch compiles it first, which takes long; ``--quick`` leaves it out.
         work: its kernels in the roofline model; empty where it is not modelled.
@@ -76,7 +76,7 @@ class Variant:
     bytes: float | None = None
     gradient_bytes: int | None = None
     bounds: Mapping[str, float] = field(default_factory=dict)
-    rival: str | None = None
+    peer: str | None = None
     key: Hashable = None
     compiled: bool = False
     work: tuple[Work, ...] = ()
@@ -89,14 +89,14 @@ class Case:
     Attributes:
         base: variants that ratios may refer to; the fastest of them is taken.
         gate_length: where gradients are compared with float64.
-        repeats: timed rounds unless the user says otherwise.
+        repeats: timed rounds unless ``--repeats`` says otherwise.
         timed: False for a case that only measures memory.
         peak: whether the peak of memory is measured by default.
         warm_length: run once before the peak is taken, so that code and small buffers are in place.
         graph: on a device, calls are replayed from a captured graph, so that short kernels do not wait for Python.
         large: takes minutes; ``--quick`` leaves it out.
-        part: of :data:`PARTS`, as the user asked for.
-        why: what the case shows, in a few words.
+        part: of :data:`PARTS`.
+        why: the comparison in a few words.
     """
 
     suite: str
@@ -128,7 +128,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the user asked for; None leaves a suite its own choice.
+    """The cases to make; None leaves a suite its own choice.
 
     Attributes:
         part: of :data:`PARTS`, for suites that have them.
@@ -150,7 +150,7 @@ class Selection:
         return self.families is None or family in self.families
 
     def grid(self, dtypes: Sequence[str], lengths: Sequence[int]) -> list[tuple[str, int]]:
-        """Pairs of dtype and length, from the user's choice or from these defaults."""
+        """Pairs of dtype and length, selected or from these defaults."""
         return [(dtype, n) for dtype in self.dtypes or dtypes for n in self.lengths or lengths]
 
 
@@ -159,9 +159,9 @@ class Suite:
     """A named set of families of cases; those for a device run where there is one, or are modelled.
 
     Attributes:
-        device: ``cuda``: it runs nowhere else; ``cpu``: there, or where the user says.
+        device: ``cuda``: it runs nowhere else; ``cpu``: there, or where ``--device`` says.
         usual: whether it is part of a run that names no suite.
-        parts: whether forward and backward can be timed apart on request.
+        parts: whether forward and backward can be timed apart when asked for.
     """
 
     name: str
@@ -185,8 +185,8 @@ def compiled(scalar: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     torch would go on without compiling, in silence but for a line in the log.
     """
     allow_recompilations(256)
-    found: Callable[..., torch.Tensor] = torch.compile(scalar, dynamic=False)
-    return found
+    function: Callable[..., torch.Tensor] = torch.compile(scalar, dynamic=False)
+    return function
 
 
 def portion(

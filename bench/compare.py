@@ -1,4 +1,4 @@
-"""Two sets of rows against each other: by how much every ratio changed, with an interval, and whether that is too much.
+"""Two sets of rows against each other: files, another commit, or a run and the baseline of its kind of machine.
 
 Ratios are compared, never times: both sides of a ratio are measured in the same process, interleaved. The interval is
 the percentile bootstrap of the median over the rounds of either run; it says how well these runs tell the two apart,
@@ -7,39 +7,34 @@ not how the machine will behave tomorrow.
 
 from __future__ import annotations
 
-import functools
-import json
+import dataclasses
+import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from .row import Row
-
-__all__ = [
-    "LIMIT",
-    "ROUNDS",
-    "Change",
-    "Comparison",
-    "baseline_file",
-    "compare",
-    "key_of",
-    "machine_kind",
-    "merged",
-    "show",
-]
+from .row import Row, latest, read_rows
+from .run import Outcome
+from .tables import grid, say
 
 LIMIT = 0.15  # largest growth of a ratio that passes
-ROUNDS = 7  # with fewer an interval says little, and the growth alone decides
+ROUNDS = 7  # with fewer an interval says little, and the growth decides
 RESAMPLES, LEVEL = 4000, 0.95
+ROOT = Path(__file__).resolve().parent.parent
+TURNS = 2  # each of two commits is measured so often, in the order other, this, this, other
 
-Key = tuple[object, ...]
+
+class Failed(RuntimeError):
+    """Nothing can be compared; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -94,50 +89,21 @@ class Comparison:
         return [change.name for change in self.changes if change.exceeds() and change.rounds >= ROUNDS]
 
 
-def case_of(row: Row) -> Key:
-    """A case on a kind of machine; commit and versions are free to differ."""
-    config = json.dumps(row.config, sort_keys=True)
-    where = (row.device, row.device_name, row.cpu, row.torch_capability, row.native_capability, row.threads)
-    return (row.suite, row.family, config, row.length, row.dtype, *where)
-
-
-def key_of(row: Row) -> Key:
-    """A variant of a case on a kind of machine."""
-    return (*case_of(row), row.variant)
-
-
-def name_of(row: Row) -> str:
-    """The same for people."""
-    part = f" {row.config['part']}" if "part" in row.config else ""
-    return f"{row.suite}:{row.family} {row.dtype} {row.length}{part} {row.variant}"
-
-
-def newest(rows: Iterable[Row]) -> dict[Key, Row]:
-    """Of rows that measure the same, the last one."""
-    return {key_of(row): row for row in rows}
-
-
-def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
-    """`old` with the cases of `new` replaced as a whole."""
-    replaced = {case_of(row) for row in new}
-    return [*(row for row in newest(old).values() if case_of(row) not in replaced), *newest(new).values()]
-
-
 def compare(before: Iterable[Row], after: Iterable[Row]) -> Comparison:
     """The ratios of `after` against those of `before`, in the order of `after`."""
-    old, new = newest(before), newest(after)
+    old, new = ({row.key: row for row in rows} for rows in (before, after))
     changes = []
     for key, row in new.items():
         was = old.get(key)
         if was is None or was.ratio is None or row.ratio is None or was.variant == was.base == row.base:
             continue
-        changes.append(_change(was, row, new.get((*case_of(row), was.base))))
-    ran = {case_of(row) for row in new.values()}
+        changes.append(_change(was, row, new.get((*row.case_key, was.base))))
+    cases = {row.case_key for row in new.values()}
     measured = {key for key, row in new.items() if row.ratio is not None}
     lost = [
-        name_of(row)
+        row.name
         for key, row in old.items()
-        if row.ratio is not None and case_of(row) in ran and key not in measured
+        if row.ratio is not None and row.case_key in cases and key not in measured
     ]
     return Comparison(changes, lost, (len(old.keys() - new.keys()), len(new.keys() - old.keys())))
 
@@ -145,60 +111,207 @@ def compare(before: Iterable[Row], after: Iterable[Row]) -> Comparison:
 def _change(before: Row, after: Row, base: Row | None) -> Change:
     """`base` is the row, in the second set, of what `before` was divided by."""
     assert before.ratio is not None and after.ratio is not None
-    fewer = min(before.repeats, after.repeats)
+    old, new, fewer = before.round_ratios, after.round_ratios, min(before.repeats, after.repeats)
     if before.base != after.base:  # another way to compute the plain step was the fastest
         ratio = after.ratio / base.ratio if base is not None and base.ratio else after.ratio
-        return Change(name_of(after), before.ratio, ratio, None, fewer)
-    rounds = [row.round_ratios for row in (before, after)]
-    if not all(rounds):
-        return Change(name_of(after), before.ratio, after.ratio, None, fewer)
+        return Change(after.name, before.ratio, ratio, None, fewer)
+    if not old or not new:
+        return Change(after.name, before.ratio, after.ratio, None, fewer)
     interval = None
-    if min(map(len, rounds)) >= ROUNDS:
+    if min(len(old), len(new)) >= ROUNDS:
         rng = np.random.default_rng(0)
-        old, new = (_medians(ratios, rng) for ratios in rounds)
-        low, high = np.quantile(new / old - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        draws = [np.asarray(one)[rng.integers(0, len(one), (RESAMPLES, len(one)))] for one in (old, new)]
+        medians = [np.median(draw, axis=1) for draw in draws]
+        low, high = np.quantile(medians[1] / medians[0] - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         interval = float(low), float(high)
-    return Change(name_of(after), statistics.median(rounds[0]), statistics.median(rounds[1]), interval, fewer)
+    return Change(after.name, statistics.median(old), statistics.median(new), interval, fewer)
 
 
-def _medians(values: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-    sample = np.asarray(values)
-    drawn: np.ndarray = np.median(sample[rng.integers(0, len(sample), (RESAMPLES, len(sample)))], axis=1)
-    return drawn
-
-
-def show(found: Comparison, names: tuple[str, str], console: Console) -> None:
+def show(comparison: Comparison, names: tuple[str, str], console: Console) -> None:
     """A table, the largest growth first; then what could not be compared."""
-    table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
-    for column in ("case and variant", *names, "change", f"{LEVEL:.0%} interval", ""):
-        table.add_column(escape(column), justify="left" if column == "case and variant" else "right")
-    for change in sorted(found.changes, key=lambda c: -c.growth):
+    columns: dict[str, list[str]] = {
+        name: [] for name in ("case and variant", *names, "change", f"{LEVEL:.0%} interval", "")
+    }
+    for change in sorted(comparison.changes, key=lambda c: -c.growth):
         interval = "" if change.interval is None else "{:+.1%} to {:+.1%}".format(*change.interval)
         mark = "[bold red]slower[/]" if change.exceeds() else ""
         if not mark and change.differs:
             mark = "[yellow]slower[/]" if change.growth > 0 else "[green]faster[/]"
         cells = (f"{change.before:.3f}", f"{change.after:.3f}", f"{change.growth:+.1%}", interval, mark)
-        table.add_row(escape(change.name), *cells)
-    console.print(table)
-    say = functools.partial(console.print, highlight=False, soft_wrap=True)
-    say(
-        f"{len(found.changes)} ratios compared; without a partner: {found.unmatched[0]} of {names[0]}, "
-        f"{found.unmatched[1]} of {names[1]}."
-    )
-    if found.slower:
-        say(f"[bold red]Slower by more than {LIMIT:.0%}:[/] {'; '.join(map(escape, found.slower))}.")
-    if found.lost:
-        say(f"[bold red]Without a number now:[/] {'; '.join(map(escape, found.lost))}.")
+        for column, cell in zip(columns.values(), (escape(change.name), *cells)):
+            column.append(cell)
+    console.print(grid(columns, left=("case and variant",), wrap=("case and variant",)))
+    before, after = comparison.unmatched
+    text = f"{len(comparison.changes)} ratios compared; without a partner: "
+    text += f"{before} of {names[0]}, {after} of {names[1]}."
+    if comparison.slower:
+        text += (
+            f"\n[bold red]Slower by more than {LIMIT:.0%}:[/] {'; '.join(map(escape, comparison.slower))}."
+        )
+    if comparison.lost:
+        text += f"\n[bold red]Without a number now:[/] {'; '.join(map(escape, comparison.lost))}."
+    say(console, text)
 
 
-def machine_kind(facts: Mapping[str, object]) -> str:
-    """A file name for the kind of machine: device, processor, instruction sets, threads; what :func:`case_of` holds."""
+def show_change(
+    before: Iterable[Row], after: Iterable[Row], names: tuple[str, str], console: Console
+) -> None:
+    """Compare and show.
+
+    Raises:
+        Failed: the two have nothing in common.
+    """
+    comparison = compare(before, after)
+    if not comparison.changes and not comparison.lost:
+        raise Failed("the two have no ratio in common: the same case on the same kind of machine.")
+    show(comparison, names, console)
+
+
+# ------------------------------------------------------------------------------------------------------ baselines
+def baseline_file(folder: Path, facts: Mapping[str, object]) -> Path:
+    """The baseline of a kind of machine: device, processor, instruction sets and threads, as in ``Row.case_key``."""
     where = "-".join(str(facts[name]) for name in ("device_name", "cpu") if facts[name]) or facts["machine"]
     native = facts["native_capability"] or "no-native"
     text = f"{where}-{facts['torch_capability']}-{native}-{facts['threads']}".lower()
-    return "".join(c if c.isalnum() else "-" for c in text).strip("-")
+    return folder / f"{''.join(c if c.isalnum() else '-' for c in text).strip('-')}.jsonl"
 
 
-def baseline_file(folder: Path, facts: Mapping[str, object]) -> Path:
-    """Where the baseline of this kind of machine is."""
-    return folder / f"{machine_kind(facts)}.jsonl"
+def read_baseline(file: Path, update: bool) -> list[Row]:
+    """The rows of a baseline, which need not exist where it is about to be written.
+
+    Raises:
+        Failed: there is none to compare with, or it cannot be read.
+    """
+    if not update and not file.exists():
+        raise Failed(
+            f"there is no {file.name} for this kind of machine in {file.parent}: make one with --update on a "
+            "commit that is known to be good."
+        )
+    try:
+        return read_rows(file) if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise Failed(str(error)) from error
+
+
+def write_baseline(file: Path, rows: Sequence[Row], results: Sequence[Outcome], console: Console) -> bool:
+    """Replace the cases of a baseline that ran, unless one of them failed; whether that was done."""
+    new = [row for result in results for row in result.rows]
+    if not new or any(result.failures or result.broken for result in results):
+        say(console, "[bold red]The baseline was not written:[/] a case failed, or nothing was measured.")
+        return False
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_suffix(".part")
+    lines = [row.line() + "\n" for row in merged(rows, new)]
+    whole.write_text("".join(lines), encoding="utf-8")
+    os.replace(whole, file)
+    say(console, f"Baseline of {len(lines)} rows in {file}.")
+    return True
+
+
+def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
+    """`old` with the cases of `new` replaced as a whole."""
+    replaced = {row.case_key for row in new}
+    return [*(row for row in latest(old) if row.case_key not in replaced), *latest(new)]
+
+
+def passes(rows: Sequence[Row], results: Sequence[Outcome], console: Console) -> bool:
+    """Whether no ratio is too far above the baseline's `rows`, and none is gone."""
+    new = [row for result in results for row in result.rows]
+    # a case of the baseline that was asked for, under whatever configuration it runs now
+    asked = {(r.case.suite, r.case.family, r.case.dtype, r.case.length) for r in results}
+    expected = [row for row in rows if (row.suite, row.family, row.dtype, row.length) in asked]
+    comparison = compare(expected, new)
+    gone = comparison.unmatched[0] - len(comparison.lost)
+    show(comparison, ("baseline", "now"), console)
+    if gone > 0:
+        console.print(
+            f"[bold red]{gone} rows of the baseline have no counterpart:[/] write it anew with --update."
+        )
+    return not (comparison.slower or comparison.lost or gone > 0 or not comparison.changes)
+
+
+# ------------------------------------------------------------------------------------------------- another commit
+def measure_both(
+    commit: str, arguments: Sequence[str], progress: Callable[[str], None]
+) -> tuple[list[Row], list[Row]]:
+    """Rows of another commit, built in a worktree of its own, and of this code, timed in turn.
+
+    Args:
+        commit: anything that git resolves.
+        arguments: of ``python -m bench``: suites and options, without ``--rows``.
+        progress: called with the next stage.
+
+    Raises:
+        Failed: git, the build or a benchmark failed, or the other commit knows no such suite or option.
+    """
+    with _worktree(commit) as tree, tempfile.TemporaryDirectory() as folder:
+        progress(f"building {commit}")
+        _build(tree)
+        rows: dict[Path, list[Row]] = {tree: [], ROOT: []}
+        for turn in range(TURNS):
+            for place in (tree, ROOT) if turn % 2 == 0 else (ROOT, tree):
+                progress(f"{'this code' if place == ROOT else commit}, turn {turn + 1} of {TURNS}")
+                file = Path(folder) / f"{turn}-{place == ROOT}.jsonl"
+                command = [sys.executable, "-m", "bench", *arguments, "--rows", str(file)]
+                name = "python -m bench " + ("here" if place == ROOT else f"at {commit}")
+                path = os.pathsep.join(p for p in (str(place), os.environ.get("PYTHONPATH")) if p)
+                _run(command, place, name, PYTHONPATH=path)
+                try:
+                    rows[place] += read_rows(file) if file.exists() else []
+                except ValueError as error:
+                    raise Failed(f"the rows of {commit} are of another kind: {error}") from error
+    capabilities = [{row.native_capability for row in rows[place]} for place in (tree, ROOT)]
+    if capabilities[0] != capabilities[1]:
+        raise Failed("the two sides ran with different native modules ({} and {}).".format(*capabilities))
+    return _pooled(rows[tree]), _pooled(rows[ROOT])
+
+
+def _run(command: Sequence[str], cwd: Path, name: str, **environment: str) -> None:
+    done = subprocess.run(
+        command, check=False, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
+        raise Failed(f"{name} failed:\n" + "\n".join(last))
+
+
+@contextmanager
+def _worktree(commit: str) -> Iterator[Path]:
+    """A checkout of the commit, gone afterwards."""
+    try:
+        _run(["git", "rev-parse", "--verify", f"{commit}^{{commit}}"], ROOT, f"finding commit {commit!r}")
+    except OSError as error:
+        raise Failed(f"git is needed: {error}.") from error
+    with tempfile.TemporaryDirectory(prefix="aajr-against-") as folder:
+        tree = Path(folder) / "tree"
+        _run(["git", "worktree", "prune"], ROOT, "git worktree prune")  # of runs that were killed
+        _run(["git", "worktree", "add", "--detach", str(tree), commit], ROOT, "git worktree")
+        try:
+            yield tree
+        finally:
+            remove = ["git", "worktree", "remove", "--force", str(tree)]
+            subprocess.run(remove, check=False, cwd=ROOT, capture_output=True)
+
+
+def _build(tree: Path) -> None:
+    """The native module of a checkout, in place, if this code has one; else neither side does."""
+    modules = sorted((ROOT / "aajr_kernels").glob("_native*.so"))
+    if modules:
+        sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+        if max(sources, default=0.0) > modules[-1].stat().st_mtime:
+            raise Failed(
+                "csrc was changed after the native module of this code was built: pip install -e . first."
+            )
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        _run(command, tree, "building the other commit", AAJR_NATIVE="1")
+
+
+def _pooled(rows: Sequence[Row]) -> list[Row]:
+    """Rows of several turns as one each, with the rounds of all; the ratio is that of the last turn."""
+    pooled: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        old = pooled.get(row.key)
+        if old is not None and old.base == row.base:
+            row = dataclasses.replace(row, round_ratios=[*old.round_ratios, *row.round_ratios])
+        pooled[row.key] = row
+    return list(pooled.values())

@@ -22,14 +22,14 @@ FLOOR = 1e-2
 
 @dataclass
 class Verdict:
-    """What the gate found.
+    """The results of the gate.
 
     Attributes:
         errors: variant -> relative error of its gradients.
         ops: variant -> our ops that ran, by backend.
         failures: one sentence per variant whose gradients are wrong; any makes the case red.
         left_out: optional variant -> why it cannot run.
-        broken: variant -> that it ran out of memory.
+        broken: variant -> the length at which it ran out of memory.
     """
 
     errors: dict[str, float] = field(default_factory=dict)

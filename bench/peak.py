@@ -12,9 +12,9 @@ import torch
 
 from common.meter import measure
 
-from . import SUITES
 from .case import Selection
 from .gate import on_backend
+from .suites import SUITES
 
 
 def main(

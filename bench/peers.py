@@ -45,11 +45,11 @@ def _jvp_flash(
     from jvp_flash_attention.jvp_attention import JVPAttn
 
     if not q.is_cuda:
-        raise RuntimeError("jvp-flash-attention has kernels for CUDA devices alone.")
+        raise RuntimeError("jvp-flash-attention has kernels for CUDA devices only.")
     if enable_gqa or k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    found: Tensor = JVPAttn.fwd_dual(q, k, v, attn_mask=attn_mask, causal=is_causal, sm_scale=scale)
-    return found
+    out: Tensor = JVPAttn.fwd_dual(q, k, v, attn_mask=attn_mask, causal=is_causal, sm_scale=scale)
+    return out
 
 
 @contextmanager

@@ -1,14 +1,18 @@
-"""The roofline model: arithmetic and memory traffic of the ops, and the time a device would take for them.
+"""Rooflines: the rates that a device reaches, arithmetic and traffic of the ops, and the time predicted from both.
 
-What is counted is what the kernels do (docs/triton.md), not the least that would do: the backward of attention
+Counted is what the kernels do (docs/triton.md), not the least that would do: the backward of attention
 recomputes scores in each of its kernels. A prediction is, summed over the kernels, the longer of arithmetic at the rate
 assumed for its kind and traffic at the bandwidth assumed. It leaves out launches, tails and everything between kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import torch
 
 #: of the peak: what fused attention reaches. 480 of an H100's 989 TFLOP/s; published plain kernels reach 350 to 650
 #: forward and less backward. The same share is assumed of every device.
@@ -110,14 +114,8 @@ class Attention:
     def forward(self) -> list[Work]:
         """The dual's: S, Ṡ (2 a tangent), O, Ȯ (2 a tangent)."""
         stack = 1 + self.K
-        return [
-            Work(
-                "attention",
-                "attention",
-                (2 + 4 * self.K) * self.product,
-                stack * 2 * (self.queries + self.keys),
-            )
-        ]
+        traffic = stack * 2 * (self.queries + self.keys)
+        return [Work("attention", "attention", (2 + 4 * self.K) * self.product, traffic)]
 
     def backward(self) -> list[Work]:
         """The dual's. K = 1: 24 products in three kernels at D = 128 (6 for V, 9 for K, 9 for Q), 21 in two at D = 64.
@@ -169,15 +167,8 @@ def head(rows: int, features: int, words: int, K: int = 1, item: int = 2) -> lis
     """
     product = 2.0 * rows * features * words
     traffic = item * ((1 + K) * rows * features + features * words)
-    parts = {
-        "forward": 1 + K,
-        "logits again": 1 + K,
-        "gradient of hidden": 1 + K,
-        "gradient of weight": 1 + K,
-    }
-    return [
-        Work(f"head, {name}", "product", count * product, float(traffic)) for name, count in parts.items()
-    ]
+    parts = ("forward", "logits again", "gradient of hidden", "gradient of weight")
+    return [Work(f"head, {part}", "product", (1 + K) * product, float(traffic)) for part in parts]
 
 
 def plain_head(rows: int, features: int, words: int, item: int = 2) -> list[Work]:
@@ -187,10 +178,8 @@ def plain_head(rows: int, features: int, words: int, item: int = 2) -> list[Work
     logits = float(rows) * words
     # cast to float32; log-softmax read and written; its gradient; cast back
     moved = logits * ((item + 4) + 8 + 12 + (4 + item))
-    return [
-        *[Work("head, product", "product", product, float(traffic))] * 3,
-        Work("cross-entropy", "stream", 0.0, moved),
-    ]
+    products = [Work("head, product", "product", product, float(traffic))] * 3
+    return [*products, Work("cross-entropy", "stream", 0.0, moved)]
 
 
 # --------------------------------------------------------------------------------------------------------- a step
@@ -212,13 +201,8 @@ class Decoder:
         """Forward and backward to all parameters of one sequence; K = 0 is the plain step."""
         C, D = self.hidden, self.head_size
         attention = Attention(1, self.heads, self.key_heads, length, length, D, True, max(K, 1), item)
-        sizes = [
-            (C, C),
-            (C, 2 * self.key_heads * D),
-            (C, C),
-            (C, 2 * self.intermediate),
-            (self.intermediate, C),
-        ]
+        inner = self.intermediate
+        sizes = [(C, C), (C, 2 * self.key_heads * D), (C, C), (C, 2 * inner), (inner, C)]
         layer: list[Work] = []
         for back in (False, True):
             for inputs, outputs in sizes:
@@ -229,3 +213,58 @@ class Decoder:
         layer += attention.forward() if K else attention.plain_forward()
         layer += attention.backward() if K else attention.plain_backward()
         return layer * self.layers
+
+
+# ------------------------------------------------------------------------------------------------------ ceilings
+@dataclass(frozen=True)
+class Ceilings:
+    """Largest rates of a device.
+
+    Attributes:
+        flops: operations a second of a square product in the dtype, by the vendor's library.
+        bytes: a second, read and written by a copy.
+    """
+
+    flops: float
+    bytes: float
+
+
+@functools.cache
+def measured(device: str, dtype: str) -> Ceilings:
+    """The ceilings of a device, measured once per process.
+
+    Half a second each: a matrix of 8192 squared, and a copy of a gigabyte, which no cache holds. On a CPU a matrix of
+    1024 and 256 MB will do; and where it has no instructions for the dtype, float32 is the faster way to compute in it.
+    """
+    if device != "cpu":
+        return measure(device, dtype, size=8192, numbers=2**29, seconds=0.5)
+    ceilings = measure(device, dtype, size=1024, numbers=2**27, seconds=0.5)
+    if dtype == "float32":
+        return ceilings
+    return Ceilings(max(ceilings.flops, measured(device, "float32").flops), ceilings.bytes)
+
+
+def measure(device: str, dtype: str, size: int, numbers: int, seconds: float) -> Ceilings:
+    """The ceilings by a square product of `size` and a copy of so many 16-bit numbers, each for some seconds."""
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
+    product = _fastest(lambda: torch.mm(a, b, out=out), device, seconds)
+    x = torch.zeros(numbers, dtype=torch.bfloat16, device=device)
+    y = torch.empty_like(x)
+    copy = _fastest(lambda: y.copy_(x), device, seconds)
+    return Ceilings(2.0 * size**3 / product, 2.0 * x.numel() * x.element_size() / copy)
+
+
+def _fastest(call: Callable[[], object], device: str, seconds: float) -> float:
+    """Least seconds of a call; ten at a time, so that starting them costs nothing."""
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    call()
+    wait()
+    least, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or least == float("inf"):
+        start = time.perf_counter()
+        for _ in range(10):
+            call()
+        wait()
+        least = min(least, (time.perf_counter() - start) / 10)
+    return least

@@ -125,6 +125,11 @@ class Row:
         """Of the machine's limit at the row's arithmetic intensity; None where the limits were not measured."""
         return max((share for share in (self.flop_share, self.byte_share) if share is not None), default=None)
 
+    @property
+    def extra_bytes(self) -> int | None:
+        """Peak memory beside the gradients."""
+        return None if self.peak_bytes is None else self.peak_bytes - (self.gradient_bytes or 0)
+
     def line(self) -> str:
         """The row as one line of JSON."""
         return json.dumps(dataclasses.asdict(self))

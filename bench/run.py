@@ -20,7 +20,7 @@ import torch
 
 from . import gate
 from .case import SEED, Case, Gradients, Run, Variant
-from .ceilings import Ceilings, measured
+from .roofline import Ceilings, measured
 from .row import Row
 
 #: a timed sample of a short variant repeats it until it lasts about this long
@@ -29,7 +29,7 @@ SAMPLE_SECONDS = 0.02
 
 @dataclass
 class Outcome:
-    """What came of one case.
+    """The results of one case.
 
     Attributes:
         rows: one per variant; none when the gate is red.
@@ -68,7 +68,7 @@ def run_case(
         environment: the fields of a row that are the same for the whole run.
         repeats: timed rounds in place of the case's own.
         peak: measure memory everywhere, nowhere, or (None) where the case asks for it.
-        progress: told what is about to happen.
+        progress: called with the next stage.
     """
     progress("gate")
     verdict = gate.check(case)
@@ -106,11 +106,14 @@ def run_case(
         return outcome
     base = min(bases, key=lambda name: min(samples[name], default=math.inf) if samples else 0.0)
     for variant in [v for v in case.variants if v in variants or v.name in outcome.broken]:
-        wrong, ops = verdict.errors.get(variant.name), verdict.ops.get(variant.name, {})
-        timing = "graph" if variant.name in outcome.graphed else "calls"
-        facts = {**environment, "timing": timing}
-        failure = outcome.broken.get(variant.name, "")
-        outcome.rows.append(_row(case, variant, base, samples, peaks, wrong, ops, limits, facts, failure))
+        facts = {
+            **environment,
+            "timing": "graph" if variant.name in outcome.graphed else "calls",
+            "ops": verdict.ops.get(variant.name, {}),
+            "gradient_error": _rounded(verdict.errors.get(variant.name), 3),
+            "failure": outcome.broken.get(variant.name, ""),
+        }
+        outcome.rows.append(_row(case, variant, base, samples, peaks, limits, facts))
     return outcome
 
 
@@ -229,8 +232,8 @@ def peak_in_new_process(case: Case, variant: Variant) -> int | None:
         raise RuntimeError(
             f"the peak memory of {variant.name} was not measured: {done.stderr.strip()[-2000:]}"
         )
-    found: int | None = json.loads(done.stdout.splitlines()[-1])
-    return found
+    peak: int | None = json.loads(done.stdout.splitlines()[-1])
+    return peak
 
 
 def _row(
@@ -239,35 +242,30 @@ def _row(
     base: str,
     samples: Mapping[str, list[float]],
     peaks: Mapping[str, int | None],
-    error: float | None,
-    ops: dict[str, str],
-    limits: Ceilings | None,
-    environment: Mapping[str, Any],
-    failure: str,
+    ceilings: Ceilings | None,
+    facts: dict[str, Any],
 ) -> Row:
     times = samples.get(variant.name, [])
-    least = min(times) if times else None
-    ratio = least / min(samples[base]) if least is not None else None
-    peak, base_peak = peaks.get(variant.name), peaks.get(base)
-    peak_ratio = peak / base_peak if peak and base_peak else None
-    extra = peak - (variant.gradient_bytes or 0) if peak is not None else None
-    flops = variant.flops / least if variant.flops and least else None
-    moved = variant.bytes / least if variant.bytes and least else None
-    flop_share = flops / limits.flops if flops and limits else None
-    byte_share = moved / limits.bytes if moved and limits else None
-    found = {
-        "ratio": ratio,
-        "peak_ratio": peak_ratio,
-        "extra_bytes": extra,
-        "ms": None if least is None else 1e3 * least,
-        "copy_ratio": None if byte_share is None else 1 / byte_share,
+    least = min(times, default=None)
+    fastest = min(samples[base]) if samples.get(base) else None
+    peak = peaks.get(variant.name)
+    flops, moved = _over(variant.flops, least), _over(variant.bytes, least)
+    flop_share = _over(flops, ceilings.flops) if ceilings else None
+    byte_share = _over(moved, ceilings.bytes) if ceilings else None
+    numbers = {
+        "ratio": _over(least, fastest),
+        "peak_ratio": _over(peak, peaks.get(base)),
+        "extra_bytes": None if peak is None else peak - (variant.gradient_bytes or 0),
+        "ms": _over(least, 1e-3),
+        "copy_ratio": _over(1.0, byte_share),
     }
-    bounds = {name: limit for name, limit in variant.bounds.items() if found[name] is not None}
-    held = [float(found[name] or 0) <= limit for name, limit in bounds.items()]
-    if variant.rival is not None and least is not None and samples.get(variant.rival):
-        rival = min(samples[variant.rival]) / min(samples[base])
-        bounds[f"ratio of {variant.rival}"] = _rounded(rival)
-        held.append(ratio is not None and ratio < rival)
+    bounds = {name: limit for name, limit in variant.bounds.items() if numbers[name] is not None}
+    held = [float(numbers[name] or 0) <= limit for name, limit in bounds.items()]
+    if variant.peer is not None and least is not None and samples.get(variant.peer):
+        peer = min(samples[variant.peer])
+        bounds[f"ratio of {variant.peer}"] = _rounded(_over(peer, fastest)) or 0.0
+        held.append(least < peer)
+    roofs = {"gflop_per_s": ceilings.flops / 1e9, "gb_per_s": ceilings.bytes / 1e9} if ceilings else {}
     return Row(
         suite=case.suite,
         family=case.family,
@@ -276,33 +274,33 @@ def _row(
         variant=variant.name,
         device=case.device,
         dtype=case.dtype,
-        backend="+".join(sorted(set(ops.values()))) or "torch",
-        ops=ops,
-        min_ms=None if least is None else _rounded(1e3 * least),
+        backend="+".join(sorted(set(facts["ops"].values()))) or "torch",
+        min_ms=_rounded(numbers["ms"]),
         median_ms=_rounded(1e3 * statistics.median(times)) if times else None,
         base=base,
-        ratio=None if ratio is None else _rounded(ratio),
-        gflop_per_s=_rounded(flops / 1e9) if flops else None,
-        gb_per_s=_rounded(moved / 1e9) if moved else None,
-        flop_share=_rounded(flop_share) if flop_share else None,
-        byte_share=_rounded(byte_share) if byte_share else None,
-        ceilings={"gflop_per_s": _rounded(limits.flops / 1e9), "gb_per_s": _rounded(limits.bytes / 1e9)}
-        if limits
-        else {},
+        ratio=_rounded(numbers["ratio"]),
+        gflop_per_s=_rounded(_over(flops, 1e9)),
+        gb_per_s=_rounded(_over(moved, 1e9)),
+        flop_share=_rounded(flop_share),
+        byte_share=_rounded(byte_share),
+        ceilings={name: float(f"{rate:.4g}") for name, rate in roofs.items()},
         peak_bytes=peak,
         gradient_bytes=variant.gradient_bytes,
-        peak_ratio=None if peak_ratio is None else _rounded(peak_ratio),
-        gradient_error=None if error is None else float(f"{error:.3g}"),
+        peak_ratio=_rounded(numbers["peak_ratio"]),
         bounds=bounds,
-        passed=False if failure and variant.bounds else all(held) if bounds else None,
+        passed=False if facts["failure"] and variant.bounds else all(held) if bounds else None,
         repeats=len(times),
         seed=SEED,
-        round_ratios=[_rounded(a / b) for a, b in zip(times, samples.get(base, []))],
-        failure=failure,
-        **environment,
+        round_ratios=[float(f"{a / b:.4g}") for a, b in zip(times, samples.get(base, []))],
+        **facts,
     )
 
 
-def _rounded(x: float) -> float:
+def _over(a: float | None, b: float | None) -> float | None:
+    """a / b, None where either is not known."""
+    return a / b if a is not None and b else None
+
+
+def _rounded(x: float | None, digits: int = 4) -> float | None:
     """Four significant digits: more would be noise."""
-    return float(f"{x:.4g}")
+    return None if x is None else float(f"{x:.{digits}g}")

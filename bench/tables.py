@@ -1,15 +1,23 @@
-"""Tables from committed rows: the costs of a step and the peaks of memory, in Markdown between two marks of a page."""
+"""Tables: of cases, rows and predictions on the terminal, and of committed rows in Markdown between marks of a page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from common.pages import between
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from common import pages
+
+from . import roofline
+from .case import Case, Variant
 from .plot import finite, model_name, rank, whole_models
 from .row import Row
+from .run import Outcome
 
 #: variant of a step -> its heading in the table of costs
 COSTS = {
@@ -117,7 +125,7 @@ def costs(entries: Sequence[Entry], prefix: str) -> str:
         *(COSTS[v] for v in variants),
         "rows",
     ]
-    return markdown(head, body)
+    return pages.table(head, body)
 
 
 def peaks(entries: Sequence[Entry], prefix: str) -> str:
@@ -138,7 +146,7 @@ def peaks(entries: Sequence[Entry], prefix: str) -> str:
         [str(length), *(_peak(line.get(variant)) for variant in used), links(line.values(), prefix)]
         for (_, length), line in sorted(lines.items())
     ]
-    return markdown(["S", *(PEAKS[variant] for variant in used), "rows"], body)
+    return pages.table(["S", *(PEAKS[variant] for variant in used), "rows"], body)
 
 
 def _peak(entry: Entry | None) -> str:
@@ -168,14 +176,8 @@ def rewrite(path: Path, root: Path, entries: Sequence[Entry]) -> bool:
     prefix, text, changed = "../" * (len(path.relative_to(root).parts) - 1), path.read_text("utf-8"), False
     for name, table in TABLES.items():
         if any(mark in text for mark in marks(name)):
-            changed |= between(path, *marks(name), table(entries, prefix))
+            changed |= pages.between(path, *marks(name), table(entries, prefix))
     return changed
-
-
-def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
 
 def links(entries: Iterable[Entry], prefix: str = "") -> str:
@@ -197,3 +199,147 @@ def _spans(lines: Iterable[int]) -> str:
         else:
             runs.append([line, line])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
+
+
+# --------------------------------------------------------------------------------------------------- on a terminal
+def grid(columns: Mapping[str, Sequence[str]], left: Sequence[str] = (), wrap: Sequence[str] = ()) -> Table:
+    """A table by columns, without those that are empty; on the right but for `left`, on one line but for `wrap`."""
+    table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in shown:
+        justify: Literal["left", "right"] = "left" if name in left else "right"
+        table.add_column(escape(name), no_wrap=name not in wrap, justify=justify)
+    for cells in zip(*shown.values()):
+        table.add_row(*cells)
+    return table
+
+
+def say(console: Console, text: str) -> None:
+    """Print text with markup, on one line however long."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def listing(cases: Sequence[Case]) -> Table:
+    """Every case with its variants and bounds."""
+    columns = {
+        "suite:family": [f"{case.suite}:{case.family}" for case in cases],
+        "dtype": [case.dtype for case in cases],
+        "length": [str(case.length) for case in cases],
+        "variants": [", ".join(v.name for v in case.variants) for case in cases],
+        "bounds": ["\n".join(line for v in case.variants for line in _bounds(v)) for case in cases],
+    }
+    return grid(columns, left=list(columns), wrap=("variants", "bounds"))
+
+
+def _bounds(variant: Variant) -> list[str]:
+    limits = [_limit(name, value) for name, value in variant.bounds.items()]
+    limits += [f"ratio below {variant.peer}"] if variant.peer else []
+    return [f"{variant.name}: {escape(limit)}" for limit in limits]
+
+
+def _limit(name: str, value: float) -> str:
+    if name == "extra_bytes":
+        return f"≤ {value / 1e6:.0f} MB extra"
+    if name.startswith("ratio of "):
+        return f"< {value:.2f} ({name.removeprefix('ratio of ')})"
+    units = {"ratio": "", "peak_ratio": " peak", "ms": " ms", "copy_ratio": " of a copy"}
+    return f"≤ {value:g}{units[name]}"
+
+
+def show_outcome(outcome: Outcome, console: Console) -> None:
+    """The rows of one case, or why there are none."""
+    say(console, f"\n[bold]{outcome.case.name}[/]  [dim]{escape(outcome.case.why)}[/]")
+    for failure in outcome.failures:
+        text = "gate red, no speed" if outcome.gate else "failed"
+        say(console, f"[bold red]{text}:[/] {escape(failure)}")
+    if outcome.rows:
+        console.print(_measured(outcome.rows))
+    for name, reason in outcome.broken.items():
+        say(console, f"[bold red]{escape(name)}:[/] {escape(reason)}")
+    for name, reason in outcome.left_out.items():
+        say(console, f"[yellow]{escape(name)} left out:[/] [dim]{escape(reason.splitlines()[0])}[/]")
+
+
+def _measured(rows: Sequence[Row]) -> Table:
+    def column(form: str, number: Callable[[Row], float | None], scale: float = 1.0) -> list[str]:
+        values = [number(row) for row in rows]
+        return ["" if value is None else format(value * scale, form) for value in values]
+
+    columns = {
+        "variant": [row.variant for row in rows],
+        "backend": [row.backend for row in rows],
+        "min ms": column(".2f", lambda row: row.min_ms),
+        "median": column(".2f", lambda row: row.median_ms),
+        "ratio": column(".2f", lambda row: row.ratio),
+        "GFLOP/s": column(".0f", lambda row: row.gflop_per_s),
+        "GB/s": column(".1f", lambda row: row.gb_per_s),
+        "of ceiling": column(".0%", lambda row: row.share_of_roof),
+        "peak MB": column(".0f", lambda row: row.peak_bytes, 1e-6),
+        "extra MB": column(".0f", lambda row: row.extra_bytes if row.gradient_bytes else None, 1e-6),
+        "peak ratio": column(".2f", lambda row: row.peak_ratio),
+        "grad error": column(".0e", lambda row: row.gradient_error),
+        "bound": [_verdict(row) for row in rows],
+    }
+    return grid(columns, left=("variant", "backend", "bound"), wrap=("bound",))
+
+
+def _verdict(row: Row) -> str:
+    if row.passed is None:
+        return ""
+    mark = "[green]✓[/]" if row.passed else "[bold red]✗[/]"
+    return f"{mark} {escape(', '.join(_limit(name, value) for name, value in row.bounds.items()))}"
+
+
+def show_verdict(results: Sequence[Outcome], seconds: float, console: Console) -> None:
+    """One sentence on the whole run."""
+    red = [result.case.name for result in results if result.failures]
+    missed = [f"{result.case.name} {row.variant}" for result in results for row in result.missed]
+    held = sum(row.passed is True for result in results for row in result.rows)
+    text = f"{sum(len(result.rows) for result in results)} rows of {len(results)} cases in {seconds:.0f} s"
+    if held or missed:
+        text += f"; {held} of {held + len(missed)} bounded rows within their bounds"
+    text += "."
+    if missed:
+        text += f" [bold red]Outside:[/] {escape('; '.join(missed))}."
+    if red:
+        text += f" [bold red]Gate red:[/] {escape('; '.join(red))}."
+    say(console, "\n" + text)
+
+
+def show_predictions(cases: Sequence[Case], device: roofline.Device, console: Console) -> None:
+    """Predicted times beside the bounds that they would have to meet, and the assumptions."""
+    names = ("suite:family", "dtype", "length", "variant")
+    columns: dict[str, list[str]] = {
+        name: [] for name in (*names, "ms", "ratio", "TFLOP", "GB", "limited by", "bound")
+    }
+    for case in cases:
+        times = {v.name: 1e3 * roofline.seconds(v.work, device) for v in case.variants if v.work}
+        base = min((times[name] for name in case.base if name in times), default=None)
+        for variant in (v for v in case.variants if v.work):
+            ms, work = times[variant.name], variant.work
+            flops, longest = sum(one.flops for one in work), max(work, key=lambda one: one.seconds(device))
+            arithmetic = longest.flops and longest.seconds(device) == longest.flops / device.rate(
+                longest.kind
+            )
+            cells = (
+                *(f"{case.suite}:{case.family}", case.dtype, str(case.length), variant.name, f"{ms:.3g}"),
+                "" if base is None else f"{ms / base:.2f}",
+                f"{flops / 1e12:.3g}" if flops else "",
+                f"{sum(one.bytes for one in work) / 1e9:.3g}",
+                "arithmetic" if arithmetic else "memory",
+                ", ".join(f"{name} ≤ {limit:g}" for name, limit in variant.bounds.items()),
+            )
+            for column, cell in zip(columns.values(), cells):
+                column.append(cell)
+    say(console, f"Modelled, not measured: {device.name}")
+    console.print(grid(columns, left=names, wrap=tuple(columns)[len(names) :]))
+    say(
+        console,
+        f"Assumed: attention at {device.rate('attention') / 1e12:.0f} TFLOP/s ({roofline.ATTENTION_SHARE:.1%} of "
+        f"{device.tflops:g} dense bfloat16), other products at {device.rate('product') / 1e12:.0f} "
+        f"({roofline.PRODUCT_SHARE:.0%}), memory at {roofline.COPY_SHARE * device.bandwidth / 1e12:.2f} TB/s "
+        f"({roofline.COPY_SHARE:.0%} of {device.bandwidth / 1e12:g}).\n"
+        "Counted: what our kernels do (the backward of attention takes 24 products, 15 would be the least), every "
+        "stream once; the plain step's row-wise layers as if they were fused too. Launches, tails and waiting are "
+        "left out, so short kernels take longer than this.",
+    )

@@ -18,8 +18,9 @@ pytest.importorskip("pytest_benchmark")
 
 import torch
 
-from . import SUITES, Case, Selection
+from .case import Case, Selection
 from .gate import Verdict, check, on_backend
+from .suites import SUITES
 
 CASES = [
     case

@@ -16,7 +16,7 @@ import pytest
 import torch
 from native.suite import Target
 
-import bench as benchmarks
+from bench.suites import SUITES
 from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def test_a_part_that_takes_too_long_ends_with_all_it_started(monkeypatch, tmp_pa
 
 
 def test_every_family_of_the_suite_is_measured():
-    assert sorted(itertools.chain(*gpu_check.BENCHES.values())) == sorted(benchmarks.SUITES["gpu"].families)
+    assert sorted(itertools.chain(*gpu_check.BENCHES.values())) == sorted(SUITES["gpu"].families)
 
 
 def test_tests_of_the_kernels_get_the_marker_where_there_is_a_device():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from typer.testing import CliRunner
 
-import bench as benchmarks
-from bench import Case, Run, Selection, Variant, row
+from bench import row
 from bench.__main__ import bench as command
-from bench.run import run_case
+from bench.case import Case, Run, Selection, Variant
+from bench.run import Outcome, run_case
 from common.command import application
 
 FACTS = row.environment()
@@ -57,6 +57,6 @@ class Toy:
             for dtype, n in selection.grid(("float32",), (8,))
         ]
 
-    def run(self, **options) -> benchmarks.Outcome:
+    def run(self, **options) -> Outcome:
         self.calls.clear()
         return run_case(self.cases(Selection())[0], FACTS, **options)

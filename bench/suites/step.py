@@ -1,4 +1,4 @@
-"""Suite `step`: one exact penalty step of a whole model against Hugging Face's plain step and the rivals.
+"""Suite `step`: one exact penalty step of a whole model against Hugging Face's plain step and the peers.
 
 A step is forward and backward to every parameter. The plain step's loss is ``hidden.square().mean()``, or the
 cross-entropy where there is a head; the penalty is ``l2`` on the hidden states, or ``fisher`` through the head.
@@ -153,7 +153,7 @@ def step_case(
 
 
 def _ratio(model: str, dtype: str, length: int, selection: Selection) -> Case:
-    """The exact step against the plain one and the rivals."""
+    """The exact step against the plain one and the peers."""
     task = tasks(selection, model=model, dtype=dtype)
     bounds = {}
     if selection.bounded and (dtype, length) in BOUNDS and model in ("llama", "gpt2"):
@@ -171,9 +171,7 @@ def _ratio(model: str, dtype: str, length: int, selection: Selection) -> Case:
         if own != "bert":  # the primal attention of the benchmark is causal
             variants.append(variant("plain, our primal ops", task("plain", form="primal"), optional=True))
         variants.append(variant("exact", task("penalty")))
-    variants.append(
-        variant("exact, fused", fused, bounds=bounds, rival=FINITE if single and bounds else None)
-    )
+    variants.append(variant("exact, fused", fused, bounds=bounds, peer=FINITE if single and bounds else None))
     if single:  # useless in low precision
         variants.append(variant(FINITE, task("differences"), exact=False))
     if single and length <= 512:

@@ -39,7 +39,7 @@ def cases(selection: Selection) -> list[Case]:
                 else:
                     case = head.head_case(dtype, length, selection, int(size))
                 # bounds are those of the suites that the cases come from
-                variants = tuple(dataclasses.replace(v, bounds={}, rival=None) for v in case.variants)
+                variants = tuple(dataclasses.replace(v, bounds={}, peer=None) for v in case.variants)
                 found.append(
                     dataclasses.replace(case, suite="sweep", family=family, variants=variants, peak=False)
                 )

@@ -6,22 +6,22 @@ import pytest
 import torch
 from toy_bench import FACTS, Toy
 
-import bench as benchmarks
-from bench import Suite, gate
-from bench.suites import head, step
+from bench import __main__ as command
+from bench import gate, suites
+from bench.case import Suite
+from bench.suites import step
 
 
 @pytest.fixture(autouse=True)
 def allocator(monkeypatch):
     """Other tests of this process find the allocator as it was."""
-    monkeypatch.setattr(benchmarks, "keep_memory", lambda: None)
+    monkeypatch.setattr(command, "keep_memory", lambda: None)
 
 
 @pytest.fixture(autouse=True)
 def nothing_judged_before():
-    for clear in (gate._judged.clear, step.true_gradients.cache_clear, head._truth.cache_clear):
-        clear()
-    head._plain_truth.cache_clear()
+    gate._judged.clear()
+    step.true_gradients.cache_clear()
     yield
     gate._judged.clear()
     step.true_gradients.cache_clear()
@@ -29,8 +29,8 @@ def nothing_judged_before():
 
 @pytest.fixture
 def toy(monkeypatch) -> Toy:
-    found = Toy()
-    monkeypatch.setattr(benchmarks, "SUITES", {"toy": Suite("toy", "a toy", ("only",), found.cases)})
-    monkeypatch.setattr("bench.run.time", found)
-    monkeypatch.setattr(benchmarks, "environment", lambda: {**FACTS, "threads": torch.get_num_threads()})
-    return found
+    toy = Toy()
+    monkeypatch.setattr(suites, "SUITES", {"toy": Suite("toy", "a toy", ("only",), toy.cases)})
+    monkeypatch.setattr("bench.run.time", toy)
+    monkeypatch.setattr(command, "environment", lambda: {**FACTS, "threads": torch.get_num_threads()})
+    return toy

@@ -14,14 +14,17 @@ import torch
 from toy_bench import FACTS, invoke
 
 import aajr_kernels
-import bench as benchmarks
-from bench import Row, Run, Selection, gate
+from aajr_kernels.backends import cpu
 from bench import __main__ as bench
-from bench.plot import plot_steps
+from bench import gate
+from bench.case import Run, Selection
+from bench.row import Row, read_rows
 from bench.run import peak_in_new_process, run_case
+from bench.suites import SUITES
 from common import machine
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+FOLDER = Path(__file__).parents[2] / "bench"
+RESULTS = FOLDER / "results"
 
 
 @pytest.mark.slow
@@ -40,7 +43,7 @@ def test_rows_have_the_schema_and_are_appended(toy, tmp_path):
     file = tmp_path / "rows.jsonl"
     text = invoke("toy", "--rows", file, "--threads", 1)
     invoke("toy:only", "--lengths", "5,9", "--dtype", "bfloat16", "--repeats", 2, "--rows", file)
-    rows = benchmarks.read_rows(file)
+    rows = read_rows(file)
     assert [(r.variant, r.length, r.dtype, r.repeats) for r in rows] == [
         *[(name, 8, "float32", 4) for name in ("plain", "dual")],
         *[(name, n, "bfloat16", 2) for n in (5, 9) for name in ("plain", "dual")],
@@ -97,7 +100,7 @@ def test_what_is_not_exact_is_reported_and_what_is_optional_may_fail(toy, tmp_pa
     file = tmp_path / "rows.jsonl"
     text = invoke("toy", "--rows", file)
     assert "absent left out: ValueError: no such kernel [here]" in text
-    assert {r.variant: r.gradient_error for r in benchmarks.read_rows(file)} == {
+    assert {r.variant: r.gradient_error for r in read_rows(file)} == {
         "plain": 0.0,
         "dual": 0.0,
         "rough": pytest.approx(0.1, rel=1e-2),
@@ -114,12 +117,12 @@ def test_check_sets_the_exit_status(toy):
     invoke("toy", "--check", exit_code=1)
 
 
-def test_a_rival_has_to_be_beaten(toy):
-    toy.variants = [toy.variant("plain"), toy.variant("slow", seconds=9.0), toy.variant("dual", rival="slow")]
+def test_a_peer_has_to_be_beaten(toy):
+    toy.variants = [toy.variant("plain"), toy.variant("slow", seconds=9.0), toy.variant("dual", peer="slow")]
     result = toy.run()
     slow, dual = result.rows[1:]
     assert dual.bounds == {"ratio of slow": slow.ratio} and dual.passed is True
-    toy.variants[2] = toy.variant("dual", seconds=20.0, rival="slow")
+    toy.variants[2] = toy.variant("dual", seconds=20.0, peer="slow")
     assert [r.variant for r in toy.run().missed] == ["dual"]
 
 
@@ -145,12 +148,12 @@ def test_memory_bounds(toy, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("[rb]*/*.jsonl")), ids=lambda path: path.name)
 def test_committed_rows_parse(path):
-    rows = benchmarks.read_rows(path)
+    rows = read_rows(path)
     assert rows
     for one in rows:
-        assert one.suite in benchmarks.SUITES and one.family in benchmarks.SUITES[one.suite].families
+        assert one.suite in SUITES and one.family in SUITES[one.suite].families
         assert Row.parse(one.line()) == one
 
 
@@ -172,7 +175,7 @@ def test_a_row_refuses_what_is_not_in_the_schema(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{line}\n\n{{}}\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 3"):
-        benchmarks.read_rows(file)
+        read_rows(file)
 
 
 def test_environment_records_what_decides_the_speed(monkeypatch):
@@ -182,7 +185,7 @@ def test_environment_records_what_decides_the_speed(monkeypatch):
     assert facts["device_name"] is None or torch.cuda.is_available()
     assert facts["torch_capability"] == torch.backends.cpu.get_cpu_capability()
     if aajr_kernels.backends()["native"] is None:
-        assert facts["native_capability"] == aajr_kernels.backends.cpu.info()["capability"]
+        assert facts["native_capability"] == cpu.info()["capability"]
     else:
         assert facts["native_capability"] is None
     monkeypatch.setattr(machine, "ROOT", Path("/nowhere"))
@@ -192,7 +195,7 @@ def test_environment_records_what_decides_the_speed(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the command line
 def test_list_names_every_suite_and_its_bounds():
     text = " ".join(invoke("--list").split())
-    for suite in benchmarks.SUITES.values():
+    for suite in SUITES.values():
         for family in suite.families:
             assert f"{suite.name}:{family}" in text
     assert "dual: ≤ 1.25" in text and "64 MB extra" in text and "≤ 2.2 peak" in text
@@ -211,8 +214,6 @@ def test_list_names_every_suite_and_its_bounds():
         (["--lengths", "1"], "no list of lengths"),
         (["--capability", "sse"], "'sse' is unknown"),
         (["--rows", "/nowhere/rows.jsonl"], "no folder"),
-        (["--plot", "a.png"], "draws from rows"),
-        (["--plot", "a.png", "--rows", "/nowhere/rows.jsonl"], "No such file"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -240,15 +241,6 @@ def test_a_capability_needs_a_process_of_its_own(toy, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", None)
     invoke("toy", "--capability", "avx2")
     assert toy.calls
-
-
-def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "steps.png"
-    invoke("--plot", picture, "--rows", RESULTS / "cpu.jsonl")
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="no row has the ratio"):
-        plot_steps([], picture)
 
 
 def test_a_peak_that_cannot_be_measured_says_why(toy, monkeypatch):

@@ -8,21 +8,23 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from toy_bench import Toy, invoke
 
-import bench as benchmarks
-from bench import Selection, against, compare, peers, run_case
-from bench import case as cases
+from bench import compare, peers, suites
+from bench.case import Selection, Suite
+from bench.row import environment, read_rows
+from bench.run import run_case
 
 
 @pytest.fixture
 def rows(toy: Toy, tmp_path):
     file = tmp_path / "before.jsonl"
     invoke("toy", "--rows", file)
-    return benchmarks.read_rows(file)
+    return read_rows(file)
 
 
 def scaled(rows, factor, **changes):
@@ -150,14 +152,14 @@ def test_a_baseline_that_has_nothing_to_say_does_not_pass(toy: Toy, tmp_path, mo
     (file,) = folder.iterdir()
     made = toy.cases
     other = lambda selection: [dataclasses.replace(case, config={"a": 2}) for case in made(selection)]
-    suite = cases.Suite("toy", "a toy", ("only",), other)
-    monkeypatch.setattr(benchmarks, "SUITES", {"toy": suite})
+    suite = Suite("toy", "a toy", ("only",), other)
+    monkeypatch.setattr(suites, "SUITES", {"toy": suite})
     assert "2 rows of the baseline have no counterpart" in invoke("toy", "--baseline", folder, exit_code=1)
     # another dtype is no loss, but there is nothing to compare either
     invoke("toy", "--dtype", "bfloat16", "--baseline", folder, exit_code=1)
     # a run that fails does not become the baseline
     before = file.read_text()
-    monkeypatch.setattr(benchmarks, "SUITES", {"toy": cases.Suite("toy", "a toy", ("only",), made)})
+    monkeypatch.setattr(suites, "SUITES", {"toy": Suite("toy", "a toy", ("only",), made)})
     toy.variants[1] = toy.variant("dual", gradient=3.0)
     assert "was not written" in invoke("toy", "--baseline", folder, "--update", exit_code=1)
     assert file.read_text() == before
@@ -178,9 +180,10 @@ def test_kinds_of_machines_have_names_of_their_own():
         "threads": 2,
     }
     facts |= {"native_capability": "avx2"}
-    assert compare.machine_kind(facts) == "amd-epyc-avx2-avx2-2"
-    assert compare.machine_kind({**facts, "device_name": "NVIDIA H100"}) == "nvidia-h100-amd-epyc-avx2-avx2-2"
-    assert compare.machine_kind({**facts, "native_capability": None}) == "amd-epyc-avx2-no-native-2"
+    kind = lambda **more: compare.baseline_file(Path("."), {**facts, **more}).stem
+    assert kind() == "amd-epyc-avx2-avx2-2"
+    assert kind(device_name="NVIDIA H100") == "nvidia-h100-amd-epyc-avx2-avx2-2"
+    assert kind(native_capability=None) == "amd-epyc-avx2-no-native-2"
 
 
 def test_options_without_effect_are_refused(toy: Toy, tmp_path):
@@ -211,7 +214,7 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(toy: Toy, tmp_path, error, 
     file = tmp_path / "rows.jsonl"
     text = invoke("toy", "--rows", file)
     assert f"dual: out of memory at{' the gate,' if length == 3 else ''} length {length}" in text
-    found = {row.variant: row for row in benchmarks.read_rows(file)}
+    found = {row.variant: row for row in read_rows(file)}
     assert "out of memory" in found["dual"].failure and found["dual"].ratio is None
     assert found["dual"].passed is False  # it has a bound, which was not shown to hold
     assert found["peer"].ratio and not found["peer"].failure
@@ -276,11 +279,11 @@ class TwoCases:
 
 @pytest.mark.parametrize(("error", "code"), [(OSError("no such library"), 1), (KeyboardInterrupt(), 130)])
 def test_finished_cases_keep_their_rows(toy: Toy, tmp_path, monkeypatch, error, code):
-    suite = cases.Suite("toy", "a toy", ("only",), TwoCases(toy, error).cases)
-    monkeypatch.setattr(benchmarks, "SUITES", {"toy": suite})
+    suite = Suite("toy", "a toy", ("only",), TwoCases(toy, error).cases)
+    monkeypatch.setattr(suites, "SUITES", {"toy": suite})
     file = tmp_path / "rows.jsonl"
     text = invoke("toy", "--rows", file, exit_code=code)
-    lengths = {row.length for row in benchmarks.read_rows(file)}
+    lengths = {row.length for row in read_rows(file)}
     if code == 1:
         assert "OSError: no such library" in text and lengths == {8, 5}  # the others went on
     else:
@@ -292,13 +295,13 @@ def test_quick_is_the_smallest_case_of_every_family_without_compilation(toy: Toy
     three = [*toy.cases(Selection(None, (8, 5))), dataclasses.replace(toy.cases(Selection())[0], timed=False)]
     three = [dataclasses.replace(case, base=("plain", "compiled")) for case in three]
     three.append(dataclasses.replace(three[1], family="huge", large=True))
-    (found,) = benchmarks.quick(three)
+    (found,) = suites.quick(three)
     assert (
         found.length == 5
         and [v.name for v in found.variants] == ["plain", "dual"]
         and found.base == ("plain",)
     )
-    assert len(run_case(found, benchmarks.environment()).rows) == 2
+    assert len(run_case(found, environment()).rows) == 2
 
 
 # ------------------------------------------------------------------------------------------------ installed peers
@@ -324,7 +327,7 @@ def test_an_installed_peer_takes_the_place_of_attention(monkeypatch):
     monkeypatch.setitem(sys.modules, "jvp_flash_attention", types.ModuleType("jvp_flash_attention"))
     monkeypatch.setitem(sys.modules, "jvp_flash_attention.jvp_attention", module)
     attention = torch.nn.functional.scaled_dot_product_attention
-    with peers.jvp_flash_attention(), pytest.raises(RuntimeError, match="CUDA devices alone"):
+    with peers.jvp_flash_attention(), pytest.raises(RuntimeError, match="CUDA devices only"):
         attention(q, k, k)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with peers.jvp_flash_attention():
@@ -344,7 +347,7 @@ def checkout(tmp_path, monkeypatch):
     root = tmp_path / "repository"
     root.mkdir()
     git(root, "init", "-q")
-    monkeypatch.setattr(against, "ROOT", root)
+    monkeypatch.setattr(compare, "ROOT", root)
     return root
 
 
@@ -367,7 +370,7 @@ def test_another_commit_is_built_and_measured_in_turn(checkout, rows, monkeypatc
         git(checkout, "add", "-A")
         git(checkout, "commit", "-qm", factor)
     told = []
-    before, now = against.measure_both("HEAD~1", ["toy"], told.append)
+    before, now = compare.measure_both("HEAD~1", ["toy"], told.append)
     (change,) = changes(before, now)
     assert change.growth == pytest.approx(1.0) and len(now[0].round_ratios) == 8  # two turns of four rounds
     assert [text.split(",")[0] for text in told[1:]] == ["HEAD~1", "this code", "this code", "HEAD~1"]
@@ -385,10 +388,10 @@ def test_what_cannot_be_compared_against_says_why(checkout):
         os.utime(checkout / place, (time.time() - age,) * 2)
     git(checkout, "add", "-A")
     git(checkout, "commit", "-qm", "one")
-    with pytest.raises(against.Failed, match="finding commit 'no-such'"):
-        against.measure_both("no-such", [], lambda text: None)
-    with pytest.raises(against.Failed, match="building the other commit failed:\nno compiler likes this"):
-        against.measure_both("HEAD", [], lambda text: None)
+    with pytest.raises(compare.Failed, match="finding commit 'no-such'"):
+        compare.measure_both("no-such", [], lambda text: None)
+    with pytest.raises(compare.Failed, match="building the other commit failed:\nno compiler likes this"):
+        compare.measure_both("HEAD", [], lambda text: None)
     (checkout / "csrc/kernel.cpp").touch()
-    with pytest.raises(against.Failed, match="csrc was changed after the native module"):
-        against.measure_both("HEAD", [], lambda text: None)
+    with pytest.raises(compare.Failed, match="csrc was changed after the native module"):
+        compare.measure_both("HEAD", [], lambda text: None)

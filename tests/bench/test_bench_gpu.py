@@ -10,15 +10,16 @@ import torch
 from native import cuda_host
 from toy_bench import invoke
 
-import bench as benchmarks
 from aajr_kernels.backends import cuda
-from bench import Row, Selection, ceilings, gate, modelled, roofline, row
-from bench.roofline import DEVICES, Attention, Decoder
+from bench import gate, roofline, row
+from bench.case import Selection
+from bench.roofline import DEVICES, Attention, Ceilings, Decoder
+from bench.row import Row
 from bench.run import run_case
-from bench.suites import gpu, gpu_attention, models
+from bench.suites import SUITES, gpu, gpu_attention, models
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-FAMILIES = benchmarks.SUITES["gpu"].families
+FAMILIES = SUITES["gpu"].families
 H100 = DEVICES["h100"]
 
 
@@ -34,7 +35,7 @@ def tiny(monkeypatch):
         for name, shape in gpu_attention.SHAPES.items()
     }
     monkeypatch.setattr(gpu_attention, "SHAPES", shapes)
-    limits = ceilings.Ceilings(1e12, 1e10)  # measured once, below
+    limits = Ceilings(1e12, 1e10)  # measured once, below
     monkeypatch.setattr("bench.run.measured", lambda device, dtype: limits)
     monkeypatch.setattr(models, "sizes", lambda kind, length: Decoder(48, 1, 6, 2, 40))
     gate._judged.clear()
@@ -144,7 +145,7 @@ def test_shares_of_the_ceilings_and_bounds_by_them(tiny, monkeypatch):
     case = dataclasses.replace(case, variants=(case.variants[0], dual), device="pretended", graph=False)
     monkeypatch.setattr("bench.run._wait", lambda device: None)
     for reachable, passed in ((1.0, True), (1e18, False)):
-        limits = ceilings.Ceilings(1e12, reachable)
+        limits = Ceilings(1e12, reachable)
         monkeypatch.setattr("bench.run.measured", lambda device, dtype, found=limits: found)
         outcome = run_case(case, row.environment(), repeats=1, peak=False)
         one = outcome.rows[1]
@@ -154,24 +155,22 @@ def test_shares_of_the_ceilings_and_bounds_by_them(tiny, monkeypatch):
 
 
 def test_ceilings_are_rates_of_a_product_and_a_copy():
-    found = ceilings.measure("cpu", "float32", size=64, numbers=4096, seconds=0.01)
-    assert 1e6 < found.flops < 1e14 and 1e6 < found.bytes < 1e13
+    rates = roofline.measure("cpu", "float32", size=64, numbers=4096, seconds=0.01)
+    assert 1e6 < rates.flops < 1e14 and 1e6 < rates.bytes < 1e13
 
 
 def test_a_cpu_without_instructions_for_a_dtype_computes_in_float32(monkeypatch):
     rates = {"float32": 2e11, "bfloat16": 1e10}
-    monkeypatch.setattr(
-        ceilings, "measure", lambda device, dtype, **sizes: ceilings.Ceilings(rates[dtype], 2e10)
-    )
-    ceilings.measured.cache_clear()
+    monkeypatch.setattr(roofline, "measure", lambda device, dtype, **sizes: Ceilings(rates[dtype], 2e10))
+    roofline.measured.cache_clear()
     try:
-        assert ceilings.measured("cpu", "bfloat16") == ceilings.Ceilings(2e11, 2e10)
+        assert roofline.measured("cpu", "bfloat16") == Ceilings(2e11, 2e10)
     finally:
-        ceilings.measured.cache_clear()
+        roofline.measured.cache_clear()
 
 
 def test_rows_from_before_a_field_have_its_default():
-    (old, *_) = benchmarks.read_rows(RESULTS / "cpu.jsonl")
+    (old, *_) = row.read_rows(RESULTS / "cpu.jsonl")
     assert old.ceilings == {} and old.timing == "calls" and old.byte_share is None
 
 
@@ -227,7 +226,7 @@ def test_predictions_of_chosen_families_and_lengths():
     text = invoke("gpu:causal-forward", "--model", "h100", "--lengths", "1024,2048", "--dtype", "float16")
     assert text.count("gpu:causal-forward") == 2 * 4 and "gpu:head" not in text
     (case,) = gpu.cases(Selection(None, None, ("causal-forward",)))
-    times = modelled.predicted(case, H100)
+    times = {v.name: roofline.seconds(v.work, H100) for v in case.variants}
     assert times["dual"] / times["flash"] == pytest.approx(3, rel=0.01)
 
 

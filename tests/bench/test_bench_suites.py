@@ -12,14 +12,13 @@ import torch
 from toy_bench import FACTS
 
 import aajr_kernels
-import bench as benchmarks
 from aajr_kernels.ops.norm import reference as norm
-from bench import Selection, compare, gate
 from bench import __main__ as bench
-from bench.ceilings import Ceilings
-from bench.roofline import Decoder
+from bench import gate
+from bench.case import Selection
+from bench.roofline import Ceilings, Decoder
 from bench.run import peak_in_new_process, run_case
-from bench.suites import head, method, models, step, sweep
+from bench.suites import SUITES, head, method, models, step, sweep
 
 
 # ------------------------------------------------------------------------------------------------- the real suites
@@ -38,13 +37,13 @@ def tiny(monkeypatch):
 
 
 def names(suite: str) -> list[str]:
-    return [f"{suite}:{family}" for family in benchmarks.SUITES[suite].families]
+    return [f"{suite}:{family}" for family in SUITES[suite].families]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("suite", ["attention", "norm", "activation", "rotary", "head"])
 def test_ops_pass_their_gates(tiny, suite, dtype):
-    cases = benchmarks.SUITES[suite].cases(Selection((dtype,), (19,)))
+    cases = SUITES[suite].cases(Selection((dtype,), (19,)))
     assert [f"{case.suite}:{case.family}" for case in cases] == names(suite)
     for case in cases:
         verdict = gate.check(case)
@@ -53,11 +52,11 @@ def test_ops_pass_their_gates(tiny, suite, dtype):
             assert bool(verdict.ops[variant.name]) == variant.name.startswith(("dual", "fisher"))
 
 
-@pytest.mark.parametrize("family", benchmarks.SUITES["step"].families)
+@pytest.mark.parametrize("family", SUITES["step"].families)
 def test_steps_pass_their_gates(tiny, family):
     pytest.importorskip("transformers")
     for dtype in ("float32", "bfloat16") if family == "llama" else ("float32",):
-        (case,) = benchmarks.SUITES["step"].cases(Selection((dtype,), (12,), (family,)))
+        (case,) = SUITES["step"].cases(Selection((dtype,), (12,), (family,)))
         verdict = gate.check(case)
         assert not verdict.failures and not verdict.left_out
         for peer in ("torch.func.jvp", "double backward"):
@@ -73,7 +72,7 @@ def test_steps_pass_their_gates(tiny, family):
             assert dtype != "float32" or ops <= set(verdict.ops["plain, our primal ops"])
 
 
-@pytest.mark.parametrize("family", benchmarks.SUITES["method"].families)
+@pytest.mark.parametrize("family", SUITES["method"].families)
 def test_the_method_passes_its_gate(tiny, monkeypatch, family):
     pytest.importorskip("transformers")
     if "lora" in family:
@@ -81,7 +80,7 @@ def test_the_method_passes_its_gate(tiny, monkeypatch, family):
     monkeypatch.setattr(
         method, "compiled", lambda loss: loss
     )  # half a minute for what PyTorch has to get right
-    (case,) = benchmarks.SUITES["method"].cases(Selection(("float32",), (12,), (family,)))
+    (case,) = SUITES["method"].cases(Selection(("float32",), (12,), (family,)))
     verdict = gate.check(case)
     assert not verdict.failures and not verdict.left_out
     ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_penalty"}
@@ -142,7 +141,7 @@ def test_a_wrong_forward_is_red_where_it_is_timed_alone(monkeypatch):
         "norm_fwd",
         lambda *args, **kwargs: (lambda out: (1.01 * out[0], *out[1:]))(right(*args, **kwargs)),
     )
-    (case,) = benchmarks.SUITES["norm"].cases(Selection(("float32",), (19,), ("rms_norm",), "forward"))
+    (case,) = SUITES["norm"].cases(Selection(("float32",), (19,), ("rms_norm",), "forward"))
     with aajr_kernels.use_backend("reference"):
         outcome = run_case(case, FACTS)
     assert outcome.rows == [] and "dual" in outcome.failures[0]
@@ -153,8 +152,8 @@ def test_a_row_says_which_part_it_is_of(tiny):
     (case,) = bench._cases(["norm:rms_norm"], ["float32"], "12", part="backward")
     outcome = run_case(case, FACTS, repeats=1)
     assert {row.config["part"] for row in outcome.rows} == {"backward"}
-    assert "rms_norm float32 12 backward dual" in {compare.name_of(row).split(":")[1] for row in outcome.rows}
-    assert "part" not in benchmarks.SUITES["norm"].cases(Selection(("float32",), (12,)))[0].config
+    assert "rms_norm float32 12 backward dual" in {row.name.split(":")[1] for row in outcome.rows}
+    assert "part" not in SUITES["norm"].cases(Selection(("float32",), (12,)))[0].config
 
 
 def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):
@@ -166,18 +165,14 @@ def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):
         return tuple(results)
 
     monkeypatch.setattr(norm, "norm_bwd", wrong)
-    (case,) = benchmarks.SUITES["norm"].cases(Selection(("float32",), (19,), ("rms_norm",)))
+    (case,) = SUITES["norm"].cases(Selection(("float32",), (19,), ("rms_norm",)))
     with aajr_kernels.use_backend("reference"):
         outcome = run_case(case, FACTS)
     assert outcome.rows == [] and "dual" in outcome.failures[0]
 
 
 def test_the_whole_run_has_the_cases_of_the_issue():
-    found = {
-        (c.suite, c.family, c.dtype, c.length)
-        for s in benchmarks.SUITES.values()
-        for c in s.cases(Selection())
-    }
+    found = {(c.suite, c.family, c.dtype, c.length) for s in SUITES.values() for c in s.cases(Selection())}
     for family in ("llama", "gpt2"):
         assert {("step", family, *pair) for pair in step.BOUNDS} <= found
     assert ("step", "memory", "float32", 8192) in found
@@ -191,6 +186,6 @@ def test_the_whole_run_has_the_cases_of_the_issue():
 @pytest.mark.slow
 def test_peak_in_a_fresh_process(monkeypatch):
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    (case,) = benchmarks.SUITES["rotary"].cases(Selection(("float32",), (2048,)))
+    (case,) = SUITES["rotary"].cases(Selection(("float32",), (2048,)))
     peak = peak_in_new_process(case, case.variant("dual"))
     assert 2 * 2 * 2048 * 2048 * 4 * 0.9 < peak < 3e9  # the gradient at least

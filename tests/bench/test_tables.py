@@ -9,9 +9,10 @@ import re
 import benchmark_rows
 import pytest
 
-from bench import plot, read_rows, tables
+from bench import plot, tables
 from bench.plot import plot_errors, plot_steps
 from bench.report import ROOT
+from bench.row import read_rows
 from bench.suites.memory import LENGTHS, WAYS
 
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
