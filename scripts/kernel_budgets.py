@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from common import pages  # noqa: E402
 
-rules: Any = importlib.import_module("gpu_tests.budget_rules")
-shipped: Any = importlib.import_module("gpu_tests.shipped")
-compiler: Any = importlib.import_module("gpu_tests.compiler")
+rules: Any = importlib.import_module("backends.triton.budget_rules")
+shipped: Any = importlib.import_module("backends.triton.shipped")
+compiler: Any = importlib.import_module("backends.triton.compiler")
 
 DOCS = ROOT / "docs" / "triton.md"
 BEGIN, END = (
@@ -51,7 +51,9 @@ def compile_all(pairs: list[tuple[Any, str]], jobs: int) -> dict[tuple[str, str]
             started.append(local.compiler)
         name, start = f"{config.name} {architecture}", time.monotonic()
         try:
-            answer: Kernels | Exception = local.compiler.ask("gpu_tests.shipped", config.name, architecture)
+            answer: Kernels | Exception = local.compiler.ask(
+                "backends.triton.shipped", config.name, architecture
+            )
         except Exception as error:
             answer = error
         seconds[name] = time.monotonic() - start
@@ -156,7 +158,7 @@ def main() -> int:
     ]
     if not pairs:
         raise SystemExit(
-            "kernel_budgets: no shipped configuration is chosen: see tests/gpu_tests/shipped.py."
+            "kernel_budgets: no shipped configuration is chosen: see tests/backends/triton/shipped.py."
         )
     compiled = compile_all(pairs, options.jobs)
     show(compiled, table.get(rules.family(), {}))

@@ -20,7 +20,7 @@ from pathlib import Path
 from native_build import ROOT, SUFFIX, build, find, run
 
 FOLDER = ROOT / "build" / "sanitize"
-TESTS = ["tests/native", "tests/ops", "tests/test_native.py"]
+TESTS = ["tests/backends/cpu", "tests/backends/test_cuda.py", "tests/backends/test_entries.py", "tests/ops"]
 SETTINGS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:strict_string_checks=1:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",

@@ -91,12 +91,12 @@ SHORT = (
         for name in ("llama-sdpa", "gpt2-sdpa", "bert-sdpa", "t5_encoder-sdpa", "vit-sdpa")
     ),
     *(
-        f"tests/integrations/test_compile.py::test_inductor[{name}-{form}]"
+        f"tests/integrations/transformers/test_compile.py::test_inductor[{name}-{form}]"
         for name in MODELS.values()
         for form in ("as it is", "fused")
     ),
-    "tests/integrations/test_fusion.py",
-    "tests/integrations/test_recomputed.py",
+    "tests/integrations/transformers/test_fusion.py",
+    "tests/integrations/transformers/test_recomputed.py",
 )
 
 

@@ -39,12 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
     if gpu.interpreted() and gpu.missing() is None:
-        from gpu_tests import interpreter
+        from backends.triton import interpreter
 
         interpreter.patch()
 
 
-#: files of tests/gpu_tests that need no device: they compile, or look at who gets the kernels
+#: files of tests/backends/triton that need no device: they compile, or look at who gets the kernels
 DEVICELESS = ("test_compile.py", "test_loops.py", "test_choice.py")
 
 
@@ -53,7 +53,7 @@ def _mark_for_the_device(items: list[pytest.Item]) -> None:
     seen: dict[tuple[str, str], int] = {}
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        own = item.path.parent.name == "gpu_tests" and item.path.name not in DEVICELESS
+        own = item.path.parent.parts[-2:] == ("backends", "triton") and item.path.name not in DEVICELESS
         backend = getattr(parameters.get("target"), "backend", "")
         if own or backend in ("triton", "cuda"):
             item.add_marker("gpu")

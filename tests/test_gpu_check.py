@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from native.suite import Target
+from ops.suite import Target
 
 from bench.suites import SUITES
 from tests import conftest
@@ -142,13 +142,15 @@ def test_tests_of_the_kernels_get_the_marker_where_there_is_a_device():
 
     case = SimpleNamespace(op="norm")
     suite = [
-        item("native/test_suite.py", target=Target(backend), case=case, k=k, dtype=dtype)
+        item("ops/test_suite.py", target=Target(backend), case=case, k=k, dtype=dtype)
         for backend in ("triton", "cuda", "native")
         for k in (1, 3)
         for dtype in (torch.bfloat16, torch.float16)
         for _ in range(6)
     ]
-    files = [item(f"gpu_tests/{name}") for name in ("test_norm.py", "test_compile.py", "test_choice.py")]
+    files = [
+        item(f"backends/triton/{name}") for name in ("test_norm.py", "test_compile.py", "test_choice.py")
+    ]
     conftest._mark_for_the_device([*suite, *files])
     assert ["gpu" in one.keywords for one in suite] == 48 * [True] + 24 * [False]
     assert ["gpu" in one.keywords for one in files] == [True, False, False]
@@ -167,8 +169,8 @@ def test_the_marker_is_there_before_it_chooses(tmp_path):
         "--collect-only",
         "-m",
         "gpu and sanitizer",
-        "tests/native/test_suite.py",
-        "tests/test_gpu.py",
+        "tests/ops/test_suite.py",
+        "tests/backends/test_gpu.py",
     ]
     environment = {**kept, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)

@@ -203,7 +203,7 @@ def native_wheel(source, tmp_path_factory) -> Path:
 
 USE = """
 import torch, aajr_kernels as a
-from aajr_kernels import native
+from aajr_kernels.backends import cpu as native
 d = a.dual(torch.randn(5, 7), torch.randn(5, 7))
 with a.use_backend("native"), a.coverage() as cov:
     y = a.rms_norm(d, 7)

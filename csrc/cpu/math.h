@@ -1,7 +1,7 @@
 // Elementary functions on vectors of float: polynomials and one division, no tables, no library calls.
 //
 // Errors are in units in the last place of the exact result (a subnormal result counts in units of 2^-149), the
-// largest of every capability, asserted by tests/native/test_math.py:
+// largest of every capability, asserted by tests/backends/cpu/test_math.py:
 //   exp, exp_flushed 1.25   log 1   sigmoid 3, its complement 3   tanh 2.5, its slope 5   normal density 2.5, cumulative 8
 // NaN gives NaN, infinities give the limits, signed zeros keep their sign where the function is odd.
 #pragma once

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native import cuda_host
+from backends import cuda_host
 from toy_bench import invoke
 
 from aajr_kernels.backends import cuda

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations.processes import launch, needs_gloo
+from integrations.distributed.processes import launch, needs_gloo
 from typer.testing import CliRunner
 
 from bench.scaling.__main__ import scaling as command

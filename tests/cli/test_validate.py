@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from native import cuda_host
+from backends import cuda_host
 from typer.testing import CliRunner
 
 import aajr_kernels
@@ -95,7 +95,7 @@ def test_low_dtypes_pass_within_their_budget():
     refused = {f"float64 on {row['backend']} on {row['device']}" for row in found["rows"]}
     refused -= {name for name in refused if "reference" in name}
     assert set(found["left_out"]) == set(runtime.backends()) - available | refused
-    # two minutes on Triton's interpreter, which tests/native/test_suite.py has at smaller sizes
+    # two minutes on Triton's interpreter, which tests/ops/test_suite.py has at smaller sizes
     named = [word for name in sorted(available - {"triton"}) for word in ("--backend", name)]
     dtypes = [word for name in DTYPES if name != "float64" for word in ("--dtype", name)]
     found = report("--op", "layer_norm", "--op", "sensitivity", *named, *dtypes)
@@ -259,7 +259,7 @@ def test_missing_backend(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.slow
 def test_bfloat16_on_the_interpreter_is_validated_only_where_it_computes_it():
-    """This process repairs the interpreter (gpu_tests/interpreter.py), that of a user does not."""
+    """This process repairs the interpreter (backends/triton/interpreter.py), that of a user does not."""
     code = "from aajr_kernels.cli.validation import DTYPES, Target\n"
     code += "print([dtype for dtype in DTYPES if Target('triton', 'cpu').why_not(dtype) is None])"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

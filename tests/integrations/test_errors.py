@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.subjects import tiny
-from integrations.trainers import CONFIG
+from integrations.trainer.trainers import CONFIG
+from integrations.transformers.subjects import tiny
 from torch import nn
 
 import aajr_kernels as aajr

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 import torch
 from budgets import assert_exact
-from integrations.subjects import tiny
+from integrations.transformers.subjects import tiny
 from torch.nn import functional as F
 from zoo import ENTRIES
 

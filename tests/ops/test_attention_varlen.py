@@ -9,8 +9,8 @@ from typing import Any
 import budgets
 import pytest
 import torch
-from native.suite import DEVICES, Target, targets
 from ops.attention_checks import Case, formula, make
+from ops.suite import DEVICES, Target, targets
 from torch import Tensor
 
 import aajr_kernels as aajr

@@ -78,7 +78,7 @@ def test_a_head_that_is_not_all_of_it_is_found_out():
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_are_trained_alone_and_checkpointed_alone(tmp_path):
     peft = pytest.importorskip("peft")
-    from integrations.subjects import tiny
+    from integrations.transformers.subjects import tiny
 
     def adapted():
         torch.manual_seed(3)

@@ -156,7 +156,7 @@ import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 torch.set_num_threads(1)
-from method.test_training_resume import config, loader
+from training.test_training_resume import config, loader
 from training.tiny_lm import tiny_lm
 from aajr_kernels.training import fit
 

@@ -2,7 +2,7 @@
 
 Triton is imported on first use. A launcher calls :func:`launch`, which runs the kernel on the device of its tensors, in
 Triton's interpreter (``TRITON_INTERPRET=1``, set before the first kernel is used; tensors on the CPU, for tests), or,
-inside :func:`triton_tools.offline.offline`, compiles it for a processor that need not be there.
+inside ``tests/backends/triton/offline.py``, compiles it for a processor that need not be there.
 """
 
 from __future__ import annotations

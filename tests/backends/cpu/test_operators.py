@@ -1,0 +1,67 @@
+"""The native launchers as operators of torch, which compiled code calls: torch's own opcheck, and strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import operator_calls
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import aajr_kernels as aajr
+from aajr_kernels import runtime
+from aajr_kernels.backends import cpu as native
+
+pytestmark = pytest.mark.skipif(
+    runtime.backends()["native"] is not None, reason=f"native: {runtime.backends()['native']}"
+)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def calls(request) -> list[operator_calls.Call]:
+    return operator_calls.calls_on("native", request.param)
+
+
+def test_every_operator_was_reached(calls):
+    assert {operator_calls.name_of(func) for func, _ in calls} == set(native.operator.names)
+
+
+SOME = ("test_schema", "test_faketensor")
+ALL = (*SOME, "test_autograd_registration", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("checks", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_operator_passes_opcheck(calls, checks):
+    """Schemas and fake results; all: and the same results from what torch.compile makes of one call, with symbols for
+    sizes."""
+    for func, args in calls:
+        found = torch.library.opcheck(
+            func, operator_calls.plain(args), test_utils=checks, raise_exception=False
+        )
+        assert found == dict.fromkeys(checks, "SUCCESS"), (str(func), found)
+
+
+@pytest.mark.parametrize("layout", [operator_calls.plain, operator_calls.permuted])
+def test_fake_results_have_the_strides_of_real_ones(calls, layout):
+    for func, args in calls:
+        given = layout(args)
+        real = func(*given)
+        with FakeTensorMode() as mode:
+            fake = func(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given))
+        for r, f in zip(operator_calls.results(real), operator_calls.results(fake)):
+            assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), str(func)
+
+
+def test_results_share_no_memory(calls):
+    """Neither with what went in nor with each other: an operator of torch that says so must keep it."""
+    for func, args in calls:
+        given = operator_calls.plain(args)
+        tensors = [t for t in (*given, *operator_calls.results(func(*given))) if isinstance(t, torch.Tensor)]
+        owners = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+        assert len(owners) == len(set(owners)), str(func)
+
+
+def test_an_eager_call_is_no_operator():
+    x = torch.randn(2, 3, 8)
+    with operator_calls.Recorder() as recorder:
+        aajr.rms_norm(aajr.Dual(x), 8)
+    assert recorder.calls == []

@@ -1,0 +1,92 @@
+"""Tuning without a device: candidates run in the interpreter against a clock that is made up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from ops.suite import Target
+from typer.testing import CliRunner
+
+from aajr_kernels.ops.attention import configs
+from bench import tune
+from bench.__main__ import bench as command
+from common.command import application
+
+interpreted = pytest.mark.skipif(
+    Target("triton").why_not("attention") is not None or torch.cuda.is_available(),
+    reason="needs Triton's interpreter",
+)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table of its own."""
+    monkeypatch.setattr(configs, "PATH", tmp_path / "tuned.json")
+    configs.table.cache_clear()
+    yield configs.PATH
+    configs.table.cache_clear()
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["fwd", "dkv"])
+def test_the_quickest_right_candidate_wins(table, kernel, monkeypatch):
+    monkeypatch.setattr(tune, "HEADS", 2)
+    monkeypatch.setattr(tune, "KEY_HEADS", 1)
+    clock = iter([3.0, 1.0, 2.0])
+    tried = [(64, 64, 1, 1), (32, 64, 1, 1), (48, 32, 1, 1), (64, 32, 1, 1)]  # 48 is no power of two
+    line = tune.measure(
+        kernel,
+        16,
+        True,
+        timer=lambda call: next(clock),
+        length=70,
+        dtype=torch.float32,
+        device="cpu",
+        tried=iter(tried),
+    )
+    assert line.best == (32, 64, 1, 1) and list(line.times.values()) == [3.0, 1.0, 2.0]
+    assert list(line.left_out) == [(48, 32, 1, 1)]
+    configs.write({line.name: line.best})
+    assert configs.tile(kernel, "interpreter", torch.float32, 16, 16, True) == configs.Tile(32, 64, 1, 1)
+    assert configs.tile(kernel, "interpreter", torch.float32, 16, 16, False) != configs.Tile(32, 64, 1, 1)
+
+
+@interpreted
+def test_a_wrong_candidate_is_left_out(table, monkeypatch):
+    monkeypatch.setattr(tune, "HEADS", 1)
+    monkeypatch.setattr(tune, "KEY_HEADS", 1)
+    monkeypatch.setattr(tune, "_difference", lambda got, expected: 0.5)
+    line = tune.measure(
+        "fwd",
+        16,
+        False,
+        timer=lambda call: 1.0,
+        length=5,
+        dtype=torch.float32,
+        device="cpu",
+        tried=iter([(32, 32, 1, 1)]),
+    )
+    assert line.best is None and "differs from the default" in line.left_out[(32, 32, 1, 1)]
+
+
+def test_the_table_keeps_other_lines(table):
+    configs.write({"sm_90/fwd/16 bits/128/causal": (128, 64, 8, 2)})
+    configs.write({"sm_90/dq/16 bits/128/causal": (128, 32, 8, 2)})
+    assert json.loads(table.read_text()).keys() == configs.table().keys() and len(configs.table()) == 2
+    assert configs.tile("dq", "sm_90", torch.float16, 100, 128, True) == configs.Tile(128, 32, 8, 2)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", tune.NEEDS)
+def test_candidates_are_few_and_sensible(kernel, arch):
+    found = list(tune.candidates(kernel, arch))
+    assert 10 < len(found) < 60 and len(set(found)) == len(found)
+    assert all((m >= n) == (kernel in tune.QUERY_SIDE) or m == n for m, n, _, _ in found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_the_command_says_what_to_do():
+    result = CliRunner().invoke(application(command), ["--tune"])
+    assert result.exit_code == 2 and "CUDA or ROCm device" in result.output

@@ -1,0 +1,132 @@
+"""Cases of attention and of the streamed head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from ops.attention_checks import formula
+from ops.op_checks import forward_mode, stacks
+from ops.suite import Case, flipped, gap, stacked, swapped
+
+import aajr_kernels as aajr
+from aajr_kernels import Dual
+from aajr_kernels.cli.validation.oracle import metric_values
+from aajr_kernels.ops.head import METRICS, lm_head_penalty
+
+
+def attention(name, sizes, *, moves=(1, 1, 1), mask=None, bias=None, bias_moves=False, size=1.0, **options):
+    """Sizes B, H, HK, N, M, D, V; `moves` tells which of q, k, v have tangents; mask "square" or "padding"; a bias is
+    a fourth leaf of the given shape."""
+    B, H, HK, N, M, D, V = sizes
+    shapes = [(B, H, N, D), (B, HK, M, D), (B, HK, M, V)]
+
+    def build(k):
+        leaves = [size * stacks(*shape, k=k if moving else 0) for shape, moving in zip(shapes, moves)]
+        if bias is not None:
+            leaf = stacks(*bias, k=k if bias_moves else 0)
+            leaf[0].masked_fill_(torch.rand(bias) < 0.2, -math.inf)
+            leaves.append(leaf)
+        return leaves, []
+
+    suite_options = {key: options.pop(key) for key in ("layout", "ulps") if key in options}
+    allowed = None
+    if mask is not None:
+        generator = torch.Generator().manual_seed(1)
+        allowed = torch.rand(B, 1, N if mask == "square" else 1, M, generator=generator) > 0.3
+        allowed[0, 0, 0] = False  # an empty row, or a batch row without keys
+
+    def ours(q, k, v, b=None):
+        return aajr.attention(q, k, v, mask=allowed if b is None else b, **options)
+
+    def written(q, k, v, b=None):
+        return formula(q, k, v, allowed if b is None else b, **options)
+
+    return stacked("attention", name, ours, written, build, **suite_options)
+
+
+ATTENTION = [
+    attention("causal, D 64", (1, 4, 2, 65, 65, 64, 64), causal=True),
+    attention("full, D 128", (1, 2, 2, 37, 70, 128, 128)),
+    # a softmax over one key is constant: what is left of the gradients is rounding, exactly 0 in eager code
+    attention("one query, one key", (2, 2, 1, 1, 1, 16, 16), ulps=16.0),
+    attention("D 20, V 12", (2, 2, 1, 13, 29, 20, 12), causal="lower_right"),
+    attention("D 1, V 3", (1, 2, 1, 9, 11, 1, 3)),
+    attention("D 256", (1, 1, 1, 10, 18, 256, 256), causal=True),
+    attention("D 80, few queries", (1, 3, 1, 5, 130, 80, 80), causal="lower_right"),
+    attention("more queries than keys", (1, 2, 2, 40, 9, 16, 16), causal="lower_right"),
+    attention("window", (1, 4, 4, 70, 70, 32, 32), causal=True, window=9),
+    attention("window of one", (1, 2, 1, 33, 33, 16, 16), causal=True, window=1),
+    attention("softcap and scale", (1, 2, 1, 30, 30, 16, 16), softcap=2.0, scale=0.4, causal=True),
+    attention("large scores", (1, 2, 2, 33, 40, 32, 32), size=4.0),
+    attention("heads cut out of rows", (2, 4, 2, 19, 19, 24, 24), causal=True, layout=swapped),
+    attention("rows with gaps", (1, 2, 2, 17, 21, 18, 10), layout=gap),
+    attention("last axis not dense", (1, 2, 2, 9, 9, 8, 8), layout=flipped),
+    attention("boolean mask with an empty row", (2, 4, 2, 13, 37, 16, 16), mask="square"),
+    attention("padding, a batch row without keys", (2, 4, 2, 37, 37, 16, 16), mask="padding", causal=True),
+    attention("bias per pair", (2, 4, 2, 13, 17, 16, 16), bias=(2, 4, 13, 17)),
+    attention("bias per head", (2, 4, 2, 13, 17, 16, 16), bias=(4, 13, 17), causal="lower_right"),
+    attention("bias per key, softcap", (2, 4, 2, 13, 17, 16, 16), bias=(4, 1, 17), softcap=3.0),
+    attention("bias with tangents", (1, 2, 1, 13, 17, 16, 16), bias=(2, 13, 17), bias_moves=True),
+    attention("bias alone moves", (1, 2, 1, 9, 17, 8, 8), bias=(2, 9, 17), bias_moves=True, moves=(0, 0, 0)),
+    attention("q alone moves", (1, 4, 2, 20, 33, 16, 16), moves=(1, 0, 0), causal="lower_right"),
+    attention("k alone moves", (1, 4, 2, 20, 33, 16, 16), moves=(0, 1, 0)),
+    attention("v alone moves", (1, 4, 2, 20, 33, 16, 16), moves=(0, 0, 1)),
+    attention("q and v move, softcap", (1, 2, 1, 20, 20, 16, 16), moves=(1, 0, 1), softcap=2.0),
+]
+
+
+# -------------------------------------------------------------------------------------------------------- head
+def head(metric, name, batch, size, words, *, bias=False, labelled=False, layout=None, **options):
+    labels = None
+    if labelled:
+        labels = torch.randint(words, batch, generator=torch.Generator().manual_seed(2))
+        labels.view(-1)[0] = -100
+    scale, softcap = options.get("scale", 1.0), options.get("softcap")
+
+    def build(k):
+        weight = 0.3 * torch.randn(words, size, dtype=torch.float64)
+        return [stacks(*batch, size, k=k)], [weight, *([torch.randn(words).double()] if bias else [])]
+
+    def ours(s, p):
+        b = p[1] if bias else None
+        result = lm_head_penalty(Dual(s[0]), p[0], b, metric=metric, labels=labels, **options)
+        return torch.cat([result[0], result[1].unsqueeze(0)]) if labelled else result
+
+    def written(s, p):
+        def logits(h, w, b=None):
+            z = scale * (h @ w.t() + (0.0 if b is None else b))
+            return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+        z = forward_mode(logits, s, p)
+        z = z if z.dtype == torch.float64 else z.float()
+        h = s[0] if s[0].dtype == torch.float64 else s[0].float()
+        q = h[1:].square().sum(-1) if metric == "l2" else metric_values(z[0], z[1:], metric)
+        if labels is None:
+            return q
+        nll = F.cross_entropy(z[0].reshape(-1, words), labels.flatten(), reduction="none")
+        return torch.cat([q, nll.view(1, *batch)])
+
+    return Case(
+        "head",
+        f"{metric} {name}",
+        build,
+        ours,
+        written,
+        rows="each",
+        **({} if layout is None else {"layout": layout}),
+    )
+
+
+HEAD = [
+    *(head(metric, "labels, 517 words", (3, 11), 64, 517, labelled=True) for metric in METRICS),
+    *(head(metric, "bias, softcap", (7,), 37, 61, bias=True, softcap=3.0) for metric in METRICS),
+    head("fisher", "labels, bias, scale", (2, 9), 20, 252, bias=True, labelled=True, scale=-1.5, softcap=4.0),
+    head("fisher", "one word", (4,), 5, 1),
+    head("probs", "one token", (), 33, 130),
+    head("logits", "rows with gaps", (2, 5), 26, 70, layout=gap),
+    head("fisher", "last axis not dense", (3, 5), 8, 40, layout=flipped),
+]
+
+CASES = [*ATTENTION, *HEAD]
