@@ -3,15 +3,17 @@
 The public names, once. See README.md for a tour and the docstrings for shapes, dtypes and errors.
 """
 
-from . import waiting as _waiting  # noqa: F401  before torch is imported
+from .cli import waiting as _waiting  # noqa: F401  before torch is imported
+
+# isort: split
+from .rules import install as _install  # noqa: F401  all rules, in their order
 
 # isort: split
 from . import integrations, nn, training
-from . import rules as _rules  # noqa: F401  registers every rule
-from . import torch_check as _torch_check  # noqa: F401  runs at the first dual()
+from .backends.choice import backends, use_backend
+from .backends.errors import BackendUnavailable, UnsupportedOperation
+from .coverage import Coverage, coverage
 from .dual import Dual, dual, is_dual, unpack
-from .leaving import strict
-from .memory import recompute
 from .method import (
     LMHead,
     StabilityReport,
@@ -31,9 +33,9 @@ from .ops.linear import linear
 from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .ops.rotary import rotary
 from .ops.sensitivity import sensitivity
-from .runtime import BackendUnavailable, Coverage, UnsupportedOperation, backends, coverage, use_backend
-from .tracing import tuple_arguments
-from .transforms import jvp
+from .recompute import recompute
+from .rules.leaving import strict
+from .transforms import jvp, tuple_arguments
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """The number: a primal with K tangents, stored as one tensor stacked along a new leading axis.
 
-A :class:`Dual` flows through unmodified model code. Every torch function called on it is looked up in the rule
-registry (:mod:`aajr_kernels.runtime`); what has no rule raises. Reverse mode is ordinary autograd over ``stacked``.
+A :class:`Dual` flows through unmodified model code. Every torch function called on it is looked up in
+:mod:`aajr_kernels.rules.registry`; without a rule it raises. Reverse mode is ordinary autograd over ``stacked``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import guarding, runtime
-from .leaving import array_ufunc, as_number, is_numpy, leave, refuse_array
-from .recording import function_name
+from .backends.errors import UnsupportedOperation, unsupported
+from .coverage import function_name, record, record_unsupported, recording
+from .rules import registry
+from .rules.leaving import array_ufunc, as_number, is_numpy, leave, refuse_array
 from .torch_private import pytree
 
 __all__ = ["Dual", "dual", "is_dual", "unpack"]
@@ -33,40 +34,40 @@ def dispatch(
         UnsupportedOperation: `func` has no rule, or was called with ``out=``.
     """
     if torch.compiler.is_compiling():
-        guarding.guard_compiled()
-    rule = rule or runtime.RULES.get(func)
+        registry.guard_compiled()
+    rule = rule or registry.RULES.get(func)
     if rule is None:
         name = function_name(func)
-        if torch.compiler.is_compiling() and name in runtime.TRACED:
-            return runtime.TRACED[name](*args, **kwargs)
-        if runtime.recording():
-            runtime.record_unsupported(name)
+        if torch.compiler.is_compiling() and name in registry.TRACED:
+            return registry.TRACED[name](*args, **kwargs)
+        if recording():
+            record_unsupported(name)
         if isinstance(func, torch.ScriptMethod):  # of torch.jit.script and trace
-            runtime.unsupported(
+            unsupported(
                 "a module of TorchScript has no derivative rule for a Dual: call the module that torch.jit was given."
             )
-        runtime.unsupported(
+        unsupported(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
-            "or register one with aajr_kernels.runtime.rule."
+            "or register one with aajr_kernels.rules.registry.rule."
         )
     if holds_complex(args) or holds_complex(kwargs.values()):
-        rule = runtime.COMPLEX.get(func)
+        rule = registry.COMPLEX.get(func)
         if rule is None:
-            runtime.unsupported(
+            unsupported(
                 f"{function_name(func)} has no derivative rule for complex numbers: take their parts with "
-                "torch.view_as_real, or register one in aajr_kernels.runtime.COMPLEX."
+                "torch.view_as_real, or register one in aajr_kernels.rules.registry.COMPLEX."
             )
     assert rule is not None
     if kwargs.get("out") is not None:
-        raise runtime.UnsupportedOperation(
+        raise UnsupportedOperation(
             f"{function_name(func)}(out=...) cannot write a Dual: assign the result to a name instead."
         )
     if kwargs:
-        args, kwargs = runtime.positional(args, kwargs)
+        args, kwargs = registry.positional(args, kwargs)
     if not torch.compiler.is_compiling() and any(map(is_numpy, args)):
         args = tuple(map(as_number, args))
     result = rule(*args, **kwargs)
-    if runtime.recording():
+    if recording():
         _record(func, result)
     return result
 
@@ -85,14 +86,14 @@ def holds_complex(values: Any) -> bool:
 
 
 def _record(func: Callable[..., Any], result: Any) -> None:
-    kind = runtime.KINDS[func]
+    kind = registry.KINDS[func]
     if kind == "op":
         return
     flops = 0.0
     if kind != "view" and not torch.compiler.is_compiling():  # lengths may be symbols
         leaves = pytree.tree_leaves(result, is_leaf=is_dual)
         flops = float(sum(leaf.stacked.numel() for leaf in leaves if isinstance(leaf, Dual)))
-    runtime.record(function_name(func), kind, flops)
+    record(function_name(func), kind, flops)
 
 
 @dataclass(eq=False, repr=False)
@@ -186,18 +187,6 @@ class Dual:
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         return self.stacked.is_contiguous() if memory_format == torch.contiguous_format else False
 
-    def is_floating_point(self) -> bool:
-        return self.stacked.is_floating_point()
-
-    def is_complex(self) -> bool:
-        return self.stacked.is_complex()
-
-    def get_device(self) -> int:
-        return self.stacked.get_device()
-
-    def element_size(self) -> int:
-        return self.stacked.element_size()
-
     @property
     def nbytes(self) -> int:
         return self.numel() * self.element_size()
@@ -233,31 +222,19 @@ class Dual:
         return self
 
     @property
-    def is_leaf(self) -> bool:
-        return self.stacked.is_leaf
-
-    @property
-    def grad_fn(self) -> Any:
-        return self.stacked.grad_fn
-
-    @property
     def grad(self) -> Dual | None:
         return None if self.stacked.grad is None else Dual(self.stacked.grad)
 
     def retain_grad(self) -> None:
         self.stacked.retain_grad()
 
-    @property
-    def _version(self) -> int:
-        return self.stacked._version
-
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        raise runtime.UnsupportedOperation(
+        raise UnsupportedOperation(
             "backward() of a Dual is ambiguous: call it on a loss made of y.primal and y.tangents."
         )
 
     def register_hook(self, hook: Callable[..., Any]) -> Any:
-        raise runtime.UnsupportedOperation(
+        raise UnsupportedOperation(
             "register_hook on a Dual is ambiguous: register it on y.stacked, whose gradient is [1 + K, *shape]."
         )
 
@@ -324,9 +301,17 @@ def _forward_property(name: str) -> property:
 
 for _name in """
 dtype device layout is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized is_mps is_xpu is_nested is_mkldnn is_xla
-is_vulkan is_ipu is_maia is_mtia itemsize output_nr retains_grad
+is_vulkan is_ipu is_maia is_mtia itemsize output_nr retains_grad is_leaf grad_fn _version
 """.split():
     setattr(Dual, _name, _forward_property(_name))
+
+
+def _forward_method(name: str) -> Callable[..., Any]:
+    return lambda self: getattr(self.stacked, name)()
+
+
+for _name in ("is_floating_point", "is_complex", "get_device", "element_size"):
+    setattr(Dual, _name, _forward_method(_name))
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -334,7 +319,7 @@ def _method(name: str) -> Callable[..., Any]:
 
     @functools.wraps(func, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def method(self: Dual, *args: Any, **kwargs: Any) -> Any:
-        return dispatch(func, (self, *args), kwargs, runtime.METHODS.get(name))
+        return dispatch(func, (self, *args), kwargs, registry.METHODS.get(name))
 
     return method
 
@@ -368,7 +353,7 @@ def _flatten(x: Dual) -> tuple[list[Any], int | None]:
 def _unflatten(children: Any, ndim: int | None) -> Dual:
     (stacked,) = children
     if ndim is not None and isinstance(stacked, torch.Tensor) and stacked.dim() != ndim:
-        raise runtime.UnsupportedOperation(
+        raise UnsupportedOperation(
             "torch.func.vmap cannot map over a Dual, whose first axis is the stack: pass x and v, build the Dual "
             "inside the mapped function, and return its primal and tangents."
         )
@@ -428,12 +413,38 @@ def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
         TypeError: an argument is not a tensor, is already a Dual, or has an integer or another dtype.
         ValueError: shapes or devices do not agree, or K is 0.
     """
+    v = _directions(x, v)
+    registry.install_guards()
+    return Dual(torch.cat([x.unsqueeze(0), v]))
+
+
+def _directions(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`v` as ``[K, *x.shape]``, after the checks that :func:`dual` promises for both."""
     for name, value in (("x", x), ("v", v)):
         if isinstance(value, Dual):
             raise TypeError(f"{name} is already a Dual: nested duals are not supported, pass {name}.primal.")
-    v = guarding.directions(x, v)
-    guarding.install_guards()
-    return Dual(torch.cat([x.unsqueeze(0), v]))
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name} must be floating point, got {value.dtype}: a Dual is real; for token ids seed "
+                "the embedding with aajr_kernels.seed."
+            )
+    if v.dtype != x.dtype:
+        raise TypeError(f"v must have the dtype of x ({x.dtype}), got {v.dtype}: cast it with v.to(x.dtype).")
+    if v.device != x.device:
+        raise ValueError(
+            f"v must be on the device of x ({x.device}), got {v.device}: move it with v.to(x.device)."
+        )
+    if v.shape == x.shape:
+        v = v.unsqueeze(0)
+    elif v.shape[1:] != x.shape or v.dim() != x.dim() + 1:
+        raise ValueError(
+            f"v must have the shape of x {tuple(x.shape)} or [K, *x.shape] for K directions, got {tuple(v.shape)}."
+        )
+    if v.shape[0] == 0:
+        raise ValueError("v must hold at least one direction, got K = 0.")
+    return v
 
 
 def unpack(x: Dual | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

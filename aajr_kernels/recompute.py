@@ -21,19 +21,19 @@ from . import torch_private
 
 __all__ = [
     "Result",
-    "as_now",
-    "keep",
-    "offer",
-    "offered",
+    "snapshot",
+    "save_or_recompute",
+    "make_recomputable",
+    "recomputable_node",
     "recompute",
     "release",
-    "saved",
-    "value_of",
-    "wanted",
+    "saved_tensors",
+    "recomputed",
+    "is_recomputed",
 ]
 
-#: what an op does that is not told by its own argument
-_chosen = {"norms": False, "activations": False}
+#: what the open contexts say, for ops without an argument of their own
+_context = {"norms": False, "activations": False}
 
 
 class recompute:
@@ -61,19 +61,19 @@ class recompute:
         self._before: list[dict[str, bool]] = []
 
     def __enter__(self) -> recompute:
-        self._before.append(dict(_chosen))
-        _chosen.update(self._wanted)
+        self._before.append(dict(_context))
+        _context.update(self._wanted)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _chosen.update(self._before.pop())
+        _context.update(self._before.pop())
 
 
-def wanted(kind: str, choice: bool | None) -> bool:
+def is_recomputed(kind: str, choice: bool | None) -> bool:
     """Whether an op's result is to be computed again: its own `choice`, or (None) that of the context."""
     if torch.compiler.is_compiling():
         return False
-    return _chosen[kind] if choice is None else choice
+    return _context[kind] if choice is None else choice
 
 
 class Result:
@@ -100,7 +100,7 @@ class Result:
 # -- what may be written to -------------------------------------------------------------------------------------------
 
 
-def as_now(x: torch.Tensor, needed: bool | None = None) -> torch.Tensor:
+def snapshot(x: torch.Tensor, needed: bool | None = None) -> torch.Tensor:
     """`x` with its present values, for a backward: what is written to `x` later does not reach it.
 
     Where torch saves the result of a function, its argument may be written in place afterwards, as in
@@ -123,30 +123,30 @@ def as_now(x: torch.Tensor, needed: bool | None = None) -> torch.Tensor:
 # -- the node that made it --------------------------------------------------------------------------------------------
 
 
-def offer(ctx: Any, result: torch.Tensor, again: Callable[[Any], torch.Tensor]) -> None:
+def make_recomputable(ctx: Any, result: torch.Tensor, again: Callable[[Any], torch.Tensor]) -> None:
     """In a Function's forward: consumers of its first result need not keep it.
 
     Args:
         ctx: of the Function, which has saved what `again` needs.
         result: what the forward returns.
-        again: called with that ctx in a backward; it reads the tensors by :func:`saved`.
+        again: called with that ctx in a backward; it reads the tensors by :func:`saved_tensors`.
     """
     ctx.result = Result(again, result._version)
 
 
-def saved(ctx: Any) -> tuple[Any, ...]:
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """``ctx.saved_tensors``, which hooks may unpack only once, as often as wanted until :func:`release`."""
     result = _result_of(ctx)
     if result is None:
-        found: tuple[Any, ...] = ctx.saved_tensors
-        return found
+        tensors: tuple[Any, ...] = ctx.saved_tensors
+        return tensors
     if result.saved is None:
         result.saved = ctx.saved_tensors
     return result.saved
 
 
 def release(ctx: Any) -> None:
-    """In the Function's backward, which runs after those of all consumers: nobody will ask any more."""
+    """In the Function's backward, which runs after those of all consumers: no consumer asks after it."""
     result = _result_of(ctx)
     if result is not None:
         result.saved, result.value, result.asked = None, None, 0
@@ -162,7 +162,7 @@ def _result_of(ctx: Any) -> Result | None:
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
-def offered(x: torch.Tensor) -> Any:
+def recomputable_node(x: torch.Tensor) -> Any:
     """In a Function's forward: the node that makes its input `x` again, or None where `x` has to be kept."""
     if torch.compiler.is_compiling():
         return None
@@ -175,9 +175,9 @@ def offered(x: torch.Tensor) -> Any:
     return node
 
 
-def keep(ctx: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """In a Function's forward: `x` if it has to be saved, None where :func:`value_of` will find it."""
-    node = offered(x)
+def save_or_recompute(ctx: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """In a Function's forward: `x` if it has to be saved, None where :func:`recomputed` will find it."""
+    node = recomputable_node(x)
     if node is None:
         return x
     node.result.consumers += 1
@@ -185,14 +185,14 @@ def keep(ctx: Any, x: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
-def value_of(ctx: Any, x: torch.Tensor | None) -> torch.Tensor | None:
+def recomputed(ctx: Any, x: torch.Tensor | None) -> torch.Tensor | None:
     """In that Function's backward: its input, given what was saved of it."""
     node = None if torch.compiler.is_compiling() else getattr(ctx, "source", None)
     if node is None:
         return x
     result: Result = node.result
     if result.value is None:
-        for t in saved(node):
+        for t in saved_tensors(node):
             if t is not None and t.numel() and not t.untyped_storage().nbytes():
                 raise RuntimeError(
                     "recompute: a weight of shape "

@@ -1,8 +1,8 @@
 """Tensors that are spread over processes: how an op recognises them, and who runs it on them.
 
 A DTensor is one tensor to its user and a shard in every process. Kernels must not take it for the shard. Ops that
-have a meaning on shards ask :func:`spread` and leave the work to an entry of `OPS`, which
-:mod:`aajr_kernels.integrations.distributed` fills; the others raise in ``runtime.select_backend``.
+have a meaning on shards ask :func:`is_dtensor` and leave the work to an entry of `OPS`, which
+:mod:`aajr_kernels.integrations.distributed` fills; the others raise in ``backends.choice.select_backend``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPS", "constant", "frozen", "spread"]
+__all__ = ["OPS", "constant", "frozen", "is_dtensor"]
 
 #: name of an op -> what runs it where a stack or a weight is spread
 OPS: dict[str, Callable[..., Any]] = {}
@@ -40,7 +40,7 @@ def constant(*weights: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple(w.detach() if w is not None and w.is_leaf and w.requires_grad else w for w in weights)
 
 
-def spread(*tensors: torch.Tensor | None) -> bool:
+def is_dtensor(*tensors: torch.Tensor | None) -> bool:
     """Whether one of them is a DTensor."""
     for t in tensors:
         # the classes first: looking up an attribute that is not there costs more than small ops have to spare

@@ -356,7 +356,7 @@ def watch_multi_head_attention(
 # torch.compile
 # ---------------------------------------------------------------------------------------------------------------
 
-#: in :data:`aajr_kernels.runtime.TRACED`: what Dynamo calls in place of non-reentrant checkpointing, in torch 2.11-2.15
+#: in ``TRACED`` of rules/registry.py: what Dynamo calls in place of non-reentrant checkpointing, in torch 2.11-2.15
 TRACED_CHECKPOINT = "torch.tag_activation_checkpoint"
 
 

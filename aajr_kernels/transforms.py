@@ -1,18 +1,22 @@
-"""Function transforms on top of the number: jvp with the calling convention of ``torch.func.jvp``."""
+"""``jvp`` with the calling convention of ``torch.func.jvp``, and calls of functions that torch.compile traces."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
-from . import tracing
-from .dual import Dual, dual, is_dual, num_tangents
-from .torch_private import pytree
+from .backends.errors import UnsupportedOperation
+from .dual import Dual, dispatch, dual, is_dual, num_tangents
+from .rules.registry import TRACED
+from .torch_private import TRACED_CHECKPOINT, pytree
 
-__all__ = ["jvp", "primal_tree"]
+__all__ = ["call", "jvp", "primal_tree", "tuple_arguments"]
 
 
 def jvp(
@@ -54,7 +58,7 @@ def jvp(
     duals = [dual(x, v) for x, v in zip(flat_x, flat_v)]
     k = num_tangents(*duals)
     single = all(v.shape == x.shape for x, v in zip(flat_x, flat_v))
-    result = tracing.call(func, *pytree.tree_unflatten(duals, structure))
+    result = call(func, *pytree.tree_unflatten(duals, structure))
     aux = None
     if has_aux:
         if not isinstance(result, tuple) or len(result) != 2:
@@ -99,3 +103,68 @@ def primal_tree(tree: Any) -> Any:
         return result
 
     return pytree.tree_map(plain, tree, is_leaf=is_dual)
+
+
+# -- under torch.compile ------------------------------------------------------------------------------------
+
+
+class tuple_arguments(TorchFunctionMode):
+    """Context in which torch functions find the Duals in tuples and lists, as in ``torch.cat((a, b))``.
+
+    Eager torch looks into such arguments by itself. While torch.compile traces it does not, and hands the Dual to
+    torch.cat as if it were a tensor. :func:`aajr_kernels.aligned_penalty` and :func:`aajr_kernels.jvp` enter this
+    context around what they call; code that builds a Dual by itself and is compiled enters it, inside the compiled
+    function. Outside of compiled code it changes nothing.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _in_sequences(args) or _in_sequences(kwargs.values()):
+            return dispatch(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, in that context where torch.compile traces it."""
+    if torch.compiler.is_compiling():
+        with tuple_arguments():
+            return function(*args)
+    try:
+        return function(*args)
+    except TypeError as error:
+        # Python refuses before torch is asked: the descriptors of torch.Tensor take instances of its class in C
+        if "'Dual'" in str(error) and (unbound := re.match(r"descriptor '(\w+)'", str(error))):
+            name = unbound.group(1)
+            raise UnsupportedOperation(
+                f"torch.Tensor.{name} cannot be called unbound with a Dual, of which torch is not told: call the "
+                f"method of the Dual, x.{name}(...), or the function of torch of that name."
+            ) from error
+        raise
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What torch.compile makes of non-reentrant checkpointing: tensors go in, a Dual is made of them inside."""
+    are_duals = [isinstance(arg, Dual) for arg in args]
+
+    def inside(*values: Any) -> Any:
+        return function(*(Dual(value) if dual else value for value, dual in zip(values, are_duals)))
+
+    return checkpoint(inside, *(arg.stacked if isinstance(arg, Dual) else arg for arg in args), **kwargs)
+
+
+TRACED[TRACED_CHECKPOINT] = _checkpoint
+
+
+def _in_sequences(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            for item in value:
+                if isinstance(item, Dual):
+                    return True
+    return False

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aajr_kernels import runtime
+from aajr_kernels.backends import choice
 from aajr_kernels.torch_private import allow_recompilations
 
 from .roofline import Work
@@ -175,7 +175,7 @@ class Suite:
 
 def has_kernels(op: str, device: str = "cpu") -> bool:
     """Whether ``auto`` runs the op on kernels there, so that its reference is another variant."""
-    return runtime.select_backend(op, torch.zeros(1, device=device)) != "reference"
+    return choice.select_backend(op, torch.zeros(1, device=device)) != "reference"
 
 
 def compiled(scalar: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

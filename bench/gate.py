@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from aajr_kernels import runtime
+from aajr_kernels import coverage, use_backend
+from aajr_kernels.backends import choice
 
 from .case import LIMITS, Case, Gradients, Variant
 
@@ -48,7 +49,13 @@ def check(case: Case) -> Verdict:
     truth = functools.cache(lambda function: function(case.gate_length))
     limit = LIMITS[case.dtype]
     for variant in case.variants:
-        key = (case.suite, case.dtype, case.gate_length, variant.backend or runtime.chosen(), variant.key)
+        key = (
+            case.suite,
+            case.dtype,
+            case.gate_length,
+            variant.backend or choice.current_backend(),
+            variant.key,
+        )
         try:
             if variant.key is None or key not in _judged:
                 _judged[key] = _judge(variant, case.gate_length, truth)
@@ -84,15 +91,15 @@ def _judge(
     variant: Variant, length: int, truth: Callable[[Callable[[int], Gradients]], Gradients]
 ) -> tuple[float, float, dict[str, str]]:
     """Both errors of :func:`errors`, and the backends of our ops."""
-    with on_backend(variant), runtime.coverage() as coverage:
+    with on_backend(variant), coverage() as recorded:
         gradients = variant.make(length).call()
-    ops = {op: backend for op, backend in sorted(coverage.entries) if backend in runtime.BACKENDS}
+    ops = {op: backend for op, backend in sorted(recorded.entries) if backend in choice.BACKENDS}
     return *errors(gradients, truth(variant.truth)), ops
 
 
-def on_backend(variant: Variant) -> runtime.use_backend:
+def on_backend(variant: Variant) -> use_backend:
     """The backend a variant asks for, or the one that is chosen already."""
-    return runtime.use_backend(variant.backend or runtime.chosen())
+    return use_backend(variant.backend or choice.current_backend())
 
 
 def errors(gradients: Gradients, exact: Gradients) -> tuple[float, float]:

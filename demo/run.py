@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from aajr_kernels import __version__, runtime
+from aajr_kernels import __version__
+from aajr_kernels.backends import choice
 from aajr_kernels.cli.info import package_version, why_no_accelerator
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.training.progress import Progress
@@ -111,7 +112,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "versions": {"aajr_kernels": __version__, **{name: package_version(name) for name in names}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "backends": runtime.backends(),
+        "backends": choice.backends(),
     }
 
 

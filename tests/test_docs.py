@@ -14,11 +14,11 @@ import pytest
 import typer
 
 import aajr_kernels
-from aajr_kernels import runtime
+from aajr_kernels.rules import registry
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-REGISTRIES = (runtime.RULES, runtime.KINDS, runtime.METHODS)
+REGISTRIES = (registry.RULES, registry.KINDS, registry.METHODS)
 #: page -> the optional packages it needs
 PAGES = {
     "compile.md": ["transformers"],

@@ -16,28 +16,29 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
+#: module or package -> its height; a module of a package may have one of its own
 LAYERS = {
-    "torch_private": -1,
-    "memory": 0,
-    "sharding": 0,
-    "waiting": 0,
-    "recording": 1,
+    "torch_private": 0,
+    "cli.waiting": 0,
+    "coverage": 1,
+    "autocast": 1,
+    "recompute": 1,
+    "sharding": 1,
     "backends": 2,
-    "runtime": 3,
-    "guarding": 3.5,
-    "leaving": 3.5,
+    "rules.registry": 3,
+    "rules.leaving": 3,
     "dual": 4,
     "ops": 5,
-    "tracing": 5,
     "rules": 6,
-    "torch_check": 6,
-    "transforms": 6,
-    "method": 7,
-    "training": 7.5,
-    "integrations": 8,
-    "nn": 8,
-    "cli": 9,
+    "transforms": 7,
+    "method": 8,
+    "training": 9,
+    "integrations": 10,
+    "nn": 10,
+    "cli": 11,
 }
+#: the modules beside ``__init__`` and ``__main__`` at the package's root
+ROOT_MODULES = {"autocast", "coverage", "dual", "recompute", "sharding", "torch_private", "transforms"}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {
@@ -95,25 +96,37 @@ def inside_package(module: str) -> set[str]:
 
 
 def test_the_graph_reader_resolves_imports():
-    assert "aajr_kernels.runtime" in inside_package("dual.py")
+    assert "aajr_kernels.rules.registry" in inside_package("dual.py")
     assert "aajr_kernels.dual" in inside_package("__init__.py")
     assert "torch" in imports_of("dual.py")
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+def height_of(name: str) -> int:
+    room, *modules = name.split(".")[1:]
+    heights = [LAYERS[key] for key in (".".join([room, *modules[:1]]), room) if key in LAYERS]
+    assert heights, f"{name} belongs to no layer of the design: {', '.join(LAYERS)}"
+    return heights[0]
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in ("__init__.py", "__main__.py")])
 def test_imports_run_one_way(module):
     assert not {name.split(".")[0] for name in imports_of(module)} & PROGRAMS.keys(), module
-    layer = module.split("/")[0].removesuffix(".py")
-    assert layer in LAYERS, f"{module} belongs to no layer of the design: {', '.join(LAYERS)}"
+    height = height_of("aajr_kernels." + module.removesuffix(".py").replace("/", "."))
     for name in inside_package(module):
-        target = name.split(".")[1] if "." in name else None
-        if target is None:
-            assert layer == "cli", f"{module} imports the package's front door; only the command line may"
-        elif target == "_native":
-            continue
-        else:
-            allowed = LAYERS[target] < LAYERS[layer] or target == layer
+        if name == "aajr_kernels":
+            assert module.startswith("cli/"), f"{module} imports the package's front door; only cli may"
+        elif name != "aajr_kernels._native":
+            same = room_of(name) == module.split("/")[0].removesuffix(".py")
+            allowed = height_of(name) <= height if same else height_of(name) < height
             assert allowed, f"{module} imports {name}, which lies above it"
+
+
+def test_the_root_holds_the_modules_of_the_design():
+    assert {m.removesuffix(".py") for m in MODULES if "/" not in m} - {"__init__", "__main__"} == ROOT_MODULES
 
 
 #: package of the checkout -> what of the others it may import
@@ -141,7 +154,9 @@ def test_ops_never_import_each_other(module):
     for name in inside_package(module):
         parts = name.split(".")
         if len(parts) > 2 and parts[1] == "ops" and (PACKAGE / "ops" / parts[2]).is_dir():
-            assert parts[2] == own, f"{module} imports {name}: ops share code through runtime and dual only"
+            assert parts[2] == own, (
+                f"{module} imports {name}: ops share code through the modules below them only"
+            )
 
 
 #: parts of a reference that became a module of their own, under the same restriction
@@ -176,6 +191,29 @@ def _python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_public_names_stay_functions_after_every_submodule_is_imported():
+    """Functions and modules share a name: a first import of the submodule would put itself in the function's place."""
+    output = _python(
+        """
+import importlib, pkgutil
+import aajr_kernels
+for module in pkgutil.walk_packages(aajr_kernels.__path__, "aajr_kernels."):
+    if not module.name.rsplit(".")[-1].startswith("_"):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert not (error.name or "").startswith("aajr_kernels"), error
+modules = [name for name in aajr_kernels.__all__ if f"aajr_kernels.{name}" in __import__("sys").modules]
+for name in modules:
+    print(name, type(getattr(aajr_kernels, name)).__name__)
+"""
+    )
+    kinds = dict(line.split() for line in output.splitlines())
+    functions = {"backends", "coverage", "dual", "recompute"}
+    assert {name for name, kind in kinds.items() if kind != "module"} == functions
+    assert kinds.keys() - functions == {"integrations", "nn", "training"}
 
 
 def test_importing_the_package_loads_nothing_optional():
@@ -228,7 +266,7 @@ y_tan.square().sum().backward()
 _, expected = torch.func.jvp(func, (x,), (v,))
 assert torch.allclose(y_tan, expected)
 assert weight.grad.abs().sum() > 0
-reasons = aajr.runtime.backends()
+reasons = aajr.backends()
 assert reasons["reference"] is None
 print("works")
 """

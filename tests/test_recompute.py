@@ -11,8 +11,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import aajr_kernels as aajr
-from aajr_kernels import memory
 from aajr_kernels.ops.norm import reference as norm_reference
+from aajr_kernels.recompute import _context
 from bench.suites.memory import Files
 
 B, N, C, H = 2, 7, 16, 24
@@ -111,7 +111,7 @@ def test_the_context_chooses_and_an_argument_overrules_it():
     with Kept() as nothing:
         step("swiglu", leaves, None)
     assert found.bytes < nothing.bytes
-    assert memory._chosen == {"norms": False, "activations": False}
+    assert _context == {"norms": False, "activations": False}
     with pytest.raises(TypeError, match="recompute: norms must be True or False, got 'all'"):
         aajr.recompute(norms="all")
 

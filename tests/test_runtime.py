@@ -11,7 +11,10 @@ import torch
 from torch.nn import functional as F
 
 import aajr_kernels as aajr
-from aajr_kernels import runtime
+from aajr_kernels.autocast import autocast_float32, autocast_low, no_autocast
+from aajr_kernels.backends import choice
+from aajr_kernels.coverage import recording
+from aajr_kernels.rules import registry
 
 
 def dual(*shape, dtype=torch.float32):
@@ -19,9 +22,9 @@ def dual(*shape, dtype=torch.float32):
 
 
 def test_backend_choice_is_scoped_and_checked():
-    assert runtime.select_backend("norm", torch.ones(1).double()) == "reference"
+    assert choice.select_backend("norm", torch.ones(1).double()) == "reference"
     with aajr.use_backend("reference"):
-        assert runtime.select_backend("norm") == "reference"
+        assert choice.select_backend("norm") == "reference"
     with pytest.raises(ValueError, match="choose one of auto, reference, native, triton"):
         aajr.use_backend("cudnn")
     missing = [name for name, reason in aajr.backends().items() if reason]
@@ -52,7 +55,7 @@ def test_environment_variable_names_the_backend(value, error):
 
 def test_an_op_without_that_backend_says_so():
     with pytest.raises(aajr.BackendUnavailable, match="op 'norm' has no 'abacus' backend"):
-        runtime.implementation("norm", "abacus")
+        choice.implementation("norm", "abacus")
 
 
 def test_coverage_counts_ops_shares_and_what_is_unsupported():
@@ -69,7 +72,7 @@ def test_coverage_counts_ops_shares_and_what_is_unsupported():
     assert inner.fallbacks == [] and inner.unsupported == []
     assert outer.unsupported == ["torch.special_bessel_j0"] and len(outer.fallbacks) == 1
     assert "linear" in str(outer) and "unsupported" in str(outer)
-    assert not runtime.recording()
+    assert not recording()
 
 
 def test_plain_tensors_are_not_recorded():
@@ -88,24 +91,24 @@ def test_a_user_can_register_a_rule():
     with pytest.raises(aajr.UnsupportedOperation, match="cube has no derivative rule"):
         cube(x)
     try:
-        runtime.rule(cube)(lambda d: d * d * d)
+        registry.rule(cube)(lambda d: d * d * d)
         y = cube(x)
     finally:
-        runtime.RULES.pop(cube)
-        runtime.KINDS.pop(cube)
+        registry.RULES.pop(cube)
+        registry.KINDS.pop(cube)
     assert torch.allclose(y.tangent, 3 * x.primal**2 * x.tangent)
     with pytest.raises(LookupError, match="no torch function is called 'cubed'"):
-        runtime.rule("cubed")(lambda d: d)
+        registry.rule("cubed")(lambda d: d)
 
 
 def test_autocast_helpers_follow_the_active_autocast_and_keep_gradients():
     x = torch.randn(3, requires_grad=True)
     wide = torch.randn(3, dtype=torch.float64)
-    assert runtime.autocast_low(x, None, wide) == (x, None, wide)
+    assert autocast_low(x, None, wide) == (x, None, wide)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low, nothing, kept, index = runtime.autocast_low(x, None, wide, torch.arange(3))
-        (back,) = runtime.autocast_float32(low)
-        with runtime.no_autocast("cpu"):
+        low, nothing, kept, index = autocast_low(x, None, wide, torch.arange(3))
+        (back,) = autocast_float32(low)
+        with no_autocast("cpu"):
             assert not torch.is_autocast_enabled("cpu")
     assert low.dtype == torch.bfloat16 and nothing is None and kept is wide and index.dtype == torch.int64
     assert back.dtype == torch.float32

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aajr_kernels as aajr
-from aajr_kernels import UnsupportedOperation, guarding, runtime, torch_check, torch_private
-from aajr_kernels.rules import common
+from aajr_kernels import UnsupportedOperation, torch_private
+from aajr_kernels.rules import common, registry, torch_check
 
 pytestmark = [  # of Dynamo's doings
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -28,9 +28,9 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     first_dual()  # the other guards are installed
     monkeypatch.setattr(torch_private, "VERSION", (9, 3))
     monkeypatch.setattr(torch, "__version__", "9.3.0")
-    monkeypatch.setattr(guarding, "GUARDS", [torch_check.check])
-    monkeypatch.setattr(guarding, "COMPILED_GUARDS", [torch_check.check_compiled])
-    monkeypatch.setattr(guarding, "_compiled_fault", None)
+    monkeypatch.setattr(registry, "GUARDS", [torch_check.check])
+    monkeypatch.setattr(registry, "COMPILED_GUARDS", [torch_check.check_compiled])
+    monkeypatch.setattr(registry, "_compiled_fault", None)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -97,7 +97,7 @@ def dropped_gradient(function: Callable[..., Any], x: Any, *args: Any, **kwargs:
 
 BROKEN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "tangent": (F.gelu, wrong_tangent),
-    "gradient": (F.linear, functools.partial(dropped_gradient, runtime.RULES[F.linear])),
+    "gradient": (F.linear, functools.partial(dropped_gradient, registry.RULES[F.linear])),
     "exception": (F.layer_norm, lambda *args, **kwargs: 1 / 0),
     "not a number": (F.gelu, lambda x: x * float("nan")),
 }
@@ -105,7 +105,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_wrong_one_raises_at_every_dual(name: str, untested: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(runtime.RULES, *BROKEN[name])
+    monkeypatch.setitem(registry.RULES, *BROKEN[name])
     for _ in range(2):
         with pytest.raises(UnsupportedOperation, match=r"torch 9\.3\.0 is untested and fails.*install"):
             first_dual()
@@ -123,12 +123,12 @@ def penalty(x: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_compiled_gradients_are_checked_when_a_dual_is_compiled(untested: None) -> None:
-    guarding.GUARDS.clear()
+    registry.GUARDS.clear()
     x = torch.ones(3, requires_grad=True)
     value = torch.compile(penalty, backend="aot_eager", fullgraph=True)(x)
     (gradient,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(gradient, torch.autograd.grad(penalty(x), x)[0])
-    assert not guarding.COMPILED_GUARDS
+    assert not registry.COMPILED_GUARDS
 
 
 @pytest.mark.slow
@@ -136,13 +136,13 @@ def test_compiled_gradients_are_checked_when_a_dual_is_compiled(untested: None) 
 def test_wrong_compiled_gradients_raise(name: str, untested: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong only while torch.compile traces, as an old Dynamo was."""
     function, broken = BROKEN[name]
-    right = runtime.RULES[function]
+    right = registry.RULES[function]
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         return (broken if torch.compiler.is_compiling() else right)(*args, **kwargs)
 
-    monkeypatch.setitem(runtime.RULES, function, rule)
-    guarding.GUARDS.clear()
+    monkeypatch.setitem(registry.RULES, function, rule)
+    registry.GUARDS.clear()
     x = torch.ones(3, requires_grad=True)
     for _ in range(2):
         with pytest.raises(UnsupportedOperation, match="fails the check of compiled values"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aajr_kernels import waiting
+from aajr_kernels.cli import waiting
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,84 +1,38 @@
-"""Backend choice, autocast and the rule registry; what ran is recorded by :mod:`.recording`.
-
-This is the bottom of the package: it knows neither :class:`~aajr_kernels.dual.Dual` nor any operation. Operations
-ask it which backend to run on and tell it what ran; rules register themselves here and the number looks them up.
-"""
+"""Which backend an op runs on: chosen by name, or by the device and dtype of its tensors."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 
-from . import sharding
-from .backends import cpu as native
-from .backends import cuda
-from .backends import triton as gpu
-from .backends.operator import constant
-from .recording import Coverage, coverage, record, record_unsupported, recording
-from .torch_private import NN, VARIABLE_FUNCTIONS, break_graph, has_memory, separate_outputs
+from .. import sharding
+from ..torch_private import has_memory, separate_outputs
+from . import cpu as native
+from . import cuda
+from . import triton as gpu
+from .errors import BackendUnavailable, UnsupportedOperation
+from .operator import constant
 
 __all__ = [
-    "BackendUnavailable",
-    "Coverage",
-    "UnsupportedOperation",
+    "BACKENDS",
     "backends",
-    "coverage",
-    "record",
-    "record_unsupported",
-    "recording",
-    "refuse_transform",
-    "unsupported",
+    "check_backend",
+    "current_backend",
+    "implementation",
+    "select_backend",
     "use_backend",
 ]
 
-
-class UnsupportedOperation(NotImplementedError):
-    """A function was called on a Dual for which no exact derivative rule is known.
-
-    Not a TypeError: torch turns those into NotImplemented inside operators, and Python would then rebind the name in
-    ``buffer += dual`` instead of raising.
-    """
-
-
-def unsupported(message: str) -> NoReturn:
-    """Raise :class:`UnsupportedOperation`, in a way that reaches the user of compiled code too.
-
-    Dynamo hides the text of exceptions in what it traces. Of a graph break it shows it, and without ``fullgraph=True``
-    the code then runs as it stands and raises.
-    """
-    break_graph(message)
-    raise UnsupportedOperation(message)
-
-
-def refuse_transform(error: Exception | None = None) -> NoReturn:
-    """Raise :class:`UnsupportedOperation`: an op with a hand-written backward ran inside a transform of torch."""
-    raise UnsupportedOperation(
-        "the ops of aajr_kernels are no functorch transforms (torch.func, forward_ad): take torch.autograd.grad, or "
-        "aajr_kernels.jvp for a derivative along a direction."
-    ) from error
-
-
-class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name that cannot run here; the message says why."""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Backends
-# ---------------------------------------------------------------------------------------------------------------
-
 BACKENDS = ("reference", "native", "triton", "cuda")
-_choice = os.environ.get("AAJR_BACKEND", "auto")
+_current = os.environ.get("AAJR_BACKEND", "auto")
+_OPS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "ops")
 
 
 def backends() -> dict[str, str | None]:
@@ -112,16 +66,16 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _choice
+        global _current
         check_backend(name)
-        self._previous, _choice = _choice, name
+        self._previous, _current = _current, name
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _choice
-        _choice = self._previous
+        global _current
+        _current = self._previous
 
 
 def check_backend(name: str) -> None:
@@ -132,9 +86,9 @@ def check_backend(name: str) -> None:
         raise BackendUnavailable(f"backend {name!r} cannot run here: {reason.rstrip('.')}.")
 
 
-def chosen() -> str:
+def current_backend() -> str:
     """The backend that :class:`use_backend` or AAJR_BACKEND names, or ``"auto"``."""
-    return _choice
+    return _current
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
@@ -145,13 +99,13 @@ def _module(op: str, backend: str) -> str:
 
 
 @functools.cache
-def _found(op: str, backend: str) -> bool:
+def _has_module(op: str, backend: str) -> bool:
     return importlib.util.find_spec(_module(op, backend)) is not None
 
 
-@constant  # torch.compile looks through a cache, and cannot trace what is behind it
+@constant  # torch.compile looks through a cache, and cannot trace the search behind it
 def _has(op: str, backend: str) -> bool:
-    return _found(op, backend)
+    return _has_module(op, backend)
 
 
 @constant
@@ -173,7 +127,7 @@ def _on_device(op: str) -> str:
 
 @functools.cache
 def _has_native(op: str) -> bool:
-    """Whether the native module was built and has kernels for the op; raises where a wish cannot be granted."""
+    """Whether the native module was built and has kernels for the op; raises where a variable asks in vain."""
     try:
         reason = native.missing()
     except ValueError as error:
@@ -192,10 +146,10 @@ def _on_cpu(op: str) -> str:
 
 @constant
 def _load_all(backend: str) -> None:
-    """Have every op's module of a backend: torch.compile sees those alone that were loaded before it looked at one."""
-    for found in pkgutil.iter_modules([os.path.join(os.path.dirname(__file__), "ops")]):
-        if _has(found.name, backend):
-            implementation(found.name, backend)
+    """Have every op's module of a backend: torch.compile sees only those loaded before it looks at one."""
+    for op in pkgutil.iter_modules([_OPS]):
+        if _has(op.name, backend):
+            implementation(op.name, backend)
 
 
 @constant
@@ -253,7 +207,7 @@ def select_backend(
         raise UnsupportedOperation(
             f"{op} got complex numbers and takes real ones: pass real and imaginary parts, torch.view_as_real(x)."
         )
-    if sharding.spread(*tensors):
+    if sharding.is_dtensor(*tensors):
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
     backend = _select(op, tensors, triton_lacks, in_cuda)
     if torch.compiler.is_compiling():
@@ -265,16 +219,16 @@ def select_backend(
 def _select(
     op: str, tensors: tuple[torch.Tensor | None, ...], triton_lacks: str | None, in_cuda: bool
 ) -> str:
-    named = _choice != "auto"
-    if _choice == "cuda":
+    named = _current != "auto"
+    if _current == "cuda":
         named = in_cuda and _has(op, "cuda")
     if named:
-        _named(op, _choice)
-        if _choice == "triton" and triton_lacks is not None:
+        _named(op, _current)
+        if _current == "triton" and triton_lacks is not None:
             raise BackendUnavailable(f"{op}: backend 'triton' {triton_lacks}: use backend 'auto'.")
-        if _choice in _WHY_NOT and (reason := _why_not(_choice, *tensors)) is not None:
-            raise BackendUnavailable(f"{op}: backend {_choice!r} got {reason}, or use backend 'auto'.")
-        return _choice
+        if _current in _WHY_NOT and (reason := _why_not(_current, *tensors)) is not None:
+            raise BackendUnavailable(f"{op}: backend {_current!r} got {reason}, or use backend 'auto'.")
+        return _current
     if any(t is not None and t.device.type == "cuda" for t in tensors):
         fits = triton_lacks is None and _why_not("triton", *tensors) is None
         return _on_device(op) if fits else "reference"
@@ -295,152 +249,3 @@ def implementation(op: str, backend: str) -> ModuleType:
         except ImportError as error:
             raise BackendUnavailable(f"op {op!r} has no {backend!r} backend: {error}.") from error
     return module
-
-
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a ``Function.backward`` that has no derivative of its own: under create_graph=True it raises.
-
-    ``torch.autograd.function.once_differentiable`` raises only in ``.backward()``; ``torch.autograd.grad`` with
-    allow_unused=True and ``torch.autograd.functional.hvp`` get None or zeros from it.
-    """
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Any) -> Any:
-        # grad mode is on in a backward exactly when it is to be recorded; tracing says nothing of that
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the gradient of an aajr_kernels op has no derivative: call backward without create_graph=True."
-            )
-        return backward(ctx, *grads)
-
-    return checked
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Autocast
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def autocasting(device_type: str) -> bool:
-    """Whether autocast is active; torch raises for the devices that have none, such as ``meta``."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def _autocast(dtype: torch.dtype | None, tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
-    device = next((t.device.type for t in tensors if t is not None), "cpu")
-    if not autocasting(device):
-        return tensors
-    target = torch.get_autocast_dtype(device) if dtype is None else dtype
-
-    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
-        # float64 stays, as under torch's own autocast
-        return t.to(target) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return tuple(cast(t) for t in tensors)
-
-
-def autocast_low(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """Under an active autocast, the tensors in its low dtype (differentiable casts); otherwise unchanged."""
-    return _autocast(None, tensors)
-
-
-def autocast_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """Under an active autocast, the tensors in float32 (differentiable casts); otherwise unchanged."""
-    return _autocast(torch.float32, tensors)
-
-
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Switch autocast off inside a Function, whose inputs were cast by its caller."""
-    if not autocasting(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rules
-# ---------------------------------------------------------------------------------------------------------------
-
-#: torch function -> rule, called with the function's own arguments (some of them Duals)
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
-#: torch function -> "view" | "torch" | "op" | "fallback": what coverage() calls it ("op" records itself)
-KINDS: dict[Callable[..., Any], str] = {}
-
-#: torch function -> rule where an argument is complex: of ``rules/complex.py``, or the same where that is right
-COMPLEX: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-#: name -> rule of what torch.compile calls in place of a function, and does not find in a table by itself
-TRACED: dict[str, Callable[..., Any]] = {}
-
-#: method name -> rule: torch.compile cannot look up the methods that torch writes in Python by themselves
-METHODS: dict[str, Callable[..., Any]] = {}
-
-_NAMESPACES = (torch, torch.Tensor, F, NN, torch.special, torch.linalg, VARIABLE_FUNCTIONS)
-
-
-def functions_named(name: str) -> list[Callable[..., Any]]:
-    """Every torch callable of that name: function, method, functional wrapper and the builtin behind it."""
-    found: list[Callable[..., Any]] = []
-    for namespace in _NAMESPACES:
-        candidate = getattr(namespace, name, None)
-        if callable(candidate) and not isinstance(candidate, type) and candidate not in found:
-            found.append(candidate)
-    return found
-
-
-def register(func: Callable[..., Any], rule: Callable[..., Any], kind: str) -> None:
-    """Enter the rule of one torch callable; :func:`rule` is the form for users."""
-    RULES[func], KINDS[func] = rule, kind
-    name = getattr(func, "__name__", "")
-    if getattr(torch.Tensor, name, None) is func:
-        METHODS[name] = rule
-
-
-def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[Callable[..., Any]], Any]:
-    """Register a derivative rule.
-
-    Args:
-        targets: torch callables, or names that are looked up in torch, torch.Tensor, torch.nn.functional,
-            torch.special and torch.linalg (all matches are registered). A trailing ``?`` marks a name that only
-            some torch versions have.
-        kind: what :func:`coverage` reports: ``"torch"``, ``"view"``, ``"fallback"``, or ``"op"`` for rules that call
-            an op which records itself.
-
-    Returns:
-        A decorator. The rule is called with the function's own arguments, of which at least one is or contains a Dual.
-
-    Raises:
-        LookupError: a name matches no torch function.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for target in targets:
-            matches = functions_named(target.rstrip("?")) if isinstance(target, str) else [target]
-            if not matches and not (isinstance(target, str) and target.endswith("?")):
-                raise LookupError(f"no torch function is called {target!r}.")
-            for match in matches:
-                register(match, function, kind)
-        return function
-
-    return decorate
-
-
-#: names by which torch takes NumPy's keywords, and the operands after the first in the order of their positions
-_ALIASES = {"axis": "dim", "keepdims": "keepdim", "self": "input"}
-_OPERANDS = """
-mat1 mat batch1 tensor1 vec1 other exponent mat2 batch2 tensor2 vec vec2 tensor
-""".split()
-
-
-def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Operands that were named moved to their places, and NumPy's keywords under torch's names.
-
-    Rules name their operands as the mathematics does; torch's builtins accept ``input=``, ``other=``, ``mat2=``...
-    """
-    if "condition" in kwargs or "sorted_sequence" in kwargs:
-        return args, kwargs  # torch.where and searchsorted, whose ``input`` is the second operand
-    kwargs = {_ALIASES.get(name, name): value for name, value in kwargs.items()}
-    if not args and "input" in kwargs:
-        args = (kwargs.pop("input"),)
-    if "input" not in kwargs:
-        args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
-    return args, kwargs

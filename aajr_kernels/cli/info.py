@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import runtime, torch_private
+from .. import torch_private
+from ..backends import choice, cuda
 from ..backends import cpu as native
-from ..backends import cuda
 
 PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
 
@@ -54,7 +54,7 @@ def collect() -> dict[str, Any]:
         },
         "accelerators": accelerators(),
         "no_accelerator": None if torch.cuda.is_available() else why_no_accelerator(),
-        "backends": runtime.backends(),
+        "backends": choice.backends(),
         "chosen_backend": os.environ.get("AAJR_BACKEND", "auto"),
         "native": native_info(),
         "cuda": cuda_info(),
@@ -115,7 +115,7 @@ def why_no_accelerator() -> str:
 
 def native_info() -> dict[str, Any] | None:
     """What the native CPU module is, or None where it cannot run; the backends say why."""
-    return None if runtime.backends()["native"] else native.info()
+    return None if choice.backends()["native"] else native.info()
 
 
 def cuda_info() -> dict[str, Any] | None:

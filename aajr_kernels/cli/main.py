@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from ..runtime import BackendUnavailable, UnsupportedOperation
+from ..backends.errors import BackendUnavailable, UnsupportedOperation
 
 #: sub-command -> (module, its line in the overview)
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import runtime
+from ..backends import choice
+from ..backends.errors import BackendUnavailable
 from ..training.progress import Progress
 from .info import package_version, why_no_accelerator
 from .validation import DEVICES, DTYPES, OPS, Row, Target, find_targets, validate_all
@@ -72,13 +73,13 @@ def validate(
         raise typer.BadParameter("they go with --model.", param_hint="--length and --layers")
     ops = _chosen("--op", op, list(OPS))
     dtypes = _chosen("--dtype", dtype, list(DTYPES))
-    backends = _chosen("--backend", backend, list(runtime.BACKENDS)) if backend else None
+    backends = _chosen("--backend", backend, list(choice.BACKENDS)) if backend else None
     _chosen("--device", [device], list(DEVICES))
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"there is no such device: {why_no_accelerator()}.", param_hint="--device")
     try:
         targets, left_out = find_targets(backends, device)
-    except runtime.BackendUnavailable as error:
+    except BackendUnavailable as error:
         raise typer.BadParameter(str(error), param_hint="--backend") from error
     plan, reasons = _plan(dtypes, targets)
     if not plan:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 SETTINGS = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive"}
 #: packages of a checkout that are commands
 PROGRAMS = ("bench", "demo", "experiments")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 #: what a user may have decided; then nothing is changed
 DECISIONS = (*SETTINGS, "KMP_BLOCKTIME")
 

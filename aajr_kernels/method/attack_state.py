@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import sharding
 from ..ops.attention import draws_apart
-from ..runtime import RULES
+from ..rules.registry import RULES
 from ..torch_private import RUNNING_NORMS
 
 __all__ = ["RandomState", "frozen_parameters", "modules_of", "one_dropout_mask", "ranks_of"]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import guarding
 from ..dual import Dual
 from ..ops.head import lm_head_penalty
+from ..rules import registry
 from .head import LMHead, as_head
 
 __all__ = ["lm_loss"]
@@ -63,7 +63,7 @@ def lm_loss(
         return q, cotangent[rows].to(q.device)
 
     def loss(x: Any) -> Any:
-        guarding.install_guards()
+        registry.install_guards()
         hidden = func(x if isinstance(x, Dual) else Dual(x.unsqueeze(0)))
         if not isinstance(hidden, Dual):
             raise TypeError(

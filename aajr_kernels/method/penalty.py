@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .. import tracing
+from ..backends.errors import refuse_transform
 from ..dual import Dual, dual
 from ..ops.head import lm_head_penalty
 from ..ops.sensitivity import sensitivity
-from ..runtime import refuse_transform
 from ..torch_private import in_transform
-from ..transforms import primal_tree
+from ..transforms import call, primal_tree
 from .checks import check_number, check_scalar
 from .directions import included
 from .expected import Reduction, expected_cotangents
@@ -167,7 +166,7 @@ def measure(
         raise ValueError(
             "v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=)."
         )
-    output = tracing.call(func, x_dual)
+    output = call(func, x_dual)
     y = _sensitive_output(output, metric, head is not None)
     loss: torch.Tensor | None = None
     if description is None:

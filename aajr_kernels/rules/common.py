@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .. import memory
+from ..autocast import autocasting
 from ..dual import Dual, is_dual, num_tangents
-from ..leaving import refuse_shape
-from ..runtime import autocasting
+from ..recompute import snapshot
+from .leaving import refuse_shape
 
 __all__ = [
     "Dual",
@@ -217,11 +217,11 @@ def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., 
 
 
 def as_now(x: Any) -> Any:
-    """A Dual as it is now, whatever is written to it later (:func:`aajr_kernels.memory.as_now`); the rest unchanged.
+    """A :func:`~aajr_kernels.recompute.snapshot` of a Dual; the rest unchanged.
 
     Taken by the rules of functions of which torch saves the result: their arguments may be written in place.
     """
-    return Dual(memory.as_now(x.stacked)) if isinstance(x, Dual) else x
+    return Dual(snapshot(x.stacked)) if isinstance(x, Dual) else x
 
 
 def per_slice(function: Callable[[torch.Tensor], torch.Tensor], x: Dual) -> Dual:

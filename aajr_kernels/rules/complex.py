@@ -3,7 +3,7 @@
 A Dual is real where it is made and where it is measured; in between it may be complex. A tangent stays the derivative
 along a *real* direction of the input, so functions that are not holomorphic (``abs``, ``conj``, ``real``, ``angle``)
 have ordinary tangents: those of their real and imaginary parts. Where a rule of another module is linear, bilinear or
-holomorphic it is right for complex numbers as it stands, and is entered in ``runtime.COMPLEX`` by :func:`register`;
+holomorphic it is right for complex numbers as it stands, and is entered in ``registry.COMPLEX`` by :func:`register`;
 what is not entered raises.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..runtime import COMPLEX, RULES, UnsupportedOperation, functions_named, rule
+from ..backends.errors import UnsupportedOperation
 from .common import (
     Dual,
     align,
@@ -31,6 +31,7 @@ from .common import (
 )
 from .matmul import bilinear
 from .pointwise import UNARY
+from .registry import COMPLEX, RULES, functions_named, rule
 
 #: modules whose rules only move values, are bilinear, or are written for both kinds of numbers
 _LINEAR = ("structural", "indexing", "creation", "copies", "matmul", "linalg")

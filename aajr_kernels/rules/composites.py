@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from .. import torch_private
+from ..backends.errors import UnsupportedOperation
+from ..coverage import record, recording
 from ..ops import attention
-from ..runtime import UnsupportedOperation, record, recording, rule
 from .common import Dual, is_dual, join, num_tangents, once_rounded, primal_of, split
+from .registry import rule
 
 # -- composites of torch.nn.functional --------------------------------------------------------------------------------
 

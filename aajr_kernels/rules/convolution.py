@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..runtime import UnsupportedOperation, autocasting, rule
+from ..autocast import autocasting
+from ..backends.errors import UnsupportedOperation
 from ..torch_private import NN, UPSAMPLE_BILINEAR_AA
 from .common import Dual, is_dual, join, num_tangents, once_rounded_sum, per_slice, primal_of
+from .registry import rule
 
 # -- folding ----------------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..runtime import KINDS, RULES, UnsupportedOperation, functions_named, rule
+from ..backends.errors import UnsupportedOperation
 from ..torch_private import MASKED_INDEX, MASKED_INDEX_PUT
 from .common import Dual, axis, is_dual, join, lift, num_tangents, per_slice, primal_of, split
+from .registry import KINDS, RULES, functions_named, rule
 
 # -- splits by axis ---------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..runtime import UnsupportedOperation, rule
+from ..backends.errors import UnsupportedOperation
 from .common import Dual, is_dual, lift, recast
+from .registry import rule
 
 
 @rule("to", kind="view")

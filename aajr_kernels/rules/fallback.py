@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from ..runtime import RULES, UnsupportedOperation, functions_named, rule
+from ..backends.errors import UnsupportedOperation
 from ..torch_private import break_graph, pytree
 from .common import Dual, any_low, cast, is_dual, num_tangents, primal_of, raised
+from .registry import RULES, functions_named, rule
 
 #: names, looked up in every torch namespace; a dotted one in that namespace alone
 ALLOWED = """

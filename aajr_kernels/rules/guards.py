@@ -20,12 +20,12 @@ from torch import nn
 from torch.utils.hooks import BackwardHook
 
 from .. import torch_private
+from ..backends.errors import UnsupportedOperation, refuse_transform, unsupported
 from ..dual import Dual, dispatch
-from ..guarding import GUARDS
-from ..runtime import UnsupportedOperation, refuse_transform, rule, unsupported
 from ..torch_private import pytree
 from . import composites
 from .common import is_dual
+from .registry import GUARDS, rule
 
 __all__ = [
     "function_rule",

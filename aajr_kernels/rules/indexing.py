@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..runtime import UnsupportedOperation, rule
+from ..backends.errors import UnsupportedOperation
 from .common import Dual, axis, is_dual, num_tangents, per_slice
+from .registry import rule
 
 _INTO_PLAIN = (
     "{name} writes a Dual into a plain tensor, which has no room for its tangent: allocate the buffer with "

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from ..runtime import COMPLEX, KINDS, RULES, UnsupportedOperation
-from ..runtime import register as enter
+from ..backends.errors import UnsupportedOperation
 from .common import Dual, as_now, is_dual, num_tangents
+from .registry import COMPLEX, KINDS, RULES
+from .registry import register as enter
 
 _RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "as_strided_"}
 

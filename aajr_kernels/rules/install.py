@@ -1,4 +1,4 @@
-"""How torch functions act on a Dual. Importing this package registers every rule with the runtime.
+"""How torch functions act on a Dual. Importing this module registers every rule.
 
 ========================  ==================================================================================
 module                    functions
@@ -22,12 +22,13 @@ module                    functions
 ``functions``             autograd Functions of models, by name
 ``sharded``               a Dual that is spread over processes
 ``inplace``               in-place forms of all of the above
+``torch_check``           values and gradients on an untested torch, at the first ``dual()``
 ========================  ==================================================================================
 """
 
 from . import structural, creation, pointwise, reductions, matmul, indexing  # isort: skip
 from . import normalisation, layers, losses, convolution, composites, fallback, linalg, complex  # isort: skip
-from . import copies, guards, functions, sharded, inplace  # isort: skip
+from . import copies, guards, functions, sharded, inplace, torch_check  # isort: skip
 
 __all__ = [
     "complex",
@@ -49,6 +50,7 @@ __all__ = [
     "reductions",
     "sharded",
     "structural",
+    "torch_check",
 ]
 
 # Order matters above: activations replace the pointwise rules of the same name, the fallback takes what has no rule,

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..backends.errors import UnsupportedOperation
 from ..ops import activation
-from ..runtime import UnsupportedOperation, functions_named, rule
 from ..torch_private import NN
 from .common import Dual, as_now, elementwise, is_dual, join, once_rounded, per_slice, primal_of, split
+from .registry import functions_named, rule
 
 # -- embedding --------------------------------------------------------------------------------------------------------
 

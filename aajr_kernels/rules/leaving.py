@@ -8,8 +8,8 @@ import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .backends.operator import constant
-from .runtime import UnsupportedOperation, unsupported
+from ..backends.errors import UnsupportedOperation, unsupported
+from ..torch_private import mark_constant as constant
 
 __all__ = ["array_ufunc", "as_number", "is_numpy", "leave", "refuse_array", "refuse_shape", "strict"]
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from ..runtime import UnsupportedOperation, rule
+from ..backends.errors import UnsupportedOperation
 from ..torch_private import LOW_RANK
 from .common import Dual, is_dual, join, ndim_of, num_tangents, parts, split
+from .registry import rule
 
 #: named tuples, which torch's stubs know in part
 _types: Any = torch.return_types

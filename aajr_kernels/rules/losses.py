@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..runtime import UnsupportedOperation, rule
+from ..backends.errors import UnsupportedOperation
 from ..torch_private import NN, reduction_kind, reduction_name
 from .common import Dual, any_low, elementwise, is_dual, once_rounded, per_slice, primal_of
+from .registry import rule
 
 
 def _reduced(values: Any, reduction: int) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..autocast import autocasting
+from ..backends.errors import UnsupportedOperation
+from ..coverage import record, recording
 from ..ops.linear import linear
-from ..runtime import UnsupportedOperation, autocasting, record, recording, rule
 from .common import (
     Dual,
     align,
@@ -22,6 +24,7 @@ from .common import (
     primal_of,
     raised,
 )
+from .registry import rule
 
 
 def _count(name: str, out: torch.Tensor, inner: int, products: int) -> None:

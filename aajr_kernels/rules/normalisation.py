@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..backends.errors import UnsupportedOperation
 from ..ops import norm
-from ..runtime import UnsupportedOperation, rule
 from ..torch_private import BATCH_NORM_WITH_UPDATE
 from .common import is_dual, primal_of
+from .registry import rule
 
 
 def _layer_norm(

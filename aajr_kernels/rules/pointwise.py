@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..runtime import functions_named, rule
 from ..torch_private import VERSION
 from .common import (
     Dual,
@@ -29,6 +28,7 @@ from .common import (
     primal_of,
     settled,
 )
+from .registry import functions_named, rule
 
 # -- sums and products ------------------------------------------------------------------------------------------------
 

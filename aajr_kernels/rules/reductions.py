@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ..backends.errors import UnsupportedOperation
 from ..ops.sensitivity import softmax
-from ..runtime import UnsupportedOperation, rule
 from .common import Dual, as_now, axes, axis, is_dual, join, once_rounded, recast, split, vector
+from .registry import rule
 
 
 def _dims(x: Dual, dim: Any) -> list[int]:

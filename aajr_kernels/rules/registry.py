@@ -1,20 +1,125 @@
-"""Before a Dual exists: patches of torch that make a lost derivative loud, checks of torch, and checks of its parts.
+"""The tables that rules and guards of torch enter themselves in, and in which the number looks them up.
 
-The modules that own them (``rules/guards.py``, ``torch_check.py``) register them at import; the first ``dual()`` runs
-them.
+It lies below :mod:`aajr_kernels.dual` and knows neither the number nor any rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from .backends.operator import constant
-from .runtime import UnsupportedOperation, unsupported
-from .torch_private import separate_outputs
+from ..backends.errors import UnsupportedOperation, unsupported
+from ..torch_private import NN, VARIABLE_FUNCTIONS, separate_outputs
+from ..torch_private import mark_constant as constant
 
-__all__ = ["COMPILED_GUARDS", "GUARDS", "directions", "guard_compiled", "install_guards"]
+__all__ = [
+    "COMPILED_GUARDS",
+    "COMPLEX",
+    "GUARDS",
+    "KINDS",
+    "METHODS",
+    "RULES",
+    "TRACED",
+    "functions_named",
+    "guard_compiled",
+    "install_guards",
+    "positional",
+    "register",
+    "rule",
+]
+
+#: torch function -> rule, called with the function's own arguments (some of them Duals)
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
+#: torch function -> "view" | "torch" | "op" | "fallback": what coverage() calls it ("op" records itself)
+KINDS: dict[Callable[..., Any], str] = {}
+
+#: torch function -> rule where an argument is complex: of ``rules/complex.py``, or the same where that is right
+COMPLEX: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+#: name -> rule of what torch.compile calls in place of a function, and does not find in a table by itself
+TRACED: dict[str, Callable[..., Any]] = {}
+
+#: method name -> rule: torch.compile cannot look up the methods that torch writes in Python by themselves
+METHODS: dict[str, Callable[..., Any]] = {}
+
+_NAMESPACES = (torch, torch.Tensor, F, NN, torch.special, torch.linalg, VARIABLE_FUNCTIONS)
+
+
+def functions_named(name: str) -> list[Callable[..., Any]]:
+    """Every torch callable of that name: function, method, functional wrapper and the builtin behind it."""
+    found: list[Callable[..., Any]] = []
+    for namespace in _NAMESPACES:
+        candidate = getattr(namespace, name, None)
+        if callable(candidate) and not isinstance(candidate, type) and candidate not in found:
+            found.append(candidate)
+    return found
+
+
+def register(func: Callable[..., Any], rule: Callable[..., Any], kind: str) -> None:
+    """Enter the rule of one torch callable; :func:`rule` is the form for users."""
+    RULES[func], KINDS[func] = rule, kind
+    name = getattr(func, "__name__", "")
+    if getattr(torch.Tensor, name, None) is func:
+        METHODS[name] = rule
+
+
+def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[Callable[..., Any]], Any]:
+    """Register a derivative rule.
+
+    Args:
+        targets: torch callables, or names that are looked up in torch, torch.Tensor, torch.nn.functional,
+            torch.special and torch.linalg (all matches are registered). A trailing ``?`` marks a name that only
+            some torch versions have.
+        kind: what :func:`coverage` reports: ``"torch"``, ``"view"``, ``"fallback"``, or ``"op"`` for rules that call
+            an op which records itself.
+
+    Returns:
+        A decorator. The rule is called with the function's own arguments, of which at least one is or contains a Dual.
+
+    Raises:
+        LookupError: a name matches no torch function.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for target in targets:
+            matches = functions_named(target.rstrip("?")) if isinstance(target, str) else [target]
+            if not matches and not (isinstance(target, str) and target.endswith("?")):
+                raise LookupError(f"no torch function is called {target!r}.")
+            for match in matches:
+                register(match, function, kind)
+        return function
+
+    return decorate
+
+
+#: names by which torch takes NumPy's keywords, and the operands after the first in the order of their positions
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "self": "input"}
+_OPERANDS = """
+mat1 mat batch1 tensor1 vec1 other exponent mat2 batch2 tensor2 vec vec2 tensor
+""".split()
+
+
+def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands that were named moved to their places, and NumPy's keywords under torch's names.
+
+    Rules name their operands as the mathematics does; torch's builtins accept ``input=``, ``other=``, ``mat2=``...
+    """
+    if "condition" in kwargs or "sorted_sequence" in kwargs:
+        return args, kwargs  # torch.where and searchsorted, whose ``input`` is the second operand
+    kwargs = {_ALIASES.get(name, name): value for name, value in kwargs.items()}
+    if not args and "input" in kwargs:
+        args = (kwargs.pop("input"),)
+    if "input" not in kwargs:
+        args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
+    return args, kwargs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guards
+# ---------------------------------------------------------------------------------------------------------------
 
 #: patches of torch that make a lost derivative loud; installed at the first dual(), never at import
 GUARDS: list[Callable[[], None]] = [separate_outputs]
@@ -53,30 +158,3 @@ def _traced_fault() -> str | None:
     while COMPILED_GUARDS and _compiled_fault is None:
         _compiled_fault = COMPILED_GUARDS.pop()()
     return _compiled_fault
-
-
-def directions(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`v` as ``[K, *x.shape]``, after the checks that :func:`aajr_kernels.dual` promises for both."""
-    for name, value in (("x", x), ("v", v)):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{name} must be floating point, got {value.dtype}: a Dual is real; for token ids seed "
-                "the embedding with aajr_kernels.seed."
-            )
-    if v.dtype != x.dtype:
-        raise TypeError(f"v must have the dtype of x ({x.dtype}), got {v.dtype}: cast it with v.to(x.dtype).")
-    if v.device != x.device:
-        raise ValueError(
-            f"v must be on the device of x ({x.device}), got {v.device}: move it with v.to(x.device)."
-        )
-    if v.shape == x.shape:
-        v = v.unsqueeze(0)
-    elif v.shape[1:] != x.shape or v.dim() != x.dim() + 1:
-        raise ValueError(
-            f"v must have the shape of x {tuple(x.shape)} or [K, *x.shape] for K directions, got {tuple(v.shape)}."
-        )
-    if v.shape[0] == 0:
-        raise ValueError("v must hold at least one direction, got K = 0.")
-    return v

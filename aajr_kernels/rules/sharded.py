@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from ..backends.errors import UnsupportedOperation
 from ..dual import Dual
-from ..runtime import UnsupportedOperation, rule
-from ..sharding import spread
+from ..sharding import is_dtensor
 from ..torch_private import ALL_REDUCE, FROM_LOCAL
 from .guards import function_rule, linear_function
+from .registry import rule
 
 __all__ = ["of_the_dual", "of_the_stack"]
 
@@ -58,7 +59,7 @@ def _from_local(
     stride: Sequence[int] | None = None,
     *grad_placements: Sequence[Any] | None,
 ) -> Dual:
-    if spread(x.stacked):  # a style cannot tell that it is one already, and would have left it alone
+    if is_dtensor(x.stacked):  # a style cannot tell that it is one already, and would have left it alone
         return x
     if shape is not None and stride is not None:
         stacks = x.stacked.shape[0]
@@ -102,7 +103,7 @@ def _only_spread(function: Callable[..., Any]) -> property:
     """A method that only a spread Dual has, so that ``hasattr`` tells."""
 
     def get(self: Dual) -> Any:
-        if not spread(self.stacked):
+        if not is_dtensor(self.stacked):
             raise AttributeError(f"a Dual has {function.__name__[1:]} only where its stack is a DTensor.")
         return lambda *args, **kwargs: function(self, *args, **kwargs)
 

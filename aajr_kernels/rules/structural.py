@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..runtime import rule
 from .common import (
     Dual,
     align,
@@ -30,6 +29,7 @@ from .common import (
     sizes_of,
     split,
 )
+from .registry import rule
 
 # -- views ------------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import guarding, recording, runtime, torch_private
-from .dual import dual
+from .. import torch_private
+from ..backends.errors import UnsupportedOperation
+from ..coverage import paused
+from ..dual import dual
+from .registry import COMPILED_GUARDS, GUARDS
 
 __all__ = ["check", "check_compiled"]
 
@@ -121,7 +124,7 @@ def _guards_hold() -> bool:
     for apply in (_BOUND_FIRST, _Twice.apply):
         try:
             apply(x)
-        except runtime.UnsupportedOperation:
+        except UnsupportedOperation:
             continue
         return False
     return True
@@ -130,7 +133,7 @@ def _guards_hold() -> bool:
 @contextlib.contextmanager
 def _as_if_fresh() -> Iterator[None]:
     with (
-        recording.paused(),
+        paused(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
@@ -173,7 +176,7 @@ def check() -> None:
     thread.start()
     thread.join()
     if faults[0] is not None:
-        raise runtime.UnsupportedOperation(_message(faults[0]))
+        raise UnsupportedOperation(_message(faults[0]))
     warnings.warn(
         f"torch {torch.__version__} is untested ({torch_private.tested_range()} are); a check of values and gradients "
         "passed.",
@@ -192,5 +195,5 @@ def check_compiled() -> str | None:
     return None if fault is None else _message(fault, " compiled")
 
 
-guarding.GUARDS.append(check)
-guarding.COMPILED_GUARDS.append(check_compiled)
+GUARDS.append(check)
+COMPILED_GUARDS.append(check_compiled)

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import autocasting
 from ..method.attack_state import frozen_parameters, one_dropout_mask
 from ..method.losses import IGNORED
 from ..method.report import StabilityReport
 from ..method.stability import stability_report
 from ..method.trajectory import Trajectory
 from ..method.wrapped import inside
-from ..runtime import autocasting
 from . import randomness
 from .batches import Prepared, prepared
 from .config import FitConfig, ObjectiveConfig

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aajr_kernels import runtime
-from aajr_kernels.backends import cuda
+from aajr_kernels.backends import choice, cuda
+from aajr_kernels.coverage import record, recording
 from aajr_kernels.dual import Dual
 
 from .. import peers, roofline
@@ -175,12 +175,12 @@ def _launches(dtype: str, length: int) -> Case:
 def _launch_run(length: int, dtype: str) -> Run:
     leaves, _, _ = _row_inputs(length, "rms_norm", dtype, True, DEVICE)
     x, weight = (t.detach() for t in leaves)
-    backend = runtime.select_backend("norm", x, weight)
-    launcher = runtime.implementation("norm", backend).norm_fwd
+    backend = choice.select_backend("norm", x, weight)
+    launcher = choice.implementation("norm", backend).norm_fwd
 
     def call() -> Gradients:
-        if runtime.recording():
-            runtime.record("rms_norm", backend, 0.0)
+        if recording():
+            record("rms_norm", backend, 0.0)
         for _ in range(LAUNCH_CALLS):
             y, _ = launcher(x, weight, None, pointwise.EPS, 0.0, False)
         return [y]

@@ -12,7 +12,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from aajr_kernels import runtime
+from aajr_kernels.backends import choice
+from aajr_kernels.coverage import record
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.activation import gelu, swiglu
 from aajr_kernels.ops.attention.function import AttentionFunction
@@ -216,8 +217,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: Any, scale: float | N
     if any(value not in (None, 0.0) for value in rest.values()) or not causal:
         raise ValueError(f"the benchmark's primal attention is causal and has no other options, got {rest}.")
     stacks = [x.unsqueeze(0) for x in (q, k, v)]
-    backend = runtime.select_backend("attention", *stacks)
-    runtime.record("attention", backend)
+    backend = choice.select_backend("attention", *stacks)
+    record("attention", backend)
     options = (q.shape[-1] ** -0.5 if scale is None else scale, None, 0, None, 0.0, False)
     out: Tensor = AttentionFunction.apply(*stacks, None, options, backend)[0]
     return out

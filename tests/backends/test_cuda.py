@@ -12,9 +12,9 @@ from ops.cases_rows import layer, reduction, rms
 from ops.suite import DTYPES, Target, check, outcome
 
 import aajr_kernels as aajr
-from aajr_kernels import Dual, runtime
+from aajr_kernels import BackendUnavailable, Dual
+from aajr_kernels.backends import choice, cuda
 from aajr_kernels.backends import cpu as native
-from aajr_kernels.backends import cuda
 from aajr_kernels.ops.norm import cuda as norm
 from aajr_kernels.ops.norm import reference as norm_reference
 from aajr_kernels.ops.sensitivity import cuda as reduce
@@ -46,9 +46,9 @@ def host():
 # ------------------------------------------------------------------------------------------------- who gets them
 @pytest.mark.skipif(cuda.missing() is None, reason="the CUDA module can run here")
 def test_without_the_module_the_name_is_refused_with_the_reason():
-    reason = runtime.backends()["cuda"]
+    reason = choice.backends()["cuda"]
     assert reason
-    with pytest.raises(runtime.BackendUnavailable, match="backend 'cuda' cannot run here: ") as error:
+    with pytest.raises(BackendUnavailable, match="backend 'cuda' cannot run here: ") as error:
         aajr.use_backend("cuda")
     assert reason.rstrip(".") in str(error.value)
 
@@ -85,7 +85,7 @@ def test_what_has_no_such_kernels_goes_where_auto_sends_it(host):
     ran = dict(seen.entries.keys())
     assert ran["rms_norm"] == ran["sensitivity"] == "cuda"
     with aajr.use_backend("auto"):
-        expected = runtime.select_backend("activation", x.stacked)
+        expected = choice.select_backend("activation", x.stacked)
     assert ran["gelu"] == ran["softmax"] == expected != "cuda"
 
 
@@ -99,7 +99,7 @@ def test_what_has_no_such_kernels_goes_where_auto_sends_it(host):
     ids=["float64", "meta"],
 )
 def test_tensors_that_they_do_not_take_are_refused(host, tensor, words):
-    with pytest.raises(runtime.BackendUnavailable, match=words):
+    with pytest.raises(BackendUnavailable, match=words):
         aajr.rms_norm(Dual(tensor), 8)
 
 
@@ -338,7 +338,7 @@ def test_tensors_in_different_places_never_become_addresses(host):
 
 @on_host
 def test_integers_are_refused_with_the_remedy(host):
-    with pytest.raises(runtime.BackendUnavailable, match="a tensor of torch.int32: cast it to float32"):
+    with pytest.raises(BackendUnavailable, match="a tensor of torch.int32: cast it to float32"):
         sensitivity(Dual(torch.ones(2, 3, 4, dtype=torch.int32)), "l2")
 
 

@@ -28,7 +28,7 @@ def test_json_reports_versions_devices_backends_and_build():
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
     assert facts["cpu"]["threads"] == torch.get_num_threads()
-    assert facts["backends"] == aajr_kernels.runtime.backends()
+    assert facts["backends"] == aajr_kernels.backends()
     assert facts["backends"]["reference"] is None
     assert isinstance(facts["build"]["native"], bool)
     if facts["backends"]["native"] is None:

@@ -15,8 +15,8 @@ from backends import cuda_host
 from typer.testing import CliRunner
 
 import aajr_kernels
-from aajr_kernels import runtime
-from aajr_kernels.backends import cuda
+from aajr_kernels import BackendUnavailable
+from aajr_kernels.backends import choice, cuda
 from aajr_kernels.cli import main
 from aajr_kernels.cli.validation import DTYPES, OPS, Target, budgets, checks, find_targets, validate_all
 from aajr_kernels.cli.validation.case import Draw
@@ -90,11 +90,11 @@ def test_low_dtypes_pass_within_their_budget():
     for row in found["rows"]:
         assert row["result"] == "pass" and row["budget_share"] <= 1 and row["worst"]
         assert row["worst_error"] <= 64 * torch.finfo(DTYPES[row["dtype"]]).eps
-    available = {name for name, reason in runtime.backends().items() if reason is None}
+    available = {name for name, reason in choice.backends().items() if reason is None}
     assert {row["backend"] for row in found["rows"]} == available
     refused = {f"float64 on {row['backend']} on {row['device']}" for row in found["rows"]}
     refused -= {name for name in refused if "reference" in name}
-    assert set(found["left_out"]) == set(runtime.backends()) - available | refused
+    assert set(found["left_out"]) == set(choice.backends()) - available | refused
     # two minutes on Triton's interpreter, which tests/ops/test_suite.py has at smaller sizes
     named = [word for name in sorted(available - {"triton"}) for word in ("--backend", name)]
     dtypes = [word for name in DTYPES if name != "float64" for word in ("--dtype", name)]
@@ -107,7 +107,7 @@ def test_low_dtypes_pass_within_their_budget():
 
 @pytest.mark.parametrize("backend", ["reference", "native", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_policy_passes_in_bfloat16(backend):
-    if (reason := runtime.backends()[backend]) is not None:
+    if (reason := choice.backends()[backend]) is not None:
         pytest.skip(reason)
     (row,) = report("--op", "aligned_penalty", "--dtype", "bfloat16", "--backend", backend)["rows"]
     assert row["cases"] == 5 and row["result"] == "pass"
@@ -218,7 +218,7 @@ def test_wrong_tangent_nan_and_exception_are_failures(monkeypatch):
     [
         (("--op", "conv"), ["--op", "'conv'", *OPS]),
         (("--dtype", "int8"), ["--dtype", "'int8'", *DTYPES]),
-        (("--backend", "tpu"), ["--backend", "'tpu'", *runtime.BACKENDS]),
+        (("--backend", "tpu"), ["--backend", "'tpu'", *choice.BACKENDS]),
         (("--device", "gpu"), ["--device", "'gpu'", "auto", "cpu", "cuda"]),
         (("--seed", "-1"), ["--seed"]),
     ],
@@ -244,7 +244,7 @@ def unwrapped(output: str) -> str:
 
 def test_missing_backend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(runtime, "_missing", {"native": "no compiler", "cuda": "not built"}.get)
+    monkeypatch.setattr(choice, "_missing", {"native": "no compiler", "cuda": "not built"}.get)
     result = invoke("--backend", "native")
     assert result.exit_code == 2
     assert "native cannot run here: no compiler." in unwrapped(result.output)
@@ -285,10 +285,8 @@ def test_a_backend_of_some_ops_skips_the_others(monkeypatch):
         ("silu", "skipped"),
     }
     monkeypatch.setattr(cuda, "module", lambda: SimpleNamespace(host=False))
-    monkeypatch.setattr(runtime, "_missing", lambda name: None)
-    with pytest.raises(
-        runtime.BackendUnavailable, match="cuda cannot run here: its kernels need a CUDA device"
-    ):
+    monkeypatch.setattr(choice, "_missing", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="cuda cannot run here: its kernels need a CUDA device"):
         find_targets(["cuda"], "cpu")
 
 
@@ -297,17 +295,17 @@ def native(monkeypatch):
     """A second backend that has the linear layer alone, made of the reference's."""
     module = ModuleType("native")
     module.linear_fwd, module.linear_bwd = linear.linear_fwd, linear.linear_bwd
-    original = runtime.implementation
+    original = choice.implementation
 
     def implementation(op, backend):
         if backend != "native":
             return original(op, backend)
         if op != "linear":
-            raise runtime.BackendUnavailable(f"op {op!r} has no 'native' backend.")
+            raise BackendUnavailable(f"op {op!r} has no 'native' backend.")
         return module
 
-    monkeypatch.setattr(runtime, "_missing", {"triton": "no triton", "cuda": "not built"}.get)
-    monkeypatch.setattr(runtime, "implementation", implementation)
+    monkeypatch.setattr(choice, "_missing", {"triton": "no triton", "cuda": "not built"}.get)
+    monkeypatch.setattr(choice, "implementation", implementation)
     return module
 
 
@@ -341,7 +339,7 @@ def test_a_backend_that_has_no_such_op_or_dtype_is_refused(native):
 
 
 def test_falling_back_is_a_failure(native, monkeypatch):
-    monkeypatch.setattr(runtime, "select_backend", lambda op, *tensors: "reference")
+    monkeypatch.setattr(choice, "select_backend", lambda op, *tensors: "reference")
     (row,) = report("--op", "linear", "--dtype", "float32", "--backend", "native", exit_code=1)["rows"]
     assert "ran on reference, not native" in row["failures"][0]
 

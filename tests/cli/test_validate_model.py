@@ -15,11 +15,11 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from aajr_kernels import runtime
 from aajr_kernels.cli import main
 from aajr_kernels.cli.validation import loading, model
 from aajr_kernels.cli.validation.loading import CannotValidate, load, prepare
 from aajr_kernels.cli.validation.results import Results, judged
+from aajr_kernels.rules import registry
 
 SMALL = "transformers:LlamaForCausalLM"
 
@@ -92,7 +92,7 @@ class Small(nn.Module):
 
 def test_a_module_of_ones_own_and_an_operation_without_a_rule(monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", FACTORIES)
-    monkeypatch.delitem(runtime.RULES, torch.fft.rfft)
+    monkeypatch.delitem(registry.RULES, torch.fft.rfft)
     code, report = report_of("mine:good", "--dtype", "float64")
     assert code == 0 and report["model"] == "Small"
     code, report = report_of("mine:bad", "--dtype", "float32")

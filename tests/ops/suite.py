@@ -21,10 +21,11 @@ from backends import cuda_host
 from ops.op_checks import entered, forward_mode
 from torch import Tensor
 
-from aajr_kernels import runtime
+import aajr_kernels
+from aajr_kernels.backends import choice
 from aajr_kernels.backends import cpu as native
 
-PACKAGE = Path(runtime.__file__).parent
+PACKAGE = Path(aajr_kernels.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
 #: backend -> the device its tensors live on; without a GPU, Triton's kernels run in its interpreter, and those in CUDA
 #: C++ are compiled for the CPU
@@ -54,8 +55,8 @@ class Target:
     def why_not(self, op: str) -> str | None:
         """Why the op cannot run there, or None."""
         on_host = self.backend == "cuda" and self.device == "cpu"
-        reason = cuda_host.why_not() if on_host else runtime.backends()[self.backend]
-        if reason is None and not runtime._found(op, self.backend):
+        reason = cuda_host.why_not() if on_host else choice.backends()[self.backend]
+        if reason is None and not choice._has_module(op, self.backend):
             reason = f"op {op!r} has no kernels there"
         return None if reason is None else f"{self.backend}: {reason}"
 
@@ -65,7 +66,7 @@ class Target:
         with contextlib.ExitStack() as stack:
             if self.backend == "cuda" and self.device == "cpu":
                 stack.enter_context(cuda_host.loaded())
-            stack.enter_context(runtime.use_backend(self.backend))
+            stack.enter_context(choice.use_backend(self.backend))
             if not self.capability:
                 yield
                 return
@@ -81,7 +82,7 @@ class Target:
 @functools.cache
 def capabilities() -> tuple[str, ...]:
     """CPU capabilities that are built in and run here, emulated ones included; none without the native module."""
-    if runtime.backends()["native"] is not None:
+    if choice.backends()["native"] is not None:
         return ()
     return tuple(name for name, runs in native.module().capabilities() if runs)
 
@@ -236,7 +237,7 @@ def check(case: Case, target: Target, k: int, dtype: torch.dtype) -> None:
     """Output and all gradients of the case on the target, within the budget."""
     p = problem(case, k, dtype)
     layout = lambda x: case.layout(x.to(target.device))
-    with target.active(), runtime.coverage() as seen:
+    with target.active(), choice.coverage() as seen:
         inputs, params = ([t.to(target.device) for t in ts] for ts in (p.inputs, p.params))
         got = outcome(case.ours, inputs, params, p.cotangent.to(target.device), layout)
     assert {backend for _, backend in seen.entries} <= {target.backend, "view"}, str(seen)

@@ -14,7 +14,7 @@ from ops.suite import DEVICES, Target, targets
 from torch import Tensor
 
 import aajr_kernels as aajr
-from aajr_kernels import Dual, runtime
+from aajr_kernels import Dual, coverage
 from aajr_kernels.ops.attention import attention
 from aajr_kernels.ops.attention import packed as packed_module
 
@@ -110,7 +110,7 @@ def test_float64(tangents, options):
 def test_float32(target, tangents, options):
     low = packed(tangents).to(torch.float32)
     exact = low.to(torch.float64)
-    with runtime.coverage() as seen:
+    with coverage() as seen:
         actual = low.ours(cu_seqlens=BOTH, **options)
     assert {backend for _, backend in seen.entries} == {target.backend}
     compare(exact, low, actual, oracle(exact, **options), 2e-5)
@@ -157,7 +157,7 @@ def test_nobody_waits_for_offsets_while_a_graph_is_captured(monkeypatch):
     with aajr.use_backend("triton"), monkeypatch.context() as patch:
         patch.setattr(packed_module, "_capturing", lambda device: True)
         patch.setattr(Tensor, "tolist", lambda *_: pytest.fail("read the offsets"))
-        with runtime.coverage():  # counting work must not read them either
+        with coverage():  # counting work must not read them either
             actual = on.ours(causal=True, cu_seqlens=there)
         plain = attention(*(x[0].detach() for x in on.leaves.values()), causal=True, cu_seqlens=there)
     expected = oracle(exact, causal=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import aajr_kernels as aajr
 from aajr_kernels import UnsupportedOperation, dual
 from aajr_kernels.rules.composites import ungated
-from aajr_kernels.runtime import RULES
+from aajr_kernels.rules.registry import RULES
 
 sdpa = F.scaled_dot_product_attention
 

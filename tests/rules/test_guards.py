@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 import aajr_kernels as aajr
 from aajr_kernels import UnsupportedOperation, dual
 from aajr_kernels.rules import fallback, guards
-from aajr_kernels.runtime import RULES
+from aajr_kernels.rules.registry import RULES
 
 
 @torch.library.custom_op("aajr_test::twice", mutates_args=())

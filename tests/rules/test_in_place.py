@@ -13,7 +13,7 @@ from rules.cases import P, U, X, Y
 from rules.check import check
 
 from aajr_kernels import dual, is_dual
-from aajr_kernels.runtime import RULES
+from aajr_kernels.rules.registry import RULES
 
 
 def _gradients(case: cases.Case, k: int, written: bool) -> list[torch.Tensor]:

@@ -16,7 +16,8 @@ from budgets import FACTOR, ULPS, assert_within_budget, gradient_floor, norm
 from rules import cases, cases_attention, cases_layers, cases_numbers  # noqa: F401  the last three fill the table
 from rules.low import Point, Results
 
-from aajr_kernels import dual, is_dual, runtime
+from aajr_kernels import dual, is_dual
+from aajr_kernels.rules import registry
 
 EVERY_DAY = ((torch.bfloat16, 2), (torch.float16, 1))
 THE_REST = ((torch.bfloat16, 1), (torch.float16, 2))
@@ -166,9 +167,9 @@ def _behind(rule: Any) -> list[Any]:
 def test_every_rule_has_a_case_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
     rules: set[int] = set()
-    table = dict(runtime.RULES)
+    table = dict(registry.RULES)
     for attribute in ("RULES", "METHODS"):
-        monkeypatch.setattr(runtime, attribute, _Seen(getattr(runtime, attribute), names, rules))
+        monkeypatch.setattr(registry, attribute, _Seen(getattr(registry, attribute), names, rules))
     for case in cases.CASES:
         try:
             Point.of(case, 1).lifted(torch.bfloat16)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import runtime
+from ...backends import choice
+from ...backends.errors import BackendUnavailable
+from ...coverage import coverage
 from ...dual import Dual
 from . import budgets
 from .case import Case, Draw, Outputs
@@ -179,10 +181,10 @@ def _check(case: Case, truth: Truth, row: Row) -> None:
     leaves = Leaves.of(case, dtype, row.device)
     try:
         threads = _one_thread() if row.backend == "reference" else contextlib.nullcontext()
-        with threads, runtime.use_backend(row.backend), runtime.coverage() as coverage:
+        with threads, choice.use_backend(row.backend), coverage() as recorded:
             outputs = _named(case.ours(**leaves.duals(case.strided)))
             gradients = leaves.gradients(outputs, truth.cotangents)
-    except runtime.BackendUnavailable as refusal:
+    except BackendUnavailable as refusal:
         if row.backend == "reference":  # which computes everything
             row.failures.append(f"{case.label}: {refusal}")
         else:
@@ -193,7 +195,7 @@ def _check(case: Case, truth: Truth, row: Row) -> None:
         row.budget_share = row.worst_error = math.inf
         row.failures.append(f"{case.label}: {type(raised).__name__}: {str(raised).strip() or 'no message'}")
         return
-    ran = {backend for _, backend in coverage.entries if backend in runtime.BACKENDS}
+    ran = {backend for _, backend in recorded.entries if backend in choice.BACKENDS}
     if row.backend == "cuda" and "cuda" not in ran:  # it leaves such operations to others
         row.skipped.append(f"{case.label}: cuda has no kernels for it")
         return

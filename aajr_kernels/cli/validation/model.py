@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...backends.errors import UnsupportedOperation
+from ...coverage import Coverage, coverage
 from ...dual import Dual
 from ...method import aligned_penalty
-from ...runtime import Coverage, UnsupportedOperation, coverage
 from . import oracle
 from .loading import CannotValidate, Subject
 from .results import Results, judged, together

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ... import runtime
-from ...backends import cuda
+from ...backends import choice, cuda
 from ...backends import triton as gpu
+from ...backends.errors import BackendUnavailable
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -60,9 +60,9 @@ def find_targets(names: Sequence[str] | None, device: str) -> tuple[list[Target]
     Raises:
         BackendUnavailable: a named backend cannot run here or on that device.
     """
-    reasons = runtime.backends()
+    reasons = choice.backends()
     targets, left_out = [], {}
-    for name in runtime.BACKENDS if names is None else names:
+    for name in choice.BACKENDS if names is None else names:
         where = _device(name, device)
         reason = reasons[name] or _misplaced(name, where)
         if reason is None:
@@ -70,7 +70,7 @@ def find_targets(names: Sequence[str] | None, device: str) -> tuple[list[Target]
         elif names is None:
             left_out[name] = reason
         else:
-            raise runtime.BackendUnavailable(f"{name} cannot run here: {reason}.")
+            raise BackendUnavailable(f"{name} cannot run here: {reason}.")
     return targets, left_out
 
 

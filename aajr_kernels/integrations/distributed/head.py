@@ -27,7 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import runtime, sharding
+from ... import sharding
+from ...autocast import no_autocast
+from ...backends import choice
+from ...backends.errors import UnsupportedOperation, first_order
+from ...coverage import record, recording
 from ...dual import Dual
 from ...ops.head import lm_head_penalty
 from ...ops.sensitivity import sensitivity
@@ -56,11 +60,11 @@ def _head(
     from torch.distributed.tensor import Partial, Replicate
 
     given = {"weight": weight, "bias": bias, "hidden": stacked}
-    first = "weight" if sharding.spread(weight) else "hidden"
+    first = "weight" if sharding.is_dtensor(weight) else "hidden"
     mesh = mesh_of("lm_head_penalty", **{first: given.pop(first)}, **given)
     axis, start = _words("weight", weight, mesh)
     if bias is not None and _words("bias", bias, mesh) != (axis, start):
-        raise runtime.UnsupportedOperation(
+        raise UnsupportedOperation(
             "lm_head_penalty: bias must be split like the rows of weight: distribute both with Shard(0)."
         )
     whole = [Replicate()] * mesh.ndim
@@ -83,9 +87,9 @@ def _head(
         if labels is None:
             return q_l2, None
         h, metric = h[:1], "l2"
-    backend = runtime.select_backend("head", h, w, b)
-    if runtime.recording():
-        runtime.record("lm_head_penalty", backend, 2.0 * h.numel() * w.shape[0])
+    backend = choice.select_backend("head", h, w, b)
+    if recording():
+        record("lm_head_penalty", backend, 2.0 * h.numel() * w.shape[0])
     place = (mesh.get_group(axis), start)
     q, nll = SplitHead.apply(h, w, b, labels, metric, scale, softcap, ignore_index, backend, place)
     return (q if q_l2 is None else q_l2), nll
@@ -93,7 +97,7 @@ def _head(
 
 def _shard(parameter: Tensor) -> Tensor:
     """The local shard, whose gradient is the shard of the gradient."""
-    if not sharding.spread(parameter):
+    if not sharding.is_dtensor(parameter):
         return parameter
     return parameter.to_local(grad_placements=parameter.placements)  # type: ignore[attr-defined]
 
@@ -102,12 +106,12 @@ def _words(name: str, parameter: Tensor, mesh: Any) -> tuple[int | None, int]:
     """The axis of the mesh that splits the vocabulary, None if none does, and the first word that is held here."""
     from torch.distributed.tensor import Replicate, Shard
 
-    if not sharding.spread(parameter):
+    if not sharding.is_dtensor(parameter):
         return None, 0
     placements = parameter.placements  # type: ignore[attr-defined]
     axes = [i for i, p in enumerate(placements) if p == Shard(0)]
     if len(axes) > 1 or any(p not in (Shard(0), Replicate()) for p in placements):
-        raise runtime.UnsupportedOperation(
+        raise UnsupportedOperation(
             f"lm_head_penalty: {name} must be split over the vocabulary on one axis of its mesh, got {placements}: use "
             "ColwiseParallel for the head, and inside(model, ...) where fully_shard splits it too."
         )
@@ -147,7 +151,7 @@ class SplitHead(torch.autograd.Function):
                 raise ValueError(
                     f"lm_head_penalty: ignore_index must be no word where the vocabulary is split, got {ignore_index}."
                 )
-        with runtime.no_autocast(h.device.type):
+        with no_autocast(h.device.type):
             numbers, stats = _statistics(h, weight, bias, own, *options, backend)
             numbers = torch.cat([_signature(h, labels), numbers])
             q, nll = _merge(_gathered(numbers, group, h), stats, h.shape[0] - 1, metric, labels is not None)
@@ -157,7 +161,7 @@ class SplitHead(torch.autograd.Function):
         return q, nll
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(ctx: Any, q_bar: Tensor | None, nll_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight, bias, own, stats = ctx.saved_tensors
         if ctx.options[0] == "l2":  # no tangents are here, the caller makes q of the hidden states
@@ -168,8 +172,8 @@ class SplitHead(torch.autograd.Function):
         if weight.shape[0] == 0:
             bars = [torch.zeros_like(t) if need else None for t, need in zip((h, weight, bias), needs)]
             return (*bars, *(None,) * 7)
-        with runtime.no_autocast(h.device.type):
-            h_bar, weight_bar, bias_bar = runtime.implementation("head", ctx.backend).head_bwd(
+        with no_autocast(h.device.type):
+            h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
                 q_bar, nll_bar, h, weight, bias, own, stats, *ctx.options, *needs
             )
         if bias_bar is not None:
@@ -190,7 +194,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """What is to be gathered ``[F, T]`` (float64), and the statistics of the words that are held here."""
     k, tokens = h.shape[0] - 1, h.shape[1]
-    kernels = runtime.implementation("head", backend)
+    kernels = choice.implementation("head", backend)
     if weight.shape[0] == 0:
         stats = h.new_zeros((_LEAD[backend] + 4 * k, tokens), dtype=_wide(h))
         lse = h.new_full((tokens,), -math.inf, dtype=torch.float64)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ... import sharding
+from ...backends.errors import UnsupportedOperation
 from ...dual import Dual
-from ...runtime import UnsupportedOperation
 
 __all__ = ["local", "mesh_of"]
 
@@ -40,15 +40,15 @@ def mesh_of(op: str, **tensors: Tensor | None) -> Any:
         UnsupportedOperation: it is not, or there are two meshes.
     """
     (name, first), *others = tensors.items()
-    if not sharding.spread(first):
-        other = next(key for key, value in others if sharding.spread(value))
+    if not sharding.is_dtensor(first):
+        other = next(key for key, value in others if sharding.is_dtensor(value))
         raise UnsupportedOperation(
             f"{op}: {other} is a DTensor and {name} is not: call the layer with the hooks that parallelize_module gave "
             f"it, or distribute {name} with DTensor.from_local."
         )
     mesh = first.device_mesh  # type: ignore[union-attr]
     for key, value in others:
-        if sharding.spread(value) and value.device_mesh != mesh:  # type: ignore[union-attr]
+        if sharding.is_dtensor(value) and value.device_mesh != mesh:  # type: ignore[union-attr]
             raise UnsupportedOperation(
                 f"{op}: {key} is on the mesh {value.device_mesh} and {name} on {mesh}: spread both over the same one."  # type: ignore[union-attr]
             )
@@ -63,7 +63,7 @@ def local(x: Tensor, mesh: Any, placements: Sequence[Any], gradient: Sequence[An
     """
     from torch.distributed.tensor import DTensor, Replicate
 
-    if not sharding.spread(x):
+    if not sharding.is_dtensor(x):
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if tuple(x.placements) != tuple(placements):  # type: ignore[attr-defined]
         x = x.redistribute(mesh, placements)  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ def _linear(run: Run, x: Dual, weight: Tensor, bias: Tensor | None) -> Dual:
         raise ValueError(
             f"linear: weight must be [out, {x.shape[-1]}] for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}."
         )
-    given = weight.placements if sharding.spread(weight) else [Replicate()] * mesh.ndim  # type: ignore[attr-defined]
+    given = weight.placements if sharding.is_dtensor(weight) else [Replicate()] * mesh.ndim  # type: ignore[attr-defined]
     rows: list[tuple[Any, ...]] = []
     for held, w in zip(x.stacked.placements, given):  # type: ignore[attr-defined]
         if w == Shard(0):
@@ -182,7 +182,7 @@ def _attention(run: Run, q: Any, k: Any, v: Any, mask: Any) -> Any:
     axes = stacks["q"].dim()
     aligned = (1,) * axes
     if mask is not None:
-        if isinstance(mask, Dual) or mask.requires_grad or sharding.spread(mask):
+        if isinstance(mask, Dual) or mask.requires_grad or sharding.is_dtensor(mask):
             raise UnsupportedOperation(
                 "attention: the mask of DTensors must be a plain tensor without gradient: pass local shards."
             )

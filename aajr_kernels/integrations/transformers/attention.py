@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ...backends.errors import UnsupportedOperation
 from ...ops.attention import attention
-from ...runtime import UnsupportedOperation
 from .masks import Visibility
 
 __all__ = ["attention_forward"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import memory
+from ...recompute import recompute
 from .forms import Replacement
 
 __all__ = ["as_it_is", "recomputed"]
@@ -46,7 +46,7 @@ def _inside(function: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(self, *args, **kwargs)
-        with memory.recompute():
+        with recompute():
             return function(self, *args, **kwargs)
 
     return forward

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from ... import memory, runtime
+from ...backends import choice
+from ...backends.errors import first_order
+from ...recompute import make_recomputable, release, saved_tensors, snapshot
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 _TORCH_SAVES_RESULT = ("relu", "tanh", "sigmoid")
@@ -19,20 +21,20 @@ class PointwiseFunction(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, kind: str, backend: str, recompute: bool = False) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.backend = kind, backend
-        y: torch.Tensor = runtime.implementation("activation", backend).pointwise_fwd(x, kind)
-        ctx.save_for_backward(memory.as_now(x, ctx.needs_input_grad[0]) if kind in _TORCH_SAVES_RESULT else x)
+        y: torch.Tensor = choice.implementation("activation", backend).pointwise_fwd(x, kind)
+        ctx.save_for_backward(snapshot(x, ctx.needs_input_grad[0]) if kind in _TORCH_SAVES_RESULT else x)
         if recompute:
-            memory.offer(ctx, y, _pointwise_again)
+            make_recomputable(ctx, y, _pointwise_again)
         return y
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
         if y_bar is None:
             return None, None, None, None
-        (x,) = memory.saved(ctx)
-        memory.release(ctx)
-        x_bar = runtime.implementation("activation", ctx.backend).pointwise_bwd(y_bar, x, ctx.kind)
+        (x,) = saved_tensors(ctx)
+        release(ctx)
+        x_bar = choice.implementation("activation", ctx.backend).pointwise_bwd(y_bar, x, ctx.kind)
         return x_bar, None, None, None
 
 
@@ -46,31 +48,31 @@ class GatedFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.backend = kind, backend
         ctx.save_for_backward(gate, up)
-        h: torch.Tensor = runtime.implementation("activation", backend).gated_fwd(gate, up, kind)
+        h: torch.Tensor = choice.implementation("activation", backend).gated_fwd(gate, up, kind)
         if recompute:
-            memory.offer(ctx, h, _gated_again)
+            make_recomputable(ctx, h, _gated_again)
         return h
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(ctx: Any, h_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if h_bar is None:
             return (None,) * 5
-        gate, up = memory.saved(ctx)
-        memory.release(ctx)
-        grads = runtime.implementation("activation", ctx.backend).gated_bwd(
+        gate, up = saved_tensors(ctx)
+        release(ctx)
+        grads = choice.implementation("activation", ctx.backend).gated_bwd(
             h_bar, gate, up, ctx.kind, *ctx.needs_input_grad[:2]
         )
         return *grads, None, None, None
 
 
 def _pointwise_again(ctx: Any) -> torch.Tensor:
-    (x,) = memory.saved(ctx)
-    y: torch.Tensor = runtime.implementation("activation", ctx.backend).pointwise_fwd(x, ctx.kind)
+    (x,) = saved_tensors(ctx)
+    y: torch.Tensor = choice.implementation("activation", ctx.backend).pointwise_fwd(x, ctx.kind)
     return y
 
 
 def _gated_again(ctx: Any) -> torch.Tensor:
-    gate, up = memory.saved(ctx)
-    h: torch.Tensor = runtime.implementation("activation", ctx.backend).gated_fwd(gate, up, ctx.kind)
+    gate, up = saved_tensors(ctx)
+    h: torch.Tensor = choice.implementation("activation", ctx.backend).gated_fwd(gate, up, ctx.kind)
     return h

@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import runtime, sharding
+from ... import sharding
+from ...autocast import autocast_low, no_autocast
+from ...backends import choice
+from ...backends.errors import UnsupportedOperation
+from ...coverage import record, recording
 from ...dual import Dual, num_tangents, stack_of
 from .function import AttentionFunction
 from .packed import Bounds, Packed, packed_sequences, pieces
@@ -105,11 +109,9 @@ def attention(
     _check_tensors(q, k, v, mask)
     scale = _check_options(q, causal, scale, softcap, window, dropout)
     tangents, dual = num_tangents(q, k, v, mask), any(isinstance(x, Dual) for x in (q, k, v, mask))
-    if dual and sharding.spread(*(x.stacked if isinstance(x, Dual) else x for x in (q, k, v, mask))):
+    if dual and sharding.is_dtensor(*(x.stacked if isinstance(x, Dual) else x for x in (q, k, v, mask))):
         if cu_seqlens is not None:
-            raise runtime.UnsupportedOperation(
-                "attention: cu_seqlens do not go with DTensors: pass local shards."
-            )
+            raise UnsupportedOperation("attention: cu_seqlens do not go with DTensors: pass local shards.")
         run = functools.partial(
             attention, causal=causal, scale=scale, softcap=softcap, window=window, dropout=dropout
         )
@@ -123,22 +125,22 @@ def attention(
             q, k, v, mask, causal, window, scale, dropout, None if packed is None else packed.bounds
         )
     batch = q.shape[:-3]
-    qs, ks, vs = runtime.autocast_low(*(_five_axes(stack_of(x)) for x in (q, k, v)))
+    qs, ks, vs = autocast_low(*(_five_axes(stack_of(x)) for x in (q, k, v)))
     for name, x in (("k", ks), ("v", vs)):
         if x.dtype != qs.dtype:
             raise TypeError(
                 f"attention: {name} must have the dtype of q ({qs.dtype}), got {x.dtype}: cast one of them."
             )
     bias = None if mask is None else _mask_five_axes(stack_of(mask), batch)
-    backend = runtime.select_backend("attention", qs, ks, vs, triton_lacks=_too_large(qs, vs))
+    backend = choice.select_backend("attention", qs, ks, vs, triton_lacks=_too_large(qs, vs))
     drawn = _draw(backend, qs, ks, dropout, packed) if dropout > 0 else None
-    if runtime.recording() and torch.compiler.is_compiling():
-        runtime.record("attention", backend)  # lengths may be symbols, and packed ones unknown
-    elif runtime.recording():
+    if recording() and torch.compiler.is_compiling():
+        record("attention", backend)  # lengths may be symbols, and packed ones unknown
+    elif recording():
         sizes = [(qs.shape[-2], ks.shape[-2])] if packed is None else packed.sizes()
         pairs = sum(_visible_pairs(n, m, _offset(causal, n, m), window) for n, m in sizes)
         pairs *= qs.shape[1] * qs.shape[2]
-        runtime.record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (qs.shape[-1] + vs.shape[-1]))
+        record("attention", backend, 2.0 * pairs * (1 + 2 * tangents) * (qs.shape[-1] + vs.shape[-1]))
     align_right = packed is not None and causal == "lower_right"
     offset = 0 if align_right else _offset(causal, qs.shape[-2], ks.shape[-2])
     options = (scale, softcap, offset, window, dropout, align_right)
@@ -150,7 +152,7 @@ def attention(
 
 def draws_apart(device: torch.device) -> bool:
     """Whether torch's attention and ours draw other dropout masks there: fused kernels each draw in their own way."""
-    return device.type != "cpu" or runtime.chosen() == "triton"
+    return device.type != "cpu" or choice.current_backend() == "triton"
 
 
 def _draw(backend: str, q: Tensor, k: Tensor, p: float, packed: Packed | None) -> Tensor:
@@ -162,7 +164,7 @@ def _draw(backend: str, q: Tensor, k: Tensor, p: float, packed: Packed | None) -
 
     def kept(*shape: int) -> Tensor:
         """As torch's attention written out draws it, in the same order."""
-        with torch.no_grad(), runtime.no_autocast(q.device.type):
+        with torch.no_grad(), no_autocast(q.device.type):
             return torch.dropout(torch.ones(shape, dtype=weights, device=q.device), p, True) != 0
 
     _, batch, heads, n, _ = q.shape

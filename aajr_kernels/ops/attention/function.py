@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ...autocast import no_autocast
+from ...backends import choice
+from ...backends.errors import first_order
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -34,21 +36,21 @@ class AttentionFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        module = runtime.implementation("attention", backend)
+        module = choice.implementation("attention", backend)
         q, k, v = _dense(q), _dense(k), _dense(v)
-        with runtime.no_autocast(q.device.type):
+        with no_autocast(q.device.type):
             starts = None if q_start is None else (q_start, k_start)
             out, *residuals = module.attention_fwd(q, k, v, mask, _options(module, options, drawn), starts)
         ctx.save_for_backward(drawn, q_start, k_start, q, k, v, mask, out, *residuals)
         return out
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(ctx: Any, out_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if out_bar is None:
             return (None,) * 9
-        module = runtime.implementation("attention", ctx.backend)
-        with runtime.no_autocast(out_bar.device.type):
+        module = choice.implementation("attention", ctx.backend)
+        with no_autocast(out_bar.device.type):
             drawn, q_start, k_start, *saved = ctx.saved_tensors
             grads = module.attention_bwd(
                 out_bar,

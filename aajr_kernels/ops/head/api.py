@@ -7,7 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from ... import runtime, sharding
+from ... import sharding
+from ...autocast import autocast_low
+from ...backends import choice
+from ...backends.errors import UnsupportedOperation
+from ...coverage import record, recording
 from ...dual import Dual, is_dual
 from ...torch_private import assert_async
 from .function import HeadFunction
@@ -68,26 +72,26 @@ def lm_head_penalty(
         )
     for name, value in (("weight", weight), ("bias", bias)):
         if is_dual(value):
-            raise runtime.UnsupportedOperation(
+            raise UnsupportedOperation(
                 f"lm_head_penalty: {name} is a Dual, and the head takes plain weights: pass {name}.primal where no "
                 "tangent is wanted."
             )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"lm_head_penalty: softcap must be positive or None, got {softcap}.")
-    stacked, weight, bias = runtime.autocast_low(hidden.stacked, *sharding.constant(weight, bias))
+    stacked, weight, bias = autocast_low(hidden.stacked, *sharding.constant(weight, bias))
     _check_weights(hidden, stacked, weight, bias)
     batch = tuple(hidden.shape[:-1])
     if labels is not None:
         _check_labels(labels, batch, weight.shape[0], ignore_index)
         labels = labels.reshape(-1).long()
-    if sharding.spread(stacked, weight, bias):
+    if sharding.is_dtensor(stacked, weight, bias):
         options = (metric, float(scale), softcap, int(ignore_index))
         q, nll = sharding.OPS["head"](stacked, weight, bias, labels, *options)
         q = q.reshape(hidden.num_tangents, *batch)
         return q if nll is None else (q, nll.reshape(batch))
-    backend = runtime.select_backend("head", stacked, weight, bias)
-    if runtime.recording():
-        runtime.record("lm_head_penalty", backend, 2.0 * stacked.numel() * weight.shape[0])
+    backend = choice.select_backend("head", stacked, weight, bias)
+    if recording():
+        record("lm_head_penalty", backend, 2.0 * stacked.numel() * weight.shape[0])
     k = hidden.num_tangents
     rows = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1])
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ...autocast import no_autocast
+from ...backends import choice
+from ...backends.errors import first_order
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -31,9 +33,9 @@ class HeadFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend, ctx.ready = (metric, scale, softcap, ignore_index), backend, None
         arguments = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
-        kernels = runtime.implementation("head", backend)
+        kernels = choice.implementation("head", backend)
         joint = None
-        with runtime.no_autocast(h.device.type):
+        with no_autocast(h.device.type):
             if expected is not None and hasattr(kernels, "head_joint") and any(ctx.needs_input_grad[:3]):
                 joint = kernels.head_joint(*arguments, expected, *ctx.needs_input_grad[:3])
             if joint is None:
@@ -44,7 +46,7 @@ class HeadFunction(torch.autograd.Function):
         return q, nll
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(
         ctx: Any, q_bar: torch.Tensor | None, nll_bar: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -57,8 +59,8 @@ class HeadFunction(torch.autograd.Function):
                 gradients = (g if g is None or factor == 1.0 else g.mul_(factor) for g in ready[2:])
                 return (*gradients, None, None, None, None, None, None, None)
         h, weight, bias, labels, stats = ctx.saved_tensors
-        with runtime.no_autocast(h.device.type):
-            h_bar, weight_bar, bias_bar = runtime.implementation("head", ctx.backend).head_bwd(
+        with no_autocast(h.device.type):
+            h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
                 q_bar, nll_bar, h, weight, bias, labels, stats, *ctx.options, *ctx.needs_input_grad[:3]
             )
         if bias_bar is not None:

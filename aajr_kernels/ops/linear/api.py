@@ -7,7 +7,11 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from ... import runtime, sharding
+from ... import sharding
+from ...autocast import autocast_low
+from ...backends import choice
+from ...backends.errors import UnsupportedOperation
+from ...coverage import record, recording
 from ...dual import Dual, is_dual
 from .function import LinearFunction
 
@@ -39,16 +43,16 @@ def linear(
     """
     for name, value in (("weight", weight), ("bias", bias)):
         if is_dual(value):
-            raise runtime.UnsupportedOperation(
+            raise UnsupportedOperation(
                 f"linear: {name} is a Dual, and this op takes plain weights: write it as torch.matmul and +, or pass "
                 f"{name}.primal where no tangent is wanted."
             )
     if not isinstance(x, Dual):
         return F.linear(x, weight, bias)
     weight, bias = sharding.constant(weight, bias)
-    if sharding.spread(x.stacked, weight, bias):
+    if sharding.is_dtensor(x.stacked, weight, bias):
         return sharding.OPS["linear"](linear, x, weight, bias)
-    stacked, weight, bias = runtime.autocast_low(x.stacked, weight, bias)
+    stacked, weight, bias = autocast_low(x.stacked, weight, bias)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != stacked.dtype:
             raise RuntimeError(
@@ -64,11 +68,9 @@ def linear(
             f"linear: bias must have shape {tuple(weight.shape[:-1])} for weight {tuple(weight.shape)}, got "
             f"{tuple(bias.shape)}."
         )
-    backend = runtime.select_backend("linear", stacked, weight, bias)
-    if runtime.recording():
-        runtime.record(
-            "linear", backend, 2.0 * stacked.numel() * (weight.shape[0] if weight.dim() == 2 else 1)
-        )
+    backend = choice.select_backend("linear", stacked, weight, bias)
+    if recording():
+        record("linear", backend, 2.0 * stacked.numel() * (weight.shape[0] if weight.dim() == 2 else 1))
     if weight.dim() == 1:
         rows = None if bias is None else bias.unsqueeze(0)
         return Dual(LinearFunction.apply(stacked, weight.unsqueeze(0), rows, backend).squeeze(-1))

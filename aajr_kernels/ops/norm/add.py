@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
-from ... import memory, runtime, sharding
+from ... import sharding
+from ...autocast import autocasting
+from ...backends import choice
+from ...coverage import record, recording
 from ...dual import Dual, is_dual, num_tangents, stack_of
+from ...recompute import is_recomputed
 from .api import layer_norm, rms_norm
 from .checks import (
     check_dtypes,
@@ -108,11 +112,11 @@ def _common_shape(
 
 def _fusible(x: Any, residual: Any, shape: tuple[int, ...]) -> bool:
     """Whether the sum and its norm are one kernel; several normalised axes and casts in between are rare."""
-    if sharding.spread(*(t.stacked if is_dual(t) else t for t in (x, residual))):
+    if sharding.is_dtensor(*(t.stacked if is_dual(t) else t for t in (x, residual))):
         return False
     if len(shape) > 1 or not (is_dual(x) or is_dual(residual)) or x.dtype != residual.dtype:
         return False
-    return not runtime.autocasting(x.device.type)
+    return not autocasting(x.device.type)
 
 
 def _add_norm(
@@ -129,9 +133,9 @@ def _add_norm(
     num_tangents(x, residual)  # they must agree
     first, second = stack_of(x), stack_of(residual)
     weight, bias = sharding.constant(weight, bias)
-    backend = runtime.select_backend("norm", first, second, weight, bias)
-    if runtime.recording():
-        runtime.record(op, backend, 7.0 * max(first.numel(), second.numel()))
+    backend = choice.select_backend("norm", first, second, weight, bias)
+    if recording():
+        record(op, backend, 7.0 * max(first.numel(), second.numel()))
     y, summed = AddNormFunction.apply(
         first,
         second,
@@ -141,6 +145,6 @@ def _add_norm(
         float(offset),
         centred,
         backend,
-        memory.wanted("norms", recompute),
+        is_recomputed("norms", recompute),
     )
     return Dual(y), Dual(summed)

@@ -10,8 +10,12 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from ... import memory, runtime, sharding
+from ... import sharding
+from ...autocast import autocast_float32, autocasting
+from ...backends import choice
+from ...coverage import record, recording
 from ...dual import Dual
+from ...recompute import is_recomputed
 from .checks import check_dtypes, check_offset, check_shapes, refuse_dual_weights, trailing_shape, wide_dtype
 from .function import NormFunction
 
@@ -141,7 +145,7 @@ def layer_norm(
     shape = trailing_shape("layer_norm", x, normalized_shape)
     if not isinstance(x, Dual):
         return F.layer_norm(x, shape, weight, bias, eps)
-    if not runtime.autocasting(x.stacked.device.type):
+    if not autocasting(x.stacked.device.type):
         check_dtypes("layer_norm", x.stacked.dtype, weight=weight, bias=bias)
     return _norm("layer_norm", x, shape, weight, bias, eps, 0.0, True, recompute)
 
@@ -159,16 +163,16 @@ def _norm(
 ) -> Dual:
     check_shapes(op, shape, weight=weight, bias=bias)
     weight, bias = sharding.constant(weight, bias)
-    if sharding.spread(x.stacked, weight, bias):
+    if sharding.is_dtensor(x.stacked, weight, bias):
         run = functools.partial(
             _norm, op, shape=shape, eps=eps, offset=offset, centred=centred, recompute=recompute
         )
         return sharding.OPS["rowwise"](op, run, x, len(shape), weight=weight, bias=bias)
-    stacked, weight, bias = runtime.autocast_float32(x.stacked, weight, bias)
-    backend = runtime.select_backend("norm", stacked, weight, bias)
-    if runtime.recording():
-        runtime.record(op, backend, 6.0 * stacked.numel())
-    options = float(eps), float(offset), centred, backend, memory.wanted("norms", recompute)
+    stacked, weight, bias = autocast_float32(x.stacked, weight, bias)
+    backend = choice.select_backend("norm", stacked, weight, bias)
+    if recording():
+        record(op, backend, 6.0 * stacked.numel())
+    options = float(eps), float(offset), centred, backend, is_recomputed("norms", recompute)
     if len(shape) == 1:
         return Dual(NormFunction.apply(stacked, weight, bias, *options))
     rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))

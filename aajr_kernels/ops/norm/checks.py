@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ... import runtime
+from ...backends.errors import UnsupportedOperation
 from ...dual import Dual, is_dual
 
 
@@ -27,7 +27,7 @@ def trailing_shape(op: str, x: torch.Tensor | Dual, normalized_shape: int | Sequ
 def refuse_dual_weights(op: str, **weights: object) -> None:
     for name, value in weights.items():
         if is_dual(value):
-            raise runtime.UnsupportedOperation(
+            raise UnsupportedOperation(
                 f"{op}: {name} is a Dual, and this op takes plain weights: call it without {name} and apply {name} "
                 f"with * or +, or pass {name}.primal where no tangent is wanted."
             )

@@ -7,7 +7,10 @@ from typing import TypeVar
 
 import torch
 
-from ... import runtime, sharding
+from ... import sharding
+from ...backends import choice
+from ...backends.errors import UnsupportedOperation
+from ...coverage import record, recording
 from ...dual import Dual, is_dual
 from .function import RotaryFunction
 
@@ -39,7 +42,7 @@ def rotary(
     """
     for name, value in (("cos", cos), ("sin", sin)):
         if is_dual(value):
-            raise runtime.UnsupportedOperation(
+            raise UnsupportedOperation(
                 f"rotary: {name} is a Dual, and this op takes plain tables: write x * cos + rotate(x) * sin, or pass "
                 f"{name}.primal where no tangent is wanted."
             )
@@ -49,12 +52,12 @@ def rotary(
     if not isinstance(x, Dual):
         return _plain(x, cos, sin, interleaved)
     stacked = x.stacked
-    if sharding.spread(stacked, cos, sin):
+    if sharding.is_dtensor(stacked, cos, sin):
         run = functools.partial(rotary, interleaved=interleaved, unsqueeze_dim=None)
         return sharding.OPS["rotary"](run, x, cos, sin)
-    backend = runtime.select_backend("rotary", stacked, cos, sin)
-    if runtime.recording():
-        runtime.record("rotary", backend, 3.0 * stacked.numel())
+    backend = choice.select_backend("rotary", stacked, cos, sin)
+    if recording():
+        record("rotary", backend, 3.0 * stacked.numel())
     return Dual(RotaryFunction.apply(stacked, cos, sin, interleaved, backend))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ... import runtime
+from ...backends import choice
+from ...backends.errors import first_order
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -21,15 +22,15 @@ class RotaryFunction(torch.autograd.Function):
         ctx.interleaved, ctx.backend = interleaved, backend
         need_tables = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if need_tables else None, cos, sin)
-        return runtime.implementation("rotary", backend).rotary_fwd(x, cos, sin, interleaved)
+        return choice.implementation("rotary", backend).rotary_fwd(x, cos, sin, interleaved)
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if y_bar is None:
             return (None,) * 5
         x, cos, sin = ctx.saved_tensors
-        ops = runtime.implementation("rotary", ctx.backend)
+        ops = choice.implementation("rotary", ctx.backend)
         x_bar = cos_bar = sin_bar = None
         if ctx.needs_input_grad[0]:
             x_bar = ops.rotary_bwd(y_bar, cos, sin, ctx.interleaved)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ... import runtime, sharding
+from ... import sharding
+from ...autocast import autocast_float32
+from ...backends import choice
+from ...coverage import record, recording
 from ...dual import Dual
 from .function import SensitivityFunction, SoftmaxFunction
 
@@ -39,11 +42,11 @@ def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
         raise ValueError(
             f"sensitivity: y must have a non-empty last axis to reduce, got shape {tuple(y.shape)}: unsqueeze it."
         )
-    if sharding.spread(y.stacked):
+    if sharding.is_dtensor(y.stacked):
         return sensitivity(sharding.OPS["whole"](y), metric)
-    backend = runtime.select_backend("sensitivity", y.stacked)
-    if runtime.recording():
-        runtime.record("sensitivity", backend, 5.0 * y.stacked.numel())
+    backend = choice.select_backend("sensitivity", y.stacked)
+    if recording():
+        record("sensitivity", backend, 5.0 * y.stacked.numel())
     return SensitivityFunction.apply(y.stacked, metric, backend)
 
 
@@ -67,14 +70,14 @@ def softmax(x: Dual, dim: int = -1) -> Dual:
         )
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"softmax: dim must be an axis of x with shape {tuple(x.shape)}, got {dim}.")
-    if sharding.spread(x.stacked):
+    if sharding.is_dtensor(x.stacked):
         return sharding.OPS["along"]("softmax", softmax, x, dim % x.dim())
     axis = dim % x.dim() + 1
-    (stack,) = runtime.autocast_float32(x.stacked)
+    (stack,) = autocast_float32(x.stacked)
     if 0 in x.shape:
         return Dual(stack.clone())
     stack = stack.movedim(axis, -1)
-    backend = runtime.select_backend("sensitivity", stack, in_cuda=False)
-    if runtime.recording():
-        runtime.record("softmax", backend, 5.0 * stack.numel())
+    backend = choice.select_backend("sensitivity", stack, in_cuda=False)
+    if recording():
+        record("softmax", backend, 5.0 * stack.numel())
     return Dual(SoftmaxFunction.apply(stack, backend).movedim(-1, axis))

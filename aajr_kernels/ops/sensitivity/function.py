@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
-from ... import memory, runtime
+from ...autocast import no_autocast
+from ...backends import choice
+from ...backends.errors import first_order
+from ...recompute import snapshot
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -18,17 +21,17 @@ class SensitivityFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.metric, ctx.backend = metric, backend
         ctx.save_for_backward(y)
-        with runtime.no_autocast(y.device.type):
-            return runtime.implementation("sensitivity", backend).sensitivity_fwd(y, metric)
+        with no_autocast(y.device.type):
+            return choice.implementation("sensitivity", backend).sensitivity_fwd(y, metric)
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(ctx: Any, q_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
         if q_bar is None:
             return None, None, None
         (y,) = ctx.saved_tensors
-        with runtime.no_autocast(y.device.type):
-            y_bar = runtime.implementation("sensitivity", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric)
+        with no_autocast(y.device.type):
+            y_bar = choice.implementation("sensitivity", ctx.backend).sensitivity_bwd(q_bar, y, ctx.metric)
         return y_bar, None, None
 
 
@@ -39,16 +42,16 @@ class SoftmaxFunction(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, backend: str) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        with runtime.no_autocast(x.device.type):
-            y: torch.Tensor = runtime.implementation("sensitivity", backend).softmax_fwd(x)
-        ctx.save_for_backward(memory.as_now(x, ctx.needs_input_grad[0]))
+        with no_autocast(x.device.type):
+            y: torch.Tensor = choice.implementation("sensitivity", backend).softmax_fwd(x)
+        ctx.save_for_backward(snapshot(x, ctx.needs_input_grad[0]))
         return y
 
     @staticmethod
-    @runtime.first_order
+    @first_order
     def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         if y_bar is None:
             return None, None
         (x,) = ctx.saved_tensors
-        with runtime.no_autocast(x.device.type):
-            return runtime.implementation("sensitivity", ctx.backend).softmax_bwd(y_bar, x), None
+        with no_autocast(x.device.type):
+            return choice.implementation("sensitivity", ctx.backend).softmax_bwd(y_bar, x), None

@@ -7,14 +7,14 @@ from types import ModuleType
 import pytest
 from ops.suite import Target, capabilities, distinct
 
-from aajr_kernels import runtime
+from aajr_kernels.backends import choice
 from aajr_kernels.backends import cpu as native
 
 
 @pytest.fixture
 def module() -> ModuleType:
     """The native module; skips where there is none."""
-    reason = runtime.backends()["native"]
+    reason = choice.backends()["native"]
     if reason is not None:
         pytest.skip(f"native: {reason}")
     return native.module()

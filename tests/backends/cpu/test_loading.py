@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from aajr_kernels import runtime
+from aajr_kernels.backends import choice
 from aajr_kernels.backends import cpu as native
 
-BUILT = runtime.backends()["native"] is None
-needs_native = pytest.mark.skipif(not BUILT, reason=f"native: {runtime.backends()['native']}")
+BUILT = choice.backends()["native"] is None
+needs_native = pytest.mark.skipif(not BUILT, reason=f"native: {choice.backends()['native']}")
 
 
 def start(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -56,12 +56,12 @@ def test_why_it_is_missing(monkeypatch, error, record, words):
     monkeypatch.setattr(native, "module", fail)
     monkeypatch.setattr(native, "build_info", lambda: record)
     assert words in native.missing()
-    assert words in runtime.backends()["native"]
-    runtime._has_native.cache_clear()
+    assert words in choice.backends()["native"]
+    choice._has_native.cache_clear()
     try:
-        assert runtime.select_backend("norm", torch.ones(1)) == "reference"
+        assert choice.select_backend("norm", torch.ones(1)) == "reference"
     finally:
-        runtime._has_native.cache_clear()
+        choice._has_native.cache_clear()
 
 
 CALL = """

@@ -8,11 +8,11 @@ from backends import operator_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aajr_kernels as aajr
-from aajr_kernels import runtime
+from aajr_kernels.backends import choice
 from aajr_kernels.backends import cpu as native
 
 pytestmark = pytest.mark.skipif(
-    runtime.backends()["native"] is not None, reason=f"native: {runtime.backends()['native']}"
+    choice.backends()["native"] is not None, reason=f"native: {choice.backends()['native']}"
 )
 
 

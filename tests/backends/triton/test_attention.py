@@ -16,7 +16,7 @@ from ops.suite import DEVICES, Target
 from torch import Tensor
 
 import aajr_kernels as aajr
-from aajr_kernels import runtime
+from aajr_kernels import BackendUnavailable
 from aajr_kernels.backends import triton as gpu
 from aajr_kernels.ops.attention import api as attention_api
 from aajr_kernels.ops.attention import reference
@@ -301,7 +301,7 @@ def test_head_sizes_above_the_limit():
     q = aajr.dual(*torch.randn(2, 1, 1, 3, 257, device=DEVICE))
     with (
         aajr.use_backend("triton"),
-        pytest.raises(runtime.BackendUnavailable, match=r"attention: .*up to 256.*257.*backend 'auto'"),
+        pytest.raises(BackendUnavailable, match=r"attention: .*up to 256.*257.*backend 'auto'"),
     ):
         aajr.attention(q, q, q)
 

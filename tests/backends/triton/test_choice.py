@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PRETENDED = """
 import dataclasses, torch
 import aajr_kernels as aajr
-from aajr_kernels import runtime
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends import choice, triton as gpu
 torch.cuda.is_available = lambda: True
 
 @dataclasses.dataclass
@@ -37,11 +36,11 @@ def fake(device="cuda:0", dtype=torch.bfloat16):
 
 def said(*tensors, op="attention"):
     try:
-        return runtime.select_backend(op, *tensors)
+        return choice.select_backend(op, *tensors)
     except aajr.BackendUnavailable as error:
         return str(error)
 
-runtime._has = lambda op, backend: op == "attention"
+choice._has = lambda op, backend: op == "attention"
 """
 
 
@@ -137,7 +136,7 @@ class Blocked:
 def refuse(*args, **kwargs):
     raise RuntimeError("CUDA was initialised")
 
-triton.runtime.driver.set_active(Blocked())
+triton.choice.driver.set_active(Blocked())
 torch.cuda._lazy_init = torch._C._cuda_init = refuse
 for name in ("get_device_properties", "get_device_capability", "current_device", "device_count"):
     setattr(torch.cuda, name, refuse)

@@ -10,7 +10,8 @@ from budgets import assert_exact
 from ops.suite import DEVICES, Target
 
 import aajr_kernels as aajr
-from aajr_kernels import runtime
+from aajr_kernels import BackendUnavailable
+from aajr_kernels.backends import choice
 from aajr_kernels.backends import triton as gpu
 from aajr_kernels.backends.triton.layout import within_reach
 from aajr_kernels.ops.attention import reference
@@ -127,6 +128,6 @@ def test_subclasses_without_memory_are_refused():
 
     with (
         aajr.use_backend("triton"),
-        pytest.raises(runtime.BackendUnavailable, match="Wrapper, which has no memory"),
+        pytest.raises(BackendUnavailable, match="Wrapper, which has no memory"),
     ):
-        runtime.select_backend("norm", Wrapper(torch.randn(2, 3, device=DEVICE)))
+        choice.select_backend("norm", Wrapper(torch.randn(2, 3, device=DEVICE)))

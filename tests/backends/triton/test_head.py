@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from budgets import assert_exact, assert_within_budget, gradient_floor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aajr_kernels import Dual, LMHead, aligned_penalty, runtime, use_backend
+from aajr_kernels import Dual, LMHead, aligned_penalty, use_backend
+from aajr_kernels.backends import choice
 from aajr_kernels.backends import triton as gpu
 from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.head import lm_head_penalty
@@ -22,7 +23,7 @@ from aajr_kernels.ops.head import function, triton_config, triton_launch
 from aajr_kernels.ops.head import triton as kernels
 
 pytestmark = pytest.mark.skipif(
-    runtime.backends()["triton"] is not None, reason=f"triton: {runtime.backends()['triton']}"
+    choice.backends()["triton"] is not None, reason=f"triton: {choice.backends()['triton']}"
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T, V, C = 70, 130, 40

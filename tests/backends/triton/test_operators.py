@@ -10,7 +10,7 @@ from backends import operator_calls
 from ops.suite import Target
 
 import aajr_kernels as aajr
-from aajr_kernels import runtime
+from aajr_kernels.backends import choice
 from aajr_kernels.backends import triton as gpu
 from aajr_kernels.backends.triton import operators
 
@@ -61,4 +61,4 @@ def test_operators_are_not_for_the_transforms_of_torch_func():
     with aajr.use_backend("triton"):
         _, y_tan = torch.func.jvp(lambda t: aajr.rms_norm(t, 8), (x,), (torch.ones_like(x),))
     assert y_tan.abs().sum() > 0
-    assert runtime.backends()["triton"] is None
+    assert choice.backends()["triton"] is None

@@ -13,7 +13,7 @@ from torch import nn
 from zoo import LENGTH, Subject, embeddings, padding
 
 import aajr_kernels as aajr
-from aajr_kernels import runtime
+from aajr_kernels.backends import choice
 from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import KNOWN, fuse
 
@@ -199,7 +199,7 @@ def test_the_fused_operations_run():
     subject = SUBJECTS["llama-sdpa"]()
     with fuse(subject.model), aajr.coverage() as coverage:
         subject.tensor(aajr.dual(subject.x, torch.ones_like(subject.x)))
-    counts = {op: n for op, backend, n, _ in coverage.rows() if backend in runtime.BACKENDS}
+    counts = {op: n for op, backend, n, _ in coverage.rows() if backend in choice.BACKENDS}
     assert counts["rms_norm"] == 5 and counts["swiglu"] == 2 and counts["attention"] == 2
     assert counts["rotary"] == 4
 

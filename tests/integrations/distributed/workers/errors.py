@@ -99,16 +99,16 @@ refused(
     ),
 )
 # an op without a meaning on shards says so instead of taking the shard for the whole
-from aajr_kernels import runtime  # noqa: E402
+from aajr_kernels.backends import choice  # noqa: E402
 
 for backend in ("auto", "reference", "native"):
-    if backend == "native" and runtime.backends()["native"] is not None:
+    if backend == "native" and choice.backends()["native"] is not None:
         continue
     with aajr.use_backend(backend):
         refused(
             aajr.UnsupportedOperation,
             "to_local",
-            lambda: runtime.select_backend("attention", split(stack, Shard(1))),
+            lambda: choice.select_backend("attention", split(stack, Shard(1))),
         )
 
 llama = model_of("llama", torch.float32)

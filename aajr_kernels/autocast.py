@@ -1,0 +1,45 @@
+"""Casts under ``torch.autocast``, as its lists have them: products in the low dtype, norms and metrics in float32."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+__all__ = ["autocast_float32", "autocast_low", "autocasting", "no_autocast"]
+
+
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is active; torch raises for the devices that have none, such as ``meta``."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _autocast(dtype: torch.dtype | None, tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    if not autocasting(device):
+        return tensors
+    target = torch.get_autocast_dtype(device) if dtype is None else dtype
+
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
+        # float64 stays, as under torch's own autocast
+        return t.to(target) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return tuple(cast(t) for t in tensors)
+
+
+def autocast_low(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Under an active autocast, the tensors in its low dtype (differentiable casts); otherwise unchanged."""
+    return _autocast(None, tensors)
+
+
+def autocast_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Under an active autocast, the tensors in float32 (differentiable casts); otherwise unchanged."""
+    return _autocast(torch.float32, tensors)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off inside a Function, whose inputs were cast by its caller."""
+    if not autocasting(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -1,0 +1,1 @@
+"""How torch functions act on a Dual: ``registry`` has the tables, ``install`` fills them."""
