@@ -48,7 +48,7 @@ def dispatch(
             )
         unsupported(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
-            "or register one with aajr_kernels.rules.registry.rule."
+            "or register one with aajr_kernels.rules.rule."
         )
     if holds_complex(args) or holds_complex(kwargs.values()):
         rule = registry.COMPLEX.get(func)
@@ -57,7 +57,6 @@ def dispatch(
                 f"{function_name(func)} has no derivative rule for complex numbers: take their parts with "
                 "torch.view_as_real, or register one in aajr_kernels.rules.registry.COMPLEX."
             )
-    assert rule is not None
     if kwargs.get("out") is not None:
         raise UnsupportedOperation(
             f"{function_name(func)}(out=...) cannot write a Dual: assign the result to a name instead."
@@ -86,8 +85,7 @@ def holds_complex(values: Any) -> bool:
 
 
 def _record(func: Callable[..., Any], result: Any) -> None:
-    kind = registry.KINDS[func]
-    if kind == "op":
+    if (kind := registry.KINDS[func]) == "op":
         return
     flops = 0.0
     if kind != "view" and not torch.compiler.is_compiling():  # lengths may be symbols
@@ -241,9 +239,7 @@ class Dual:
     def detach(self) -> torch.Tensor:
         return self.stacked[0].detach()
 
-    @property
-    def data(self) -> torch.Tensor:
-        return self.stacked[0].detach()
+    data = property(detach)
 
     # -- leaving the number ---------------------------------------------------------------------------------------
 

@@ -172,7 +172,7 @@ for apply in (first, Square.apply):
 def test_the_message_names_function_and_remedy_and_coverage_counts_it() -> None:
     with (
         aajr.coverage() as coverage,
-        pytest.raises(UnsupportedOperation, match=r"bessel_j0 has no derivative rule.*runtime\.rule"),
+        pytest.raises(UnsupportedOperation, match=r"bessel_j0 has no derivative rule.*rules\.rule"),
     ):
         torch.special.bessel_j0(made(3, 3))
     assert coverage.unsupported == ["torch.special_bessel_j0"]
