@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...backends.choice import use_backend
+from ...coverage import coverage, paused
 from ...dual import Dual, dual
-from ...recording import coverage, paused
-from ...runtime import use_backend
 
 __all__ = ["FLOATS", "Case", "Method", "Trial", "draw", "linear_sizes", "signature", "undisturbed"]
 
