@@ -1,4 +1,4 @@
-"""`aajr info`: what is installed, what it runs on, and why a backend is missing."""
+"""`aajr info`: installed versions, devices, and why a backend is missing."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def accelerators() -> list[dict[str, Any]]:
 
 
 def why_no_accelerator() -> str:
-    """One sentence saying why torch sees no CUDA or ROCm device."""
+    """One sentence with the reason why torch sees no CUDA or ROCm device."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is a CPU build"
     toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
@@ -114,12 +114,12 @@ def why_no_accelerator() -> str:
 
 
 def native_info() -> dict[str, Any] | None:
-    """What the native CPU module is, or None where it cannot run; the backends say why."""
+    """Facts about the native CPU module, or None if it cannot run; the backends give the reason."""
     return None if choice.backends()["native"] else native.info()
 
 
 def cuda_info() -> dict[str, Any] | None:
-    """What the CUDA module is, or None where it was not built or cannot be loaded; the backends say why."""
+    """Facts about the CUDA module, or None if it was not built or cannot be loaded; the backends give the reason."""
     try:
         return cuda.info()
     except (ImportError, ValueError):

@@ -66,12 +66,12 @@ def fail(message: str) -> NoReturn:
 
 
 def run(application: typer.Typer, name: str, extra: str) -> None:
-    """Run a command; what is missing becomes a one-sentence error.
+    """Run a command; a missing package becomes a one-sentence error.
 
     Args:
         application: the command.
-        name: as the user called it.
-        extra: of pyproject.toml, which brings the packages that the command needs.
+        name: its name on the command line.
+        extra: the extra of pyproject.toml with the packages that the command needs.
     """
     try:
         application(prog_name=name)

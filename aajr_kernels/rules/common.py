@@ -1,7 +1,7 @@
-"""Building blocks of the rules: taking a Dual apart, aligning broadcasts, putting it together again.
+"""Building blocks of the rules: splitting a Dual, aligning broadcasts, joining it again.
 
 Primals keep a leading axis of one and tangents one of K, so that a product of the two broadcasts and a ``cat`` of
-them is the stacked result. Differentiating a rule is left to autograd: ``split`` and ``cat`` are each other's adjoint.
+them is the stacked result. Autograd differentiates the rules: ``split`` and ``cat`` are each other's adjoint.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def promoted(tensors: list[Any]) -> torch.dtype:
     shaped = [value.dtype for value in tensors if value.dim()]
     dtype = functools.reduce(torch.promote_types, shaped or [value.dtype for value in tensors])
     if not dtype.is_complex and any(value.is_complex() for value in tensors):
-        # a shapeless complex number leaves the precision to what has axes
+        # a shapeless complex number leaves the precision to operands with axes
         dtype = dtype.to_complex() if dtype.is_floating_point else dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         # integers with axes: the shapeless operands are of a higher category
@@ -102,7 +102,7 @@ def promoted(tensors: list[Any]) -> torch.dtype:
 def settled(*values: Any) -> tuple[Any, ...]:
     """`values`, cast to the dtype that torch gives their combination where a shapeless Dual is among them.
 
-    The stack axis would otherwise give it the say that torch gives only to tensors with axes.
+    Otherwise the stack axis would give it the weight in type promotion that torch gives only to tensors with axes.
     """
     tensors = [value for value in values if not is_number(value)]
     if not any(is_dual(value) and value.dim() == 0 for value in tensors):
@@ -120,19 +120,19 @@ def any_low(values: Any) -> bool:
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
-    """A Dual or tensor of floating point in another dtype; anything else as it is."""
+    """A floating-point Dual or tensor in another dtype; other values unchanged."""
     if isinstance(x, Dual):
         return Dual(x.stacked.to(dtype))
     return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def raised(x: Any) -> Any:
-    """A Dual or tensor of a low dtype in float32; anything else as it is."""
+    """A Dual or tensor of a low dtype in float32; other values unchanged."""
     return cast(x, torch.float32) if any_low((x,)) else x
 
 
 def _result_dtype(rule: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
-    """The dtype of a rule's result for operands of low dtypes, as torch has it."""
+    """The dtype of a rule's result for operands of low dtypes, as in torch."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, (Dual, torch.Tensor))]
     if not autocasting(tensors[0].device.type):
         return promoted([x for x in tensors if x.is_floating_point()])
@@ -170,7 +170,7 @@ def once_rounded(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_rounded_sum(terms: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The broadcast sum of products that are already there, rounded once to `dtype`."""
+    """The broadcast sum of given products, rounded once to `dtype`."""
     return (
         functools.reduce(torch.add, [raised(term) for term in terms]).to(dtype)
         if len(terms) > 1
@@ -187,7 +187,7 @@ def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., 
             a Dual.
 
     Returns:
-        A rule ``rule(*args, **kwargs)`` whose keyword arguments go to `function` alone; :func:`once_rounded`.
+        A rule ``rule(*args, **kwargs)`` whose keyword arguments go only to `function`; :func:`once_rounded`.
     """
 
     @once_rounded
@@ -219,21 +219,21 @@ def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., 
 def as_now(x: Any) -> Any:
     """A :func:`~aajr_kernels.recompute.snapshot` of a Dual; the rest unchanged.
 
-    Taken by the rules of functions of which torch saves the result: their arguments may be written in place.
+    For rules of functions whose result torch saves: their arguments may be written in place.
     """
     return Dual(snapshot(x.stacked)) if isinstance(x, Dual) else x
 
 
 def per_slice(function: Callable[[torch.Tensor], torch.Tensor], x: Dual) -> Dual:
-    """A linear `function` applied to primal and each tangent on its own; for rarely used structural operations."""
+    """A linear `function` applied to the primal and to each tangent; for rare structural operations."""
     return Dual(torch.stack([function(part) for part in x.stacked.unbind(0)]))
 
 
 def axis(x: Dual, dim: int) -> int:
     """Axis `dim` of the primal as an axis of the stacked tensor, checked: the stack axis is never touched.
 
-    A 0-dimensional Dual has axes 0 and -1, as in torch, and none in the stack: where 1 comes back for it, torch raises.
-    Rules that name one axis are a :func:`vector` rule, those that name several take :func:`axes`, which are none.
+    A 0-dimensional Dual has axes 0 and -1, as in torch, and none in the stack: the returned 1 makes torch raise.
+    Rules with one axis use :func:`vector`, those with several use :func:`axes`, which returns none.
     """
     n = x.dim() or 1
     if not -n <= dim < n:
@@ -271,7 +271,7 @@ def sizes_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def recast(stacked: torch.Tensor) -> Any:
-    """The Dual of a stack whose dtype may have changed, or the plain primal where it became one of integers."""
+    """The Dual of a stack whose dtype may have changed, or the plain primal if it became an integer one."""
     return Dual(stacked) if stacked.is_floating_point() or stacked.is_complex() else stacked[0]
 
 

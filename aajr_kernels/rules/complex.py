@@ -1,10 +1,10 @@
 """Rules of complex numbers: real and imaginary parts, conjugates, absolute values, Fourier transforms.
 
-A Dual is real where it is made and where it is measured; in between it may be complex. A tangent stays the derivative
+A Dual is real at its creation and in a penalty; in between it may be complex. A tangent stays the derivative
 along a *real* direction of the input, so functions that are not holomorphic (``abs``, ``conj``, ``real``, ``angle``)
-have ordinary tangents: those of their real and imaginary parts. Where a rule of another module is linear, bilinear or
-holomorphic it is right for complex numbers as it stands, and is entered in ``registry.COMPLEX`` by :func:`register`;
-what is not entered raises.
+have ordinary tangents: those of their real and imaginary parts. A rule of another module that is linear, bilinear or
+holomorphic is also right for complex numbers, and is entered in ``registry.COMPLEX`` by :func:`register`;
+functions without an entry raise.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ linalg_pinv pinverse qr linalg_qr linalg_solve_triangular linalg_svdvals linalg_
 
 
 def complex_rule(*targets: str | Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register what a torch function does where an argument is complex; what it does with real ones stays."""
+    """Register the rule of a torch function for complex arguments; its rule for real ones stays."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for target in targets:
@@ -117,12 +117,12 @@ def _complex(real: Any, imag: Any) -> Dual:
     return Dual(torch.complex(align(a, n), align(b, n)))
 
 
-@both(torch.polar)  # by function: torch.linalg has a decomposition of that name
+@both(torch.polar)  # by function: torch.linalg has a decomposition of this name
 def _polar(abs: Any, angle: Any) -> Any:
     if abs.dtype != angle.dtype:
         raise RuntimeError(f"abs and angle of polar must have one dtype, got {abs.dtype} and {angle.dtype}.")
     one = torch.ones((), dtype=abs.dtype, device=abs.device)
-    torch.polar(one, one)  # float16 is taken from torch 2.14 on only, and refused in its words before
+    torch.polar(one, one)  # float16 works from torch 2.14; before, torch's own error is raised
     abs, angle = abs.clone(), angle.clone()  # torch saves no operand, so both may be written afterwards
     return torch.complex(*(_polar_part(abs, angle, function) for function in (torch.cos, torch.sin)))
 
@@ -285,7 +285,7 @@ def _istft(
 
 
 def register() -> None:
-    """Enter the rules that are right for complex numbers as they stand; called after all rules are registered."""
+    """Enter the rules that are right for complex numbers unchanged; called after all rules are registered."""
     for function, known in RULES.items():
         module = known.__module__.rpartition(".")[2]
         name = getattr(function, "__name__", "")

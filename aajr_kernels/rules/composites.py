@@ -29,7 +29,7 @@ _OPEN = {**F.__dict__, **dict.fromkeys(_GATES, lambda *values: False)}
 
 
 def ungated(function: types.FunctionType, **instead: Any) -> Callable[..., Any]:
-    """The same function of ``torch.nn.functional``, which no longer hands its call to ``__torch_function__``.
+    """The same function of ``torch.nn.functional`` without its call of ``__torch_function__``.
 
     `instead` are names of that module that it finds replaced.
     """
@@ -47,7 +47,7 @@ feature_alpha_dropout gaussian_nll_loss gumbel_softmax huber_loss kl_div l1_loss
 local_response_norm lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d mse_loss
 multilabel_soft_margin_loss nll_loss normalize smooth_l1_loss soft_margin_loss
 """.split()
-#: those whose every step would round: no products of matrices among them
+#: composites whose every step would round, without matrix products
 _POINTWISE = {"gaussian_nll_loss", "multilabel_soft_margin_loss", "normalize"}
 for _name in COMPOSITES:
     _function = getattr(F, _name.rstrip("?"), None)
@@ -91,7 +91,7 @@ def _sdpa(
 
 
 def _attention_weights(scores: Any, dim: int) -> Any:
-    """Softmax of masked scores over the keys `dim`, of which a row that may attend to nothing gives zeros."""
+    """Softmax of masked scores over the keys `dim`, where a row without any visible key gives zeros."""
     if scores.shape[dim] == 0:
         return scores
     empty = (primal_of(scores) == -math.inf).all(dim, keepdim=True)
@@ -99,7 +99,7 @@ def _attention_weights(scores: Any, dim: int) -> Any:
 
 
 def dtype_of_mask(mask: Any) -> torch.dtype | None:
-    """Answer as ``F._none_or_dtype`` does of a Tensor, of a Dual too."""
+    """``F._none_or_dtype`` for Tensors and Duals."""
     return None if mask is None else mask.dtype
 
 
@@ -113,7 +113,7 @@ def multi_head_attention(*args: Any, **kwargs: Any) -> Any:
     """``F.multi_head_attention_forward`` with any of its tensors a Dual, masks and projections included."""
     kwargs.update(zip(_MHA_NAMES, args))
     if is_dual(kwargs.get("attn_mask")):
-        kwargs["is_causal"] = False  # the hint would take the place of the mask, and drop its tangents
+        kwargs["is_causal"] = False  # the hint would replace the mask, and drop its tangents
     return _mha_body(**kwargs)
 
 
@@ -133,7 +133,7 @@ def _leading(query: Any, key: Any, value: Any, enable_gqa: bool) -> list[int]:
         lead = torch.broadcast_shapes(lead, *others)  # which imports SymPy: a second
     h, hk, hv = (shape[-1] for shape in shapes)
     if enable_gqa:
-        if hk != hv:  # each divides H: repeating to the larger is what torch does for both
+        if hk != hv:  # each divides H: torch repeats both to the larger
             hk = hv = h
         return [*lead, h, hk]
     if len({h, hk, hv} - {1}) > 1:
@@ -293,7 +293,7 @@ rule(torch.rnn_tanh_cell, kind="op")(_rnn_cell(torch.tanh))
 rule(torch.rnn_relu_cell, kind="op")(_rnn_cell(torch.relu))
 
 
-# -- refused, with the way round --------------------------------------------------------------------------------------
+# -- refused, with the alternative ------------------------------------------------------------------------------------
 
 _REFUSED = {
     "lstm": "nn.LSTM is one opaque kernel: unroll it with nn.LSTMCell",

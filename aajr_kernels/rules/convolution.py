@@ -52,7 +52,7 @@ def _linear_in_input(name: str, spatial: int | None, *functions: Callable[..., A
 
 
 def _convolution(function: Callable[..., torch.Tensor], spatial: int) -> Callable[..., Any]:
-    """The bias goes into torch's kernel with the primals, which meets it before the product is rounded."""
+    """The bias goes into torch's kernel with the primals, which adds it before rounding."""
 
     def convolve(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
         k = num_tangents(x, weight, bias)
@@ -164,7 +164,7 @@ rule(F.affine_grid)(
 def _grid_sample(x: Any, grid: Any, *args: Any, **kwargs: Any) -> Dual:
     if is_dual(grid) or not is_dual(x):
         raise UnsupportedOperation(
-            "grid_sample has a derivative rule for a Dual input alone: pass a plain grid."
+            "grid_sample has a derivative rule only for a Dual input: pass a plain grid."
         )
     return per_slice(lambda part: F.grid_sample(part, grid, *args, **kwargs), x)
 

@@ -76,7 +76,7 @@ def _as_strided_scatter(x: Any, src: Any, size: Any, stride: Any, storage_offset
             "as_strided_scatter of a Dual takes a contiguous one: call contiguous() first."
         )
     offset = storage_offset or 0
-    _strides(Dual(x.stacked.detach().clone()), size, stride, offset)  # refuses what leaves the primal
+    _strides(Dual(x.stacked.detach().clone()), size, stride, offset)  # raises for elements beyond the primal
     places = torch.arange(max(x.numel(), 1), device=x.device).as_strided(tuple(size), tuple(stride), offset)
     flat = x.stacked.reshape(k + 1, -1)
     written = flat.index_copy(1, places.reshape(-1), src.stacked.clone().reshape(k + 1, -1))
@@ -96,7 +96,7 @@ def _copy_of(view: Callable[..., Any]) -> Callable[..., Any]:
     return copied
 
 
-#: copies that are called otherwise than their views
+#: copies whose names differ from their views'
 _VIEWS = {"_conj_copy": "conj", "_neg_view_copy": "neg"}
 
 
@@ -195,7 +195,7 @@ def _safe_softmax(x: Dual, dim: int, dtype: torch.dtype | None = None) -> Any:
 
 @rule(*_aten("max_pool2d_with_indices_backward"))
 def _max_pool_backward(grad_output: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Linear in `grad_output`; the input only says where the maxima are."""
+    """Linear in `grad_output`; the input only gives the positions of the maxima."""
     backward = torch.ops.aten.max_pool2d_with_indices_backward.default
     if not is_dual(grad_output):
         return lift(backward(grad_output, primal_of(x), *args, **kwargs), num_tangents(x))

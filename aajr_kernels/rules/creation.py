@@ -1,4 +1,4 @@
-"""Rules of casts and of tensors made like a Dual: ``to``, ``float``, ``zeros_like``, ``new_zeros`` and their kin."""
+"""Rules of casts and of tensors made like a Dual: ``to``, ``float``, ``zeros_like``, ``new_zeros``."""
 
 from __future__ import annotations
 

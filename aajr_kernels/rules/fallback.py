@@ -4,8 +4,8 @@ Forward mode of the operation gives its tangent, and autograd through it the gra
 upstream for some functions, so a name stands here only because the sweep in ``tests/rules/test_fallback_sweep.py``
 compares value, tangent and every gradient with finite differences. Never to be listed: layer_norm, native_layer_norm,
 instance_norm and batch_norm (their reverse-over-forward is wrong; they have rules), linalg solve, det, slogdet and
-logdet, scatter_reduce with prod, attention, opaque custom operators; nor what the sweep found: cholesky_inverse and
-householder_product (wrong), eigh (NaN through its vectors), Bessel functions (a tangent of zeros without a word).
+logdet, scatter_reduce with prod, attention, opaque custom operators; and by the sweep cholesky_inverse and
+householder_product (wrong), eigh (NaN through its vectors), Bessel functions (silently a tangent of zeros).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..torch_private import break_graph, pytree
 from .common import Dual, any_low, cast, is_dual, num_tangents, primal_of, raised
 from .registry import RULES, functions_named, rule
 
-#: names, looked up in every torch namespace; a dotted one in that namespace alone
+#: names, looked up in every torch namespace; a dotted one only in its namespace
 ALLOWED = """
 angle arccosh arcsinh arctanh entr erfcx float_power gammaln i0 i0e i1 i1e log_ndtr logaddexp2
 multigammaln mvlgamma ndtr ndtri polygamma psi xlog1py block_diag cartesian_prod column_stack combinations
@@ -36,7 +36,7 @@ poisson_nll_loss linalg.cholesky_ex linalg.lu_factor_ex triplet_margin_loss trip
 def generic(function: Callable[..., Any]) -> Callable[..., Any]:
     """The rule ``torch.func.jvp(function)``, one tangent at a time, plain arguments closed over.
 
-    Low dtypes are computed in float32 and rounded once, where torch takes them at all.
+    Low dtypes are computed in float32 and rounded once, if torch supports them.
     """
 
     def rule_(*args: Any, **kwargs: Any) -> Any:

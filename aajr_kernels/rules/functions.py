@@ -1,6 +1,6 @@
-"""Rules of autograd Functions that models of transformers bring along, by the names of their classes.
+"""Rules of autograd Functions defined by models of transformers, by the names of their classes.
 
-Such a Function has a backward of its own, so forward mode cannot look into it; these are the formulas of theirs.
+Such a Function has a backward of its own, so forward mode cannot differentiate it; these are their formulas.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RECURRENT_GEMMA = "transformers.models.recurrent_gemma.modeling_recurrent_gemma
 
 @function_rule("transformers.models.bloom.modeling_bloom.GeLUFunction")
 def _bloom_gelu(apply: Callable[..., Any], x: Any) -> Any:
-    """BLOOM's GELU in training, with its own constants; in evaluation it calls this formula without a Function."""
+    """BLOOM's GELU in training, with its own constants; in evaluation BLOOM calls this formula without a Function."""
     return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
 
 

@@ -1,9 +1,9 @@
-"""Guards at places of torch where a Dual would lose its derivative in silence.
+"""Guards at places of torch where a Dual would silently lose its derivative.
 
 ``autograd.Function.apply`` sees no tensor in a Dual and would record no gradient: it raises. The full backward hooks
-of modules are attached to tensors and would not run: they warn. Multi-head attention does not look at its masks: it is
-made to. Parameters and buffers detach what they are made of, and control flow (``torch.cond``) maps over the stack:
-they raise. All are installed at the first ``dual()`` and pass through where no Dual is involved.
+of modules are attached to tensors and would not run: they warn. Multi-head attention does not check its masks for
+Duals: a guard does. Parameters and buffers would detach a Dual, and control flow (``torch.cond``) would map over the
+stack: they raise. All are installed at the first ``dual()`` and pass through where no Dual is involved.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FUNCTION_RULES: dict[str, Callable[..., Any]] = {}
 
 
 def function_rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what ``autograd.Function.apply`` does with Duals, by the name of the class, which need not be loaded."""
+    """Register the rule of ``Function.apply`` for Duals, by the name of the class, which need not be loaded."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         FUNCTION_RULES[name] = function
@@ -61,7 +61,7 @@ def function_rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def linear_function(function: str | type[torch.autograd.Function]) -> Any:
-    """Declare that an autograd.Function is linear in its one tensor and knows no axes: a Dual passes it stacked.
+    """Declare an autograd.Function linear in its one tensor, independent of axes: it is applied to the stack of a Dual.
 
     Sums over processes are of this kind. Usable as a decorator of the class.
 
@@ -79,7 +79,7 @@ def linear_function(function: str | type[torch.autograd.Function]) -> Any:
 
 @function_rule(torch_private.CHECKPOINT_SAVER)
 def _save_arguments(apply: Callable[..., Any], *args: Any) -> torch.Tensor:
-    """A checkpoint keeps Duals as it keeps tensors: by their stacks, which an outer checkpoint may drop."""
+    """A checkpoint saves Duals like tensors: by their stacks, which an outer checkpoint may drop."""
     saver: torch.Tensor = apply(*(arg.stacked if is_dual(arg) else arg for arg in args))
     are_duals = [is_dual(arg) for arg in args[1:]]
     torch_private.on_recomputation(
@@ -108,7 +108,7 @@ def _apply(apply: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> A
             return apply(*args, **kwargs)
         try:
             return apply(*args, **kwargs)
-        except RuntimeError as error:  # torch's words are addressed to the author of the Function
+        except RuntimeError as error:  # torch's message is for the author of the Function
             if "functorch transforms" in str(error) or "implement the jvp" in str(error):
                 refuse_transform(error)
             raise
@@ -147,7 +147,7 @@ def guard_backward_hooks() -> None:
 
 
 def guard_attention_masks() -> None:
-    """Let multi-head attention see a Dual among the arguments that it does not look at, such as masks. Idempotent."""
+    """Make multi-head attention recognise a Dual among arguments that it does not check, such as masks. Idempotent."""
 
     def seen(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if any(is_dual(value) for value in (*args, *kwargs.values())):
@@ -189,7 +189,7 @@ _CONTROL_FLOW = {
 
 
 def guard_control_flow() -> None:
-    """Make ``torch.cond`` and its like raise where a Dual is among their operands, or captured. Idempotent."""
+    """Make ``torch.cond`` and other control flow raise if a Dual is among their operands, or captured. Idempotent."""
 
     def refusing(name: str, remedy: str) -> Callable[..., Any]:
         def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

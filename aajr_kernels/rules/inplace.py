@@ -1,7 +1,7 @@
 """In-place methods, generated from the out-of-place rules.
 
 The result is computed from a clone of the storage and copied back, so that autograd's version counters see one
-write and what the computation saved stays valid. The table is built once, at import: parsing names at call time
+write and saved tensors stay valid. The table is built once, at import: parsing names at call time
 would break torch.compile.
 """
 

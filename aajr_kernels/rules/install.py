@@ -11,16 +11,16 @@ module                    functions
 ``indexing``              reads and writes by index
 ``normalisation``         layer, RMS, group, instance and batch norm
 ``layers``                embedding, dropout, activations, pooling
-``losses``                cross-entropy and its kin
+``losses``                cross-entropy and other losses, distances
 ``convolution``           convolution in one to three dimensions and its transpose
 ``composites``            attention and torch's Python composites
 ``complex``               complex numbers, Fourier transforms
 ``linalg``                solutions, determinants, decompositions
 ``copies``                splits by axis, ``as_strided``, and the copies of views
 ``fallback``              the allow-list of the generic rule, and what is barred from it
-``guards``                where a Dual would lose its derivative in silence
+``guards``                places where a Dual would silently lose its derivative
 ``functions``             autograd Functions of models, by name
-``sharded``               a Dual that is spread over processes
+``sharded``               Duals that are sharded over processes
 ``inplace``               in-place forms of all of the above
 ``torch_check``           values and gradients on an untested torch, at the first ``dual()``
 ========================  ==================================================================================
@@ -53,8 +53,8 @@ __all__ = [
     "torch_check",
 ]
 
-# Order matters above: activations replace the pointwise rules of the same name, the fallback takes what has no rule,
-# and the in-place forms are made of all of them.
+# Order matters above: activations replace the pointwise rules of the same name, the fallback covers functions without a
+# rule, and the in-place forms are generated from all of them.
 copies.register()
 complex.register()
 inplace.register()

@@ -74,7 +74,7 @@ def _embedding_bag(
 ) -> Any:
     if max_norm is not None or mode == "max" or is_dual(per_sample_weights) or not is_dual(weight):
         raise UnsupportedOperation(
-            "embedding_bag takes a Dual weight with mode 'sum' or 'mean' alone: use embedding and a reduction."
+            "embedding_bag takes a Dual weight only with mode 'sum' or 'mean': use embedding and a reduction."
         )
     _plain_indices("embedding_bag", indices)
 
@@ -134,7 +134,7 @@ _ALPHA = 1.7580993408473766  # the negative saturation of SELU
 def _alpha_masked(
     draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool, inplace: bool
 ) -> Dual:
-    """Alpha dropout is affine, a·m∘x + b(m): the offset of zeros tells the mask m; the tangent takes a·m alone."""
+    """Alpha dropout is affine, a·m∘x + b(m): the image of zeros gives the mask m; the tangent gets only a·m."""
     if not training or p == 0:
         return x
     if p == 1:
@@ -251,7 +251,7 @@ def _hardtanh(x: Dual, min_val: float = -1.0, max_val: float = 1.0, inplace: boo
 
 
 for _name, _slope in _SLOPES.items():
-    # the builtin behind the wrapper knows arguments that the wrapper lacks (elu: scale, input_scale)
+    # the builtin behind the wrapper has arguments that the wrapper lacks (elu: scale, input_scale)
     _plain = getattr(NN, _name, None) or getattr(torch, _name, None) or getattr(F, _name)
     _act = _activation(_plain, _slope)
     rule(_name)(_act)

@@ -17,14 +17,14 @@ from ..torch_private import LOW_RANK
 from .common import Dual, is_dual, join, ndim_of, num_tangents, parts, split
 from .registry import rule
 
-#: named tuples, which torch's stubs know in part
+#: named tuples, which torch's stubs define in part
 _types: Any = torch.return_types
 
 # -- systems of equations ---------------------------------------------------------------------------------------------
 
 
 def _is_vector(a: Any, b: Any) -> bool:
-    """Whether torch takes the right-hand side of a system for (a batch of) vectors."""
+    """Whether torch treats the right-hand side of a system as (a batch of) vectors."""
     return b.dim() == 1 or (a.dim() - 1 == b.dim() and b.shape == a.shape[:-1])
 
 

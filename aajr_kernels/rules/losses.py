@@ -1,6 +1,6 @@
 """Rules of losses and distances.
 
-The Python wrappers of ``torch.nn.functional`` run again without their gate; these are the builtins that they end in,
+The Python wrappers of ``torch.nn.functional`` run again without their gate; these are the builtins that they call,
 whose reduction is 0 (none), 1 (mean) or 2 (sum).
 """
 
@@ -105,7 +105,7 @@ def _cross_entropy(
 def _against_probabilities(
     logits: Any, target: Any, weight: torch.Tensor | None, reduction: int, smoothing: float
 ) -> Any:
-    """Torch's mean is over the batch only: everything but the class axis."""
+    """Torch's mean is over the batch only: all axes but that of classes."""
     axis = 0 if logits.dim() == 1 else 1
     if smoothing:
         target = target * (1 - smoothing) + smoothing / logits.shape[axis]
@@ -239,6 +239,6 @@ def _pdist(x: Any, p: float = 2.0) -> Any:
 
 
 def _taken(function: Callable[..., Any], *args: Any) -> None:
-    """Raise what torch raises of a dtype that the function does not take; one row of each operand shows it."""
+    """Raise torch's own error for an unsupported dtype, by a call on one row of each operand."""
     if any_low(args):
         function(*(primal_of(x)[..., :2, :] if isinstance(x, (torch.Tensor, Dual)) else x for x in args))

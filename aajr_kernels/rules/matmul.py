@@ -136,7 +136,7 @@ def _affine(name: str) -> Callable[..., Any]:
                 f"{name} takes numbers for beta and alpha, got a Dual: multiply before."
             )
         if x.numel() == 1 and any_low((x, a, b)):
-            # its gradient sums the cotangents of all elements, of which little but their rounding remains
+            # its gradient sums the cotangents of all elements, which cancel to rounding errors
             return once_rounded(affine)(x, a, b, beta=beta, alpha=alpha)
         k = num_tangents(x, a, b)
         (x0, *x_tan), (a0, *a_tan), (b0, *b_tan) = (y.stacked if is_dual(y) else (y,) for y in (x, a, b))

@@ -97,7 +97,7 @@ def _channel_norm(x: Any, eps: float) -> Any:
 
 
 def _with_statistics(x: Any, mean: torch.Tensor, var: torch.Tensor, eps: float) -> Any:
-    """Normalised by given statistics ``[C]``: affine in `x`, constants as far as the derivative goes."""
+    """Normalised by given statistics ``[C]``, constants of the derivative: affine in `x`."""
     trailing = (1,) * (x.dim() - 2)
     scale = (var + eps).rsqrt().to(x.dtype).reshape(-1, *trailing)
     return (x - mean.to(x.dtype).reshape(-1, *trailing)) * scale

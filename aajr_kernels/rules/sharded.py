@@ -1,10 +1,10 @@
-"""A Dual that is spread over processes: its stack is a DTensor.
+"""Duals that are sharded over processes: the stack is a DTensor.
 
 The axis of the stack is never split, so a Dual that is split along its axis d has a stack that is split along d + 1.
 The styles of ``torch.distributed.tensor.parallel`` make DTensors of what enters a layer (``DTensor.from_local``, which
-ends in an autograd.Function), change their placements (``redistribute``) and take the shard out (``to_local``): with
-a rule for the first and methods for the others they work on a Dual as they are. Communication is that of plain
-tensors, 1 + K times as much in as many calls.
+ends in an autograd.Function), change their placements (``redistribute``) and return the shard (``to_local``): with a
+rule for the first and methods for the others they work on a Dual unchanged. Communication is that of plain tensors,
+1 + K times as many bytes in as many calls.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _moved(placement: Any, move: Callable[[int], int]) -> Any:
     )
 
 
-# DTensor.from_local is public and ends in this class, the one place where a Dual meets it
+# DTensor.from_local is public and ends in this class, the only one that gets a Dual
 @function_rule(FROM_LOCAL)
 def _from_local(
     apply: Callable[..., Any],
@@ -59,7 +59,7 @@ def _from_local(
     stride: Sequence[int] | None = None,
     *grad_placements: Sequence[Any] | None,
 ) -> Dual:
-    if is_dtensor(x.stacked):  # a style cannot tell that it is one already, and would have left it alone
+    if is_dtensor(x.stacked):  # styles do not recognise a sharded Dual and call this again
         return x
     if shape is not None and stride is not None:
         stacks = x.stacked.shape[0]
@@ -69,7 +69,7 @@ def _from_local(
 
 
 def _placements(self: Dual) -> tuple[Any, ...]:
-    """How the Dual is spread over ``device_mesh``; only where it is."""
+    """Placements of the Dual on ``device_mesh``; only if it is sharded."""
     return of_the_dual(self.stacked.placements)  # type: ignore[attr-defined]
 
 
@@ -81,8 +81,8 @@ def _redistribute(
     async_op: bool = False,
     **more: Any,
 ) -> Dual:
-    """``DTensor.redistribute`` of primal and tangents together; waits for the result, whatever `async_op` says."""
-    # the kernels that follow read memory, and do not know of a result that is still to come
+    """``DTensor.redistribute`` of primal and tangents together; waits for the result also with `async_op`."""
+    # the kernels that follow read memory, which an asynchronous result has not filled yet
     found = self.stacked.redistribute(device_mesh, of_the_stack(placements, self.dim()), **more)  # type: ignore[attr-defined]
     return Dual(found)
 
@@ -116,7 +116,7 @@ for _function in (_redistribute, _to_local, _full_tensor):
     setattr(Dual, _function.__name__[1:], _only_spread(_function))
 
 
-# sums over processes, which are linear and know no axes
+# sums over processes, which are linear and independent of axes
 linear_function(ALL_REDUCE)
 linear_function("transformers.distributed.parallel_utils._AllReduceForward")
 linear_function("transformers.distributed.parallel_utils._AllReduceBackward")

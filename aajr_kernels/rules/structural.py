@@ -197,13 +197,13 @@ def _unbind(x: Dual, dim: int = 0) -> tuple[Dual, ...]:
 
 @rule("clone", "positive", "alias_copy?", torch.Tensor.__pos__, kind="view")
 def _clone(x: Dual, *, memory_format: Any = None) -> Dual:
-    # channels-last layouts describe four or five axes; the stack has one more, so the layout is left as it is
+    # channels-last layouts describe four or five axes; the stack has one more, so the layout stays
     return Dual(x.stacked.clone())
 
 
 @rule("contiguous", kind="view")
 def _contiguous(x: Dual, memory_format: Any = None) -> Dual:
-    # a primal that is contiguous is returned as it is, like a tensor: writes through the result must reach it
+    # a contiguous primal is returned itself, like a tensor: writes through the result must reach it
     return x if x.stacked[0].is_contiguous() else Dual(x.stacked.contiguous())
 
 

@@ -1,13 +1,13 @@
 """Several processes on torch.distributed: DDP, FSDP2, tensor parallelism, checkpoints (docs/distributed.md).
 
-torch.distributed is imported when something here is used.
+torch.distributed is imported at the first use of a name.
 """
 
 from typing import Any
 
 from ...method.wrapped import inside
 from ...rules.guards import linear_function
-from . import head, ops  # noqa: F401  entered into the table of ops on shards
+from . import head, ops  # noqa: F401  registers the ops on shards
 from .checkpoint import TrainingState
 from .plan import tensor_parallel
 
@@ -24,7 +24,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("PrepareModuleInput", "PrepareModuleInputOutput", "SequenceParallel"):
-        from . import styles  # subclasses, so torch's have to be there
+        from . import styles  # subclasses of torch's, which have to be imported
 
         return getattr(styles, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a training in several processes needs to continue, for ``torch.distributed.checkpoint``."""
+"""State of a training in several processes, for ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class TrainingState:
     """Model, optimizer, scheduler and step as one object that ``torch.distributed.checkpoint`` saves and loads.
 
     Every process writes its shards and reads the shards it needs, so that a training may continue with another number
-    of processes or another mesh. What an attack draws should come from a generator made of seed, step and micro-batch
-    (``torch.Generator().manual_seed(...)``): then there is no state of random generators to be kept.
+    of processes or another mesh. Seed the generator of an attack from seed, step and micro-batch
+    (``torch.Generator().manual_seed(...)``): then no state of random generators has to be saved.
 
     >>> state = TrainingState(model, optimizer)  # doctest: +SKIP
     >>> state.step = 100  # doctest: +SKIP
@@ -23,11 +23,11 @@ class TrainingState:
     >>> torch.distributed.checkpoint.load({"training": state}, checkpoint_id="runs/step-100")  # doctest: +SKIP
 
     Args:
-        model: as it is trained: wrapped by ``fully_shard``, ``parallelize_module`` or DistributedDataParallel, or
+        model: the trained model: wrapped by ``fully_shard``, ``parallelize_module`` or DistributedDataParallel, or
             plain. Its parameters and buffers are stored under the names that the unwrapped model has.
         optimizer: of its parameters, or None.
-        scheduler: anything with ``state_dict`` and ``load_state_dict``, or None.
-        step: optimizer steps that are done; set it before saving, read it after loading.
+        scheduler: an object with ``state_dict`` and ``load_state_dict``, or None.
+        step: number of optimizer steps taken; set it before saving, read it after loading.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TrainingState:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put a state into model, optimizer and scheduler."""
+        """Load a state into model, optimizer and scheduler."""
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         set_state_dict(

@@ -1,22 +1,22 @@
 """The streamed head with its vocabulary split over processes.
 
-Process r holds the rows of W of its words. For every token its kernels give, under its own softmax p_r,
+Process r holds the rows of W of its words. For every token its kernels return, under its own softmax p_r,
     lse_r = log Σ e^z,    μ_r = Σ p_r ż,    q_r = Σ p_r (ż − μ_r)²
     (probs: q_r = Σ p_r²(ż − μ_r)²,    κ_r = Σ p_r²(ż − μ_r),    m_r = Σ p_r²),
-and the logit of the label if it is one of its words. These few numbers per token are gathered, and every process
-merges them alike. With w_r = e^(lse_r − lse) and d_r = μ_r − μ:
+and the logit of the label if it is one of its words. These numbers per token are gathered, and every process
+merges them in the same order. With w_r = e^(lse_r − lse) and d_r = μ_r − μ:
     lse = log Σ e^(lse_r),    μ = Σ w_r μ_r
     fisher   q = Σ w_r (q_r + d_r²)
     probs    q = Σ w_r²(q_r + 2 d_r κ_r + d_r² m_r),    κ = Σ w_r²(κ_r + d_r m_r)
     logits   q = Σ q_r
     nll      lse − z[label]
 The backward of a process is that of its words under the statistics of all: its rows of W's gradient are final, the
-gradient of the hidden states is a sum over processes, which DTensor forms. What is gathered is float64: μ_r carries
-the offset of ż, which in float32 would cost its digits. m_r is e^(lse'_r − 2 lse_r) with lse' that of the doubled
-logits: one product more in the forward of probs, and no other kernel.
+gradient of the hidden states is a sum over processes, which DTensor forms. Statistics are gathered in float64: μ_r
+contains the offset of ż, which would lose its digits in float32. m_r is e^(lse'_r − 2 lse_r) with lse' that of the
+doubled logits: one more product in the forward of probs, and no other kernel.
 
-All processes have to bring the same tokens. Weights that ``fully_shard`` split look like a split vocabulary, but come
-with other tokens in every process: a projection of each token is gathered too, and compared.
+All processes must have the same tokens. Weights that ``fully_shard`` split look like a split vocabulary, but every
+process has other tokens: a projection of each token is gathered and compared.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _head(
     softcap: float | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """q ``[K, T]`` and nll ``[T]`` from a stack ``[1 + K, *batch, C]`` and a weight; one at least is spread."""
+    """q ``[K, T]`` and nll ``[T]`` from a stack ``[1 + K, *batch, C]`` and a weight; at least one is a DTensor."""
     from torch.distributed.tensor import Partial, Replicate
 
     given = {"weight": weight, "bias": bias, "hidden": stacked}
@@ -80,7 +80,7 @@ def _head(
         )
         return found if isinstance(found, tuple) else (found, None)
     h, q_l2 = local(stacked, mesh, whole, sums).reshape(rows), None
-    if metric == "l2" or len(h) == 1:  # of the hidden states, which are here: no sum over processes
+    if metric == "l2" or len(h) == 1:  # of the hidden states, which are local: no sum over processes
         q_l2 = h.new_empty((0, rows[1]), dtype=_wide(h))
         if len(h) > 1:
             q_l2 = sensitivity(Dual(local(stacked, mesh, whole, whole).reshape(rows)), "l2")
@@ -103,7 +103,7 @@ def _shard(parameter: Tensor) -> Tensor:
 
 
 def _words(name: str, parameter: Tensor, mesh: Any) -> tuple[int | None, int]:
-    """The axis of the mesh that splits the vocabulary, None if none does, and the first word that is held here."""
+    """The axis of the mesh that splits the vocabulary, None if none does, and the first local word."""
     from torch.distributed.tensor import Replicate, Shard
 
     if not sharding.is_dtensor(parameter):
@@ -122,7 +122,7 @@ def _words(name: str, parameter: Tensor, mesh: Any) -> tuple[int | None, int]:
 
 
 class SplitHead(torch.autograd.Function):
-    """``[1 + K, T, C]`` and the rows of W that are held here -> q ``[K, T]`` and nll ``[T]`` of all words."""
+    """``[1 + K, T, C]`` and the local rows of W -> q ``[K, T]`` and nll ``[T]`` of all words."""
 
     @staticmethod
     def forward(
@@ -147,7 +147,7 @@ class SplitHead(torch.autograd.Function):
             beyond = weight.shape[0] + (ignore_index == weight.shape[0])
             here = (labels >= start) & (labels < start + weight.shape[0]) & (labels != ignore_index)
             own = torch.where(here, labels - start, beyond).masked_fill(labels == ignore_index, ignore_index)
-            if 0 <= ignore_index < weight.shape[0]:  # would be taken for a word that is held here
+            if 0 <= ignore_index < weight.shape[0]:  # would be taken for a local word
                 raise ValueError(
                     f"lm_head_penalty: ignore_index must be no word where the vocabulary is split, got {ignore_index}."
                 )
@@ -164,7 +164,7 @@ class SplitHead(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, q_bar: Tensor | None, nll_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight, bias, own, stats = ctx.saved_tensors
-        if ctx.options[0] == "l2":  # no tangents are here, the caller makes q of the hidden states
+        if ctx.options[0] == "l2":  # without tangents; the caller computes q of the hidden states
             q_bar = None
         if q_bar is None and nll_bar is None:
             return (None,) * 10
@@ -192,7 +192,7 @@ def _statistics(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """What is to be gathered ``[F, T]`` (float64), and the statistics of the words that are held here."""
+    """Rows to gather ``[F, T]`` (float64), and the statistics of the local words."""
     k, tokens = h.shape[0] - 1, h.shape[1]
     kernels = choice.implementation("head", backend)
     if weight.shape[0] == 0:
@@ -214,9 +214,11 @@ def _statistics(
     if metric == "probs":
         mass = torch.zeros_like(lse)
         if weight.shape[0]:
-            nobody = torch.full((tokens,), ignore_index, device=h.device)
+            unlabelled = torch.full((tokens,), ignore_index, device=h.device)
             twice = None if softcap is None else 2.0 * softcap
-            doubled = kernels.head_fwd(h[:1], weight, bias, nobody, "l2", 2.0 * scale, twice, ignore_index)[2]
+            doubled = kernels.head_fwd(
+                h[:1], weight, bias, unlabelled, "l2", 2.0 * scale, twice, ignore_index
+            )[2]
             mass = (_lse(doubled, 0, backend) - 2.0 * lse).exp()
         numbers += [kappa, mass.unsqueeze(0)]
     return torch.cat(numbers), stats
@@ -252,7 +254,7 @@ def _merge(
     old_reference, mean, q, kappa = stats[lead:].view(4, k, stats.shape[1])
     if metric == "logits":
         q.copy_(next(found).sum(0))
-        if not labels:  # no softmax: what stands for it is not to be used
+        if not labels:  # no softmax: its placeholder is not used
             return q.to(dtype).clone(), None
     elif metric != "l2":
         mu = next(found)
@@ -266,18 +268,18 @@ def _merge(
             kappa.copy_((w * w * (skew + d * mass)).sum(0))
         mean.copy_(middle - old_reference.double())
     stats[0] = lse[0]
-    if lead == 2:  # the digits that the first number has no room for
+    if lead == 2:  # the digits that the first number cannot hold
         stats[1] = (lse[0] - stats[0].double()).exp()
     return q.to(dtype).clone(), None if nll is None else nll[0].to(dtype)
 
 
 def _fields(k: int, metric: str) -> list[int]:
-    """Rows of what is gathered, after log Σ e^z and the logit of the label."""
+    """Gathered rows after log Σ e^z and the logit of the label."""
     return {"l2": [], "logits": [k], "fisher": [k, k], "probs": [k, k, k, 1]}[metric]
 
 
 def _signature(h: Tensor, labels: Tensor | None) -> Tensor:
-    """Three numbers per token ``[3, T]`` that tell it from others: a projection, what that may vary by, the label."""
+    """Three numbers per token ``[3, T]`` that identify it: a projection, its tolerance, the label."""
     wide = h[0].double()
     direction = torch.arange(h.shape[-1], device=h.device, dtype=torch.float64).cos()
     label = torch.zeros_like(wide[:, 0]) if labels is None else labels.double()
@@ -293,7 +295,7 @@ def _gathered(numbers: Tensor, group: Any, h: Tensor) -> Tensor:
     count = torch.distributed.get_world_size(group)
     if (
         h.device.type == "cpu"
-    ):  # elsewhere the host would have to wait; another number of tokens fails in the gathering
+    ):  # on a GPU the host would have to wait; another number of tokens fails in the gathering
         shape = torch.tensor(numbers.shape)
         shapes = shape.new_empty(count * 2)
         _all_gather(shapes, shape, group)
@@ -305,7 +307,7 @@ def _gathered(numbers: Tensor, group: Any, h: Tensor) -> Tensor:
     everything = everything.view(count, *numbers.shape)
     projection, slack, label = everything[:, :3].unbind(1)
     same = ((projection - projection[0]).abs() <= slack[0]) & (label == label[0])
-    same = same | projection.isnan()  # what is not a number shows in the result
+    same = same | projection.isnan()  # NaN shows in the result
     if h.device.type != "cpu":
         assert_async(same.all(), _SAME_TOKENS)
     elif not bool(same.all()):
@@ -314,7 +316,7 @@ def _gathered(numbers: Tensor, group: Any, h: Tensor) -> Tensor:
 
 
 def _all_gather(output: Tensor, own: Tensor, group: Any) -> None:
-    """One after the other along the first axis; the function has another name since torch 2.13."""
+    """Concatenated along the first axis; the function has another name since torch 2.13."""
     gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
     gather(output, own, group=group)
 

@@ -1,15 +1,15 @@
-"""The ops on Duals that are spread over processes: kernels on local shards, communication where a gradient needs it.
+"""Ops on Duals that are sharded over processes: kernels on local shards, communication where a gradient needs it.
 
-Each rule says, per axis of the mesh, how the inputs have to be placed, how the result then is, and how the gradients of
-the local shards are: a sum still to be formed (``Partial``) or final. torch moves what is placed otherwise, and turns
-gradients into the placements of what they belong to.
+Each rule gives, per axis of the mesh, the placements of inputs and result, and those of the gradients of the local
+shards: a pending sum (``Partial``) or final. torch redistributes inputs with other placements, and gradients to the
+placements of their tensors.
 
 linear y = x Wᵀ + b, with x a stack ``[1 + K, *batch, in]``:
 
 ==================  ================  =====  ======================  =========  =========
 W                   x                 y      gradient of local x     of W       of b
 ==================  ================  =====  ======================  =========  =========
-rows split          whole             split  a sum to be formed      split      split
+rows split          whole             split  a sum                   split      split
 columns split       split (features)  a sum  split                   split      whole
 whole               split (tokens)    split  split                   a sum      a sum
 whole               whole             whole  whole                   whole      whole
@@ -34,7 +34,7 @@ Run = Callable[..., Any]
 
 
 def mesh_of(op: str, **tensors: Tensor | None) -> Any:
-    """The one mesh of the DTensors among `tensors`, the first of which has to be one.
+    """The mesh that the DTensors among `tensors` share; the first has to be a DTensor.
 
     Raises:
         UnsupportedOperation: it is not, or there are two meshes.
@@ -84,14 +84,14 @@ def _joined(x: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int
 
 
 def _kept(placements: Sequence[Any], allowed: Callable[[int], bool]) -> tuple[Any, ...]:
-    """`placements`, whole where they are sums or split along an axis that has to be whole."""
+    """`placements`, replicated where they are sums or split along an axis that has to be whole."""
     from torch.distributed.tensor import Replicate, Shard
 
     return tuple(p if type(p) is Shard and allowed(p.dim) else Replicate() for p in placements)
 
 
 def _of_weights(placements: Sequence[Any]) -> tuple[Any, ...]:
-    """How the gradient of a weight is that acts on every row of what is placed so: a sum where the rows are split."""
+    """Placements of the gradient of a weight that acts on all rows: a sum where the rows are split."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     return tuple(Partial() if type(p) is Shard else Replicate() for p in placements)
@@ -162,7 +162,7 @@ def _gated(op: str, run: Run, gate: Dual, up: Dual) -> Dual:
 def _rotary(run: Run, x: Dual, cos: Tensor, sin: Tensor) -> Dual:
     mesh = mesh_of("rotary", x=x.stacked, cos=cos, sin=sin)
     aligned = (1,) * (x.stacked.dim() - cos.dim()) + tuple(cos.shape)
-    # tables are the same everywhere, so what they distinguish (positions, sequences) has to be whole
+    # tables are replicated, so the axes that they distinguish (positions, sequences) have to be whole
     placements = _kept(x.stacked.placements, lambda dim: aligned[dim] == 1)  # type: ignore[attr-defined]
     whole, gradient = _kept(placements, lambda dim: False), _of_weights(placements)
     tables = (local(t, mesh, whole, gradient) for t in (cos, sin))
@@ -174,7 +174,7 @@ def _rotary(run: Run, x: Dual, cos: Tensor, sin: Tensor) -> Dual:
 
 
 def _attention(run: Run, q: Any, k: Any, v: Any, mask: Any) -> Any:
-    """Heads and sequences by themselves, where the mask does not tell them apart."""
+    """Heads and sequences separately, if the mask does not distinguish them."""
     stacks: dict[str, Any] = {
         name: z.stacked if isinstance(z, Dual) else z.unsqueeze(0) for name, z in zip("qkv", (q, k, v))
     }
@@ -203,7 +203,7 @@ def _attention(run: Run, q: Any, k: Any, v: Any, mask: Any) -> Any:
 
 
 def _even(x: Tensor, dim: int, mesh: Any) -> bool:
-    """Whether groups of heads stay together however the mesh splits them."""
+    """Whether every split by the mesh keeps groups of heads together."""
     return x.shape[dim] % mesh.size() == 0
 
 

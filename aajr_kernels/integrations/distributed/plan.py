@@ -19,7 +19,7 @@ def tensor_parallel(model: nn.Module, mesh: Any, axis: str = "tensor") -> nn.Mod
 
     Args:
         model: with the same parameters in all processes; changed in place.
-        mesh: of one axis, or with one called `axis`.
+        mesh: of one axis, or with an axis of that name.
         axis: its name.
 
     Returns:
@@ -67,7 +67,7 @@ def tensor_parallel(model: nn.Module, mesh: Any, axis: str = "tensor") -> nn.Mod
 
 
 def axis_of(mesh: Any, axis: str) -> Any:
-    """The axis of that name, or the mesh itself where it has but one.
+    """The axis of that name, or the mesh itself if it has only one.
 
     Raises:
         ValueError: there is none.

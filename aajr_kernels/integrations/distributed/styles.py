@@ -1,8 +1,8 @@
-"""Two parallel styles of torch that turn away what is no Tensor, in forms that take a Dual.
+"""Parallel styles of torch that refuse every non-Tensor, in forms that accept a Dual.
 
-``ColwiseParallel``, ``RowwiseParallel`` and ``PrepareModuleOutput`` take a Dual as they are. ``SequenceParallel`` and
+``ColwiseParallel``, ``RowwiseParallel`` and ``PrepareModuleOutput`` accept a Dual unchanged. ``SequenceParallel`` and
 ``PrepareModuleInput`` first ask ``isinstance(x, torch.Tensor)``, which a Dual is not, before they call anything that a
-rule could be registered for. The subclasses here answer that one question; for plain tensors they are the same.
+rule could be registered for. The subclasses here change only that test; for plain tensors they are the same.
 """
 
 from __future__ import annotations
