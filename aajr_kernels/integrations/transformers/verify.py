@@ -132,7 +132,11 @@ def _twin(module: nn.Module, case: Case, generator: torch.Generator) -> nn.Modul
 
 def _setting(value: Any) -> Any:
     if isinstance(value, functools.partial):
-        return value.func, *map(_setting, (*value.args, *value.keywords, *value.keywords.values()))
+        value = (value.func, value.args, value.keywords)
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_setting, value))
     return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
