@@ -8,6 +8,7 @@ runs at a small one, the peak of memory in another process) and which exact grad
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +89,7 @@ class Case:
 
     Attributes:
         base: variants that ratios may refer to; the fastest of them is taken.
-        gate_length: where gradients are compared with float64.
+        gate_length: largest length at which gradients are compared with float64.
         repeats: timed rounds unless ``--repeats`` says otherwise.
         timed: False for a case that only measures memory.
         peak: whether the peak of memory is measured by default.
@@ -106,7 +107,7 @@ class Case:
     variants: tuple[Variant, ...]
     base: tuple[str, ...]
     config: Mapping[str, Any]
-    gate_length: int
+    gate_length: int = 67
     repeats: int = 20
     timed: bool = True
     peak: bool = False
@@ -148,6 +149,13 @@ class Selection:
 
     def wants(self, family: str) -> bool:
         return self.families is None or family in self.families
+
+    def case(
+        self, suite: str, family: str, dtype: str, length: int, variants: Sequence[Variant], **options: Any
+    ) -> Case:
+        """A case of the part and on the device that are selected."""
+        options = {"part": self.part, "device": self.device, **options}
+        return Case(suite, family, dtype, length, tuple(variants), **options)
 
     def grid(self, dtypes: Sequence[str], lengths: Sequence[int]) -> list[tuple[str, int]]:
         """Pairs of dtype and length, selected or from these defaults."""
@@ -202,6 +210,25 @@ def portion(
         return Run(lambda: [forward().detach()])
     out = forward()
     return Run(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True, allow_unused=True))
+
+
+def step_run(
+    parameters: Sequence[torch.Tensor],
+    scalar: Callable[[], torch.Tensor],
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Run:
+    """A training step in a context: the gradients stand in ``.grad``, which is freed between the timed calls."""
+
+    def call() -> Gradients:
+        with context():
+            scalar().backward()
+        return [p.grad for p in parameters]
+
+    def reset() -> None:
+        for p in parameters:
+            p.grad = None
+
+    return Run(call, reset)
 
 
 def true_portion(

@@ -1,16 +1,14 @@
-"""Arithmetic of an element-wise op: what its formula, written out, does as PyTorch differentiates it."""
+"""Arithmetic of an element-wise op: that of its formula, written out, as PyTorch differentiates it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aajr_kernels.torch_private import TorchDispatchMode
 
-from .case import portion
+from .case import Run
 
 #: kernels that move numbers and compute none
 MOVES = ("clone", "copy_", "_to_copy", "fill", "zeros", "ones", "empty", "stack", "cat")
@@ -32,26 +30,9 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def operations(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor, part: str, stacked: bool
-) -> int:
-    """How many, of a function of `inputs` (and closed-over weights) or of its value and tangent.
-
-    Args:
-        function: the formula on plain tensors.
-        inputs: leaves; with `stacked` ``[2, ...]``, primal and tangent.
-        cotangent: like the output, stacked or not.
-        part: of :data:`.case.PARTS`.
-        stacked: count the dual.
-    """
-
-    def forward() -> Tensor:
-        if not stacked:
-            return function(*inputs)
-        return torch.stack(torch.func.jvp(function, tuple(x[0] for x in inputs), tuple(x[1] for x in inputs)))
-
-    forward()  # tables that are made once are not arithmetic of the op
-    run = portion(forward, inputs, cotangent, part)  # the backward's forward is not counted
+def operations(run: Run) -> int:
+    """Operations of one call."""
+    run.call()  # tables that are made once are no arithmetic of the op
     with _Counter() as counter:
         run.call()
     return counter.count

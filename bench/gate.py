@@ -44,25 +44,19 @@ _judged: dict[Any, tuple[float, float, dict[str, str]]] = {}
 
 
 def check(case: Case) -> Verdict:
-    """Compare the gradients of every variant with float64 at the case's gate length."""
-    verdict = Verdict()
-    truth = functools.cache(lambda function: function(case.gate_length))
+    """Compare the gradients of every variant with float64, at the case's length or a smaller one."""
+    verdict, length = Verdict(), min(case.length, case.gate_length)
+    truth = functools.cache(lambda function: function(length))
     limit = LIMITS[case.dtype]
     for variant in case.variants:
-        key = (
-            case.suite,
-            case.dtype,
-            case.gate_length,
-            variant.backend or choice.current_backend(),
-            variant.key,
-        )
+        key = (case.suite, case.dtype, length, variant.backend or choice.current_backend(), variant.key)
         try:
             if variant.key is None or key not in _judged:
-                _judged[key] = _judge(variant, case.gate_length, truth)
+                _judged[key] = _judge(variant, length, truth)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             if out_of_memory(error):
-                verdict.broken[variant.name] = f"out of memory at the gate, length {case.gate_length}"
+                verdict.broken[variant.name] = f"out of memory at the gate, length {length}"
             elif variant.optional:
                 verdict.left_out[variant.name] = reason
             else:
@@ -73,7 +67,7 @@ def check(case: Case) -> Verdict:
         if variant.exact and not (total <= limit and worst <= ONE_TENSOR * limit):
             verdict.failures.append(
                 f"{variant.name}: the gradients are wrong by {total:.1e} together (limit {limit:.0e}) and {worst:.1e} "
-                f"in the worst tensor (limit {ONE_TENSOR * limit:.0e}), against float64 at length {case.gate_length}"
+                f"in the worst tensor (limit {ONE_TENSOR * limit:.0e}), against float64 at length {length}"
             )
     return verdict
 

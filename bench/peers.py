@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,15 +53,15 @@ def _jvp_flash(
 
 
 @contextmanager
-def jvp_flash_attention() -> Iterator[None]:
-    """Inside, PyTorch's attention is that package's.
+def jvp_flash_attention(active: bool = True) -> Iterator[None]:
+    """Inside, PyTorch's attention is that package's, if `active`.
 
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    if not installed(JVP_FLASH):
+    if active and not installed(JVP_FLASH):
         raise ModuleNotFoundError(f"{JVP_FLASH} is not installed: pip install {JVP_FLASH}.", name=JVP_FLASH)
-    with _Attention():
+    with _Attention() if active else nullcontext():
         yield
 
 

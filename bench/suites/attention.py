@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
 
-from ..case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_kernels, portion, true_portion
+from ..case import Case, Selection, Suite, Variant, draw, has_kernels
+from ..roofline import Attention
+from .op import Op
 
-HEADS, KEY_HEADS = 6, 2
 LENGTHS = {64: (512, 2048), 128: (2048,)}
 #: (features, dtype, length) -> largest ratio to torch's plain attention
 BOUNDS = {
@@ -26,6 +28,8 @@ BOUNDS = {
 }
 #: matrix products over the visible pairs: plain, dual
 PRODUCTS = {"both": (7, 21), "forward": (2, 6), "backward": (5, 15)}
+#: tensors that are read and written once: q, k, v and out; then those and four gradients
+TENSORS = {"forward": 2, "backward": 4, "both": 6}
 
 
 def cases(selection: Selection) -> list[Case]:
@@ -38,121 +42,88 @@ def cases(selection: Selection) -> list[Case]:
 
 
 def attention_case(features: int, dtype: str, length: int, selection: Selection) -> Case:
-    """Heads of so many features."""
-    product = 2.0 * HEADS * length * (length + 1) / 2 * features
-    judge = functools.partial(functools.partial, features=features, dtype=dtype, part=selection.part)
-    make = functools.partial(judge, device=selection.device)
-    truth, exact = judge(_plain_truth), judge(_dual_truth)
-    bound = BOUNDS.get((features, dtype, length)) if selection.bounded else None
-    plain, dual = (count * product for count in PRODUCTS[selection.part])
-    # read and written once: q, k, v and out; then those and four gradients
-    tensors = {"forward": 2, "backward": 4, "both": 6}[selection.part]
+    """Causal attention of six heads with so many features, on two heads of keys and values."""
     item = getattr(torch, dtype).itemsize
-    moved = float(tensors * item * length * (HEADS + KEY_HEADS) * features)
+    shape = Attention(1, 6, 2, length, length, features, causal=True, item=item)
+    op = op_of(shape, dtype, selection.part, selection.device)
+    truth, exact = op.truth(formula(shape)), op.dual_truth(formula(shape))
+    bound = BOUNDS.get((features, dtype, length)) if selection.bounded else None
+    plain, dual = (count * shape.product for count in PRODUCTS[selection.part])
+    moved = TENSORS[selection.part] * (shape.queries + shape.keys)
+    bounds = {} if bound is None else {"ratio": bound}
     variants = [
-        Variant("plain", make(_plain), truth, flops=plain, bytes=moved),
-        Variant("plain, keys repeated", make(_plain, repeat=True), truth, flops=plain, bytes=moved),
+        Variant("plain", op.plain(torchs(shape)), truth, flops=plain, bytes=moved),
         Variant(
-            "dual",
-            make(_dual),
-            exact,
-            flops=dual,
-            bytes=2 * moved,
-            bounds={} if bound is None else {"ratio": bound},
+            "plain, keys repeated", op.plain(torchs(shape, repeat=True)), truth, flops=plain, bytes=moved
         ),
+        Variant("dual", op.dual(ours(shape)), exact, flops=dual, bytes=2 * moved, bounds=bounds),
     ]
+    slow: Any = {"rounds": 3, "peak": False}
     if has_kernels("attention", selection.device):
-        variants.append(
-            Variant("dual, reference", make(_dual), exact, backend="reference", rounds=3, peak=False)
-        )
+        variants.append(Variant("dual, reference", op.dual(ours(shape)), exact, backend="reference", **slow))
     if length <= 512:
-        variants.append(
-            Variant("torch.func.jvp", make(_forward_mode), exact, optional=True, rounds=3, peak=False)
-        )
-    return Case(
-        "attention",
-        f"d{features}",
-        dtype,
-        length,
-        tuple(variants),
+        by_torch = op.forward_mode(torchs(shape))
+        variants.append(Variant("torch.func.jvp", by_torch, exact, optional=True, **slow))
+    return selection.case(
+        *("attention", f"d{features}", dtype, length, variants),
         base=("plain", "plain, keys repeated"),
-        config={"B": 1, "H": HEADS, "HK": KEY_HEADS, "D": features, "causal": True},
-        gate_length=min(length, 257),
+        config=config(shape),
+        gate_length=257,
         repeats=60 if length <= 1024 else 16,
-        part=selection.part,
-        device=selection.device,
         why="the dual ÷ torch's plain attention",
     )
 
 
-def _inputs(length: int, features: int, dtype: str, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
-    """Stacked q, k, v and the cotangent ``[2, B, N, heads, D]``, in memory as projections leave them."""
-    shapes = [(2, 1, length, heads, features) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
-    *leaves, cotangent = (draw(*shape, dtype=dtype, seed=i).to(device) for i, shape in enumerate(shapes))
-    return leaves, cotangent.transpose(2, 3)
+def config(shape: Attention) -> dict[str, Any]:
+    """The sizes, for the rows."""
+    return {name: getattr(shape, name) for name in ("B", "H", "HK", "D", "causal")}
 
 
-def _plain(length: int, features: int, dtype: str, part: str, device: str, repeat: bool = False) -> Run:
-    stacks, cotangent = _inputs(length, features, dtype, device)
-    leaves = [x[0].clone().requires_grad_() for x in stacks]
+def op_of(shape: Attention, dtype: str, part: str, device: str) -> Op:
+    """q, k, v and the cotangent ``[2, B, N, heads, D]``, in memory as projections leave them."""
 
-    def forward() -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in leaves)
+    def inputs(length: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        sizes = [(2, shape.B, length, heads, shape.D) for heads in (shape.H, shape.HK, shape.HK, shape.H)]
+        *leaves, cotangent = (draw(*size, dtype=dtype, seed=i) for i, size in enumerate(sizes))
+        return leaves, [], cotangent.transpose(2, 3)
+
+    return Op(inputs, part, device)
+
+
+def ours(shape: Attention) -> Callable[..., Any]:
+    """Our attention of Duals ``[B, N, heads, D]``."""
+    return lambda *qkv: attention(*(Dual(x.stacked.transpose(2, 3)) for x in qkv), causal=shape.causal)
+
+
+def torchs(
+    shape: Attention, backend: SDPBackend | None = None, repeat: bool = False
+) -> Callable[..., Tensor]:
+    """Torch's attention, on the backend that it chooses unless one is named."""
+
+    def function(*qkv: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
         if repeat:
-            k, v = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeat)
+            k, v = (x.repeat_interleave(shape.H // shape.HK, dim=1) for x in (k, v))
+        grouped = not repeat and shape.H != shape.HK
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped)
 
-    return portion(forward, leaves, cotangent[0], part)
-
-
-def _dual(length: int, features: int, dtype: str, part: str, device: str) -> Run:
-    leaves, cotangent = _inputs(length, features, dtype, device)
-    leaves = [x.requires_grad_() for x in leaves]
-
-    def forward() -> Tensor:
-        q, k, v = (Dual(x.transpose(2, 3)) for x in leaves)
-        out = attention(q, k, v, causal=True)
-        assert isinstance(out, Dual)
-        return out.stacked
-
-    return portion(forward, leaves, cotangent, part)
+    return function
 
 
-def _forward_mode(length: int, features: int, dtype: str, part: str, device: str) -> Run:
-    leaves, cotangent = _inputs(length, features, dtype, device)
-    leaves = [x.requires_grad_() for x in leaves]
-    return portion(functools.partial(_forward_over, leaves, _sdpa), leaves, cotangent, part)
+def formula(shape: Attention) -> Callable[..., Tensor]:
+    """The same, written out."""
 
+    def function(*qkv: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        k, v = (x.repeat_interleave(shape.H // shape.HK, dim=1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if shape.causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return scores.softmax(-1) @ v
 
-def _forward_over(leaves: list[Tensor], function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """Value and tangent by PyTorch's forward mode, stacked."""
-    primals, tangents = (tuple(x[i].transpose(1, 2) for x in leaves) for i in (0, 1))
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.stack(torch.func.jvp(function, primals, tangents))
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k, v = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
-
-
-def _plain_truth(length: int, features: int, dtype: str, part: str) -> Gradients:
-    stacks, cotangent = _inputs(length, features, dtype)
-    leaves = [x[0].double().requires_grad_() for x in stacks]
-    out = _formula(*(x.transpose(1, 2) for x in leaves))
-    return true_portion(out, leaves, cotangent[0].double(), part)
-
-
-def _dual_truth(length: int, features: int, dtype: str, part: str) -> Gradients:
-    stacks, cotangent = _inputs(length, features, dtype)
-    leaves = [x.double().requires_grad_() for x in stacks]
-    return true_portion(_forward_over(leaves, _formula), leaves, cotangent.double(), part)
+    return function
 
 
 SUITE = Suite("attention", "attention, causal, B1 H6 KV2, D64 and D128", ("d64", "d128"), cases)

@@ -1,11 +1,11 @@
-"""Suite `memory`: the peak memory of a penalty step, and what brings it down; it runs when it is named.
+"""Suite `memory`: the peak memory of a penalty step, and the ways to bring it down; it runs when it is named.
 
 The 4-layer Llama of suite `step`, forward and backward to every parameter, metric `l2`. Nothing is timed: a busy
 machine does no harm. On a CPU glibc is told to give freed memory back at once, so that peaks are those of what is alive
 and not of the holes in its heap.
 
 ======================  =============================================================================
-variant                 what is kept between forward and backward
+variant                 kept between forward and backward
 ======================  =============================================================================
 ``plain``               Hugging Face's training step
 ``exact, fused``        the penalty after ``fuse(model)``
@@ -21,17 +21,17 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aajr_kernels.integrations.transformers import fuse
 
 from ..allocator import return_memory
-from ..case import Case, Gradients, Run, Selection, Suite, Variant
+from ..case import Case, Run, Selection, Suite, Variant, step_run
 from . import models, step
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -65,13 +65,13 @@ WAYS = {
 
 
 class Files(torch.autograd.graph.saved_tensors_hooks):
-    """Context in which what autograd saves waits in files of a folder, as bytes; parameters stay where they are.
+    """Context in which tensors that autograd saves wait in files of a folder, as bytes; parameters stay.
 
     ``torch.autograd.graph.save_on_cpu`` is this for the memory of the host. Here the device is the host.
 
     Args:
         folder: where the files go.
-        parameters: what is in memory in any case.
+        parameters: in memory in any case.
         small: tensors of fewer bytes stay.
 
     Attributes:
@@ -145,29 +145,23 @@ def make(way: Way, task: step.Task, length: int) -> Run:
         fuse(model, recompute=way.recompute)
     parameters = list(model.parameters())
     scalar: Callable[[], Tensor] = lambda: step.loss(task, model, None, x, v, labels)
+    return step_run(parameters, scalar, functools.partial(_offloaded, way.offload, task.device, parameters))
 
-    def call() -> Gradients:
-        with contextlib.ExitStack() as stack:
-            hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-            if way.offload and task.device == "cpu":
-                hooks = Files(Path(stack.enter_context(tempfile.TemporaryDirectory())), parameters)
-            elif way.offload:
-                hooks = torch.autograd.graph.save_on_cpu(pin_memory=True)
-            with hooks:
-                total = scalar()
-            total.backward()
-        return [p.grad for p in parameters]
 
-    def reset() -> None:
-        for p in parameters:
-            p.grad = None
-
-    return Run(call, reset)
+@contextlib.contextmanager
+def _offloaded(active: bool, device: str, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Saved tensors wait in files, or in the memory of a device's host."""
+    with contextlib.ExitStack() as stack:
+        if active and device == "cpu":
+            stack.enter_context(Files(Path(stack.enter_context(tempfile.TemporaryDirectory())), parameters))
+        elif active:
+            stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+        yield
 
 
 SUITE = Suite(
     "memory",
-    "peak memory of the penalty step, and what brings it down (only when named)",
+    "peak memory of the penalty step, and ways to bring it down (only when named)",
     ("llama",),
     cases,
     usual=False,

@@ -3,8 +3,8 @@
 Both attack the embeddings with three normalised steps per token, and train on the cross-entropy at the last point,
 through a head of 32,000 words. The method's step adds the ``fisher`` penalty along the last direction, at that same
 point. The adversarial step is written in plain PyTorch, on the unmodified model, eager and compiled; the faster one
-counts. What the method does beside the penalty is what makes up for part of its price: its ascent runs on the kernels
-of the penalty (`lm_loss`), and the loss comes from the penalty's forward.
+counts. Part of the penalty's price comes back: the ascent runs on its kernels (`lm_loss`), and the loss comes from its
+forward.
 
 Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries and values with everything else frozen;
 ``checkpoint`` and ``lora-checkpoint`` the same with Hugging Face's activation checkpointing of every layer.
@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.method import LMHead, ascend, lm_loss, trajectory_penalty
 
-from ..case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, compiled, draw
+from ..case import Case, Gradients, Run, Selection, Suite, Variant, compiled, draw, step_run
 from . import models
 from .step import size
 
@@ -41,13 +41,13 @@ FAMILIES = ("step", "checkpoint", "lora", "lora-checkpoint")
 
 @dataclass(frozen=True)
 class Task:
-    """What one variant computes.
+    """The computation of one variant.
 
     Attributes:
         penalty: the method's step; otherwise the adversarial one.
         ours: `ascend` and our kernels on a fused model; otherwise plain PyTorch on the model as it comes.
         compiled: the plain loss is compiled.
-        family: what is trained, and whether activations are checkpointed.
+        family: of :data:`FAMILIES`.
         device: where it runs.
     """
 
@@ -69,19 +69,15 @@ def cases(selection: Selection) -> list[Case]:
 def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
     task = functools.partial(Task, dtype, family=family, device=selection.device)
     bounded = selection.bounded and (family, dtype, length) == ("step", "float32", 512)
-    others = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
+    compiles = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
     variants = (
         _variant("adversarial", task()),
-        *(others if family == "step" else ()),
+        *(compiles if family == "step" else ()),
         _variant("adversarial, our kernels", task(ours=True)),
         _variant("with penalty", task(penalty=True, ours=True), bounds={"ratio": BOUND} if bounded else {}),
     )
-    return Case(
-        "method",
-        family,
-        dtype,
-        length,
-        variants,
+    return selection.case(
+        *("method", family, dtype, length, variants),
         base=tuple(v.name for v in variants if v.name in ("adversarial", "adversarial, compiled")),
         config={
             "model": "llama",
@@ -96,9 +92,8 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
             "trained": f"LoRA of rank {RANK} on q, v" if "lora" in family else "everything",
             "checkpointing": "checkpoint" in family,
         },
-        gate_length=min(length, 512),  # what is compiled for it is compiled for the timing
+        gate_length=512,  # what is compiled for it is compiled for the timing
         repeats=6,
-        device=selection.device,
         why="ascent, loss and penalty ÷ ascent and loss",
     )
 
@@ -114,7 +109,7 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tens
     """Model, head, embeddings ``[1, S, C]`` and labels ``[1, S]``."""
     model = models.build("llama", task.dtype, length)
     width = models.sizes("llama", length).hidden
-    head = nn.Linear(width, VOCABULARY, bias=False).to(DTYPES[task.dtype])
+    head = models.head(width, VOCABULARY, task.dtype)
     if "lora" in task.family:
         model, head = _adapted(model), head.requires_grad_(False)
     if "checkpoint" in task.family:
@@ -133,8 +128,8 @@ def _adapted(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for an attribute that transformers renamed
         config = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        found: nn.Module = peft.get_peft_model(model, config)
-    return found
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
 
 
 def trained(*modules: nn.Module) -> list[nn.Parameter]:
@@ -143,56 +138,33 @@ def trained(*modules: nn.Module) -> list[nn.Parameter]:
 
 
 def make(task: Task, length: int) -> Run:
-    """A step with its gradients in ``.grad``, which are freed between the timed calls."""
+    """A step with its gradients in ``.grad``."""
     model, head, x, labels = problem(task, length)
     parameters = trained(model, head)
-    plain = plain_loss(model, head, labels)
+    loss = plain_loss(model, head, labels)
     if task.compiled:
-        plain = compiled(plain)
+        loss = compiled(loss)
 
-    def call() -> Gradients:
-        if task.ours:
-            total = our_step(task, model, head, x, labels)
-        else:
-            with without_gradients(parameters):
-                points, _ = plain_ascent(plain, x)
-            total = plain(points[-1])
-        total.backward()
-        return [p.grad for p in parameters]
+    def adversarial() -> Tensor:
+        with without_gradients(parameters):
+            points, _ = plain_ascent(loss, x)
+        return loss(points[-1])
 
-    def reset() -> None:
-        for p in parameters:
-            p.grad = None
-
-    return Run(call, reset)
+    ours = functools.partial(our_step, task, model, head, x, labels)
+    return step_run(parameters, ours if task.ours else adversarial)
 
 
 def our_step(task: Task, model: nn.Module, head: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
     """The scalar of a step on our kernels."""
-    hidden: Callable[[Any], Any] = lambda d: model(inputs_embeds=d).last_hidden_state
+    hidden, _ = models.outputs(model, head)
     loss = lm_loss(hidden, head=head, labels=labels)
-    trajectory = ascend(
-        loss,
-        x,
-        radius=RADIUS,
-        steps=STEPS,
-        step_size=LENGTH,
-        scope="token",
-        module=(model, head),
-        evaluate_last=False,
-    )
+    options: dict[str, Any] = {"radius": RADIUS, "steps": STEPS, "step_size": LENGTH, "scope": "token"}
+    trajectory = ascend(loss, x, **options, module=(model, head), evaluate_last=False)
     if not task.penalty:
         return loss(trajectory.points[-1]).sum()
+    options = {"steps": "last", "at": "end", "return_primal": True, "penalty_weight": WEIGHT}
     penalty, aux = trajectory_penalty(
-        hidden,
-        x,
-        trajectory,
-        steps="last",
-        at="end",
-        head=LMHead(head.weight),
-        labels=labels,
-        return_primal=True,
-        penalty_weight=WEIGHT,
+        hidden, x, trajectory, head=LMHead(head.weight), labels=labels, **options
     )
     total: Tensor = aux.primal + WEIGHT * penalty
     return total
@@ -202,14 +174,9 @@ def our_step(task: Task, model: nn.Module, head: nn.Linear, x: Tensor, labels: T
 
 
 def plain_loss(model: nn.Module, head: nn.Linear, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """The cross-entropy as users write it."""
-
-    def loss(x: Tensor) -> Tensor:
-        z = head(model(inputs_embeds=x).last_hidden_state)
-        wide = z if z.dtype == torch.float64 else z.float()
-        return F.cross_entropy(wide.flatten(0, 1), labels.flatten())
-
-    return loss
+    """The cross-entropy in plain PyTorch."""
+    _, logits = models.outputs(model, head)
+    return lambda x: models.crossentropy(logits(x), labels)
 
 
 @contextlib.contextmanager
@@ -247,9 +214,8 @@ def true_gradients(task: Task, length: int) -> Gradients:
         points, directions = plain_ascent(loss, x)
         total = loss(points[-1])
         if task.penalty:
-            output: Callable[[Any], Any] = lambda e: head(model(inputs_embeds=e).last_hidden_state)
-            pair = torch.func.jvp(output, (points[-1],), (directions[-1],))
-            total = total + WEIGHT * size(pair[0], pair[1], head)
+            pair = torch.func.jvp(models.outputs(model, head)[1], (points[-1],), (directions[-1],))
+            total = total + WEIGHT * size(head, *pair)
         total.backward()
     return [p.grad for p in trained(model, head)]
 

@@ -1,24 +1,16 @@
-"""The models of suite `step`: Llama, GPT-2 and BERT stacks, plain, fused, exact in float64, or on our primal ops."""
+"""The models of suite `step`: Llama, GPT-2 and BERT stacks, plain, or exact in float64."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from aajr_kernels.backends import choice
-from aajr_kernels.coverage import record
-from aajr_kernels.dual import Dual
-from aajr_kernels.ops.activation import gelu, swiglu
-from aajr_kernels.ops.attention.function import AttentionFunction
-from aajr_kernels.ops.norm import layer_norm, rms_norm
-from aajr_kernels.ops.rotary import rotary
 
 from ..case import DTYPES, SEED
 from ..roofline import Decoder
@@ -72,47 +64,25 @@ def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Mod
     import transformers
 
     torch.manual_seed(SEED)
-    found, more = sizes(kind, length), {}
-    if architecture(kind) == "llama":
-        maker = transformers.LlamaModel
-        config: Any = transformers.LlamaConfig(
-            hidden_size=found.hidden,
-            intermediate_size=found.intermediate,
-            num_hidden_layers=found.layers,
-            num_attention_heads=found.heads,
-            num_key_value_heads=found.key_heads,
-            vocab_size=97,
-            max_position_embeddings=16384,
-            use_cache=False,
-        )
-    elif architecture(kind) == "gpt2":
-        maker = transformers.GPT2Model
-        config = transformers.GPT2Config(
-            n_embd=found.hidden,
-            n_layer=found.layers,
-            n_head=found.heads,
-            vocab_size=97,
-            bos_token_id=None,
-            eos_token_id=None,
-            n_positions=length,
-            use_cache=False,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
+    size, name, more = sizes(kind, length), architecture(kind), {}
+    config: dict[str, Any] = {"vocab_size": 97}
+    if name == "gpt2":
+        config |= {"n_embd": size.hidden, "n_layer": size.layers, "n_head": size.heads, "n_positions": length}
+        config |= {"bos_token_id": None, "eos_token_id": None, "use_cache": False}
+        config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
-        maker, more = transformers.BertModel, {"add_pooling_layer": False}
-        config = transformers.BertConfig(
-            hidden_size=found.hidden,
-            num_hidden_layers=found.layers,
-            num_attention_heads=found.heads,
-            intermediate_size=4 * found.hidden,
-            vocab_size=97,
-            max_position_embeddings=length,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    model = maker._from_config(config, attn_implementation=attention, **more)
+        config |= {"hidden_size": size.hidden, "num_hidden_layers": size.layers}
+        config |= {"num_attention_heads": size.heads, "max_position_embeddings": length}
+    if name == "llama":
+        config |= {"intermediate_size": size.intermediate, "num_key_value_heads": size.key_heads}
+        config |= {"max_position_embeddings": 16384, "use_cache": False}
+    if name == "bert":
+        config |= {"intermediate_size": 4 * size.hidden}
+        config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        more = {"add_pooling_layer": False}
+    prefix = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert"}[name]
+    maker, settings = getattr(transformers, f"{prefix}Model"), getattr(transformers, f"{prefix}Config")
+    model = maker._from_config(settings(**config), attn_implementation=attention, **more)
     # weights that are not constant: a norm whose weight is one hides a wrong gradient
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -127,20 +97,10 @@ def make_exact(model: nn.Module) -> nn.Module:
     model = model.double()
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
-            module.__dict__["forward"] = _Bound(_rms_norm, module)
+            module.__dict__["forward"] = functools.partial(_rms_norm, module)
         elif isinstance(module, nn.LayerNorm):
-            module.__dict__["forward"] = _Bound(_layer_norm, module)
+            module.__dict__["forward"] = functools.partial(_layer_norm, module)
     return model
-
-
-class _Bound:
-    """A function with its module as first argument; torch's own module machinery accepts any callable."""
-
-    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
-        self.function, self.module = function, module
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(self.module, *args)
 
 
 def _rms_norm(module: Any, x: Tensor) -> Tensor:
@@ -161,64 +121,17 @@ def fisher(z: Tensor, z_tan: Tensor) -> Tensor:
     return (p * (z_tan - (p * z_tan).sum(-1, keepdim=True)).square()).sum(-1)
 
 
-# -- a plain step on our own primal kernels ---------------------------------------------------------------------------
+def crossentropy(z: Tensor, labels: Tensor) -> Tensor:
+    """The mean over tokens, in float32 at least."""
+    return F.cross_entropy((z if z.dtype == torch.float64 else z.float()).flatten(0, 1), labels.flatten())
 
 
-def use_primal_ops(model: nn.Module) -> nn.Module:
-    """A fused model whose norms and activations run on our kernels for plain tensors too, as a stack of one.
-
-    Outside the benchmark a plain tensor goes to torch's own function. Attention and rotary follow inside
-    :func:`primal_ops`.
-    """
-    for module in model.modules():
-        name = type(module).__name__
-        if name == "LlamaRMSNorm":
-            module.__dict__["forward"] = _Bound(
-                lambda m, x: _primal(rms_norm, x, m.weight.shape, m.weight, m.variance_epsilon), module
-            )
-        elif name == "LlamaMLP":
-            module.__dict__["forward"] = _Bound(
-                lambda m, x: m.down_proj(_primal_swiglu(m.gate_proj(x), m.up_proj(x))), module
-            )
-        elif name == "NewGELUActivation":
-            module.__dict__["forward"] = _Bound(lambda m, x: _primal(gelu, x, "tanh"), module)
-        elif isinstance(module, nn.LayerNorm):
-            module.__dict__["forward"] = _Bound(
-                lambda m, x: _primal(layer_norm, x, m.normalized_shape, m.weight, m.bias, m.eps), module
-            )
-    return model
+def head(hidden: int, vocab_size: int, dtype: str) -> nn.Linear:
+    """A language-model head."""
+    return nn.Linear(hidden, vocab_size, bias=False).to(DTYPES[dtype])
 
 
-@contextlib.contextmanager
-def primal_ops() -> Iterator[None]:
-    """Inside, the rotary embedding and the attention of fused models take plain tensors as a stack of one."""
-    from aajr_kernels.integrations.transformers import attention as implementation
-    from aajr_kernels.integrations.transformers import registry
-
-    turned = lambda x, cos, sin, **options: _primal(rotary, x, cos, sin, **options)
-    with (
-        mock.patch.object(registry, "rotary", turned),
-        mock.patch.object(implementation, "attention", _attention),
-    ):
-        yield
-
-
-def _primal(op: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Tensor:
-    y: Tensor = op(Dual(x.unsqueeze(0)), *args, **options).stacked[0]
-    return y
-
-
-def _primal_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y: Tensor = swiglu(Dual(gate.unsqueeze(0)), Dual(up.unsqueeze(0))).stacked[0]  # type: ignore[union-attr]
-    return y
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: Any, scale: float | None, **rest: Any) -> Tensor:
-    if any(value not in (None, 0.0) for value in rest.values()) or not causal:
-        raise ValueError(f"the benchmark's primal attention is causal and has no other options, got {rest}.")
-    stacks = [x.unsqueeze(0) for x in (q, k, v)]
-    backend = choice.select_backend("attention", *stacks)
-    record("attention", backend)
-    options = (q.shape[-1] ** -0.5 if scale is None else scale, None, 0, None, 0.0, False)
-    out: Tensor = AttentionFunction.apply(*stacks, None, options, backend)[0]
-    return out
+def outputs(model: nn.Module, head: nn.Linear | None) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Functions of the embeddings: the hidden states, and the logits where there is a head."""
+    hidden: Callable[[Any], Any] = lambda x: model(inputs_embeds=x).last_hidden_state
+    return hidden, hidden if head is None else lambda x: head(hidden(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aajr_kernels.dual import Dual
 from aajr_kernels.ops.activation import gelu, silu, swiglu
 from aajr_kernels.ops.norm import layer_norm, rms_norm
 from aajr_kernels.ops.rotary import rotary
 
-from ..case import Case, Gradients, Run, Selection, Suite, Variant, draw, has_kernels, portion, true_portion
+from ..case import Case, Selection, Suite, Variant, draw, has_kernels
 from ..counting import operations
+from .op import Op
 
 #: positions -> features of ``[2, positions, features]``
 SHAPES = {2048: 2048, 512: 384}
@@ -26,13 +27,13 @@ EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op to be measured.
+class Pointwise:
+    """An element-wise op or one over rows.
 
     Attributes:
         suite: op package and suite.
-        inputs: how many arguments are stacked.
-        weights: how many vectors of parameters follow them.
+        inputs: number of stacked arguments.
+        weights: number of vectors of parameters that follow them.
         dual: our op, also on a plain tensor; takes inputs, then weights.
         plain: torch's own function.
         formula: the same from elementary operations, as model code writes it.
@@ -45,9 +46,18 @@ class Op:
     plain: Callable[..., Tensor]
     formula: Callable[..., Tensor]
 
+    def op(self, features: int, dtype: str, part: str, device: str) -> Op:
+        """Its inputs ``[2, 2, positions, features]`` (rotary: heads before positions) and weights."""
 
-def _last(x: Any) -> tuple[int]:
-    return (x.shape[-1],)
+        def inputs(length: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+            shape: tuple[int, ...] = (2, 2, length, features)
+            if self.suite == "rotary":
+                shape = (2, 2, features // ROTARY_HEAD, length, ROTARY_HEAD)
+            stacks = [draw(*shape, dtype=dtype, seed=i) for i in range(self.inputs)]
+            weights = [draw(features, dtype=dtype, seed=10 + i) for i in range(self.weights)]
+            return stacks, weights, draw(*shape, dtype=dtype, seed=20)
+
+        return Op(inputs, part, device)
 
 
 def _rms_formula(x: Tensor, w: Tensor) -> Tensor:
@@ -58,14 +68,6 @@ def _rms_formula(x: Tensor, w: Tensor) -> Tensor:
 def _layer_formula(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return w * (centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + EPS)) + b
-
-
-def _gelu_formula(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))
-
-
-def _gelu_tanh_formula(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x.pow(3))))
 
 
 def _rotary_formula(x: Tensor) -> Tensor:
@@ -84,161 +86,85 @@ def _tables(length: int, double: bool = False, device: torch.device | str = "cpu
     return (cos.double(), sin.double()) if double else (cos, sin)
 
 
-def _rotary(x: Any) -> Any:
-    return rotary(x, *_tables(x.shape[-2], device=x.device))
-
-
 OPS = {
-    "rms_norm": Op(
-        "norm",
-        1,
-        1,
-        lambda x, w: rms_norm(x, _last(x), w, EPS),
-        lambda x, w: F.rms_norm(x, _last(x), w, EPS),
+    "rms_norm": Pointwise(
+        *("norm", 1, 1),
+        lambda x, w: rms_norm(x, w.shape, w, EPS),
+        lambda x, w: F.rms_norm(x, w.shape, w, EPS),
         _rms_formula,
     ),
-    "layer_norm": Op(
-        "norm",
-        1,
-        2,
-        lambda x, w, b: layer_norm(x, _last(x), w, b, EPS),
-        lambda x, w, b: F.layer_norm(x, _last(x), w, b, EPS),
+    "layer_norm": Pointwise(
+        *("norm", 1, 2),
+        lambda x, w, b: layer_norm(x, w.shape, w, b, EPS),
+        lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS),
         _layer_formula,
     ),
-    "swiglu": Op(
+    "swiglu": Pointwise(
         "activation", 2, 0, swiglu, lambda g, u: F.silu(g) * u, lambda g, u: g * torch.sigmoid(g) * u
     ),
-    "gelu": Op("activation", 1, 0, gelu, F.gelu, _gelu_formula),
-    "gelu_tanh": Op(
-        "activation",
-        1,
-        0,
+    "gelu": Pointwise("activation", 1, 0, gelu, F.gelu, lambda x: 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))),
+    "gelu_tanh": Pointwise(
+        *("activation", 1, 0),
         lambda x: gelu(x, "tanh"),
         lambda x: F.gelu(x, approximate="tanh"),
-        _gelu_tanh_formula,
+        lambda x: 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x.pow(3)))),
     ),
-    "silu": Op("activation", 1, 0, silu, F.silu, lambda x: x * torch.sigmoid(x)),
-    "rotary": Op("rotary", 1, 0, _rotary, _rotary_formula, _rotary_formula),
+    "silu": Pointwise("activation", 1, 0, silu, F.silu, lambda x: x * torch.sigmoid(x)),
+    "rotary": Pointwise(
+        *("rotary", 1, 0),
+        lambda x: rotary(x, *_tables(x.shape[-2], device=x.device)),
+        _rotary_formula,
+        _rotary_formula,
+    ),
 }
 
 
 def _cases(suite: str, selection: Selection) -> list[Case]:
     return [
-        _case(family, op, dtype, n, selection)
-        for family, op in OPS.items()
-        if op.suite == suite and selection.wants(family)
+        _case(family, dtype, n, selection)
+        for family, one in OPS.items()
+        if one.suite == suite and selection.wants(family)
         for dtype, n in selection.grid(("float32", "bfloat16"), tuple(SHAPES))
     ]
 
 
-def _case(family: str, op: Op, dtype: str, length: int, selection: Selection) -> Case:
-    features = SHAPES.get(length, 384)
-    # what has to move: inputs in and results out; inputs and cotangents in and gradients out
-    streams = {"forward": op.inputs + 1, "backward": 2 * op.inputs + 1, "both": 3 * op.inputs + 2}
-    item = getattr(torch, dtype).itemsize
-    moved = 2.0 * length * features * item * streams[selection.part]
-    count = functools.partial(_operations, family, selection.part, length * features)
-    plain, dual = count(False), count(True)
-    judge = functools.partial(functools.partial, op=op, features=features, dtype=dtype, part=selection.part)
-    make = functools.partial(judge, device=selection.device)
-    exact, truth = judge(_truth, stacked=True), judge(_truth, stacked=False)
-    variants = [Variant("plain", make(_plain, function=op.plain), truth, flops=plain, bytes=moved)]
-    if op.plain is not op.formula:
-        variants.append(
-            Variant(
-                "plain, written out",
-                make(_plain, function=op.formula),
-                truth,
-                exact=False,
-                flops=plain,
-                bytes=moved,
-            )
-        )
-    variants.append(Variant("dual", make(_dual), exact, flops=dual, bytes=2 * moved))
-    if has_kernels(op.suite, selection.device):
-        variants.append(
-            Variant(
-                "dual, reference",
-                make(_dual),
-                exact,
-                backend="reference",
-                flops=dual,
-                bytes=2 * moved,
-                rounds=5,
-                peak=False,
-            )
-        )
-    return Case(
-        op.suite,
-        family,
-        dtype,
-        length,
-        tuple(variants),
+def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
+    one, features = OPS[family], SHAPES.get(length, 384)
+    op = one.op(features, dtype, selection.part, selection.device)
+    # read and written once: inputs and results; inputs, cotangents and gradients
+    streams = {"forward": one.inputs + 1, "backward": 2 * one.inputs + 1, "both": 3 * one.inputs + 2}
+    moved = 2.0 * length * features * getattr(torch, dtype).itemsize * streams[selection.part]
+    plain, dual = (_operations(one, selection.part, k) * length * features for k in (False, True))
+    exact, truth = op.dual_truth(one.formula), op.truth(one.formula)
+    variants = [Variant("plain", op.plain(one.plain), truth, flops=plain, bytes=moved)]
+    if one.plain is not one.formula:
+        written = Variant("plain, written out", op.plain(one.formula), truth, flops=plain, bytes=moved)
+        variants.append(dataclasses.replace(written, exact=False))
+    ours = Variant("dual", op.dual(one.dual), exact, flops=dual, bytes=2 * moved)
+    variants.append(ours)
+    if has_kernels(one.suite, selection.device):
+        slow: Any = {"backend": "reference", "rounds": 5, "peak": False}
+        variants.append(dataclasses.replace(ours, name="dual, reference", **slow))
+    return selection.case(
+        *(one.suite, family, dtype, length, variants),
         base=("plain",),
         config={"shape": [2, length, features]},
-        gate_length=min(length, 67),
         repeats=10,
-        part=selection.part,
-        device=selection.device,
         why="the dual ÷ torch's plain op (twice the memory traffic)",
     )
 
 
-def _operations(family: str, part: str, numbers: int, stacked: bool) -> float:
-    """Arithmetic of the op's formula on two rows of so many numbers, scaled up from small ones."""
-    op = OPS[family]
-    stacks, weights, cotangent = inputs(8, op, ROTARY_HEAD, "float32")
-    leaves = [(x if stacked else x[0].clone()).requires_grad_() for x in stacks]
-    formula = lambda *xs: op.formula(*xs, *weights)
-    counted = operations(formula, leaves, cotangent if stacked else cotangent[0], part, stacked)
-    return counted / leaves[0][0 if stacked else slice(None)].numel() * 2.0 * numbers
-
-
-def inputs(
-    length: int, op: Op, features: int, dtype: str, device: str = "cpu"
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Stacked inputs, weights, and the cotangent like an input."""
-    shape: tuple[int, ...] = (2, 2, length, features)
-    if op.suite == "rotary":
-        shape = (2, 2, features // ROTARY_HEAD, length, ROTARY_HEAD)
-    stacks = [draw(*shape, dtype=dtype, seed=i).to(device) for i in range(op.inputs)]
-    weights = [draw(features, dtype=dtype, seed=10 + i).to(device) for i in range(op.weights)]
-    return stacks, weights, draw(*shape, dtype=dtype, seed=20).to(device)
-
-
-def _plain(
-    length: int, op: Op, features: int, dtype: str, part: str, device: str, function: Callable[..., Tensor]
-) -> Run:
-    stacks, weights, cotangent = inputs(length, op, features, dtype, device)
-    leaves = [x.requires_grad_() for x in [*(x[0].clone() for x in stacks), *weights]]
-    return portion(lambda: function(*leaves), leaves, cotangent[0], part)
-
-
-def _dual(length: int, op: Op, features: int, dtype: str, part: str, device: str) -> Run:
-    stacks, weights, cotangent = inputs(length, op, features, dtype, device)
-    leaves = [x.requires_grad_() for x in [*stacks, *weights]]
-
-    def forward() -> Tensor:
-        out: Tensor = op.dual(*(Dual(x) for x in leaves[: op.inputs]), *leaves[op.inputs :]).stacked
-        return out
-
-    return portion(forward, leaves, cotangent, part)
-
-
-def _truth(length: int, op: Op, features: int, dtype: str, part: str, stacked: bool) -> Gradients:
-    stacks, weights, cotangent = inputs(length, op, features, dtype)
-    vectors = [w.double().requires_grad_() for w in weights]
-    function = lambda *xs: op.formula(*xs, *vectors)
-    if not stacked:
-        leaves = [x[0].double().requires_grad_() for x in stacks]
-        return true_portion(function(*leaves), [*leaves, *vectors], cotangent[0].double(), part)
-    leaves = [x.double().requires_grad_() for x in stacks]
-    pair = torch.func.jvp(function, tuple(x[0] for x in leaves), tuple(x[1] for x in leaves))
-    return true_portion(torch.stack(pair), [*leaves, *vectors], cotangent.double(), part)
+def _operations(one: Pointwise, part: str, stacked: bool) -> float:
+    """Arithmetic of the formula per position and feature, for two rows."""
+    inputs, weights, cotangent = one.op(ROTARY_HEAD, "float32", part, "cpu").draw(8)
+    op = Op(lambda length: (inputs, [], cotangent), part)  # gradients of weights are not counted
+    formula = lambda *xs: one.formula(*xs, *weights)
+    run = (op.forward_mode if stacked else op.plain)(formula)(8)
+    return operations(run) / (8 * ROTARY_HEAD)
 
 
 def _suite(name: str, summary: str) -> Suite:
-    families = tuple(family for family, op in OPS.items() if op.suite == name)
+    families = tuple(family for family, one in OPS.items() if one.suite == name)
     return Suite(name, summary, families, functools.partial(_cases, name))
 
 

@@ -6,23 +6,20 @@ cross-entropy where there is a head; the penalty is ``l2`` on the hidden states,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from aajr_kernels.dual import is_dual
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.method import LMHead, aligned_penalty, normalize
 
 from .. import peers
-from ..case import DTYPES, Case, Gradients, Run, Selection, Suite, Variant, compiled, draw, portion
+from ..case import Case, Gradients, Run, Selection, Suite, Variant, compiled, draw, portion, step_run
 from . import models
 
 VOCABULARY = 32000
@@ -33,18 +30,18 @@ GPT2_MORE = 0.1
 SHARED, PEAK = 1.1, 2.2
 DIRECTIONS = {("float32", 512): 2.6, ("float32", 2048): 2.9}
 FINITE, DOUBLE = "finite differences", "double backward"
+OTHERS = ("bert", *(f"{model}-{size}" for size in ("tiny", "base") for model in models.ARCHITECTURES))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one variant computes.
+    """The computation of one variant.
 
     Attributes:
         kind: ``plain``, ``penalty``, ``both`` (loss and penalty), ``differences``, ``forward mode``, ``double
             backward`` or an installed peer.
         model: as :func:`.models.sizes` knows them.
-        form: ``sdpa`` or ``eager`` (unmodified), ``compiled``, ``fused``, or ``primal`` (fused, our kernels for plain
-            tensors).
+        form: ``sdpa`` or ``eager`` (unmodified), ``compiled`` or ``fused``.
         head: with a head of 32,000 words (or the model's own number), the ``fisher`` metric and the cross-entropy.
         directions: K.
         device: where it runs.
@@ -62,32 +59,23 @@ class Task:
 
 
 def tasks(selection: Selection, **options: Any) -> Callable[..., Task]:
-    """Makes tasks for what the user asked for."""
+    """Makes tasks of the part and on the device that are selected."""
     return functools.partial(Task, device=selection.device, part=selection.part, **options)
 
 
 def cases(selection: Selection) -> list[Case]:
-    makers: dict[str, tuple[Callable[[str, int, Selection], Case], tuple[tuple[str, int], ...]]] = {
-        "llama": (
-            functools.partial(_ratio, "llama"),
-            (*_pairs("float32", 512, 2048), *_pairs("bfloat16", 2048)),
-        ),
-        "gpt2": (
-            functools.partial(_ratio, "gpt2"),
-            (*_pairs("float32", 512, 2048), *_pairs("bfloat16", 2048)),
-        ),
-        "bert": (functools.partial(_ratio, "bert"), _pairs("float32", 512)),
-        **{
-            f"{model}-{size}": (functools.partial(_ratio, f"{model}-{size}"), _pairs("float32", 512))
-            for size in ("tiny", "base")
-            for model in ("llama", "gpt2", "bert")
-        },
-        "smollm2": (functools.partial(_head, "smollm2"), _pairs("float32", 256)),
-        "head": (functools.partial(_head, "llama"), _pairs("float32", 512)),
-        "penalty": (_penalty, _pairs("float32", 512, 2048)),
-        "memory": (_memory, _pairs("float32", 8192)),
+    usual = (("float32", 512), ("float32", 2048), ("bfloat16", 2048))
+    short = usual[:1]
+    makers: dict[str, tuple[Callable[..., Case], tuple[tuple[str, int], ...]]] = {
+        "llama": (functools.partial(_ratio, "llama"), usual),
+        "gpt2": (functools.partial(_ratio, "gpt2"), usual),
+        **{model: (functools.partial(_ratio, model), short) for model in OTHERS},
+        "smollm2": (functools.partial(_head, "smollm2"), (("float32", 256),)),
+        "head": (functools.partial(_head, "llama"), short),
+        "penalty": (_penalty, usual[:2]),
+        "memory": (_memory, (("float32", 8192),)),
     }
-    found = []
+    cases = []
     for family, (maker, defaults) in makers.items():
         if not selection.wants(family):
             continue
@@ -99,12 +87,8 @@ def cases(selection: Selection) -> list[Case]:
                 pairs = [pair for pair in pairs if pair[0] == "float32" or len(dtypes) == 1]
             elif not selection.lengths:
                 pairs = [pair for pair in pairs if pair in defaults] or pairs
-        found += [maker(dtype, n, selection) for dtype, n in pairs]
-    return found
-
-
-def _pairs(dtype: str, *lengths: int) -> tuple[tuple[str, int], ...]:
-    return tuple((dtype, n) for n in lengths)
+        cases += [maker(dtype, n, selection) for dtype, n in pairs]
+    return cases
 
 
 def held_to_avx2() -> bool:
@@ -136,20 +120,14 @@ def step_case(
     """A case of this suite; `options` are further fields of it."""
     options.setdefault("large", model == "smollm2" or model.endswith("-base"))
     options.setdefault("repeats", 16 if length <= 512 else 10 if length <= 1024 else 8)
-    return Case(
-        "step",
-        family,
-        dtype,
-        length,
-        tuple(variants),
-        base=base,
-        config={"model": model, "sizes": models.described(model, length), "metric": "l2", **(config or {})},
-        gate_length=min(length, 128),
-        part=selection.part,
-        device=selection.device,
-        why=why,
-        **options,
-    )
+    config = {
+        "model": model,
+        "sizes": models.described(model, length),
+        "metric": "l2",
+        **(config or {}),
+    }
+    where = ("step", family, dtype, length, variants)
+    return selection.case(*where, base=base, config=config, gate_length=128, why=why, **options)
 
 
 def _ratio(model: str, dtype: str, length: int, selection: Selection) -> Case:
@@ -168,8 +146,6 @@ def _ratio(model: str, dtype: str, length: int, selection: Selection) -> Case:
     if compiles:
         variants.append(variant("plain, compiled", task("plain", form="compiled"), optional=True))
     if single:
-        if own != "bert":  # the primal attention of the benchmark is causal
-            variants.append(variant("plain, our primal ops", task("plain", form="primal"), optional=True))
         variants.append(variant("exact", task("penalty")))
     variants.append(variant("exact, fused", fused, bounds=bounds, peer=FINITE if single and bounds else None))
     if single:  # useless in low precision
@@ -198,7 +174,6 @@ def _head(model: str, dtype: str, length: int, selection: Selection) -> Case:
     task = tasks(selection, model=model, dtype=dtype, head=True)
     variants = [
         variant("plain", task("plain")),
-        variant("plain, our primal ops", task("plain", form="primal"), optional=True),
         *([variant("exact", task("penalty"))] if model == "smollm2" else []),
         variant("exact, fused", task("penalty", form="fused")),
         variant("loss and penalty, fused", task("both", form="fused")),
@@ -246,72 +221,44 @@ def _memory(dtype: str, length: int, selection: Selection) -> Case:
 
 def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tensor, Tensor, Tensor]:
     """Model, head, embeddings ``[1, S, C]``, unit directions ``[K, 1, S, C]`` and labels ``[1, S]``."""
-    attention = task.form if task.form in ("sdpa", "eager") else "sdpa"
-    model = models.build(task.model, task.dtype, length, attention)
-    head = (
-        nn.Linear(models.sizes(task.model, length).hidden, words(task.model), bias=False).to(
-            DTYPES[task.dtype]
-        )
-        if task.head
-        else None
-    )
-    if task.form in ("fused", "primal"):
+    model = models.build(task.model, task.dtype, length, "eager" if task.form == "eager" else "sdpa")
+    hidden, vocab_size = models.sizes(task.model, length).hidden, words(task.model)
+    head = models.head(hidden, vocab_size, task.dtype) if task.head else None
+    if task.form == "fused":
         fuse(model)
-    if task.form == "primal":
-        models.use_primal_ops(model)
-    hidden = models.sizes(task.model, length).hidden
     x = draw(1, length, hidden, dtype=task.dtype, seed=1)
     v = normalize(draw(task.directions, 1, length, hidden, dtype="float32", seed=2)).to(x.dtype)
-    labels = torch.randint(words(task.model), (1, length), generator=torch.Generator().manual_seed(3))
+    labels = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(3))
     if head is not None:
         head = head.to(task.device)
     return model.to(task.device), head, x.to(task.device), v.to(task.device), labels.to(task.device)
 
 
 def make(task: Task, length: int) -> Run:
-    """A step with its gradients in ``.grad``, which are freed between the timed calls."""
+    """A step, or a part of it."""
     model, head, x, v, labels = problem(task, length)
     parameters = [*model.parameters(), *(head.parameters() if head else ())]
-    ours = models.primal_ops if task.form == "primal" else contextlib.nullcontext
     scalar: Callable[..., Tensor] = functools.partial(loss, task, model, head)
     if task.form == "compiled":
         scalar = compiled(scalar)
     if task.part != "both":
-
-        def forward() -> Tensor:
-            with ours():
-                return scalar(x, v, labels)
-
-        return portion(forward, parameters, None, task.part)
-
-    def call() -> Gradients:
-        with ours():
-            scalar(x, v, labels).backward()
-        return [p.grad for p in parameters]
-
-    def reset() -> None:
-        for p in parameters:
-            p.grad = None
-
-    return Run(call, reset)
+        return portion(lambda: scalar(x, v, labels), parameters, None, task.part)
+    return step_run(parameters, lambda: scalar(x, v, labels))
 
 
 def loss(
     task: Task, model: nn.Module, head: nn.Linear | None, x: Tensor, v: Tensor, labels: Tensor
 ) -> Tensor:
     """The scalar of one step."""
-    hidden: Callable[[Any], Any] = lambda e: model(inputs_embeds=e).last_hidden_state
-    output: Callable[[Any], Any] = hidden if head is None else lambda e: head(hidden(e))
+    hidden, output = models.outputs(model, head)
     if task.kind == "plain":
         return plain_loss(output(x), head, labels)
     if task.kind == "differences":
         y = output(x)
-        return size(y, (output(x + DIFFERENCE * v[0]) - y) / DIFFERENCE, head)
+        return size(head, y, (output(x + DIFFERENCE * v[0]) - y) / DIFFERENCE)
     if task.kind in ("forward mode", peers.JVP_FLASH):
-        ours = peers.jvp_flash_attention() if task.kind == peers.JVP_FLASH else contextlib.nullcontext()
-        with sdpa_kernel(SDPBackend.MATH), ours:
-            pair = torch.func.jvp(output, (x,), (v[0],))
-            return size(pair[0], pair[1], head)
+        with peers.jvp_flash_attention(task.kind == peers.JVP_FLASH), sdpa_kernel(SDPBackend.MATH):
+            return size(head, *torch.func.jvp(output, (x,), (v[0],)))
     if task.kind == "double backward":
         with sdpa_kernel(SDPBackend.MATH):  # no fused attention has a second derivative
             x = x.detach().requires_grad_()
@@ -319,32 +266,25 @@ def loss(
             dummy = torch.zeros_like(y, requires_grad=True)
             (pulled,) = torch.autograd.grad(y, x, dummy, create_graph=True)
             (y_tan,) = torch.autograd.grad(pulled, dummy, v[0], create_graph=True)
-            return size(y, y_tan, head)
-    directions = v if task.directions > 1 else v[0]
+            return size(head, y, y_tan)
     options: dict[str, Any] = {"metric": "l2"}
     if head is not None:
         options = {"metric": "fisher", "head": LMHead(head.weight)}
+    if task.kind == "both":
+        options |= {"return_primal": True, **({} if head is None else {"labels": labels})}
+    result = aligned_penalty(hidden, x, v if task.directions > 1 else v[0], **options)
     if task.kind == "penalty":
-        penalty: Tensor = aligned_penalty(hidden, x, directions, **options)
-        return penalty
-    if head is not None:
-        penalty, crossentropy = aligned_penalty(
-            hidden, x, directions, labels=labels, return_primal=True, **options
-        )
-        return penalty + crossentropy
-    penalty, primal = aligned_penalty(hidden, x, directions, return_primal=True, **options)
-    assert not is_dual(primal)
-    return penalty + plain_loss(primal, None, labels)
+        return result
+    penalty, primal = result
+    return penalty + (plain_loss(primal, None, labels) if head is None else primal)
 
 
 def plain_loss(y: Tensor, head: nn.Linear | None, labels: Tensor) -> Tensor:
-    if head is None:
-        return y.square().mean()
-    wide = y if y.dtype == torch.float64 else y.float()
-    return F.cross_entropy(wide.flatten(0, 1), labels.flatten())
+    """The cross-entropy of logits, or the mean square of hidden states."""
+    return y.square().mean() if head is None else models.crossentropy(y, labels)
 
 
-def size(y: Tensor, y_tan: Tensor, head: nn.Linear | None) -> Tensor:
+def size(head: nn.Linear | None, y: Tensor, y_tan: Tensor) -> Tensor:
     """The metric, averaged over the tokens, from elementary operations."""
     return (y_tan.square().sum(-1) if head is None else models.fisher(y, y_tan)).mean()
 
@@ -356,14 +296,12 @@ def true_gradients(task: Task, length: int) -> Gradients:
     model = models.make_exact(model)
     head = None if head is None else head.double()
     x, v = x.double(), v.double()
-    hidden: Callable[[Any], Any] = lambda e: model(inputs_embeds=e).last_hidden_state
-    output: Callable[[Any], Any] = hidden if head is None else lambda e: head(hidden(e))
+    _, output = models.outputs(model, head)
     with sdpa_kernel(SDPBackend.MATH):
         total = x.new_zeros(())
         if task.kind != "plain":
             for direction in v:
-                pair = torch.func.jvp(output, (x,), (direction,))
-                total = total + size(pair[0], pair[1], head) / len(v)
+                total = total + size(head, *torch.func.jvp(output, (x,), (direction,))) / len(v)
         if task.kind != "penalty":
             total = total + plain_loss(output(x), head, labels)
         if task.part == "forward":
@@ -376,19 +314,6 @@ def true_gradients(task: Task, length: int) -> Gradients:
 SUITE = Suite(
     "step",
     "penalty step of Llama, GPT-2 and BERT models against the plain step",
-    (
-        *(
-            "llama",
-            "gpt2",
-            "bert",
-            "llama-tiny",
-            "gpt2-tiny",
-            "bert-tiny",
-            "llama-base",
-            "gpt2-base",
-            "bert-base",
-        ),
-        *("smollm2", "head", "penalty", "memory"),
-    ),
+    ("llama", "gpt2", *OTHERS, "smollm2", "head", "penalty", "memory"),
     cases,
 )

@@ -13,6 +13,7 @@ family      size                                                           case
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ..case import Case, Selection, Suite
 from . import attention, head, step
@@ -25,7 +26,7 @@ FAMILIES = ("S", *(f"D-{d}" for d in FEATURES), "K", *(f"V-{v}" for v in WORDS))
 
 
 def cases(selection: Selection) -> list[Case]:
-    found: list[Case] = []
+    cases: list[Case] = []
     for family in FAMILIES:
         if selection.wants(family):
             name, _, size = family.partition("-")
@@ -40,10 +41,9 @@ def cases(selection: Selection) -> list[Case]:
                     case = head.head_case(dtype, length, selection, int(size))
                 # bounds are those of the suites that the cases come from
                 variants = tuple(dataclasses.replace(v, bounds={}, peer=None) for v in case.variants)
-                found.append(
-                    dataclasses.replace(case, suite="sweep", family=family, variants=variants, peak=False)
-                )
-    return found
+                own: Any = {"suite": "sweep", "family": family, "variants": variants, "peak": False}
+                cases.append(dataclasses.replace(case, **own))
+    return cases
 
 
 def _lengths(dtype: str, length: int, selection: Selection) -> Case:

@@ -16,7 +16,7 @@ from bench.case import Selection
 from bench.roofline import DEVICES, Attention, Ceilings, Decoder
 from bench.row import Row
 from bench.run import run_case
-from bench.suites import SUITES, gpu, gpu_attention, models
+from bench.suites import SUITES, attention, gpu, models
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 FAMILIES = SUITES["gpu"].families
@@ -32,9 +32,9 @@ def tiny(monkeypatch):
         monkeypatch.setattr(gpu, name, value)
     shapes = {
         name: dataclasses.replace(shape, B=1, H=4, HK=2 if shape.H != shape.HK else 4, D=16)
-        for name, shape in gpu_attention.SHAPES.items()
+        for name, shape in gpu.SHAPES.items()
     }
-    monkeypatch.setattr(gpu_attention, "SHAPES", shapes)
+    monkeypatch.setattr(gpu, "SHAPES", shapes)
     limits = Ceilings(1e12, 1e10)  # measured once, below
     monkeypatch.setattr("bench.run.measured", lambda device, dtype: limits)
     monkeypatch.setattr(models, "sizes", lambda kind, length: Decoder(48, 1, 6, 2, 40))
@@ -79,8 +79,8 @@ def test_in_float32_the_gate_is_sharp(tiny):
 
 def test_a_wrong_forward_is_red(tiny, monkeypatch):
     (case,) = gpu.cases(Selection(("float32",), (9,), ("causal-forward",)))
-    right = gpu_attention.attention
-    monkeypatch.setattr(gpu_attention, "attention", lambda *a, **o: right(*a, **o) * 1.001)
+    right = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *a, **o: right(*a, **o) * 1.001)
     assert "dual" in gate.check(case).failures[0]
 
 
@@ -106,7 +106,7 @@ def test_the_bounds_of_kernels_in_cuda(monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------- its bounds
 def test_the_cases_of_the_suite_are_those_that_were_promised(monkeypatch):
-    monkeypatch.setattr(gpu_attention, "on_h100", lambda: True)
+    monkeypatch.setattr(gpu, "on_h100", lambda: True)
     cases = {case.family: case for case in gpu.cases(Selection())}
     assert set(cases) == set(FAMILIES)
     bounds = {(f, v.name): dict(v.bounds) for f, case in cases.items() for v in case.variants if v.bounds}
@@ -133,7 +133,7 @@ def test_the_cases_of_the_suite_are_those_that_were_promised(monkeypatch):
         "part": "forward",
     }
     assert cases["causal-backward"].length == 4096 and cases["head"].config["V"] == 128256
-    monkeypatch.setattr(gpu_attention, "on_h100", lambda: False)
+    monkeypatch.setattr(gpu, "on_h100", lambda: False)
     (case,) = gpu.cases(Selection(None, None, ("full-forward",)))
     assert not any(v.bounds for v in case.variants)  # milliseconds mean nothing elsewhere
 
