@@ -16,7 +16,6 @@ COLOURS = {
     "exact, fused": "#0f8a63",
     "exact": "#4f9d2f",
     "plain": "#7c828c",
-    "plain, our primal ops": "#3a78c2",
     "finite differences": "#c9555c",
     "torch.func.jvp": "#9467c0",
     "double backward": "#b07a12",
@@ -30,6 +29,8 @@ COLOURS = {
 FURTHER = ("#c2571a", "#6477d6", "#8a7a3a", "#a0522d", "#4a8fa8", "#a8567f")
 #: what the rows are compared with; lines of one do not tell more than the axis does
 BASES = ("plain", "plain, eager attention", "plain, compiled", "plain, keys repeated", "plain, written out")
+#: variants of older rows that can no longer be measured
+GONE = ("plain, our primal ops",)
 GREY = "#777777"
 NAMES = {"llama": "Llama", "gpt2": "GPT-2", "bert": "BERT", "smollm2": "SmolLM2-135M"}
 
@@ -52,6 +53,7 @@ def whole_models(rows: Iterable[Row]) -> list[Row]:
         and (row.base or "").startswith("plain")
         and row.family != "memory"
         and "part" not in row.config
+        and row.variant not in GONE
     ]
 
 

@@ -120,12 +120,7 @@ def step_case(
     """A case of this suite; `options` are further fields of it."""
     options.setdefault("large", model == "smollm2" or model.endswith("-base"))
     options.setdefault("repeats", 16 if length <= 512 else 10 if length <= 1024 else 8)
-    config = {
-        "model": model,
-        "sizes": models.described(model, length),
-        "metric": "l2",
-        **(config or {}),
-    }
+    config = {"model": model, "sizes": models.described(model, length), "metric": "l2", **(config or {})}
     where = ("step", family, dtype, length, variants)
     return selection.case(*where, base=base, config=config, gate_length=128, why=why, **options)
 
