@@ -35,7 +35,8 @@ LAYERS = {
     "training": 9,
     "integrations": 10,
     "nn": 10,
-    "cli": 11,
+    "testing": 11,
+    "cli": 12,
 }
 #: the modules beside ``__init__`` and ``__main__`` at the package's root
 ROOT_MODULES = {"autocast", "coverage", "dual", "recompute", "sharding", "torch_private", "transforms"}
@@ -43,7 +44,7 @@ REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", 
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {
     "triton": ["ops/*/triton*.py", "backends/triton/*"],
-    "transformers": ["integrations/transformers*", "cli/validation/*"],
+    "transformers": ["integrations/transformers*", "cli/validate_model/*"],
     "accelerate": [],
     "peft": [],
     "trl": [],
@@ -170,6 +171,12 @@ def test_a_reference_imports_torch_alone(module):
     parts = {"aajr_kernels." + part.removesuffix(".py").replace("/", ".") for part in REFERENCE_PARTS}
     roots = {name.split(".")[0] for name in imports_of(module) - parts}
     assert roots <= REFERENCE_MAY_IMPORT, f"{module} imports {sorted(roots - REFERENCE_MAY_IMPORT)}"
+
+
+@pytest.mark.parametrize("module", ["testing/oracle.py", "testing/budgets.py"])
+def test_the_measure_imports_nothing_of_ours(module):
+    """A mistake that it shared with the package would not be seen."""
+    assert not inside_package(module)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -17,9 +17,11 @@ from rich.table import Table
 
 from ..backends import choice
 from ..backends.errors import BackendUnavailable
+from ..testing.cases import OPS
+from ..testing.checks import Row, validate_all
+from ..testing.targets import DEVICES, DTYPES, Target, find_targets
 from ..training.progress import Progress
 from .info import package_version, why_no_accelerator
-from .validation import DEVICES, DTYPES, OPS, Row, Target, find_targets, validate_all
 
 #: failures of one row that are printed; --json has them all
 SHOWN = 5

@@ -18,12 +18,15 @@ import aajr_kernels
 from aajr_kernels import BackendUnavailable
 from aajr_kernels.backends import choice, cuda
 from aajr_kernels.cli import main
-from aajr_kernels.cli.validation import DTYPES, OPS, Target, budgets, checks, find_targets, validate_all
-from aajr_kernels.cli.validation.case import Draw
 from aajr_kernels.ops.activation import reference as activation
 from aajr_kernels.ops.attention import reference as attention
 from aajr_kernels.ops.linear import reference as linear
 from aajr_kernels.ops.norm import reference as norm
+from aajr_kernels.testing import budgets, checks
+from aajr_kernels.testing.cases import OPS
+from aajr_kernels.testing.cases.case import Draw
+from aajr_kernels.testing.checks import validate_all
+from aajr_kernels.testing.targets import DTYPES, Target, find_targets
 
 REFERENCE = Target("reference", "cpu")
 #: public names that are not operations on Duals
@@ -41,7 +44,7 @@ NOT_OPS = {
         "coverage",
         "dual",
     ),
-    *("is_dual", "jvp", "normalize", "seed", "unpack", "use_backend", "integrations", "nn", "training"),
+    *("is_dual", "jvp", "normalize", "inject", "unpack", "use_backend", "integrations", "nn", "training"),
     *("lm_loss", "recompute", "stability_report", "strict", "trajectory_penalty", "tuple_arguments"),
 }
 
@@ -260,7 +263,7 @@ def test_missing_backend(monkeypatch):
 @pytest.mark.slow
 def test_bfloat16_on_the_interpreter_is_validated_only_where_it_computes_it():
     """This process repairs the interpreter (backends/triton/interpreter.py), that of a user does not."""
-    code = "from aajr_kernels.cli.validation import DTYPES, Target\n"
+    code = "from aajr_kernels.testing.targets import DTYPES, Target\n"
     code += "print([dtype for dtype in DTYPES if Target('triton', 'cpu').why_not(dtype) is None])"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(

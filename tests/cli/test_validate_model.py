@@ -16,9 +16,10 @@ pytest.importorskip("transformers")
 import transformers
 
 from aajr_kernels.cli import main
-from aajr_kernels.cli.validation import loading, model
-from aajr_kernels.cli.validation.loading import CannotValidate, load, prepare
-from aajr_kernels.cli.validation.results import Results, judged
+from aajr_kernels.cli.validate_model import checks as model
+from aajr_kernels.cli.validate_model import loading
+from aajr_kernels.cli.validate_model.budget import Results, judged
+from aajr_kernels.cli.validate_model.loading import CannotValidate, load, prepare
 from aajr_kernels.rules import registry
 
 SMALL = "transformers:LlamaForCausalLM"

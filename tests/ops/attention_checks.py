@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import budgets
 import torch
 from torch import Tensor
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
+from aajr_kernels.testing import budgets
 
 FULL = (1, 1, 1)
 

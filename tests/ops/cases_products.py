@@ -12,8 +12,8 @@ from ops.suite import Case, flipped, gap, stacked, swapped
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
-from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.head import METRICS, lm_head_penalty
+from aajr_kernels.testing.oracle import metric_values
 
 
 def attention(name, sizes, *, moves=(1, 1, 1), mask=None, bias=None, bias_moves=False, size=1.0, **options):

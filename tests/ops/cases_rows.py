@@ -12,9 +12,9 @@ from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
-from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops import activation
 from aajr_kernels.ops.sensitivity import METRICS, sensitivity
+from aajr_kernels.testing.oracle import metric_values
 
 EPS = 1e-3
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from budgets import assert_exact, assert_within_budget
 from torch import Tensor
 
 from aajr_kernels import Dual
+from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 
 
 def stacks(*shape: int, k: int = 1, scale: float = 1.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 A case is written once (tests/ops/cases_*.py) and runs on every target: each backend, each CPU capability that runs
 here, each dtype, one and three tangents. Outputs and all gradients are compared with float64, under the budgets of
-tests/budgets.py. A new backend joins by its line in DEVICES.
+aajr_kernels/testing/budgets.py. A new backend joins by its line in DEVICES.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import budgets
 import torch
 from backends import cuda_host
 from ops.op_checks import entered, forward_mode
@@ -24,6 +23,7 @@ from torch import Tensor
 import aajr_kernels
 from aajr_kernels.backends import choice
 from aajr_kernels.backends import cpu as native
+from aajr_kernels.testing import budgets
 
 PACKAGE = Path(aajr_kernels.__file__).parent
 CSRC = PACKAGE.parent / "csrc"

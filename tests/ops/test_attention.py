@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import budgets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention, reference, tiling
+from aajr_kernels.testing import budgets
 
 
 @pytest.fixture(params=["whole", "small"])

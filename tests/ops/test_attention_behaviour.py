@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import budgets
 import pytest
 import torch
 from ops.attention_checks import OPTIONS, formula, make
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import api, attention, tiling
+from aajr_kernels.testing import budgets
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 1, 3, 3), (1, 2, 1, 0, 3), (1, 2, 1, 3, 0)], ids=str)

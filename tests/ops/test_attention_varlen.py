@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import budgets
 import pytest
 import torch
 from ops.attention_checks import Case, formula, make
@@ -17,6 +16,7 @@ import aajr_kernels as aajr
 from aajr_kernels import Dual, coverage
 from aajr_kernels.ops.attention import attention
 from aajr_kernels.ops.attention import packed as packed_module
+from aajr_kernels.testing import budgets
 
 Q_LENGTHS, K_LENGTHS = (3, 0, 50, 1, 7, 0), (5, 4, 61, 1, 0, 0)
 OPTIONS: list[dict[str, Any]] = [

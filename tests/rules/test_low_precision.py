@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from budgets import FACTOR, ULPS, assert_within_budget, gradient_floor, norm
 from rules import cases, cases_attention, cases_layers, cases_numbers  # noqa: F401  the last three fill the table
 from rules.low import Point, Results
 
 from aajr_kernels import dual, is_dual
 from aajr_kernels.rules import registry
+from aajr_kernels.testing.budgets import FACTOR, ULPS, assert_within_budget, gradient_floor, norm
 
 EVERY_DAY = ((torch.bfloat16, 2), (torch.float16, 1))
 THE_REST = ((torch.bfloat16, 1), (torch.float16, 2))

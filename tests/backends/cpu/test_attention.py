@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import budgets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
+from aajr_kernels.testing import budgets
 
 SUBSETS = list(itertools.product([True, False], repeat=4))
 

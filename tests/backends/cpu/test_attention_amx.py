@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import budgets
 import pytest
 import torch
 from ops.attention_checks import formula
@@ -13,6 +12,7 @@ from ops.suite import Target, capabilities, check
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
+from aajr_kernels.testing import budgets
 
 TILES = [name for name in capabilities() if name.startswith("amx")]
 needs_tiles = pytest.mark.skipif(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from budgets import assert_exact, assert_within_budget, relative_error
 from ops.attention_checks import formula
 from ops.op_checks import forward_mode, stacks
 from ops.suite import DEVICES, Target
@@ -22,6 +21,7 @@ from aajr_kernels.ops.attention import api as attention_api
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.configs import Tile
 from aajr_kernels.ops.attention.tiling import Options
+from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, relative_error
 
 triton_module = pytest.importorskip("aajr_kernels.ops.attention.triton", reason="triton is not installed")
 triton_problem = pytest.importorskip("aajr_kernels.ops.attention.triton.problem")

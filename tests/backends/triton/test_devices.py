@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from budgets import assert_exact
 from ops.suite import DEVICES, Target
 
 import aajr_kernels as aajr
@@ -17,6 +16,7 @@ from aajr_kernels.backends.triton.layout import within_reach
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.tiling import Options
 from aajr_kernels.ops.head import triton as head
+from aajr_kernels.testing.budgets import assert_exact
 
 DEVICE = DEVICES["triton"]
 pytestmark = pytest.mark.skipif(

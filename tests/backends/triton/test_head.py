@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from budgets import assert_exact, assert_within_budget, gradient_floor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aajr_kernels import Dual, LMHead, aligned_penalty, use_backend
 from aajr_kernels.backends import choice
 from aajr_kernels.backends import triton as gpu
-from aajr_kernels.cli.validation.oracle import metric_values
 from aajr_kernels.ops.head import lm_head_penalty
+from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, gradient_floor
+from aajr_kernels.testing.oracle import metric_values
 
 pytest.importorskip("triton")
 

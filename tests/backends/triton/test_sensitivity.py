@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 from backends.triton.checks import DEVICE, DTYPES, QUIET, draw, same_bits
-from budgets import assert_within_budget
 
 from aajr_kernels.ops.sensitivity import METRICS, reference
 from aajr_kernels.ops.sensitivity import triton as ours
+from aajr_kernels.testing.budgets import assert_within_budget
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 

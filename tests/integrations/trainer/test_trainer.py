@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from budgets import assert_exact_gradients
 from integrations.trainer.trainers import (
     ATTACK,
     CONFIG,
@@ -25,6 +24,7 @@ from integrations.trainer.trainers import (
 )
 
 import aajr_kernels as aajr
+from aajr_kernels.testing.budgets import assert_exact_gradients
 from aajr_kernels.training import Attack, Diagnostics, Linear, Objective, ObjectiveConfig, Penalty, Policy
 
 transformers = pytest.importorskip("transformers")

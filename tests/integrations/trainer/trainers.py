@@ -10,7 +10,7 @@ import torch
 from integrations.transformers.subjects import tiny
 from torch import Tensor, nn
 
-from aajr_kernels.cli.validation import oracle
+from aajr_kernels.testing import oracle
 from aajr_kernels.training import Attack, ObjectiveConfig, Penalty
 
 ATTACK = Attack(radius=0.5, steps=2, step_size=0.3)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from budgets import assert_exact, assert_exact_gradients, assert_gradients_within_budget, assert_within_budget
 from integrations.trainer.trainers import gpt2
 from integrations.transformers.subjects import tiny
 from torch import Tensor, nn
@@ -17,8 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import LENGTH, Subject, embeddings, randomise
 
 import aajr_kernels as aajr
-from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import fuse
+from aajr_kernels.testing import oracle
+from aajr_kernels.testing.budgets import (
+    assert_exact,
+    assert_exact_gradients,
+    assert_gradients_within_budget,
+    assert_within_budget,
+)
 from aajr_kernels.training import Objective, policy_of
 
 pytest.importorskip("transformers")

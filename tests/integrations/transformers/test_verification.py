@@ -8,15 +8,15 @@ import re
 
 import pytest
 import torch
-from budgets import assert_exact, assert_exact_gradients
 from integrations.transformers.subjects import tiny
 from torch import nn
 from torch.nn import functional as F
 from zoo import embeddings
 
 import aajr_kernels as aajr
-from aajr_kernels.cli.validation import oracle
 from aajr_kernels.integrations.transformers import forms, fuse
+from aajr_kernels.testing import oracle
+from aajr_kernels.testing.budgets import assert_exact, assert_exact_gradients
 
 pytest.importorskip("transformers")
 llama = importlib.import_module("transformers.models.llama.modeling_llama")

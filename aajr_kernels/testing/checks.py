@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import choice
-from ...backends.errors import BackendUnavailable
-from ...coverage import coverage
-from ...dual import Dual
+from ..backends import choice
+from ..backends.errors import BackendUnavailable
+from ..coverage import coverage
+from ..dual import Dual
 from . import budgets
-from .case import Case, Draw, Outputs
-from .suite import OPS
+from .cases import OPS
+from .cases.case import Case, Draw, Outputs
 from .targets import DTYPES, Target
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...backends import choice, cuda
-from ...backends import triton as gpu
-from ...backends.errors import BackendUnavailable
+from ..backends import choice, cuda
+from ..backends import triton as gpu
+from ..backends.errors import BackendUnavailable
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -35,7 +35,7 @@ class Target:
         if dtype == "float64" and self.backend != "reference":
             return "float64 is computed by the reference backend alone"
         if dtype == "bfloat16" and self.backend == "triton":
-            from ...backends.triton import probe  # brings Triton along
+            from ..backends.triton import probe  # brings Triton along
 
             if not probe.exact_bfloat16():
                 return "Triton's interpreter computes wrong bfloat16 products"

@@ -21,9 +21,9 @@ from ...backends.errors import UnsupportedOperation
 from ...coverage import Coverage, coverage
 from ...dual import Dual
 from ...method import aligned_penalty
-from . import oracle
+from ...testing import oracle
+from .budget import Results, judged, together
 from .loading import CannotValidate, Subject
-from .results import Results, judged, together
 
 #: of finite differences in float64, relative to every weight; with the small ones no kink of a ReLU is crossed
 DIFFERENCES = (1e-4, 1e-6, 1e-7)

@@ -25,8 +25,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ...torch_private import GROUPED_MM
-
 METRICS = ("l2", "logits", "fisher", "probs")
 
 
@@ -205,8 +203,9 @@ _LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.batch_norm: _torch_batch_norm,
     F.scaled_dot_product_attention: attention,
 }
-if GROUPED_MM is not None:
-    _LAYERS[GROUPED_MM] = grouped_mm
+#: the builtin behind F.grouped_mm, which has no gate for torch functions
+if hasattr(torch, "_grouped_mm"):
+    _LAYERS[torch._grouped_mm] = grouped_mm
 
 
 class HandWritten(TorchFunctionMode):

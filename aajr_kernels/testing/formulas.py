@@ -146,15 +146,6 @@ def logits(
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def sensitivity(y: Tensor, y_tan: Tensor, metric: str) -> Tensor:
-    """q ``[K, *batch]``: Σ ẏ² (l2, logits); with p = softmax(y) and e = ẏ − Σ p ẏ: Σ p e² (fisher), Σ p² e² (probs)."""
-    if metric in ("l2", "logits"):
-        return (y_tan * y_tan).sum(-1)
-    p = torch.exp(y - y.logsumexp(-1, keepdim=True))
-    e = y_tan - (p * y_tan).sum(-1, keepdim=True)
-    return (p * e * e).sum(-1) if metric == "fisher" else (p * p * e * e).sum(-1)
-
-
 def negative_log_likelihood(z: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Cross-entropy ``[*batch]`` of logits ``[*batch, V]``, 0 where ignored."""
     kept = labels != ignore_index

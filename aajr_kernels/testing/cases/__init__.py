@@ -9,7 +9,7 @@ import torch
 
 from ...ops import activation
 from ...ops.norm import add_layer_norm, add_rms_norm
-from . import formulas
+from .. import formulas
 from .attention import attention_cases
 from .case import Case, Draw
 from .layers import (

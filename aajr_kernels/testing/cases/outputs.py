@@ -11,10 +11,9 @@ from torch import Tensor
 from ...dual import Dual
 from ...ops.head import lm_head_penalty
 from ...ops.sensitivity import sensitivity
-from . import formulas
+from .. import formulas
+from ..oracle import METRICS, metric_values
 from .case import Case, Draw, Outputs
-
-METRICS = ("l2", "logits", "fisher", "probs")
 
 
 def _head_case(
@@ -49,7 +48,7 @@ def _head_case(
             partial(formulas.logits, scale=scale, softcap=softcap), primals, tangents
         )
         measured = (primals["hidden"], tangents["hidden"]) if metric == "l2" else (z, z_tan)
-        outputs = {"q": formulas.sensitivity(*measured, metric)}
+        outputs = {"q": metric_values(*measured, metric)}
         if targets is not None:
             outputs["nll"] = formulas.negative_log_likelihood(z, targets, -100)
         return outputs
@@ -88,7 +87,7 @@ def sensitivity_cases(draw: Draw) -> Iterator[Case]:
             tensors = {"y": draw(*shape, scale=scale)}
 
             def oracle(primals: Any, tangents: Any, metric: str = metric) -> Outputs:
-                return {"q": formulas.sensitivity(primals["y"], tangents["y"], metric)}
+                return {"q": metric_values(primals["y"], tangents["y"], metric)}
 
             def ours(y: Dual, metric: str = metric) -> Outputs:
                 return {"q": sensitivity(y, metric)}

@@ -1,22 +1,31 @@
-"""Error budgets: how wrong a result may be, and messages that say by how much it was.
+"""How wrong a result may be.
 
-A result in a low dtype is compared with float64. It may be at most ``FACTOR`` times as wrong as PyTorch's eager
-computation of the same thing in that dtype, plus a few units in the last place of the size of the result. Errors are
-measured in the Euclidean norm of a whole tensor.
+In float64: a relative error of :data:`EXACT`. In a lower dtype: :data:`FACTOR` times the error of the same formula
+computed by eager PyTorch in that dtype, plus :data:`ULPS` units in the last place of the size of the result. Errors
+are Euclidean norms of whole tensors, measured against float64 at the same rounded inputs.
+
+:func:`error_of` gives a number for a table; the assertions say which tensor failed, and by how much.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+EXACT = 1e-10
 FACTOR = 2.0
 ULPS = 4.0
 DRAWS = 4  # further eager computations where one may have been right by luck
-EXACT = 1e-10  # relative error allowed in float64
+#: a gradient this much smaller than the typical one of its case is rounding, and errors are relative to that size
+GRADIENT_FLOOR = 1e-3
+#: and one that is zero for every input is a sum of terms that may be this much larger
+VANISHING_FLOOR = 4.0
+
+Results = Mapping[str, "Tensor | None"]
 
 
 def norm(x: Tensor) -> float:
@@ -24,16 +33,88 @@ def norm(x: Tensor) -> float:
     return x.detach().double().norm().item()
 
 
+def typical_size(exact: Results) -> float:
+    """Root mean square of the entries of all these tensors together."""
+    present = [t for t in exact.values() if t is not None]
+    squares, count = sum(norm(t) ** 2 for t in present), sum(t.numel() for t in present)
+    return math.sqrt(squares / max(count, 1))
+
+
+def gradient_floor(gradients: Results, gradient: Tensor) -> float:
+    """The size to which rounding errors of one exact ``gradient`` among all ``gradients`` refer, if it is larger.
+
+    A thousandth of a tensor with the typical entry of all gradients. Some gradients vanish identically (the bias of a
+    key projection shifts every score of a row alike): what is left of them is the rounding of terms that cancel, and
+    those are of typical size.
+    """
+    typical = typical_size(gradients) * math.sqrt(max(gradient.numel(), 1))
+    return typical if norm(gradient) < 1e-9 * typical else GRADIENT_FLOOR * typical
+
+
+def _ratio(error: float, scale: float) -> float:
+    return 0.0 if error == 0 else error / scale if scale else math.inf
+
+
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """|actual - expected| / max(|expected|, floor); 0 when both are zero, NaN counts as infinite."""
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}.")
-    error, scale = norm(actual.detach().double() - expected.detach().double()), max(norm(expected), floor)
+    error = norm(actual.detach().double() - expected.detach().double())
+    return math.inf if math.isnan(error) else _ratio(error, max(norm(expected), floor))
+
+
+# -- for a table ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Error:
+    """Error of one tensor.
+
+    Attributes:
+        relative: error over the size of the exact result; infinite for NaN or a missing result.
+        share: error over what the budget allows; a failure above 1.
+        reason: what is wrong where a number cannot say it.
+    """
+
+    relative: float
+    share: float
+    reason: str = ""
+
+
+def error_of(
+    actual: Tensor | None, eager: Tensor | None, exact: Tensor | None, dtype: torch.dtype, floor: float = 0.0
+) -> Error:
+    """The error of `actual`, and its share of the budget.
+
+    Args:
+        actual: result under test.
+        eager: the formula in the low dtype; unused in float64.
+        exact: the formula in float64; None where the loss does not depend on the leaf.
+        dtype: what was computed in; its eps counts.
+        floor: smallest root mean square to which the error is relative; 0 for outputs.
+    """
+    if exact is None:
+        stray = actual is not None and bool(actual.any())
+        return Error(math.inf, math.inf, "a gradient where none is due") if stray else Error(0.0, 0.0)
+    if actual is None:
+        if not exact.any():
+            return Error(0.0, 0.0)
+        return Error(math.inf, math.inf, "nothing arrived")
+    if actual.shape != exact.shape:
+        return Error(math.inf, math.inf, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}")
+    size = max(norm(exact), floor * math.sqrt(exact.numel()))
+    error = norm(actual.detach().double().cpu() - exact.detach())
     if math.isnan(error):
-        return math.inf
-    return 0.0 if error == 0 else error / scale if scale else math.inf
+        return Error(math.inf, math.inf, "NaN")
+    if dtype == torch.float64:
+        allowed = EXACT * size
+    else:
+        eager_error = 0.0 if eager is None else norm(eager.detach().double().cpu() - exact.detach())
+        # a formula that overflows in the low dtype excuses nothing
+        eager_error = eager_error if math.isfinite(eager_error) else 0.0
+        allowed = FACTOR * eager_error + ULPS * torch.finfo(dtype).eps * size
+    return Error(_ratio(error, size), _ratio(error, allowed))
 
 
+# -- for a test -----------------------------------------------------------------------------------------------------
 def assert_exact(
     actual: Tensor, expected: Tensor, name: str = "result", *, tolerance: float = EXACT, floor: float = 0.0
 ) -> float:
@@ -77,20 +158,7 @@ def assert_within_budget(
     return error / allowed if allowed else 0.0
 
 
-def gradient_floor(gradients: Mapping[str, Tensor | None], gradient: Tensor) -> float:
-    """The size to which rounding errors of one exact ``gradient`` among all ``gradients`` refer, if it is larger.
-
-    A thousandth of a tensor with the typical entry of all gradients. Some gradients vanish identically (the bias of a
-    key projection shifts every score of a row alike): what is left of them is the rounding of terms that cancel, and
-    those are of typical size.
-    """
-    present = [g for g in gradients.values() if g is not None]
-    squares, count = sum(norm(g) ** 2 for g in present), sum(g.numel() for g in present)
-    typical = math.sqrt(squares / max(count, 1)) * math.sqrt(max(gradient.numel(), 1))
-    return typical if norm(gradient) < 1e-9 * typical else 1e-3 * typical
-
-
-def _pairs(actual: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]):
+def _pairs(actual: Results, exact: Results) -> Iterator[tuple[str, Tensor, Tensor]]:
     assert set(actual) == set(exact), f"gradients of different leaves: {sorted(set(actual) ^ set(exact))}."
     for name, expected in exact.items():
         got = actual[name]
@@ -105,9 +173,7 @@ def _report(failures: list[str], total: int) -> None:
     assert not failures, f"{len(failures)} of {total} gradients failed:\n  " + "\n  ".join(failures)
 
 
-def assert_exact_gradients(
-    actual: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None], *, tolerance: float = EXACT
-) -> float:
+def assert_exact_gradients(actual: Results, exact: Results, *, tolerance: float = EXACT) -> float:
     """`assert_exact` for every leaf, all failures in one message; returns the largest relative error."""
     failures, worst = [], 0.0
     for name, got, expected in _pairs(actual, exact):
@@ -121,13 +187,13 @@ def assert_exact_gradients(
 
 
 def assert_gradients_within_budget(
-    actual: Mapping[str, Tensor | None],
-    eager: Mapping[str, Tensor | None],
-    exact: Mapping[str, Tensor | None],
+    actual: Results,
+    eager: Results,
+    exact: Results,
     *,
     factor: float = FACTOR,
     ulps: float = ULPS,
-    redraw: Callable[[], Mapping[str, Tensor | None]] | None = None,
+    redraw: Callable[[], Results] | None = None,
 ) -> float:
     """`assert_within_budget` for every leaf, all failures in one message; returns the largest share used.
 
@@ -137,7 +203,7 @@ def assert_gradients_within_budget(
             first result may have been right by luck, as one of thousands is. The largest error counts.
     """
     failures, worst = [], 0.0
-    draws: list[Mapping[str, Tensor | None]] = []
+    draws: list[Results] = []
     for name, got, expected in _pairs(actual, exact):
         reference = eager[name]
         assert reference is not None, f"{name}: the eager computation has no gradient."
@@ -149,9 +215,8 @@ def assert_gradients_within_budget(
                 if redraw is None:
                     raise
                 draws = draws or [redraw() for _ in range(DRAWS)]
-                reference = max(
-                    (draw[name] for draw in draws), key=lambda draw: relative_error(draw, expected)
-                )
+                drawn = [g for draw in draws if (g := draw[name]) is not None]
+                reference = max(drawn, key=lambda g: relative_error(g, expected))
                 share = assert_within_budget(got, reference, expected, name, **limits)
             except AssertionError:
                 failures.append(str(failure))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...method import LMHead, aligned_penalty
-from . import formulas
+from .. import formulas
+from ..oracle import metric_values
 from .case import Case, Draw, Outputs
 
 HEADS, KEY_HEADS, FEATURES = 4, 2, 6  # of the attention; the policy is HEADS * FEATURES wide
@@ -145,7 +146,7 @@ def policy_case(
             return formulas.logits(h, p["head"], p["head_bias"], softcap=softcap if streamed else None)
 
         z, z_tan = formulas.forward_mode(func, {"x": p["x"]}, tangents)
-        q = formulas.sensitivity(z, z_tan, metric) * p["mask"]
+        q = metric_values(z, z_tan, metric) * p["mask"]
         units = p["mask"].sum() if unit == "token" else batch
         q = q.sum(-1) if unit == "sequence" else q
         if form == "hinge":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...ops.attention import attention
-from . import formulas
+from .. import formulas
 from .case import Case, Draw, case
 
 

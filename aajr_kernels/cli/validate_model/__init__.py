@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..training.progress import Progress
-from .info import package_version, why_no_accelerator
-from .validation.loading import CannotValidate, load, prepare
-from .validation.model import CONFIRMED, DTYPES, Check, Report, as_json, steps, validate_model
+from ...training.progress import Progress
+from ..info import package_version, why_no_accelerator
+from .checks import CONFIRMED, DTYPES, Check, Report, as_json, steps, validate_model
+from .loading import CannotValidate, load, prepare
 
 BATCH = 2
 _STYLES = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "shown": "[dim]peer[/]"}

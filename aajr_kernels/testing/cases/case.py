@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas
+from .. import formulas
 
 Outputs = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ops.linear import linear
 from ...ops.norm import layer_norm, rms_norm
 from ...ops.rotary import rotary
-from . import formulas
+from .. import formulas
 from .case import Case, Draw, case
 
 

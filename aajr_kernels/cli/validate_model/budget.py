@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .budgets import FACTOR, GRADIENT_FLOOR, error_of, norm, typical_size
+from ...testing.budgets import FACTOR, GRADIENT_FLOOR, error_of, norm, typical_size
 
 __all__ = ["EXACT", "Results", "Verdict", "judged", "together"]
 
