@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -34,13 +35,7 @@ HEADS, KEY_HEADS = 16, 4
 
 @dataclass
 class Line:
-    """One line of the table and what was measured for it.
-
-    Attributes:
-        name: as in the table.
-        times: milliseconds of every candidate that is right.
-        left_out: why the others are not among them.
-    """
+    """A line of the table: milliseconds of the tiles that are right, and why the others are left out."""
 
     name: str
     times: dict[configs.Sizes, float] = field(default_factory=dict)
@@ -53,11 +48,9 @@ class Line:
 
 def candidates(kernel: str, arch: str) -> Iterator[configs.Sizes]:
     """Tiles worth trying. A group of 4 warps multiplies 64 rows at a time from sm_90 on, fewer would be idle."""
-    long, short = (64, 128), (16, 32, 64, 128)
-    for own, other, warps, stages in itertools.product(long, short, (4, 8), (1, 2, 3)):
-        if other > own or (arch in ("sm_90", "sm_100") and own < 16 * warps):
-            continue
-        yield (own, other, warps, stages) if kernel in QUERY_SIDE else (other, own, warps, stages)
+    for own, other, warps, stages in itertools.product((64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
+        if other <= own and (arch not in ("sm_90", "sm_100") or own >= 16 * warps):
+            yield (own, other, warps, stages) if kernel in QUERY_SIDE else (other, own, warps, stages)
 
 
 def calls(
@@ -69,8 +62,7 @@ def calls(
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 1, heads, length, head) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    options = Options(head**-0.5, offset=0 if causal else None)
-    needs = NEEDS[kernel]
+    options, needs = Options(head**-0.5, offset=0 if causal else None), NEEDS[kernel]
     if needs is None:
         return lambda: launchers.attention_fwd(q, k, v, None, options)[:1]
     saved = launchers.attention_fwd(q, k, v, None, options)
@@ -97,9 +89,7 @@ def measure(
         head: head size; stands for all of its class (up to 64, 128, 256).
         causal: whether keys above the diagonal are hidden.
         timer: milliseconds of a call.
-        length: positions.
-        dtype: of the inputs.
-        device: where to run.
+        length, dtype, device: of the inputs.
         tried: candidates instead of the usual ones.
         progress: called after every candidate.
     """
@@ -111,70 +101,57 @@ def measure(
     for sizes in candidates(kernel, arch) if tried is None else tried:
         try:
             with configs.trial(line.name, sizes):
-                wrong = _difference(call(), expected)
-                if wrong < 4 * torch.finfo(dtype).eps:
+                error = _difference(call(), expected)
+                if error < 4 * torch.finfo(dtype).eps:
                     line.times[sizes] = timer(call)
                 else:
-                    line.left_out[sizes] = f"differs from the default by {wrong:.1e}"
-        except Exception as error:  # of the compiler, the driver or memory: this tile is not for this device
-            line.left_out[sizes] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+                    line.left_out[sizes] = f"differs from the default by {error:.1e}"
+        except Exception as reason:  # of the compiler, the driver or memory: this tile is not for this device
+            line.left_out[sizes] = f"{type(reason).__name__}: {reason}".partition("\n")[0]
         progress()
     return line
 
 
-def _difference(got: Any, expected: Any) -> float:
+def _difference(results: Any, expected: Any) -> float:
     """Largest relative difference of any result, infinite where one is NaN."""
-    worst = 0.0
-    for a, b in zip(got, expected):
-        if isinstance(a, Tensor):
-            error = ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
-            worst = max(worst, error if error == error else float("inf"))
-    return worst
-
-
-def median(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call, the median over a fifth of a second."""
-    return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.2).median * 1e3
+    errors = [
+        ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+        for a, b in zip(results, expected)
+        if isinstance(a, Tensor)
+    ]
+    return max(error if error == error else float("inf") for error in errors)
 
 
 def on_device(head_sizes: tuple[int, ...] = (64, 128)) -> list[Line]:
     """Measure every line for the device, with progress; the best tiles are written into the table."""
+    # one kernel for keys and values up to 64, two above
     jobs = [
         (kernel, head, causal)
         for head in head_sizes
         for causal in (False, True)
         for kernel in NEEDS
-        # one kernel for keys and values up to 64, two above
-        if (kernel in ("dk", "dv")) == (head > 64) or kernel in QUERY_SIDE
+        if kernel in QUERY_SIDE or (kernel == "dkv") == (head <= 64)
     ]
     arch = gpu.architecture(torch.device("cuda"))
+    timer: Callable[[Callable[[], Any]], float] = lambda call: (
+        Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.2).median * 1e3
+    )
     lines = []
     with Progress() as progress:
         progress.stage(f"tiles on {arch}", sum(len(list(candidates(kernel, arch))) for kernel, *_ in jobs))
         for kernel, head, causal in jobs:
-            line = measure(kernel, head, causal, timer=median, progress=progress.step)
-            lines.append(line)
-            if line.best is not None:
-                configs.write({line.name: line.best})  # an interrupted run keeps what it has
+            lines.append(measure(kernel, head, causal, timer=timer, progress=progress.step))
+            if (best := lines[-1].best) is not None:
+                configs.write({lines[-1].name: best})  # an interrupted run keeps what it has
     return lines
 
 
 def show(lines: list[Line], console: Any) -> None:
     """The best tile of every line beside the next best, and how many were left out."""
-    from rich.table import Table
-
     table = Table("line", "best (queries, keys, warps, stages)", "ms", "next, ms", "left out")
     for line in lines:
-        order = sorted(line.times.values())
         best = "none" if line.best is None else ", ".join(map(str, line.best))
-        table.add_row(
-            line.name,
-            best,
-            *(f"{t:.3f}" for t in order[:2]),
-            *[""] * (2 - len(order[:2])),
-            str(len(line.left_out)),
-        )
+        times = [f"{t:.3f}" for t in sorted(line.times.values())[:2]]
+        table.add_row(line.name, best, *times, *[""] * (2 - len(times)), str(len(line.left_out)))
     console.print(table)
     console.print(f"written to {configs.PATH}")

@@ -128,7 +128,7 @@ def test_commands_of_the_pages_exist():
     from aajr_kernels.cli.main import COMMANDS, load
     from bench.__main__ import bench
     from bench.report import report
-    from bench.scaling.__main__ import scaling
+    from bench.scaling import scaling
     from common.command import application
     from demo.__main__ import demo
     from experiments.__main__ import experiment

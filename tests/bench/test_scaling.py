@@ -11,8 +11,8 @@ import torch
 from integrations.distributed.processes import launch, needs_gloo
 from typer.testing import CliRunner
 
-from bench.scaling.__main__ import scaling as command
-from bench.scaling.model import MODELS, Layout, Shape, collectives, memory, operations, saved_in_a_layer, sent
+from bench.scaling import MODELS, Layout, Shape, collectives, memory, operations, saved_in_a_layer, sent
+from bench.scaling import scaling as command
 from common.command import application
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aajr_kernels.integrations.transformers import fuse
-from bench.scaling.model import Layout, Shape, collectives
+from bench.scaling import Layout, Shape, collectives
 
 #: operator -> collective, and where the largest tensor of the call is
 FUNCTIONAL = {"all_reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 0}

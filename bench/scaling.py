@@ -1,18 +1,39 @@
-"""Bytes, operations and memory of a step in many processes, counted; ``python -m bench.scaling`` prints them.
+"""`python -m bench.scaling`: bytes, operations and memory of a step in many processes, counted; seconds, modelled.
 
-Counted is what the code does: FSDP2 gathers a layer before its forward and before its backward and scatters the sum of
+Counted is the code's work: FSDP2 gathers a layer before its forward and before its backward and scatters the sum of
 its gradient; the parallel styles of torch sum or gather activations; the split head gathers its statistics. Tests
-compare these numbers with the collectives of real steps in two and four processes. What is made of them for a device
-that was not there (seconds, gigabytes) is modelled, and says so.
+compare these numbers with the collectives of real steps in two and four processes. Seconds and gigabytes of a device
+that was not there are modelled, and said to be.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-__all__ = ["MODELS", "Collective", "Layout", "Shape", "collectives", "memory", "operations", "sent"]
+import typer
+from rich.console import Console
+
+from common import pages
+from common.command import fail, run
+
+from .roofline import DEVICES, PRODUCT_SHARE, Device
+
+#: bytes a second that a process sends: to the other seven of its node (NVLink 4, one direction) and to other nodes
+#: (a network card of 400 Gbit/s for every device)
+NODE, NETWORK, DEVICES_OF_A_NODE = 450e9, 50e9, 8
+#: of the peak of a link: the rate of ring collectives of large tensors
+LINK_SHARE = 0.8
+
+#: model and processes that share a layer, by numbers of devices
+ROWS = (
+    ("8B", 1, (8, 64, 512, 4096)),
+    ("32B", 4, (8, 64, 512, 4096)),
+    ("70B", 8, (8, 64, 512, 4096)),
+    ("405B", 8, (64, 512, 4096)),
+)
 
 
 @dataclass(frozen=True)
@@ -120,15 +141,15 @@ class Collective:
 
 def collectives(shape: Shape, layout: Layout) -> list[Collective]:
     """All of a step: attack, then forward and backward of loss and penalty."""
-    found = [c for c in (*_parameters(shape, layout), *_activations(shape, layout)) if c.count and c.size]
-    return [c for c in found if getattr(layout, c.group) > 1]
+    both = (*_parameters(shape, layout), *_activations(shape, layout))
+    return [c for c in both if c.count and c.size and getattr(layout, c.group) > 1]
 
 
-def sent(found: list[Collective], layout: Layout, group: str) -> float:
+def sent(moves: list[Collective], layout: Layout, group: str) -> float:
     """Bytes that a process sends in a group, by ring algorithms."""
     n = getattr(layout, group)
     factor = {"all_gather": (n - 1) / n, "reduce_scatter": (n - 1) / n, "all_reduce": 2 * (n - 1) / n}
-    return sum(factor[c.kind] * c.count * c.size for c in found if c.group == group)
+    return sum(factor[c.kind] * c.count * c.size for c in moves if c.group == group)
 
 
 def _parameters(shape: Shape, layout: Layout) -> Iterator[Collective]:
@@ -250,3 +271,72 @@ def saved_in_a_layer(shape: Shape, layout: Layout, stacks: int) -> float:
         * layout.width
         * (norms + 2 * shape.hidden + heads + 3 * shape.inner / layout.tensor)
     )
+
+
+def seconds(shape: Shape, layout: Layout, device: Device) -> float:
+    """Modelled: arithmetic and the sums within a layer follow each other, parameters travel meanwhile."""
+    tensor_link = NODE if layout.tensor <= DEVICES_OF_A_NODE else NETWORK
+    data_link = NODE if layout.processes <= DEVICES_OF_A_NODE else NETWORK
+    moves = collectives(shape, layout)
+    within = operations(shape, layout) / (1e12 * device.tflops * PRODUCT_SHARE)
+    within += sent(moves, layout, "tensor") / (LINK_SHARE * tensor_link)
+    return max(within, sent(moves, layout, "data") / (LINK_SHARE * data_link))
+
+
+def scaling(
+    model: Annotated[str | None, typer.Option(help="8B, 32B, 70B or 405B; all of them without.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="One number of devices.")] = None,
+    tensor: Annotated[int | None, typer.Option(min=1, help="Processes that share every layer.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a data-parallel process.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 4096,
+    tangents: Annotated[int, typer.Option(min=1, help="Directions of the penalty.")] = 1,
+    attack: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 3,
+    device: Annotated[str, typer.Option(help="Whose arithmetic and links: h100.")] = "h100",
+) -> None:
+    """Communication, operations and memory per device: a plain step, an adversarial one, and one with the penalty.
+
+    All numbers are modelled: bytes and operations are counted (tests compare the bytes with
+    those of real steps in two and four processes), seconds rest on assumed rates. Exit code 2: bad arguments.
+    """
+    if model is not None and model not in MODELS:
+        fail(f"--model must be one of {', '.join(MODELS)}, got {model!r}.")
+    if device not in DEVICES:
+        fail(f"--device must be one of {', '.join(DEVICES)}, got {device!r}.")
+    layouts = []
+    for name, shared, counts in (row for row in ROWS if model in (None, row[0])):
+        share = tensor or shared
+        for count in (devices,) if devices else counts:
+            if count % share or MODELS[name].kv_heads % share:
+                fail(f"--tensor must divide the devices ({count}) and the heads of {name}, got {share}.")
+            layout = Layout(count // share, share, batch, length, tangents, attack, sequence=share > 1)
+            layouts.append((MODELS[name], layout))
+    Console().print(table(layouts, DEVICES[device]), markup=False, highlight=False, soft_wrap=True)
+
+
+def table(layouts: list[tuple[Shape, Layout]], device: Device) -> str:
+    """Numbers of a plain step, an adversarial one, and one with the penalty, in Markdown."""
+    head = "model|devices|data × tensor|parameters, GB|tensor, GB|ratio|PFLOP|ratio|memory, GB|seconds"
+    three = lambda values, form: " / ".join(format(value, form) for value in values)
+    lines = []
+    for shape, layout in layouts:
+        steps = (replace(layout, attack=0, tangents=0), replace(layout, tangents=0), layout)
+        data, over = (
+            [sent(collectives(shape, one), one, group) / 1e9 for one in steps] for group in ("data", "tensor")
+        )
+        work = [operations(shape, one) / 1e15 for one in steps]
+        cells = (
+            *(shape.name, layout.processes, f"{layout.data} × {layout.tensor}"),
+            three(data, ".0f"),
+            three(over, ".0f"),
+            f"{over[2] / over[1]:.2f}" if over[1] else "–",
+            three(work, ".2f"),
+            f"{work[2] / work[1]:.2f}",
+            three([sum(memory(shape, one).values()) / 1e9 for one in steps], ".0f"),
+            three([seconds(shape, one, device) for one in steps], ".2f"),
+        )
+        lines.append(cells)
+    return pages.table(head.split("|"), lines)
+
+
+if __name__ == "__main__":
+    run(scaling, "bench.scaling", "bench")
