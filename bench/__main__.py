@@ -28,21 +28,16 @@ from .run import Outcome, run_case
 
 #: a name for several suites
 GROUPS = {"ops": ("norm", "activation", "rotary")}
-#: --capability -> the variables that hold every library to it; they are read when a process starts
+#: --capability -> values of the variables that hold every library to it; they are read when a process starts
+VARIABLES = ("AAJR_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 CAPABILITIES = {
-    "avx2": {
-        "AAJR_CPU_CAPABILITY": "avx2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-    },
-    "avx512": {
-        "AAJR_CPU_CAPABILITY": "avx512",
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-    },
+    "avx2": dict(zip(VARIABLES, ("avx2", "avx2", "AVX2", "AVX2"))),
+    "avx512": dict(zip(VARIABLES, ("avx512", "avx512", "AVX512", "AVX512_CORE_BF16"))),
 }
+
+
+def bad(text: str, option: str | None = None) -> typer.BadParameter:
+    return typer.BadParameter(text, param_hint=option)
 
 
 def option(help: str, *names: str, **options: Any) -> Any:
@@ -52,8 +47,7 @@ def option(help: str, *names: str, **options: Any) -> Any:
 def bench(
     ctx: typer.Context,
     suites: Annotated[
-        list[str] | None,
-        typer.Argument(help="Suites, or SUITE:FAMILY; --list names them. Default: all that can run here."),
+        list[str] | None, typer.Argument(help="Suites, or SUITE:FAMILY. Default: all that can run here.")
     ] = None,
     dtype: Annotated[list[str] | None, option("Dtype; repeatable. Default: each suite's own.")] = None,
     lengths: Annotated[str | None, option("Lengths, separated by commas. Default: each suite's own.")] = None,
@@ -63,9 +57,7 @@ def bench(
         option("cpu or cuda. Default: suite gpu on a device if there is one, the others on the CPU."),
     ] = None,
     repeats: Annotated[int | None, option("Timed rounds. Default: each case's own.", min=1)] = None,
-    threads: Annotated[
-        int | None, option("Threads of torch and of the native module. Default: 2.", min=1)
-    ] = None,
+    threads: Annotated[int | None, option("Threads of torch and ours. Default: 2.", min=1)] = None,
     capability: Annotated[
         str | None, option("Hold every library to avx2 or avx512, in a process of its own.")
     ] = None,
@@ -129,25 +121,25 @@ def bench(
         _compare_commit(against, _arguments(ctx, ("against", "rows", "capability")), rows, console)
         return
     if update and baseline is None:
-        raise typer.BadParameter("it goes with --baseline FOLDER.", param_hint="--update")
+        raise bad("it goes with --baseline FOLDER.", "--update")
     count = threads or min(2, os.cpu_count() or 1)
     if baseline is not None:
         file = comparison.baseline_file(baseline, {**environment(), "threads": count})
         try:
             expected = comparison.read_baseline(file, update)
         except comparison.Failed as error:
-            raise typer.BadParameter(str(error), param_hint="--baseline") from error
+            raise bad(str(error), "--baseline") from error
         repeats = max(repeats or 0, comparison.ROUNDS)
     cases = _cases(suites, dtype, lengths, everything=listed, part=part, device=device)
     if quick:
         cases, repeats, peak = registry.quick(cases), repeats or 3, bool(peak)
         if not cases:
-            raise typer.BadParameter("nothing of that is quick: name another suite.", param_hint="--quick")
+            raise bad("nothing of that is quick: name another suite.", "--quick")
     if listed:
         console.print(tables.listing(cases))
         return
     if rows is not None and not rows.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {rows.parent}: make it first.", param_hint="--rows")
+        raise bad(f"there is no folder {rows.parent}: make it first.", "--rows")
     start, before = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -177,52 +169,43 @@ def _cases(
     _one_of(PARTS, part, "--part")
     _one_of((None, "cpu", "cuda"), device, "--device")
     if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            "torch sees no CUDA or ROCm device: --model h100 predicts its times.", param_hint="--device"
-        )
+        raise bad("torch sees no CUDA or ROCm device: --model h100 predicts its times.", "--device")
     on_device = device != "cpu" and torch.cuda.is_available()
     absent = [name for name, suite in suites.items() if suite.device != "cpu" and not on_device]
     for name in dtypes or ():
         _one_of(tuple(DTYPES), name, "--dtype")
     sizes = _lengths(lengths) if lengths is not None else None
-    usual = [
-        name
-        for name, suite in suites.items()
-        if everything or (suite.usual and name not in absent and (whole or suite.parts))
-    ]
+    usual = [n for n, suite in suites.items() if suite.usual and n not in absent and (whole or suite.parts)]
     families: dict[str, set[str]] = {}
-    for name in [one for group in names or usual for one in GROUPS.get(group, (group,))]:
-        suite, _, family = name.partition(":")
-        if suite not in suites:
-            raise typer.BadParameter(
-                f"suite {suite!r} is unknown: choose from {', '.join((*GROUPS, *suites))}."
-            )
-        if family and family not in suites[suite].families:
-            options = ", ".join(f"{suite}:{one}" for one in suites[suite].families)
-            raise typer.BadParameter(f"suite {suite} has no family {family!r}: choose from {options}.")
-        if not whole and not suites[suite].parts:
-            raise typer.BadParameter(
-                f"suite {suite} is timed as a whole, or has families for either: leave it out of this run.",
-                param_hint="--part",
-            )
-        if suite in absent and not everything:
-            raise typer.BadParameter(
-                f"suite {suite} needs a CUDA or ROCm device, and torch sees none (or --device says cpu): --model h100 "
-                "predicts its times."
-            )
-        families.setdefault(suite, set()).update([family] if family else suites[suite].families)
-    cases: list[Case] = []
-    for suite, wanted in families.items():
-        cases += suites[suite].cases(
-            Selection(tuple(dtypes) if dtypes else None, sizes, tuple(wanted), part, device or "cpu")
-        )
-    return cases
+    for name in names or (suites if everything else usual):
+        for one in GROUPS.get(name, (name,)):
+            suite, _, family = one.partition(":")
+            if suite not in suites:
+                raise bad(f"suite {suite!r} is unknown: choose from {', '.join((*GROUPS, *suites))}.")
+            if family and family not in suites[suite].families:
+                options = ", ".join(f"{suite}:{one}" for one in suites[suite].families)
+                raise bad(f"suite {suite} has no family {family!r}: choose from {options}.")
+            if not whole and not suites[suite].parts:
+                raise bad(
+                    f"suite {suite} is timed as a whole, or has families for either: leave it out.", "--part"
+                )
+            if suite in absent and not everything:
+                raise bad(
+                    f"suite {suite} needs a CUDA or ROCm device, and torch sees none (or --device says cpu): "
+                    "--model h100 predicts its times."
+                )
+            families.setdefault(suite, set()).update([family] if family else suites[suite].families)
+    shared = (part, device or "cpu")
+    selections = {
+        n: Selection(tuple(dtypes or ()) or None, sizes, tuple(f), *shared) for n, f in families.items()
+    }
+    return [case for name, selection in selections.items() for case in suites[name].cases(selection)]
 
 
 def _one_of(choices: Sequence[str | None], value: str | None, option: str) -> None:
     if value not in choices:
         known = ", ".join(choice for choice in choices if choice)
-        raise typer.BadParameter(f"{value!r} is unknown: choose from {known}.", param_hint=option)
+        raise bad(f"{value!r} is unknown: choose from {known}.", option)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -231,9 +214,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 2:
-        raise typer.BadParameter(
-            f"{text!r} is no list of lengths above 1: write for example 512,2048.", param_hint="--lengths"
-        )
+        raise bad(f"{text!r} is no list of lengths above 1: write for example 512,2048.", "--lengths")
     return sizes
 
 
@@ -281,10 +262,10 @@ def _run(
 
 def _tune(console: Console) -> None:
     if not torch.cuda.is_available():
-        raise typer.BadParameter(
-            "tiles are measured on a CUDA or ROCm device, and torch sees none: edit ops/attention/configs.py and see "
-            "what scripts/kernel_budgets.py says.",
-            param_hint="--tune",
+        raise bad(
+            "tiles are measured on a CUDA or ROCm device, and torch sees none: edit ops/attention/configs.py and run "
+            "scripts/kernel_budgets.py.",
+            "--tune",
         )
     from .tune import on_device, show
 
@@ -297,10 +278,7 @@ def _predict(
     _one_of(tuple(DEVICES), model, "--model")
     cases = [c for c in _cases(names, dtypes, lengths, everything=True) if any(v.work for v in c.variants)]
     if not cases:
-        raise typer.BadParameter(
-            f"nothing of {', '.join(names)} is modelled: name suite gpu or a family of it.",
-            param_hint="--model",
-        )
+        raise bad(f"nothing of {', '.join(names)} is modelled: name suite gpu or a family of it.", "--model")
     tables.show_predictions(cases, DEVICES[model], console)
 
 
@@ -309,7 +287,7 @@ def _compare_files(before: Path, after: Path, console: Console) -> None:
     try:
         comparison.show_change(read_rows(before), read_rows(after), names, console)
     except (OSError, ValueError, comparison.Failed) as error:
-        raise typer.BadParameter(str(error), param_hint="--compare") from error
+        raise bad(str(error), "--compare") from error
 
 
 def _compare_commit(commit: str, arguments: Sequence[str], rows: Path | None, console: Console) -> None:
@@ -321,7 +299,7 @@ def _compare_commit(commit: str, arguments: Sequence[str], rows: Path | None, co
             append_rows(rows, [*other, *here])
         comparison.show_change(other, here, (commit, "this code"), console)
     except comparison.Failed as error:
-        raise typer.BadParameter(str(error), param_hint="--against") from error
+        raise bad(str(error), "--against") from error
 
 
 def _hold_to(capability: str, ctx: typer.Context) -> None:
@@ -338,7 +316,7 @@ def _refuse_others(ctx: typer.Context, option: str, *also: str) -> None:
     """Refuse options that would be without effect beside this one."""
     without = [p.opts[0] for p in ctx.command.params if _set(ctx, p) and p.name not in (option, *also)]
     if without:
-        raise typer.BadParameter(f"it does not go with {', '.join(without)}.", param_hint=f"--{option}")
+        raise bad(f"it does not go with {', '.join(without)}.", f"--{option}")
 
 
 def _set(ctx: typer.Context, parameter: Any) -> bool:

@@ -129,18 +129,16 @@ def _change(before: Row, after: Row, base: Row | None) -> Change:
 
 def show(comparison: Comparison, names: tuple[str, str], console: Console) -> None:
     """A table, the largest growth first; then what could not be compared."""
-    columns: dict[str, list[str]] = {
-        name: [] for name in ("case and variant", *names, "change", f"{LEVEL:.0%} interval", "")
-    }
+    header = ("case and variant", *names, "change", f"{LEVEL:.0%} interval", "")
+    rows = []
     for change in sorted(comparison.changes, key=lambda c: -c.growth):
         interval = "" if change.interval is None else "{:+.1%} to {:+.1%}".format(*change.interval)
         mark = "[bold red]slower[/]" if change.exceeds() else ""
         if not mark and change.differs:
             mark = "[yellow]slower[/]" if change.growth > 0 else "[green]faster[/]"
         cells = (f"{change.before:.3f}", f"{change.after:.3f}", f"{change.growth:+.1%}", interval, mark)
-        for column, cell in zip(columns.values(), (escape(change.name), *cells)):
-            column.append(cell)
-    console.print(grid(columns, left=("case and variant",), wrap=("case and variant",)))
+        rows.append((escape(change.name), *cells))
+    console.print(grid(header, rows, left=header[:1], wrap=header[:1]))
     before, after = comparison.unmatched
     text = f"{len(comparison.changes)} ratios compared; without a partner: "
     text += f"{before} of {names[0]}, {after} of {names[1]}."

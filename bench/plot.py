@@ -1,4 +1,4 @@
-"""Pictures from rows: what a step costs against the length of the sequence, and how exact its gradients are."""
+"""Pictures from rows: the time of a step against the length, and the errors of its gradients."""
 
 from __future__ import annotations
 
@@ -167,11 +167,9 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
 
 
 def _figure(columns: int, lines: int, height: float = 3.4, **options: Any) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 + 3.1 * columns, height * lines), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(lines, columns, squeeze=False, **({"sharey": True} | options)).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,13 +1,14 @@
 """`python -m bench.report`: a page of plots of all committed rows; with ``--write`` also the tables and pictures.
 
 Every plot is one case of a suite on one machine: lines over the length, or bars where there is one length. A menu of
-plotly chooses the quantity, the legend hides and shows variants. The page loads nothing.
+plotly chooses the quantity, the legend hides and shows variants, a point names the line that it is from. The page loads
+nothing.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from common.command import fail, run
 
 from .plot import colours, finite, plot_errors, plot_steps
 from .row import Row
-from .tables import Entry, latest, machine, read, rewrite
+from .tables import Entry, latest, machine, read, rewrite, say
 
 #: the checkout
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,71 +36,45 @@ QUANTITIES: Mapping[str, Callable[[Row], float | None]] = {
 }
 
 
-def _cell(number: Callable[[Row], float | None]) -> Callable[[Entry], str]:
-    return lambda entry: "" if (value := number(entry.row)) is None else f"{value:.4g}"
-
-
-COLUMNS: Mapping[str, Callable[[Entry], object]] = {
-    "rows": lambda e: f"{e.file}:{e.line}",
-    "suite": lambda e: e.row.suite,
-    "family": lambda e: e.row.family,
-    "S": lambda e: e.row.length,
-    "dtype": lambda e: e.row.dtype,
-    "variant": lambda e: e.row.variant,
-    "backend": lambda e: e.row.backend,
-    **{name: _cell(number) for name, number in QUANTITIES.items()},
-    "base": lambda e: e.row.base or "",
-    "bounds": lambda e: {True: "held", False: "missed", None: ""}[e.row.passed],
-    "failure": lambda e: e.row.failure,
-    "machine": lambda e: machine(e.row),
-    "torch": lambda e: e.row.torch,
-    "commit": lambda e: (e.row.commit or "unknown") + (", with changes" if e.row.dirty else ""),
-}
-STYLE = """:root { color-scheme: light dark; font: 100%/1.5 system-ui, sans-serif }
-body { max-width: 80rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #1c2126 }
-.scroll { overflow: auto; max-height: 80vh } table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .3rem .6rem; text-align: left; white-space: nowrap; border-bottom: 1px solid #dfe3e7 }"""
-
-
 def page(entries: Sequence[Entry]) -> str:
-    """One HTML file: a plot for every case that was measured, and a table of all rows."""
+    """One HTML file with a plot for every case that was measured, and every row without a number."""
     newest = latest(entries)
     hues = colours(sorted(entry.row.variant for entry in newest))
-    groups: dict[tuple[str, ...], list[Entry]] = {}
+    groups: dict[str, list[Entry]] = {}
     for entry in sorted(newest, key=lambda e: (e.row.suite not in ("step", "method"), e.row.suite)):
         row = entry.row
-        groups.setdefault((f"{row.suite}:{row.family}", row.dtype, _config(row), machine(row)), []).append(
-            entry
-        )
+        config = ", ".join(f"{name} {value}" for name, value in row.config.items())
+        title = f"{row.suite}:{row.family} · {row.dtype} · {config} · {machine(row)}, torch {row.torch}"
+        groups.setdefault(title, []).append(entry)
     plots = [plot for title, group in groups.items() if (plot := figure(title, group, hues)) is not None]
     options = {"full_html": False, "config": {"displaylogo": False}}
     parts = [plot.to_html(include_plotlyjs=i == 0, **options) for i, plot in enumerate(plots)]
-    cells = (
-        "".join(f"<td>{html.escape(str(cell(entry)))}</td>" for cell in COLUMNS.values()) for entry in entries
-    )
-    table = "".join(f"<tr>{line}</tr>\n" for line in cells)
-    head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in COLUMNS)
+    parts += [
+        f"<p>{html.escape(f'{e.row.name}: {e.row.failure} ({e.file}:{e.line})')}</p>\n"
+        for e in newest
+        if e.row.failure
+    ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>aajr_kernels: benchmarks</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
+<title>aajr_kernels: benchmarks</title><link rel="icon" href="data:,">
+<style>body {{ font: 100%/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}</style>
+</head>
 <body><h1>Benchmarks of aajr_kernels</h1>
 <p>{len(entries)} rows; of those that measure the same the plots show the last one. A menu chooses the quantity, the
 legend hides and shows variants.</p>
-{"".join(parts)}
-<h2>All rows</h2><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>
-{table}</tbody></table></div></body></html>
+{"".join(parts)}</body></html>
 """
 
 
-def figure(title: Iterable[str], entries: Sequence[Entry], hues: Mapping[str, str]) -> Any:
+def figure(title: str, entries: Sequence[Entry], hues: Mapping[str, str]) -> Any:
     """A plot of one case: a trace per quantity and variant, of which the menu shows one quantity; None without any."""
     import plotly.graph_objects as go
 
     lengths = sorted({entry.row.length for entry in entries})
+    bars, plot = len(lengths) == 1, go.Figure()
     variants: dict[str, list[Entry]] = {}
     for entry in sorted(entries, key=lambda e: e.row.length):
         variants.setdefault(entry.row.variant, []).append(entry)
-    bars, plot = len(lengths) == 1, go.Figure()
     shown: list[str] = []  # the quantity of every trace
     for quantity, number in QUANTITIES.items():
         for variant, group in variants.items():
@@ -120,31 +95,17 @@ def figure(title: Iterable[str], entries: Sequence[Entry], hues: Mapping[str, st
                 plot.add_trace(trace)
     if not shown:
         return None
-    buttons = [
-        {
-            "label": name,
-            "method": "update",
-            "args": [
-                {"visible": [one == name for one in shown]},
-                {"yaxis.title.text": name, "yaxis.type": "log" if "error" in name else "linear"},
-            ],
-        }
-        for name in dict.fromkeys(shown)
-    ]
-    text = html.escape(" · ".join(title), quote=False)
-    plot.update_layout(
-        title={"text": text, "font": {"size": 13}},
-        yaxis_title=shown[0],
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15, "yanchor": "bottom"}],
-        template="plotly_white",
-    )
+    buttons = []
+    for name in dict.fromkeys(shown):
+        axis = {"yaxis.title.text": name, "yaxis.type": "log" if "error" in name else "linear"}
+        args = [{"visible": [one == name for one in shown]}, axis]
+        buttons.append({"label": name, "method": "update", "args": args})
+    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15, "yanchor": "bottom"}
+    heading = {"text": html.escape(title, quote=False), "font": {"size": 13}}
+    plot.update_layout(title=heading, yaxis_title=shown[0], updatemenus=[menu], template="plotly_white")
     if not bars:
         plot.update_xaxes(title="S", type="log", tickvals=lengths, ticktext=[str(n) for n in lengths])
     return plot
-
-
-def _config(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row.config.items() if name != "model")
 
 
 def report(
@@ -164,19 +125,16 @@ def report(
 
     Exit code 2: bad arguments, rows that cannot be read, or nothing to draw.
     """
-
-    def say(text: str) -> None:
-        Console().print(text, highlight=False, soft_wrap=True)
-
+    console = Console()
     try:
         entries = read(rows or sorted((ROOT / "bench" / "results").glob("*.jsonl")), ROOT)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page(entries), encoding="utf-8")
-        say(f"{len(entries)} rows: {out}")
+        say(console, f"{len(entries)} rows: {out}")
         if write is not None:
             for path in (write / "README.md", *sorted((write / "docs").rglob("*.md"))):
                 if rewrite(path, write, entries):
-                    say(f"{path}: new table")
+                    say(console, f"{path}: new table")
             for draw, name in ((plot_steps, "steps.png"), (plot_errors, "errors.png")):
                 draw([entry.row for entry in entries], write / "docs" / "images" / name)
     except (OSError, ValueError) as error:

@@ -202,15 +202,17 @@ def _spans(lines: Iterable[int]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- on a terminal
-def grid(columns: Mapping[str, Sequence[str]], left: Sequence[str] = (), wrap: Sequence[str] = ()) -> Table:
-    """A table by columns, without those that are empty; on the right but for `left`, on one line but for `wrap`."""
+def grid(
+    header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = (), wrap: Sequence[str] = ()
+) -> Table:
+    """A table without empty columns; cells to the right but for `left`, on one line but for `wrap`."""
     table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
-    shown = {name: cells for name, cells in columns.items() if any(cells)}
-    for name in shown:
+    columns = [(name, cells) for name, cells in zip(header, zip(*rows)) if any(cells)]
+    for name, _ in columns:
         justify: Literal["left", "right"] = "left" if name in left else "right"
         table.add_column(escape(name), no_wrap=name not in wrap, justify=justify)
-    for cells in zip(*shown.values()):
-        table.add_row(*cells)
+    for line in zip(*(cells for _, cells in columns)):
+        table.add_row(*line)
     return table
 
 
@@ -221,14 +223,13 @@ def say(console: Console, text: str) -> None:
 
 def listing(cases: Sequence[Case]) -> Table:
     """Every case with its variants and bounds."""
-    columns = {
-        "suite:family": [f"{case.suite}:{case.family}" for case in cases],
-        "dtype": [case.dtype for case in cases],
-        "length": [str(case.length) for case in cases],
-        "variants": [", ".join(v.name for v in case.variants) for case in cases],
-        "bounds": ["\n".join(line for v in case.variants for line in _bounds(v)) for case in cases],
-    }
-    return grid(columns, left=list(columns), wrap=("variants", "bounds"))
+    header = ("suite:family", "dtype", "length", "variants", "bounds")
+    rows = []
+    for case in cases:
+        names = ", ".join(v.name for v in case.variants)
+        bounds = "\n".join(line for v in case.variants for line in _bounds(v))
+        rows.append((f"{case.suite}:{case.family}", case.dtype, str(case.length), names, bounds))
+    return grid(header, rows, left=header, wrap=header[3:])
 
 
 def _bounds(variant: Variant) -> list[str]:
@@ -280,7 +281,7 @@ def _measured(rows: Sequence[Row]) -> Table:
         "grad error": column(".0e", lambda row: row.gradient_error),
         "bound": [_verdict(row) for row in rows],
     }
-    return grid(columns, left=("variant", "backend", "bound"), wrap=("bound",))
+    return grid(list(columns), zip(*columns.values()), left=("variant", "backend", "bound"), wrap=("bound",))
 
 
 def _verdict(row: Row) -> str:
@@ -309,15 +310,14 @@ def show_verdict(results: Sequence[Outcome], seconds: float, console: Console) -
 def show_predictions(cases: Sequence[Case], device: roofline.Device, console: Console) -> None:
     """Predicted times beside the bounds that they would have to meet, and the assumptions."""
     names = ("suite:family", "dtype", "length", "variant")
-    columns: dict[str, list[str]] = {
-        name: [] for name in (*names, "ms", "ratio", "TFLOP", "GB", "limited by", "bound")
-    }
+    numbers = ("ms", "ratio", "TFLOP", "GB", "limited by", "bound")
+    rows = []
     for case in cases:
         times = {v.name: 1e3 * roofline.seconds(v.work, device) for v in case.variants if v.work}
         base = min((times[name] for name in case.base if name in times), default=None)
         for variant in (v for v in case.variants if v.work):
-            ms, work = times[variant.name], variant.work
-            flops, longest = sum(one.flops for one in work), max(work, key=lambda one: one.seconds(device))
+            ms, flops = times[variant.name], sum(one.flops for one in variant.work)
+            longest = max(variant.work, key=lambda one: one.seconds(device))
             arithmetic = longest.flops and longest.seconds(device) == longest.flops / device.rate(
                 longest.kind
             )
@@ -325,14 +325,13 @@ def show_predictions(cases: Sequence[Case], device: roofline.Device, console: Co
                 *(f"{case.suite}:{case.family}", case.dtype, str(case.length), variant.name, f"{ms:.3g}"),
                 "" if base is None else f"{ms / base:.2f}",
                 f"{flops / 1e12:.3g}" if flops else "",
-                f"{sum(one.bytes for one in work) / 1e9:.3g}",
+                f"{sum(one.bytes for one in variant.work) / 1e9:.3g}",
                 "arithmetic" if arithmetic else "memory",
                 ", ".join(f"{name} ≤ {limit:g}" for name, limit in variant.bounds.items()),
             )
-            for column, cell in zip(columns.values(), cells):
-                column.append(cell)
+            rows.append(cells)
     say(console, f"Modelled, not measured: {device.name}")
-    console.print(grid(columns, left=names, wrap=tuple(columns)[len(names) :]))
+    console.print(grid((*names, *numbers), rows, left=names, wrap=numbers))
     say(
         console,
         f"Assumed: attention at {device.rate('attention') / 1e12:.0f} TFLOP/s ({roofline.ATTENTION_SHARE:.1%} of "

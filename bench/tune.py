@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -20,6 +19,8 @@ from aajr_kernels.backends import triton as gpu
 from aajr_kernels.ops.attention import configs
 from aajr_kernels.ops.attention.tiling import Options
 from aajr_kernels.training.progress import Progress
+
+from .tables import grid
 
 #: kernels and which gradients of q, k, v make the backward launch them
 NEEDS = {
@@ -148,10 +149,11 @@ def on_device(head_sizes: tuple[int, ...] = (64, 128)) -> list[Line]:
 
 def show(lines: list[Line], console: Any) -> None:
     """The best tile of every line beside the next best, and how many were left out."""
-    table = Table("line", "best (queries, keys, warps, stages)", "ms", "next, ms", "left out")
+    rows = []
     for line in lines:
         best = "none" if line.best is None else ", ".join(map(str, line.best))
-        times = [f"{t:.3f}" for t in sorted(line.times.values())[:2]]
-        table.add_row(line.name, best, *times, *[""] * (2 - len(times)), str(len(line.left_out)))
-    console.print(table)
+        times = [*(f"{t:.3f}" for t in sorted(line.times.values())[:2]), "", ""]
+        rows.append((line.name, best, *times[:2], str(len(line.left_out))))
+    header = ("line", "best (queries, keys, warps, stages)", "ms", "next, ms", "left out")
+    console.print(grid(header, rows, left=header[:2]))
     console.print(f"written to {configs.PATH}")
