@@ -28,7 +28,7 @@ __all__ = ["Replacement", "find", "is_torchs", "parts", "verified"]
 
 @dataclass(frozen=True)
 class Replacement:
-    """What to put in the place of one attribute of a module.
+    """A function for the place of one attribute of a module.
 
     Attributes:
         what: a few words for the listing.

@@ -44,7 +44,7 @@ _MARK = "_aajr_fusion"
 
 @dataclass(eq=False)
 class Fusion:
-    """What :func:`fuse` did to a model, and the way back; as a context manager it undoes the fusion on exit.
+    """A model's fused parts, listed, and the way back; as a context manager it undoes the fusion on exit.
 
     Attributes:
         replaced: module name -> what runs on a fused op.
@@ -268,8 +268,10 @@ def _check(model: nn.Module, models: list[nn.Module]) -> None:
 
 def _configs(models: list[nn.Module]) -> list[Any]:
     """Every configuration that names an attention implementation, once."""
-    found = (module.__dict__.get("config") for part in models for module in part.modules())
-    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
+    configs = (module.__dict__.get("config") for part in models for module in part.modules())
+    return list(
+        {id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
+    )
 
 
 def _own_config(config: Any, modules: list[nn.Module]) -> tuple[Any, Any, list[Any]]:

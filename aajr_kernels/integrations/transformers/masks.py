@@ -90,17 +90,17 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
         """Visibility of `kv_length` keys from `kv_offset` for `q_length` queries from `q_offset`."""
         if isinstance(attention_mask, Visibility):  # made ahead of the model
             return attention_mask
-        found = structure(mask_function)
+        shape = structure(mask_function)
         if (
-            found is None
+            shape is None
             and torch.compiler.is_compiling()
             and allow_is_causal_skip
             and local_size is not None
         ):
             # transformers lets a mask be skipped only if it is causal with a plain window, or made of chunks
-            found = (True, local_size) if getattr(config, "attention_chunk_size", None) is None else None
+            shape = (True, local_size) if getattr(config, "attention_chunk_size", None) is None else None
         alignment = _alignment(q_length, kv_length, q_offset, kv_offset)
-        if found is None or (found[0] and alignment is None) or (found[1] is not None and not found[0]):
+        if shape is None or (shape[0] and alignment is None) or (shape[1] is not None and not shape[0]):
             mask = masking.sdpa_mask(
                 batch_size=batch_size,
                 q_length=q_length,
@@ -115,11 +115,11 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
                 device=device,
             )
             return Visibility(mask=_smallest(mask))
-        is_causal, window = found
+        is_causal, window = shape
         padding = masking.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
             padding = padding[:, kv_offset : kv_offset + kv_length].bool()
-            # reading the values costs a synchronisation, once per forward: worth it for a mask nobody needs
+            # reading the values costs a synchronisation, once per forward: worth it for a mask that is not needed
             padding = (
                 None
                 if not torch.compiler.is_compiling() and bool(padding.all())

@@ -29,7 +29,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 def apply_rotary(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
-    """What the model files call ``apply_rotary_pos_emb``, by the fused op."""
+    """``apply_rotary_pos_emb`` of the model files, by the fused op."""
     return rotary(q, cos, sin, unsqueeze_dim=unsqueeze_dim), rotary(k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
 
@@ -54,7 +54,7 @@ class _Calls:
         size = size or self.config.hidden_size // self.config.num_attention_heads
         pairs = int(size * ((options or {}).get("partial_rotary_factor") or 1.0)) // 2
         positions = stretch * torch.arange(4, dtype=torch.float64)[:, None]
-        angles = (positions * torch.linspace(1.0, 0.1, pairs, dtype=torch.float64)).repeat(1, 2)[None]
+        angles = (positions * torch.linspace(1.0, 0.1, 2 * pairs, dtype=torch.float64))[None]
         hidden = torch.full((1, 1, 4, 4), torch.finfo(dtype).min, dtype=dtype).triu(1)
         mask = Visibility("upper_left") if implementation == NAME else hidden
         known: dict[str, Any] = dict.fromkeys(("attention_mask", "mask", "encoder_attention_mask"), mask)
@@ -77,7 +77,7 @@ class _Calls:
 
 
 def asking(module: nn.Module, dtype: torch.dtype) -> list[Replacement]:
-    """What to do with an attention module that asks the registry: itself, and its rotary embedding; nothing for others.
+    """Replacements for an attention module that asks the registry: itself and its rotary embedding; none for others.
 
     Attention has no function of its own to replace: without a reason against it, the configuration is switched.
     """

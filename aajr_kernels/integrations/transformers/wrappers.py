@@ -95,9 +95,10 @@ def around(chain: tuple[Any, ...], function: Any) -> Any:
 
 def _holding(outer: Any, old: Any, new: Any) -> Any:
     """`outer` with `new` in the place of `old`, or None."""
-    if not any(value is old for value in _held(outer)):
-        names = [name for name, value in getattr(outer, "__globals__", {}).items() if value is old]
-        return _with_globals(outer, dict.fromkeys(names, new)) if names else None
+    held = any(value is old for value in _held(outer))
+    namespace: dict[str, Any] = getattr(outer, "__globals__", {})
+    if not held and not any(value is old for value in namespace.values()):
+        return None
 
     def swap(value: Any) -> Any:
         return new if value is old else value
@@ -113,17 +114,16 @@ def _holding(outer: Any, old: Any, new: Any) -> Any:
         twin = copy.copy(outer)
         twin.__dict__.update({name: swap(value) for name, value in outer.__dict__.items()})
         return twin
+    if not held:  # its module stays as it is
+        namespace = {name: swap(value) for name, value in namespace.items()}
+        # without a module name torch.compile guards on this namespace and not on the module's, whose entry differs
+        del namespace["__name__"]
     closure = [(cell, _contents(cell)) for cell in outer.__closure__ or ()]
     cells = tuple(types.CellType(new) if value is old else cell for cell, value in closure)
     # a decorator that refers to itself refers to its copy
     cells = tuple(types.CellType() if value is outer else cell for cell, (_, value) in zip(cells, closure))
-    body = types.FunctionType(
-        outer.__code__,
-        outer.__globals__,
-        outer.__name__,
-        tuple(map(swap, outer.__defaults__ or ())) or None,
-        cells,
-    )
+    defaults = tuple(map(swap, outer.__defaults__ or ())) or None
+    body = types.FunctionType(outer.__code__, namespace, outer.__name__, defaults, cells)
     for cell, (_, value) in zip(cells, closure):
         if value is outer:
             cell.cell_contents = body
@@ -131,16 +131,3 @@ def _holding(outer: Any, old: Any, new: Any) -> Any:
     body.__qualname__, body.__module__ = outer.__qualname__, outer.__module__
     body.__dict__.update({name: swap(value) for name, value in outer.__dict__.items()})
     return body
-
-
-def _with_globals(function: types.FunctionType, values: dict[str, Any]) -> types.FunctionType:
-    """`function` with other values of some global names; its module stays as it is."""
-    namespace = {**function.__globals__, **values}
-    # without a module name torch.compile guards on this namespace and not on the module's, whose entry differs
-    del namespace["__name__"]
-    twin = types.FunctionType(
-        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
-    )
-    twin.__kwdefaults__ = function.__kwdefaults__
-    twin.__qualname__, twin.__module__ = function.__qualname__, function.__module__
-    return twin
