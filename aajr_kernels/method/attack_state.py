@@ -75,11 +75,13 @@ def modules_of(module: object) -> tuple[nn.Module, ...]:
     """
     if module is None:
         return ()
-    found = (module,) if isinstance(module, nn.Module) or not isinstance(module, Iterable) else tuple(module)
-    for one in found:
+    modules = (
+        (module,) if isinstance(module, nn.Module) or not isinstance(module, Iterable) else tuple(module)
+    )
+    for one in modules:
         if not isinstance(one, nn.Module):
             raise TypeError(f"module must be an nn.Module or several of them, got {type(one).__name__}.")
-    return found
+    return modules
 
 
 @contextlib.contextmanager

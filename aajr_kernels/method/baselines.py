@@ -23,8 +23,10 @@ converged, and from below. ``aligned`` is what it is measured against: the first
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,10 +36,11 @@ from ..dual import Dual, dual
 from ..ops.sensitivity import sensitivity
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
-from .checks import check_integers, check_number
+from .checks import check_choices, check_integers, check_number
 from .head import LMHead, as_head
-from .penalty import aligned_penalty, check_reduction, reduce_units
-from .scopes import Groups
+from .options import Metric, PenaltyOptions
+from .penalty import measure
+from .scopes import SCOPES, Groups, unit_of
 from .trajectory import Trajectory, drawn_steps, step_shares
 
 __all__ = ["METHODS", "baseline_penalty", "trajectory_baseline"]
@@ -45,8 +48,7 @@ __all__ = ["METHODS", "baseline_penalty", "trajectory_baseline"]
 METHODS = ("aligned", "random", "frobenius", "spectral", "input_gradient", "cure", "finite_difference")
 NEEDS_DIRECTION = ("aligned", "cure", "finite_difference")
 NEEDS_LOSS = ("input_gradient", "cure")
-
-Metric = str | Callable[[Dual], torch.Tensor]
+PER_SEQUENCE = ("frobenius", "spectral")
 
 
 def baseline_penalty(
@@ -63,14 +65,14 @@ def baseline_penalty(
     start: torch.Tensor | None = None,
     h: float = 1e-2,
     attack_mask: torch.Tensor | None = None,
-    scope: str = "sequence",
+    scope: str | None = None,
     agents: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     module: nn.Module | Iterable[nn.Module] | None = None,
     gamma: float | None = None,
     form: str = "squared",
     mask: torch.Tensor | None = None,
-    unit: str = "sequence",
+    unit: str | None = None,
     reduction: str = "mean",
     denominator: float | torch.Tensor | None = None,
     return_direction: bool = False,
@@ -92,18 +94,22 @@ def baseline_penalty(
         head: the language-model head, as for ``aligned_penalty``; ``finite_difference`` forms its logits.
         samples: random directions of ``random`` and ``frobenius``; their mean is taken before the form.
         iterations: of the power iteration of ``spectral``, at least 0.
-        start: its first direction, like `x`; random by default. The one found is returned by `return_direction`, a
+        start: its first direction, like `x`; random by default. The last one is returned by `return_direction`, a
             good start for the next training step.
         h: length of the difference of ``cure`` and ``finite_difference``, relative to u.
         attack_mask: which entries of `x` an adversary may move (``Trajectory.mask``); other directions are not drawn.
-        scope: ``"sequence"``, ``"token"`` or ``"agent"``: what has unit norm in ``random``.
+        scope: ``"sequence"`` (the default), ``"token"`` or ``"agent"``: the scope of u, and of the directions of
+            ``random``.
         agents: agent of every token, for ``scope="agent"``.
         generator: of random directions, on the device of `x`.
         module: the model, or several: the gradients of their parameters are off during power iteration and while
             directions are computed.
-        gamma: as in ``aligned_penalty``, and so are `form`, `mask`, `unit`, `reduction` and `denominator`; applied to
-            the table's penalty (to its share per unit for ``unit="token"``). The loss-based methods know rows only:
-            `mask` and `unit` have no meaning for them, the loss decides what counts.
+        gamma: as in ``aligned_penalty``, and so are `form`, `mask`, `reduction` and `denominator`; applied to the
+            table's penalty (to its share per unit for ``unit="token"``). The loss-based methods know rows only: `mask`
+            and `unit` have no meaning for them, the loss decides what counts.
+        unit: follows the scope of the directions: ``"token"`` in scope ``"token"``, else ``"sequence"``, as always for
+            ``frobenius`` and ``spectral``, which bound the penalty along directions of every scope. Another one needs
+            `scope` too; per token these two are shares of ‖J‖²_F and ‖J‖₂², and bound nothing.
         return_direction: also return the direction(s) that were measured, detached: like `x`, or ``[samples, ...]``.
 
     Returns:
@@ -114,33 +120,49 @@ def baseline_penalty(
         UnsupportedOperation: `func` or `loss_fn` uses a function without a derivative rule.
     """
     _check(method, func, x, u, loss_fn, samples, iterations, h)
-    check_reduction(form, unit, reduction, gamma, denominator)
-    modules = modules_of(module)
-    v = _first_direction(method, x, u, start, samples, attack_mask, scope, agents, generator)
-    random = RandomState(x.device)
-    policy = None if func is None else probes.repeatable(func, random)
+    scope_is_default, scope = scope is None, "sequence" if scope is None else scope
+    check_choices(SCOPES, scope=scope)
+    of_directions = "sequence" if method in PER_SEQUENCE else scope
+    unit = unit_of(of_directions, unit, scope_is_default, "baseline_penalty")
+    reducing = dict(
+        gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
+    )
+    options = PenaltyOptions(metric=metric, head=head, **reducing)  # type: ignore[arg-type]
+    modules, random = modules_of(module), RandomState(x.device)
+    allowed = functools.partial(probes.restrict, mask=attack_mask, agents=agents)
     if method in NEEDS_LOSS:
         assert loss_fn is not None
+        options = replace(options, mask=None, unit="token")
+        loss = probes.repeatable(loss_fn, random)
         with frozen_parameters(modules, evaluate=False):
-            loss = probes.repeatable(loss_fn, random)
-            v = _loss_direction(method, loss, x, u, h, attack_mask, agents)
+            _, g = probes.gradient(loss, x)
+            if method == "cure":
+                assert u is not None
+                g = probes.gradient(loss, x + h * u)[1] - g
+            v = probes.row_unit(allowed(g))
         slope = _slope(loss, x, v)
-        if method == "cure":
-            assert u is not None
+        if u is not None and method == "cure":
             slope = (_slope(loss, x + h * u, v) - slope) / h
         q = slope.square().unsqueeze(0)
-        mask, unit = None, "token"
     else:
-        assert policy is not None and v is not None
+        assert func is not None
+        policy = probes.repeatable(func, random)
+        if method in NEEDS_DIRECTION:
+            assert u is not None
+            v = u
+        else:
+            v = _drawn_direction(
+                method, x, start, samples, allowed, Groups(scope, x.shape, agents), generator
+            )
         if method == "spectral":
             with frozen_parameters(modules, evaluate=False):
-                v = _power_iteration(policy, x, v, metric, head, iterations, attack_mask, agents)
+                q_of = functools.partial(_quadratic, policy, x.detach(), options=options)
+                v = probes.power_iteration(q_of, v, iterations, allowed)
         if method == "finite_difference":
-            q = _difference(policy, x, v, metric, head, h)
+            q = _difference(policy, x, v, options, h)
         else:
-            q = _quadratic(policy, x, v, metric, head).mean(0, keepdim=True)
-    options = dict(gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator)
-    penalty = reduce_units(q, **options)  # type: ignore[arg-type]
+            q = _quadratic(policy, x, v, options).mean(0, keepdim=True)
+    penalty = options.reduce(q)
     return (penalty, v.detach()) if return_direction else penalty
 
 
@@ -165,7 +187,7 @@ def trajectory_baseline(
             drawn with the probabilities of `weights`, so that its expectation is what ``"all"`` gives.
         weights: w_t ≥ 0 of the T steps, normalised to sum 1; equal by default.
         generator: of the random directions and of the random step.
-        start: first direction of ``spectral``; each later step starts from what the one before it found.
+        start: first direction of ``spectral``; each later step starts from the direction of the one before.
         options: of :func:`baseline_penalty`, without ``reduction="none"``.
 
     Returns:
@@ -179,20 +201,17 @@ def trajectory_baseline(
         raise ValueError(
             "reduction must be 'mean' or 'sum' over a trajectory, got 'none': penalties are averaged."
         )
-    count = traj.directions.shape[0]
+    check_choices(("all", "last", "random"), steps=steps)
+    count = len(traj)
     share = step_shares(weights, count)
-    if steps == "all":
-        chosen = [(t, float(share[t])) for t in range(count) if share[t] > 0]
-    elif steps == "last":
-        chosen = [(count - 1, 1.0)]
-    elif steps == "random":
-        chosen = [(int(drawn_steps(share, 1, generator)), 1.0)]
-    else:
-        raise ValueError(f"steps must be one of all, last, random, got {steps!r}.")
-    options = dict(attack_mask=traj.mask, scope=traj.scope, agents=traj.agents) | options
+    weighted = [(t, float(share[t])) for t in range(count) if share[t] > 0]
+    if steps != "all":
+        weighted = [(count - 1 if steps == "last" else int(drawn_steps(share, 1, generator)), 1.0)]
+    scope = None if traj.scope_is_default else traj.scope
+    options = dict(attack_mask=traj.mask, scope=scope, agents=traj.agents) | options
     total: torch.Tensor | None = None
     penalties, direction = [], start
-    for t, weight in chosen:
+    for t, weight in weighted:
         begin = direction if method == "spectral" else None
         penalty, direction = baseline_penalty(
             *(method, func, traj.points[t], traj.directions[t]),
@@ -205,121 +224,55 @@ def trajectory_baseline(
         total = weight * penalty if total is None else total + weight * penalty
     assert total is not None
     return total, {
-        "steps": [t for t, _ in chosen],
+        "steps": [t for t, _ in weighted],
         "penalties": torch.stack(penalties),
         "direction": direction,
     }
 
 
-# -- directions ------------------------------------------------------------------------------------------
-
-
-def _first_direction(
+def _drawn_direction(
     method: str,
     x: torch.Tensor,
-    u: torch.Tensor | None,
     start: torch.Tensor | None,
     samples: int,
-    attack_mask: torch.Tensor | None,
-    scope: str,
-    agents: torch.Tensor | None,
+    allowed: Callable[[torch.Tensor], torch.Tensor],
+    groups: Groups,
     generator: torch.Generator | None,
-) -> torch.Tensor | None:
-    """What is known before a model has run: u, a random draw, or the start of the power iteration."""
-    if method in NEEDS_LOSS:
-        return None
-    if method in NEEDS_DIRECTION:
-        assert u is not None
-        return u
+) -> torch.Tensor:
+    """Random draws ``[samples, ...]``, or the start of the power iteration, like `x`."""
     if method == "spectral":
         v = start if start is not None else _noise(x, (), generator)
         if v.shape != x.shape:
             raise ValueError(f"start must have the shape of x {tuple(x.shape)}, got {tuple(v.shape)}.")
-        return probes.row_unit(probes.restrict(v.detach().to(x.dtype), attack_mask, agents))
-    noise = _noise(x, (samples,), generator)
+        return probes.row_unit(allowed(v.detach().to(x.dtype)))
+    draws = _noise(x, (samples,), generator)
     if method == "frobenius":  # signs: no other distribution with E vvᵀ = 1 has a smaller variance
-        noise = torch.where(noise >= 0, 1.0, -1.0).to(x.dtype)
-    noise = torch.stack([probes.restrict(v, attack_mask, agents) for v in noise])
-    if method == "random":
-        groups = Groups(scope, x.shape, agents)
-        noise = torch.stack([groups.unit(v) for v in noise])
-    return noise
+        return torch.stack([allowed(v) for v in torch.where(draws >= 0, 1.0, -1.0).to(x.dtype)])
+    return torch.stack([groups.unit(allowed(v)) for v in draws])
 
 
 def _noise(x: torch.Tensor, lead: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
     return torch.randn((*lead, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
 
 
-def _loss_direction(
-    method: str,
-    loss: Callable[[Any], Any],
-    x: torch.Tensor,
-    u: torch.Tensor | None,
-    h: float,
-    attack_mask: torch.Tensor | None,
-    agents: torch.Tensor | None,
-) -> torch.Tensor:
-    """w: the unit direction of ∇L, or of its difference, among the entries that may be attacked."""
-    _, g = probes.gradient(loss, x)
-    if method == "cure":
-        assert u is not None
-        g = probes.gradient(loss, x + h * u)[1] - g
-    return probes.row_unit(probes.restrict(g, attack_mask, agents))
-
-
-def _power_iteration(
-    policy: Callable[[Any], Any],
-    x: torch.Tensor,
-    v: torch.Tensor,
-    metric: Metric,
-    head: LMHead | nn.Linear | None,
-    iterations: int,
-    attack_mask: torch.Tensor | None,
-    agents: torch.Tensor | None,
-) -> torch.Tensor:
-    """Top direction of JᵀMJ: ½ ∂q/∂v = JᵀMJ v, for every metric."""
-    x = x.detach()
-    for _ in range(iterations):
-        with torch.enable_grad():
-            leaf = v.detach().requires_grad_()
-            q = _quadratic(policy, x, leaf, metric, head)
-            (pulled,) = torch.autograd.grad(q.sum(), leaf)
-        found = probes.row_unit(probes.restrict(pulled, attack_mask, agents))
-        zero = (probes.row_norm(found) == 0).reshape(-1, *[1] * (x.dim() - 1))
-        v = torch.where(zero, v, found)
-    return v.detach()
-
-
-# -- penalties per unit ------------------------------------------------------------------------------------------
-
-
 def _quadratic(
-    policy: Callable[[Any], Any],
-    x: torch.Tensor,
-    v: torch.Tensor,
-    metric: Metric,
-    head: LMHead | nn.Linear | None,
+    policy: Callable[[Any], Any], x: torch.Tensor, v: torch.Tensor, options: PenaltyOptions
 ) -> torch.Tensor:
     """q ``[K, *units]`` of ‖J v‖²_M."""
-    if isinstance(metric, str):
-        found: torch.Tensor = aligned_penalty(policy, x, v, metric=metric, head=head, reduction="none")
-        return found
+    if isinstance(options.metric, str):
+        return measure(policy, x, v, replace(options, reduction="none", denominator=None)).q
     y = policy(dual(x, v))
     if not isinstance(y, Dual):
         raise ValueError("the output of func does not depend on its input x (no tangent arrived).")
-    return metric(y)
+    return options.metric(y)
 
 
 def _difference(
-    policy: Callable[[Any], Any],
-    x: torch.Tensor,
-    u: torch.Tensor,
-    metric: Metric,
-    head: LMHead | nn.Linear | None,
-    h: float,
+    policy: Callable[[Any], Any], x: torch.Tensor, u: torch.Tensor, options: PenaltyOptions, h: float
 ) -> torch.Tensor:
     """The same of (f(x + hu) − f(x)) / h."""
-    logits = probes.logits_func(policy, None if head is None else as_head(head))
+    metric = options.metric
+    logits = probes.logits_func(policy, None if options.head is None else as_head(options.head))
     y = logits(x)
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"func must return a tensor or a model output with .logits, got {type(y).__name__}.")
@@ -334,14 +287,10 @@ def _slope(loss: Callable[[Any], Any], x: torch.Tensor, w: torch.Tensor) -> torc
     return y.tangent
 
 
-# -- arguments ------------------------------------------------------------------------------------------
-
-
 def _check(
     method: str, func: Any, x: Any, u: Any, loss_fn: Any, samples: int, iterations: int, h: float
 ) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    check_choices(METHODS, method=method)
     if not isinstance(x, torch.Tensor) or isinstance(x, Dual) or x.dim() < 2:
         got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be a plain tensor [B, ...], got {got}.")

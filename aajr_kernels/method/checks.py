@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
 
 from ..dual import Dual
 
-__all__ = ["check_integers", "check_number", "check_scalar", "is_number"]
+__all__ = ["check_choices", "check_integers", "check_number", "check_scalar", "is_number", "kind_of"]
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -59,3 +60,15 @@ def check_scalar(name: str, value: Any) -> None:
     elif not is_number(value):
         remedy = ": pass y.primal" if isinstance(value, Dual) else ""
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}{remedy}.")
+
+
+def check_choices(choices: Iterable[str], **values: Any) -> None:
+    """Raise a ValueError unless each value is one of `choices`."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def kind_of(value: object) -> str:
+    """What an error says about an argument of a wrong kind: the dtype of a tensor, else the type."""
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..dual import Dual, dual
+from .checks import check_choices, kind_of
 
 __all__ = ["inject", "normalize"]
 
@@ -24,8 +25,8 @@ def normalize(g: torch.Tensor, scope: str = "token", mask: torch.Tensor | None =
 
     Args:
         g: ``[..., T, C]`` (or ``[B, C]``), floating point; typically a detached gradient.
-        scope: ``"token"``, the norm over the last axis, or ``"sequence"``, over the last two (the last one when `g`
-            has two axes).
+        scope: ``"token"`` (the default, which goes with ``unit="token"``, that of :func:`aligned_penalty`), the norm
+            over the last axis, or ``"sequence"``, over the last two (the last one when `g` has two axes).
         mask: the axes of `g` before the last, leading ones may be missing (``[B, T]`` for ``[K, B, T, C]``); bool or
             integer, nonzero = included. Masked entries are set to zero first, be they NaN.
 
@@ -37,10 +38,8 @@ def normalize(g: torch.Tensor, scope: str = "token", mask: torch.Tensor | None =
         ValueError: unknown scope, or a mask whose shape does not fit.
     """
     if isinstance(g, Dual) or not isinstance(g, torch.Tensor) or not g.is_floating_point():
-        kind = g.dtype if isinstance(g, torch.Tensor) else type(g).__name__
-        raise TypeError(f"g must be a plain floating point tensor, got {kind}.")
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}.")
+        raise TypeError(f"g must be a plain floating point tensor, got {kind_of(g)}.")
+    check_choices(SCOPES, scope=scope)
     if g.dim() == 0:
         raise ValueError("g must have at least one axis, got a 0-dimensional tensor.")
     if mask is not None:
@@ -65,8 +64,7 @@ def included(mask: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Ten
         ValueError: its shape is not `shape`.
     """
     if not isinstance(mask, torch.Tensor) or mask.is_floating_point() or mask.is_complex():
-        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool or integer tensor (nonzero = included), got {kind}.")
+        raise TypeError(f"{name} must be a bool or integer tensor (nonzero = included), got {kind_of(mask)}.")
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(mask.shape)}.")
     return mask != 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..dual import Dual
 from ..ops.head import lm_head_penalty
 from ..rules import registry
+from .checks import check_choices, kind_of
 from .head import LMHead, as_head
 
 __all__ = ["lm_loss"]
@@ -46,12 +47,9 @@ def lm_loss(
         ValueError: unknown reduction; when called: shapes do not agree.
     """
     as_head(head)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be one of mean, sum, got {reduction!r}.")
+    check_choices(("mean", "sum"), reduction=reduction)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() < 1:
-        kind = (
-            f"{labels.dtype} of {labels.dim()} axes" if isinstance(labels, Tensor) else type(labels).__name__
-        )
+        kind = kind_of(labels) + (f" of {labels.dim()} axes" if isinstance(labels, Tensor) else "")
         raise TypeError(f"labels must be a tensor of class indices [B, ...], got {kind}.")
     count = labels.new_ones(labels.shape[0])
     if reduction == "mean":

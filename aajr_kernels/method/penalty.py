@@ -27,17 +27,11 @@ from ..ops.head import lm_head_penalty
 from ..ops.sensitivity import sensitivity
 from ..torch_private import in_transform
 from ..transforms import call, primal_tree
-from .checks import check_number, check_scalar
-from .directions import included
-from .expected import Reduction, expected_cotangents
+from .expected import expected_cotangents
 from .head import LMHead, as_head
+from .options import METRICS, PenaltyOptions
 
 __all__ = ["aligned_penalty"]
-
-METRICS = ("l2", "logits", "fisher", "probs")
-FORMS = ("squared", "hinge", "hinge2")
-UNITS = ("token", "sequence")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def aligned_penalty(
@@ -74,8 +68,9 @@ def aligned_penalty(
         form: ``"squared"``: q, or relu(q − γ²) when gamma is given; ``"hinge"``: relu(√q − γ); ``"hinge2"``: its
             square. √q has derivative 0 at q = 0.
         mask: ``[*batch]``, bool or integer, nonzero = included.
-        unit: ``"token"`` applies the form to each q, ``"sequence"`` to the masked sum of q over all axes after the
-            first (the ‖J v‖² of a direction normalised over the sequence).
+        unit: ``"token"`` (the default, which goes with directions of norm 1 per token, the default of
+            :func:`normalize`) applies the form to each q, ``"sequence"`` to the masked sum of q over all axes after
+            the first (the ‖J v‖² of a direction of norm 1 over the sequence).
         reduction: ``"mean"``: Σ / (K · number of included units), 0 when there are none; ``"sum"``; ``"none"``:
             ``[K, *units]`` with zeros where masked.
         denominator: replaces the number of included units in the mean: the global count under gradient accumulation
@@ -97,23 +92,25 @@ def aligned_penalty(
         RuntimeError: the dtypes of hidden states and head do not agree.
         UnsupportedOperation: `func` uses a function without a derivative rule.
     """
-    found = measure(
+    measured = measure(
         func,
         x,
         v,
-        metric=metric,
-        head=head,
-        labels=labels,
-        gamma=gamma,
-        form=form,
-        mask=mask,
-        unit=unit,
-        reduction=reduction,
-        denominator=denominator,
-        return_primal=return_primal,
-        penalty_weight=penalty_weight,
+        PenaltyOptions(
+            metric=metric,
+            head=head,
+            labels=labels,
+            gamma=gamma,
+            form=form,
+            mask=mask,
+            unit=unit,
+            reduction=reduction,
+            denominator=denominator,
+            return_primal=return_primal,
+            penalty_weight=penalty_weight,
+        ),
     )
-    return (found.penalty, found.primal) if return_primal else found.penalty
+    return (measured.penalty, measured.primal) if return_primal else measured.penalty
 
 
 class Measured(NamedTuple):
@@ -131,33 +128,17 @@ class Measured(NamedTuple):
 
 
 def measure(
-    func: Callable[[Any], Any],
-    x: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    metric: str = "fisher",
-    head: LMHead | nn.Linear | None = None,
-    labels: torch.Tensor | None = None,
-    gamma: float | None = None,
-    form: str = "squared",
-    mask: torch.Tensor | None = None,
-    unit: str = "token",
-    reduction: str = "mean",
-    denominator: float | torch.Tensor | None = None,
-    return_primal: bool = False,
-    penalty_weight: float | None = None,
+    func: Callable[[Any], Any], x: torch.Tensor, v: torch.Tensor, options: PenaltyOptions
 ) -> Measured:
-    """The work of :func:`aligned_penalty`, which has the arguments."""
-    if metric not in METRICS:
+    """One dual forward of `func` at `x` along `v`, and its penalty."""
+    metric = options.metric
+    if not isinstance(metric, str):
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
-    check_reduction(form, unit, reduction, gamma, denominator)
-    if penalty_weight is not None:
-        check_scalar("penalty_weight", penalty_weight)
-    if labels is not None and (head is None or not return_primal):
+    if options.labels is not None and (options.head is None or not options.return_primal):
         raise ValueError(
             "labels need head= and return_primal=True: without a head compute the loss from the returned primal."
         )
-    description = None if head is None else as_head(head)
+    head = None if options.head is None else as_head(options.head)
     x_dual = dual(x, v)
     is_eager = not torch.compiler.is_compiling()
     if is_eager and in_transform(x, v):  # the reduction to q is an op
@@ -167,59 +148,60 @@ def measure(
             "v holds NaN or infinity: check the gradient it came from, or mask it with normalize(mask=)."
         )
     output = call(func, x_dual)
-    y = _sensitive_output(output, metric, head is not None)
+    y = _output_dual(output, metric, head is not None)
     loss: torch.Tensor | None = None
-    if description is None:
+    if head is None or (metric == "l2" and options.labels is None):
         q = sensitivity(y, metric)
     else:
-        shape = Reduction(gamma, form, mask, unit, reduction, denominator)
-        q, loss = _through_head(y, description, metric, labels, shape, penalty_weight)
-    penalty = reduce_units(
-        q, gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
-    )
+        q, loss = _through_head(y, head, metric, options)
     primal = None
-    if return_primal:
+    if options.return_primal:
         primal = primal_tree(output) if loss is None else loss
-    return Measured(penalty, q, primal)
+    return Measured(options.reduce(q), q, primal)
 
 
 def _through_head(
-    hidden: Dual,
-    head: LMHead,
-    metric: str,
-    labels: torch.Tensor | None,
-    shape: Reduction,
-    penalty_weight: float | None,
+    hidden: Dual, head: LMHead, metric: str, options: PenaltyOptions
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q and, given labels, the mean cross-entropy, from one pass over the vocabulary."""
-    if metric == "l2" and labels is None:
-        return sensitivity(hidden, "l2"), None
+    labels = options.labels
+    count: Any = options.denominator if options.unit == "token" else None
     if labels is not None:
-        if not isinstance(labels, torch.Tensor):
-            raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}.")
-        if labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1]):
-            raise ValueError(
-                f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
-                f"{tuple(labels.shape)}."
-            )
-        if labels.device != hidden.device:
-            raise ValueError(
-                f"labels must be on the device of the hidden states ({hidden.device}), got {labels.device}."
-            )
-    count: Any = shape.denominator if shape.unit == "token" else None
-    if labels is not None and count is None:
-        count = (labels != -100).sum().clamp(min=1)
-    expected = expected_cotangents(hidden, shape, labels, count, penalty_weight)
-    options: dict[str, Any] = dict(metric=metric, scale=head.scale, softcap=head.softcap, labels=labels)
-    result = lm_head_penalty(hidden, head.weight, head.bias, **options, expected=expected)
+        _check_labels(labels, hidden)
+        if count is None:
+            count = (labels != -100).sum().clamp(min=1)
+    result = lm_head_penalty(
+        hidden,
+        head.weight,
+        head.bias,
+        metric=metric,
+        scale=head.scale,
+        softcap=head.softcap,
+        labels=labels,
+        expected=expected_cotangents(hidden, options, count),
+    )
     if not isinstance(result, tuple):
         return result, None
     q, nll = result
     return q, nll.sum() / count
 
 
-def _sensitive_output(output: Any, metric: str, has_head: bool) -> Dual:
-    """The Dual to be measured, found in what func returned."""
+def _check_labels(labels: Any, hidden: Dual) -> None:
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}.")
+    if labels.is_floating_point() or tuple(labels.shape) != tuple(hidden.shape[:-1]):
+        raise ValueError(
+            f"labels must be integer class indices of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} "
+            f"{tuple(labels.shape)}."
+        )
+    if labels.device != hidden.device:
+        raise ValueError(
+            f"labels must be on the device of the hidden states ({hidden.device}), got {labels.device}."
+        )
+
+
+def _output_dual(output: Any, metric: str, has_head: bool) -> Dual:
+    """The Dual to be measured, in what func returned."""
     y = output
     if not isinstance(y, (Dual, torch.Tensor)):
         if has_head:
@@ -243,79 +225,3 @@ def _sensitive_output(output: Any, metric: str, has_head: bool) -> Dual:
             f"the output of func must have at least one axis for metric {metric!r}, got a scalar."
         )
     return y
-
-
-def reduce_units(
-    q: torch.Tensor,
-    *,
-    gamma: float | None = None,
-    form: str = "squared",
-    mask: torch.Tensor | None = None,
-    unit: str = "token",
-    reduction: str = "mean",
-    denominator: float | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """From q ``[K, *batch]`` to the penalty; arguments as in :func:`aligned_penalty`."""
-    q, keep = units_of(q, mask, unit)
-    values = _shaped(q, gamma, form)
-    if keep is not None:
-        values = torch.where(keep, values, 0.0)
-    if reduction == "none":
-        return values
-    total = values.sum()
-    if reduction == "sum":
-        return total
-    if denominator is None:
-        units = q[0].numel() if keep is None else keep.sum()
-        denominator = max(units, 1) if isinstance(units, int) else units.clamp(min=1)
-    if isinstance(denominator, torch.Tensor):
-        denominator = denominator.reshape(())
-    return total / (q.shape[0] * denominator)
-
-
-def units_of(
-    q: torch.Tensor, mask: torch.Tensor | None, unit: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q ``[K, *units]`` of the units that a form is applied to, and which of them are included (None for all)."""
-    keep = None if mask is None else included(mask, tuple(q.shape[1:]), "mask").to(q.device)
-    if unit == "sequence" and q.dim() > 1:
-        masked = q if keep is None else torch.where(keep, q, 0.0)
-        q = masked.flatten(2).sum(-1) if q.dim() > 2 else masked
-        keep = None if keep is None else (keep.flatten(1).any(-1) if keep.dim() > 1 else keep)
-    return q, keep
-
-
-def _shaped(q: torch.Tensor, gamma: float | None, form: str) -> torch.Tensor:
-    if form == "squared":
-        return q if gamma is None else torch.relu(q - gamma**2)
-    assert gamma is not None
-    root = torch.where(q > 0, torch.where(q > 0, q, 1.0).sqrt(), 0.0)
-    excess = torch.relu(root - gamma)
-    return excess if form == "hinge" else excess.square()
-
-
-def check_reduction(form: str, unit: str, reduction: str, gamma: Any, denominator: Any) -> None:
-    """Raise unless the arguments of :func:`reduce_units` have the right types and values.
-
-    Raises:
-        TypeError, ValueError: one has not.
-    """
-    for name, value, choices in (
-        ("form", form, FORMS),
-        ("unit", unit, UNITS),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-    if gamma is None and form != "squared":
-        raise ValueError(f"gamma must be given with form={form!r}: the threshold on the root of q.")
-    if gamma is not None:
-        check_number("gamma", gamma)
-        if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
-    if denominator is not None:
-        if reduction != "mean":
-            raise ValueError(f"denominator applies to reduction='mean' alone, got reduction={reduction!r}.")
-        check_scalar("denominator", denominator)
-        if not isinstance(denominator, torch.Tensor) and not denominator > 0:
-            raise ValueError(f"denominator must be positive, got {denominator}.")

@@ -6,6 +6,7 @@ independent: row b of the loss depends on row b of the input alone, so one backw
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..dual import Dual, dual
 from ..ops.sensitivity import sensitivity
 from .attack_state import RandomState
 from .directions import normalize
+from .evaluate import checked_losses, input_gradient
 from .head import LMHead
 from .scopes import attackable
 
@@ -24,6 +26,7 @@ __all__ = [
     "gradient",
     "logits_func",
     "output_probe",
+    "power_iteration",
     "repeatable",
     "restrict",
     "row_dot",
@@ -92,16 +95,6 @@ def restrict(t: torch.Tensor, mask: torch.Tensor | None, agents: torch.Tensor | 
 # -- the loss along a segment ------------------------------------------------------------------------------------------
 
 
-def _losses(y: Any, batch: int, name: str = "loss_fn") -> torch.Tensor | Dual:
-    if not isinstance(y, (torch.Tensor, Dual)) or tuple(y.shape) != (batch,):
-        got = tuple(y.shape) if isinstance(y, (torch.Tensor, Dual)) else type(y).__name__
-        raise ValueError(
-            f"{name} must return one loss per batch row, shape ({batch},), got {got}: use reduction='none' and "
-            "reduce every axis but the first."
-        )
-    return y
-
-
 def curvature_along(
     loss_fn: Loss, x: torch.Tensor, d: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -124,7 +117,7 @@ def curvature_along(
     """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        y = _losses(loss_fn(dual(point, d.detach().to(x.dtype))), x.shape[0])
+        y = checked_losses(loss_fn(dual(point, d.detach().to(x.dtype))), x.shape[0])
         if not isinstance(y, Dual):
             raise ValueError(
                 "the result of loss_fn does not depend on its input (no tangent arrived): a detach(), a no-grad copy "
@@ -146,11 +139,8 @@ def gradient(loss_fn: Loss, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        y = _losses(loss_fn(point), x.shape[0])
-        g = torch.autograd.grad(y.sum(), point, allow_unused=True)[0] if y.requires_grad else None
-    if g is None:
-        raise ValueError("the result of loss_fn does not depend on its input: a detach() breaks the path.")
-    return y.detach(), g
+        y = checked_losses(loss_fn(point), x.shape[0])
+        return y.detach(), input_gradient(y, point)
 
 
 def difference_curvature(
@@ -235,7 +225,7 @@ def sandwich(
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         y = _output(func(point), torch.Tensor)
-        losses = _losses(output_loss(y), x.shape[0], "output_loss")
+        losses = checked_losses(output_loss(y), x.shape[0], "output_loss")
         assert isinstance(losses, torch.Tensor)
         g, y_bar = torch.autograd.grad(losses.sum(), [point, y])
     g = restrict(g, mask, agents)
@@ -243,6 +233,32 @@ def sandwich(
     lower = torch.where(outer == 0, 0.0, row_norm(g) / torch.where(outer == 0, 1.0, outer))
     _, y_tan = output_probe(func, x, row_unit(g), "l2")
     return lower, row_norm(y_tan)
+
+
+def power_iteration(
+    q_of: Callable[[torch.Tensor], torch.Tensor],
+    v: torch.Tensor,
+    iterations: int,
+    allowed: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Unit rows v after v ← JᵀMJ v / ‖JᵀMJ v‖, as ½ ∂q/∂v = JᵀMJ v for every metric M.
+
+    The values √q never fall from one iteration to the next; with singular values σ₁ > σ₂ the relative error falls like
+    (σ₂/σ₁)^{4·iterations}. A row that is mapped to zero keeps its direction: the start was unlucky, or J is zero.
+
+    Args:
+        q_of: q of a direction like `v`, whose sum over a row is ‖J v‖²_M.
+        v: first direction, ``[B, ...]``, unit rows.
+        iterations: at least 0.
+        allowed: sets what may not be attacked to zero.
+    """
+    for _ in range(iterations):
+        with torch.enable_grad():
+            leaf = v.detach().requires_grad_()
+            (pulled,) = torch.autograd.grad(q_of(leaf).sum(), leaf)
+        pulled = row_unit(allowed(pulled))
+        v = torch.where((row_norm(pulled) == 0).reshape(-1, *[1] * (v.dim() - 1)), v, pulled)
+    return v.detach()
 
 
 def spectral_norm(
@@ -253,34 +269,19 @@ def spectral_norm(
     mask: torch.Tensor | None = None,
     agents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """‖J‖₂ per batch row from below by power iteration on JᵀJ, and the direction that attains it.
-
-    Every iteration is a dual forward, ‖Jv‖, and its backward to the primal, Jᵀ(Jv). The values never fall from one
-    iteration to the next; with singular values σ₁ > σ₂ the relative error falls like (σ₂/σ₁)^{4·iterations}.
+    """‖J‖₂ per batch row from below by power iteration, and the direction that attains it.
 
     Args:
         func: returns ``[B, ..., D]``.
         x: the point, ``[B, ...]``.
         start: first direction, like `x`; random in general, the last result as a warm start.
         iterations: at least 1.
-        mask: as in :func:`restrict`.
-        agents: as in :func:`restrict`.
+        mask, agents: as in :func:`restrict`.
 
     Returns:
         ‖Jv‖ ``[B]`` at the last v, and v like `x` with unit rows.
     """
-    v = row_unit(restrict(start, mask, agents))
-    for _ in range(iterations):
-        with torch.enable_grad():
-            point = x.detach().requires_grad_()
-            y = _output(func(dual(point, v)), Dual)
-            y_tan = y.tangent.detach()
-            g = None
-            if y.primal.requires_grad:
-                (g,) = torch.autograd.grad((y.primal * y_tan).sum(), point, allow_unused=True)
-        if g is None:  # func is constant
-            break
-        pulled = row_unit(restrict(g, mask, agents))
-        # where Jv = 0 the start was unlucky or J is zero: keep it
-        v = torch.where((row_norm(pulled) == 0).reshape(-1, *[1] * (x.dim() - 1)), v, pulled)
+    allowed = functools.partial(restrict, mask=mask, agents=agents)
+    q_of = lambda v: sensitivity(_output(func(dual(x.detach(), v)), Dual), "l2")
+    v = power_iteration(q_of, row_unit(allowed(start)), iterations, allowed)
     return row_norm(output_probe(func, x, v, "l2")[1]), v

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import is_number
+from .checks import is_number, kind_of
 from .scopes import Groups
 
 __all__ = ["NORMS", "Ball", "checked_radius"]
@@ -99,8 +99,7 @@ def checked_radius(radius: object, groups: Groups) -> float | Tensor:
             raise ValueError(f"radius must be positive, got {radius}.")
         return float(radius)
     if not isinstance(radius, Tensor) or not radius.is_floating_point():
-        kind = radius.dtype if isinstance(radius, Tensor) else type(radius).__name__
-        raise TypeError(f"radius must be a number or a floating point tensor, got {kind}.")
+        raise TypeError(f"radius must be a number or a floating point tensor, got {kind_of(radius)}.")
     radius = radius.detach()
     b, g = groups.batch, groups.count
     if not bool((radius > 0).all()):

@@ -40,7 +40,7 @@ class StabilityReport:
         non_monotone: bool, the loss fell by more than rounding.
         projected: bool, the projection moved the step.
         alignment: ``[T − 1, B]``, cosine of successive directions; NaN where one is zero.
-        kappa: largest negative curvature found along the segment, ≥ 0.
+        kappa: largest negative curvature measured along the segment, ≥ 0.
         slopes: ⟨∇g, Δ⟩ at the start of the segment.
         violated: bool, κ‖Δ‖² > 2⟨∇g, Δ⟩: the step is not known to be monotone.
         eta_max: the largest step size, in the ascent's own unit, that the condition admits; infinite where κ = 0 and
@@ -84,7 +84,7 @@ class StabilityReport:
 
     def summary(self) -> dict[str, float]:
         """One number for each measured quantity, over all steps that moved and all rows; NaN where there are none."""
-        found = {
+        summary = {
             "loss_start": _mean(self.losses[0]),
             "loss_end": _mean(self.losses[-1]),
             "moved_fraction": _mean(self.moved),
@@ -97,27 +97,23 @@ class StabilityReport:
             assert self.violated is not None and self.unexplained is not None and self.eta_max is not None
             kappa = self.kappa[self.moved]
             finite = self.eta_max[self.moved & torch.isfinite(self.eta_max)]
-            found["kappa"] = _mean(self.kappa, self.moved)
-            found["kappa_max"] = kappa.max().item() if kappa.numel() else math.nan
-            found["eta_max_smallest"] = finite.min().item() if finite.numel() else math.inf
-            found["violated_fraction"] = _mean(self.violated, self.moved)
-            found["unexplained_fraction"] = _mean(self.unexplained, self.moved)
+            summary["kappa"] = _mean(self.kappa, self.moved)
+            summary["kappa_max"] = kappa.max().item() if kappa.numel() else math.nan
+            summary["eta_max_smallest"] = finite.min().item() if finite.numel() else math.inf
+            summary["violated_fraction"] = _mean(self.violated, self.moved)
+            summary["unexplained_fraction"] = _mean(self.unexplained, self.moved)
         for name in ("sensitivity", "gauss_newton", "second_order", "smoothness", "smoothness_at_gamma"):
             if (value := getattr(self, name)) is not None:
-                found[name] = _mean(value, self.moved)
+                summary[name] = _mean(value, self.moved)
         for name in ("hinge_active", "sandwich_lower", "sandwich_middle", "spectral_norm"):
             if (value := getattr(self, name)) is not None:
-                found[name] = _mean(value)
-        return found
+                summary[name] = _mean(value)
+        return summary
 
     def per_step(self) -> dict[str, list[float]]:
         """Mean over the batch of every measured quantity, one value per step (one less for ``alignment``)."""
-        found = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                found[field.name] = [_mean(row) for row in value]
-        return found
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: [_mean(row) for row in value] for name, value in columns.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: ``summary``, and the ``steps`` of :meth:`per_step`. Infinite and undefined values are None."""

@@ -19,9 +19,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["SCOPES", "Groups", "agent_labels", "attackable", "checked_agents"]
+from .checks import kind_of
+
+__all__ = ["SCOPES", "Groups", "agent_labels", "attackable", "checked_agents", "unit_of"]
 
 SCOPES = ("sequence", "token", "agent")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Groups:
@@ -30,7 +33,7 @@ class Groups:
     Args:
         scope: one of :data:`SCOPES`.
         shape: of the input.
-        agents: ``[*shape[:-1]]``, agent of every token, negative = nobody's; needed by ``"agent"``.
+        agents: ``[*shape[:-1]]``, agent of every token, negative = none; needed by ``"agent"``.
     """
 
     def __init__(self, scope: str, shape: torch.Size | tuple[int, ...], agents: Tensor | None = None) -> None:
@@ -94,6 +97,30 @@ class Groups:
         return wide if self._member is None else torch.where(wide == 0, 1.0, wide)
 
 
+def unit_of(scope: str, unit: str | None = None, scope_is_default: bool = False, of: str = "ascend") -> str:
+    """The unit of a penalty along directions of a scope: the scope's own, unless `unit` names another.
+
+    A direction of norm 1 in every token goes with the mean of q over tokens, one of norm 1 over a sequence (or over the
+    tokens of an agent) with its sum. Other pairs differ from these by the number of tokens.
+
+    Args:
+        scope: one of :data:`SCOPES`.
+        unit: as the caller named it, None for the scope's.
+        scope_is_default: the caller did not name the scope.
+        of: the function that took the default.
+
+    Raises:
+        ValueError: `unit` does not go with a scope that the caller did not name.
+    """
+    own = "token" if scope == "token" else "sequence"
+    if unit is not None and unit != own and scope_is_default:
+        raise ValueError(
+            f"unit={unit!r} does not go with scope={scope!r}, the default of {of}: leave unit out, or name both, "
+            f"{of}(scope={scope!r}) and unit={unit!r}, for quantities that differ by the number of tokens."
+        )
+    return unit or own
+
+
 def agent_labels(agents: Tensor) -> Tensor:
     """The different agents, ascending; ``[0]`` if there is none."""
     labels = agents.unique()
@@ -110,15 +137,9 @@ def checked_agents(agents: object, x: Tensor) -> Tensor | None:
     """
     if agents is None:
         return None
-    if (
-        not isinstance(agents, Tensor)
-        or agents.is_floating_point()
-        or agents.is_complex()
-        or agents.dtype == torch.bool
-    ):
-        kind = agents.dtype if isinstance(agents, Tensor) else type(agents).__name__
+    if not isinstance(agents, Tensor) or agents.dtype not in _INTEGERS:
         raise TypeError(
-            f"agents must be an integer tensor (the agent of every token, negative = nobody's), got {kind}."
+            f"agents must be an integer tensor (the agent of every token, negative = none), got {kind_of(agents)}."
         )
     if agents.shape != x.shape[:-1]:
         raise ValueError(
@@ -132,7 +153,7 @@ def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
 
     Args:
         mask: ``[*x.shape[:-1]]`` or broadcastable to `x`; bool or integer, nonzero = may be attacked.
-        agents: tokens of nobody (negative) are left alone.
+        agents: tokens of no agent (negative) are left alone.
 
     Raises:
         TypeError: the mask is no bool or integer tensor.
@@ -141,8 +162,9 @@ def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
     keep = None if agents is None else (agents >= 0).unsqueeze(-1)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool or integer tensor (nonzero = may be attacked), got {kind}.")
+            raise TypeError(
+                f"mask must be a bool or integer tensor (nonzero = may be attacked), got {kind_of(mask)}."
+            )
         wide = (mask != 0).to(x.device)
         if mask.shape == x.shape[:-1]:
             wide = wide.unsqueeze(-1)
@@ -159,6 +181,6 @@ def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
     if keep is not None and not bool(keep.any()):
         raise ValueError(
             "mask and agents leave nothing to attack: nonzero in mask means that a token may be attacked, a negative "
-            "number in agents that it belongs to nobody."
+            "number in agents that it belongs to no agent."
         )
     return keep

@@ -35,8 +35,9 @@ from torch import nn
 
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
-from .checks import check_integers, check_number
+from .checks import check_choices, check_integers, check_number
 from .head import LMHead, as_head
+from .options import UNITS
 from .report import StabilityReport
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def stability_report(
     gamma: float | None = None,
     output_mask: torch.Tensor | None = None,
     output_bounds: tuple[float, float] | None = None,
-    unit: str = "sequence",
+    unit: str | None = None,
     power_iterations: int = 0,
     generator: torch.Generator | None = None,
     module: nn.Module | Iterable[nn.Module] | None = None,
@@ -115,7 +116,8 @@ def stability_report(
         output_mask: the units (tokens) of func's output that the loss reads, ``[B, ...]``; True = included.
         output_bounds: (L_out, G_out), the bounds of ∇²L (relative to q) and of ‖∇L‖ per unit of the output; by
             default those of cross-entropy summed over units. Divide them by the number of units for a mean.
-        unit: ``"sequence"`` compares the summed q of a row with γ, ``"token"`` that of each unit.
+        unit: ``"sequence"`` compares the summed q of a row with γ, ``"token"`` that of each unit. It follows the scope
+            of the trajectory; another one needs ``ascend(scope=)`` too.
         power_iterations: iterations for ‖J‖₂, the upper end of the sandwich; 0 leaves it out. Needs `func`.
         generator: of the random start of the power iteration.
         module: the model, or several: their parameters' gradients are switched off meanwhile, which saves the backward
@@ -130,7 +132,9 @@ def stability_report(
         TypeError, ValueError: an argument has a wrong type, shape or value.
         UnsupportedOperation: `loss_fn` or `func` uses a function without a derivative rule.
     """
-    _check(x, traj, curvature, samples, func, output_loss, metric, gamma, unit, power_iterations, tolerance)
+    _check(x, traj, curvature, samples, func, output_loss, metric, gamma, power_iterations, tolerance)
+    unit = traj.unit(unit)
+    check_choices(UNITS, unit=unit)
     modules, random = modules_of(module), RandomState(x.device)
     loss_fn = probes.repeatable(loss_fn, random)
     try:
@@ -256,11 +260,11 @@ def _smoothness(
         seconds.append(bounds[1] * bend_max)
         largest.append(q_max)
     first, second = torch.stack(firsts), torch.stack(seconds)
-    found = {"gauss_newton": first, "second_order": second, "smoothness": first + second}
-    found["sensitivity"] = torch.stack(largest).sqrt()
+    fields = {"gauss_newton": first, "second_order": second, "smoothness": first + second}
+    fields["sensitivity"] = torch.stack(largest).sqrt()
     if gamma is not None:
-        found["smoothness_at_gamma"] = bounds[0] * gamma**2 + second
-    return found
+        fields["smoothness_at_gamma"] = bounds[0] * gamma**2 + second
+    return fields
 
 
 def _hinge(
@@ -291,20 +295,19 @@ def _sandwich(
     generator: torch.Generator | None,
 ) -> dict[str, torch.Tensor]:
     """‖Jᵀ∇L‖/‖∇L‖ ≤ ‖Ju‖ ≤ ‖J‖₂ at the start of every step, u of unit norm over the whole row."""
-    found: dict[str, list[torch.Tensor]] = {}
+    fields: dict[str, list[torch.Tensor]] = {}
     v: torch.Tensor | None = None
     for point in traj.points[:-1]:
         if output_loss is not None:
             lower, middle = probes.sandwich(policy, output_loss, point, traj.mask, traj.agents)
-            found.setdefault("sandwich_lower", []).append(lower)
-            found.setdefault("sandwich_middle", []).append(middle)
+            fields.setdefault("sandwich_lower", []).append(lower)
+            fields.setdefault("sandwich_middle", []).append(middle)
         if iterations:
-            if v is None:  # later steps start from the direction found before
-                noise = torch.randn(point.shape, generator=generator, dtype=point.dtype, device=point.device)
-                v = noise
+            if v is None:  # later steps start from the direction of the one before
+                v = torch.randn(point.shape, generator=generator, dtype=point.dtype, device=point.device)
             norm, v = probes.spectral_norm(policy, point, v, iterations, traj.mask, traj.agents)
-            found.setdefault("spectral_norm", []).append(norm)
-    return {name: torch.stack(values) for name, values in found.items()}
+            fields.setdefault("spectral_norm", []).append(norm)
+    return {name: torch.stack(values) for name, values in fields.items()}
 
 
 def _alignment(directions: torch.Tensor) -> torch.Tensor:
@@ -326,17 +329,11 @@ def _check(
     output_loss: Any,
     metric: str,
     gamma: float | None,
-    unit: str,
     power_iterations: int,
     tolerance: float | None,
 ) -> None:
-    for name, value, choices in (
-        ("curvature", curvature, CURVATURES),
-        ("metric", metric, tuple(OUTPUT_BOUNDS)),
-        ("unit", unit, ("sequence", "token")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    check_choices(CURVATURES, curvature=curvature)
+    check_choices(OUTPUT_BOUNDS, metric=metric)
     if not isinstance(x, torch.Tensor) or x.shape != traj.x.shape:
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be the input of traj, shape {tuple(traj.x.shape)}, got {got}.")

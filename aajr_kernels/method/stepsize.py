@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .checks import is_number
+from .checks import is_number, kind_of
+from .evaluate import Evaluator
 from .scopes import Groups
 
-if TYPE_CHECKING:
-    from .ascent import _Attack
-
-__all__ = ["AutoStep", "GivenStep", "Move", "checked_step_size"]
+__all__ = ["AutoStep", "GivenStep", "StepEnd", "checked_step_size"]
 
 #: a first step as long as this share of the ball's radius times T reaches the border from the centre with some to spare
 TRIAL = 2.5
@@ -37,8 +34,8 @@ ULPS = 8.0
 
 
 @dataclass
-class Move:
-    """Where a step led.
+class StepEnd:
+    """The end of a step.
 
     Attributes:
         delta: like x.
@@ -73,8 +70,9 @@ def checked_step_size(step_size: object, steps: int, x: Tensor) -> str | Tensor:
             raise ValueError(f"step_size must be positive and finite, got {step_size}.")
         return torch.full(shape, float(step_size), dtype=dtype, device=x.device)
     if not isinstance(step_size, Tensor) or not step_size.is_floating_point():
-        kind = step_size.dtype if isinstance(step_size, Tensor) else type(step_size).__name__
-        raise TypeError(f"step_size must be 'auto', a number or a floating point tensor, got {kind}.")
+        raise TypeError(
+            f"step_size must be 'auto', a number or a floating point tensor, got {kind_of(step_size)}."
+        )
     if step_size.shape not in ((), shape[1:], shape, (steps, 1)):
         raise ValueError(
             f"step_size must be a number, [{shape[1]}] (one per batch row) or [{steps}, {shape[1]}] (steps by rows), "
@@ -88,21 +86,21 @@ def checked_step_size(step_size: object, steps: int, x: Tensor) -> str | Tensor:
 class GivenStep:
     """Step sizes from outside, ``[T, B]``."""
 
-    def __init__(self, attack: _Attack, step_sizes: Tensor) -> None:
-        self.attack, self.step_sizes = attack, step_sizes
+    def __init__(self, evaluator: Evaluator, step_sizes: Tensor) -> None:
+        self.evaluator, self.step_sizes = evaluator, step_sizes
 
     def take(
         self, t: int, delta: Tensor, direction: Tensor, losses: Tensor, gradient: Tensor, want: str
-    ) -> Move:
+    ) -> StepEnd:
         """Step t, and the ``"gradient"``, the ``"loss"`` or ``"none"`` of both at its end."""
-        attack, step_size = self.attack, self.step_sizes[t]
-        there, projected = attack.moved(delta, direction, step_size)
+        evaluator, step_size = self.evaluator, self.step_sizes[t]
+        there, projected = evaluator.step(delta, direction, step_size)
         if want == "gradient":
-            losses, gradient = attack.gradient(there)
+            losses, gradient = evaluator.gradient(there)
         else:
-            losses = attack.loss(there) if want == "loss" else torch.full_like(losses, math.nan)
+            losses = evaluator.loss(there) if want == "loss" else torch.full_like(losses, math.nan)
             gradient = torch.zeros_like(gradient)
-        return Move(there, losses, gradient, step_size, projected)
+        return StepEnd(there, losses, gradient, step_size, projected)
 
 
 class AutoStep:
@@ -113,36 +111,36 @@ class AutoStep:
     measured κ gives the length of the next trial: it may double, and is bounded by the diameter of the ball.
     """
 
-    def __init__(self, attack: _Attack, steps: int, max_backtracks: int) -> None:
-        self.attack, self.max_backtracks = attack, max_backtracks
-        self.rows = Groups("sequence", attack.wide.shape)
-        self.reach = attack.ball.reach(attack.plan.keep, attack.wide)
+    def __init__(self, evaluator: Evaluator, steps: int, max_backtracks: int) -> None:
+        self.evaluator, self.max_backtracks = evaluator, max_backtracks
+        self.rows = Groups("sequence", evaluator.wide.shape)
+        self.reach = evaluator.ball.reach(evaluator.keep, evaluator.wide)
         self.share = min(TRIAL / steps, GROWTH)
         self.curvature: Tensor | None = None  # κ of the last step, [B]
         self.length: Tensor | None = None  # ‖η s‖ last tried, [B]
 
     def take(
         self, t: int, delta: Tensor, direction: Tensor, losses: Tensor, gradient: Tensor, want: str
-    ) -> Move:
+    ) -> StepEnd:
         """Step t; see :meth:`GivenStep.take`."""
-        attack = self.attack
+        evaluator = self.evaluator
         # lengths from here on: a raw gradient may be tiny, and what follows squares the direction
         size = self.rows.norm(direction).squeeze(-1)
         direction = self.rows.unit(direction)
         trial = self._trial(direction, gradient)
         nowhere = torch.zeros_like(trial)
-        best = Move(delta, losses, gradient, nowhere, nowhere.bool())
+        best = StepEnd(delta, losses, gradient, nowhere, nowhere.bool())
         trial, still = self._uphill(delta, direction, gradient, trial)
         taken, kappa = still, nowhere
         for attempt in range(self.max_backtracks + 1):
-            if attack.all(taken):
+            if evaluator.all(taken):
                 break
-            there, projected = attack.moved(delta, direction, trial)
+            there, projected = evaluator.step(delta, direction, trial)
             there = _where(taken, best.delta, there)
             if want == "gradient":
-                new_losses, new_gradient = attack.gradient(there)
+                new_losses, new_gradient = evaluator.gradient(there)
             else:
-                new_losses, new_gradient = attack.loss(there), gradient
+                new_losses, new_gradient = evaluator.loss(there), gradient
             displacement = there - delta
             slope = _row_dot(gradient, displacement)
             gain = (new_losses - losses).to(slope)
@@ -153,8 +151,8 @@ class AutoStep:
             uphill = slope > self._noise(gradient, there)
             fine = (bend <= slope + slack) & uphill & bend.isfinite() & ~taken
             kappa = torch.where(fine, bend.clamp(min=0) / displacement.flatten(1).square().sum(-1), kappa)
-            found = Move(there, new_losses, new_gradient, trial, projected)
-            best, taken = _merge(fine, found, best), taken | fine
+            attempted = StepEnd(there, new_losses, new_gradient, trial, projected)
+            best, taken = _merge(fine, attempted, best), taken | fine
             if attempt < self.max_backtracks:
                 # the bend grows with the square of the length, the slope with the length
                 factor = torch.nan_to_num(SAFETY * slope / bend, nan=LEAST).clamp(LEAST, MOST)
@@ -169,7 +167,7 @@ class AutoStep:
     ) -> tuple[Tensor, Tensor]:
         """Shorter trials where the projection turns a step downhill, and the rows where none leads uphill."""
         for _ in range(self.max_backtracks + 1):
-            there, _projected = self.attack.moved(delta, direction, trial)
+            there, _projected = self.evaluator.step(delta, direction, trial)
             level = _row_dot(gradient, there - delta) <= self._noise(gradient, there)
             if not bool((level & (trial > 0)).any()):
                 break
@@ -178,9 +176,11 @@ class AutoStep:
 
     def _trial(self, direction: Tensor, gradient: Tensor) -> Tensor:
         """First length to try, ``[B]``, of a direction whose rows have length 1; 0 where it is zero."""
-        shares = self.attack.groups.norm(direction)
-        moving = shares > 0
-        reach = torch.where(moving, self.reach / torch.where(moving, shares, 1.0), torch.inf).amin(-1)
+        shares = self.evaluator.ball.groups.norm(direction)
+        has_direction = shares > 0
+        reach = torch.where(
+            has_direction, self.reach / torch.where(has_direction, shares, 1.0), torch.inf
+        ).amin(-1)
         reach = torch.where(reach.isinf(), 0.0, reach)
         if self.curvature is None or self.length is None:
             return reach * self.share
@@ -198,15 +198,15 @@ class AutoStep:
 
     def _epsilon(self, losses: Tensor) -> float:
         """Rounding unit of the coarsest arithmetic known to be inside the loss."""
-        dtypes = [losses.dtype, self.attack.x.dtype]
-        device = self.attack.x.device.type
+        dtypes = [losses.dtype, self.evaluator.x.dtype]
+        device = self.evaluator.x.device.type
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _merge(rows: Tensor, new: Move, old: Move) -> Move:
-    return Move(*(_where(rows, a, b) for a, b in zip(new.__dict__.values(), old.__dict__.values())))
+def _merge(rows: Tensor, new: StepEnd, old: StepEnd) -> StepEnd:
+    return StepEnd(*(_where(rows, a, b) for a, b in zip(new.__dict__.values(), old.__dict__.values())))
 
 
 def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:

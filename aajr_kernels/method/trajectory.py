@@ -11,16 +11,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..torch_private import pytree
-from .checks import check_integers, check_scalar
-from .penalty import Measured, measure, reduce_units, units_of
-from .scopes import Groups, agent_labels
+from .checks import check_choices, check_integers
+from .options import PenaltyOptions
+from .penalty import Measured, measure
+from .scopes import Groups, agent_labels, unit_of
 
 __all__ = ["PenaltyStatistics", "Trajectory", "trajectory_penalty"]
 
@@ -50,6 +51,7 @@ class Trajectory:
         agents: ``[*x.shape[:-1]]``, or None.
         gradients: ``[T+1, *x.shape]``, the gradients at `points`, where they were kept.
         evaluations: calls of the loss: with a gradient, and without; of all restarts together.
+        scope_is_default: :func:`ascend` was called without a scope, so that another unit has to name it.
     """
 
     x: Tensor
@@ -68,6 +70,7 @@ class Trajectory:
     agents: Tensor | None = None
     gradients: Tensor | None = None
     evaluations: tuple[int, int] = (0, 0)
+    scope_is_default: bool = False
 
     def __len__(self) -> int:
         """T, the number of steps."""
@@ -77,6 +80,14 @@ class Trajectory:
     def groups(self) -> Groups:
         """The groups of the scope."""
         return Groups(self.scope, self.x.shape, self.agents)
+
+    def unit(self, unit: str | None = None) -> str:
+        """The unit of penalties along the trajectory: `unit` where it is named, else that of the scope.
+
+        Raises:
+            ValueError: they do not go together, and the scope is not named.
+        """
+        return unit_of(self.scope, unit, self.scope_is_default)
 
     @property
     def worst_index(self) -> Tensor:
@@ -164,8 +175,10 @@ def trajectory_penalty(
             ``batch_steps``, as are `mask` and `labels`.
         generator: of ``"random"``.
         penalty_options: metric, head, labels, gamma, form, mask, unit, reduction, denominator, return_primal and
-            penalty_weight, see :func:`aligned_penalty`. With ``reduction="none"`` the mean over steps keeps
-            ``[K, *units]``. With ``return_primal=True`` the last measurement's primal is in the statistics.
+            penalty_weight, see :func:`aligned_penalty`. `unit` follows the scope of the trajectory: ``"token"`` for
+            directions of norm 1 per token, else ``"sequence"``; another one needs ``ascend(scope=)`` too. With
+            ``reduction="none"`` the mean over steps keeps ``[K, *units]``. With ``return_primal=True`` the last
+            measurement's primal is in the statistics.
 
     Returns:
         The penalty, and :class:`PenaltyStatistics`.
@@ -174,39 +187,35 @@ def trajectory_penalty(
         TypeError, ValueError: an argument has a wrong type, shape or value; whatever :func:`aligned_penalty` raises.
     """
     _check(x, traj, steps, direction, at, per_agent, batch_steps, inputs)
-    if unknown := sorted(set(penalty_options) - set(measure.__kwdefaults__ or ())):
+    if unknown := sorted(set(penalty_options) - {field.name for field in fields(PenaltyOptions)}):
         raise TypeError(
             f"trajectory_penalty() has no option {', '.join(unknown)}, and aligned_penalty() neither."
         )
-    if penalty_options.get("penalty_weight") is not None:
-        check_scalar("penalty_weight", penalty_options["penalty_weight"])
-    index, shares = _chosen(traj, steps, weights, generator)
+    options = PenaltyOptions(**penalty_options | {"unit": traj.unit(penalty_options.get("unit"))})
+    index, shares = _steps_and_shares(traj, steps, weights, generator)
     place = "end" if steps == "worst" else at or "start"
-    share_primal = bool(penalty_options.get("return_primal"))
-    measured: list[Measured] = []
     total: Tensor | None = None
     columns: list[dict[str, Tensor]] = []
-    for part in _chunks(len(index), batch_steps, share_primal):
+    primal = None
+    for part in _chunks(len(index), batch_steps, options.return_primal):
         rows, share = index[part], shares[part]
         point = traj.worst.unsqueeze(0) if steps == "worst" else _points(traj, rows, place)
-        tangents = _tangents(traj, rows, direction, per_agent)
-        options = _options(penalty_options, x, len(rows), float(share.sum()), part.stop == len(index))
         if x.requires_grad:  # the value stays that of the point, to the last bit
             point = point + (x - x.detach())
         repeated = _repeated(dict(inputs or {}), x.shape[0], len(rows))
-        flat, v = point.flatten(0, 1), tangents.flatten(1, 2)
         call = functools.partial(func, **repeated) if inputs else func
-        found = measure(call, flat, v, **options)
-        value = _weighted(found, share, options)
+        here = _for_points(options, x, len(rows), float(share.sum()), part.stop == len(index))
+        v = _tangents(traj, rows, direction, per_agent).flatten(1, 2)
+        measured = measure(call, point.flatten(0, 1), v, here)
+        value, primal = _weighted(measured, share, here), measured.primal
         total = value if total is None else total + value
-        measured.append(found)
-        columns.append(_statistics(found.q, len(rows), penalty_options))
+        columns.append(_statistics(measured.q, len(rows), options))
     assert total is not None
     joined = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
-    return total, PenaltyStatistics(index, shares, **joined, primal=measured[-1].primal)
+    return total, PenaltyStatistics(index, shares, **joined, primal=primal)
 
 
-def _chosen(
+def _steps_and_shares(
     traj: Trajectory, steps: str, weights: Sequence[float] | Tensor | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Step of every batch row ``[S, B]`` in S measurements, and their weights ``[S]``."""
@@ -250,8 +259,8 @@ def drawn_steps(shares: Tensor, count: int, generator: torch.Generator | None) -
 def _chunks(count: int, size: int, last_alone: bool) -> list[slice]:
     """Measurements by forward; one whose primal is wanted has a forward of its own."""
     together = count - 1 if last_alone else count
-    found = [slice(i, min(i + size, together)) for i in range(0, together, size)]
-    return [*found, slice(together, count)] if last_alone else found
+    chunks = [slice(i, min(i + size, together)) for i in range(0, together, size)]
+    return [*chunks, slice(together, count)] if last_alone else chunks
 
 
 def _points(traj: Trajectory, index: Tensor, place: str) -> Tensor:
@@ -269,17 +278,15 @@ def _tangents(traj: Trajectory, index: Tensor, direction: str, per_agent: bool) 
     groups = (
         Groups("agent", along.shape[1:], traj.agents) if per_agent and traj.scope != "token" else traj.groups
     )
-    scaled = direction != "ascent" or groups.scope != traj.scope
-    found = (
-        torch.stack([_unit(v, groups) for v in (along.sign() if direction == "sign" else along)])
-        if scaled
-        else along
-    )
+    if direction == "sign":
+        along = along.sign()
+    if direction != "ascent" or groups.scope != traj.scope:
+        along = torch.stack([_unit(v, groups) for v in along])
     if not per_agent:
-        return found.unsqueeze(0)
+        return along.unsqueeze(0)
     assert traj.agents is not None
     return torch.stack(
-        [torch.where((traj.agents == a).unsqueeze(-1), found, 0.0) for a in agent_labels(traj.agents)]
+        [torch.where((traj.agents == a).unsqueeze(-1), along, 0.0) for a in agent_labels(traj.agents)]
     )
 
 
@@ -294,20 +301,23 @@ def gathered(values: Tensor, index: Tensor) -> Tensor:
     return values[index.to(values.device), torch.arange(values.shape[1], device=values.device)]
 
 
-def _options(given: Mapping[str, Any], x: Tensor, count: int, share: float, last: bool) -> dict[str, Any]:
-    """The penalty's options for `count` points at once, which carry `share` of the weight."""
-    options = dict(given)
-    if not last:  # the loss is that of the last measurement
-        options["return_primal"], options["labels"] = False, None
-    if options.get("penalty_weight") is not None:
-        options["penalty_weight"] = options["penalty_weight"] * share
+def _for_points(
+    options: PenaltyOptions, x: Tensor, count: int, share: float, is_last: bool
+) -> PenaltyOptions:
+    """The options for `count` points at once, which carry `share` of the weight."""
+    changes: dict[str, Any] = {}
+    if not is_last:  # the loss is that of the last measurement
+        changes = {"return_primal": False, "labels": None}
+    if options.penalty_weight is not None:
+        changes["penalty_weight"] = options.penalty_weight * share
     if count > 1:
-        for name in ("mask", "labels"):
-            if options.get(name) is not None:
-                options[name] = _repeated({name: options[name]}, x.shape[0], count)[name]
-        if options.get("denominator") is not None:
-            options["denominator"] = options["denominator"] * count
-    return options
+        per_row = {"mask": options.mask, "labels": changes.get("labels", options.labels)}
+        for name, value in per_row.items():
+            if value is not None:
+                changes[name] = _repeated({name: value}, x.shape[0], count)[name]
+        if options.denominator is not None:
+            changes["denominator"] = options.denominator * count
+    return replace(options, **changes) if changes else options
 
 
 def _repeated(inputs: dict[str, Any], batch: int, count: int) -> dict[str, Any]:
@@ -331,40 +341,39 @@ def _repeated(inputs: dict[str, Any], batch: int, count: int) -> dict[str, Any]:
     return repeated
 
 
-def _weighted(found: Measured, share: Tensor, options: Mapping[str, Any]) -> Tensor:
+def _weighted(measured: Measured, share: Tensor, options: PenaltyOptions) -> Tensor:
     """The measurements of one forward, summed with their weights."""
-    count, reduction = len(share), options.get("reduction", "mean")
-    none = reduction == "none"
-    if count == 1 or (not none and bool((share == share[0]).all())):
+    count, reduction = len(share), options.reduction
+    if count == 1 or (reduction != "none" and bool((share == share[0]).all())):
         # a mean over several points is that of their means, a sum is the sum of their sums
         factor = float(share.sum() if reduction == "mean" else share[0])
-        return found.penalty if factor == 1.0 else found.penalty * factor
-    if none:
-        values = found.penalty.unflatten(1, (count, -1)).movedim(1, 0)
+        return measured.penalty if factor == 1.0 else measured.penalty * factor
+    if reduction == "none":
+        values = measured.penalty.unflatten(1, (count, -1)).movedim(1, 0)
     else:  # another weight for every step: reduced one by one
-        shape = {name: options[name] for name in ("gamma", "form", "unit", "reduction") if name in options}
-        rows = found.q.shape[1] // count
-        masks = [None] * count if options.get("mask") is None else options["mask"].split(rows)
-        denominator = options.get("denominator")
-        if denominator is not None:
-            shape["denominator"] = denominator / count
+        rows = measured.q.shape[1] // count
+        masks = [None] * count if options.mask is None else options.mask.split(rows)
+        denominator = None if options.denominator is None else options.denominator / count
         values = torch.stack(
-            [reduce_units(q, mask=m, **shape) for q, m in zip(found.q.split(rows, 1), masks)]
+            [
+                replace(options, mask=mask, denominator=denominator).reduce(q)
+                for q, mask in zip(measured.q.split(rows, 1), masks)
+            ]
         )
     return (values * share.to(values).reshape(-1, *(1,) * (values.dim() - 1))).sum(0)
 
 
 @torch.no_grad()
-def _statistics(q: Tensor, count: int, options: Mapping[str, Any]) -> dict[str, Tensor]:
+def _statistics(q: Tensor, count: int, options: PenaltyOptions) -> dict[str, Tensor]:
     """q ``[K, S · B, *batch]`` of one forward in numbers ``[S, K]``."""
-    gamma, columns = options.get("gamma") or 0.0, []
+    columns = []
     for part in q.detach().split(q.shape[1] // count, 1) if count > 1 else (q.detach(),):
-        units, keep = units_of(part, options.get("mask"), options.get("unit", "token"))
+        units, keep = options.units(part)
         units = units.reshape(len(units), -1)
         number: Any = units.shape[1]
         if keep is not None:
             units, number = torch.where(keep.reshape(-1), units, 0.0), keep.sum().clamp(min=1)
-        above = (units > gamma**2).to(units).sum(-1)
+        above = (units > (options.gamma or 0.0) ** 2).to(units).sum(-1)
         columns.append(torch.stack([units.sum(-1) / number, units.amax(-1), above / number]))
     mean, largest, active = torch.stack(columns, 1)
     return {"q": mean, "q_max": largest, "active": active}
@@ -387,13 +396,9 @@ def _check(
         raise ValueError(
             f"x must be the clean input of the trajectory, {traj.x.dtype} {tuple(traj.x.shape)}, got {got}."
         )
-    for name, value, choices in (
-        ("steps", steps, STEPS),
-        ("direction", direction, DIRECTIONS),
-        ("at", at or "start", PLACES),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    check_choices(STEPS, steps=steps)
+    check_choices(DIRECTIONS, direction=direction)
+    check_choices(PLACES, at=at or "start")
     if steps == "worst" and at is not None:
         raise ValueError(
             f"at does not go with steps='worst', which is the worst point itself, got at={at!r}."

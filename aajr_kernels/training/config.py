@@ -13,10 +13,10 @@ import torch
 from ..method.ascent import INITS
 from ..method.ascent import STEPS as KINDS
 from ..method.baselines import METHODS
-from ..method.checks import check_integers, check_number
-from ..method.penalty import FORMS, METRICS, UNITS
+from ..method.checks import check_choices, check_integers, check_number
+from ..method.options import FORMS, METRICS, UNITS
 from ..method.projection import NORMS
-from ..method.scopes import SCOPES
+from ..method.scopes import SCOPES, unit_of
 from ..method.trajectory import DIRECTIONS
 from .schedules import Schedule, checked_schedule
 
@@ -36,6 +36,7 @@ class Attack:
             direction of that length. A model gains nothing by inflating its embeddings, and the same numbers serve
             models whose embeddings differ in scale.
         steps: T.
+        scope: ``"token"`` by default.
         step_size: ``"auto"`` or a number.
         eval_mode: without dropout; by default with the dropout mask of the training forward.
     """
@@ -46,7 +47,7 @@ class Attack:
     step_size: float | str = "auto"
     step: str = "normalized"
     norm: str = "l2"
-    scope: str = "token"
+    scope: str | None = None
     init: str = "zero"
     restarts: int = 1
     eval_mode: bool = False
@@ -54,10 +55,11 @@ class Attack:
     def __post_init__(self) -> None:
         checked_schedule(self.radius, "radius")
         check_integers(1, steps=self.steps, restarts=self.restarts)
-        _one_of(KINDS, step=self.step)
-        _one_of(NORMS, norm=self.norm)
-        _one_of(SCOPES, scope=self.scope)
-        _one_of(INITS, init=self.init)
+        check_choices(KINDS, step=self.step)
+        check_choices(NORMS, norm=self.norm)
+        if self.scope is not None:
+            check_choices(SCOPES, scope=self.scope)
+        check_choices(INITS, init=self.init)
         if not isinstance(self.step_size, str):
             check_number("step_size", self.step_size)
         if self.step_size != "auto" and (
@@ -82,7 +84,9 @@ class Penalty:
             are attended to.
         direction, at, per_agent, batch_steps, weights: of ``trajectory_penalty``, for ``"aligned"``; `weights` of the
             baselines too.
-        metric, form, unit: of ``aligned_penalty``.
+        metric, form: of ``aligned_penalty``.
+        unit: follows the scope of the attack: ``"token"``, or ``"sequence"`` for the scopes ``"sequence"`` and
+            ``"agent"``. Another one needs ``Attack(scope=)`` too.
         samples, iterations, h: of :func:`~aajr_kernels.method.baseline_penalty`.
     """
 
@@ -98,19 +102,20 @@ class Penalty:
     weights: tuple[float, ...] | None = None
     metric: str = "fisher"
     form: str = "squared"
-    unit: str = "token"
+    unit: str | None = None
     samples: int = 1
     iterations: int = 4
     h: float = 1e-2
 
     def __post_init__(self) -> None:
-        _one_of(("none", *METHODS), method=self.method)
-        _one_of(STEPS, steps=self.steps)
-        _one_of(("loss", "attention"), tokens=self.tokens)
-        _one_of(METRICS, metric=self.metric)
-        _one_of(FORMS, form=self.form)
-        _one_of(UNITS, unit=self.unit)
-        _one_of(DIRECTIONS, direction=self.direction)
+        check_choices(("none", *METHODS), method=self.method)
+        check_choices(STEPS, steps=self.steps)
+        check_choices(("loss", "attention"), tokens=self.tokens)
+        check_choices(METRICS, metric=self.metric)
+        check_choices(FORMS, form=self.form)
+        if self.unit is not None:
+            check_choices(UNITS, unit=self.unit)
+        check_choices(DIRECTIONS, direction=self.direction)
         check_integers(1, batch_steps=self.batch_steps, samples=self.samples)
         check_integers(0, iterations=self.iterations)
         check_number("h", self.h)
@@ -152,12 +157,19 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The objective without the loop around it: for :class:`~.step.Objective` and the trainers built on it.
+    """The objective, without the loop around it.
 
     Attributes:
-        attack, penalty, adversarial_weight, clean_weight, shift_labels, diagnostics: as in :class:`FitConfig`.
-        seed: of the attack's draws, which depend on it, on the step and on the micro-batch alone; None: 0 in a loop of
-            your own, the trainer's seed in a trainer.
+        attack, penalty: as they say; here their scope and unit are what they stand for, never None.
+        adversarial_weight, clean_weight: of the losses at the worst point and at the clean input; schedules.
+        shift_labels: labels come as for Hugging Face, ``labels[:, t]`` being the token at t; False: the target at t.
+        seed: of the attack's draws, which depend on it, on the step and on the micro-batch only; None: that of
+            :class:`FitConfig` or of the trainer, and 0 in a loop of your own.
+        diagnostics: of the inner maximisation, or None.
+
+    Raises:
+        TypeError, ValueError: a type or a value is wrong; the penalty's unit does not go with a scope that the attack
+            does not name.
     """
 
     attack: Attack = field(default_factory=Attack)
@@ -169,7 +181,17 @@ class ObjectiveConfig:
     diagnostics: Diagnostics | None = None
 
     def __post_init__(self) -> None:
-        _checked_objective(self)
+        _check_types(self, attack=Attack, penalty=Penalty)
+        if self.diagnostics is not None:
+            _check_types(self, diagnostics=Diagnostics)
+        if self.seed is not None:
+            check_integers(0, seed=self.seed)
+        for name in ("adversarial_weight", "clean_weight"):
+            checked_schedule(getattr(self, name), name)
+        scope = self.attack.scope or "token"
+        unit = unit_of(scope, self.penalty.unit, self.attack.scope is None, "Attack")
+        object.__setattr__(self, "attack", dataclasses.replace(self.attack, scope=scope))
+        object.__setattr__(self, "penalty", dataclasses.replace(self.penalty, unit=unit))
 
 
 @dataclass(frozen=True)
@@ -178,16 +200,14 @@ class FitConfig:
 
     Attributes:
         steps: optimizer steps in all.
-        attack, penalty: as they say.
-        adversarial_weight, clean_weight: of the losses at the worst point and at the clean input; schedules.
+        objective: what is minimised.
         accumulate: micro-batches per step. Losses and penalties are means over all tokens of the step, however they
             are spread over its micro-batches.
         learning_rate, betas, weight_decay: of the AdamW that is made if no optimizer is given; the rate is a schedule,
             and matrices decay, vectors do not.
         clip_norm: largest norm of the gradient, or None.
         autocast: ``torch.bfloat16``, or None.
-        shift_labels: labels come as for Hugging Face, ``labels[:, t]`` being the token at t; False: the target at t.
-        seed: of the global generators at the start, and of the attack's draws.
+        seed: of the global generators at the start, and of the attack's draws where the objective has none.
         non_finite: ``"raise"`` :class:`NonFiniteLossError` before the parameters are touched, or ``"skip"`` the step.
         max_skips: consecutive skipped steps after which it is raised all the same.
         checkpoint_every: steps between checkpoints; the last step has one too. A crash loses at most as many.
@@ -195,22 +215,17 @@ class FitConfig:
         trainable_only: checkpoints hold the parameters that require a gradient (adapters) and no frozen ones.
         log_every, evaluate_every: steps between rows of ``metrics.jsonl`` and calls of ``evaluate``; 0: no evaluation
             but the last.
-        diagnostics: of the inner maximisation, or None.
         tensorboard: also write to TensorBoard.
     """
 
     steps: int
-    attack: Attack = field(default_factory=Attack)
-    penalty: Penalty = field(default_factory=Penalty)
-    adversarial_weight: Schedule = 1.0
-    clean_weight: Schedule = 0.0
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     accumulate: int = 1
     learning_rate: Schedule = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     autocast: torch.dtype | None = None
-    shift_labels: bool = True
     seed: int = 0
     non_finite: str = "raise"
     max_skips: int = 10
@@ -219,18 +234,17 @@ class FitConfig:
     trainable_only: bool = False
     log_every: int = 1
     evaluate_every: int = 0
-    diagnostics: Diagnostics | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_integers(1, steps=self.steps, accumulate=self.accumulate, max_skips=self.max_skips)
         check_integers(1, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
-        check_integers(0, evaluate_every=self.evaluate_every)
+        check_integers(0, evaluate_every=self.evaluate_every, seed=self.seed)
         if self.keep is not None:
             check_integers(1, keep=self.keep)
-        _one_of(("raise", "skip"), non_finite=self.non_finite)
+        check_choices(("raise", "skip"), non_finite=self.non_finite)
         checked_schedule(self.learning_rate, "learning_rate")
-        _checked_objective(self)
+        _check_types(self, objective=ObjectiveConfig)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas must be two numbers, got {self.betas!r}.")
         for index, beta in enumerate(self.betas):
@@ -249,8 +263,8 @@ class FitConfig:
 def describe(value: Any) -> Any:
     """A configuration as what JSON can hold; functions by name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"schedule": type(value).__name__, **found} if callable(value) else found
+        entries = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"schedule": type(value).__name__, **entries} if callable(value) else entries
     if isinstance(value, Mapping):
         return {str(key): describe(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -262,23 +276,11 @@ def describe(value: Any) -> Any:
     )
 
 
-def _checked_objective(config: ObjectiveConfig | FitConfig) -> None:
-    if config.seed is not None:
-        check_integers(0, seed=config.seed)
-    for name in ("adversarial_weight", "clean_weight"):
-        checked_schedule(getattr(config, name), name)
-    for name, kind in (("attack", Attack), ("penalty", Penalty)):
+def _check_types(config: Any, **kinds: type) -> None:
+    for name, kind in kinds.items():
         if not isinstance(getattr(config, name), kind):
+            article = "an" if kind.__name__[0] in "AO" else "a"
             raise TypeError(
-                f"{name} must be {'an' if name == 'attack' else 'a'} {kind.__name__}, got "
-                f"{type(getattr(config, name)).__name__}: from aajr_kernels.training."
+                f"{name} must be {article} {kind.__name__}, got {type(getattr(config, name)).__name__}: from "
+                "aajr_kernels.training."
             )
-    if config.diagnostics is not None and not isinstance(config.diagnostics, Diagnostics):
-        kind = type(config.diagnostics).__name__
-        raise TypeError(f"diagnostics must be a Diagnostics or None, got {kind}.")
-
-
-def _one_of(choices: tuple[str, ...], **values: Any) -> None:
-    for name, value in values.items():
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

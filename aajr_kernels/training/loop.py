@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,17 @@ from .wrappers import unwrapped
 __all__ = ["FitResult", "NonFiniteLossError", "fit"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+#: what may change when a training goes on without a warning
+FREE = (
+    "steps",
+    "keep",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "tensorboard",
+    "diagnostics",
+    "objective",
+)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -162,7 +173,8 @@ class _Run:
                 "model must be a plain module, got one that is spread over processes: fit trains in one process; use "
                 "AAJRTrainer, or Objective in a loop of your own."
             )
-        self.objective = Objective(model, config, policy=policy)
+        seed = config.seed if config.objective.seed is None else config.objective.seed
+        self.objective = Objective(model, replace(config.objective, seed=seed), policy=policy)
         self.model, self.config = model, config
         own = [p for p in model.parameters() if p.requires_grad]
         if not own:
@@ -187,7 +199,7 @@ class _Run:
     def step(self, step: int, recorder: Recorder) -> Row:
         """Everything from batches to parameters; the row to be logged."""
         config, started = self.config, time.perf_counter()
-        scheduled = ScheduledValues.at(config, step)
+        scheduled = ScheduledValues.at(config.objective, step)
         objective = self.objective
         batches = [objective.prepared(b) for b in self.stream.take(config.accumulate)]
         counts = objective.counts(batches)
@@ -249,12 +261,12 @@ class _Run:
         state = randomness.capture(self.device)
         try:
             with torch.no_grad(), frozen_parameters((self.model,), True):
-                found = evaluate(self.model)
+                values = evaluate(self.model)
         finally:
             randomness.restore(state, self.device)
-        if not isinstance(found, Mapping):
-            raise TypeError(f"evaluate must return numbers by name, got {type(found).__name__}.")
-        return {"step": step + 1, **{f"eval/{name}": float(value) for name, value in found.items()}}
+        if not isinstance(values, Mapping):
+            raise TypeError(f"evaluate must return numbers by name, got {type(values).__name__}.")
+        return {"step": step + 1, **{f"eval/{name}": float(value) for name, value in values.items()}}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -272,46 +284,38 @@ class _Run:
 
     def resume(self, checkpoints: Checkpoints | None, wanted: bool) -> int:
         """Go to the newest checkpoint, or to the start; the steps that are done."""
-        found = None
+        newest = None
         if checkpoints is not None and checkpoints.paths():
             if not wanted:
                 raise ValueError(
                     f"out must be a folder without checkpoints for resume=False, got {checkpoints.folder.parent}: give "
                     "another one, or continue with resume=True."
                 )
-            found = checkpoints.newest()
-        if found is None:
+            newest = checkpoints.newest()
+        if newest is None:
             randomness.seed(self.config.seed)
             return 0
-        self._compare(found.config)
+        self._compare(newest.config)
         with torch.no_grad():
-            put_weights(self.model, found.weights(), found.path, self.config.trainable_only)
-        state = found.state()
+            put_weights(self.model, newest.weights(), newest.path, self.config.trainable_only)
+        state = newest.state()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             if state["scheduler"] is None:
                 raise ValueError(
-                    f"scheduler must be None to continue {found.path}, which was written without."
+                    f"scheduler must be None to continue {newest.path}, which was written without."
                 )
             self.scheduler.load_state_dict(state["scheduler"])
         self.stream.resume(state["data"])
         randomness.restore(state["random"], self.device)
         self.skipped, self.in_a_row = state["skipped"]
-        return found.step
+        return newest.step
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         """Say what changed since the checkpoint."""
-        now = describe(self.config)
-        free = (
-            "steps",
-            "keep",
-            "log_every",
-            "checkpoint_every",
-            "evaluate_every",
-            "tensorboard",
-            "diagnostics",
-        )
-        changed = [name for name in now if name not in free and now[name] != before.get(name)]
+        flat = lambda config: {**config, **config.get("objective", {})}
+        now, then = flat(describe(self.config)), flat(before)
+        changed = [name for name in now if name not in FREE and now[name] != then.get(name)]
         if changed:
             warnings.warn(
                 f"the configuration changed since the checkpoint: {', '.join(changed)}. The training goes on with the "
@@ -325,9 +329,9 @@ def _adamw(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Opt
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
     groups = [
-        {"params": chosen, "weight_decay": decay}
-        for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if chosen
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if group
     ]
     return torch.optim.AdamW(
         groups, lr=value_at(config.learning_rate, 0, "learning_rate"), betas=config.betas

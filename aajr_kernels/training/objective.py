@@ -21,14 +21,11 @@ from ..method.baselines import NEEDS_LOSS, trajectory_baseline
 from ..method.losses import IGNORED
 from ..method.trajectory import Trajectory, gathered, trajectory_penalty
 from .batches import Prepared
-from .config import FitConfig, ObjectiveConfig
+from .config import ObjectiveConfig
 from .policy import Policy
 from .schedules import value_at
 
-__all__ = ["Chosen", "Counts", "ScheduledValues", "Terms", "terms_of"]
-
-#: what says how the objective is made
-Chosen = FitConfig | ObjectiveConfig
+__all__ = ["Counts", "ScheduledValues", "Terms", "terms_of"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,17 @@ class ScheduledValues:
     clean: float
 
     @classmethod
-    def at(cls, config: Chosen, step: int) -> ScheduledValues:
+    def at(cls, config: ObjectiveConfig, step: int) -> ScheduledValues:
         """Evaluate the schedules."""
         gamma = config.penalty.gamma
-        found = cls(
+        scheduled = cls(
             value_at(config.attack.radius, step, "radius"),
             0.0 if config.penalty.method == "none" else value_at(config.penalty.weight, step, "weight"),
             None if gamma is None else value_at(gamma, step, "gamma"),
             value_at(config.adversarial_weight, step, "adversarial_weight"),
             value_at(config.clean_weight, step, "clean_weight"),
         )
-        return found if found.radius else replace(found, weight=0.0, adversarial=0.0, clean=1.0)
+        return scheduled if scheduled.radius else replace(scheduled, weight=0.0, adversarial=0.0, clean=1.0)
 
     @property
     def attacks(self) -> bool:
@@ -78,7 +75,7 @@ class Counts:
     def of(
         cls,
         batches: Sequence[Prepared],
-        config: Chosen,
+        config: ObjectiveConfig,
         summed: Callable[[list[int]], list[int]] | None = None,
         processes: int = 1,
     ) -> Counts:
@@ -124,7 +121,7 @@ def terms_of(
     model: nn.Module,
     policy: Policy,
     batch: Prepared,
-    config: Chosen,
+    config: ObjectiveConfig,
     scheduled: ScheduledValues,
     counts: Counts,
     generator: torch.Generator,
@@ -177,7 +174,7 @@ def terms_of(
 
 
 #: penalty, the adversarial loss if it comes from the same forward, statistics
-_Found = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+_Measured = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +184,7 @@ class _Work:
     model: nn.Module
     policy: Policy
     batch: Prepared
-    config: Chosen
+    config: ObjectiveConfig
     counts: Counts
     generator: torch.Generator
     adversary: Any
@@ -216,31 +213,31 @@ class _Work:
             eval_mode=attack.eval_mode,
         )
 
-    def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Found:
-        chosen, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
+    def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
+        config, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
         options = self.options(scheduled)
         learnt = int((batch.labels != IGNORED).sum())
         # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
-        divisor = counts.units if chosen.unit == "token" else max(learnt, 1)
+        divisor = counts.units if config.unit == "token" else max(learnt, 1)
         rescale = divisor / counts.tokens
-        share = chosen.steps == "worst" and scheduled.adversarial > 0
+        share = config.steps == "worst" and scheduled.adversarial > 0
         if share:
             options["return_primal"] = True
             if policy.head is not None:
                 options["labels"] = batch.labels
                 options["penalty_weight"] = scheduled.weight / (scheduled.adversarial * rescale)
-        several = chosen.batch_steps > 1
+        several = config.batch_steps > 1
         forward = policy.forward if several else functools.partial(policy.forward, **batch.inputs)
         penalty, aux = trajectory_penalty(
             forward,
             self.x,
             trajectory,
-            steps=chosen.steps,
-            weights=chosen.weights,
-            direction=chosen.direction,
-            at=chosen.at,
-            per_agent=chosen.per_agent,
-            batch_steps=chosen.batch_steps,
+            steps=config.steps,
+            weights=config.weights,
+            direction=config.direction,
+            at=config.at,
+            per_agent=config.per_agent,
+            batch_steps=config.batch_steps,
             inputs=batch.inputs if several else None,
             generator=self.generator,
             **options,
@@ -254,24 +251,24 @@ class _Work:
         active = weight * _units(batch, self.config) / counts.units
         return penalty, loss, {"active": active, "q_max": aux.q_max.max()}
 
-    def baseline(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Found:
-        chosen, batch, x = self.config.penalty, self.batch, self.x
-        steps = chosen.steps
+    def baseline(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
+        config, batch, x = self.config.penalty, self.batch, self.x
+        steps = config.steps
         if steps == "worst":
             trajectory, steps = _at_the_worst(trajectory), "last"
         if x.requires_grad:  # gradients reach the clean input as they do for the aligned penalty
             trajectory = replace(trajectory, points=trajectory.points + (x - x.detach()))
         penalty, _ = trajectory_baseline(
-            chosen.method,
+            config.method,
             functools.partial(self.policy.forward, **batch.inputs),
             trajectory,
             steps=steps,
-            weights=chosen.weights,
+            weights=config.weights,
             generator=self.generator,
-            loss_fn=self.adversary if chosen.method in NEEDS_LOSS else None,
-            samples=chosen.samples,
-            iterations=chosen.iterations,
-            h=chosen.h * float(_unit(x.detach(), batch.attended, self.config)),
+            loss_fn=self.adversary if config.method in NEEDS_LOSS else None,
+            samples=config.samples,
+            iterations=config.iterations,
+            h=config.h * float(_unit(x.detach(), batch.attended, self.config)),
             module=self.model,
             **self.options(scheduled),
         )
@@ -279,14 +276,14 @@ class _Work:
 
     def options(self, scheduled: ScheduledValues) -> dict[str, Any]:
         """What all penalties take."""
-        chosen = self.config.penalty
+        config = self.config.penalty
         return dict(
-            metric=chosen.metric,
+            metric=config.metric,
             head=self.policy.head,
             gamma=scheduled.gamma,
-            form=chosen.form,
-            mask=self.batch.tokens(chosen.tokens),
-            unit=chosen.unit,
+            form=config.form,
+            mask=self.batch.tokens(config.tokens),
+            unit=config.unit,
             denominator=float(self.counts.units),
         )
 
@@ -298,7 +295,7 @@ def _weighted(loss_fn: Callable[[Any], Any], weights: Tensor | None) -> Callable
     return lambda x: loss_fn(x) * weights
 
 
-def _unit(x: Tensor, attended: Tensor | None, config: Chosen) -> Tensor:
+def _unit(x: Tensor, attended: Tensor | None, config: ObjectiveConfig) -> Tensor:
     """What perturbations are measured in; attached, so that a penalty in this unit has its own gradient."""
     if not config.attack.relative:
         return torch.ones((), dtype=torch.float64)
@@ -313,7 +310,7 @@ def _at_the_worst(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, points=torch.stack([worst, worst]), directions=directions)
 
 
-def _units(batch: Prepared, config: Chosen) -> int:
+def _units(batch: Prepared, config: ObjectiveConfig) -> int:
     """Included tokens or sequences of a micro-batch."""
     keep = batch.tokens(config.penalty.tokens)
     if keep is None:

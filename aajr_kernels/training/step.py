@@ -31,8 +31,8 @@ from ..method.trajectory import Trajectory
 from ..method.wrapped import inside
 from . import randomness
 from .batches import Prepared, prepared
-from .config import FitConfig, ObjectiveConfig
-from .objective import Chosen, Counts, ScheduledValues, Terms, terms_of
+from .config import Diagnostics, ObjectiveConfig
+from .objective import Counts, ScheduledValues, Terms, terms_of
 from .policy import Policy, policy_of
 from .wrappers import unwrapped
 
@@ -59,8 +59,8 @@ class Objective:
         TypeError: `model` is in a wrapper that is not understood, or cannot be called by itself; `config` is none.
     """
 
-    def __init__(self, model: nn.Module, config: Chosen, *, policy: Policy | None = None) -> None:
-        if not isinstance(config, (ObjectiveConfig, FitConfig)):
+    def __init__(self, model: nn.Module, config: ObjectiveConfig, *, policy: Policy | None = None) -> None:
+        if not isinstance(config, ObjectiveConfig):
             raise TypeError(f"config must be an ObjectiveConfig, got {type(config).__name__}.")
         self.model, self.module = model, unwrapped(model)
         self.config = config
@@ -182,25 +182,15 @@ class Objective:
         group = self.group
         own = part if group is None else part * group.size() + group.rank()
         generator = randomness.generator_for(self.config.seed or 0, step, own, self.device)
-        look = None
-        chosen = self.config.diagnostics
-        if on_report is not None and chosen is not None and own == 0 and (step + 1) % chosen.every == 0:
-            look = functools.partial(self._diagnose, ours, step, on_report)
-        arguments = (
-            self.module,
-            self.policy,
-            ours,
-            self.config,
-            scheduled,
-            counts,
-            generator,
-            look,
-            row_weights,
-        )
+        after_attack = None
+        diagnostics = self.config.diagnostics
+        if on_report is not None and diagnostics and own == 0 and (step + 1) % diagnostics.every == 0:
+            after_attack = functools.partial(self._diagnose, diagnostics, ours, step, on_report)
+        arguments = (self.module, self.policy, ours, self.config, scheduled, counts, generator)
 
         def work() -> tuple[Tensor, dict[str, Tensor]]:
             with one_dropout_mask(self.device):
-                terms = terms_of(*arguments)
+                terms = terms_of(*arguments, after_attack, row_weights)
             return terms.total, terms.parts
 
         if self.module is self.model or not (
@@ -221,6 +211,7 @@ class Objective:
 
     def _diagnose(
         self,
+        diagnostics: Diagnostics,
         batch: Prepared,
         step: int,
         on_report: OnReport,
@@ -228,10 +219,8 @@ class Objective:
         loss_fn: Any,
         gamma: float | None,
     ) -> None:
-        chosen = self.config.diagnostics
-        assert chosen is not None
         more: dict[str, Any] = {}
-        if chosen.smoothness:
+        if diagnostics.smoothness:
             more = dict(
                 func=lambda x: self.policy.forward(x, **batch.inputs),
                 head=self.policy.head,
@@ -239,15 +228,15 @@ class Objective:
                 gamma=gamma,
                 output_mask=batch.tokens("loss"),
                 unit=self.config.penalty.unit,
-                power_iterations=chosen.power_iterations,
+                power_iterations=diagnostics.power_iterations,
             )
         with frozen_parameters((self.module,), self.config.attack.eval_mode):
             report = stability_report(
                 loss_fn,
                 trajectory.x,
                 trajectory,
-                curvature=chosen.curvature,
-                samples=chosen.samples,
+                curvature=diagnostics.curvature,
+                samples=diagnostics.samples,
                 generator=randomness.generator_for(self.config.seed or 0, step + 1, -1, self.device),
                 module=self.module,
                 **more,
@@ -258,5 +247,4 @@ class Objective:
 def _summed(numbers: list[int], group: Any, device: torch.device) -> list[int]:
     total = torch.tensor(numbers, dtype=torch.int64, device=device)
     torch.distributed.all_reduce(total, group=group)
-    found: list[int] = total.tolist()
-    return found
+    return [int(number) for number in total.tolist()]

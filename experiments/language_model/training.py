@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aajr_kernels.training import Attack, Cosine, FitConfig, Penalty, WarmUp, fit
+from aajr_kernels.training import Attack, Cosine, FitConfig, ObjectiveConfig, Penalty, WarmUp, fit
 
 from .text import in_turns, windows
 
@@ -41,9 +41,7 @@ def pretrain(config: dict[str, Any], model: nn.Module, source: Tensor, seed: int
     rate = chosen["learning_rate"]
     settings = FitConfig(
         steps=chosen["steps"],
-        penalty=Penalty(method="none"),
-        adversarial_weight=0.0,
-        clean_weight=1.0,
+        objective=ObjectiveConfig(penalty=Penalty(method="none"), adversarial_weight=0.0, clean_weight=1.0),
         learning_rate=WarmUp(20, Cosine(rate, rate / 10, chosen["steps"])),
         seed=seed,
     )
@@ -110,17 +108,24 @@ def _settings(
     inner = config["inner"]
     return FitConfig(
         steps=steps,
-        attack=Attack(
-            radius=config["radius"],
-            relative=True,
-            steps=inner["steps"],
-            step_size=inner["step"] * config["radius"],
+        objective=ObjectiveConfig(
+            attack=Attack(
+                radius=config["radius"],
+                relative=True,
+                steps=inner["steps"],
+                step_size=inner["step"] * config["radius"],
+                scope="token",
+            ),
+            penalty=Penalty(
+                method=PENALTIES[method],
+                weight=weight,
+                iterations=config["power_iterations"],
+                tokens="loss",
+                unit="token",
+            ),
+            clean_weight=1 / (1 + mix),
+            adversarial_weight=mix / (1 + mix),
         ),
-        penalty=Penalty(
-            method=PENALTIES[method], weight=weight, iterations=config["power_iterations"], tokens="loss"
-        ),
-        clean_weight=1 / (1 + mix),
-        adversarial_weight=mix / (1 + mix),
         learning_rate=WarmUp(5, config["learning_rate"]),
         seed=seed,
         non_finite="skip",

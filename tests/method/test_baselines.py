@@ -215,12 +215,12 @@ def test_units_forms_and_heads_are_those_of_the_aligned_penalty():
         dict(unit="sequence", gamma=0.1, form="hinge2"),
         dict(reduction="sum", gamma=0.2),
     ):
-        ours = baseline_penalty("aligned", net, x, u, **options)
+        ours = baseline_penalty("aligned", net, x, u, scope="sequence", **options)
         assert_exact(
             ours, aajr.aligned_penalty(net, x, u, **options | {"unit": options.get("unit", "sequence")})
         )
     for method in ("aligned", "spectral", "finite_difference"):
-        options = dict(unit="token", mask=mask, iterations=50)
+        options = dict(scope="sequence", unit="token", mask=mask, iterations=50)
         start = dict(start=u) if method == "spectral" else {}
         plain = baseline_penalty(method, net, x, u, **options, **start)
         split = baseline_penalty(method, hidden, x, u, head=last, **options, **start)

@@ -95,7 +95,7 @@ def same_gradients(value, expected, leaves):
 def test_all_steps_directions_and_places(scope, direction, at):
     policy, x, _, traj = problem(scope)
     x.requires_grad_()
-    pen, aux = aajr.trajectory_penalty(policy, x, traj, direction=direction, at=at)
+    pen, aux = aajr.trajectory_penalty(policy, x, traj, direction=direction, at=at, unit="token")
     terms = []
     for t in range(T):
         share = {None: 0.0, "start": 0.0, "mid": 0.5, "end": 1.0}[at]
@@ -178,7 +178,7 @@ def test_random_steps_are_drawn_as_often_as_their_weights_say():
 @pytest.mark.parametrize("scope", ["sequence", "token", "agent"])
 def test_one_direction_per_agent(scope):
     policy, x, _, traj = problem(scope)
-    pen, aux = aajr.trajectory_penalty(policy, x, traj, per_agent=True)
+    pen, aux = aajr.trajectory_penalty(policy, x, traj, per_agent=True, unit="token")
     expected = 0.0
     for t in range(T):
         parts = []

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional as F
-from training.tiny_lm import TinyLM, plain, quiet, sequences, sgd, tiny_lm, vector
+from training.tiny_lm import TinyLM, fit_config, plain, quiet, sequences, sgd, tiny_lm, vector
 
 import aajr_kernels as aajr
 from aajr_kernels import training
@@ -116,7 +116,7 @@ def test_every_penalty_reaches_every_parameter(method, steps):
 
 def test_the_baselines_measure_where_the_aligned_penalty_does():
     """``aligned`` by the way of the baselines: the same value, and the same gradient of embeddings too."""
-    model, config, seen = tiny_lm().double(), plain(penalty=Penalty(gamma=0.1)), []
+    model, config, seen = tiny_lm().double(), plain(penalty=Penalty(gamma=0.1)).objective, []
     policy, batch = policy_of(model), prepared(sequences(1)[0], CPU, True)
     scheduled, counts = objectives.ScheduledValues.at(config, 0), objectives.Counts.of([batch], config)
     look = lambda traj, loss_fn, gamma: seen.append(traj)
@@ -173,8 +173,13 @@ def test_only_what_may_be_attacked_is():
     assert batch.labels[0].tolist() == [*ids[0, 1:].tolist(), -100]
     assert batch.labels[1].tolist() == [*ids[1, 1:4].tolist(), -100, -100]
     seen = []
-    arguments = (policy_of(model), batch, plain(), objectives.ScheduledValues.at(plain(), 0))
-    counts = objectives.Counts.of([batch], plain())
+    arguments = (
+        policy_of(model),
+        batch,
+        plain().objective,
+        objectives.ScheduledValues.at(plain().objective, 0),
+    )
+    counts = objectives.Counts.of([batch], plain().objective)
     objectives.terms_of(model, *arguments, counts, torch.Generator(), lambda *a: seen.append(a))
     moved = (seen[0][0].points - seen[0][0].x).abs().amax((0, -1)) > 0
     # the last token of a row is not read by any loss: its gradient is zero
@@ -215,7 +220,7 @@ def test_what_the_optimizer_does_not_hold_stays():
 
 def test_training_lowers_the_loss_under_attack():
     model = tiny_lm()
-    config = FitConfig(
+    config = fit_config(
         steps=60, attack=Attack(radius=0.3, steps=2), penalty=Penalty(weight=0.05), learning_rate=0.03
     )
     rows = quiet(model, sequences(1), config).rows
@@ -235,7 +240,7 @@ def test_schedules():
 
 def test_scheduled_numbers_are_used():
     model = tiny_lm()
-    config = FitConfig(
+    config = fit_config(
         steps=3,
         attack=Attack(radius=Linear(0.1, 0.3, 2), steps=1),
         penalty=Penalty(weight=WarmUp(2, 0.4), gamma=lambda t: 0.1 * t),

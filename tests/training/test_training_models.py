@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from training.tiny_lm import ATTACK, plain, quiet, sequences, sgd, tiny_lm, vector
+from training.tiny_lm import ATTACK, fit_config, plain, quiet, sequences, sgd, tiny_lm, vector
 
 from aajr_kernels import training
-from aajr_kernels.training import Diagnostics, FitConfig, Penalty, Policy, fit, policy_of, read_rows
+from aajr_kernels.training import Diagnostics, Penalty, Policy, fit, policy_of, read_rows
 
 # -- models ---------------------------------------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ def test_adapters_are_trained_alone_and_checkpointed_alone(tmp_path):
 
     model = adapted()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    config = FitConfig(steps=2, attack=ATTACK, learning_rate=1e-2, trainable_only=True)
+    config = fit_config(steps=2, attack=ATTACK, learning_rate=1e-2, trainable_only=True)
     quiet(model, [torch.arange(12).reshape(2, 6)], config, out=tmp_path)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all("lora_" in n for n in changed)
@@ -118,7 +118,7 @@ def test_rows_page_figure_and_diagnostics(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboard")
     model, heard = tiny_lm(dropout=0.2), []
-    config = FitConfig(
+    config = fit_config(
         steps=4,
         attack=ATTACK,
         penalty=Penalty(gamma=0.1),

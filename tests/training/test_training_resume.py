@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from training.tiny_lm import sequences, tiny_lm
+from training.tiny_lm import fit_config, sequences, tiny_lm
 
 pytest.importorskip("safetensors")
 
@@ -50,7 +50,7 @@ class Stop(Exception):
 
 def config(**options) -> FitConfig:
     # everything that draws: dropout, random starts, a random step of the trajectory, shuffled data
-    given = dict(
+    defaults = dict(
         steps=6,
         attack=Attack(radius=Linear(0.2, 0.6, 5), steps=2, step_size=0.2, init="uniform", restarts=2),
         penalty=Penalty(weight=0.1, steps="random"),
@@ -59,7 +59,7 @@ def config(**options) -> FitConfig:
         accumulate=2,
         checkpoint_every=3,
     )
-    return FitConfig(**(given | options))
+    return fit_config(**(defaults | options))
 
 
 def loader(**options) -> DataLoader:

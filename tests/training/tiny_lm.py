@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
-from aajr_kernels.training import Attack, FitConfig, fit
+from aajr_kernels.training import Attack, FitConfig, ObjectiveConfig, fit
 
 VOCABULARY, WIDTH = 13, 6
-ATTACK = Attack(radius=0.5, steps=2, step_size=0.3)
+ATTACK = Attack(radius=0.5, steps=2, step_size=0.3, scope="token")
 
 
 class TinyLM(nn.Module):
@@ -54,7 +56,14 @@ def sgd(model, rate=1.0):
 
 def plain(**options) -> FitConfig:
     """One step of plain gradient descent, unless said otherwise."""
-    return FitConfig(**(dict(steps=1, attack=ATTACK, clip_norm=None) | options))
+    return fit_config(**(dict(steps=1, attack=ATTACK, clip_norm=None) | options))
+
+
+def fit_config(**options) -> FitConfig:
+    """A configuration whose objective takes the options that are its own."""
+    own = {f.name for f in dataclasses.fields(ObjectiveConfig)} - {"seed"}
+    objective = ObjectiveConfig(**{name: options.pop(name) for name in own & options.keys()})
+    return FitConfig(objective=objective, **options)
 
 
 def quiet(*arguments, **options):

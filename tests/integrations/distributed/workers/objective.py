@@ -8,12 +8,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from aajr_kernels.integrations.distributed import tensor_parallel
-from aajr_kernels.training import Attack, FitConfig, Penalty, Policy
+from aajr_kernels.training import Attack, ObjectiveConfig, Penalty, Policy
 from aajr_kernels.training.batches import prepared
 from aajr_kernels.training.objective import Counts, ScheduledValues, terms_of
 
 rank, world, _ = begin()
-config = FitConfig(steps=1, attack=Attack(radius=0.5, steps=2), penalty=Penalty(weight=0.1))
+config = ObjectiveConfig(attack=Attack(radius=0.5, steps=2), penalty=Penalty(weight=0.1))
 
 
 def run(model: nn.Module) -> float:
