@@ -1,0 +1,76 @@
+"""The walks of docs/architecture.md: every station is passed, in its order, and none is called from further down."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import aajr_kernels as aajr
+
+PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
+STATION = re.compile(r"^\d+\. `([\w/]+)\.py` `([\w.]+)`", re.MULTILINE)
+MOST = 9
+
+
+def stations(title: str) -> list[CodeType]:
+    """The code of every station below a title."""
+    section = PAGE.read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+    codes = []
+    for module, name in STATION.findall(section):
+        owner = importlib.import_module("aajr_kernels." + module.replace("/", "."))
+        codes.append(inspect.unwrap(functools.reduce(getattr, name.split("."), owner)).__code__)
+    assert len(codes) == len(re.findall(r"(?m)^\d+\. ", section)), "a station has a file and a function"
+    return codes
+
+
+def walked(codes: list[CodeType], call: Callable[[], Any]) -> list[tuple[int, list[int]]]:
+    """Every entry of a station during a call, and the stations that were open then."""
+    entries = []
+
+    def trace(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in codes:
+            outer, stack = frame.f_back, []
+            while outer is not None:
+                if outer.f_code in codes:
+                    stack.append(codes.index(outer.f_code))
+                outer = outer.f_back
+            entries.append((codes.index(frame.f_code), stack))
+
+    sys.setprofile(trace)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entries
+
+
+def penalty() -> None:
+    x, v = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    aajr.aligned_penalty(torch.nn.Linear(4, 5), x, v)
+
+
+def ascent() -> None:
+    x = torch.randn(2, 3, 4)
+    aajr.ascend(lambda z: z.sin().flatten(1).sum(1), x, radius=1.0, steps=2, init="uniform", restarts=2)
+
+
+@pytest.mark.parametrize(
+    ("title", "call"), [("`x` through `aligned_penalty`", penalty), ("`x` through `ascend`", ascent)]
+)
+def test_a_walk_goes_down(title: str, call: Callable[[], None]) -> None:
+    codes = stations(title)
+    entries = walked(codes, call)
+    assert 2 <= len(codes) <= MOST
+    assert {station for station, _ in entries} == set(range(len(codes))), "a station is not passed"
+    for station, stack in entries:
+        assert all(outer < station for outer in stack), f"station {station + 1} is entered from further down"
