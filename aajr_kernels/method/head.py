@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,11 @@ class LMHead:
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap of LMHead must be positive or None, got {self.softcap}.")
+
+    def logits(self, hidden: Any) -> Any:
+        """The logits ``[..., V]`` of hidden states, a tensor or a Dual, formed."""
+        z = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
 
 def as_head(head: LMHead | nn.Linear) -> LMHead:

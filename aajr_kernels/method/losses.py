@@ -69,8 +69,8 @@ def lm_loss(
                 "example model.model(inputs_embeds=d).last_hidden_state."
             )
         description = as_head(head)  # a layer's weight is another one while fully_shard has gathered it
-        if hidden.num_tangents:
-            nll = _with_tangents(hidden, description, labels)
+        if hidden.num_tangents:  # diagnostics differentiate the loss: by the plain formula
+            nll = token_losses(description.logits(hidden), labels)
             return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll.dtype)
         _, nll = lm_head_penalty(
             hidden,
@@ -86,14 +86,11 @@ def lm_loss(
     return loss
 
 
-def _with_tangents(hidden: Dual, head: LMHead, labels: Tensor) -> Any:
-    """Cross-entropy per token and its tangents: of the plain formula, for diagnostics that differentiate the loss."""
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale  # type: ignore[arg-type]
-    if head.softcap is not None:
-        logits = torch.tanh(logits / head.softcap) * head.softcap
+def token_losses(logits: Any, labels: Tensor) -> Any:
+    """Cross-entropy of every token like `labels`, in float32 or float64, 0 where it is ignored; a Dual for a Dual."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     flat = wide.reshape(-1, wide.shape[-1])
-    nll = torch.nn.functional.cross_entropy(
-        flat, labels.reshape(-1).to(hidden.device), ignore_index=IGNORED, reduction="none"
+    target = labels.reshape(-1).to(logits.device)
+    return nn.functional.cross_entropy(flat, target, ignore_index=IGNORED, reduction="none").reshape(
+        labels.shape
     )
-    return nll.reshape(labels.shape)

@@ -15,10 +15,9 @@ import torch
 from ..dual import Dual, dual
 from ..ops.sensitivity import sensitivity
 from .attack_state import RandomState
-from .directions import normalize
 from .evaluate import checked_losses, input_gradient
 from .head import LMHead
-from .scopes import attackable
+from .scopes import Groups, attackable
 
 __all__ = [
     "curvature_along",
@@ -61,15 +60,12 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def row_norm(a: torch.Tensor) -> torch.Tensor:
     """‖a‖ per batch row, ``[B]``; neither overflows nor underflows."""
-    rows = _rows(a)
-    largest = rows.abs().amax(1, keepdim=True)
-    safe = torch.where(largest == 0, 1.0, largest)
-    return torch.linalg.vector_norm(rows / safe, 2, 1) * largest.squeeze(1)
+    return Groups("sequence", a.shape).norm(_rows(a)).squeeze(1)
 
 
 def row_unit(a: torch.Tensor) -> torch.Tensor:
     """`a` with every batch row scaled to unit Euclidean norm; a zero row stays zero."""
-    return normalize(a.flatten(1), "sequence").reshape(a.shape)
+    return Groups("sequence", (a.shape[0], a[0].numel())).unit(_rows(a)).reshape(a.shape).to(a.dtype)
 
 
 def row_scale(a: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -174,8 +170,7 @@ def logits_func(func: Callable[[Any], Any], head: LMHead | None) -> Callable[[An
     def call(x: Any) -> Any:
         y = func(x)
         if head is not None:
-            z = torch.nn.functional.linear(y, head.weight, head.bias) * head.scale
-            return z if head.softcap is None else torch.tanh(z / head.softcap) * head.softcap
+            return head.logits(y)
         return y if isinstance(y, (torch.Tensor, Dual)) else getattr(y, "logits", y)
 
     return call

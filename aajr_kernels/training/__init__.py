@@ -7,12 +7,11 @@ from .loop import FitResult, NonFiniteLossError, fit
 from .objective import Counts, Terms
 from .policy import Policy, policy_of
 from .record import read_rows
-from .schedules import Constant, Cosine, Linear, Schedule, WarmUp
+from .schedules import Cosine, Linear, Schedule, WarmUp
 from .step import Objective
 
 __all__ = [
     "Attack",
-    "Constant",
     "Cosine",
     "Counts",
     "Diagnostics",

@@ -104,8 +104,8 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
         raise ValueError(f"labels must be integers, got {labels.dtype}.")
     attackable = attended
     if "attack_mask" in entries:
-        chosen = entries["attack_mask"] != 0
-        attackable = chosen if attended is None else chosen & attended
+        masked = entries["attack_mask"] != 0
+        attackable = masked if attended is None else masked & attended
     return Prepared(
         ids,
         inputs_embeds,
@@ -200,8 +200,8 @@ class Stream:
     def _generators(self) -> list[torch.Generator]:
         """The generators of a DataLoader and of its sampler."""
         owners = (self.batches, getattr(self.batches, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
     def _next(self) -> Any:
         if self._iterator is None:

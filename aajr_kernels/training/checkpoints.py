@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ class Damaged(Exception):
 
 
 class Checkpoint:
-    """One that was found whole.
+    """A whole checkpoint.
 
     Attributes:
         path: its folder.
@@ -101,7 +100,8 @@ class Checkpoints:
         self.clean()
         tensors, rest = pack(state)
         target = self.folder / f"step-{step:08d}"
-        made = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
+        made = self.folder / f".writing-{os.getpid()}"
+        made.mkdir()
         try:
             for name, content in ((MODEL, weights), (STATE, tensors)):
                 save_file(_apart(content), made / name)
@@ -116,7 +116,6 @@ class Checkpoints:
                 "state": rest,
             }
             (made / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            made.chmod(0o777 & ~_umask())
             for path in (made / MODEL, made / STATE, made / MANIFEST, made):
                 _flush(path)
             for path in self.paths():
@@ -190,28 +189,28 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module) -> int:
     path = Path(folder)
     if (path / MANIFEST).exists():
         try:
-            found: Checkpoint | None = Checkpoint(path)
+            checkpoint: Checkpoint | None = Checkpoint(path)
         except Damaged as reason:
             raise ValueError(f"checkpoint {path} cannot be used: {reason}.") from None
     else:
         inner = path / "checkpoints"
-        found = Checkpoints(inner).newest() if inner.is_dir() else None
-    if found is None:
+        checkpoint = Checkpoints(inner).newest() if inner.is_dir() else None
+    if checkpoint is None:
         raise FileNotFoundError(f"folder must hold a checkpoint, got {path}, where there is none.")
-    weights = found.weights()
+    weights = checkpoint.weights()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    put_weights(model, weights, found.path, trainable_only=not frozen <= set(weights))
-    return found.step
+    put_weights(model, weights, checkpoint.path, trainable_only=not frozen <= set(weights))
+    return checkpoint.step
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous, each in memory of its own, as safetensors wants them."""
-    found, seen = {}, set()
+    separate, seen = {}, set()
     for name, value in tensors.items():
         where = value.untyped_storage().data_ptr()
-        found[name] = value.clone() if where in seen else value.contiguous()
+        separate[name] = value.clone() if where in seen else value.contiguous()
         seen.add(where)
-    return found
+    return separate
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -249,9 +248,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..method.attack_state import frozen_parameters
 from ..method.head import LMHead, as_head
-from ..method.losses import IGNORED, lm_loss
+from ..method.losses import IGNORED, lm_loss, token_losses
 from .wrappers import unwrapped
 
 __all__ = ["Policy", "policy_of"]
@@ -64,10 +64,7 @@ class Policy:
             raise ValueError(
                 f"the model must return logits [B, N, V] for labels {tuple(labels.shape)}, got {tuple(logits.shape)}."
             )
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        flat = wide.reshape(-1, wide.shape[-1])
-        terms = nn.functional.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none")
-        return terms.reshape(labels.shape)
+        return token_losses(logits, labels)
 
 
 def policy_of(model: nn.Module) -> Policy:
@@ -85,14 +82,14 @@ def policy_of(model: nn.Module) -> Policy:
             "model must be the plain module, got one that is spread over processes: give its .module, and call the "
             "policy through Objective or AAJRTrainer, which go through the wrapper."
         )
-    given: Any = model
-    peft = getattr(given, "peft_config", None)
+    peft: Any = getattr(model, "peft_config", None)
     if peft is not None and any(getattr(c, "is_prompt_learning", False) for c in peft.values()):
         raise TypeError(
             "model must not learn a prompt (PEFT), which token embeddings would bypass: use LoRA."
         )
     # an adapter's own wrapper adds nothing to the call; its layers are inside the model
-    inner = given.get_base_model() if peft is not None and hasattr(given, "get_base_model") else given
+    unwrap = getattr(model, "get_base_model", None) if peft is not None else None
+    inner: Any = model if unwrap is None else unwrap()
     taken = inspect.signature(inner.forward).parameters
     if "inputs_embeds" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         raise TypeError(
@@ -113,12 +110,12 @@ def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
     )
-    found = Policy(
+    streamed = Policy(
         lambda x, **inputs: body(inputs_embeds=x, **more, **inputs).last_hidden_state,
         whole.embed,
         LMHead(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None)),
     )
-    difference = _difference(model, found, whole)
+    difference = _difference(model, streamed, whole)
     if difference > (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2):
         warnings.warn(
             f"the logits of {type(model).__name__} are not those of its head (relative difference {difference:.1e}), "
@@ -127,23 +124,21 @@ def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
             stacklevel=4,
         )
         return None
-    return found
+    return streamed
 
 
 def _difference(model: nn.Module, streamed: Policy, whole: Policy) -> float:
     """Largest relative difference of the logits of eight tokens."""
     assert whole.embed is not None and streamed.head is not None
-    head = as_head(streamed.head)
-    ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
+    weight = as_head(streamed.head).weight
+    ids = torch.arange(8, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)
     same: Any = contextlib.nullcontext()
     if hasattr(model, "_original_forward"):  # accelerate put its autocast into the forward of the whole
-        same = torch.autocast(head.weight.device.type, torch.bfloat16)
+        same = torch.autocast(weight.device.type, torch.bfloat16)
     with torch.no_grad(), frozen_parameters((model,), True), same:
         x = whole.embed(ids)
         expected = whole.forward(x).logits.float()
-        z = nn.functional.linear(streamed.forward(x), head.weight, head.bias).float() * head.scale
-        if head.softcap is not None:
-            z = torch.tanh(z / head.softcap) * head.softcap
+        z = as_head(streamed.head).logits(streamed.forward(x)).float()
     if z.shape != expected.shape:
         return float("inf")
     return float((z - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

@@ -12,22 +12,9 @@ from typing import Any
 
 from ..method.checks import check_number
 
-__all__ = ["Constant", "Cosine", "Linear", "Schedule", "WarmUp", "value_at"]
+__all__ = ["Cosine", "Linear", "Schedule", "WarmUp", "value_at"]
 
 Schedule = float | Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The same value at every step."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        check_number("value", self.value)
-
-    def __call__(self, step: int) -> float:
-        return self.value
 
 
 @dataclass(frozen=True)

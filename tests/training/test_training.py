@@ -16,7 +16,6 @@ from aajr_kernels import training
 from aajr_kernels.method.baselines import METHODS
 from aajr_kernels.training import (
     Attack,
-    Constant,
     Cosine,
     Diagnostics,
     FitConfig,
@@ -234,7 +233,7 @@ def test_training_lowers_the_loss_under_attack():
 def test_schedules():
     assert [Linear(1.0, 3.0, 4, begin=1)(t) for t in (0, 1, 3, 5, 9)] == [1.0, 1.0, 2.0, 3.0, 3.0]
     assert [Cosine(2.0, 0.0, 4)(t) for t in (0, 2, 4, 7)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    assert [WarmUp(4, Constant(8.0))(t) for t in (0, 1, 3, 9)] == [2.0, 4.0, 8.0, 8.0]
+    assert [WarmUp(4, 8.0)(t) for t in (0, 1, 3, 9)] == [2.0, 4.0, 8.0, 8.0]
     assert value_at(lambda t: t / 2, 3, "x") == 1.5
 
 

@@ -45,8 +45,8 @@ class Meter:
 
     def report(self, report: StabilityReport) -> None:
         """A report's summary; the last before a log is kept."""
-        found = {f"stability/{name}": value for name, value in report.summary().items()}
-        self.stability = {name: value for name, value in found.items() if math.isfinite(value)}
+        summary = {f"stability/{name}": value for name, value in report.summary().items()}
+        self.stability = {name: value for name, value in summary.items() if math.isfinite(value)}
 
     def taken(self, accelerator: Any, across: bool = True) -> dict[str, float]:
         """The numbers since the last call; all processes call this.
@@ -58,15 +58,15 @@ class Meter:
         names = sorted(self.sums)
         largest = [name for name in names if name.endswith("_max")]
         added = [name for name in names if name not in largest]
-        found: dict[str, float] = {}
+        means: dict[str, float] = {}
         if added:
             sums = torch.stack([self.sums[name] / len(self.steps[name]) for name in added])
             reduced = accelerator.reduce(sums, "sum" if across else "mean")
-            found.update(zip(added, reduced.tolist()))
+            means.update(zip(added, reduced.tolist()))
         if largest:
             values = torch.stack([self.sums[name] for name in largest])
             rows = accelerator.gather(values).reshape(-1, len(largest))
-            found.update(zip(largest, rows.amax(0).tolist()))
-        found |= self.settings | self.stability
+            means.update(zip(largest, rows.amax(0).tolist()))
+        means |= self.settings | self.stability
         self._clear()
-        return found
+        return means

@@ -62,11 +62,11 @@ class _Mixin(_Base):
 
     def _aajr_of(self, model: nn.Module) -> Objective:
         """The objective of a model, wrapped or not; the policy is looked for once per module."""
-        found = self._aajr_objective
-        if found is not None and found.model is model:
-            return found
+        known = self._aajr_objective
+        if known is not None and known.model is model:
+            return known
         inside = unwrapped(model)
-        if (found is None or found.module is not inside) and not self._aajr_given:
+        if (known is None or known.module is not inside) and not self._aajr_given:
             self._aajr_check_model(inside)
             with self.accelerator.autocast():  # in which the whole is computed too, once it is prepared
                 self._aajr_policy = policy_of(inside)
@@ -245,21 +245,21 @@ class AAJRPenaltyMixin(_Mixin):
 
         def work() -> tuple[Any, Tensor, dict[str, Tensor]]:
             # one forward of the wrapper for both; inside it the module is plain
-            found = original(objective.module, inputs, **more)
+            loss = original(objective.module, inputs, **more)
             with self.accelerator.autocast():
                 options: dict[str, Any] = dict(row_weights=weights, on_report=self._aajr_meter.report)
                 terms = plain.penalty(ours, step=step, part=part, **options)
-            return found, terms.total, terms.parts
+            return loss, terms.total, terms.parts
 
-        found, total, parts = work() if objective.module is model else inside(model, work)()
+        loss, total, parts = work() if objective.module is model else inside(model, work)()
         # a mean over micro-batches: Trainer divides by their number, unless the trainer says that it did so itself
         number = max(self._aajr_parts, 1)
         shares = {name: value if name.endswith("_max") else value / number for name, value in parts.items()}
         self._aajr_logged(Terms(total, shares), step)
         share = self._aajr_scale(total, num_items_in_batch) / number
         if return_outputs:
-            return found[0] + share, found[1]
-        return found + share
+            return loss[0] + share, loss[1]
+        return loss + share
 
 
 def _is_grpo(trainer: Any) -> bool:
