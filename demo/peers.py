@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from aajr_kernels.testing import formulas, oracle
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -35,12 +37,9 @@ class Problem:
         return Problem(self.x.to(dtype), self.v.to(dtype), self.mask)
 
 
-def fisher(z: torch.Tensor, z_tan: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def penalty_of(z: torch.Tensor, z_tan: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The penalty of logits ``[B, S, V]`` and their directional derivative."""
-    p = z.softmax(-1)
-    centred = z_tan - (p * z_tan).sum(-1, keepdim=True)
-    q = (p * centred.square()).sum(-1)
-    return (q * mask).sum(-1).mean()
+    return (formulas.fisher(z, z_tan) * mask).sum(-1).mean()
 
 
 def forward_mode(model: torch.nn.Module, problem: Problem) -> torch.Tensor:
@@ -50,7 +49,7 @@ def forward_mode(model: torch.nn.Module, problem: Problem) -> torch.Tensor:
         return model(inputs_embeds=x, use_cache=False).logits
 
     outputs = torch.func.jvp(logits, (problem.x,), (problem.v,))
-    return fisher(outputs[0], outputs[1], problem.mask)
+    return penalty_of(outputs[0], outputs[1], problem.mask)
 
 
 def math_attention(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
@@ -62,7 +61,7 @@ def finite_difference(model: torch.nn.Module, problem: Problem, step: float) -> 
     """Forward difference of the logits, two plain forwards."""
     z = model(inputs_embeds=problem.x, use_cache=False).logits
     z_tan = (model(inputs_embeds=problem.x + step * problem.v, use_cache=False).logits - z) / step
-    return fisher(z, z_tan, problem.mask)
+    return penalty_of(z, z_tan, problem.mask)
 
 
 def value_and_gradients(
@@ -77,7 +76,7 @@ def value_and_gradients(
 
 
 def _rms_norm_in_own_dtype(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return self.weight * (x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
+    return oracle.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 def double_precision(model: torch.nn.Module) -> torch.nn.Module:

@@ -45,7 +45,7 @@ def rms_norm(
     x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float = 1e-6, offset: float = 0.0
 ) -> Tensor:
     axes = tuple(range(-len(shape), 0))
-    y = x / torch.sqrt((x * x).mean(axes, keepdim=True) + eps)
+    y = x * ((x * x).mean(axes, keepdim=True) + eps).pow(-0.5)
     return y if weight is None else y * (weight + offset)
 
 
@@ -113,11 +113,15 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention with keys repeated over their query heads; a row that may see nothing gives zeros."""
+    """Softmax attention with keys repeated over their query heads; a row that may see nothing gives zeros.
+
+    `dropped` multiplies the weights: 0, or 1 / (1 - p), after a dropout.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * q @ k.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     allowed = allowed_positions(q.shape[2], k.shape[2], causal, window).to(q.device)
@@ -126,12 +130,12 @@ def attention(
     elif mask is not None:
         allowed = allowed & (mask != -math.inf)
         scores = scores + torch.where(mask == -math.inf, torch.zeros_like(mask), mask)
-    # Disallowed scores are replaced before and their weights zeroed after exp, so that nothing is ever inf - inf.
-    low = torch.finfo(scores.dtype).min / 4
-    scores = torch.where(allowed, scores, torch.full_like(scores, low))
-    weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * allowed.to(scores.dtype)
+    # disallowed scores are replaced before and their weights zeroed after exp, so that nothing is ever inf - inf
+    top = scores.detach().masked_fill(~allowed, -3e4).amax(-1, keepdim=True)
+    weights = torch.exp(torch.where(allowed, scores - top, 0.0)) * allowed
     total = weights.sum(-1, keepdim=True)
-    return (weights / torch.where(total == 0, torch.ones_like(total), total)) @ v
+    weights = weights / torch.where(total == 0, 1.0, total)
+    return (weights if dropped is None else weights * dropped) @ v
 
 
 def logits(
@@ -152,3 +156,9 @@ def negative_log_likelihood(z: Tensor, labels: Tensor, ignore_index: int) -> Ten
     chosen = z.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
     loss = z.logsumexp(-1) - chosen
     return torch.where(kept, loss, torch.zeros_like(loss))
+
+
+def fisher(z: Tensor, z_tan: Tensor) -> Tensor:
+    """Σ p(ż − Σ pż)² of the last axis, p = softmax z, as model code would write it; the peers of benchmarks take it."""
+    p = z.softmax(-1)
+    return (p * (z_tan - (p * z_tan).sum(-1, keepdim=True)).square()).sum(-1)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.head import lm_head_penalty
+from aajr_kernels.testing.formulas import fisher
 
 from ..case import Case, Selection, Suite, Variant, draw, has_kernels
-from .models import fisher
 from .op import Op
 
 HIDDEN, VOCABULARY = 384, 32000

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.method import LMHead, aligned_penalty, normalize
+from aajr_kernels.testing import formulas
 
 from .. import peers
 from ..case import Case, Gradients, Run, Selection, Suite, Variant, compiled, draw, portion, step_run
@@ -281,7 +282,7 @@ def plain_loss(y: Tensor, head: nn.Linear | None, labels: Tensor) -> Tensor:
 
 def size(head: nn.Linear | None, y: Tensor, y_tan: Tensor) -> Tensor:
     """The metric, averaged over the tokens, from elementary operations."""
-    return (y_tan.square().sum(-1) if head is None else models.fisher(y, y_tan)).mean()
+    return (y_tan.square().sum(-1) if head is None else formulas.fisher(y, y_tan)).mean()
 
 
 @functools.lru_cache(maxsize=3)

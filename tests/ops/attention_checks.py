@@ -1,4 +1,4 @@
-"""Attention written out by hand, and the comparison of the op with its float64 forward mode."""
+"""Problems of attention, and the comparison of the op with the float64 forward mode of its formula."""
 
 from __future__ import annotations
 
@@ -12,45 +12,9 @@ from torch import Tensor
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
 from aajr_kernels.testing import budgets
+from aajr_kernels.testing.formulas import attention as formula
 
 FULL = (1, 1, 1)
-
-
-def formula(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    causal: bool | str = False,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-    dropped: Tensor | None = None,
-) -> Tensor:
-    """Attention from elementary operations, with keys and values repeated and rows without a key set to zero."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * q @ k.mT
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    rows, keys = scores.shape[-2:]
-    allowed = torch.ones(rows, keys, dtype=torch.bool)
-    if causal:
-        last = torch.arange(rows)[:, None] + (keys - rows if causal == "lower_right" else 0)
-        allowed = torch.arange(keys) <= last
-        if window is not None:
-            allowed = allowed & (torch.arange(keys) > last - window)
-    if mask is not None and mask.dtype == torch.bool:
-        allowed = allowed & mask
-    elif mask is not None:
-        allowed = allowed & (mask > -math.inf)
-        scores = scores + torch.where(mask > -math.inf, mask, 0.0)
-    top = scores.detach().masked_fill(~allowed, -3e4).amax(-1, keepdim=True)
-    weights = torch.exp(torch.where(allowed, scores - top, 0.0)) * allowed
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
-    return (weights if dropped is None else weights * dropped) @ v
 
 
 @dataclass

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
-from ops.attention_checks import formula
 from ops.op_checks import forward_mode, stacks
 from ops.suite import Case, flipped, gap, stacked, swapped
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
 from aajr_kernels.ops.head import METRICS, lm_head_penalty
+from aajr_kernels.testing import formulas
 from aajr_kernels.testing.oracle import metric_values
 
 
@@ -41,7 +42,7 @@ def attention(name, sizes, *, moves=(1, 1, 1), mask=None, bias=None, bias_moves=
         return aajr.attention(q, k, v, mask=allowed if b is None else b, **options)
 
     def written(q, k, v, b=None):
-        return formula(q, k, v, allowed if b is None else b, **options)
+        return formulas.attention(q, k, v, allowed if b is None else b, **options)
 
     return stacked("attention", name, ours, written, build, **suite_options)
 
@@ -95,11 +96,7 @@ def head(metric, name, batch, size, words, *, bias=False, labelled=False, layout
         return torch.cat([result[0], result[1].unsqueeze(0)]) if labelled else result
 
     def written(s, p):
-        def logits(h, w, b=None):
-            z = scale * (h @ w.t() + (0.0 if b is None else b))
-            return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-        z = forward_mode(logits, s, p)
+        z = forward_mode(functools.partial(formulas.logits, scale=scale, softcap=softcap), s, p)
         z = z if z.dtype == torch.float64 else z.float()
         h = s[0] if s[0].dtype == torch.float64 else s[0].float()
         q = h[1:].square().sum(-1) if metric == "l2" else metric_values(z[0], z[1:], metric)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from ops.op_checks import stacks
@@ -14,6 +12,7 @@ import aajr_kernels as aajr
 from aajr_kernels import Dual
 from aajr_kernels.ops import activation
 from aajr_kernels.ops.sensitivity import METRICS, sensitivity
+from aajr_kernels.testing import formulas
 from aajr_kernels.testing.oracle import metric_values
 
 EPS = 1e-3
@@ -25,18 +24,11 @@ def randn(*shape: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- norms
 def rms_formula(dims=1, offset=0.0):
-    def formula(x, w=None):
-        y = x * ((x * x).mean(tuple(range(-dims, 0)), keepdim=True) + EPS).pow(-0.5)
-        return y if w is None else y * (w + offset)
-
-    return formula
+    return lambda x, w=None: formulas.rms_norm(x, x.shape[-dims:], w, EPS, offset)
 
 
 def layer_formula(x, w=None, b=None):
-    x = x - x.mean(-1, keepdim=True)
-    y = x * ((x * x).mean(-1, keepdim=True) + EPS).pow(-0.5)
-    y = y if w is None else y * w
-    return y if b is None else y + b
+    return formulas.layer_norm(x, x.shape[-1:], w, b, EPS)
 
 
 def in_float32(formula):
@@ -118,14 +110,14 @@ POINTWISE = {
     "sigmoid": (activation.sigmoid, torch.sigmoid),
 }
 FORMULAS = {
-    "gelu": lambda x: 0.5 * x * torch.erfc(-x / math.sqrt(2.0)),
-    "gelu_tanh": lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
-    "silu": lambda x: x / (1.0 + torch.exp(-x)),
-    "quick_gelu": lambda x: x / (1.0 + torch.exp(-1.702 * x)),
-    "relu": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
-    "relu2": lambda x: torch.where(x > 0, x * x, torch.zeros_like(x)),
-    "tanh": lambda x: 1.0 - 2.0 / (1.0 + torch.exp(2.0 * x)),
-    "sigmoid": lambda x: 1.0 / (1.0 + torch.exp(-x)),
+    "gelu": formulas.gelu,
+    "gelu_tanh": lambda x: formulas.gelu(x, "tanh"),
+    "silu": formulas.silu,
+    "quick_gelu": formulas.quick_gelu,
+    "relu": formulas.relu,
+    "relu2": formulas.relu2,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
 GATES = {
     "silu": aajr.swiglu,
@@ -161,26 +153,12 @@ ACTIVATION = [
 
 
 # ------------------------------------------------------------------------------------------------------ rotary
-def rotation(interleaved=False, axis=1):
-    def rotate(x, cos, sin):
-        cos, sin = cos.to(x.dtype).unsqueeze(axis), sin.to(x.dtype).unsqueeze(axis)
-        size = cos.shape[-1]
-        turn = torch.zeros(size, size, dtype=x.dtype)
-        for pair in range(size // 2):
-            a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + size // 2)
-            turn[b, a], turn[a, b] = -1.0, 1.0
-        head = x[..., :size]
-        return torch.cat([head * cos + (head @ turn) * sin, x[..., size:]], dim=-1)
-
-    return rotate
-
-
 def rotary(name, shape, table, interleaved=False, axis=1, **options):
     return stacked(
         "rotary",
         name,
         lambda x, c, s: aajr.rotary(x, c, s, interleaved=interleaved, unsqueeze_dim=axis),
-        rotation(interleaved, axis),
+        lambda x, c, s: formulas.rotary(x, c.to(x.dtype), s.to(x.dtype), interleaved, axis),
         lambda k: ([stacks(*shape, k=k)], [randn(*table), randn(*table)]),
         **options,
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 import aajr_kernels
 from aajr_kernels.backends import choice
 from aajr_kernels.backends import cpu as native
+from aajr_kernels.coverage import coverage
 from aajr_kernels.testing import budgets
 
 PACKAGE = Path(aajr_kernels.__file__).parent
@@ -237,7 +238,7 @@ def check(case: Case, target: Target, k: int, dtype: torch.dtype) -> None:
     """Output and all gradients of the case on the target, within the budget."""
     p = problem(case, k, dtype)
     layout = lambda x: case.layout(x.to(target.device))
-    with target.active(), choice.coverage() as seen:
+    with target.active(), coverage() as seen:
         inputs, params = ([t.to(target.device) for t in ts] for ts in (p.inputs, p.params))
         got = outcome(case.ours, inputs, params, p.cotangent.to(target.device), layout)
     assert {backend for _, backend in seen.entries} <= {target.backend, "view"}, str(seen)

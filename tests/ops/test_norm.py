@@ -11,29 +11,18 @@ from ops.op_checks import check, check_low, forward_mode, outcome, stacks
 
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
 from aajr_kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, reference, rms_norm
+from aajr_kernels.testing import formulas
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, relative_error
 
 EPS = 1e-3
 
 
 def rms_formula(dims=1, eps=EPS, offset=0.0):
-    def formula(x, w=None):
-        axes = tuple(range(-dims, 0))
-        y = x * ((x * x).mean(axes, keepdim=True) + eps).pow(-0.5)
-        return y if w is None else y * (w + offset)
-
-    return formula
+    return lambda x, w=None: formulas.rms_norm(x, x.shape[-dims:], w, eps, offset)
 
 
 def layer_formula(dims=1, eps=EPS):
-    def formula(x, w=None, b=None):
-        axes = tuple(range(-dims, 0))
-        x = x - x.mean(axes, keepdim=True)
-        y = x * ((x * x).mean(axes, keepdim=True) + eps).pow(-0.5)
-        y = y if w is None else y * w
-        return y if b is None else y + b
-
-    return formula
+    return lambda x, w=None, b=None: formulas.layer_norm(x, x.shape[-dims:], w, b, eps)
 
 
 def weights(*shape, count=1):
