@@ -1,15 +1,16 @@
 """The evidence for the method: experiments with fixed seeds, their rows, figures and pages.
 
-``python -m experiments NAME`` runs one. To add one, write a module with the parts of :class:`Experiment` and enter it
-below.
+``python -m experiments NAME`` runs one. To add one, write a module with the parts of :class:`Experiment`, with the text
+of its page in ``page.md`` beside it, and enter it below.
 
 ==================  ====================================================================================
 module              what it holds
 ==================  ====================================================================================
 ``base``            what an experiment is made of, and the running of its tasks
 ``store``           rows as JSON lines: resumable, each written once
+``search``          the same number of runs for every method, one of which is chosen and tested
 ``ascents``         what an ascent itself tells
-``summaries``       the rows that were tested, bootstrap intervals, tables
+``summaries``       intervals, comparisons of methods paired by seed, the page
 ``plots``           figures without a display
 ``results/``        committed rows; the pages in docs/experiments/ are drawn from them
 ==================  ====================================================================================
@@ -51,5 +52,5 @@ def load(name: str) -> Experiment:
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment {name!r} is unknown: choose from {', '.join(EXPERIMENTS)}.")
-    found: Experiment = importlib.import_module(EXPERIMENTS[name][0], __name__).EXPERIMENT
-    return found
+    experiment: Experiment = importlib.import_module(EXPERIMENTS[name][0], __name__).EXPERIMENT
+    return experiment

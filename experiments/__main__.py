@@ -51,7 +51,7 @@ def experiment(
         _list()
         return
     try:
-        chosen = load(name)
+        selected = load(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="NAME") from error
     if publish and quick:
@@ -68,15 +68,15 @@ def experiment(
         else:
             if fresh:
                 rows.unlink(missing_ok=True)
-            opened = Store(rows, name, chosen.config(quick))
-            _run(chosen, opened, quick, jobs)
-        header, found = read(rows)
+            opened = Store(rows, name, selected.config(quick))
+            _run(selected, opened, quick, jobs)
+        header, lines = read(rows)
     except (OSError, ValueError, MissingPackage) as error:
         fail(str(error))
     page = folder / f"{name}.md"
-    page.write_text(chosen.report(header, found, folder), encoding="utf-8")
+    page.write_text(selected.report(header, lines, folder), encoding="utf-8")
     console = Console()
-    console.print(f"{len(found)} rows in {rows}; the page is {page}.", highlight=False, soft_wrap=True)
+    console.print(f"{len(lines)} rows in {rows}; the page is {page}.", highlight=False, soft_wrap=True)
     if publish:
         pages = ROOT / "docs" / "experiments"
         for place in (pages, committed.parent):
@@ -95,7 +95,7 @@ def _list() -> None:
     Console().print(table)
 
 
-def _run(chosen: Experiment, store: Store, quick: bool, jobs: int) -> None:
+def _run(selected: Experiment, store: Store, quick: bool, jobs: int) -> None:
     with Progress() as progress:
 
         def tell(done: int, total: int, key: str) -> None:
@@ -104,7 +104,7 @@ def _run(chosen: Experiment, store: Store, quick: bool, jobs: int) -> None:
             else:
                 progress.stage("tasks", total, done)
 
-        run_experiment(chosen, store, quick=quick, jobs=jobs, progress=tell)
+        run_experiment(selected, store, quick=quick, jobs=jobs, progress=tell)
 
 
 if __name__ == "__main__":

@@ -27,5 +27,12 @@ def figure(panels: int = 1, width: float = 4.6, height: float = 3.6) -> tuple[Fi
 
 
 def save(made: Figure, path: Path) -> None:
-    """Write a PNG without the date and the version, so that the same rows give the same file."""
+    """Write a PNG, with a legend wherever something has a label.
+
+    Without the date and the version, so that the same rows give the same file.
+    """
+    for axis in made.axes:
+        axis.title.set_fontsize(9)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, frameon=False)
     made.savefig(path, metadata={"Software": None})

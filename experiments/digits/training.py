@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from .data import CLASSES, UTILITIES, Split
 
 __all__ = [
     "METHODS",
+    "Batches",
     "attack",
     "evaluate",
+    "inner_ascent",
     "make_policy",
+    "nominal",
     "nominal_losses",
     "penalty",
-    "strong_attacks",
+    "robust",
     "train",
+    "unit_weight",
 ]
 
 #: method -> (baseline, metric of the outputs)
@@ -38,14 +43,31 @@ METHODS = {
 }
 
 
-def make_policy(width: int, seed: int) -> nn.Sequential:
-    """Two hidden layers, then class logits and utilities side by side: ``[n, 64]`` to ``[n, 14]``."""
-    with torch.random.fork_rng():
+class Sine(nn.Module):
+    """sin x: units of bounded slope whose curvature grows with the square of the weights before them."""
+
+    def forward(self, x: Any) -> Any:
+        return torch.sin(x)
+
+
+def make_policy(width: int, seed: int, unit: type[nn.Module] = nn.GELU, gain: float = 1.0) -> nn.Sequential:
+    """Two hidden layers, then class logits and utilities side by side: ``[n, 64]`` to ``[n, 14]``.
+
+    Args:
+        width: of the hidden layers.
+        seed: of the start.
+        unit: of the hidden layers.
+        gain: factor on the first layer's initial weights: the frequency that sine units start from.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        return nn.Sequential(
-            *(nn.Linear(64, width), nn.GELU(), nn.Linear(width, width), nn.GELU()),
+        policy = nn.Sequential(
+            *(nn.Linear(64, width), unit(), nn.Linear(width, width), unit()),
             nn.Linear(width, CLASSES + len(UTILITIES)),
         )
+        for parameter in policy[0].parameters():
+            parameter.mul_(gain)
+    return policy
 
 
 def fisher(y: aajr.Dual) -> torch.Tensor:
@@ -65,7 +87,7 @@ def nominal_losses(policy: nn.Module, part: Split) -> tuple[torch.Tensor, torch.
 def attack(
     policy: nn.Module, part: Split, kind: str, generator: torch.Generator, **options: Any
 ) -> aajr.Trajectory:
-    """Ascent on the class loss alone: the utilities are none of the adversary's business."""
+    """Ascent on the class loss alone: the adversary leaves the utilities aside."""
 
     def cross_entropy(x: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(policy(x)[:, :CLASSES], part.y, reduction="none")
@@ -84,44 +106,84 @@ def penalty(
 ) -> torch.Tensor:
     """The penalty of a method, averaged over all points of a trajectory."""
     baseline, metric = METHODS[method]
-    found: torch.Tensor = baseline_penalty(
+    value: torch.Tensor = baseline_penalty(
         *(baseline, policy, traj.points[:-1].flatten(0, 1), traj.directions.flatten(0, 1)),
         metric=fisher if metric == "fisher" else "l2",
         iterations=iterations,
         generator=generator,
         module=policy,
     )
-    return found
+    return value
 
 
-def train(config: dict[str, Any], seed: int, part: Split, method: str | None, weight: float) -> nn.Module:
+class Batches:
+    """Shuffled batches; an epoch leaves out what does not fill a batch."""
+
+    def __init__(self, part: Split, size: int, seed: int) -> None:
+        self.part, self.size = part, size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.per_epoch = len(part) // size
+
+    def epochs(self, count: int) -> Iterator[Split]:
+        for _ in range(count):
+            shuffled = self.part[torch.randperm(len(self.part), generator=self.generator)]
+            for number in range(self.per_epoch):
+                yield shuffled[slice(number * self.size, (number + 1) * self.size)]
+
+
+def inner_ascent(
+    config: dict[str, Any], policy: nn.Module, part: Split, generator: torch.Generator, **options: Any
+) -> aajr.Trajectory:
+    """A short ascent from random starts, whose points are penalised."""
+    inner = config["inner"]
+    return attack(
+        *(policy, part, "cross-entropy", generator),
+        radius=config["radius"],
+        steps=inner["steps"],
+        step_size=config["radius"] * inner["step"],
+        init="uniform",
+        **options,
+    )
+
+
+def unit_weight(
+    config: dict[str, Any],
+    seed: int,
+    method: str,
+    policy: nn.Module,
+    part: Split,
+    ascent: Callable[..., aajr.Trajectory],
+) -> float:
+    """1 over the penalty of a policy at the points of an ascent on `part`."""
+    generator = torch.Generator().manual_seed(5000 + seed)
+    traj = ascent(config, policy, part, generator)
+    with torch.no_grad():
+        return 1.0 / penalty(method, policy, traj, 10 * config["power_iterations"], generator).item()
+
+
+def train(
+    config: dict[str, Any],
+    seed: int,
+    part: Split,
+    method: str = "none",
+    weight: float = 0.0,
+    policy: nn.Module | None = None,
+) -> nn.Module:
     """Nominal loss plus `weight` times the penalty at the points of a short ascent on every batch.
 
     Start, order of the batches and random starts of the ascents depend on the seed alone, not on the method.
     """
-    policy = make_policy(config["width"], seed)
-    batch = config["batch"]
-    steps = config["epochs"] * (len(part) // batch)
+    policy = policy or make_policy(config["width"], seed)
+    batches = Batches(part, config["batch"], 1000 + seed)
+    starts, directions = (torch.Generator().manual_seed(1000 * i + seed) for i in (2, 3))
+    steps, rate = config["epochs"] * batches.per_epoch, config["learning_rate"]
     optimizer = torch.optim.Adam(policy.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config["learning_rate"], total_steps=steps)
-    order, starts, directions = (torch.Generator().manual_seed(1000 * i + seed) for i in (1, 2, 3))
-    inner = config["inner"]
-    for step in range(steps):
-        at = step * batch % (len(part) // batch * batch)
-        if at == 0:
-            shuffled = part[torch.randperm(len(part), generator=order)]
-        here = shuffled[slice(at, at + batch)]
-        entropy, error, _ = nominal_losses(policy, here)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for batch in batches.epochs(config["epochs"]):
+        entropy, error, _ = nominal_losses(policy, batch)
         loss = entropy + error
-        if method is not None:
-            traj = attack(
-                *(policy, here, "cross-entropy", starts),
-                radius=config["radius"],
-                steps=inner["steps"],
-                step_size=config["radius"] * inner["step"],
-                init="uniform",
-                evaluate_last=False,
-            )
+        if method != "none":
+            traj = inner_ascent(config, policy, batch, starts, evaluate_last=False)
             loss = loss + weight * penalty(method, policy, traj, config["power_iterations"], directions)
         optimizer.zero_grad()
         loss.backward()
@@ -130,37 +192,47 @@ def train(config: dict[str, Any], seed: int, part: Split, method: str | None, we
     return policy
 
 
-def strong_attacks(
-    config: dict[str, Any], policy: nn.Module, part: Split, seed: int
-) -> Iterator[aajr.Trajectory]:
-    """Ascents on every loss with every step size that the configuration's ``attack`` names."""
-    strong = config["attack"]
-    generator = torch.Generator().manual_seed(4000 + seed)
-    for kind in strong["losses"]:
-        for share in strong["step"]:
-            yield attack(
-                *(policy, part, kind, generator),
-                radius=config["radius"],
-                steps=strong["steps"],
-                step_size=config["radius"] * share,
-                init="uniform",
-                restarts=strong["restarts"],
-            )
-
-
-def evaluate(config: dict[str, Any], policy: nn.Module, part: Split, seed: int) -> dict[str, float]:
-    """Nominal losses, and the share of images that every attack leaves rightly classified at all its points."""
-    with torch.no_grad():
-        entropy, error, accuracy = nominal_losses(policy, part)
-        right = policy(part.x)[:, :CLASSES].argmax(1) == part.y
-    for traj in strong_attacks(config, policy, part, seed):
-        with torch.no_grad():
-            guess = policy(traj.points.flatten(0, 1))[:, :CLASSES].argmax(1).reshape(-1, len(part))
-        right &= (guess == part.y).all(0)
+@torch.no_grad()
+def nominal(policy: nn.Module, part: Split) -> dict[str, float]:
+    """Nominal loss, its parts, and accuracy."""
+    entropy, error, accuracy = nominal_losses(policy, part)
     return {
         "nominal": (entropy + error).item(),
         "cross_entropy": entropy.item(),
         "utility_error": error.item(),
         "accuracy": accuracy.item(),
-        "robust_accuracy": right.float().mean().item(),
     }
+
+
+def robust(config: dict[str, Any], policy: nn.Module, part: Split, seed: int) -> dict[str, float]:
+    """Largest cross-entropy, and share of images rightly classified, over all points of all attacks.
+
+    The attacks are ascents on every loss with every step size that the configuration's ``attack`` names.
+    """
+    strong = config["attack"]
+    generator = torch.Generator().manual_seed(4000 + seed)
+    with torch.no_grad():
+        logits = policy(part.x)[:, :CLASSES]
+        worst, right = F.cross_entropy(logits, part.y, reduction="none"), logits.argmax(1) == part.y
+    for kind, share in itertools.product(strong["losses"], strong["step"]):
+        traj = attack(
+            *(policy, part, kind, generator),
+            radius=config["radius"],
+            steps=strong["steps"],
+            step_size=config["radius"] * share,
+            init="uniform",
+            restarts=strong["restarts"],
+        )
+        with torch.no_grad():
+            logits = policy(traj.points.flatten(0, 1))[:, :CLASSES]
+            target = part.y.repeat(len(traj.points))
+            losses = F.cross_entropy(logits, target, reduction="none").unflatten(0, (-1, len(part)))
+        worst = torch.maximum(worst, losses.amax(0))
+        right &= (logits.argmax(1) == target).unflatten(0, (-1, len(part))).all(0)
+    return {"robust_loss": worst.mean().item(), "robust_accuracy": right.float().mean().item()}
+
+
+def evaluate(config: dict[str, Any], policy: nn.Module, part: Split, seed: int) -> dict[str, float]:
+    """Nominal losses, and the share of images that every attack leaves rightly classified at all its points."""
+    accuracy = robust(config, policy, part, seed)["robust_accuracy"]
+    return nominal(policy, part) | {"robust_accuracy": accuracy}

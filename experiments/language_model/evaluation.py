@@ -37,22 +37,22 @@ def evaluate(config: dict[str, Any], model: nn.Module, text: Text, seed: int) ->
         ``violated``, fractions of steps; ``kappa``, mean over steps and rows of the negative curvature, and
         ``eta_max``, the median of the largest admissible step, None if infinite, both with lengths in norms of a token.
     """
-    policy, chosen = policy_of(model), config["evaluation"]
-    found = {"clean": clean_loss(config, model, policy, text.test, seed, chosen["clean_rows"])}
-    scene = _scene(config, model, policy, text.test, seed, chosen["rows"])
-    found["start"] = losses_of(scene).mean().item()
+    policy, settings = policy_of(model), config["evaluation"]
+    scene = _scene(config, model, policy, text.test, seed, settings["rows"])
+    results: dict[str, Any] = {
+        "clean": clean_loss(config, model, policy, text.test, seed, settings["clean_rows"]),
+        "start": losses_of(scene).mean().item(),
+        "embedding": [],
+    }
     generator = torch.Generator().manual_seed(4000 + seed)
-    strong, robust = chosen["attack"], []
-    for factor in chosen["radii"]:
-        worst, ascents = embedding_attack(
-            scene, radius=factor * config["radius"], **strong, generator=generator
-        )
-        robust.append(worst.mean().item())
+    for factor in settings["radii"]:
+        radius = factor * config["radius"]
+        worst, ascents = embedding_attack(scene, radius=radius, **settings["attack"], generator=generator)
+        results["embedding"].append(worst.mean().item())
         if factor == 1:
-            found["falls"] = _falls(ascents)
-    _, replaced = substitution_attack(scene, **chosen["substitution"], candidates=text.candidates)
-    more = {"embedding": robust, "substitution": replaced.mean(1).tolist()}
-    return found | more | _stability(config, scene)
+            results["falls"] = _falls(ascents)
+    _, replaced = substitution_attack(scene, **settings["substitution"], candidates=text.candidates)
+    return results | {"substitution": replaced.mean(1).tolist()} | _stability(config, scene)
 
 
 def _scene(
@@ -67,12 +67,9 @@ def _scene(
 
 
 def _falls(ascents: list[aajr.Trajectory]) -> float:
-    moved = fell = 0.0
-    for traj in ascents:
-        report = recorded(traj)
-        moved += report.moved.sum().item()
-        fell += report.non_monotone.sum().item()
-    return fell / max(moved, 1.0)
+    reports = [recorded(traj) for traj in ascents]
+    moved = sum(report.moved.sum().item() for report in reports)
+    return sum(report.non_monotone.sum().item() for report in reports) / max(moved, 1.0)
 
 
 def _stability(config: dict[str, Any], scene: Scene) -> dict[str, Any]:

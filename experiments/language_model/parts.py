@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from aajr_kernels.training import policy_of
 
-from ..minimax.search import propose
+from ..search import interpolated, search
 from ..store import Row
 from .evaluation import clean_loss, evaluate
 from .models import adapted, small
 from .text import Text, plays
 from .training import batches_of, penalty_at_start, pretrain, tune
 
-__all__ = ["ADAPTED", "SCRATCH", "nearest", "work"]
+__all__ = ["ADAPTED", "SCRATCH", "rank", "work"]
 
 #: of either part, in order; "weighted" is adversarial training whose weight is matched as the λ of the others are
 SCRATCH = ("reference", "weighted", "random", "frobenius", "spectral", "aajr")
@@ -35,9 +35,9 @@ def work(config: dict[str, Any], part: str, seed: int, method: str, stage: str =
     return [{"part": part, "seed": seed, **row} for row in rows]
 
 
-def nearest(rows: list[Row], target: float) -> int:
-    """Index of the run whose clean validation perplexity is nearest to the target, by ratio."""
-    return min(range(len(rows)), key=lambda index: abs(rows[index]["validation"] - math.log(target)))
+def rank(row: Row, target: float) -> float:
+    """The run whose clean validation perplexity is nearest to the target, by ratio."""
+    return -abs(row["validation"] - math.log(target))
 
 
 # -- from scratch -----------------------------------------------------------------------------------------------------
@@ -57,30 +57,32 @@ def _start(key: str, seed: int) -> tuple[Text, State, float]:
 def _scratch(key: str, seed: int, method: str) -> list[Row]:
     config = json.loads(key)
     text, state, target = _start(key, seed)
+
+    def test(model: nn.Module) -> dict[str, Any]:
+        return evaluate(config, model, text, seed)
+
     if method == "reference":
-        found = []
+        rows = []
         for name, mix in (("plain", 0.0), ("adversarial", 1.0)):
             model, row = _run(key, seed, (text, state), "adversarial", mix, 0.0)
-            test = evaluate(config, model, text, seed)
-            found.append(row | {"method": name, "knob": mix, "target": target, "chosen": True, "test": test})
-        return found
+            rows.append(row | {"method": name, "knob": mix, "chosen": True, "test": test(model)})
+        return [row | {"target": target} for row in rows]
     unit = 1.0
     if method != "weighted":
         probe = batches_of(config, text.train, config["probe"], 500 + seed)
         unit = 1 / penalty_at_start(config, _copy(config, state), probe, seed, method)[0]
-    runs: list[tuple[nn.Module, Row]] = []
-    for _ in range(config["budget"]):
-        tried = [(math.log10(row["knob"]), row["validation"]) for _, row in runs]
-        knob = 10 ** propose(tried, math.log(target), *config["search"][method])
-        if method == "weighted":
-            model, row = _run(key, seed, (text, state), "adversarial", knob, 0.0)
-        else:
-            model, row = _run(key, seed, (text, state), method, 1.0, unit * knob)
-        runs.append((model, row | {"method": method, "knob": knob, "target": target, "chosen": False}))
-    best = nearest([row for _, row in runs], target)
-    model, row = runs[best]
-    row |= {"chosen": True, "test": evaluate(config, model, text, seed)}
-    return [row for _, row in runs]
+
+    def propose(rows: list[Row]) -> float:
+        tried = [(math.log10(row["knob"]), row["validation"]) for row in rows]
+        return interpolated(tried, math.log(target), *config["search"][method])
+
+    def run(exponent: float) -> tuple[Row, nn.Module]:
+        knob = 10**exponent
+        options = ("adversarial", knob, 0.0) if method == "weighted" else (method, 1.0, unit * knob)
+        model, row = _run(key, seed, (text, state), *options)
+        return row | {"method": method, "knob": knob, "target": target}, model
+
+    return search(config["budget"], propose, run, lambda row: rank(row, target), test)
 
 
 def _copy(config: dict[str, Any], state: State) -> nn.Module:
@@ -97,8 +99,8 @@ def _run(
     batches = batches_of(config, text.train, config["steps"], seed)
     history = tune(config, model, batches, seed, method, mix=mix, weight=weight)
     rows = config["evaluation"]["clean_rows"]
-    seen = clean_loss(config, model, policy_of(model), text.validation, seed, rows)
-    return model, {"weight": weight, "validation": seen, **history}
+    loss = clean_loss(config, model, policy_of(model), text.validation, seed, rows)
+    return model, {"weight": weight, "validation": loss, **history}
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------

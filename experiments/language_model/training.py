@@ -33,19 +33,17 @@ def batches_of(config: dict[str, Any], source: Tensor, count: int, seed: int) ->
 
 def pretrain(config: dict[str, Any], model: nn.Module, source: Tensor, seed: int) -> None:
     """Plain training on every token of random windows."""
-    chosen = config["pretraining"]
+    settings = config["pretraining"]
     generator = torch.Generator().manual_seed(2000 + seed)
-    drawn = [
-        windows(source, chosen["batch"], config["length"], generator).clone() for _ in range(chosen["steps"])
-    ]
-    rate = chosen["learning_rate"]
-    settings = FitConfig(
-        steps=chosen["steps"],
+    steps, rate = settings["steps"], settings["learning_rate"]
+    drawn = [windows(source, settings["batch"], config["length"], generator) for _ in range(steps)]
+    fit_config = FitConfig(
+        steps=steps,
         objective=ObjectiveConfig(penalty=Penalty(method="none"), adversarial_weight=0.0, clean_weight=1.0),
-        learning_rate=WarmUp(20, Cosine(rate, rate / 10, chosen["steps"])),
+        learning_rate=WarmUp(20, Cosine(rate, rate / 10, steps)),
         seed=seed,
     )
-    fit(model, drawn, settings, progress=False)
+    fit(model, drawn, fit_config, progress=False)
 
 
 def tune(
@@ -133,8 +131,8 @@ def _settings(
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for name in ("clean_loss", "adversarial_loss", "penalty"):
         values = [row[name] for row in rows if row.get(name) is not None]
-        found[name] = sum(values) / len(values) if values else None
-    return found
+        means[name] = sum(values) / len(values) if values else None
+    return means

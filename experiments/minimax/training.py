@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +13,20 @@ from torch import nn
 import aajr_kernels as aajr
 
 from ..ascents import recorded
-from ..digits.data import CLASSES, UTILITIES, Split
-from ..digits.training import attack, nominal_losses, penalty, strong_attacks
+from ..digits.data import CLASSES, Split
+from ..digits.training import (
+    Batches,
+    Sine,
+    attack,
+    make_policy,
+    nominal,
+    nominal_losses,
+    penalty,
+    robust,
+    train,
+)
 
-__all__ = ["METHODS", "curvature", "evaluate", "make_policy", "nominal", "pretrain", "tune", "unit_weight"]
+__all__ = ["METHODS", "curvature", "evaluate", "inner_ascent", "pretrain", "tune"]
 
 #: the penalties that are compared; "none" stands for no penalty
 METHODS = ("none", "frobenius", "spectral", "random", "aajr-l2", "aajr-fisher")
@@ -25,68 +34,14 @@ METHODS = ("none", "frobenius", "spectral", "random", "aajr-l2", "aajr-fisher")
 CONSTANT = math.log(CLASSES) + 1
 
 
-class Sine(nn.Module):
-    """sin x: units of bounded slope whose curvature grows with the square of the weights before them."""
-
-    def forward(self, x: Any) -> Any:
-        return torch.sin(x)
-
-
-def make_policy(width: int, gain: float, seed: int) -> nn.Sequential:
-    """Two hidden layers of sine units, then class logits and utilities: ``[n, 64]`` to ``[n, 14]``.
-
-    Args:
-        width: of the hidden layers.
-        gain: factor on the first layer's initial weights, the frequency that the policy starts from.
-        seed: of the start.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        policy = nn.Sequential(
-            *(nn.Linear(64, width), Sine(), nn.Linear(width, width), Sine()),
-            nn.Linear(width, CLASSES + len(UTILITIES)),
-        )
-    with torch.no_grad():
-        for parameter in policy[0].parameters():
-            parameter.mul_(gain)
-    return policy
-
-
-class _Batches:
-    """Shuffled batches without end; an epoch leaves out what does not fill a batch."""
-
-    def __init__(self, part: Split, size: int, seed: int) -> None:
-        self.part, self.size = part, size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.per_epoch = len(part) // size
-
-    def epochs(self, count: int) -> Iterator[Split]:
-        for _ in range(count):
-            shuffled = self.part[torch.randperm(len(self.part), generator=self.generator)]
-            for number in range(self.per_epoch):
-                yield shuffled[slice(number * self.size, (number + 1) * self.size)]
-
-
 def pretrain(config: dict[str, Any], seed: int, part: Split) -> nn.Module:
     """The unregularised policy that every run starts from: nominal loss, no adversary."""
-    policy = make_policy(config["width"], config["gain"], seed)
-    batches = _Batches(part, config["batch"], 1000 + seed)
-    steps = config["pretraining"]["epochs"] * batches.per_epoch
-    optimizer = torch.optim.Adam(policy.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config["pretraining"]["learning_rate"], total_steps=steps
-    )
-    for here in batches.epochs(config["pretraining"]["epochs"]):
-        entropy, error, _ = nominal_losses(policy, here)
-        optimizer.zero_grad()
-        (entropy + error).backward()
-        optimizer.step()
-        schedule.step()
-    return policy
+    policy = make_policy(config["width"], seed, Sine, config["gain"])
+    return train(config | config["pretraining"], seed, part, policy=policy)
 
 
 def curvature(config: dict[str, Any], policy: nn.Module, part: Split) -> float:
-    """κ₀: the largest negative curvature along an ascent with small steps through the ball."""
+    """κ₀, the largest negative curvature along an ascent with small steps through the ball."""
     steps = config["curvature_steps"]
     traj = attack(
         *(policy, part, "cross-entropy", torch.Generator()),
@@ -108,19 +63,6 @@ def inner_ascent(config: dict[str, Any], policy: nn.Module, part: Split, eta: fl
         step="raw",
         step_size=eta,
     )
-
-
-def unit_weight(
-    config: dict[str, Any], seed: int, policy: nn.Module, part: Split, eta: float, method: str
-) -> float:
-    """1 over the penalty of the unregularised policy: λ is counted in these units, whatever the metric."""
-    if method == "none":
-        return 1.0
-    generator = torch.Generator().manual_seed(5000 + seed)
-    traj = inner_ascent(config, policy, part, eta)
-    with torch.no_grad():
-        size = penalty(method, policy, traj, 10 * config["power_iterations"], generator)
-    return 1.0 / size.item()
 
 
 def tune(
@@ -156,14 +98,14 @@ def tune(
         not, or the last epoch is no better than a policy that does not look at its input.
     """
     policy = copy.deepcopy(start)
-    batches = _Batches(part, config["batch"], 2000 + seed)
+    batches = Batches(part, config["batch"], 2000 + seed)
     directions = torch.Generator().manual_seed(3000 + seed)
     optimizer = torch.optim.Adam(policy.parameters(), config["learning_rate"])
     falls, outer, finite = [], [], True
-    for here in batches.epochs(config["epochs"]):
-        traj = inner_ascent(config, policy, here, eta)
-        entropy, error, _ = nominal_losses(policy, here)
-        worst_entropy, worst_error, _ = nominal_losses(policy, Split(traj.points[-1], here.y, here.u))
+    for batch in batches.epochs(config["epochs"]):
+        traj = inner_ascent(config, policy, batch, eta)
+        entropy, error, _ = nominal_losses(policy, batch)
+        worst_entropy, worst_error, _ = nominal_losses(policy, Split(traj.points[-1], batch.y, batch.u))
         adversarial = worst_entropy + worst_error
         loss = (entropy + error + mix * adversarial) / (1 + mix)
         if method != "none":
@@ -182,7 +124,7 @@ def tune(
 
 
 def history(falls: list[float], outer: list[float], per_epoch: int, finite: bool) -> dict[str, Any]:
-    """What a run is remembered by, from the values of its updates; see :func:`tune`."""
+    """Summary of a run, from the values of its updates; see :func:`tune`."""
     series = torch.tensor(outer, dtype=torch.float64)
     by_epoch = {"falls": _by_epoch(falls, per_epoch), "outer": _by_epoch(outer, per_epoch)}
     return {
@@ -194,38 +136,15 @@ def history(falls: list[float], outer: list[float], per_epoch: int, finite: bool
     }
 
 
-def nominal(policy: nn.Module, part: Split) -> dict[str, float]:
-    """Nominal loss, its parts, and accuracy."""
-    with torch.no_grad():
-        entropy, error, accuracy = nominal_losses(policy, part)
-    return {
-        "nominal": (entropy + error).item(),
-        "cross_entropy": entropy.item(),
-        "utility_error": error.item(),
-        "accuracy": accuracy.item(),
-    }
-
-
 def evaluate(
     config: dict[str, Any], policy: nn.Module, part: Split, seed: int, eta: float
 ) -> dict[str, float]:
     """Nominal losses; loss and accuracy of the classes under strong attacks; the inner ascent's curvature and falls."""
-    found = nominal(policy, part)
-    with torch.no_grad():
-        logits = policy(part.x)[:, :CLASSES]
-        worst, right = F.cross_entropy(logits, part.y, reduction="none"), logits.argmax(1) == part.y
-    for traj in strong_attacks(config, policy, part, seed):
-        with torch.no_grad():
-            logits = policy(traj.points.flatten(0, 1))[:, :CLASSES]
-            target = part.y.repeat(len(traj.points))
-            losses = F.cross_entropy(logits, target, reduction="none").unflatten(0, (-1, len(part)))
-        worst = torch.maximum(worst, losses.amax(0))
-        right &= (logits.argmax(1) == target).unflatten(0, (-1, len(part))).all(0)
     report = _report(policy, part, inner_ascent(config, policy, part, eta))
     assert report.kappa is not None and report.violated is not None
-    return found | {
-        "robust_loss": worst.mean().item(),
-        "robust_accuracy": right.float().mean().item(),
+    return {
+        **nominal(policy, part),
+        **robust(config, policy, part, seed),
         "falls": report.non_monotone.float().mean().item(),
         "violated": report.violated.float().mean().item(),
         "kappa": report.kappa.max().item(),

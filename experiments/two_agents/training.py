@@ -54,9 +54,9 @@ def attack(
 
 def inner(config: dict[str, Any], pair: Pair, games: Games, x: Tensor, honest: tuple[Heads, Heads]) -> Any:
     """The ascent of training: from the true observations."""
-    given = config["inner"]
-    step = given["step"] * config["radius"]
-    return attack(pair, games, x, honest, radius=config["radius"], steps=given["steps"], step_size=step)
+    options = config["inner"]
+    step = options["step"] * config["radius"]
+    return attack(pair, games, x, honest, radius=config["radius"], steps=options["steps"], step_size=step)
 
 
 def penalty(
@@ -67,10 +67,8 @@ def penalty(
     common: dict[str, Any] = dict(metric="fisher", unit="sequence")
     if method in ("aajr-joint", "aajr-agents"):
         each = method == "aajr-agents"
-        found, _ = aajr.trajectory_penalty(
-            pair.composite, traj.x, traj, per_agent=each, batch_steps=steps, **common
-        )
-        return found
+        options = {"per_agent": each, "batch_steps": steps, **common}
+        return aajr.trajectory_penalty(pair.composite, traj.x, traj, **options)[0]
     assert traj.agents is not None
     value: Tensor = baseline_penalty(
         *(method, pair.composite, traj.points[:-1].flatten(0, 1)),
@@ -128,19 +126,15 @@ def train(
         if not finite:
             break
         optimizer.step()
-        report = recorded(traj)
-        for name, value in (
-            ("clean", (clean.detach().sum() / best).item()),
-            ("attacked", (attacked.detach().sum() / best).item()),
-            ("falls", report.non_monotone.float().mean().item()),
-            ("gradient", norm),
-        ):
-            columns[name].append(value)
+        columns["clean"].append((clean.detach().sum() / best).item())
+        columns["attacked"].append((attacked.detach().sum() / best).item())
+        columns["falls"].append(recorded(traj).non_monotone.float().mean().item())
+        columns["gradient"].append(norm)
     return history(columns, finite, _floor(config))
 
 
 def history(columns: dict[str, list[float]], finite: bool, floor: float) -> dict[str, Any]:
-    """What a run is remembered by.
+    """Summary of a run.
 
     Args:
         columns: by update: ``clean`` and ``attacked``, sum of payoffs as a share of the batch's optimum; ``falls``,
@@ -157,14 +151,15 @@ def history(columns: dict[str, list[float]], finite: bool, floor: float) -> dict
     """
     series = torch.tensor(columns["attacked"], dtype=torch.float64)
     norms = torch.tensor(columns["gradient"], dtype=torch.float64)
-    found: dict[str, Any] = {name: _blocks(columns[name]) for name in ("clean", "attacked")}
-    found |= {"finite": finite, "falls": None, "variance": None, "jitter": None, "drop": None, "tail": None}
+    summary: dict[str, Any] = {name: _blocks(columns[name]) for name in ("clean", "attacked")}
+    summary["finite"] = finite
     if not finite:
-        return found | {"collapsed": True}
+        broken = dict.fromkeys(("falls", "variance", "jitter", "drop", "tail"))
+        return summary | broken | {"collapsed": True}
     last = series[-max(len(series) // 3, 2) :]
     smooth = series.unfold(0, min(SMOOTHED, len(series)), 1).mean(-1)
     clean = columns["clean"][-len(last) :]
-    return found | {
+    return summary | {
         "falls": sum(columns["falls"]) / len(series),
         "variance": last.var().item(),
         "jitter": 0.5 * last.diff().square().mean().item(),
@@ -175,7 +170,7 @@ def history(columns: dict[str, list[float]], finite: bool, floor: float) -> dict
 
 
 def _floor(config: dict[str, Any]) -> float:
-    """Half the share of the optimum that agents get which do not listen, over 2,000 games."""
+    """Half the share of the optimum that agents get without listening, over 2,000 games."""
     games = deal(config["game"], 2000, torch.Generator().manual_seed(0))
     return 0.5 * (games.unheard().mean() / games.optimum().mean()).item()
 

@@ -16,13 +16,13 @@ from common.command import application
 from experiments import EXPERIMENTS, RESULTS, inclusion, load
 from experiments import __main__ as command
 from experiments.__main__ import experiment
-from experiments.digits.report import chosen
-from experiments.language_model import comparisons, parts
-from experiments.minimax.report import NAMES as MINIMAX
-from experiments.minimax.report import chosen as minimax_chosen
-from experiments.minimax.search import nearest
+from experiments.language_model import parts
+from experiments.minimax import rank as minimax_rank
+from experiments.minimax.report import COMPARISON as MINIMAX
+from experiments.search import best
 from experiments.step_condition.report import totals
 from experiments.store import read
+from experiments.summaries import chosen_runs
 
 
 def committed(name: str):
@@ -51,22 +51,22 @@ def test_step_condition():
 
 def test_digits():
     rows = committed("digits")
-    tested = chosen(rows)
+    tested = chosen_runs(rows)
     assert all(sorted(by_seed) == list(range(10)) for by_seed in tested.values())
     budgets = {m: {sum(r["method"] == m and r["seed"] == s for r in rows) for s in range(10)} for m in tested}
     assert budgets.pop("none") == {1}
     assert len(set().union(*budgets.values())) == 1  # as many weights for every method and seed
     for by_seed in tested.values():
-        for row in by_seed.values():
+        for (row,) in by_seed.values():
             assert row["validation"]["robust_accuracy"] >= 0.6 or row["method"] == "none"
 
 
 def test_minimax():
     rows = committed("minimax")
     config = load("minimax").config(False)
-    runs = {(seed, factor) for seed in range(config["seeds"]) for factor in config["factors"]}
-    tested = minimax_chosen(rows)
-    assert set(tested) == set(MINIMAX) and all(set(found) == runs for found in tested.values())
+    seeds, factors = set(range(config["seeds"])), set(config["factors"])
+    tested = chosen_runs(rows)
+    assert set(tested) == set(MINIMAX.names) and all(set(by_seed) == seeds for by_seed in tested.values())
     spent = Counter((row["method"], row["seed"], row["factor"]) for row in rows)
     assert all(
         count == (1 if method == "plain" else config["budget"]) for (method, *_), count in spent.items()
@@ -74,48 +74,52 @@ def test_minimax():
     for method in tested.keys() - {
         "plain"
     }:  # as many runs for every method, all judged on the validation part
-        for key, row in tested[method].items():
-            mine = [r for r in rows if r["method"] == method and (r["seed"], r["factor"]) == key]
-            assert mine[nearest(mine, row["target"])]["chosen"]
+        for seed, own in tested[method].items():
+            assert {row["factor"] for row in own} == factors and len(own) == len(factors)
+            for row in own:
+                key = (method, seed, row["factor"])
+                runs = [r for r in rows if (r["method"], r["seed"], r["factor"]) == key]
+                assert runs[best(runs, lambda r: minimax_rank(r, r["target"]))]["chosen"]
 
 
 def test_language_model():
     rows = committed("language-model")
     config = load("language-model").config(False)
     seeds = set(range(config["scratch"]["seeds"]))
-    tested = comparisons.chosen(rows, "scratch")
+    by_part = {part: chosen_runs([r for r in rows if r["part"] == part]) for part in ("scratch", "adapted")}
+    tested = by_part["scratch"]
     assert set(tested) == {"plain", "adversarial", *parts.SCRATCH[1:]}
-    assert all(set(found) == seeds for found in tested.values())
+    assert all(set(by_seed) == seeds for by_seed in tested.values())
     for method in parts.SCRATCH[1:]:  # as many runs for every method, all judged on the validation part
-        for seed, row in tested[method].items():
+        for seed in tested[method]:
             mine = [r for r in rows if (r["part"], r["method"], r["seed"]) == ("scratch", method, seed)]
             assert len(mine) == config["scratch"]["budget"]
-            assert mine[parts.nearest(mine, row["target"])]["chosen"]
+            assert mine[best(mine, lambda r: parts.rank(r, r["target"]))]["chosen"]
     assert len({(r["seed"], r["target"]) for r in rows if r["part"] == "scratch"}) == len(seeds)
-    for part in ("scratch", "adapted"):
-        for by_seed in comparisons.chosen(rows, part).values():
-            for row in by_seed.values():
+    for methods in by_part.values():
+        for by_seed in methods.values():
+            for (row,) in by_seed.values():
                 start, attacked = row["test"]["start"], row["test"]["embedding"]
                 replaced = row["test"]["substitution"]
                 assert min(attacked) >= start and replaced == sorted(replaced) and replaced[0] == start
-    assert set(comparisons.chosen(rows, "adapted")) == set(parts.ADAPTED)
+    assert set(by_part["adapted"]) == set(parts.ADAPTED)
 
 
 def test_two_agents():
     pytest.importorskip("transformers")
-    from experiments.two_agents.report import NAMES
-    from experiments.two_agents.search import best
+    from experiments.two_agents import rank
+    from experiments.two_agents.report import COMPARISON
 
     rows, config = committed("two-agents"), load("two-agents").config(False)
     scratch = [row for row in rows if row["model"] == "scratch"]
     runs: dict[tuple[str, int], list[dict[str, object]]] = {}
     for row in scratch:
         runs.setdefault((row["method"], row["seed"]), []).append(row)
-    assert set(runs) == {(method, seed) for method in NAMES for seed in range(config["seeds"])}
+    assert set(runs) == {(method, seed) for method in COMPARISON.names for seed in range(config["seeds"])}
     for (method, _), found in runs.items():  # as many runs for every method, judged on the validation games
         knobs = config["mixes" if method == "none" else "weights"]
         assert [row["knob"] for row in found] == knobs and len(knobs) == len(config["weights"])
-        assert [row["chosen"] for row in found] == [i == best(found) for i in range(len(found))]
+        assert [row["chosen"] for row in found] == [i == best(found, rank) for i in range(len(found))]
     for row in rows:
         if not row["chosen"]:
             continue

@@ -9,10 +9,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import aajr_kernels as aajr
+from experiments import digits as experiment_digits
 from experiments import load
 from experiments.base import run_experiment
-from experiments.digits import data, search, training
-from experiments.digits.report import compare
+from experiments.digits import data, training
+from experiments.digits.report import COMPARISON
+from experiments.search import best, bisected
 from experiments.store import Store
 from experiments.summaries import bootstrap_interval
 
@@ -65,24 +67,30 @@ def row(weight: float, robust: float, nominal: float) -> dict[str, object]:
 
 def test_the_cheapest_weight_that_reaches_the_target_is_chosen_else_the_most_robust():
     rows = [row(1, 0.5, 0.1), row(2, 0.7, 0.4), row(3, 0.6, 0.3), row(4, 0.9, 0.5)]
-    assert search.choose(rows, 0.6) == 2
-    assert search.choose(rows, 0.95) == 3
+    for target, expected in ((0.6, 2), (0.95, 3)):
+        assert best(rows, lambda one, target=target: experiment_digits.rank(one, target)) == expected
+
+
+def test_a_bisection_goes_down_once_the_target_is_reached():
+    assert bisected([], 0.5, 2.0) == 0.5
+    assert bisected([False, True, True], 0.0, 2.0) == 1.0 - 0.5 - 0.25
 
 
 def test_the_search_halves_its_stride_and_tests_the_chosen_one_alone(monkeypatch):
-    monkeypatch.setattr(search, "unit_weight", lambda *a: 2.0)
+    monkeypatch.setattr(experiment_digits, "unit_weight", lambda *a: 2.0)
     tried = []
 
-    def train(config, seed, part, method, weight):
-        tried.append(weight)
+    def train(config, seed, part, method="none", weight=0.0):
+        if method != "none":
+            tried.append(weight)
         return weight
 
     def evaluate(config, policy, part, seed):
         return {"robust_accuracy": min(1.0, 0.3 * policy), "nominal": policy}
 
-    monkeypatch.setattr(search, "train", train)
-    monkeypatch.setattr(search, "evaluate", evaluate)
-    rows = search.work(QUICK | {"budget": 4, "target": 0.9}, 0, "aajr-l2")
+    monkeypatch.setattr(experiment_digits, "train", train)
+    monkeypatch.setattr(experiment_digits, "evaluate", evaluate)
+    rows = experiment_digits.work(QUICK | {"budget": 4, "target": 0.9}, 0, "aajr-l2")
     # reached from weight 3 on: 2 misses, 20 reaches, 2·√10 reaches, 2·10^¼ reaches
     assert tried == pytest.approx([2 * 10**e for e in (0, 1, 0.5, 0.25)])
     assert [r["chosen"] for r in rows] == [False, False, False, True]
@@ -92,7 +100,7 @@ def test_the_search_halves_its_stride_and_tests_the_chosen_one_alone(monkeypatch
 def test_methods_share_everything_but_the_penalty():
     digits = data.load(0, (64, 32, 32))
     config = QUICK | {"epochs": 1, "batch": 32, "width": 8}
-    plain = training.train(config, 0, digits.train, None, 0.0)
+    plain = training.train(config, 0, digits.train)
     for method in training.METHODS:  # a weight of zero leaves no trace of the method
         other = training.train(config, 0, digits.train, method, 0.0)
         for a, b in zip(plain.parameters(), other.parameters()):
@@ -104,7 +112,7 @@ def test_methods_share_everything_but_the_penalty():
 def test_a_stronger_attack_leaves_less_and_no_attack_leaves_the_accuracy():
     digits = data.load(0, (640, 64, 64))
     config = load("digits").config(False) | {"epochs": 6}
-    policy = training.train(config, 0, digits.train, None, 0.0)
+    policy = training.train(config, 0, digits.train)
     seen = [
         training.evaluate(config | {"radius": radius}, policy, digits.test, 0)["robust_accuracy"]
         for radius in (1e-6, 0.25, 0.5)
@@ -121,15 +129,15 @@ def test_differences_are_paired_by_seed():
             ("b", 2, True, 1.5), ("b", 1, True, 4.0), ("b", 0, True, 0.75),
         ]
     ]  # fmt: skip
-    assert compare(rows, "a", "b", "nominal") == bootstrap_interval([0.25, 1.0, 0.5])
+    assert COMPARISON.difference(rows, "a", "b", "nominal") == bootstrap_interval([0.25, 1.0, 0.5])
 
 
 def test_a_small_run_and_its_page(tmp_path):
     experiment = load("digits")
     store = Store(tmp_path / "rows.jsonl", "digits", QUICK)
     run_experiment(experiment, store, quick=True)
-    assert {r["method"] for r in store.rows} == set(search.methods())
-    for name in search.methods():
+    assert {r["method"] for r in store.rows} == {"none", *training.METHODS}
+    for name in ("none", *training.METHODS):
         found = [r for r in store.rows if r["method"] == name]
         assert len(found) == (2 if name == "none" else 2 * QUICK["budget"])
         assert sum(r["chosen"] for r in found) == 2

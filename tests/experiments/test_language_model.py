@@ -22,8 +22,9 @@ from experiments import load
 from experiments.__main__ import experiment
 from experiments.base import run_experiment
 from experiments.language_model import attacks, models, parts, text, training
-from experiments.language_model.comparisons import PAIRS, compare, quantities, verdict
 from experiments.language_model.evaluation import clean_loss, evaluate
+from experiments.language_model.report import PAIRS, comparison
+from experiments.search import best
 from experiments.store import Store
 from experiments.summaries import bootstrap_interval
 
@@ -218,25 +219,22 @@ def test_differences_are_paired_by_seed():
     rows = [row("aajr", seed, 2.0, 3.0 - 0.1 * seed, 4.0) for seed in range(3)]
     rows += [row("random", seed, 2.0, 3.1, 4.0 - (seed - 1)) for seed in range(3)]
     rows += [row("random", 0, 9.0, 9.0, 9.0) | {"chosen": False}]
-    rows += [row("random", 0, 9.0, 9.0, 9.0) | {"part": "adapted"}]
-    known = quantities(FULL["scratch"])
+    compared = comparison(FULL["scratch"])
     expected = pytest.approx(bootstrap_interval([-0.1, -0.2, -0.3]))
-    assert compare(rows, "aajr", "random", known["embedding"][2]) == expected
-    assert compare(rows, "aajr", "random", known["substitution"][2]) == bootstrap_interval([-1.0, 0.0, 1.0])
-    assert compare(rows, "aajr", "random", known["rise"][2]) == bootstrap_interval([-1.0, 0.0, 1.0])
-    sentence = verdict(FULL["scratch"], rows, "aajr", "random")
-    assert "embedding attack **lower** by 0.200" in sentence and "does not differ" in sentence
-    assert "substitution attack cannot be told" in sentence
-    assert "adversarial, w matched" in verdict(
-        FULL["scratch"], rows + [row("weighted", s, 1.0, 1.0, 1.0) for s in range(3)], *PAIRS[0]
-    )
+    assert compared.difference(rows, "aajr", "random", "embedding") == expected
+    assert compared.difference(rows, "aajr", "random", "substitution") == bootstrap_interval([-1.0, 0.0, 1.0])
+    assert compared.difference(rows, "aajr", "random", "rise") == bootstrap_interval([-1.0, 0.0, 1.0])
+    sentence = compared.verdict(rows, "aajr", "random")
+    assert "embedding attack **lower**" in sentence and "clean loss indistinguishable" in sentence
+    assert "substitution attack indistinguishable" in sentence
+    more = rows + [row("weighted", s, 1.0, 1.0, 1.0) for s in range(3)]
+    assert "adversarial, w matched" in compared.verdict(more, *PAIRS[0])
 
 
 def test_the_run_nearest_to_the_target_is_tested():
     found = [{"validation": math.log(p)} for p in (8.0, 9.4, 11.0)]
-    assert (
-        parts.nearest(found, 10.0) == 1 and parts.nearest(found, 8.9) == 1 and parts.nearest(found, 50) == 2
-    )
+    for target, expected in ((10.0, 1), (8.9, 1), (50, 2)):
+        assert best(found, lambda row, target=target: parts.rank(row, target)) == expected
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ pytest.importorskip("matplotlib")
 from experiments import load
 from experiments.base import run_experiment
 from experiments.digits import data
-from experiments.minimax import training
-from experiments.minimax.report import NAMES, compare, verdict
-from experiments.minimax.search import nearest, propose, work
+from experiments.digits.training import unit_weight
+from experiments.minimax import rank, training, work
+from experiments.minimax.report import COMPARISON
+from experiments.search import best, interpolated
 from experiments.store import Store
 from experiments.summaries import bootstrap_interval
 
@@ -61,17 +62,19 @@ def test_methods_share_everything_but_the_penalty(digits, start):
     assert all(torch.equal(before[name], value) for name, value in start.state_dict().items())
 
 
+def unit_of(policy, part, method):
+    ascent = lambda config, policy, part, _: training.inner_ascent(config, policy, part, 0.1)
+    return unit_weight(FULL, 0, method, policy, part, ascent)
+
+
 def test_penalties_make_the_policy_less_sensitive_than_training_without(digits, start):
     part = digits.train[slice(0, 512)]
     config = FULL | {"epochs": 3}
     none, _ = training.tune(config, 0, start, part, "none", 0.1, mix=1.0, weight=0.0)
     for method in ("frobenius", "aajr-fisher"):
-        unit = training.unit_weight(FULL, 0, start, part, 0.1, method)
+        unit = unit_of(start, part, method)
         tuned, _ = training.tune(config, 0, start, part, method, 0.1, mix=1.0, weight=unit)
-        assert training.unit_weight(FULL, 0, tuned, part, 0.1, method) > 1.2 * training.unit_weight(
-            FULL, 0, none, part, 0.1, method
-        )
-    assert training.unit_weight(FULL, 0, start, part, 0.1, "none") == 1.0
+        assert unit_of(tuned, part, method) > 1.2 * unit_of(none, part, method)
 
 
 def test_history():
@@ -113,15 +116,15 @@ def test_attacks_only_make_it_worse(digits, start):
 
 
 def test_the_search_strides_to_a_bracket_and_interpolates_there():
-    assert propose([], 1.0, -0.5, 0.5) == -0.5
-    assert propose([(-0.5, 0.8)], 1.0, -0.5, 0.5) == 0.0
-    assert propose([(-0.5, 1.2)], 1.0, -0.5, 0.5) == -1.0
-    assert propose([(-0.5, 0.8), (0.0, 1.2)], 1.0, -0.5, 0.5) == pytest.approx(-0.25)
-    assert propose([(0.0, 0.8), (1.0, 2.8)], 1.0, 0.0, 1.0) == pytest.approx(0.1)
-    assert propose([(0.0, 0.99), (1.0, 2.8)], 1.0, 0.0, 1.0) == pytest.approx(0.1)  # a tenth at least
+    assert interpolated([], 1.0, -0.5, 0.5) == -0.5
+    assert interpolated([(-0.5, 0.8)], 1.0, -0.5, 0.5) == 0.0
+    assert interpolated([(-0.5, 1.2)], 1.0, -0.5, 0.5) == -1.0
+    assert interpolated([(-0.5, 0.8), (0.0, 1.2)], 1.0, -0.5, 0.5) == pytest.approx(-0.25)
+    assert interpolated([(0.0, 0.8), (1.0, 2.8)], 1.0, 0.0, 1.0) == pytest.approx(0.1)
+    assert interpolated([(0.0, 0.99), (1.0, 2.8)], 1.0, 0.0, 1.0) == pytest.approx(0.1)  # a tenth at least
     tried: list[tuple[float, float]] = []
     for _ in range(6):
-        exponent = propose(tried, 0.55, -0.5, 0.5)
+        exponent = interpolated(tried, 0.55, -0.5, 0.5)
         tried.append((exponent, 0.5 + 0.1 * 10**exponent))
     assert min(abs(loss / 0.55 - 1) for _, loss in tried) < 0.005
 
@@ -131,10 +134,11 @@ def row(nominal: float, finite: bool = True) -> dict[str, object]:
 
 
 def test_the_run_nearest_to_the_target_is_tested_broken_ones_last():
-    assert nearest([row(0.5), row(0.9), row(1.2)], 1.0) == 1
-    assert nearest([row(0.8), row(1.2)], 1.0) == 1  # by ratio: 1.25 and 1.2
-    assert nearest([row(1.0, False), row(2.0)], 1.0) == 1
-    assert nearest([row(1.0, False), row(2.0, False)], 1.0) == 0
+    nearest = lambda *rows: best(list(rows), lambda one: rank(one, 1.0))
+    assert nearest(row(0.5), row(0.9), row(1.2)) == 1
+    assert nearest(row(0.8), row(1.2)) == 1  # by ratio: 1.25 and 1.2
+    assert nearest(row(1.0, False), row(2.0)) == 1
+    assert nearest(row(1.0, False), row(2.0, False)) == 0
 
 
 def test_every_method_gets_the_same_target_and_number_of_runs():
@@ -143,7 +147,7 @@ def test_every_method_gets_the_same_target_and_number_of_runs():
     assert plain["method"] == "plain" and plain["knob"] == 1.0
     assert {r["target"] for r in rows} == {1.1 * plain["validation"]["nominal"]}
     assert Counter(r["method"] for r in rows[1:]) == dict.fromkeys(training.METHODS, 2)
-    assert Counter(r["method"] for r in rows if r["chosen"]) == dict.fromkeys(NAMES, 1)
+    assert Counter(r["method"] for r in rows if r["chosen"]) == dict.fromkeys(COMPARISON.names, 1)
     assert all(("test" in r) == r["chosen"] for r in rows)
     assert all(r["eta"] == pytest.approx(2 / r["kappa_0"]) for r in rows)
 
@@ -159,12 +163,14 @@ def test_differences_are_paired_by_seed_and_averaged_over_step_sizes():
     rows = [outcome("aajr-l2", key, loss, 1.0) for key, loss in ours.items()]
     rows += [outcome("none", key, loss, None if key == (1, 8) else 0.75) for key, loss in other.items()]
     rows.append(outcome("none", (0, 1), 99.0, 1.0) | {"chosen": False})
-    assert compare(rows, "aajr-l2", "none", "robust_loss", [1, 8]) == bootstrap_interval([0.75, 1.5, -0.5])
-    assert compare(rows, "aajr-l2", "none", "robust_loss", [8]) == bootstrap_interval([1.0, 2.0, -0.5])
+    compare = lambda rows, quantity: COMPARISON.difference(rows, "aajr-l2", "none", quantity)
+    assert compare(rows, "robust_loss") == bootstrap_interval([0.75, 1.5, -0.5])
+    last = [row for row in rows if row["factor"] == 8]
+    assert compare(last, "robust_loss") == bootstrap_interval([1.0, 2.0, -0.5])
     # a seed with a run that broke off has no variance at all step sizes
-    assert compare(rows, "aajr-l2", "none", "variance", [1, 8]) == bootstrap_interval([25.0, 25.0])
-    sentence = verdict(rows, "aajr-l2", "none", [1, 8])
-    assert "variance of the outer loss **higher**" in sentence and "robust loss cannot be told" in sentence
+    assert compare(rows, "variance") == bootstrap_interval([25.0, 25.0])
+    sentence = COMPARISON.verdict(rows, "aajr-l2", "none")
+    assert "variance of the outer loss **higher**" in sentence and "robust loss indistinguishable" in sentence
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from common.command import application
+from common.pages import table
 from experiments.__main__ import experiment
 from experiments.base import Experiment, Task, run_experiment
 from experiments.store import Store, read
-from experiments.summaries import bootstrap_interval, interval_text, table
+from experiments.summaries import bootstrap_interval, interval_text
 
 COUNTED: list[int] = []
 
@@ -110,7 +111,7 @@ def test_bootstrap_interval_covers_the_mean_of_a_normal_as_often_as_it_says():
 def test_texts():
     assert interval_text((0.5, 0.25, 0.75), 2) == "**+0.50 [+0.25, +0.75]**"
     assert interval_text((0.5, -0.25, 0.75), 2) == "+0.50 [−0.25, +0.75]"
-    assert table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert table(["a", "b"], [[1, 2]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
 
 
 def invoke(*arguments: str):

@@ -17,11 +17,12 @@ pytest.importorskip("transformers")
 import aajr_kernels as aajr
 from experiments import load
 from experiments.base import run_experiment
+from experiments.search import best
 from experiments.store import Store
 from experiments.summaries import bootstrap_interval
-from experiments.two_agents import evaluate, policies, search, training
+from experiments.two_agents import evaluation, policies, rank, training
 from experiments.two_agents.game import Games, Heads, deal, expected, marginal
-from experiments.two_agents.report import NAMES, compare, verdict
+from experiments.two_agents.report import COMPARISON
 
 FULL, QUICK = load("two-agents").config(False), load("two-agents").config(True)
 GAME = FULL["game"]
@@ -233,14 +234,14 @@ def test_history():
 def test_attacks_only_lower_payoffs(pair):
     games = games_of(12, 5)
     config = FULL | {"attack": {"steps": 4, "step": [0.25], "restarts": 1}}
-    seen = evaluate.clean(pair, games)
-    strong = evaluate.robust(config, pair, games, 0)
-    tiny = evaluate.robust(config | {"radius": 1e-5}, pair, games, 0)
+    seen = evaluation.clean(pair, games)
+    strong = evaluation.robust(config, pair, games, 0)
+    tiny = evaluation.robust(config | {"radius": 1e-5}, pair, games, 0)
     assert strong["robust_a"] < seen["payoff_a"] - 1e-3 and strong["robust_b"] < seen["payoff_b"] - 1e-3
     assert strong["robust_joint"] == pytest.approx(strong["robust_a"] + strong["robust_b"])
     # payoffs change by at most their gradient, of norm below 10, times the radius
     assert tiny["robust_joint"] == pytest.approx(seen["joint"], abs=2e-4)
-    report = evaluate.stability(FULL, pair, games)
+    report = evaluation.stability(FULL, pair, games)
     assert report["kappa"] > 0 and 0 <= report["falls"] <= 1
 
 
@@ -266,7 +267,7 @@ def test_the_environment_passes_its_own_test_and_plays_as_expected(pair):
     table = games.payoffs()[environment._game, :, 0, 2]
     assert [rewards["A"], rewards["B"]] == pytest.approx(table.tolist()) and all(ended.values())
     assert environment.agents == []
-    played = evaluate.play(pair, games, 60, 0)
+    played = evaluation.play(pair, games, 60, 0)
     # 1,440 plays: a normal mean; 4.5 standard errors are passed once in 150,000 draws, and the draw is fixed
     assert abs(played["played"] - played["expected"]) < 4.5 * played["error"] and played["error"] < 0.02
 
@@ -296,8 +297,8 @@ def judged(joint: float, robust: float, finite: bool = True) -> dict[str, object
 
 
 def test_the_run_with_the_largest_clean_plus_robust_payoff_is_tested():
-    assert search.best([judged(0.5, 0.1), judged(0.4, 0.3), judged(0.1, 0.5)]) == 1
-    assert search.best([judged(0.5, 0.5, False), judged(0.0, 0.0)]) == 1
+    assert best([judged(0.5, 0.1), judged(0.4, 0.3), judged(0.1, 0.5)], rank) == 1
+    assert best([judged(0.5, 0.5, False), judged(0.0, 0.0)], rank) == 1
 
 
 def outcome(method: str, seed: int, robust: float, variance: float | None) -> dict[str, object]:
@@ -316,15 +317,13 @@ def test_differences_are_paired_by_seed():
     rows = [outcome("aajr-joint", s, v, 0.01) for s, v in enumerate([0.3, 0.5, 0.1])]
     rows += [outcome("none", s, v, w) for s, v, w in [(2, 0.05, 0.02), (0, 0.2, None), (1, 0.3, 0.03)]]
     rows.append(outcome("none", 0, 9.0, 9.0) | {"chosen": False})
-    rows.append(outcome("none", 0, 9.0, 9.0) | {"model": "language"})
-    assert compare(rows, "aajr-joint", "none", "robust") == pytest.approx(
-        bootstrap_interval([0.1, 0.2, 0.05])
-    )
+    compare = lambda quantity: COMPARISON.difference(rows, "aajr-joint", "none", quantity)
+    assert compare("robust") == pytest.approx(bootstrap_interval([0.1, 0.2, 0.05]))
     # a run that broke off has no variance
-    assert compare(rows, "aajr-joint", "none", "variance") == pytest.approx(bootstrap_interval([-2.0, -1.0]))
-    sentence = verdict(rows, "aajr-joint", "none")
+    assert compare("variance") == pytest.approx(bootstrap_interval([-2.0, -1.0]))
+    sentence = COMPARISON.verdict(rows, "aajr-joint", "none")
     assert "variance **lower**" in sentence and "robust joint payoff **higher**" in sentence
-    assert "non-monotone fraction cannot be told" in sentence
+    assert "non-monotone fraction indistinguishable" in sentence
 
 
 @pytest.mark.slow
@@ -336,13 +335,13 @@ def test_a_small_run_and_its_page(tmp_path):
     run_experiment(experiment, store, quick=True)
     scratch = [row for row in store.rows if row["model"] == "scratch"]
     spent = Counter((row["method"], row["seed"]) for row in scratch)
-    assert set(spent) == {(method, seed) for method in NAMES for seed in (0, 1)} and set(spent.values()) == {
-        2
-    }
-    assert Counter(row["method"] for row in scratch if row["chosen"]) == dict.fromkeys(NAMES, 2)
+    assert set(spent) == {(method, seed) for method in COMPARISON.names for seed in (0, 1)} and set(
+        spent.values()
+    ) == {2}
+    assert Counter(row["method"] for row in scratch if row["chosen"]) == dict.fromkeys(COMPARISON.names, 2)
     assert all(("test" in row) == row["chosen"] for row in scratch)
     page = experiment.report(store.header, store.rows, tmp_path)
     assert "AAJR, per agent − AAJR, joint" in page and "no statistical claim" in page
     assert (tmp_path / "two-agents.png").stat().st_size > 10_000
     broken = [r | {"variance": None, "falls": None, "drop": None, "finite": False} for r in store.rows]
-    assert "cannot be told" in experiment.report(store.header, broken, tmp_path)
+    assert "variance indistinguishable" in experiment.report(store.header, broken, tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import numpy as np
@@ -33,34 +33,29 @@ def clean(pair: Pair, games: Games) -> dict[str, float]:
 
 
 def robust(config: dict[str, Any], pair: Pair, games: Games, seed: int) -> dict[str, float]:
-    """Mean payoff of each agent at its worst over all points of all attacks on it, the other being undisturbed."""
+    """Mean payoff of each agent at its worst over all points of all attacks on it, the other being undisturbed.
+
+    The attacks start from uniform draws; their objective is separable, so that one ascent attacks both agents apart.
+    """
     x = pair.embed(games)
+    strong, generator = config["attack"], torch.Generator().manual_seed(4000 + seed)
     with torch.no_grad():
         honest = pair.heads(x)
         worst = torch.stack(_victims(pair, games, x, honest))
-    for traj in _attacks(config, pair, games, x, honest, seed):
+    for share, _ in itertools.product(strong["step"], range(strong["restarts"])):
+        traj = attack(
+            *(pair, games, x, honest),
+            radius=config["radius"],
+            steps=strong["steps"],
+            step_size=share * config["radius"],
+            init="uniform",
+            generator=generator,
+        )
         for point in traj.points:
             with torch.no_grad():
                 worst = torch.minimum(worst, torch.stack(_victims(pair, games, point, honest)))
     a, b = worst.mean(1).tolist()
     return {"robust_a": a, "robust_b": b, "robust_joint": a + b}
-
-
-def _attacks(
-    config: dict[str, Any], pair: Pair, games: Games, x: Tensor, honest: tuple[Heads, Heads], seed: int
-) -> Iterator[aajr.Trajectory]:
-    """Ascents from uniform starts; the objective is separable, so that one ascent attacks both agents apart."""
-    strong, generator = config["attack"], torch.Generator().manual_seed(4000 + seed)
-    for share in strong["step"]:
-        for _ in range(strong["restarts"]):
-            yield attack(
-                *(pair, games, x, honest),
-                radius=config["radius"],
-                steps=strong["steps"],
-                step_size=share * config["radius"],
-                init="uniform",
-                generator=generator,
-            )
 
 
 def _victims(pair: Pair, games: Games, x: Tensor, honest: tuple[Heads, Heads]) -> list[Tensor]:
@@ -102,8 +97,8 @@ def play(pair: Pair, games: Games, rounds: int, seed: int) -> dict[str, float]:
             draw = lambda chances: int(random.choice(len(chances), p=chances))
             seen, *_ = environment.step({name: draw(requests[name][number]) for name in requests})
             heard = {name: int(seen[name][-1]) - 1 for name in gifts}
-            chosen = {name: draw(gifts[name][number, heard[name]]) for name in gifts}
-            _, rewards, *_ = environment.step(chosen)
+            gift = {name: draw(gifts[name][number, heard[name]]) for name in gifts}
+            _, rewards, *_ = environment.step(gift)
             away.append(sum(rewards.values()) - float(exact[number]))
     error = float(np.std(away, ddof=1) / len(away) ** 0.5)
     mean = exact.mean().item()
@@ -113,5 +108,5 @@ def play(pair: Pair, games: Games, rounds: int, seed: int) -> dict[str, float]:
 def evaluate(config: dict[str, Any], pair: Pair, games: Games, seed: int) -> dict[str, Any]:
     """Everything, on the test games."""
     some = games[: config["stability_games"]]
-    found = clean(pair, games) | robust(config, pair, games, seed) | stability(config, pair, some)
-    return found | {"play": play(pair, games, config["play_rounds"], seed)}
+    payoffs = clean(pair, games) | robust(config, pair, games, seed)
+    return payoffs | stability(config, pair, some) | {"play": play(pair, games, config["play_rounds"], seed)}
