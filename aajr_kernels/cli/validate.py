@@ -64,21 +64,25 @@ def validate(
 
     Exit code 0: everything passed, 1: something failed, 2: bad arguments.
     """
+    _selected("--device", [device], DEVICES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"there is no such device: {why_no_accelerator()}.", param_hint="--device")
     if model is not None:
         from . import validate_model
+        from .validate_model.checks import DTYPES as MODEL_DTYPES
 
         if op or backend:
             raise typer.BadParameter("--model checks a whole model: leave --op and --backend out.")
-        validate_model.run(model, dtype, device, length or 16, layers, seed, as_json)
+        place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        usual = ["float64", "float32", *(["bfloat16"] if place == "cuda" else [])]
+        dtypes = _selected("--dtype", dtype or usual, list(MODEL_DTYPES))
+        validate_model.run(model, tuple(dtypes), place, length or 16, layers, seed, as_json)
         return
     if length is not None or layers is not None:
         raise typer.BadParameter("they go with --model.", param_hint="--length and --layers")
-    ops = _chosen("--op", op, list(OPS))
-    dtypes = _chosen("--dtype", dtype, list(DTYPES))
-    backends = _chosen("--backend", backend, list(choice.BACKENDS)) if backend else None
-    _chosen("--device", [device], list(DEVICES))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"there is no such device: {why_no_accelerator()}.", param_hint="--device")
+    ops = _selected("--op", op, list(OPS))
+    dtypes = _selected("--dtype", dtype, list(DTYPES))
+    backends = _selected("--backend", backend, list(choice.BACKENDS)) if backend else None
     try:
         targets, left_out = find_targets(backends, device)
     except BackendUnavailable as error:
@@ -105,7 +109,7 @@ def validate(
         raise typer.Exit(1)
 
 
-def _chosen(option: str, names: Sequence[str] | None, choices: Sequence[str]) -> list[str]:
+def _selected(option: str, names: Sequence[str] | None, choices: Sequence[str]) -> list[str]:
     """`names` without repetitions, in the order of `choices`; all of them if None."""
     unknown = [name for name in names or () if name not in choices]
     if unknown:

@@ -153,8 +153,8 @@ def logits(
 def negative_log_likelihood(z: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Cross-entropy ``[*batch]`` of logits ``[*batch, V]``, 0 where ignored."""
     kept = labels != ignore_index
-    chosen = z.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
-    loss = z.logsumexp(-1) - chosen
+    labelled = z.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
+    loss = z.logsumexp(-1) - labelled
     return torch.where(kept, loss, torch.zeros_like(loss))
 
 

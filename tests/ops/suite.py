@@ -96,10 +96,10 @@ def distinct(op: str = "") -> list[str]:
 
 def targets(op: str) -> list[Target]:
     """Every place where the op is tested."""
-    found = [Target("native", name) for name in distinct(op)] or [Target("native")]
-    found = [Target(backend) for backend in DEVICES if backend != "native"] + found
+    native_ones = [Target("native", name) for name in distinct(op)] or [Target("native")]
+    every = [Target(backend) for backend in DEVICES if backend != "native"] + native_ones
     # the one backend that is not for every op
-    return [t for t in found if t.backend != "cuda" or (PACKAGE / "ops" / op / "cuda.py").exists()]
+    return [t for t in every if t.backend != "cuda" or (PACKAGE / "ops" / op / "cuda.py").exists()]
 
 
 # -------------------------------------------------------------------------------------------------------- what

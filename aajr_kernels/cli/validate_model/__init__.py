@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...training.progress import Progress
-from ..info import package_version, why_no_accelerator
-from .checks import CONFIRMED, DTYPES, Check, Report, as_json, steps, validate_model
+from ..info import package_version
+from .checks import CONFIRMED, Check, Report, as_json, steps, validate_model
 from .loading import CannotValidate, load, prepare
 
 BATCH = 2
@@ -24,7 +23,7 @@ _STYLES = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "shown": "[dim
 
 def run(
     spec: str,
-    dtypes: list[str] | None,
+    dtypes: tuple[str, ...],
     device: str,
     length: int,
     layers: int | None,
@@ -34,23 +33,9 @@ def run(
     """Load, check, print; see :func:`aajr_kernels.cli.validate.validate`.
 
     Raises:
-        typer.BadParameter: an argument is wrong, or the model cannot be loaded or called.
+        typer.BadParameter: the model cannot be loaded or called.
         typer.Exit: with 1 where a check failed.
     """
-    for name in dtypes or ():
-        if name not in DTYPES:
-            raise typer.BadParameter(
-                f"{name!r} is unknown with --model: choose from {', '.join(DTYPES)}.", param_hint="--dtype"
-            )
-    if device not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(
-            f"{device!r} is unknown: choose from auto, cpu, cuda.", param_hint="--device"
-        )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"there is no such device: {why_no_accelerator()}.", param_hint="--device")
-    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    usual = ["float64", "float32", *(["bfloat16"] if place == "cuda" else [])]
-    chosen = tuple(name for name in DTYPES if name in (dtypes or usual))
     start = time.perf_counter()
     console = Console()
     if not console.is_terminal:
@@ -59,30 +44,19 @@ def run(
         progress.stage("the model is loaded")
         try:
             subject = prepare(load(spec, layers), BATCH, length, seed)
-            progress.stage("checks", steps(chosen))
-            report = validate_model(subject, chosen, place, progress.begin)
+            progress.stage("checks", steps(dtypes))
+            report = validate_model(subject, dtypes, device, progress.begin)
         except CannotValidate as error:
             raise typer.BadParameter(str(error), param_hint="--model") from error
     seconds = time.perf_counter() - start
     if json_wanted:
-        versions = {
-            name: package_version(name) for name in ("aajr_kernels", "torch", "transformers", "triton")
+        packages = ("aajr_kernels", "torch", "transformers", "triton")
+        settings = {"spec": spec, "batch": BATCH, "length": length, "layers": layers, "seed": seed}
+        run_facts = {
+            "seconds": round(seconds, 2),
+            "versions": {name: package_version(name) for name in packages},
         }
-        print(
-            json.dumps(
-                {
-                    **as_json(report),
-                    "spec": spec,
-                    "batch": BATCH,
-                    "length": length,
-                    "layers": layers,
-                    "seed": seed,
-                    "seconds": round(seconds, 2),
-                    "versions": versions,
-                },
-                indent=2,
-            )
-        )
+        print(json.dumps({**as_json(report), **settings, **run_facts}, indent=2))
     else:
         _show(report, length, seconds, console)
     if report.failures:

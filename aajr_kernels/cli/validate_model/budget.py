@@ -51,9 +51,9 @@ class Verdict:
     worst: str
 
 
-def judged(found: Results, truth: Results, eager: Results | None, dtype: torch.dtype) -> Verdict:
-    """Every tensor of `found` against `truth`; `eager` is the written-out model in the low dtype, None in float64."""
-    errors = dict(_errors(found, truth))
+def judged(ours: Results, truth: Results, eager: Results | None, dtype: torch.dtype) -> Verdict:
+    """Every tensor of `ours` against `truth`; `eager` is the written-out model in the low dtype, None in float64."""
+    errors = dict(_errors(ours, truth))
     if eager is None:
         allowed = dict.fromkeys(errors, EXACT)
     else:
@@ -81,28 +81,28 @@ def _kind(name: str) -> str:
     return re.sub(r"(?<![^.\s])\d+(?![^.])", "*", name)
 
 
-def _errors(found: Results, truth: Results) -> Iterator[tuple[str, float]]:
+def _errors(ours: Results, truth: Results) -> Iterator[tuple[str, float]]:
     """Relative error of every tensor; infinite for NaN, or for a gradient that is missing or there for no reason."""
-    yield "penalty", _error(found.penalty, truth.penalty)
-    yield "output", _error(found.output, truth.output)
+    yield "penalty", _error(ours.penalty, truth.penalty)
+    yield "output", _error(ours.output, truth.output)
     for kind, mine, exact in (
-        ("penalty", found.penalty_gradients, truth.penalty_gradients),
-        ("output", found.task_gradients, truth.task_gradients),
+        ("penalty", ours.penalty_gradients, truth.penalty_gradients),
+        ("output", ours.task_gradients, truth.task_gradients),
     ):
         floor = GRADIENT_FLOOR * typical_size(exact)
         for name, g in exact.items():
             yield f"gradient of the {kind} for {name}", _error(mine[name], g, floor)
 
 
-def _error(found: Tensor | None, exact: Tensor | None, floor: float = 0.0) -> float:
-    return error_of(found, None, exact, torch.float64, floor).relative
+def _error(ours: Tensor | None, exact: Tensor | None, floor: float = 0.0) -> float:
+    return error_of(ours, None, exact, torch.float64, floor).relative
 
 
-def together(found: Gradients, truth: Gradients) -> float:
+def together(ours: Gradients, truth: Gradients) -> float:
     """Relative error of all gradients as one vector."""
     errors = sizes = 0.0
     for name, exact in truth.items():
-        mine = found[name]
+        mine = ours[name]
         sizes += 0.0 if exact is None else norm(exact) ** 2
         if mine is not None or exact is not None:
             a = 0.0 if mine is None else mine.detach().double().cpu()

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -96,13 +96,13 @@ class Report:
     @property
     def failures(self) -> list[str]:
         """Sentences; empty if the model passed."""
-        found = [f"{c.name} {c.dtype}: {c.failure}" for c in self.checks if c.result == "fail"]
+        sentences = [f"{c.name} {c.dtype}: {c.failure}" for c in self.checks if c.result == "fail"]
         if not self.confirmed <= CONFIRMED:
-            found.append(
+            sentences.append(
                 f"the oracle's gradient differs from finite differences of its penalty by {self.confirmed:.1e}: the "
                 "model is not smooth here, or not deterministic."
             )
-        return found
+        return sentences
 
 
 def steps(dtypes: tuple[str, ...]) -> int:
@@ -173,13 +173,13 @@ def _check_ours(
             if name == "fused" and not _fuse(placed, report):
                 return
             with coverage() as check.coverage:
-                found, check.seconds = _timed(_ours, placed)
+                ours, check.seconds = _timed(_ours, placed)
         except UnsupportedOperation as error:
             check.failure = str(error)
         except Exception as error:  # whatever it is, the user's model does not run on ours
             check.failure = _first_line(error)
         else:
-            _fill(check, found, truth, eager)
+            _fill(check, ours, truth, eager)
         report.checks.append(check)
         ran = check.coverage
         if ran is not None:
@@ -206,12 +206,12 @@ def _fuse(subject: Subject, report: Report) -> bool:
     return True
 
 
-def _fill(check: Check, found: Results, truth: Results, eager: Results | None) -> None:
-    verdict = judged(found, truth, eager, DTYPES[check.dtype])
+def _fill(check: Check, results: Results, truth: Results, eager: Results | None) -> None:
+    verdict = judged(results, truth, eager, DTYPES[check.dtype])
     check.penalty_error, check.output_error = verdict.errors["penalty"], verdict.errors["output"]
     check.gradient_error = max(
-        together(found.penalty_gradients, truth.penalty_gradients),
-        together(found.task_gradients, truth.task_gradients),
+        together(results.penalty_gradients, truth.penalty_gradients),
+        together(results.task_gradients, truth.task_gradients),
     )
     check.share, check.worst = verdict.share, verdict.worst
     if check.share > 1:
@@ -220,10 +220,10 @@ def _fill(check: Check, found: Results, truth: Results, eager: Results | None) -
 
 def _timed(compute: Callable[[Subject], Results], subject: Subject) -> tuple[Results, float]:
     start = time.perf_counter()
-    found = compute(subject)
+    results = compute(subject)
     if subject.x.is_cuda:
         torch.cuda.synchronize(subject.x.device)
-    return found, time.perf_counter() - start
+    return results, time.perf_counter() - start
 
 
 # -- ways to compute it -------------------------------------------------------------------------------------------
@@ -233,8 +233,10 @@ def _gradients(subject: Subject, penalty: Tensor, output: Tensor) -> Results:
     leaves = subject.leaves()
 
     def of(loss: Tensor, keep: bool) -> dict[str, Tensor | None]:
-        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
-        return {name: g.to_dense() if g is not None and g.is_sparse else g for name, g in zip(leaves, found)}
+        gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
+        return {
+            name: g.to_dense() if g is not None and g.is_sparse else g for name, g in zip(leaves, gradients)
+        }
 
     return Results(penalty, output, of(penalty, True), of(subject.task(output), False))
 
@@ -290,11 +292,11 @@ def _peer(
 ) -> Check:
     check = Check(name, "float32", "cpu", judged=False)
     try:
-        found, check.seconds = _timed(compute, subject.placed("cpu", torch.float32))
+        results, check.seconds = _timed(compute, subject.placed("cpu", torch.float32))
     except Exception as error:  # peers are only shown
         check.failure = _first_line(error)
     else:
-        _fill(check, found, truth, eager)
+        _fill(check, results, truth, eager)
     return check
 
 
@@ -345,14 +347,13 @@ def as_json(report: Report) -> dict[str, Any]:
     """The report as JSON values; a number that is not finite is null."""
 
     def number(x: float) -> float | None:
-        return x if x == x and abs(x) != float("inf") else None
+        return x if math.isfinite(x) else None
 
     rows = []
     for c in report.checks:
-        row: dict[str, Any] = {"name": c.name, "dtype": c.dtype, "device": c.device, "result": c.result}
-        for name in ("penalty_error", "output_error", "gradient_error", "share", "seconds"):
-            row[name] = number(getattr(c, name))
-        row |= {"worst": c.worst, "failure": c.failure}
+        row = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("judged", "coverage")}
+        row = {name: number(value) if isinstance(value, float) else value for name, value in row.items()}
+        row["result"] = c.result
         if c.coverage is not None:
             row["operations"] = [dict(zip(("op", "backend", "count", "share"), r)) for r in c.coverage.rows()]
         rows.append(row)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ def _from_folder(spec: str, layers: int | None) -> nn.Module:
         # the class that was saved; another one would lack weights, or leave some out
         saved = (getattr(config, "architectures", None) or [""])[0]
         maker = getattr(transformers, saved, None) or transformers.AutoModel
-        found, info = maker.from_pretrained(spec, output_loading_info=True, **options)
+        model, info = maker.from_pretrained(spec, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CannotValidate(
@@ -151,42 +151,41 @@ def _from_folder(spec: str, layers: int | None) -> nn.Module:
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise CannotValidate(
-            f"{spec!r} lacks weights of {type(found).__name__}, which would be random: {some}."
+            f"{spec!r} lacks weights of {type(model).__name__}, which would be random: {some}."
         )
-    model: nn.Module = found
-    return model
+    return cast(nn.Module, model)
 
 
 def _from_code(module: str, name: str, layers: int | None) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the current folder, as with python -m
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in name.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise CannotValidate(f"{module}:{name} cannot be imported: {error}.") from error
-    config_class = getattr(found, "config_class", None)
-    if config_class is not None and inspect.isclass(found):
+    config_class = getattr(target, "config_class", None)
+    if config_class is not None and inspect.isclass(target):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            found = found(_with_layers(_small(config_class), layers))  # type: ignore[call-arg]
-            _spread(found)
+            target = target(_with_layers(_small(config_class), layers))  # type: ignore[call-arg]
+            _spread(target)
     elif layers is not None:
         raise CannotValidate(
             f"{module}:{name} decides its own layers: --layers goes with a folder or with a class of transformers."
         )
-    elif callable(found) and not isinstance(found, nn.Module):
+    elif callable(target) and not isinstance(target, nn.Module):
         try:
-            inspect.signature(found).bind()
+            inspect.signature(target).bind()
         except TypeError as error:
             raise CannotValidate(
                 f"{module}:{name} must be callable without arguments and return a model: {error}."
             ) from error
-        found = found()
-    if not isinstance(found, nn.Module):
-        raise CannotValidate(f"{module}:{name} must be or return an nn.Module, got {type(found).__name__}.")
-    return found
+        target = target()
+    if not isinstance(target, nn.Module):
+        raise CannotValidate(f"{module}:{name} must be or return an nn.Module, got {type(target).__name__}.")
+    return target
 
 
 def _small(config_class: Any) -> Any:
