@@ -1,4 +1,4 @@
-"""What ran: which operation on which backend, how often, with what share of the arithmetic.
+"""Record of operations: backend, number of calls, share of the arithmetic.
 
 Operations and rules report here; :func:`coverage` blocks listen. Code that torch.compile traces reports once, while it
 is traced: the compiled code has no time for it, and its arithmetic, which may have symbols for lengths, is not counted.
@@ -20,7 +20,7 @@ __all__ = ["Coverage", "coverage", "function_name", "record", "record_unsupporte
 
 @dataclass(eq=False)
 class Coverage:
-    """What ran inside a :func:`coverage` block.
+    """Operations recorded inside a :func:`coverage` block.
 
     Attributes:
         entries: ``(op, backend) -> [count, flops]``. Backends are ``reference``, ``native``, ``triton`` for our own
@@ -95,7 +95,7 @@ def recording() -> bool:
     return _is_open() if torch.compiler.is_compiling() else bool(_coverage)
 
 
-@constant  # no guard: a block that is opened later does not make anybody compile again
+@constant  # no guard: opening a block later compiles nothing again
 def _is_open() -> bool:
     return bool(_coverage)
 

@@ -403,7 +403,7 @@ def dual(x: torch.Tensor, v: torch.Tensor) -> Dual:
         v: one direction shaped like `x`, or K directions ``[K, *x.shape]``; dtype and device of `x`.
 
     Returns:
-        Dual: gradients of whatever is computed from it reach both `x` and `v`.
+        Dual: gradients of its results reach both `x` and `v`.
 
     Raises:
         TypeError: an argument is not a tensor, is already a Dual, or has an integer or another dtype.

@@ -157,7 +157,7 @@ def _result_of(ctx: Any) -> Result | None:
     return None if torch.compiler.is_compiling() else getattr(ctx, "result", None)
 
 
-# -- those who take it ------------------------------------------------------------------------------------------------
+# -- consumers -------------------------------------------------------------------------------------------------------
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 

@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes: how an op recognises them, and who runs it on them.
+"""Tensors that are sharded over processes: how an op recognises them, and the table of ops on shards.
 
 A DTensor is one tensor to its user and a shard in every process. Kernels must not take it for the shard. Ops that
 have a meaning on shards ask :func:`is_dtensor` and leave the work to an entry of `OPS`, which
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["OPS", "constant", "frozen", "is_dtensor"]
 
-#: name of an op -> what runs it where a stack or a weight is spread
+#: name of an op -> its function where a stack or a weight is a DTensor
 OPS: dict[str, Callable[..., Any]] = {}
 
 
@@ -24,7 +24,7 @@ _frozen = False
 
 @contextlib.contextmanager
 def frozen() -> Iterator[None]:
-    """Inside, ops compute no gradients of parameters, for the sake of speed: nobody is going to ask for them."""
+    """Inside, ops compute no gradients of parameters, for speed: they are not needed."""
     global _frozen
     before, _frozen = _frozen, True
     try:

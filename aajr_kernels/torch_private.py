@@ -397,7 +397,7 @@ def separate_outputs() -> None:
     Relies on, in torch 2.11: Dynamo makes each intermediate of a traced ``forward`` an output of the higher
     order operator that stands for the Function. An operation that returns what it was given (``mul_``, ``out=``,
     ``contiguous``, ``to``) makes one tensor two outputs; autograd sends its whole gradient to the last of them, where
-    the traced ``backward`` does not look: zeros in silence, on every backend of torch.compile. The operator
+    the traced ``backward`` does not look: silently zeros, on every backend of torch.compile. The operator
     is not cached, so that no compiled code from before remains. From 2.12 on Dynamo returns what is used only.
     """
     if VERSION >= (2, 12):

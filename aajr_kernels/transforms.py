@@ -149,7 +149,7 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What torch.compile makes of non-reentrant checkpointing: tensors go in, a Dual is made of them inside."""
+    """Non-reentrant checkpointing under torch.compile: tensors go in, a Dual is made of them inside."""
     are_duals = [isinstance(arg, Dual) for arg in args]
 
     def inside(*values: Any) -> Any:

@@ -57,8 +57,8 @@ class use_backend:
 
     Takes effect when called; used as a context manager it restores the previous choice on exit. The environment
     variable ``AAJR_BACKEND`` sets the initial choice. A backend chosen by name never falls back to another one, with
-    one exception that is no surprise: ``"cuda"`` (experimental) has kernels for norms and sensitivities alone, and
-    leaves the other operations to what ``"auto"`` takes. :func:`coverage` shows who ran what.
+    one exception: ``"cuda"`` (experimental) has kernels only for norms and sensitivities, and leaves other operations
+    to the backend of ``"auto"``. :func:`coverage` shows the backend of each operation.
 
     Raises:
         ValueError: the name is unknown.
@@ -118,7 +118,7 @@ def _named(op: str, backend: str) -> str:
 
 @constant
 def _on_device(op: str) -> str:
-    """What ``auto`` takes on CUDA and ROCm devices, loaded."""
+    """The backend of ``auto`` on CUDA and ROCm devices, loaded."""
     if gpu.missing() is not None or not _has(op, "triton"):
         return "reference"
     implementation(op, "triton")
@@ -137,7 +137,7 @@ def _has_native(op: str) -> bool:
 
 @constant
 def _on_cpu(op: str) -> str:
-    """What ``auto`` takes on a CPU, loaded."""
+    """The backend of ``auto`` on a CPU, loaded."""
     if not _has_native(op):
         return "reference"
     implementation(op, "native")

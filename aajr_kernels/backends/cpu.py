@@ -44,7 +44,7 @@ def module() -> ModuleType:
     Raises:
         ImportError: it was not built, or cannot be loaded.
         ValueError: AAJR_CPU_CAPABILITY names a capability that this build or this processor does not have, or
-            AAJR_NATIVE_MODULE a file that cannot be loaded: a wish that cannot be granted must not pass in silence.
+            AAJR_NATIVE_MODULE a file that cannot be loaded: an explicit setting never fails silently.
     """
     # torch's OpenMP library has to be in the process before ours looks for one, hence the import of torch above
     path = os.environ.get("AAJR_NATIVE_MODULE")
@@ -53,13 +53,13 @@ def module() -> ModuleType:
         if path
         else importlib.import_module("aajr_kernels._native")
     )
-    wish = os.environ.get("AAJR_CPU_CAPABILITY")
-    if wish:
+    requested = os.environ.get("AAJR_CPU_CAPABILITY")
+    if requested:
         try:
-            loaded.set_capability(wish)
+            loaded.set_capability(requested)
         except ValueError as error:
             runnable = ", ".join(name for name, runs in loaded.capabilities() if runs)
-            raise ValueError(f"AAJR_CPU_CAPABILITY={wish}: {error} Choose one of {runnable}.") from error
+            raise ValueError(f"AAJR_CPU_CAPABILITY={requested}: {error} Choose one of {runnable}.") from error
     return loaded
 
 
@@ -112,7 +112,7 @@ def missing() -> str | None:
 
 
 class _State(threading.local):
-    """What `dry_run` sets, for its own thread: others go on computing while one traces."""
+    """State of `dry_run`, per thread: other threads compute while one traces."""
 
     dry = False
 
@@ -212,7 +212,7 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def info() -> dict[str, Any]:
-    """What the module is: file, capability in use, capabilities built in (True: it runs here), compiler, OpenMP."""
+    """Facts about the module: file, capability in use, capabilities built in (True: it runs here), compiler, OpenMP."""
     m = module()
     return {
         "file": m.__file__,

@@ -157,7 +157,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def info() -> dict[str, Any]:
-    """What the module is: file, toolkit, architectures (``-virtual``: code that the driver compiles)."""
+    """Facts about the module: file, toolkit, architectures (``-virtual``: code that the driver compiles)."""
     m = module()
     return {
         "file": m.__file__,

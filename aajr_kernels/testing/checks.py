@@ -23,7 +23,7 @@ from .targets import DTYPES, Target
 
 @dataclass
 class Row:
-    """What came of one op in one dtype on one backend.
+    """Results of one op in one dtype on one backend.
 
     Attributes:
         cases: how many ran.

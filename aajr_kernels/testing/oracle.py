@@ -7,7 +7,7 @@ and gives NaN through a masked attention with an empty row. `HandWritten` theref
 ``scaled_dot_product_attention`` and the grouped product by formulas made of elementary operations; what it cannot
 reach (inside ``F.multi_head_attention_forward``) runs under MATH attention. `KeepFloat64` neutralises the casts to
 float32 that model code makes, so that a float64 model stays float64 and errors of 1e-10 can be seen.
-`finite_difference` checks the oracle itself, from values of the penalty alone.
+`finite_difference` checks the oracle itself, from values of the penalty only.
 """
 
 from __future__ import annotations

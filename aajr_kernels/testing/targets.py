@@ -33,7 +33,7 @@ class Target:
     def why_not(self, dtype: str) -> str | None:
         """Why this dtype cannot be validated here, or None if it can."""
         if dtype == "float64" and self.backend != "reference":
-            return "float64 is computed by the reference backend alone"
+            return "only the reference backend computes float64"
         if dtype == "bfloat16" and self.backend == "triton":
             from ..backends.triton import probe  # brings Triton along
 

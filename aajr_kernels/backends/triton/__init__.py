@@ -1,4 +1,4 @@
-"""What all Triton kernels share: where they can run, and the one way to launch them.
+"""Shared by all Triton kernels: where they can run, and the only way to launch them.
 
 Triton is imported on first use. A launcher calls :func:`launch`, which runs the kernel on the device of its tensors, in
 Triton's interpreter (``TRITON_INTERPRET=1``, set before the first kernel is used; tensors on the CPU, for tests), or,
@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _State(threading.local):
-    """What `recording` sets, for its own thread: others go on launching while one compiles."""
+    """State of `recording`, per thread: other threads launch while one compiles."""
 
     #: takes (kernel, grid, arguments, options) instead of the device
     recorder: Callable[..., None] | None = None

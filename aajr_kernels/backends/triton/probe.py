@@ -1,4 +1,4 @@
-"""What Triton's interpreter computes rightly, found by trying."""
+"""Tests which dtypes Triton's interpreter multiplies correctly."""
 
 from __future__ import annotations
 

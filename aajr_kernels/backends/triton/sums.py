@@ -13,7 +13,7 @@ _PARTS = 256  # of the rows, at most; a constant, so that the order depends on n
 
 
 def column_sums(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``[C]`` sums of the rows of ``[*batch, C]``, added in float32 in an order that depends on the sizes alone.
+    """``[C]`` sums of the rows of ``[*batch, C]``, added in float32 in an order that depends only on the sizes.
 
     Args:
         x: float32, bfloat16 or float16, any strides.

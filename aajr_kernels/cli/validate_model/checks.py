@@ -176,7 +176,7 @@ def _check_ours(
                 ours, check.seconds = _timed(_ours, placed)
         except UnsupportedOperation as error:
             check.failure = str(error)
-        except Exception as error:  # whatever it is, the user's model does not run on ours
+        except Exception as error:  # any error of the user's model on our ops
             check.failure = _first_line(error)
         else:
             _fill(check, ours, truth, eager)
@@ -274,7 +274,7 @@ def _forward_mode(subject: Subject) -> Results:
 
 
 def _differences(subject: Subject) -> Results:
-    """What is taken instead of a derivative: (f(x + hv) − f(x)) / h."""
+    """The finite difference (f(x + hv) − f(x)) / h."""
     y = subject.call(subject.x)
     y_tan = (subject.call(subject.x + H * subject.v) - y) / H
     q = oracle.metric_values(y, y_tan.unsqueeze(0), subject.metric)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-#: sizes of a model that is built from its configuration class alone, by the names that transformers uses
+#: sizes of a model built only from its configuration class, by the names that transformers uses
 SMALL = {
     "vocab_size": 211,
     "hidden_size": 64,
@@ -125,7 +125,7 @@ def load(spec: str, layers: int | None = None) -> nn.Module:
         )
     except (CannotValidate, ModuleNotFoundError):
         raise
-    except Exception as error:  # somebody else's code and files: the user wants one sentence
+    except Exception as error:  # any error of foreign code and files becomes one sentence
         raise CannotValidate(f"{spec} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
@@ -189,7 +189,7 @@ def _from_code(module: str, name: str, layers: int | None) -> nn.Module:
 
 
 def _small(config_class: Any) -> Any:
-    """A small configuration of a class: sizes under whatever names it has for them."""
+    """A small configuration of a class: sizes under the names that it uses."""
     config: Any = config_class()
     for name, value in {**SMALL, "head_dim": SMALL["hidden_size"] // SMALL["num_attention_heads"]}.items():
         if isinstance(getattr(config, name, None), int):
@@ -297,7 +297,7 @@ def _with_ascent(subject: Subject) -> Subject:
     x = subject.x.clone().requires_grad_()
     try:
         y = subject.call(x)
-    except Exception as error:  # whatever a model of somebody else raises, the user wants one sentence
+    except Exception as error:  # any error of a foreign model becomes one sentence
         raise CannotValidate(
             f"{type(subject.model).__name__} cannot be called with inputs_embeds={tuple(x.shape)} and "
             f"{', '.join(subject.inputs) or 'nothing else'}: {type(error).__name__}: {error}"

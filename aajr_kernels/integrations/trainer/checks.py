@@ -1,4 +1,4 @@
-"""What does not go with the objective, said when a trainer is made: the argument, what came, the remedy."""
+"""Checks of a new trainer: settings that the objective does not support raise, with the remedy."""
 
 from __future__ import annotations
 

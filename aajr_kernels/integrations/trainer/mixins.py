@@ -31,7 +31,7 @@ OURS = ("attack_mask", "agents")
 
 
 class _Mixin(_Base):
-    """What both mixins share: when the objective is called, with what counts, and what is logged of it."""
+    """Shared by both mixins: calls of the objective, counts of tokens, and logs."""
 
     _signature_columns: Any
 

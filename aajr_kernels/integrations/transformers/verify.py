@@ -209,7 +209,7 @@ class Trial:
                     x, v = (draw(shape, case.tokens, generator, scale) for _ in range(2))
                     call = functools.partial(lambda twin, z: _first(own(twin, z)), twin)
                     y, tangent, *_ = torch.func.jvp(call, (x,), (v,))
-            except Exception as error:  # whatever a module's code may raise
+            except Exception as error:  # any error of a module's code
                 if case not in mixed:
                     self.reason = f"cannot be run for a check ({_raised(error)})"
                     return

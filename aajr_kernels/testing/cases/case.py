@@ -48,7 +48,7 @@ class Case:
 
 
 class Draw:
-    """Random tensors of one op, the same for a seed whatever else is validated."""
+    """Random tensors of one op, determined by the seed only."""
 
     def __init__(self, op: str, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(op.encode()))
