@@ -84,7 +84,7 @@ def ascend(
         norm: ``"l2"``: Euclidean norm of every group ≤ radius; ``"linf"``: every entry.
         scope: what a group is: ``"sequence"`` (the default), all of a batch row; ``"token"``, one vector of the last
             axis; ``"agent"``, all tokens of an agent. The unit of penalties along the trajectory follows it.
-        agents: ``[*x.shape[:-1]]``, integers: the agent of every token; negative = nobody's, never attacked.
+        agents: ``[*x.shape[:-1]]``, integers: the agent of every token; negative = none, never attacked.
         init: ``"zero"`` starts at `x`, ``"uniform"`` at a point drawn uniformly from the ball.
         restarts: runs; per batch row the one that reached the largest loss anywhere on its way is returned. The first
             starts as `init` says, the others from uniform draws.

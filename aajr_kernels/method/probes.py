@@ -79,7 +79,7 @@ def restrict(t: torch.Tensor, mask: torch.Tensor | None, agents: torch.Tensor | 
     Args:
         t: ``[B, ...]``, like the input.
         mask: the shape of `t` without its last axis, or broadcastable to `t`; nonzero = may be attacked.
-        agents: the shape of `t` without its last axis; negative = nobody's, never attacked.
+        agents: the shape of `t` without its last axis; negative = none, never attacked.
 
     Raises:
         TypeError, ValueError: the mask is of another type or shape, or leaves nothing.

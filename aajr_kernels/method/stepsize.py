@@ -184,7 +184,7 @@ class AutoStep:
         reach = torch.where(reach.isinf(), 0.0, reach)
         if self.curvature is None or self.length is None:
             return reach * self.share
-        unknown = self.curvature.isinf()  # it found no step: go on where it stopped
+        unknown = self.curvature.isinf()  # the last search failed: go on where it stopped
         longest = torch.where(unknown, self.length, GROWTH * self.length)
         longest = torch.where(self.length > 0, longest, reach * self.share)
         curved = SAFETY * _row_dot(gradient, direction) / self.curvature

@@ -126,7 +126,7 @@ def test_running_statistics_are_put_back():
     aajr.ascend(lambda z: net(z).squeeze(-1), x, radius=1.0, steps=2, module=net)
     assert len(before) == 3 and all(torch.equal(b, before[name]) for name, b in net.named_buffers())
     aajr.ascend(lambda z: net(z).squeeze(-1), x, radius=1.0, steps=2)
-    assert not torch.equal(net[1].running_mean, before["1.running_mean"])  # nobody named the module
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])  # the module is not named
 
 
 def test_everything_is_put_back_after_an_exception():

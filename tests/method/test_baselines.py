@@ -74,8 +74,8 @@ def truth(method, net, x, u, metric):
 
 def difference_gradient(value, parameter, h=1e-5):
     """Central differences of a scalar, entry by entry; their error is about h² and eps / h, both below 1e-9."""
-    found = torch.zeros_like(parameter)
-    flat, store = found.view(-1), parameter.data.view(-1)
+    actual = torch.zeros_like(parameter)
+    flat, store = actual.view(-1), parameter.data.view(-1)
     for i in range(len(flat)):
         at = store[i].item()
         store[i] = at + h
@@ -83,7 +83,7 @@ def difference_gradient(value, parameter, h=1e-5):
         store[i] = at - h
         flat[i] = (up - value().item()) / (2 * h)
         store[i] = at
-    return found
+    return actual
 
 
 def all_signs(monkeypatch):
@@ -173,14 +173,14 @@ def test_only_attackable_entries_are_moved(policy):
             *(method, policy, x), attack_mask=mask, samples=2, return_direction=True, metric="l2"
         )
         assert (v[..., ~mask[0]] == 0).all() and (v[..., mask[0]] != 0).all()
-    found = baseline_penalty(
+    actual = baseline_penalty(
         *("spectral", policy, x), attack_mask=mask, iterations=200, metric="l2", reduction="none"
     )
-    assert_exact(found[0], top, "restricted spectral norm", tolerance=1e-9)
+    assert_exact(actual[0], top, "restricted spectral norm", tolerance=1e-9)
     loss_fn = lambda x: output_loss(policy(x))
     g = torch.autograd.functional.jacobian(lambda z: loss_fn(z).sum(), x) * mask
-    found = baseline_penalty("input_gradient", None, x, loss_fn=loss_fn, attack_mask=mask, reduction="none")
-    assert_exact(found[0], g.square().sum(1), "restricted gradient")
+    actual = baseline_penalty("input_gradient", None, x, loss_fn=loss_fn, attack_mask=mask, reduction="none")
+    assert_exact(actual[0], g.square().sum(1), "restricted gradient")
 
 
 @pytest.mark.parametrize("scope", ["sequence", "token", "agent"])

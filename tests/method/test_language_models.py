@@ -86,9 +86,9 @@ def test_ascent_loss_and_penalty(name, fused):
     assert_exact(aux.primal, loss, "loss", tolerance=1e-9)
     assert_exact(several[1], several[0], "in one forward")
     assert all(p.grad is None and p.requires_grad for p in parameters.values())
-    found = torch.autograd.grad(aux.primal + 0.2 * pen, list(parameters.values()), allow_unused=True)
+    actual = torch.autograd.grad(aux.primal + 0.2 * pen, list(parameters.values()), allow_unused=True)
     size = torch.cat([g.flatten() for g in expected if g is not None]).norm()
-    for key, a, b in zip(parameters, found, expected):
+    for key, a, b in zip(parameters, actual, expected):
         assert (a is None) == (b is None), key
         # directions are off by up to 1e-8, and enter squared
         assert a is None or (a - b).norm() <= 1e-7 * size, key

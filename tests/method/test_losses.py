@@ -92,9 +92,9 @@ def test_float32_on_every_backend(backend, softcap):
             labels=labels.to(device),
             reduction="sum",
         )(leaves[0])
-        found = [loss, *torch.autograd.grad(loss.sum(), leaves)]
+        actual = [loss, *torch.autograd.grad(loss.sum(), leaves)]
     for name, ours, eager, exact in zip(
-        ("loss", "x", "weight"), found, by_hand(torch.float32), by_hand(torch.float64)
+        ("loss", "x", "weight"), actual, by_hand(torch.float32), by_hand(torch.float64)
     ):
         # the logits are rounded, and the loss is of their size
         assert_within_budget(ours.detach().cpu(), eager.detach(), exact.detach(), name, ulps=16.0)

@@ -75,8 +75,8 @@ def test_trained_like_networks_rise_at_every_step(step, norm, scope):
 def test_it_steps_back_where_a_given_step_overshoots():
     loss, _, slope = quadratic(100.0)
     x = torch.zeros(B, N, C, dtype=torch.float64)
-    given = aajr.ascend(loss, x, radius=1.0, steps=3, step_size=2.5 / 3)
-    assert (given.losses[-1] < given.losses[0]).all()
+    fixed = aajr.ascend(loss, x, radius=1.0, steps=3, step_size=2.5 / 3)
+    assert (fixed.losses[-1] < fixed.losses[0]).all()
     auto = aajr.ascend(loss, x, radius=1.0, steps=3)
     assert (auto.losses.diff(dim=0) > 0).all()
     calls, without = auto.evaluations
@@ -92,8 +92,8 @@ def test_a_step_without_backtracks_costs_what_a_given_one_costs():
     net = nn.Linear(C, 2).double()
     convex = lambda z: net(z).exp().flatten(1).sum(-1)
     x = torch.randn(B, N, C, dtype=torch.float64)
-    auto, given = (aajr.ascend(convex, x, radius=1.0, steps=4, step_size=s) for s in ("auto", 0.1))
-    assert auto.evaluations == given.evaluations == (4, 1)
+    auto, fixed = (aajr.ascend(convex, x, radius=1.0, steps=4, step_size=s) for s in ("auto", 0.1))
+    assert auto.evaluations == fixed.evaluations == (4, 1)
     plane = aajr.ascend(lambda z: net(z).flatten(1).sum(-1), x, radius=1.0, steps=4)
     assert torch.allclose((plane.points[-1] - x).flatten(1).norm(dim=-1), torch.ones(B, dtype=x.dtype))
     # the far end of the ball is reached in two steps; that nothing more is to be had shows without an evaluation
@@ -106,8 +106,8 @@ def test_the_sizes_returned_reproduce_the_way():
         x = torch.randn(B, N, C, dtype=torch.float64)
         options = dict(radius=1.0, steps=4, step=step, norm=norm, scope=scope, agents=AGENTS)
         auto = aajr.ascend(loss, x, **options)
-        given = aajr.ascend(loss, x, **options, step_size=auto.step_sizes.clamp(min=1e-300))
-        assert torch.allclose(auto.points, given.points, rtol=0, atol=1e-12)
+        fixed = aajr.ascend(loss, x, **options, step_size=auto.step_sizes.clamp(min=1e-300))
+        assert torch.allclose(auto.points, fixed.points, rtol=0, atol=1e-12)
 
 
 def test_no_step_where_none_is_allowed():

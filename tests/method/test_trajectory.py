@@ -51,7 +51,7 @@ def problem(scope="token", steps=T, size=0.3, **options):
 
 def unit_by_hand(values, scope):
     """Norm 1 in every group, one group at a time."""
-    found = torch.zeros_like(values)
+    actual = torch.zeros_like(values)
     for b in range(B):
         tokens = [[i] for i in range(N)]
         if scope == "sequence":
@@ -61,8 +61,8 @@ def unit_by_hand(values, scope):
         for group in tokens:
             part = values[b, group]
             if len(group) and part.abs().max() > 0:
-                found[b, group] = part / part.norm()
-    return found
+                actual[b, group] = part / part.norm()
+    return actual
 
 
 def direction_by_hand(traj, t, kind):
@@ -136,20 +136,20 @@ def test_a_random_step_is_unbiased(monkeypatch, weights, options):
     chances = torch.tensor(weights or [1.0] * T, dtype=torch.float64)
     chances = chances / chances.sum()
     whole, _ = aajr.trajectory_penalty(policy, x, traj, weights=weights, **options)
-    given = []
+    returned = []
 
     def drawn(probabilities, number, replacement, generator):
         assert_exact(probabilities, chances, "probabilities")
         assert number == B and replacement
-        return torch.tensor(given[-1])
+        return torch.tensor(returned[-1])
 
     monkeypatch.setattr(torch, "multinomial", drawn)
     mean = 0.0
-    for given_now in itertools.product(range(T), repeat=B):
-        given.append(given_now)
+    for steps_now in itertools.product(range(T), repeat=B):
+        returned.append(steps_now)
         pen, aux = aajr.trajectory_penalty(policy, x, traj, steps="random", weights=weights, **options)
-        mean = mean + pen * chances[list(given_now)].prod()
-        assert aux.steps.tolist() == [list(given_now)]
+        mean = mean + pen * chances[list(steps_now)].prod()
+        assert aux.steps.tolist() == [list(steps_now)]
     assert_exact(mean, whole, "mean over all draws")
     same_gradients(mean, whole, list(policy.parameters()))
 

@@ -120,13 +120,13 @@ def test_the_baselines_measure_where_the_aligned_penalty_does():
     scheduled, counts = objectives.ScheduledValues.at(config, 0), objectives.Counts.of([batch], config)
     look = lambda traj, loss_fn, gamma: seen.append(traj)
     objectives.terms_of(model, policy, batch, config, scheduled, counts, torch.Generator(), look)
-    found = []
+    actual = []
     for way in ("aligned", "baseline"):
         x = model.embedding(batch.input_ids)
         work = objectives._Work(model, policy, batch, config, counts, torch.Generator(), None, x)
         penalty, _, _ = getattr(work, way)(seen[0], scheduled)
-        found.append((penalty, *torch.autograd.grad(penalty, list(model.parameters()))))
-    for a, b in zip(*found):
+        actual.append((penalty, *torch.autograd.grad(penalty, list(model.parameters()))))
+    for a, b in zip(*actual):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -198,16 +198,16 @@ def test_points_of_a_trajectory_in_one_forward():
 
 
 def test_agents_of_a_batch():
-    """Two agents, and a token of nobody; one direction for each of the two."""
+    """Two agents, and a token of none; one direction for each of the two."""
     agents = torch.tensor([[0, 0, 1, -1, 1], [1, 1, 0, 0, -1]])
     batch = {"input_ids": sequences(1)[0], "agents": agents}
     attack = Attack(radius=0.5, steps=2, step_size=0.3, scope="agent")
-    found = []
+    actual = []
     for per_agent in (False, True):
         config = plain(attack=attack, penalty=Penalty(weight=0.5, per_agent=per_agent), learning_rate=1e-3)
-        found.append(quiet(tiny_lm(), [batch], config).rows[0])
-    assert found[0]["attack_worst"] == found[1]["attack_worst"] > found[0]["attack_start"]
-    assert 0 < found[1]["penalty"] != found[0]["penalty"] > 0
+        actual.append(quiet(tiny_lm(), [batch], config).rows[0])
+    assert actual[0]["attack_worst"] == actual[1]["attack_worst"] > actual[0]["attack_start"]
+    assert 0 < actual[1]["penalty"] != actual[0]["penalty"] > 0
 
 
 def test_what_the_optimizer_does_not_hold_stays():

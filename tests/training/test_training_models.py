@@ -48,11 +48,11 @@ def test_the_head_of_hugging_face_models_is_streamed(name):
     assert policy.head is not None
     logits = Policy(lambda x, **inputs: model(inputs_embeds=x, **inputs), model.get_input_embeddings())
     ends = []
-    for chosen in (policy, logits):
+    for either in (policy, logits):
         twin_state = copy.deepcopy(model.state_dict())
         batch = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6).long()}
         config = plain(penalty=Penalty(weight=0.3))
-        row = quiet(model, [batch], config, policy=chosen, optimizer=sgd(model, 0.1)).rows[0]
+        row = quiet(model, [batch], config, policy=either, optimizer=sgd(model, 0.1)).rows[0]
         ends.append((vector(model).clone(), row["loss"]))
         model.load_state_dict(twin_state)
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-6)
@@ -103,11 +103,11 @@ def test_adapters_are_trained_alone_and_checkpointed_alone(tmp_path):
 def test_a_whole_run_under_autocast():
     model, low = tiny_lm(), tiny_lm()
     rows = quiet(model, sequences(1), plain(steps=2)).rows
-    found = quiet(low, sequences(1), plain(steps=2, autocast=torch.bfloat16)).rows
+    actual = quiet(low, sequences(1), plain(steps=2, autocast=torch.bfloat16)).rows
     assert all(p.dtype == torch.float32 for p in low.parameters())
     # eight bits through half a dozen products
     assert (
-        found[0]["loss"] == pytest.approx(rows[0]["loss"], rel=0.05) and found[0]["loss"] != rows[0]["loss"]
+        actual[0]["loss"] == pytest.approx(rows[0]["loss"], rel=0.05) and actual[0]["loss"] != rows[0]["loss"]
     )
 
 

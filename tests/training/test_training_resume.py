@@ -99,10 +99,10 @@ def test_the_same_bits_as_without_an_interruption(data, tmp_path):
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000003"]
     torch.rand(3), random.random()
     again = tiny_lm(seed=9, dropout=0.3)  # a new process would have other weights, too
-    found = train(again, DATA[data](), tmp_path)
-    assert found.resumed_from == 3 and found.steps == 6
+    resumed = train(again, DATA[data](), tmp_path)
+    assert resumed.resumed_from == 3 and resumed.steps == 6
     assert same(again, straight) and not same(again, broken)
-    assert timeless(found.rows) == timeless(expected.rows)
+    assert timeless(resumed.rows) == timeless(expected.rows)
     assert timeless(read_rows(tmp_path / "metrics.jsonl")) == timeless(expected.rows)
 
 
@@ -191,11 +191,11 @@ def test_kill_minus_nine_loses_at_most_one_interval(tmp_path):
     again, straight = tiny_lm(dropout=0.3), tiny_lm(dropout=0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = train(again, loader(), tmp_path, settings=config(steps=steps))
-    assert seen - 3 <= found.resumed_from <= seen
+        resumed = train(again, loader(), tmp_path, settings=config(steps=steps))
+    assert seen - 3 <= resumed.resumed_from <= seen
     expected = train(straight, loader(), settings=config(steps=steps))
     assert same(again, straight)
-    assert timeless(found.rows) == timeless(expected.rows)
+    assert timeless(resumed.rows) == timeless(expected.rows)
 
 
 def damage(path: Path, kind: str) -> None:
@@ -236,8 +236,8 @@ def test_a_damaged_newest_checkpoint_is_skipped(kind, said, tmp_path):
     damage(newest, kind)
     again = tiny_lm(seed=5, dropout=0.3)
     with pytest.warns(RuntimeWarning, match=f"step-00000006 is skipped: .*{said}"):
-        found = train(again, loader(), tmp_path, settings=config(keep=1))
-    assert found.resumed_from == 3 and same(again, straight)
+        resumed = train(again, loader(), tmp_path, settings=config(keep=1))
+    assert resumed.resumed_from == 3 and same(again, straight)
     assert [p.name for p in newest.parent.iterdir()] == ["step-00000006"]
     assert load_checkpoint(newest, tiny_lm()) == 6
 
@@ -339,12 +339,14 @@ def test_state_survives_without_pickle():
         "e": [],
     }
     tensors, rest = pack(tree)
-    found = unpack(tensors, json.loads(json.dumps(rest)))
-    assert found[0] == tree[0] and found["c"] == tree["c"] and type(found["c"]) is Counter
+    unpacked = unpack(tensors, json.loads(json.dumps(rest)))
+    assert unpacked[0] == tree[0] and unpacked["c"] == tree["c"] and type(unpacked["c"]) is Counter
     assert (
-        type(found["t"]) is tuple and torch.equal(found["t"][0], tree["t"][0]) and found["o"] == {"a": 1e-320}
+        type(unpacked["t"]) is tuple
+        and torch.equal(unpacked["t"][0], tree["t"][0])
+        and unpacked["o"] == {"a": 1e-320}
     )
-    assert type(found[0][4]) is bool and found["e"] == []
+    assert type(unpacked[0][4]) is bool and unpacked["e"] == []
     with pytest.raises(TypeError, match="state/a/1 holds a set, which a checkpoint cannot"):
         pack({"a": [0, {1}]})
 

@@ -105,8 +105,8 @@ def language_model(model: nn.Module, config: ObjectiveConfig) -> None:
     Raises:
         TypeError, ValueError: it is another one.
     """
-    given: Any = model
-    inner = given.get_base_model() if hasattr(given, "get_base_model") else given
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner: Any = model if unwrap is None else unwrap()
     name, kind = type(inner).__name__, getattr(inner, "loss_type", None)
     settings = getattr(inner, "config", None)
     if kind not in (None, "ForCausalLM", "ForMaskedLM") or getattr(settings, "is_encoder_decoder", False):

@@ -64,13 +64,13 @@ def test_micro_batches_of_unequal_lengths_add_up_to_one_batch(record_property):
 
 
 def test_mixed_precision_is_that_of_torch():
-    found = loop(llama(), [4], mixed_precision="bf16")
+    actual = loop(llama(), [4], mixed_precision="bf16")
     twin = llama().train()
     with torch.autocast("cpu", torch.bfloat16):
         total = Objective(twin, CONFIG)(collate(list(Rows(4)))).total
     total.backward()
     for name, p in twin.named_parameters():
-        assert torch.equal(found[name], p.grad), name
+        assert torch.equal(actual[name], p.grad), name
 
 
 def test_mixed_precision_that_would_be_lost_is_an_error():

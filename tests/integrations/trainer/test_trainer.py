@@ -45,10 +45,12 @@ whole = dict(per_device_train_batch_size=4)
 def test_the_gradient_is_that_of_the_oracle(tmp_path, record_property):
     model = gpt2().double()
     batch = collate(list(Rows()))
-    _, (found,) = ours(copy.deepcopy(model), tmp_path, **whole)
+    _, (actual,) = ours(copy.deepcopy(model), tmp_path, **whole)
     seen = []
     objective = Objective(model, CONFIG)
-    objective._diagnose = lambda batch, step, on_report, trajectory, *more: seen.append(trajectory)
+    objective._diagnose = lambda diagnostics, batch, step, on_report, trajectory, *more: seen.append(
+        trajectory
+    )
     with_look = dataclasses.replace(CONFIG, diagnostics=Diagnostics(1))
     objective.config = with_look
     objective(batch, on_report=seen.append)
@@ -56,7 +58,7 @@ def test_the_gradient_is_that_of_the_oracle(tmp_path, record_property):
     worst = trajectory.worst_steps
     direction = trajectory.directions[worst, torch.arange(len(worst))]
     _, exact = exact_objective(model, batch, trajectory.worst, direction, CONFIG)
-    record_property("error", assert_exact_gradients(found, exact))
+    record_property("error", assert_exact_gradients(actual, exact))
 
 
 @pytest.mark.integration("Trainer", "accumulation of unequal micro-batches", "the step in one batch")
@@ -69,8 +71,8 @@ def test_micro_batches_of_unequal_lengths_add_up_to_one_batch(build, tolerance, 
         dict(gradient_accumulation_steps=4),
         dict(gradient_accumulation_steps=2, per_device_train_batch_size=2),
     ):
-        many, (found,) = ours(build(), tmp_path, data=data, **options)
-        record_property("error", assert_exact_gradients(found, expected, tolerance=tolerance))
+        many, (actual,) = ours(build(), tmp_path, data=data, **options)
+        record_property("error", assert_exact_gradients(actual, expected, tolerance=tolerance))
         (a,), (b,) = rows_of(one), rows_of(many)
         for name in ("penalty", "adversarial_loss", "clean_loss", "attack_start", "attack_worst", "q_max"):
             assert b[name] == pytest.approx(a[name], rel=10 * tolerance), name
@@ -83,9 +85,9 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches(tmp_path):
     """Three rows, two at a time: the second step has one."""
     data = Rows(3)
     options = dict(data=data, max_steps=2, learning_rate=0.0)
-    _, found = ours(gpt2().double(), tmp_path, gradient_accumulation_steps=2, **options)
+    _, actual = ours(gpt2().double(), tmp_path, gradient_accumulation_steps=2, **options)
     _, expected = ours(gpt2().double(), tmp_path, per_device_train_batch_size=2, **options)
-    for a, b in zip(found, expected):
+    for a, b in zip(actual, expected):
         assert_exact_gradients(a, b, tolerance=1e-11)
 
 
@@ -94,9 +96,9 @@ def test_without_a_radius_it_is_the_trainer(accumulate, tmp_path):
     config = ObjectiveConfig(attack=Attack(radius=0.0))
     options = dict(gradient_accumulation_steps=accumulate, per_device_train_batch_size=2, data=Rows(6))
     plain, (expected,) = trained(transformers.Trainer, llama().double(), tmp_path, **options)
-    same, (found,) = trained(AAJRTrainer, llama().double(), tmp_path, objective=config, **options)
+    same, (actual,) = trained(AAJRTrainer, llama().double(), tmp_path, objective=config, **options)
     # transformers computes norms and the cross-entropy in float32
-    assert_exact_gradients(found, expected, tolerance=1e-6)
+    assert_exact_gradients(actual, expected, tolerance=1e-6)
     assert rows_of(same)[0]["loss"] == pytest.approx(rows_of(plain)[0]["loss"], rel=1e-6)
     assert rows_of(same)[0]["grad_norm"] == pytest.approx(rows_of(plain)[0]["grad_norm"], rel=1e-6)
 
@@ -115,9 +117,9 @@ def test_labels_that_are_targets_already(tmp_path):
     # one step: the worst point of a row is then the same for both, whose rows are not
     config = dataclasses.replace(CONFIG, attack=dataclasses.replace(ATTACK, steps=1))
     trainer = quiet(AAJRTrainer, model, arguments(tmp_path), objective=config)
-    found = trainer.compute_loss(model.train(), flat)
+    actual = trainer.compute_loss(model.train(), flat)
     expected = Objective(model, config)(collate(list(Rows(2)))).total
-    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-10)
 
 
 # -- precision and memory ---------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def test_mixed_precision_of_accelerate(tmp_path):
     model, dtypes = llama(), []
     layer = model.model.layers[0].self_attn.q_proj
     layer.register_forward_hook(lambda module, given, output: dtypes.append(output.dtype))
-    trainer, (found,) = ours(model, tmp_path, bf16=True, data=Rows(1))
+    trainer, (actual,) = ours(model, tmp_path, bf16=True, data=Rows(1))
     assert set(dtypes) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters())
     twin = llama().train()
@@ -135,11 +137,11 @@ def test_mixed_precision_of_accelerate(tmp_path):
         total = Objective(twin, CONFIG)(collate(list(Rows(1)))).total
     total.backward()
     for name, p in twin.named_parameters():
-        assert torch.equal(found[name], p.grad), name
+        assert torch.equal(actual[name], p.grad), name
     _, (wide,) = ours(llama(), tmp_path, data=Rows(1))
     # eight bits of mantissa through a dozen products
-    assert_exact_gradients(found, wide, tolerance=0.1)
-    assert dtypes and not torch.equal(found["lm_head.weight"], wide["lm_head.weight"])
+    assert_exact_gradients(actual, wide, tolerance=0.1)
+    assert dtypes and not torch.equal(actual["lm_head.weight"], wide["lm_head.weight"])
     assert rows_of(trainer)[0]["penalty"] > 0
 
 
@@ -161,8 +163,8 @@ def test_activation_checkpointing(by_hand, tmp_path, record_property):
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return ours(model, tmp_path, **whole, gradient_checkpointing=checkpointed and not by_hand)[1]
 
-    (expected,), (found,) = run(False), run(True)
-    record_property("error", assert_exact_gradients(found, expected, tolerance=1e-12))
+    (expected,), (actual,) = run(False), run(True)
+    record_property("error", assert_exact_gradients(actual, expected, tolerance=1e-12))
     assert len(calls[True]) > len(calls[False])  # layers ran again in the backward
 
 
@@ -243,13 +245,13 @@ def test_diagnostics_do_not_change_the_training(tmp_path):
 @pytest.mark.parametrize("loss_only", [True, False])
 def test_evaluation_is_the_trainers(loss_only, tmp_path):
     model, data = gpt2(dropout=0.2), Rows(3, attack_mask=lambda ids: [1] * len(ids))
-    found = []
+    actual = []
     for cls, more in ((transformers.Trainer, {}), (AAJRTrainer, dict(objective=CONFIG))):
         args = arguments(tmp_path, prediction_loss_only=loss_only, per_device_eval_batch_size=2)
         trainer = quiet(cls, model, args, eval_dataset=data, data_collator=collate, **more)
         metrics, predicted = trainer.evaluate(), trainer.predict(data)
-        found.append((metrics["eval_loss"], predicted.predictions, predicted.metrics["test_loss"]))
-    (loss, logits, test_loss), (our_loss, our_logits, our_test_loss) = found
+        actual.append((metrics["eval_loss"], predicted.predictions, predicted.metrics["test_loss"]))
+    (loss, logits, test_loss), (our_loss, our_logits, our_test_loss) = actual
     assert our_loss == loss and our_test_loss == test_loss
     assert logits is None if loss_only else (our_logits == logits).all()
     assert (our_logits is None) == loss_only
@@ -272,10 +274,10 @@ def test_evaluation_meanwhile_does_not_change_the_training(tmp_path):
 def test_what_may_be_attacked_reaches_the_attack(tmp_path):
     """Trainer drops columns that the model's forward does not name."""
     closed = Rows(4, attack_mask=lambda ids: [0] * (len(ids) - 1) + [1])
-    _, (found,) = ours(gpt2(), tmp_path, data=closed, **whole)
+    _, (actual,) = ours(gpt2(), tmp_path, data=closed, **whole)
     _, (open_,) = ours(gpt2(), tmp_path, data=Rows(4), **whole)
     name = "transformer.wte.weight"
-    assert not torch.equal(found[name], open_[name])
+    assert not torch.equal(actual[name], open_[name])
     options = dict(objective=CONFIG, train_dataset=closed, data_collator=collate)
     trainer = quiet(AAJRTrainer, gpt2(), arguments(tmp_path), **options)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -291,12 +293,12 @@ def test_adapters_and_a_policy_of_ones_own(tmp_path):
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
         return peft.get_peft_model(llama(), lora)
 
-    _, (found,) = ours(adapted(), tmp_path, **whole)
-    assert found and all("lora_" in name for name in found)
+    _, (actual,) = ours(adapted(), tmp_path, **whole)
+    assert actual and all("lora_" in name for name in actual)
     model = adapted()
     given = Policy(lambda x, **inputs: model(inputs_embeds=x, **inputs), model.get_input_embeddings())
     _, (other,) = ours(model, tmp_path, policy=given, **whole)
-    assert_exact_gradients(other, found, tolerance=1e-5)
+    assert_exact_gradients(other, actual, tolerance=1e-5)
 
 
 # -- what does not go with it -----------------------------------------------------------------------------------------

@@ -51,14 +51,14 @@ def test_the_penalty_is_added_to_the_loss_of_the_trainer(accumulate, tmp_path, r
         train_sampling_strategy="sequential",
     )
     plain, (without,) = trained(transformers.Trainer, gpt2().double(), tmp_path, **options)
-    both, (found,) = trained(Extra, gpt2().double(), tmp_path, objective=CONFIG, **options)
+    both, (actual,) = trained(Extra, gpt2().double(), tmp_path, objective=CONFIG, **options)
     model, rows, size = gpt2().double(), list(Rows()), 4 // accumulate
     objective = Objective(model, CONFIG)
     micro = [collate(rows[i : i + size]) for i in range(0, 4, size)]
     penalties = [objective.penalty(batch, part=n) for n, batch in enumerate(micro)]
     sum(terms.total / accumulate for terms in penalties).backward()
     expected = {name: without[name] + p.grad for name, p in model.named_parameters()}
-    record_property("error", assert_exact_gradients(found, expected, tolerance=1e-11))
+    record_property("error", assert_exact_gradients(actual, expected, tolerance=1e-11))
     (row,), (before,) = rows_of(both), rows_of(plain)
     penalty = sum(float(terms.parts["penalty"]) for terms in penalties) / accumulate
     assert row["penalty"] == pytest.approx(penalty, rel=1e-10)
@@ -216,9 +216,9 @@ def test_grpo_keeps_its_loss_and_gets_the_penalty(tmp_path, record_property):
 
     class Looking(AAJRPenaltyMixin):
         def aajr_batch(self, inputs):
-            found = super().aajr_batch(inputs)
-            self.seen.append(found)
-            return found
+            actual = super().aajr_batch(inputs)
+            self.seen.append(actual)
+            return actual
 
     config = ObjectiveConfig(attack=CONFIG.attack, penalty=Penalty(weight=0.5))
     trainer, gradients = grpo(tmp_path, (Looking, trl.GRPOTrainer), config)
