@@ -44,7 +44,7 @@ def experiment(
     """Run an experiment, or go on with one that was interrupted.
 
     Rows are appended as JSON lines while it runs; run again with the same folder it computes what is missing. Results
-    depend on the configuration alone, not on the number of jobs. Exit code 2: bad arguments, or something that is
+    depend only on the configuration, not on the number of jobs. Exit code 2: bad arguments, or something that is
     not installed.
     """
     if name is None:

@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A configuration, tasks that are independent of each other, and a report drawn from their rows alone.
+    """A configuration, tasks that are independent of each other, and a report drawn from their rows only.
 
     Attributes:
         name: on the command line.

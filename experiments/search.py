@@ -23,7 +23,7 @@ def search(
         budget: number of runs.
         propose: from the rows so far to the next value of what is searched.
         run: from that value to a row and the trained model.
-        choose: rank of a row, from validation results alone; the row of the largest is tested, the first of equals.
+        choose: rank of a row, from validation results only; the row of the largest is tested, the first of equals.
         test: of its model.
     """
     rows: list[Row] = []

@@ -93,7 +93,7 @@ class Store:
         self._done.add(task)
 
     def _rewrite(self) -> None:
-        """Leave complete tasks alone in the file."""
+        """Keep only complete tasks in the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [self.header, *self.rows])
         whole = self.path.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""Price of robustness on digits: a classifier with a utility head, attacked through its classes alone.
+"""Price of robustness on digits: a classifier with a utility head, attacked only through its classes.
 
 Every method gets the same training, the same points of the same kind of ascent, and the same number of weights λ. They
 are compared at matched robust accuracy under a strong attack, seed by seed.

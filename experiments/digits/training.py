@@ -87,7 +87,7 @@ def nominal_losses(policy: nn.Module, part: Split) -> tuple[torch.Tensor, torch.
 def attack(
     policy: nn.Module, part: Split, kind: str, generator: torch.Generator, **options: Any
 ) -> aajr.Trajectory:
-    """Ascent on the class loss alone: the adversary leaves the utilities aside."""
+    """Ascent on only the class loss: the adversary ignores the utilities."""
 
     def cross_entropy(x: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(policy(x)[:, :CLASSES], part.y, reduction="none")
@@ -171,7 +171,7 @@ def train(
 ) -> nn.Module:
     """Nominal loss plus `weight` times the penalty at the points of a short ascent on every batch.
 
-    Start, order of the batches and random starts of the ascents depend on the seed alone, not on the method.
+    Start, order of the batches and random starts of the ascents depend only on the seed, not on the method.
     """
     policy = policy or make_policy(config["width"], seed)
     batches = Batches(part, config["batch"], 1000 + seed)

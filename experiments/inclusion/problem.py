@@ -1,7 +1,7 @@
 """The linear policy with two outputs, its closed form, and the two ways of bounding it.
 
 π(x) = Wx with W 2×2 learns T x, T = diag(1, 5), from x with E xxᵀ = 1; half the squared error is ½‖W − T‖²_F. The
-adversary moves x by at most ½ and sees the error of output 1 alone. Its gradient is a multiple of row 1 of W, so the
+adversary moves x by at most ½ and sees only the error of output 1. Its gradient is a multiple of row 1 of W, so the
 bound ‖W uₜ‖ ≤ γ along its ascent leaves output 2 free, whereas ‖W‖₂ ≤ γ does not.
 
 ===============  =========================  ========================================

@@ -107,7 +107,7 @@ def substitution_attack(
     """Replace tokens one by one, greedily: candidates by the first-order gain, the choice by the loss itself.
 
     Args:
-        scene: what is attacked; at its open places alone.
+        scene: the attacked batch; only its open positions change.
         budget: most tokens that are replaced in a row.
         tries: replacements (place and token) with the largest first-order gain whose loss is evaluated, per token.
         candidates: ``[K]``, the ids that may be put in.

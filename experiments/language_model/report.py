@@ -1,4 +1,4 @@
-"""The page on language models: written before the runs, and drawn from their rows alone."""
+"""The page on language models: written before the runs, and drawn from their rows only."""
 
 from __future__ import annotations
 

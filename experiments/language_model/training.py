@@ -25,7 +25,7 @@ PENALTIES = {
 
 
 def batches_of(config: dict[str, Any], source: Tensor, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """Training batches in turns; they depend on the seed alone."""
+    """Training batches in turns; they depend only on the seed."""
     generator = torch.Generator().manual_seed(1000 + seed)
     drawn = (windows(source, config["batch"], config["length"], generator) for _ in range(count))
     return [in_turns(ids, config["turn"]) for ids in drawn]

@@ -78,7 +78,7 @@ def tune(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Minimax training: nominal loss and loss at the end of the ascent, plus a penalty at the points of the ascent.
 
-    The batches depend on the seed alone, not on the method.
+    The batches depend only on the seed, not on the method.
 
     Args:
         config: of the experiment.

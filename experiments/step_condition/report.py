@@ -1,4 +1,4 @@
-"""The page on the step condition, drawn from its rows alone."""
+"""The page on the step condition, drawn from its rows only."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def robust(config: dict[str, Any], pair: Pair, games: Games, seed: int) -> dict[
 
 
 def _victims(pair: Pair, games: Games, x: Tensor, honest: tuple[Heads, Heads]) -> list[Tensor]:
-    """Payoff of A and of B, each misled alone."""
+    """Payoffs of A and of B, with only its own observation attacked."""
     misled_a, misled_b = pair.heads(x)
     table_a, table_b = games.payoffs().unbind(1)
     return [expected(misled_a, honest[1], table_a), expected(honest[0], misled_b, table_b)]

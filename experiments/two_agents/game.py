@@ -1,7 +1,7 @@
 """A barter of two rounds: each asks for a lot, hears what the other asks for, and hands over a lot; payoffs are exact.
 
 Both agents hold one lot of every type, of so many items. An agent knows the sizes of the lots and what an item of
-each is worth to itself, not to the other. A request binds nobody. An agent's profit is what it gets less what it
+each is worth to itself, not to the other. A request is not binding. An agent's profit is what it gets less what it
 gives, as a share of all that it holds; its payoff also regards the other's profit. So interests are opposed in part:
 the lot that an agent would rather part with is not the one that the other wants most, and both do better when
 requests are heard.
@@ -63,7 +63,7 @@ class Games:
         return self.payoffs().sum(1).flatten(1).amax(1)
 
     def unheard(self) -> Tensor:
-        """The sum of payoffs, ``[n]``, of agents who hand over what is worth least to themselves and do not listen."""
+        """The sum of payoffs, ``[n]``, of agents that hand over their least valued lot and ignore requests."""
         table = self.payoffs().sum(1)
         a, b = (F.one_hot(s.argmin(-1), s.shape[-1]).float() for s in self.shares().unbind(1))
         return torch.einsum("na,nab,nb->n", a, table, b)

@@ -1,8 +1,8 @@
 """Two language models that negotiate: small ones from scratch, or one pretrained model with two adapters.
 
 A policy reads the embeddings of its observation, the last of which is a prompt; the distribution of what it asks for is
-on the logits of the lots' tokens there. The requests that it may hear follow as branches of a tree: each is seen by
-itself alone, at the same position, so that one forward gives the logits of its gift after every request, as one
+on the logits of the lots' tokens there. The requests that it may hear follow as branches of a tree: each is visible
+only to itself, at the same position, so that one forward gives the logits of its gift after every request, as one
 sequence per request would.
 """
 

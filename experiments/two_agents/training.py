@@ -17,7 +17,7 @@ from .policies import Pair
 
 __all__ = ["METHODS", "attack", "history", "penalty", "sabotage", "train"]
 
-#: none has no penalty; the others measure the composite policy in the Fisher metric and differ in direction alone
+#: none has no penalty; the others measure the composite policy in the Fisher metric and differ only in direction
 METHODS = ("none", "frobenius", "spectral", "aajr-joint", "aajr-agents")
 SMOOTHED = 10
 
@@ -25,8 +25,8 @@ SMOOTHED = 10
 def sabotage(pair: Pair, games: Games, honest: tuple[Heads, Heads]) -> Any:
     """The adversaries' objective on ``[n, 2 * length, hidden]``: each agent wants the other to fare badly.
 
-    −payoff_A(o_A + δ_A, o_B) − payoff_B(o_A, o_B + δ_B): a victim alone is misled, its partner plays as it does at the
-    true observation. So the gradient at o_A is that of A's payoff alone and that at o_B that of B's, and yet it is the
+    −payoff_A(o_A + δ_A, o_B) − payoff_B(o_A, o_B + δ_B): only the victim is misled, its partner plays as it does at the
+    true observation. So the gradient at o_A is that of A's payoff only and that at o_B that of B's, and yet it is the
     gradient of one function, for which rising and curvature have a meaning.
     """
     a, b = (heads.detach() for heads in honest)
@@ -85,7 +85,7 @@ def penalty(
 def train(
     config: dict[str, Any], pair: Pair, seed: int, method: str, *, mix: float, weight: float
 ) -> dict[str, Any]:
-    """Simultaneous gradient ascent of both policies, in place, each on its own payoff; games depend on the seed alone.
+    """Simultaneous gradient ascent of both policies, in place, each on its own payoff; games depend only on the seed.
 
     A ascends (payoff_A(o_A, o_B) + w payoff_A(o_A + δ_A, o_B)) / (1 + w), with B's policy held fixed, B likewise; both
     descend λ times the penalty of the composite policy.
