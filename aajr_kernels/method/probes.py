@@ -60,12 +60,14 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def row_norm(a: torch.Tensor) -> torch.Tensor:
     """‖a‖ per batch row, ``[B]``; neither overflows nor underflows."""
-    return Groups("sequence", a.shape).norm(_rows(a)).squeeze(1)
+    rows = _rows(a)
+    return Groups("sequence", rows.shape).norm(rows).squeeze(1)
 
 
 def row_unit(a: torch.Tensor) -> torch.Tensor:
     """`a` with every batch row scaled to unit Euclidean norm; a zero row stays zero."""
-    return Groups("sequence", (a.shape[0], a[0].numel())).unit(_rows(a)).reshape(a.shape).to(a.dtype)
+    rows = _rows(a)
+    return Groups("sequence", rows.shape).unit(rows).reshape(a.shape).to(a.dtype)
 
 
 def row_scale(a: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

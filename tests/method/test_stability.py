@@ -12,6 +12,7 @@ from method.paths import LABELS, B, N, V, output_loss, problem, steps_of
 from torch import nn
 
 import aajr_kernels as aajr
+from aajr_kernels.method import probes
 from aajr_kernels.method.stability import stability_report, step_condition
 from aajr_kernels.method.trajectory import Trajectory
 from aajr_kernels.testing.budgets import assert_exact
@@ -272,3 +273,12 @@ def test_head_and_model_output_mean_the_same(policy):
         assert_exact(getattr(wrapped, name), getattr(plain, name), name)
         assert_exact(getattr(split, name), getattr(plain, name), name)
         assert_exact(getattr(capped, name), getattr(by_hand, name), name)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 4, 5), (3, 2, 4, 5)])
+def test_norms_of_rows_do_not_mix_them(shape):
+    """Rows of very different sizes: none of them enters the norm of another."""
+    rows = torch.randn(shape) * torch.tensor([1e-30, 1.0, 1e25]).reshape(3, *[1] * (len(shape) - 1))
+    expected = rows.double().flatten(1).norm(dim=1).float()
+    torch.testing.assert_close(probes.row_norm(rows).float(), expected)
+    torch.testing.assert_close(probes.row_unit(rows).flatten(1).norm(dim=1), torch.ones(3))
