@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from .operator import Operators
+from .operator import Registry
 
 #: dtype -> its number in csrc/view.h
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
@@ -136,7 +136,7 @@ def dry_run() -> Iterator[None]:
 
 
 #: decorator of the launchers, which torch.compile sees as ``torch.ops.aajr.native_...``
-operator = Operators("native_", ("CPU",), dry_run)
+operator = Registry("native", ("CPU",), dry_run)
 
 
 def view(t: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from . import cpu as native
-from .operator import Operators, constant
+from .operator import Registry, constant
 
 __all__ = ["call", "covers", "info", "missing", "module", "multiprocessors", "operator", "why_not"]
 
 #: decorator of the launchers, which torch.compile sees as ``torch.ops.aajr.cuda_...``; CPU: the build for the host
-operator = Operators("cuda_", ("CUDA", "CPU"), native.dry_run)
+operator = Registry("cuda", ("CUDA", "CPU"), native.dry_run)
 
 #: where the installation recorded no reason
 UNBUILT = "it was not built (docs/cuda.md)"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .. import triton as gpu
-from ..operator import Operators
+from ..operator import Registry
 
-operator = Operators("", ("CPU", "CUDA"), gpu.dry_run)  # CPU: Triton's interpreter; ROCm calls itself CUDA
+operator = Registry(
+    "triton", ("CPU", "CUDA"), gpu.dry_run
+)  # CPU: Triton's interpreter; ROCm calls itself CUDA
 #: "aajr::name" of every operator that was registered
 names = operator.names

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...backends import cpu as native
+from . import operators
 from .reference import POINTWISE
 
 _CODES = {kind: code for code, kind in enumerate(POINTWISE)}
@@ -46,7 +47,7 @@ def _call(
     native.call(name, (*inputs, *(None if t is None else t.permute(order) for t in outputs)), (code,))
 
 
-@native.operator("(Tensor x, str kind) -> Tensor")
+@native.operator(operators.POINTWISE_FWD)
 def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = native.empty_like(x)
@@ -54,7 +55,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     return y
 
 
-@native.operator("(Tensor y_bar, Tensor x, str kind) -> Tensor")
+@native.operator(operators.POINTWISE_BWD)
 def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = native.empty_like(x)
@@ -62,7 +63,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
     return x_bar
 
 
-@native.operator("(Tensor gate, Tensor up, str kind) -> Tensor")
+@native.operator(operators.GATED_FWD)
 def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = native.empty_like(gate if gate.shape[0] > 1 else up)
@@ -70,10 +71,7 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     return h
 
 
-@native.operator(
-    "(Tensor h_bar, Tensor gate, Tensor up, str kind, bool need_gate, bool need_up) -> (Tensor, Tensor)",
-    lambda *args: args[4:6],
-)
+@native.operator(operators.GATED_BWD)
 def gated_bwd(
     h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

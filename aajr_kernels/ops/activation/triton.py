@@ -15,6 +15,7 @@ import triton
 from ...backends import triton as gpu
 from ...backends.triton.layout import row_axes
 from ...backends.triton.operators import operator
+from . import operators
 from .triton_kernels import _gated_bwd_kernel, _gated_fwd_kernel, _pointwise_bwd_kernel, _pointwise_fwd_kernel
 
 
@@ -46,7 +47,7 @@ def _run(kernel: Any, tensors: Sequence[torch.Tensor | None], guide: torch.Tenso
     )
 
 
-@operator("(Tensor x, str kind) -> Tensor")
+@operator(operators.POINTWISE_FWD)
 def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = torch.empty_like(x)
@@ -54,7 +55,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     return y
 
 
-@operator("(Tensor y_bar, Tensor x, str kind) -> Tensor")
+@operator(operators.POINTWISE_BWD)
 def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = torch.empty_like(x)
@@ -62,7 +63,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
     return x_bar
 
 
-@operator("(Tensor gate, Tensor up, str kind) -> Tensor")
+@operator(operators.GATED_FWD)
 def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = torch.empty_like(gate if gate.shape[0] > 1 else up)
@@ -70,10 +71,7 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     return h
 
 
-@operator(
-    "(Tensor h_bar, Tensor gate, Tensor up, str kind, bool need_gate, bool need_up) -> (Tensor, Tensor)",
-    lambda *args: args[4:6],
-)
+@operator(operators.GATED_BWD)
 def gated_bwd(
     h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 
 from ...backends import cpu as native
+from . import operators
 from .tiling import Options
 
 __all__ = ["Options", "attention_bwd", "attention_fwd"]
 
 
-#: options and offsets of packed sequences, as operators of torch take them; lengths may be symbols
-_OPTIONS = (
-    "float scale, float? softcap, SymInt? offset, SymInt? window, float dropout, bool align_right, Tensor? keep, "
-    "Tensor? q_start, Tensor? k_start"
-)
 _Starts = tuple[Tensor, Tensor] | None
 
 
@@ -48,15 +44,17 @@ def _kernel_mask(mask: Tensor | None) -> Tensor | None:
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, starts: _Starts = None
-) -> tuple[Tensor, Tensor]:
-    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference: shift,
-    norm and, where the scores have tangents, their K means, in one tensor ``[2 | 2+K, B, H, N]``."""
-    out, stats = _attention_fwd(q, k, v, mask, *_flat(options, starts))
-    return out, stats
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference: shift and
+    norm ``[2, B, H, N]``, and the means of the tangents of the scores, K or none."""
+    out, stats, means = _attention_fwd(q, k, v, mask, *_flat(options, starts))
+    return out, stats, means
 
 
-@native.operator(f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)")
-def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor]:
+@native.operator(operators.ATTENTION_FWD)
+def _attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (native.row_dense(x) for x in (q, k, v))
     biased = mask is not None and mask.dtype != torch.bool
     stacks = max(x.shape[0] for x in (q, k, v, *((mask,) if biased and mask is not None else ())))
@@ -64,15 +62,10 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: 
     has_scores = q.shape[0] > 1 or k.shape[0] > 1 or (biased and mask is not None and mask.shape[0] > 1)
     # heads next to features: the caller's transpose back is then a view
     out = native.empty((stacks, b, n, h, v.shape[-1]), dtype=q.dtype).transpose(2, 3)
-    stats = torch.empty((2 + (stacks - 1 if has_scores else 0), b, h, n))
-    operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *_parts(stats), out)
+    stats, means = (torch.empty((count, b, h, n)) for count in (2, stacks - 1 if has_scores else 0))
+    operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *stats, means, out)
     _call("attention_fwd", operands, flat)
-    return out, stats
-
-
-def _parts(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift, norm and means."""
-    return stats[0], stats[1], stats[2:]
+    return out, stats, means
 
 
 def attention_bwd(
@@ -83,6 +76,7 @@ def attention_bwd(
     mask: Tensor | None,
     out: Tensor,
     stats: Tensor,
+    means: Tensor,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
     starts: _Starts = None,
@@ -90,16 +84,12 @@ def attention_bwd(
     """Gradients of q, k, v and the bias, None where not needed."""
     needs = (*needs[:3], needs[3] and mask is not None)
     q_bar, k_bar, v_bar, bias_bar = _attention_bwd(
-        out_bar, q, k, v, mask, out, stats, *needs, *_flat(options, starts)
+        out_bar, q, k, v, mask, out, stats, means, *needs, *_flat(options, starts)
     )
     return q_bar, k_bar, v_bar, bias_bar
 
 
-@native.operator(
-    "(Tensor out_bar, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor stats, bool need_q, "
-    f"bool need_k, bool need_v, bool need_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: args[7:11],
-)
+@native.operator(operators.ATTENTION_BWD)
 def _attention_bwd(
     out_bar: Tensor,
     q: Tensor,
@@ -108,6 +98,7 @@ def _attention_bwd(
     mask: Tensor | None,
     out: Tensor,
     stats: Tensor,
+    means: Tensor,
     need_q: bool,
     need_k: bool,
     need_v: bool,
@@ -118,7 +109,7 @@ def _attention_bwd(
     needs = zip((q, k, v), (need_q, need_k, need_v))
     q_bar, k_bar, v_bar = (native.empty_like(x) if need else None for x, need in needs)
     bias_bar = torch.zeros(mask.shape) if need_bias and mask is not None else None
-    parts = _parts(stats.contiguous())
+    parts = (*stats.contiguous(), means.contiguous())
     operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *parts, out, out_bar, q_bar, k_bar, v_bar, bias_bar)
     _call("attention_bwd", operands, flat)
     return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)

@@ -7,21 +7,15 @@ from collections.abc import Callable
 import torch
 
 from ...backends import cpu as native
+from . import operators
 
 _METRICS = {"l2": 0, "logits": 1, "fisher": 2, "probs": 3}
 #: columns (stacks times tokens) and bytes of the logits that are kept between the two halves of a joint pass: below
 #: `_LEAST` columns the gradient of the weight would be read and written too often
 _COLUMNS, _LEAST, _BYTES = 288, 128, 96 << 20
-#: what head_fwd takes, as operators of torch do
-_OPERANDS = (
-    "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, "
-    "int ignore_index"
-)
 
 
-@native.operator(
-    f"({_OPERANDS}) -> (Tensor, Tensor, Tensor)", lambda *args: (True, args[3] is not None, True)
-)
+@native.operator(operators.HEAD_FWD)
 def head_fwd(
     h: torch.Tensor,
     weight: torch.Tensor,
@@ -83,11 +77,7 @@ def head_bwd(
     return h_bar, weight_bar, bias_bar
 
 
-@native.operator(
-    f"({_OPERANDS}, Tensor? q_bar, Tensor? nll_bar, Tensor stats, bool need_h, bool need_weight, bool need_bias) "
-    "-> (Tensor, Tensor, Tensor)",
-    lambda *args: args[11:14],
-)
+@native.operator(operators.HEAD_BWD)
 def _head_bwd(
     h: torch.Tensor,
     weight: torch.Tensor,

@@ -27,6 +27,7 @@ import torch
 import triton
 
 from ...backends.triton.operators import operator
+from . import operators
 from .triton_launch import TANGENTS, Optional, backward, forward, problem
 
 #: bytes of the logits kept by the joint form: with the sum of the weight's gradient, 8 per element of the weight
@@ -37,11 +38,6 @@ _JOINT_SIZE = {torch.float32: 128}
 _JOINT_SIZE_LOW = 1024
 #: configurations of the joint form whose two passes are loaded too
 _LOADED: set[tuple[Any, ...]] = set()
-#: those of head_fwd, as operators take them
-_OPERANDS = (
-    "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, "
-    "int ignore_index"
-)
 
 
 def head_fwd(
@@ -59,7 +55,7 @@ def head_fwd(
     return q, nll, stats
 
 
-@operator(f"({_OPERANDS}) -> (Tensor, Tensor, Tensor)", lambda *args: (True, args[3] is not None, True))
+@operator(operators.HEAD_FWD)
 def _head_fwd(*operands: Any) -> tuple[torch.Tensor, Optional, torch.Tensor]:
     return forward(problem(*operands))
 
@@ -86,11 +82,7 @@ def head_bwd(
     return h_bar, w_bar, b_bar
 
 
-@operator(
-    f"({_OPERANDS}, Tensor? q_bar, Tensor? nll_bar, Tensor stats, bool need_h, bool need_weight, bool need_bias) "
-    "-> (Tensor, Tensor, Tensor)",
-    lambda *args: args[11:14],
-)
+@operator(operators.HEAD_BWD)
 def _head_bwd(*args: Any) -> tuple[Optional, Optional, Optional]:
     h, weight, *_ = args
     q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[8:]

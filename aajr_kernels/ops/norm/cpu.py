@@ -7,11 +7,10 @@ import math
 import torch
 
 from ...backends.cpu import call, empty, operator, rows
+from . import operators
 
 
-@operator(
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) -> (Tensor, Tensor)"
-)
+@operator(operators.NORM_FWD)
 def norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -36,10 +35,7 @@ def norm_fwd(
     return y, stats
 
 
-@operator(
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+@operator(operators.ADD_NORM_FWD)
 def add_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -66,11 +62,7 @@ def add_norm_fwd(
     return y, summed, stats
 
 
-@operator(
-    "(Tensor y_bar, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, bool need_x, "
-    "bool need_weight, bool need_bias, Tensor? sum_bar=None) -> (Tensor, Tensor, Tensor)",
-    lambda *args: args[6:9],
-)
+@operator(operators.NORM_BWD)
 def norm_bwd(
     y_bar: torch.Tensor,
     x: torch.Tensor,

@@ -9,15 +9,14 @@ import torch
 
 from ...backends import cuda
 from ...backends.cpu import is_dry
+from . import operators
 from .cpu import optional_rows
 
 #: blocks on each multiprocessor that share the rows of a backward with parameter gradients
 _BLOCKS = 4
 
 
-@cuda.operator(
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) -> (Tensor, Tensor)"
-)
+@cuda.operator(operators.NORM_FWD)
 def norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -30,10 +29,7 @@ def norm_fwd(
     return y, stats
 
 
-@cuda.operator(
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+@cuda.operator(operators.ADD_NORM_FWD)
 def add_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -74,11 +70,7 @@ def _forward(
     return y, summed, stats
 
 
-@cuda.operator(
-    "(Tensor y_bar, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, bool need_x, "
-    "bool need_weight, bool need_bias, Tensor? sum_bar=None) -> (Tensor, Tensor, Tensor)",
-    lambda *args: args[6:9],
-)
+@cuda.operator(operators.NORM_BWD)
 def norm_bwd(
     y_bar: torch.Tensor,
     x: torch.Tensor,

@@ -15,6 +15,7 @@ from ...backends import triton as gpu
 from ...backends.triton.layout import row_axes, within_reach
 from ...backends.triton.operators import operator
 from ...backends.triton.sums import column_sums
+from . import operators
 from .triton_long import _norm_bwd_long_kernel, _norm_fwd_long_kernel, _norm_weight_bwd_kernel
 from .triton_short import _norm_bwd_kernel, _norm_fwd_kernel
 
@@ -33,9 +34,7 @@ def _tile(rows: int, size: int, architecture: str, per_thread: int) -> tuple[int
     return triton.cdiv(rows, block_r), {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
 
 
-@operator(
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) -> (Tensor, Tensor)"
-)
+@operator(operators.NORM_FWD)
 def norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -48,10 +47,7 @@ def norm_fwd(
     return y, stats
 
 
-@operator(
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+@operator(operators.ADD_NORM_FWD)
 def add_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -108,11 +104,7 @@ def _forward(
     return y, summed, stats
 
 
-@operator(
-    "(Tensor y_bar, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, bool need_x, "
-    "bool need_weight, bool need_bias, Tensor? sum_bar=None) -> (Tensor, Tensor, Tensor)",
-    lambda *args: args[6:9],
-)
+@operator(operators.NORM_BWD)
 def norm_bwd(
     y_bar: torch.Tensor,
     x: torch.Tensor,

@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 
 from ...backends.cpu import MAX_AXES, call, empty_like, operator, row_dense
+from . import operators
 
 
-@operator("(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
+@operator(operators.ROTARY_FWD)
 def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(x, cos, sin, interleaved, False)
 
 
-@operator("(Tensor y_bar, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
+@operator(operators.ROTARY_BWD)
 def rotary_bwd(y_bar: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(y_bar, cos, sin, interleaved, True)
 
 
-@operator("(Tensor y_bar, Tensor x, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)")
+@operator(operators.ROTARY_TABLES_BWD)
 def rotary_tables_bwd(
     y_bar: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,13 @@ import math
 import torch
 
 from ...backends import cpu as native
+from . import operators
 
 #: metric -> its number in csrc
 CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
 
 
-@native.operator("(Tensor y, str metric) -> Tensor")
+@native.operator(operators.SENSITIVITY_FWD)
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32)
@@ -22,7 +23,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     return q
 
 
-@native.operator("(Tensor q_bar, Tensor y, str metric) -> Tensor")
+@native.operator(operators.SENSITIVITY_BWD)
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = native.rows(y)
@@ -32,7 +33,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     return y_bar.reshape(y.shape)
 
 
-@native.operator("(Tensor x) -> Tensor")
+@native.operator(operators.SOFTMAX_FWD)
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     rows = native.rows(x)
@@ -41,7 +42,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     return y.reshape(x.shape)
 
 
-@native.operator("(Tensor y_bar, Tensor x) -> Tensor")
+@native.operator(operators.SOFTMAX_BWD)
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
     rows = native.rows(x)

@@ -8,13 +8,14 @@ import torch
 
 from ...backends import cpu as native
 from ...backends import cuda
+from . import operators
 from .cpu import CODES
 
 #: numbers that a tile, and the whole, know of a row, and of each of its tangents (csrc/cuda/sensitivity.h)
 _TILE, _MOMENTS = (3, 4), (2, 4)
 
 
-@cuda.operator("(Tensor y, str metric) -> Tensor")
+@cuda.operator(operators.SENSITIVITY_FWD)
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32, device=y.device)
@@ -23,7 +24,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     return q
 
 
-@cuda.operator("(Tensor q_bar, Tensor y, str metric) -> Tensor")
+@cuda.operator(operators.SENSITIVITY_BWD)
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = native.rows(y)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ....backends.triton import architecture, launch
 from ....backends.triton.operators import operator
+from .. import operators
 from ..configs import Tile
 from ..tiling import Options
 from .backward import (
@@ -101,12 +102,6 @@ def attention_bwd(
     return q_bar, k_bar, v_bar, torch.stack(bias_bars).sum(0, dtype=torch.float32).to(mask.dtype)
 
 
-_OPTIONS = (
-    "float scale, float? softcap, int? offset, int? window, float dropout, bool align_right, Tensor? seed, "
-    "Tensor? q_start, Tensor? k_start"
-)
-
-
 def _flat(options: Options, starts: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
     """The options and offsets as an operator takes them."""
     o = options
@@ -123,7 +118,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[A
     return Problem(q, k, v, mask, options, starts)
 
 
-@operator(f"(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+@operator(operators.ATTENTION_FWD)
 def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,11 +140,7 @@ def _attention_fwd(
     return out, stats, mu
 
 
-@operator(
-    "(Tensor out_bar, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor stats, Tensor mu, bool need_q, "
-    f"bool need_k, bool need_v, bool need_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: args[8:12],
-)
+@operator(operators.ATTENTION_BWD)
 def _attention_bwd(
     out_bar: Tensor,
     q: Tensor,
