@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.attention import configs
 from aajr_kernels.ops.attention.tiling import Options
 from aajr_kernels.training.progress import Progress

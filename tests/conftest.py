@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 import torch._dynamo
 
 import aajr_kernels  # noqa: F401
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 
 pytest_plugins = ["integration_rows"]
 

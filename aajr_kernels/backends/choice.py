@@ -16,9 +16,9 @@ from .. import sharding
 from ..torch_private import has_memory, separate_outputs
 from . import cpu as native
 from . import cuda
-from . import triton as gpu
 from .errors import BackendUnavailable, UnsupportedOperation
 from .operator import constant
+from .triton import launch as gpu
 
 __all__ = [
     "BACKENDS",

@@ -80,12 +80,12 @@ def build_info() -> dict[str, Any]:
     """The record of the installation about the module: ``native``, ``reason``, ``compiler``, ``seconds``."""
     path = Path(__file__).parent.parent / "_build_info.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        build: dict[str, Any] = json.loads(path.read_text())
     except OSError:
         return {"native": False, "reason": "the package runs from a source tree that was never installed"}
     except ValueError:
         return {"native": False, "reason": f"{path.name} cannot be read: reinstall the package"}
-    return found
+    return build
 
 
 def missing() -> str | None:

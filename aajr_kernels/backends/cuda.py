@@ -130,8 +130,8 @@ def call(
     # an address of the host would end the device's context for good
     where = "cpu" if module().host else "cuda"
     if first.device.type != where or any(t is not None and t.device != first.device for t in tensors):
-        found = ", ".join(dict.fromkeys(str(t.device) for t in tensors if t is not None))
-        raise ValueError(f"{name}: all tensors must be on one {where} device, got {found}.")
+        devices = ", ".join(dict.fromkeys(str(t.device) for t in tensors if t is not None))
+        raise ValueError(f"{name}: all tensors must be on one {where} device, got {devices}.")
     tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
     device, stream = 0, 0
     if first.device.type == "cuda":

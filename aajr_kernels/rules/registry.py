@@ -50,12 +50,12 @@ _NAMESPACES = (torch, torch.Tensor, F, NN, torch.special, torch.linalg, VARIABLE
 
 def functions_named(name: str) -> list[Callable[..., Any]]:
     """Every torch callable of that name: function, method, functional wrapper and the builtin behind it."""
-    found: list[Callable[..., Any]] = []
+    functions: list[Callable[..., Any]] = []
     for namespace in _NAMESPACES:
         candidate = getattr(namespace, name, None)
-        if callable(candidate) and not isinstance(candidate, type) and candidate not in found:
-            found.append(candidate)
-    return found
+        if callable(candidate) and not isinstance(candidate, type) and candidate not in functions:
+            functions.append(candidate)
+    return functions
 
 
 def register(func: Callable[..., Any], rule: Callable[..., Any], kind: str) -> None:

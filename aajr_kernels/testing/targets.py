@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import choice, cuda
-from ..backends import triton as gpu
 from ..backends.errors import BackendUnavailable
+from ..backends.triton import launch as gpu
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,

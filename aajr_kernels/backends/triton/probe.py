@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import interpreted, launch
+from .launch import interpreted, launch
 
 
 @triton.jit

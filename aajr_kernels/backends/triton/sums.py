@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from .. import triton as gpu
+from . import launch as gpu
 from .layout import row_axes
 from .rows import column_sum_kernel
 

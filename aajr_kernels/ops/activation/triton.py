@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import triton
 
-from ...backends import triton as gpu
+from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes
-from ...backends.triton.operators import operator
 from . import operators
 from .triton_kernels import _gated_bwd_kernel, _gated_fwd_kernel, _pointwise_bwd_kernel, _pointwise_fwd_kernel
 
@@ -47,7 +46,7 @@ def _run(kernel: Any, tensors: Sequence[torch.Tensor | None], guide: torch.Tenso
     )
 
 
-@operator(operators.POINTWISE_FWD)
+@gpu.operator(operators.POINTWISE_FWD)
 def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = torch.empty_like(x)
@@ -55,7 +54,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     return y
 
 
-@operator(operators.POINTWISE_BWD)
+@gpu.operator(operators.POINTWISE_BWD)
 def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = torch.empty_like(x)
@@ -63,7 +62,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
     return x_bar
 
 
-@operator(operators.GATED_FWD)
+@gpu.operator(operators.GATED_FWD)
 def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = torch.empty_like(gate if gate.shape[0] > 1 else up)
@@ -71,7 +70,7 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     return h
 
 
-@operator(operators.GATED_BWD)
+@gpu.operator(operators.GATED_BWD)
 def gated_bwd(
     h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

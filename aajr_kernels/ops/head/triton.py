@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 
-from ...backends.triton.operators import operator
+from ...backends.triton.launch import operator
 from . import operators
 from .triton_launch import TANGENTS, Optional, backward, forward, problem
 

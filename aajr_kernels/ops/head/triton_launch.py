@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...backends import triton as gpu
+from ...backends.triton import launch as gpu
 from .triton_config import ELEMENTWISE, Tile, tile
 from .triton_kernels import METRICS, _head_bwd_kernel, _head_fwd_kernel
 from .triton_merge import _head_merge_kernel

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ...backends import triton as gpu
+from ...backends.triton import launch as gpu
 from ...backends.triton.sums import column_sums
 from . import reference
 from .triton_kernels import _linear_bias_kernel

@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from ...backends import triton as gpu
+from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes, within_reach
-from ...backends.triton.operators import operator
 from ...backends.triton.sums import column_sums
 from . import operators
 from .triton_long import _norm_bwd_long_kernel, _norm_fwd_long_kernel, _norm_weight_bwd_kernel
@@ -34,7 +33,7 @@ def _tile(rows: int, size: int, architecture: str, per_thread: int) -> tuple[int
     return triton.cdiv(rows, block_r), {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
 
 
-@operator(operators.NORM_FWD)
+@gpu.operator(operators.NORM_FWD)
 def norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -47,7 +46,7 @@ def norm_fwd(
     return y, stats
 
 
-@operator(operators.ADD_NORM_FWD)
+@gpu.operator(operators.ADD_NORM_FWD)
 def add_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -104,7 +103,7 @@ def _forward(
     return y, summed, stats
 
 
-@operator(operators.NORM_BWD)
+@gpu.operator(operators.NORM_BWD)
 def norm_bwd(
     y_bar: torch.Tensor,
     x: torch.Tensor,

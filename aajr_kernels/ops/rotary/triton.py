@@ -12,9 +12,8 @@ import math
 import torch
 import triton
 
-from ...backends import triton as gpu
+from ...backends.triton import launch as gpu
 from ...backends.triton.layout import Strides, row_axes
-from ...backends.triton.operators import operator
 from ...backends.triton.sums import column_sums
 from . import operators
 from .triton_kernels import _rotary_kernel, _rotary_tables_bwd_kernel
@@ -30,12 +29,12 @@ def _tile(half: int, rows: int, architecture: str) -> dict[str, int]:
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
 
 
-@operator(operators.ROTARY_FWD)
+@gpu.operator(operators.ROTARY_FWD)
 def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(x, cos, sin, interleaved, False)
 
 
-@operator(operators.ROTARY_BWD)
+@gpu.operator(operators.ROTARY_BWD)
 def rotary_bwd(y_bar: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(y_bar, cos, sin, interleaved, True)
 
@@ -75,7 +74,7 @@ def _rotate(
     return y
 
 
-@operator(operators.ROTARY_TABLES_BWD)
+@gpu.operator(operators.ROTARY_TABLES_BWD)
 def rotary_tables_bwd(
     y_bar: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from ...backends import triton as gpu
+from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes, within_reach
-from ...backends.triton.operators import operator
 from . import operators
 from .triton_kernels import (
     _sensitivity_bwd_kernel,
@@ -33,7 +32,7 @@ def _tile(k: int, size: int, device: torch.device) -> dict[str, int]:
     return {"K": k, "KP": kp, "BLOCK": block, "num_warps": warps}
 
 
-@operator(operators.SENSITIVITY_FWD)
+@gpu.operator(operators.SENSITIVITY_FWD)
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     y = within_reach(y)
@@ -57,7 +56,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     return q
 
 
-@operator(operators.SENSITIVITY_BWD)
+@gpu.operator(operators.SENSITIVITY_BWD)
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     y = within_reach(y)
@@ -81,7 +80,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     return y_bar
 
 
-@operator(operators.SOFTMAX_FWD)
+@gpu.operator(operators.SOFTMAX_FWD)
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     x = within_reach(x)
@@ -94,7 +93,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@operator(operators.SOFTMAX_BWD)
+@gpu.operator(operators.SOFTMAX_BWD)
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
     y_bar, x = within_reach(y_bar), within_reach(x)

@@ -18,6 +18,11 @@ REFRESH = "python scripts/kernel_budgets.py --write"
 #: what a budget bounds, in the order of a row
 BOUNDED = ("registers", "stack", "spills", "hot_spills", "shared", "columns")
 
+#: shared memory that one program can have, in bytes
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+#: columns of tensor memory
+TENSOR_COLUMNS = 512
+
 Row = dict[str, Any]
 Table = dict[str, dict[str, dict[str, dict[str, Row]]]]
 
@@ -56,8 +61,6 @@ def save(table: Table, path: Path = PATH) -> None:
 
 def broken_rules(config: Config, architecture: str, kernel: str, row: Row) -> list[str]:
     """What holds whatever the budget says."""
-    from aajr_kernels.backends.triton.limits import SHARED, TENSOR_COLUMNS
-
     low = config.dtype in (torch.bfloat16, torch.float16)
     matrix = row["matrix"]
     rules = {

@@ -17,7 +17,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 

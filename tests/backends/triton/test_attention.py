@@ -16,7 +16,7 @@ from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import BackendUnavailable
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.attention import api as attention_api
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.configs import Tile

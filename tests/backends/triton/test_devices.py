@@ -11,7 +11,7 @@ from ops.suite import DEVICES, Target
 import aajr_kernels as aajr
 from aajr_kernels import BackendUnavailable
 from aajr_kernels.backends import choice
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.backends.triton.layout import within_reach
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.tiling import Options

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aajr_kernels import Dual, LMHead, aligned_penalty, use_backend
 from aajr_kernels.backends import choice
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.head import lm_head_penalty
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, gradient_floor
 from aajr_kernels.testing.oracle import metric_values

@@ -13,7 +13,7 @@ from test_zoo import MODEL_ULPS, SCALAR_ULPS, eagerly, problem, through_the_dual
 
 import aajr_kernels as aajr
 from aajr_kernels import BackendUnavailable
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.testing import oracle
 from aajr_kernels.testing.budgets import assert_exact, assert_gradients_within_budget, assert_within_budget

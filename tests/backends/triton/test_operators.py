@@ -11,8 +11,7 @@ from ops.suite import Target
 
 import aajr_kernels as aajr
 from aajr_kernels.backends import choice
-from aajr_kernels.backends import triton as gpu
-from aajr_kernels.backends.triton import operators
+from aajr_kernels.backends.triton import launch as gpu
 
 pytestmark = pytest.mark.skipif(
     Target("triton").why_not("attention") is not None, reason="Triton cannot run here"
@@ -40,7 +39,7 @@ def test_every_operator_passes_opcheck(op):
 @pytest.mark.slow
 def test_every_operator_was_reached():
     reached = {operator_calls.name_of(func) for op in operator_calls.OPS for func, _ in calls_of(op)}
-    assert reached == set(operators.names) and len(reached) > 10
+    assert reached == set(gpu.operator.names) and len(reached) > 10
 
 
 @pytest.mark.slow

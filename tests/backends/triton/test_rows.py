@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from backends.triton.checks import DEVICE, DTYPES, QUIET, compare, draw, same_bits
 
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.backends.triton import layout, sums
 from aajr_kernels.backends.triton import math as functions
 from aajr_kernels.ops.linear import reference as linear_reference

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aajr_kernels.backends import triton as gpu
+from aajr_kernels.backends.triton import launch as gpu
 
 
 @triton.jit

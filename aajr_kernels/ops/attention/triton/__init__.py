@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....backends.triton import architecture, launch
-from ....backends.triton.operators import operator
+from ....backends.triton.launch import architecture, launch, operator
 from .. import operators
 from ..configs import Tile
 from ..tiling import Options

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ....backends.triton import architecture, float32_products, launch
+from ....backends.triton.launch import architecture, float32_products, launch
 from ..configs import Tile, tile
 from ..tiling import Options
 from .device import _pack_mask_kernel

@@ -1,0 +1,160 @@
+"""Shared by all Triton kernels: where they can run, and the only way to launch them.
+
+Triton is imported on first use. A launcher calls :func:`launch`, which runs the kernel on the device of its tensors, in
+Triton's interpreter (``TRITON_INTERPRET=1``, set before the first kernel is used; tensors on the CPU, for tests), or,
+inside ``tests/backends/triton/offline.py``, compiles it for a processor that need not be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..operator import Registry, constant
+
+#: dtypes the kernels compute with; float64 is the reference's
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _State(threading.local):
+    """State of `recording`, per thread: other threads launch while one compiles."""
+
+    #: takes (kernel, grid, arguments, options) instead of the device
+    recorder: Callable[..., None] | None = None
+    architecture = ""
+
+
+_state = _State()
+
+
+@constant  # torch.compile cannot trace a look into the state of a thread
+def is_recorded() -> bool:
+    """Whether launches of this thread go to a recorder."""
+    return _state.recorder is not None
+
+
+@functools.cache
+def _not_installed() -> str | None:
+    """Looked up, not imported: what only lists the backends need not wait for it."""
+    try:
+        if importlib.util.find_spec("triton") is not None:
+            return None
+        why = ""
+    except ImportError as error:
+        why = f" ({error})"
+    return f"triton is not installed{why}: pip install triton"
+
+
+@constant  # torch.compile does not see changes of the environment
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def missing() -> str | None:
+    """None where Triton kernels can run, or one sentence saying why they cannot."""
+    reason = _not_installed()
+    if reason is None and not (interpreted() or is_recorded() or torch.cuda.is_available()):
+        reason = (
+            f"torch {torch.__version__} sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on a CPU, "
+            "for tests)"
+        )
+    return reason
+
+
+def why_not(t: torch.Tensor) -> str | None:
+    """None where the kernels take the tensor, or what it is and what it should be."""
+    device = "meta" if is_recorded() else "cpu" if interpreted() else "cuda"
+    if t.device.type != device:
+        return f"a tensor on {t.device}: move it to a {'CUDA or ROCm' if device == 'cuda' else device} device"
+    if t.is_floating_point() and t.dtype not in FLOATS:
+        return f"a tensor of {t.dtype}: cast it to float32, bfloat16 or float16"
+    return None
+
+
+@contextlib.contextmanager
+def dry_run(architecture: str = "") -> Iterator[list[Any]]:
+    """Launchers allocate their outputs and launch nothing; tensors may have no memory (meta, fake).
+
+    Yields:
+        The kernels that would have been launched.
+    """
+    launched: list[Any] = []
+    with recording(lambda kernel, grid, args, options: launched.append(kernel), architecture):
+        yield launched
+
+
+@contextlib.contextmanager
+def recording(recorder: Callable[..., None], architecture: str) -> Iterator[None]:
+    """Every launch inside the block goes to `recorder` instead of a device."""
+    before = _state.recorder, _state.architecture
+    _state.recorder, _state.architecture = recorder, architecture
+    try:
+        yield
+    finally:
+        _state.recorder, _state.architecture = before
+
+
+#: decorator of the launchers; CPU: Triton's interpreter; ROCm calls itself CUDA
+operator = Registry("triton", ("CPU", "CUDA"), dry_run)
+
+
+def float32_products(x: torch.Tensor) -> str:
+    """How products of float32 rows are formed, as torch forms them: ``"tf32"`` or ``"ieee"``, also for low dtypes."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and torch.version.hip is None else "ieee"
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``...; ``"interpreter"`` where there is no device."""
+    if is_recorded():
+        return _state.architecture
+    if interpreted():
+        return "interpreter"
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, num_warps: int = 4, **options: Any
+) -> None:
+    """Run a kernel; nothing is launched where the grid is empty.
+
+    Args:
+        kernel: decorated with ``triton.jit``.
+        grid: programs along up to three axes.
+        device: that of the tensors.
+        args: the kernel's arguments in order, tensors and descriptors among them.
+        num_warps: of a program.
+        options: constants of the kernel and ``num_stages``, by name.
+    """
+    if 0 in grid:
+        return
+    # contraction to multiply-add is the default of some versions and backends only
+    options = {"enable_fp_fusion": True, **options, "num_warps": num_warps}
+    if _state.recorder is not None:
+        _state.recorder(kernel, grid, args, options)
+        return
+    with _guard(device):
+        kernel[grid](*args, **options)
