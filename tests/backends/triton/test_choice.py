@@ -137,7 +137,7 @@ class Blocked:
 def refuse(*args, **kwargs):
     raise RuntimeError("CUDA was initialised")
 
-triton.choice.driver.set_active(Blocked())
+triton.runtime.driver.set_active(Blocked())
 torch.cuda._lazy_init = torch._C._cuda_init = refuse
 for name in ("get_device_properties", "get_device_capability", "current_device", "device_count"):
     setattr(torch.cuda, name, refuse)
