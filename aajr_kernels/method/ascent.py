@@ -10,7 +10,7 @@ written, no AccumulateGrad hook fires (DistributedDataParallel does not communic
 compute no weight gradients: a step is one forward and the half of a backward that leads to the input. An
 ``autograd.Function`` written in Python, and a compiled model, cannot see that weight gradients are not wanted. Name
 the model with ``module=``: its parameters then need no gradient while the attack runs, these do skip them too, and
-activations that serve weight gradients alone are not kept.
+activations that serve only weight gradients are not saved.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def ascend(
     """Maximise a loss over a ball around `x` by projected gradient ascent, and return the way it went.
 
     Args:
-        loss_fn: from a tensor like `x` to one loss per batch row, ``[B]``, which must depend on that row alone. It is
+        loss_fn: from a tensor like `x` to one loss per batch row, ``[B]``, which must depend only on that row. It is
             called with the same random state every time, so that dropout has one mask for the whole attack and the
             training forward that follows it, of plain tensors or of a Dual (docs/ops/attention.md, for attention on a
             GPU). Autocast, where it is on, applies to it and to nothing else here.
@@ -75,14 +75,14 @@ def ascend(
         radius: of the ball, positive: a number, ``[B]``, or ``[B, G]``, one per group. Infinite leaves the set to
             `project`.
         steps: T ≥ 1.
-        step_size: ``"auto"``, a number, ``[B]``, or ``[T, B]``: what multiplies the step's direction. ``"auto"``
+        step_size: ``"auto"``, a number, ``[B]``, or ``[T, B]``: the factor of the step's direction. ``"auto"``
             takes, row by row, the longest step it can find with κ‖Δ‖² ≤ ⟨g, Δ⟩, where Δ is the realised displacement
             and κ the negative curvature measured along it, from losses and slopes at both ends
             (:class:`.stepsize.AutoStep`); the loss then rises by at least half of ⟨g, Δ⟩. A row for which no such
             step is found stays where it is, with step size 0.
         step: ``"normalized"``, per group; ``"raw"``, the gradient itself; ``"sign"``.
         norm: ``"l2"``: Euclidean norm of every group ≤ radius; ``"linf"``: every entry.
-        scope: what a group is: ``"sequence"`` (the default), all of a batch row; ``"token"``, one vector of the last
+        scope: the group: ``"sequence"`` (the default), all of a batch row; ``"token"``, one vector of the last
             axis; ``"agent"``, all tokens of an agent. The unit of penalties along the trajectory follows it.
         agents: ``[*x.shape[:-1]]``, integers: the agent of every token; negative = none, never attacked.
         init: ``"zero"`` starts at `x`, ``"uniform"`` at a point drawn uniformly from the ball.

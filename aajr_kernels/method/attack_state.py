@@ -1,4 +1,4 @@
-"""What an attack must leave as it was: random states, training flags, running statistics, ``requires_grad``."""
+"""State that an attack must restore: random states, training flags, running statistics, ``requires_grad``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What else one may penalise at the points of an ascent, under one interface and in the units of the aligned penalty.
+"""Other penalties at the points of an ascent, under one interface and in the units of the aligned penalty.
 
 With J the Jacobian of the policy f at a point, M the metric (the identity, or the Fisher matrix of the outputs) and L
 the adversary's loss:
@@ -18,7 +18,7 @@ method                 penalty per batch row                     how
 All are differentiable in the parameters, without double backward. Directions are held fixed, and yet the gradients are
 those of the penalties as stated: a norm is ‖r‖ = ⟨r, w⟩ with w = r/‖r‖, a spectral norm the largest of the ‖J v‖, and
 the derivative of a maximum does not see how the maximiser moves. ``spectral`` is exact as far as its iteration has
-converged, and from below. ``aligned`` is what it is measured against: the first four differ in the choice of v alone.
+converged, and from below. ``aligned`` is the reference: the first four differ only in the choice of v.
 """
 
 from __future__ import annotations

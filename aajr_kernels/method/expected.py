@@ -25,7 +25,7 @@ def expected_cotangents(hidden: Dual, options: PenaltyOptions, count: Any) -> Ex
     """From q ``[K, t]`` of a slice of the flattened tokens to the cotangents of q and nll, or None if unknown.
 
     Args:
-        hidden: what enters the head, ``[*batch, C]``.
+        hidden: input of the head, ``[*batch, C]``.
         options: of the penalty; with `labels`, ``penalty_weight · penalty + Σ nll / count`` is what is differentiated.
         count: divides the loss.
     """

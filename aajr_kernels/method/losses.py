@@ -1,6 +1,6 @@
 """The adversary's loss by the same kernels as the penalty: a forward of the number without tangents.
 
-A Dual whose stack holds the primal alone goes through the dual-aware operations and the fused modules of a model, where
+A Dual whose stack holds only the primal goes through the dual-aware operations and the fused modules of a model, where
 a plain tensor would take PyTorch's own, and the head streams its logits. An ascent step then costs less, in time and
 in memory, and sees the function that the penalty sees.
 """
@@ -54,7 +54,7 @@ def lm_loss(
     count = labels.new_ones(labels.shape[0])
     if reduction == "mean":
         count = (labels != IGNORED).reshape(labels.shape[0], -1).sum(-1).clamp(min=1)
-    # what the sum over rows, which the ascent differentiates, sends back to every token
+    # gradient of the sum over rows, which the ascent differentiates, per token
     cotangent = (1.0 / count).reshape(-1, *(1,) * (labels.dim() - 1)).expand(labels.shape).reshape(-1)
 
     def expected(q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ class Measured(NamedTuple):
     Attributes:
         penalty: as :func:`aligned_penalty` returns it.
         q: ``[K, *batch]``, before form, mask and reduction.
-        primal: what ``return_primal=True`` adds; None without.
+        primal: the addition of ``return_primal=True``; None without.
     """
 
     penalty: torch.Tensor

@@ -1,7 +1,7 @@
 """Measurements of a loss and of a policy at points of an ascent, one number per batch row.
 
 Everything here is exact at the point where it is evaluated, except where a name says difference. Rows of a batch are
-independent: row b of the loss depends on row b of the input alone, so one backward of the sum serves them all.
+independent: row b of the loss depends only on row b of the input, so one backward of the sum serves them all.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def curvature_along(
     """Loss, directional derivative and curvature along `d`, all exact: L, ⟨∇L, d⟩ and dᵀ∇²L d.
 
     The tangent of the loss along d is ⟨∇L, d⟩; its gradient with respect to the input, reverse over forward, is ∇²L d.
-    Costs one dual forward and its backward (four to five plain forwards), whatever the size of the input.
+    Costs one dual forward and its backward (four to five plain forwards) for any size of the input.
 
     Args:
         loss_fn: called with a Dual shaped like `x`; returns ``[B]``.

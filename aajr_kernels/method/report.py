@@ -1,4 +1,4 @@
-"""What a stability report holds, and how it is written down."""
+"""The stability report: its quantities, and its output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StabilityReport:
 
     Attributes:
         losses: ``[T + 1, B]``, the loss at every point.
-        gains: what each step added to the loss.
+        gains: increase of the loss in each step.
         displacement_norms: ‖Δ‖ of the realised displacement.
         moved: bool, Δ ≠ 0; fractions are of these steps.
         non_monotone: bool, the loss fell by more than rounding.
@@ -49,7 +49,7 @@ class StabilityReport:
         gauss_newton: bound of the first term of the curvature, L_out q.
         second_order: bound of the second, G_out ‖D²f[d,d]‖.
         smoothness: their sum, L_eff along the segment.
-        smoothness_at_gamma: the same with γ² for q: what holds where the penalty's threshold is met.
+        smoothness_at_gamma: the same with γ² for q: the bound where the penalty's threshold is met.
         hinge_active: fraction of the units with √q > γ along uₜ.
         sandwich_lower: ‖Jᵀ∇L‖/‖∇L‖.
         sandwich_middle: ‖Ju‖.

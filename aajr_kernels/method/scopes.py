@@ -153,7 +153,7 @@ def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
 
     Args:
         mask: ``[*x.shape[:-1]]`` or broadcastable to `x`; bool or integer, nonzero = may be attacked.
-        agents: tokens of no agent (negative) are left alone.
+        agents: tokens of no agent (negative) are not changed.
 
     Raises:
         TypeError: the mask is no bool or integer tensor.

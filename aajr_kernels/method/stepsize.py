@@ -107,7 +107,7 @@ class AutoStep:
     """Backtracking, row by row, to κ‖Δ‖² ≤ ⟨g, Δ⟩ with κ measured on the step just tried.
 
     The gradient at the end of a step that is taken is the next step's, so a step that needs no backtracking costs
-    nothing beyond a given one. The last step is judged from losses alone, by κ₁, unless its gradient is kept. The
+    nothing beyond a given one. The last step is judged only from losses, by κ₁, unless its gradient is kept. The
     measured κ gives the length of the next trial: it may double, and is bounded by the diameter of the ball.
     """
 
@@ -192,7 +192,7 @@ class AutoStep:
         return torch.minimum(torch.minimum(longest, curved), GROWTH * reach)
 
     def _noise(self, gradient: Tensor, delta: Tensor) -> Tensor:
-        """What rounding of a perturbation can add to a slope, ``[B]``."""
+        """Largest change of a slope by rounding of a perturbation, ``[B]``."""
         sizes = self.rows.norm(gradient) * self.rows.norm(delta)
         return 4 * torch.finfo(delta.dtype).eps * sizes.squeeze(-1)
 

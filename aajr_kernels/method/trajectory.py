@@ -3,7 +3,7 @@
     P = Σ_t w_t penalty(x + δ_t, v_t) / Σ_t w_t
 
 with the directions v_t that the adversary took. Points and directions are constants: the gradient of P reaches the
-parameters (and the clean input) through the policy's derivative alone, and memory does not grow with the ascent.
+parameters (and the clean input) only through the policy's derivative, and memory does not grow with the ascent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Trajectory:
         projected: ``[T, B]``, bool: the projection moved the step.
         radius: a number, ``[B, 1]`` or ``[B, G]``.
         norm, scope, step: of :func:`ascend`.
-        mask: bool, broadcastable to `x`: what could be attacked; None for everything.
+        mask: bool, broadcastable to `x`: elements open to attack; None for all.
         agents: ``[*x.shape[:-1]]``, or None.
         gradients: ``[T+1, *x.shape]``, the gradients at `points`, where they were kept.
         evaluations: calls of the loss: with a gradient, and without; of all restarts together.
@@ -112,7 +112,7 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class PenaltyStatistics:
-    """What a trajectory penalty was made of; detached, except `primal`.
+    """Parts of a trajectory penalty; detached, except `primal`.
 
     Attributes:
         steps: ``[S, B]``, the step t of every batch row in each of the S measurements.
@@ -121,7 +121,7 @@ class PenaltyStatistics:
         q_max: ``[S, K]``, the largest.
         active: ``[S, K]``, share of the included units with q above γ² (above 0 without a threshold): those which
             the penalty pushes.
-        primal: with ``return_primal=True``, of the last measurement: what func returned, or with `labels` the mean
+        primal: with ``return_primal=True``, of the last measurement: the result of func, or with `labels` the mean
             cross-entropy; attached to the graph.
     """
 
@@ -184,7 +184,7 @@ def trajectory_penalty(
         The penalty, and :class:`PenaltyStatistics`.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or value; whatever :func:`aligned_penalty` raises.
+        TypeError, ValueError: an argument has a wrong type, shape or value; and errors of :func:`aligned_penalty`.
     """
     _check(x, traj, steps, direction, at, per_agent, batch_steps, inputs)
     if unknown := sorted(set(penalty_options) - {field.name for field in fields(PenaltyOptions)}):

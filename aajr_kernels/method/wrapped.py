@@ -25,10 +25,10 @@ def inside(module: nn.Module | Iterable[nn.Module], func: Callable[..., Any]) ->
     """`func`, run as the forward of `module`: between its hooks, with its parameters gathered.
 
     Args:
-        module: what ``fully_shard`` was applied to last (the root), or a DistributedDataParallel, or a plain module,
+        module: the root, to which ``fully_shard`` was applied last, or a DistributedDataParallel, or a plain module,
             for which nothing changes. Several are nested in their order: name the root first, then a head that was
             given to ``fully_shard`` by itself.
-        func: whatever needs the parameters: :func:`~aajr_kernels.aligned_penalty`, ``lm_loss(...)``, a function of
+        func: needs the parameters: :func:`~aajr_kernels.aligned_penalty`, ``lm_loss(...)``, a function of
             yours. It may call submodules of `module`, not `module` itself. It gets its arguments as they are, past the
             casts of a mixed precision policy, which the layers apply to what they are given. A policy's
             ``output_dtype`` applies to what it returns: leave it None or float32.

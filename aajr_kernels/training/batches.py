@@ -1,4 +1,4 @@
-"""Batches: what they hold, what is learnt from them, and the place in the data that a checkpoint remembers."""
+"""Batches: their entries, the learnt tokens, and the position in the data that a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Prepared:
     Attributes:
         input_ids: ``[B, N]``, or None with `inputs_embeds`.
         inputs_embeds: ``[B, N, C]``, embeddings in place of ids.
-        inputs: what else the model is called with.
+        inputs: further arguments of the model.
         labels: ``[B, N]``, the target of every position, −100 = none.
         attended: ``[B, N]`` bool, or None for all.
         attackable: the same.
@@ -64,8 +64,8 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
     Args:
         batch: a mapping with ``input_ids`` ``[B, N]`` or ``inputs_embeds`` ``[B, N, C]``, and if wanted ``labels``
             (the ids by default), ``attention_mask`` ``[B, N]``, ``attack_mask`` ``[B, N]`` (nonzero = may be
-            attacked), ``agents`` ``[B, N]`` and more for the model; or the ids alone. What is not attended to is
-            neither attacked nor learnt, nor does it predict.
+            attacked), ``agents`` ``[B, N]`` and more for the model; or only the ids. Unattended tokens are
+            neither attacked nor learnt, nor do they predict.
         device: of the model.
         shift: labels are the tokens themselves; position t learns that at t + 1.
 

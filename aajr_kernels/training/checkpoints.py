@@ -64,7 +64,7 @@ class Checkpoint:
         return _load(self.path / MODEL)
 
     def state(self) -> Any:
-        """What was given to :meth:`Checkpoints.save`."""
+        """Content passed to :meth:`Checkpoints.save`."""
         return unpack(_load(self.path / STATE), self._manifest["state"])
 
 

@@ -1,4 +1,4 @@
-"""What a training is made of, as frozen data that can be written down next to its results."""
+"""Configuration of a training, as frozen data that is stored next to its results."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Penalty:
-    """What is penalised along the trajectory, in the units of :func:`~aajr_kernels.aligned_penalty`.
+    """The penalty along the trajectory, in the units of :func:`~aajr_kernels.aligned_penalty`.
 
     Attributes:
         method: ``"none"``, ``"aligned"``, or a baseline measured at the same points: ``"random"``, ``"frobenius"``,
@@ -200,7 +200,7 @@ class FitConfig:
 
     Attributes:
         steps: optimizer steps in all.
-        objective: what is minimised.
+        objective: the minimised objective.
         accumulate: micro-batches per step. Losses and penalties are means over all tokens of the step, however they
             are spread over its micro-batches.
         learning_rate, betas, weight_decay: of the AdamW that is made if no optimizer is given; the rate is a schedule,

@@ -1,8 +1,8 @@
 """The training loop of the method: attack, loss at the worst point, penalty along the way there, step.
 
 A step takes ``accumulate`` micro-batches. For each it embeds the tokens, ascends the loss in embedding space, and adds
-the gradients of the objective (:mod:`.objective`); then it clips them and steps. What is random in an attack depends on
-seed, step and micro-batch alone. Together with the states of the global generators and the place in the data, which
+the gradients of the objective (:mod:`.objective`); then it clips them and steps. Random draws of an attack depend only
+on seed, step and micro-batch. Together with the states of the global generators and the place in the data, which
 checkpoints hold, a training that was interrupted ends, on a CPU, with the bits it would have ended with.
 """
 
@@ -40,7 +40,7 @@ from .wrappers import unwrapped
 __all__ = ["FitResult", "NonFiniteLossError", "fit"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
-#: what may change when a training goes on without a warning
+#: fields that a resumed training may change without a warning
 FREE = (
     "steps",
     "keep",
@@ -186,7 +186,7 @@ class _Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not {id(p) for p in self.parameters} <= {id(p) for p in model.parameters()}:
             raise ValueError(
-                "optimizer must hold parameters of model alone, got others: make it after the model is loaded, "
+                "optimizer must hold only parameters of model, got others: make it after the model is loaded, "
                 "moved and given adapters."
             )
         self.scheduler = scheduler

@@ -22,7 +22,7 @@ __all__ = ["Policy", "policy_of"]
 
 @dataclass(frozen=True)
 class Policy:
-    """What :func:`fit` needs of a model.
+    """Parts of a model that :func:`fit` needs.
 
     Attributes:
         forward: called as ``forward(x, **inputs)`` with embeddings ``[B, N, C]``, a tensor or a Dual, and the entries
@@ -145,7 +145,7 @@ def _difference(model: nn.Module, streamed: Policy, whole: Policy) -> float:
 
 
 def _call(model: Any, name: str) -> Any:
-    """What a method of a Hugging Face model returns, None where it has none."""
+    """Result of a method of a Hugging Face model, None if it has none."""
     method = getattr(model, name, None)
     if method is None:
         return None

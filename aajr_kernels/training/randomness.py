@@ -48,7 +48,7 @@ def seed(value: int) -> None:
 
 
 def generator_for(value: int, step: int, part: int, device: torch.device) -> torch.Generator:
-    """A generator that depends on these numbers alone: the same draws whatever was drawn before."""
+    """A generator that depends only on these numbers, not on earlier draws."""
     mixed = random.Random(f"{value}/{step}/{part}").getrandbits(63)  # a string is hashed alike everywhere
     return torch.Generator(device).manual_seed(mixed)
 

@@ -62,7 +62,7 @@ class Recorder:
     """Rows of a training, in memory and in a folder.
 
     Args:
-        folder: or None for memory alone.
+        folder: or None for memory only.
         step: where the training starts; what the files hold of later steps, which a crash undid, is removed.
         tensorboard: also write to ``folder/tensorboard``.
     """

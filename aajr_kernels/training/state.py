@@ -1,4 +1,4 @@
-"""Nested state as named tensors and JSON: what safetensors can hold, without pickle."""
+"""Nested state as named tensors and JSON, for safetensors, without pickle."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ OnReport = Callable[[StabilityReport], None]
 
 
 class Objective:
-    """What :func:`fit` minimises, micro-batch by micro-batch.
+    """The objective of :func:`fit`, micro-batch by micro-batch.
 
         clean_weight · L(x)  +  adversarial_weight · L(x + δ*)  +  λ · P
 
@@ -84,7 +84,7 @@ class Objective:
         return prepared(batch, self.device, self.config.shift_labels)
 
     def counts(self, batches: Sequence[Any], *, across: bool = True) -> Counts:
-        """What the means of a step are over.
+        """Counts that the means of a step divide by.
 
         Args:
             batches: all micro-batches of the step on this process.
@@ -148,7 +148,7 @@ class Objective:
         part: int = 0,
         on_report: OnReport | None = None,
     ) -> Terms:
-        """λ · P alone, to be added to a loss of another kind.
+        """Only λ · P, to be added to a loss of another kind.
 
         Args:
             batch: as for the objective; labels say where the policy acted.

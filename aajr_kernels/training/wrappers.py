@@ -1,4 +1,4 @@
-"""Models in a wrapper for several processes: what is inside, and which wrappers the objective goes through."""
+"""Models in a wrapper for several processes: unwrapping, and the wrappers that the objective supports."""
 
 from __future__ import annotations
 

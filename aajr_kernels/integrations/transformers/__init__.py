@@ -7,7 +7,7 @@ module                    what it does
 ``forms``                 norms, activations and gated products: candidates by structure, and their replacements
 ``registry``              attention modules that ask transformers' registry, and their rotary embedding
 ``verify``                whether a replacement does what a module does, tried on a small twin of it
-``wrappers``              decorators of their methods: what is inside, and the same around a replacement
+``wrappers``              decorators of their methods: unwrapping, and wrapping a replacement
 ``kinds``                 attention, rotary, norms and MLPs by their names: a line for what is no candidate
 ``attention``             the attention implementation ``"aajr"``
 ``masks``                 its masks: structure (causal, window, padding) instead of [B, 1, N, M] tensors

@@ -1,6 +1,6 @@
 """The layers of transformers' models that have a fused op, found by their structure, and the fused forward of each.
 
-A module is a candidate by its attributes and parameters, whatever the names of its class and of its parts: one weight
+A module is a candidate by its attributes and parameters, under any names of its class and of its parts: one weight
 and an epsilon, linear layers around an activation. What its forward does with them shows when it runs: the candidate's
 readings are tried in turn, and the first that agrees with the module (see ``verify``) replaces its forward, under the
 same decorators. Where none agrees the module is left, with the difference as the reason.
@@ -63,7 +63,7 @@ def verified(
         module: the candidate.
         trial: its own method, on twins.
         what: a few words for the listing.
-        op: what the replacement runs once.
+        op: the op that the replacement runs once.
         readings: functions to put inside the decorators of the method.
         attribute: the method.
         inside: attributes of the module that the replacement no longer calls.

@@ -79,7 +79,7 @@ class Fusion:
         for module, attribute, _ in self._methods:
             delattr(module, attribute)
         for original, own, holders in self._configs:
-            # what was set on the model's configuration in the meantime stays set
+            # later changes of the model's configuration stay
             original.__dict__.update(
                 {k: v for k, v in own.__dict__.items() if not k.startswith("_attn_implementation")}
             )

@@ -1,4 +1,4 @@
-"""Masks as structure: what transformers would write out as ``[B, 1, N, M]`` stays causal, window and padding.
+"""Masks as structure: masks that transformers would write out as ``[B, 1, N, M]`` stays causal, window and padding.
 
 transformers describes a mask by a function of (batch, head, query, key) indices, composed from a few well-known parts.
 Where the parts are recognised, attention receives ``causal=`` and ``window=`` and at most a ``[B, 1, 1, M]`` mask of

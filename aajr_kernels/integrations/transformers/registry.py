@@ -49,7 +49,7 @@ class _Calls:
         self.implementation, self.cross = "eager", False
 
     def arguments(self, dtype: torch.dtype, implementation: str, stretch: float) -> dict[str, Any]:
-        """Masks and whatever else the module takes beside the tokens; positions are `stretch` apart."""
+        """Masks and other arguments of the module beside the tokens; positions are `stretch` apart."""
         size, options = getattr(self.config, "head_dim", None), getattr(self.config, "rope_parameters", None)
         size = size or self.config.hidden_size // self.config.num_attention_heads
         pairs = int(size * ((options or {}).get("partial_rotary_factor") or 1.0)) // 2
