@@ -1,6 +1,6 @@
 """Rooflines: the rates that a device reaches, arithmetic and traffic of the ops, and the time predicted from both.
 
-Counted is what the kernels do (docs/triton.md), not the least that would do: the backward of attention
+Counted is the work of the kernels (docs/triton.md), not the least that would do: the backward of attention
 recomputes scores in each of its kernels. A prediction is, summed over the kernels, the longer of arithmetic at the rate
 assumed for its kind and traffic at the bandwidth assumed. It leaves out launches, tails and everything between kernels.
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-#: of the peak: what fused attention reaches. 480 of an H100's 989 TFLOP/s; published plain kernels reach 350 to 650
+#: of the peak, for fused attention: 480 of an H100's 989 TFLOP/s; published plain kernels reach 350 to 650
 #: forward and less backward. The same share is assumed of every device.
 ATTENTION_SHARE = 0.485
-#: of the peak: what large products of a vendor's library reach
+#: of the peak, for large products of a vendor's library
 PRODUCT_SHARE = 0.7
-#: of the bandwidth: what a copy kernel reaches
+#: of the bandwidth, for a copy kernel
 COPY_SHARE = 0.9
 
 
@@ -55,35 +55,34 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel does.
+    """Arithmetic and traffic of one kernel.
 
     Attributes:
-        op: whose kernel it is.
         kind: ``"attention"``, ``"product"``, or ``"stream"`` where only the memory counts.
         flops: multiplications and additions of matrix products.
         bytes: read and written once each.
     """
 
-    op: str
     kind: str
     flops: float
     bytes: float
 
     def seconds(self, device: Device) -> float:
-        """What the device takes for it."""
+        """The longer of both on a device."""
         arithmetic = self.flops / device.rate(self.kind) if self.flops else 0.0
         return max(arithmetic, self.bytes / (COPY_SHARE * device.bandwidth))
 
 
 def seconds(work: Iterable[Work], device: Device) -> float:
-    """What the device takes for kernels that run one after another."""
+    """The time of kernels that run one after another on a device."""
     return sum(one.seconds(device) for one in work)
 
 
 # ------------------------------------------------------------------------------------------------------ attention
 @dataclass(frozen=True)
 class Attention:
-    """Sizes of an attention: B batches, H query heads on HK key heads, N queries on M keys, D features, K tangents."""
+    """Sizes of an attention: B batches, H query heads on HK key heads, N queries on M keys, D features, K tangents
+    (0: the plain one)."""
 
     B: int
     H: int
@@ -112,34 +111,22 @@ class Attention:
         return float(self.item * self.B * self.HK * self.M * self.D)
 
     def forward(self) -> list[Work]:
-        """The dual's: S, Ṡ (2 a tangent), O, Ȯ (2 a tangent)."""
-        stack = 1 + self.K
-        traffic = stack * 2 * (self.queries + self.keys)
-        return [Work("attention", "attention", (2 + 4 * self.K) * self.product, traffic)]
+        """S, Ṡ (2 a tangent), O, Ȯ (2 a tangent)."""
+        traffic = (1 + self.K) * 2 * (self.queries + self.keys)
+        return [Work("attention", (2 + 4 * self.K) * self.product, traffic)]
 
     def backward(self) -> list[Work]:
-        """The dual's. K = 1: 24 products in three kernels at D = 128 (6 for V, 9 for K, 9 for Q), 21 in two at D = 64.
+        """K = 1: 24 products in three kernels at D = 128 (6 for V, 9 for K, 9 for Q), 21 in two at D = 64; K = 0: 5.
 
         The least is 5 + 10 K, in a single pass. For every further tangent the kernels run again.
         """
         stack = 1 + self.K
-        per_tangent = {"keys": 12} if self.D <= 64 else {"values": 6, "keys": 9}
+        rows = Work("stream", 0.0, stack * 2 * self.queries)
+        if self.K == 0:
+            return [rows, Work("attention", 5 * self.product, 4 * self.queries + 4 * self.keys)]
         traffic = stack * (2 * self.queries + 4 * self.keys)  # reads q, out_bar, k, v; writes k_bar, v_bar
-        rows = Work("attention rows", "stream", 0.0, stack * 2 * self.queries)
-        kernels = [
-            Work("attention", "attention", self.K * count * self.product, traffic)
-            for count in (*per_tangent.values(), 9)
-        ]
-        return [rows, *kernels]
-
-    def plain_forward(self) -> list[Work]:
-        return [Work("attention", "attention", 2 * self.product, 2 * (self.queries + self.keys))]
-
-    def plain_backward(self) -> list[Work]:
-        return [
-            Work("attention rows", "stream", 0.0, 2 * self.queries),
-            Work("attention", "attention", 5 * self.product, 4 * self.queries + 4 * self.keys),
-        ]
+        counts = (12, 9) if self.D <= 64 else (6, 9, 9)
+        return [rows, *(Work("attention", self.K * count * self.product, traffic) for count in counts)]
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -150,25 +137,24 @@ STREAMS = {"norm": (2, 3), "add": (4, 4), "pointwise": (2, 3), "gated": (3, 5), 
 def stream(kind: str, numbers: float, backward: bool, K: int = 1, item: int = 2) -> Work:
     """A norm, activation or rotary embedding on `numbers` elements of the primal; each stream passes once."""
     count = STREAMS[kind][backward]
-    return Work(kind, "stream", 0.0, float(count * (1 + K) * item * numbers))
+    return Work("stream", 0.0, float(count * (1 + K) * item * numbers))
 
 
 def linear(rows: float, inputs: int, outputs: int, backward: bool, K: int = 1, item: int = 2) -> list[Work]:
     """A linear layer over the stacked rows: one product forward, two backward."""
     flops = 2.0 * (1 + K) * rows * inputs * outputs
     traffic = item * ((1 + K) * rows * (inputs + outputs) + inputs * outputs)
-    return [Work("linear", "product", flops, float(traffic))] * (2 if backward else 1)
+    return [Work("product", flops, float(traffic))] * (2 if backward else 1)
 
 
 def head(rows: int, features: int, words: int, K: int = 1, item: int = 2) -> list[Work]:
-    """The Fisher head forward and backward: 1 + K products and again, then 2 (1 + K) of the gradients.
+    """The Fisher head forward and backward: 1 + K products, the logits again, the gradients of hidden and weight.
 
     Nothing of the size of the logits moves.
     """
     product = 2.0 * rows * features * words
     traffic = item * ((1 + K) * rows * features + features * words)
-    parts = ("forward", "logits again", "gradient of hidden", "gradient of weight")
-    return [Work(f"head, {part}", "product", (1 + K) * product, float(traffic)) for part in parts]
+    return [Work("product", (1 + K) * product, float(traffic))] * 4
 
 
 def plain_head(rows: int, features: int, words: int, item: int = 2) -> list[Work]:
@@ -178,8 +164,7 @@ def plain_head(rows: int, features: int, words: int, item: int = 2) -> list[Work
     logits = float(rows) * words
     # cast to float32; log-softmax read and written; its gradient; cast back
     moved = logits * ((item + 4) + 8 + 12 + (4 + item))
-    products = [Work("head, product", "product", product, float(traffic))] * 3
-    return [*products, Work("cross-entropy", "stream", 0.0, moved)]
+    return [*[Work("product", product, float(traffic))] * 3, Work("stream", 0.0, moved)]
 
 
 # --------------------------------------------------------------------------------------------------------- a step
@@ -200,7 +185,7 @@ class Decoder:
     def step(self, length: int, K: int, item: int = 2) -> list[Work]:
         """Forward and backward to all parameters of one sequence; K = 0 is the plain step."""
         C, D = self.hidden, self.head_size
-        attention = Attention(1, self.heads, self.key_heads, length, length, D, True, max(K, 1), item)
+        attention = Attention(1, self.heads, self.key_heads, length, length, D, True, K, item)
         inner = self.intermediate
         sizes = [(C, C), (C, 2 * self.key_heads * D), (C, C), (C, 2 * inner), (inner, C)]
         layer: list[Work] = []
@@ -210,9 +195,7 @@ class Decoder:
             layer += [stream("add", length * C, back, K, item)] * 2
             layer.append(stream("rotary", length * D * (self.heads + self.key_heads), back, K, item))
             layer.append(stream("gated", length * self.intermediate, back, K, item))
-        layer += attention.forward() if K else attention.plain_forward()
-        layer += attention.backward() if K else attention.plain_backward()
-        return layer * self.layers
+        return (layer + attention.forward() + attention.backward()) * self.layers
 
 
 # ------------------------------------------------------------------------------------------------------ ceilings

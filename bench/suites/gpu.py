@@ -72,9 +72,8 @@ def on_h100() -> bool:
 
 def _attention(name: str, part: str, dtype: str, length: int) -> Case:
     shape = dataclasses.replace(SHAPES[name], N=length, M=length, item=getattr(torch, dtype).itemsize)
-    forward = part == "forward"
-    plain_work = tuple(shape.plain_forward() if forward else shape.plain_backward())
-    work = tuple(shape.forward() if forward else shape.backward())
+    both = (dataclasses.replace(shape, K=0), shape)
+    plain_work, work = (tuple(s.forward() if part == "forward" else s.backward()) for s in both)
     plain, dual = (count * shape.product for count in attention.PRODUCTS[part])
     bounds: dict[str, float] = {}
     if name == "causal" and shape == SHAPES[name]:

@@ -21,46 +21,30 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aajr_kernels.integrations.transformers import fuse
-
 from ..allocator import return_memory
-from ..case import Case, Run, Selection, Suite, Variant, step_run
-from . import models, step
+from ..case import Case, Run, Selection, Suite
+from . import step
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 #: bytes below which a tensor is not worth a file
 SMALL = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """How one variant keeps its memory down.
-
-    Attributes:
-        penalty: the exact penalty on a fused model; otherwise the plain step on the model as it comes.
-        recompute, checkpoint, offload: as in the table above.
-    """
-
-    penalty: bool = True
-    recompute: bool = False
-    checkpoint: bool = False
-    offload: bool = False
-
-
-WAYS = {
-    "plain": Way(penalty=False),
-    "plain, checkpointed": Way(penalty=False, checkpoint=True),
-    "exact, fused": Way(),
-    "exact, recomputed": Way(recompute=True),
-    "exact, checkpointed": Way(checkpoint=True),
-    "exact, offloaded": Way(offload=True),
+#: variant -> its fields of a step's task
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"kind": "plain"},
+    "plain, checkpointed": {"kind": "plain", "checkpoint": True},
+    "exact, fused": {"form": "fused"},
+    "exact, recomputed": {"form": "fused", "recompute": True},
+    "exact, checkpointed": {"form": "fused", "checkpoint": True},
+    "exact, offloaded": {"form": "fused", "offload": True},
 }
 
 
@@ -120,41 +104,35 @@ def cases(selection: Selection) -> list[Case]:
 
 
 def _case(dtype: str, length: int, selection: Selection) -> Case:
-    variants = [_variant(name, way, dtype, selection.device) for name, way in WAYS.items()]
+    task = functools.partial(step.Task, model="llama", dtype=dtype, device=selection.device)
+    tasks = {name: task(**{"kind": "penalty", **fields}) for name, fields in WAYS.items()}
+    variants = [
+        dataclasses.replace(step.variant(name, one), make=functools.partial(make, one))
+        for name, one in tasks.items()
+    ]
     why = "peak memory of the exact step ÷ the plain step's"
     config = {"freed memory": "returned"} if selection.device == "cpu" else {}
+    options = {"timed": False, "peak": True}
     case = step.step_case(
-        "llama", "llama", dtype, length, selection, variants, ("plain",), why, config, timed=False, peak=True
+        "llama", "llama", dtype, length, selection, variants, ("plain",), why, config, **options
     )
     return dataclasses.replace(case, suite="memory")
 
 
-def _variant(name: str, way: Way, dtype: str, device: str) -> Variant:
-    task = step.Task("penalty" if way.penalty else "plain", "llama", dtype, device=device)
-    truth = functools.partial(step.true_gradients, dataclasses.replace(task, device="cpu"))
-    return Variant(name, functools.partial(make, way, task), truth, key=("memory", way, device))
-
-
-def make(way: Way, task: step.Task, length: int) -> Run:
-    """A step with its gradients in ``.grad``; from now on freed memory goes back to the system."""
+def make(task: step.Task, length: int) -> Run:
+    """A step in a process where, from now on, freed memory goes back to the system."""
     return_memory()
-    model, _, x, v, labels = step.problem(task, length)
-    if way.checkpoint:
-        models.checkpoint(model)
-    if way.penalty:
-        fuse(model, recompute=way.recompute)
-    parameters = list(model.parameters())
-    scalar: Callable[[], Tensor] = lambda: step.loss(task, model, None, x, v, labels)
-    return step_run(parameters, scalar, functools.partial(_offloaded, way.offload, task.device, parameters))
+    return step.make(task, length, functools.partial(_offloaded, task))
 
 
 @contextlib.contextmanager
-def _offloaded(active: bool, device: str, parameters: list[nn.Parameter]) -> Iterator[None]:
+def _offloaded(task: step.Task, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Saved tensors wait in files, or in the memory of a device's host."""
     with contextlib.ExitStack() as stack:
-        if active and device == "cpu":
-            stack.enter_context(Files(Path(stack.enter_context(tempfile.TemporaryDirectory())), parameters))
-        elif active:
+        if task.offload and task.device == "cpu":
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(Files(Path(folder), parameters))
+        elif task.offload:
             stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
         yield
 

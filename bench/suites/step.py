@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ class Task:
         directions: K.
         device: where it runs.
         part: of :data:`.case.PARTS`.
+        recompute, checkpoint, offload: what suite `memory` keeps of a step, see there.
     """
 
     kind: str
@@ -57,6 +59,9 @@ class Task:
     directions: int = 1
     device: str = "cpu"
     part: str = "both"
+    recompute: bool = False
+    checkpoint: bool = False
+    offload: bool = False
 
 
 def tasks(selection: Selection, **options: Any) -> Callable[..., Task]:
@@ -220,8 +225,10 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tenso
     model = models.build(task.model, task.dtype, length, "eager" if task.form == "eager" else "sdpa")
     hidden, vocab_size = models.sizes(task.model, length).hidden, words(task.model)
     head = models.head(hidden, vocab_size, task.dtype) if task.head else None
+    if task.checkpoint:
+        models.checkpoint(model)
     if task.form == "fused":
-        fuse(model)
+        fuse(model, recompute=task.recompute)
     x = draw(1, length, hidden, dtype=task.dtype, seed=1)
     v = normalize(draw(task.directions, 1, length, hidden, dtype="float32", seed=2)).to(x.dtype)
     labels = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(3))
@@ -230,8 +237,12 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tenso
     return model.to(task.device), head, x.to(task.device), v.to(task.device), labels.to(task.device)
 
 
-def make(task: Task, length: int) -> Run:
-    """A step, or a part of it."""
+def make(
+    task: Task,
+    length: int,
+    context: Callable[..., AbstractContextManager[object]] = nullcontext,
+) -> Run:
+    """A step, in a context of the parameters, or a part of it."""
     model, head, x, v, labels = problem(task, length)
     parameters = [*model.parameters(), *(head.parameters() if head else ())]
     scalar: Callable[..., Tensor] = functools.partial(loss, task, model, head)
@@ -239,7 +250,7 @@ def make(task: Task, length: int) -> Run:
         scalar = compiled(scalar)
     if task.part != "both":
         return portion(lambda: scalar(x, v, labels), parameters, None, task.part)
-    return step_run(parameters, lambda: scalar(x, v, labels))
+    return step_run(parameters, lambda: scalar(x, v, labels), lambda: context(parameters))
 
 
 def loss(
