@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
+from aajr_kernels.testing import formulas
 
 from ..case import Case, Selection, Suite, Variant, draw, has_kernels
 from ..roofline import Attention
@@ -116,12 +117,7 @@ def formula(shape: Attention) -> Callable[..., Tensor]:
 
     def function(*qkv: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in qkv)
-        k, v = (x.repeat_interleave(shape.H // shape.HK, dim=1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if shape.causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(hidden, float("-inf"))
-        return scores.softmax(-1) @ v
+        return formulas.attention(q, k, v, causal=shape.causal)
 
     return function
 

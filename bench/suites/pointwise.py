@@ -15,6 +15,7 @@ from torch import Tensor
 from aajr_kernels.ops.activation import gelu, silu, swiglu
 from aajr_kernels.ops.norm import layer_norm, rms_norm
 from aajr_kernels.ops.rotary import rotary
+from aajr_kernels.testing import formulas
 
 from ..case import Case, Selection, Suite, Variant, draw, has_kernels
 from ..counting import operations
@@ -62,12 +63,7 @@ class Pointwise:
 
 def _rms_formula(x: Tensor, w: Tensor) -> Tensor:
     wide = x.float() if x.dtype != torch.float64 else x
-    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-def _layer_formula(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return w * (centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + EPS)) + b
+    return w * formulas.rms_norm(wide, w.shape, eps=EPS).to(x.dtype)
 
 
 def _rotary_formula(x: Tensor) -> Tensor:
@@ -97,19 +93,17 @@ OPS = {
         *("norm", 1, 2),
         lambda x, w, b: layer_norm(x, w.shape, w, b, EPS),
         lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS),
-        _layer_formula,
+        lambda x, w, b: formulas.layer_norm(x, w.shape, w, b, EPS),
     ),
     "swiglu": Pointwise(
-        "activation", 2, 0, swiglu, lambda g, u: F.silu(g) * u, lambda g, u: g * torch.sigmoid(g) * u
+        "activation", 2, 0, swiglu, lambda g, u: F.silu(g) * u, lambda g, u: formulas.silu(g) * u
     ),
-    "gelu": Pointwise("activation", 1, 0, gelu, F.gelu, lambda x: 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))),
+    "gelu": Pointwise("activation", 1, 0, gelu, F.gelu, formulas.gelu),
     "gelu_tanh": Pointwise(
         *("activation", 1, 0),
-        lambda x: gelu(x, "tanh"),
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda x: 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x.pow(3)))),
+        *(functools.partial(f, approximate="tanh") for f in (gelu, F.gelu, formulas.gelu)),
     ),
-    "silu": Pointwise("activation", 1, 0, silu, F.silu, lambda x: x * torch.sigmoid(x)),
+    "silu": Pointwise("activation", 1, 0, silu, F.silu, formulas.silu),
     "rotary": Pointwise(
         *("rotary", 1, 0),
         lambda x: rotary(x, *_tables(x.shape[-2], device=x.device)),
