@@ -35,8 +35,8 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-WISH = os.environ.get("AAJR_NATIVE", "auto")
-CUDA_WISH = os.environ.get("AAJR_CUDA", "AUTO").upper()
+NATIVE = os.environ.get("AAJR_NATIVE", "auto")
+CUDA = os.environ.get("AAJR_CUDA", "AUTO").upper()
 CMAKE = (3, 24)
 # an editable install keeps this folder, so that the next one compiles only what changed
 EDITABLE_BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
@@ -55,7 +55,7 @@ def find_compiler() -> str | None:
 
 def why_not_native() -> str | None:
     """One sentence saying why the native module is left out, or None when it can be built."""
-    if WISH == "0":
+    if NATIVE == "0":
         return "it was left out at installation (AAJR_NATIVE=0)"
     if not (ROOT / "csrc" / "bindings.cpp").exists():
         return "this source tree holds no native sources (csrc/bindings.cpp)"
@@ -70,13 +70,13 @@ def why_not_native() -> str | None:
 
 
 REASON = why_not_native()
-if REASON is not None and WISH == "1":
+if REASON is not None and NATIVE == "1":
     raise SystemExit(f"AAJR_NATIVE=1 asks for the native module, but {REASON}.")
 
 
 def why_not_cuda() -> str | None:
     """One sentence saying why AUTO does not even look for a CUDA compiler; the rest is for CMake to say."""
-    if CUDA_WISH != "AUTO":
+    if CUDA != "AUTO":
         return None
     # read and not imported: a torch that cannot be loaded must not end an installation
     spec = importlib.util.find_spec("torch")
@@ -91,14 +91,14 @@ def why_not_cuda() -> str | None:
     return None
 
 
-if CUDA_WISH not in ("AUTO", "ON", "OFF"):
-    raise SystemExit(f"AAJR_CUDA={CUDA_WISH} is unknown: choose AUTO, ON or OFF.")
-if CUDA_WISH == "ON" and REASON is not None:
+if CUDA not in ("AUTO", "ON", "OFF"):
+    raise SystemExit(f"AAJR_CUDA={CUDA} is unknown: choose AUTO, ON or OFF.")
+if CUDA == "ON" and REASON is not None:
     raise SystemExit(f"AAJR_CUDA=ON asks for the CUDA module, but nothing is compiled: {REASON}.")
 
 
 def build_requirements() -> list[str]:
-    """What an isolated build needs beside setuptools; tools that this machine has are not downloaded."""
+    """Requirements of an isolated build beside setuptools; tools that this machine has are not downloaded."""
     missing = []
     for tool, minimum, requirement in (("cmake", CMAKE, "cmake>=3.24"), ("ninja", (1, 10), "ninja>=1.10")):
         try:
@@ -207,18 +207,18 @@ class BuildNative(build_ext):
             reason = f"its compilation with {compiler} failed: {error}"
             remove_module(package)
             write_build_info(package, native=False, reason=reason, compiler=compiler)
-            if WISH == "1":
+            if NATIVE == "1":
                 raise SystemExit(f"The native module was asked for (AAJR_NATIVE=1), but {reason}") from error
-            if CUDA_WISH == "ON":
+            if CUDA == "ON":
                 raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {error}") from error
             raise CompileError(reason) from error
         cuda = self._cuda(build, package)
         write_build_info(package, native=True, reason=None, compiler=compiler, **cuda, seconds=self.seconds)
 
     def _cuda(self, build: Path, package: Path) -> dict[str, Any]:
-        """Build the CUDA module where CMake found what it takes; what came of it, for the record.
+        """Build the CUDA module if CMake found its requirements; returns the result for the record.
 
-        It is no Extension of its own, so that nobody else would copy it from a temporary folder.
+        It is no Extension of its own, so that setuptools does not copy it from a temporary folder.
         """
         try:
             found: dict[str, Any] = json.loads((build / "cuda.json").read_text())
@@ -231,7 +231,7 @@ class BuildNative(build_ext):
                 self._build(build, "_cuda", package.resolve() / file_of("_cuda"))
         except BuildFailed as error:
             reason = f"its compilation failed: {error}"
-            if CUDA_WISH == "ON":
+            if CUDA == "ON":
                 raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {reason}") from error
             return {"cuda": False, "cuda_reason": reason}
         return {"cuda": True, "cuda_reason": None}
@@ -257,7 +257,7 @@ class BuildNative(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             # written out, because the folder remembers what an earlier build was given
             *("-DAAJR_OPENMP=ON", "-DAAJR_EMULATED=OFF", "-DAAJR_SANITIZE=", "-DAAJR_CUDA_HOST=OFF"),
-            f"-DAAJR_CUDA={'OFF' if why_not_cuda() else CUDA_WISH}",
+            f"-DAAJR_CUDA={'OFF' if why_not_cuda() else CUDA}",
             f"-DAAJR_CUDA_ARCHITECTURES={os.environ.get('AAJR_CUDA_ARCHITECTURES', '')}",
             *os.environ.get("AAJR_CMAKE_ARGS", "").split(),
         )

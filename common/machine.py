@@ -76,7 +76,7 @@ def _commit(sources: Sequence[str]) -> tuple[str | None, bool | None]:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return None, None  # an environment inside somebody else's repository
+            return None, None  # an environment inside another repository
         return git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain", "--", *sources))
     except (OSError, subprocess.CalledProcessError):
         return None, None

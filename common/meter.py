@@ -20,7 +20,7 @@ _STATM, _STATUS, _CLEAR = (Path("/proc/self") / name for name in ("statm", "stat
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call took.
+    """Time and memory of one call.
 
     Attributes:
         seconds: wall time.

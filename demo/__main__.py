@@ -13,7 +13,7 @@ from common.texts import MissingPackage
 
 
 class Part(str, enum.Enum):
-    """What to run."""
+    """Part to run."""
 
     policy = "policy"
     scratch = "scratch"

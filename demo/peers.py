@@ -1,4 +1,4 @@
-"""What people use today for the Fisher penalty of a causal language model, and the float64 oracle to judge by.
+"""Other ways to compute the Fisher penalty of a causal language model, and the float64 oracle.
 
 None of it uses this package: the penalty is sum over the masked tokens of sum_j p_j (z_tan_j - mu)^2 with
 p = softmax(z) and mu = sum_j p_j z_tan_j, averaged over the rows of the batch.

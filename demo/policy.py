@@ -281,7 +281,7 @@ class LoraRun:
     """One adaptation.
 
     Attributes:
-        weight: factor of the penalty; 0 for the control that trains on the replies alone.
+        weight: factor of the penalty; 0 for the control that trains only on the replies.
         penalty: on the training prompts before each step and after the last; empty for the control.
         loss: of the training replies, likewise.
         after: held-out figures after the last step.
@@ -316,7 +316,7 @@ def adapt(
     """A few LoRA steps on ``reply loss + weight * penalty``; the model is left as it was.
 
     Args:
-        weight: 0 trains on the reply loss alone.
+        weight: 0 trains only on the reply loss.
         seed: of the LoRA initialisation.
     """
     require("peft")

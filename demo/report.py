@@ -129,7 +129,7 @@ def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -
             f"{rise:+.3f}",
         ]
 
-    names = {True: "replies and penalty", False: "replies alone"}
+    names = {True: "replies and penalty", False: "replies only"}
     return Sheet(
         f"{config.held_out} held-out injections, before and after {config.lora_steps} LoRA steps",
         ("trained on", "penalty", "reply loss", "after attack", "rise"),

@@ -152,7 +152,7 @@ def run_policy(
         before = policy.evaluate(model, held_out, config.radius)
         runs = []
         for weight in (0.0, config.weight):
-            bars.stage(f"LoRA, {'replies and penalty' if weight else 'replies alone'}", config.lora_steps)
+            bars.stage(f"LoRA, {'replies and penalty' if weight else 'replies only'}", config.lora_steps)
             runs.append(
                 policy.adapt(model, train, held_out, config, weight=weight, seed=seed, on_step=bars.step)
             )

@@ -53,7 +53,7 @@ class ScratchConfig:
 
 @dataclass
 class ScratchRun:
-    """What one training run leaves behind.
+    """Results of one training run.
 
     Attributes:
         weight: factor of the penalty; 0 for the ordinary run.

@@ -3,7 +3,7 @@
     python examples/hf_trainer.py
     torchrun --nproc-per-node 2 examples/hf_trainer.py     # DistributedDataParallel
 
-A byte-level Llama of two layers learns this documentation, with an adversary who moves embeddings by 0.3 of a token's
+A byte-level Llama of two layers learns this documentation, with an adversary that moves embeddings by 0.3 of a token's
 norm. Under an attack that is stronger than the one it was trained with, its loss is lower than that of the same
 training without the objective.
 """

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the method's objective: LoRA, and a loss on completions alone.
+"""TRL's SFTTrainer with the method's objective: LoRA, and a loss only on completions.
 
     python examples/trl_sft.py
 

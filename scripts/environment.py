@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT = 10.0
 #: packages smaller than this are counted, larger ones are named
 NAMED_MB = 20.0
-#: torch's CPU builds do not bring triton along; a pair that is not listed is left alone
+#: torch's CPU builds do not bring triton along; a pair that is not listed stays
 TRITON_FOR_TORCH = {"2.11": "3.6", "2.12": "3.6", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
 #: in the environment rather than in an isolated one that is thrown away, so that a rebuild compiles what changed
 BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "cmake>=3.24", "ninja>=1.10")

@@ -1,7 +1,7 @@
 """Check everything that needs a CUDA or ROCm device, in parts of under ten minutes each; the summary comes last.
 
     make gpu-check                    the GPU tests in four parts, compute-sanitizer, `python -m bench gpu`
-    make gpu-check PART=2/8           one eighth of the tests alone, for machines lent by the minute
+    make gpu-check PART=2/8           only one eighth of the tests
     make gpu-check ONLY=sanitizer     only that: tests, sanitizer or bench
     make gpu-check PY=python3         with an interpreter that has torch, triton, pytest and a GPU, without any set-up
 

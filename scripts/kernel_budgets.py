@@ -98,7 +98,7 @@ def show(kernels: dict[tuple[str, str], Kernels | Exception], committed: Any) ->
 
 
 def write(table: Any, compiled: dict[tuple[str, str], Kernels | Exception]) -> None:
-    """What was compiled replaces its rows; configurations that are no longer shipped go."""
+    """Replace the rows of what was compiled; configurations that are no longer shipped go."""
     committed = table.setdefault(rules.family(), {})
     known = shipped.shipped()
     for (name, architecture), kernels in compiled.items():
@@ -137,9 +137,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--all", action="store_true", help="every processor, not the pinned ones alone")
+    parser.add_argument("--all", action="store_true", help="every processor, not only the pinned ones")
     parser.add_argument("--only", default="", metavar="TEXT", help="configurations with TEXT in their name")
-    parser.add_argument("--arch", action="append", choices=shipped.ALL, help="these processors alone")
+    parser.add_argument("--arch", action="append", choices=shipped.ALL, help="only these processors")
     parser.add_argument("--write", action="store_true", help="make what was compiled the budget")
     parser.add_argument(
         "--docs", action="store_true", help="compile nothing, write the table of docs/triton.md"

@@ -4,7 +4,7 @@ AddressSanitizer and UndefinedBehaviourSanitizer look on:
 
     python scripts/sanitize.py [--jobs N] [pytest arguments]
 
-The modules go to build/sanitize and leave the installed ones alone. The sanitizer's library has to be loaded before
+The modules go to build/sanitize and do not touch the installed ones. The sanitizer's library has to be loaded before
 Python itself, so the tests run under LD_PRELOAD; leaks are not looked for, because the interpreter keeps memory until
 it ends. Any report ends the test process. Linux, with g++ or clang++.
 """

@@ -1,4 +1,4 @@
-"""What `mkdocs build` needs beyond its configuration: the repository's other Markdown files as pages, and their links.
+"""Additions to the configuration of `mkdocs build`: the repository's other Markdown files as pages, and their links.
 
 The pages link to one another as files of the repository, so that they can be read there. On the site, README,
 CONTRIBUTING, CHANGELOG and the READMEs of bench and examples are pages too, and a link to any other file becomes its
