@@ -32,17 +32,19 @@ def check_integers(least: int, **values: Any) -> None:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
 
 
-def check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any, least: float | None = None) -> None:
     """Raise unless it is a Python number: such numbers are written down, and compiled into graphs.
 
     Raises:
         TypeError: it is something else.
+        ValueError: `least` is given, and it is smaller or not finite.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return
-    is_convertible = hasattr(value, "__float__") and not isinstance(value, bool)
-    remedy = f": pass float({name})" if is_convertible else ""
-    raise TypeError(f"{name} must be a Python number, got {type(value).__name__}{remedy}.")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        is_convertible = hasattr(value, "__float__") and not isinstance(value, bool)
+        remedy = f": pass float({name})" if is_convertible else ""
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}{remedy}.")
+    if least is not None and not least <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= {least}, got {value}.")
 
 
 def check_scalar(name: str, value: Any) -> None:

@@ -54,9 +54,7 @@ class PenaltyOptions:
         if gamma is None and self.form != "squared":
             raise ValueError(f"gamma must be given with form={self.form!r}: the threshold on the root of q.")
         if gamma is not None:
-            check_number("gamma", gamma)
-            if not 0 <= gamma < float("inf"):
-                raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
+            check_number("gamma", gamma, 0)
         if denominator is not None:
             if self.reduction != "mean":
                 raise ValueError(

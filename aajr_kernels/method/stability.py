@@ -341,9 +341,7 @@ def _check(
     check_integers(0, power_iterations=power_iterations)
     for name, number in (("gamma", gamma), ("tolerance", tolerance)):
         if number is not None:
-            check_number(name, number)
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {number}.")
+            check_number(name, number, 0)
     for name, wanted in (
         ("output_loss", output_loss is not None),
         ("gamma", gamma is not None),

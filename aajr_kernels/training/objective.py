@@ -199,18 +199,12 @@ class _Work:
             self.adversary,
             x.detach(),
             radius=radius * unit,
-            steps=attack.steps,
             step_size=step_size,
-            step=attack.step,
-            norm=attack.norm,
-            scope=attack.scope,
             agents=self.batch.agents,
-            init=attack.init,
-            restarts=attack.restarts,
             mask=self.batch.attackable,
             generator=self.generator,
             module=self.model,
-            eval_mode=attack.eval_mode,
+            **_entries(attack, "steps", "step", "norm", "scope", "init", "restarts", "eval_mode"),
         )
 
     def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
@@ -232,14 +226,9 @@ class _Work:
             forward,
             self.x,
             trajectory,
-            steps=config.steps,
-            weights=config.weights,
-            direction=config.direction,
-            at=config.at,
-            per_agent=config.per_agent,
-            batch_steps=config.batch_steps,
             inputs=batch.inputs if several else None,
             generator=self.generator,
+            **_entries(config, "steps", "weights", "direction", "at", "per_agent", "batch_steps"),
             **options,
         )
         loss = None
@@ -263,13 +252,11 @@ class _Work:
             functools.partial(self.policy.forward, **batch.inputs),
             trajectory,
             steps=steps,
-            weights=config.weights,
             generator=self.generator,
             loss_fn=self.adversary if config.method in NEEDS_LOSS else None,
-            samples=config.samples,
-            iterations=config.iterations,
             h=config.h * float(_unit(x.detach(), batch.attended, self.config)),
             module=self.model,
+            **_entries(config, "weights", "samples", "iterations"),
             **self.options(scheduled),
         )
         return penalty, None, {}
@@ -278,14 +265,17 @@ class _Work:
         """What all penalties take."""
         config = self.config.penalty
         return dict(
-            metric=config.metric,
             head=self.policy.head,
             gamma=scheduled.gamma,
-            form=config.form,
             mask=self.batch.tokens(config.tokens),
-            unit=config.unit,
             denominator=float(self.counts.units),
+            **_entries(config, "metric", "form", "unit"),
         )
+
+
+def _entries(config: Any, *names: str) -> dict[str, Any]:
+    """Entries of a configuration that are arguments of the same names."""
+    return {name: getattr(config, name) for name in names}
 
 
 def _weighted(loss_fn: Callable[[Any], Any], weights: Tensor | None) -> Callable[[Any], Any]:

@@ -372,14 +372,14 @@ def test_a_penalty_brings_what_is_expected(small, passes):
 
 def test_what_is_expected_is_counted_without_waiting_for_the_device():
     """On another device every count stays a tensor: nothing may read a value."""
-    from aajr_kernels.method import expected as module
+    from aajr_kernels.method.expected import _factor
+    from aajr_kernels.method.options import PenaltyOptions
 
     keep = torch.empty(4, 5, dtype=torch.bool, device="meta")
     for unit in ("token", "sequence"):
-        shape = module.Reduction(None, "squared", keep, unit, "mean", None)
-        assert isinstance(shape.factor(2, (4, 5), keep), torch.Tensor)
-    shape = module.Reduction(None, "squared", None, "token", "mean", torch.empty((), device="meta"))
-    assert isinstance(shape.factor(2, (4, 5), None), torch.Tensor)
+        assert isinstance(_factor(PenaltyOptions(mask=keep, unit=unit), 2, (4, 5), keep), torch.Tensor)
+    options = PenaltyOptions(denominator=torch.empty((), device="meta"))
+    assert isinstance(_factor(options, 2, (4, 5), None), torch.Tensor)
 
 
 def test_common_factor_reads_the_device_once(monkeypatch):
