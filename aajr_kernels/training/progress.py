@@ -88,6 +88,10 @@ class Progress:
             self._started = self._done + 1
             self.reach(self._done + 1, text)
 
+    def note(self, text: str) -> None:
+        """The current step has come to `text`."""
+        self.reach(self._done, text)
+
     def reach(self, done: int, text: str = "", total: int | None = None) -> None:
         """So many steps are done, of so many."""
         with self._lock:
