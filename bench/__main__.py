@@ -95,7 +95,7 @@ def bench(
     The gradients of a case are compared with float64 first; where they are wrong no speed is reported. Then all its
     variants run interleaved in this process, and the minimum counts. Peaks of memory come from fresh processes.
 
-    A variant that runs out of memory has a row that says so, and the rest goes on. Rows are written case by case, so
+    A variant that runs out of memory has a row with `failure`, and the rest goes on. Rows are written case by case, so
     that an interrupted run keeps those that were finished.
 
     Exit code 0: done, 1: gradients are wrong, a case failed, with --check a bound is missed, or a ratio is above its

@@ -1,7 +1,7 @@
 """Cases and suites: a case is a set of variants that compute comparable things.
 
 A suite is a function from a :class:`Selection` to cases, entered in :data:`bench.suites.SUITES`. A case names its
-sizes, its variants and what they are measured against; a variant knows how to build itself at any length (the gate
+sizes, its variants and their base; a variant builds itself at any length (the gate
 runs at a small one, the peak of memory in another process) and which exact gradients it has to reproduce.
 """
 
@@ -53,7 +53,7 @@ class Variant:
         truth: the exact gradients of a length, in float64, for the same inputs.
         exact: whether the gate judges the error; otherwise it is only reported (finite differences).
         optional: left out with a note where it raises.
-        backend: a backend by name in place of the chosen one.
+        backend: a backend by name in place of the one in use.
         rounds: at most so many timed runs (slow peers).
         peak: whether its peak is taken where the case measures memory.
         flops, bytes: arithmetic and memory traffic of one call, for the rates.
@@ -90,7 +90,7 @@ class Case:
     Attributes:
         base: variants that ratios may refer to; the fastest of them is taken.
         gate_length: largest length at which gradients are compared with float64.
-        repeats: timed rounds unless ``--repeats`` says otherwise.
+        repeats: timed rounds unless ``--repeats`` sets others.
         timed: False for a case that only measures memory.
         peak: whether the peak of memory is measured by default.
         warm_length: run once before the peak is taken, so that code and small buffers are in place.
@@ -167,7 +167,7 @@ class Suite:
     """A named set of families of cases; those for a device run where there is one, or are modelled.
 
     Attributes:
-        device: ``cuda``: it runs nowhere else; ``cpu``: there, or where ``--device`` says.
+        device: ``cuda``: it runs nowhere else; ``cpu``: there, or on ``--device``.
         usual: whether it is part of a run that names no suite.
         parts: whether forward and backward can be timed apart when asked for.
     """
@@ -234,7 +234,7 @@ def step_run(
 def true_portion(
     out: torch.Tensor, leaves: Sequence[torch.Tensor], cotangent: torch.Tensor | None, part: str = "both"
 ) -> Gradients:
-    """What :func:`portion` has to give, from the exact `out`."""
+    """The exact result of :func:`portion`, from the exact `out`."""
     if part == "forward":
         return [out.detach()]
     return torch.autograd.grad(out, leaves, cotangent, allow_unused=True)

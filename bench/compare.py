@@ -1,8 +1,8 @@
 """Two sets of rows against each other: files, another commit, or a run and the baseline of its kind of machine.
 
 Ratios are compared, never times: both sides of a ratio are measured in the same process, interleaved. The interval is
-the percentile bootstrap of the median over the rounds of either run; it says how well these runs tell the two apart,
-not how the machine will behave tomorrow.
+the percentile bootstrap of the median over the rounds of either run; it covers these runs, not the
+machine of another day.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .run import Outcome
 from .tables import grid, say
 
 LIMIT = 0.15  # largest growth of a ratio that passes
-ROUNDS = 7  # with fewer an interval says little, and the growth decides
+ROUNDS = 7  # with fewer an interval means little, and the growth decides
 RESAMPLES, LEVEL = 4000, 0.95
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 2  # each of two commits is measured so often, in the order other, this, this, other
@@ -109,7 +109,7 @@ def compare(before: Iterable[Row], after: Iterable[Row]) -> Comparison:
 
 
 def _change(before: Row, after: Row, base: Row | None) -> Change:
-    """`base` is the row, in the second set, of what `before` was divided by."""
+    """`base` is the row, in the second set, of the base of `before`."""
     assert before.ratio is not None and after.ratio is not None
     old, new, fewer = before.round_ratios, after.round_ratios, min(before.repeats, after.repeats)
     if before.base != after.base:  # another way to compute the plain step was the fastest
@@ -128,7 +128,7 @@ def _change(before: Row, after: Row, base: Row | None) -> Change:
 
 
 def show(comparison: Comparison, names: tuple[str, str], console: Console) -> None:
-    """A table, the largest growth first; then what could not be compared."""
+    """A table, the largest growth first; then the rows without a partner."""
     header = ("case and variant", *names, "change", f"{LEVEL:.0%} interval", "")
     rows = []
     for change in sorted(comparison.changes, key=lambda c: -c.growth):
@@ -240,7 +240,7 @@ def measure_both(
         progress: called with the next stage.
 
     Raises:
-        Failed: git, the build or a benchmark failed, or the other commit knows no such suite or option.
+        Failed: git, the build or a benchmark failed, or the other commit has no such suite or option.
     """
     with _worktree(commit) as tree, tempfile.TemporaryDirectory() as folder:
         progress(f"building {commit}")

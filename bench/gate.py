@@ -15,9 +15,9 @@ from aajr_kernels.backends import choice
 
 from .case import LIMITS, Case, Gradients, Variant
 
-#: what one tensor may be off relative to its own size, as a multiple of what all together may be
+#: largest error of one tensor relative to its own size, as a multiple of that of all together
 ONE_TENSOR = 10.0
-#: tensors much smaller than the typical one are what is left of terms that cancel; errors count against this share
+#: tensors much smaller than the typical one are the rest of terms that cancel; errors count against this share
 FLOOR = 1e-2
 
 
@@ -92,7 +92,7 @@ def _judge(
 
 
 def on_backend(variant: Variant) -> use_backend:
-    """The backend a variant asks for, or the one that is chosen already."""
+    """The backend of a variant, or the one in use."""
     return use_backend(variant.backend or choice.current_backend())
 
 

@@ -18,20 +18,19 @@ from .suites import SUITES
 
 
 def main(
-    suite: str, family: str, dtype: str, length: str, part: str, device: str, variant: str, threads: str
+    suite: str, family: str, dtype: str, length: str, part: str, device: str, name: str, threads: str
 ) -> None:
     """Print the bytes as JSON, or null where the system does not tell."""
     torch.set_num_threads(int(threads))
     (case,) = SUITES[suite].cases(Selection((dtype,), (int(length),), (family,), part, device))
-    chosen = case.variant(variant)
-    with on_backend(chosen):
-        warm = chosen.make(case.warm_length)
+    variant = case.variant(name)
+    with on_backend(variant):
+        warm = variant.make(case.warm_length)
         warm.call()
         if warm.reset:
             warm.reset()
         del warm
-        run = chosen.make(case.length)
-        _, cost = measure(run.call, torch.device(case.device))
+        _, cost = measure(variant.make(case.length).call, torch.device(case.device))
     print(json.dumps(cost.peak_bytes))
 
 

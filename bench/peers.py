@@ -2,7 +2,7 @@
 
 ``jvp-flash-attention`` (MIT) has Triton kernels for attention under PyTorch's forward mode. The step with it is
 ``torch.func.jvp`` of the unmodified model whose ``scaled_dot_product_attention`` is replaced. Like all forward modes of
-PyTorch it is at the mercy of the other layers' derivatives; the column of gradient errors says how far that carries.
+PyTorch it is at the mercy of the other layers' derivatives; the column of gradient errors shows the effect.
 """
 
 from __future__ import annotations

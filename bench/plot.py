@@ -27,7 +27,7 @@ COLOURS = {
 }
 #: for variants without a colour of their own, in the order of their names
 FURTHER = ("#c2571a", "#6477d6", "#8a7a3a", "#a0522d", "#4a8fa8", "#a8567f")
-#: what the rows are compared with; lines of one do not tell more than the axis does
+#: bases: lines at one, which the axis has already
 BASES = ("plain", "plain, eager attention", "plain, compiled", "plain, keys repeated", "plain, written out")
 #: variants of older rows that can no longer be measured
 GONE = ("plain, our primal ops",)
@@ -58,7 +58,7 @@ def whole_models(rows: Iterable[Row]) -> list[Row]:
 
 
 def finite(value: float | None) -> float | None:
-    """The number, or None for what cannot be drawn."""
+    """The number, or None if it cannot be drawn."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -177,7 +177,7 @@ def _figure(columns: int, lines: int, height: float = 3.4, **options: Any) -> tu
 
 
 def _save(figure: Any, axes: list[Any], path: Path, rows: Sequence[Row], keys: Mapping[str, Any]) -> None:
-    """Write the picture; a PNG says in its metadata which rows it shows, not when and by what it was drawn."""
+    """Write the picture; the metadata of a PNG name its rows, not the time and the program."""
     for axis in axes:
         if not axis.has_data():
             axis.set_visible(False)
@@ -187,6 +187,6 @@ def _save(figure: Any, axes: list[Any], path: Path, rows: Sequence[Row], keys: M
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-    """A hash of what the pictures show of rows, in whatever order they are."""
+    """A hash of the drawn numbers of rows, in any order."""
     lines = sorted(f"{row.key} {row.ratio} {row.gradient_error}" for row in rows)
     return "rows " + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

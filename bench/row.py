@@ -21,8 +21,8 @@ class Row:
     """One line of a results file.
 
     Attributes:
-        suite, family, config, length, variant: what ran; `config` holds sizes and options.
-        device, dtype: where and in what.
+        suite, family, config, length, variant: the case; `config` holds sizes and options.
+        device, dtype: of the tensors.
         backend: of our ops: ``native``, ``reference``, ``triton``, several joined by ``+``; ``torch`` if none ran.
         ops: our op -> the backend it ran on.
         min_ms, median_ms: forward and backward over `repeats` interleaved runs; None where only memory was measured.
@@ -33,7 +33,7 @@ class Row:
         gradient_bytes: the part of it that the gradients themselves take, where a bound needs it.
         peak_ratio: peak_bytes over those of the base.
         gradient_error: relative error of all gradients together against float64, at a small length.
-        bounds: quantity -> what it may be at most: ``ratio``, ``peak_ratio``, ``extra_bytes`` (the peak without the
+        bounds: quantity -> its largest value: ``ratio``, ``peak_ratio``, ``extra_bytes`` (the peak without the
             gradients) or ``ratio of X`` (that of the peer X, measured in the same run).
         passed: whether all bounds hold; None without bounds.
         repeats: timed runs of this variant; 0 where only memory was measured.
@@ -42,7 +42,7 @@ class Row:
         torch_capability, native_capability: instruction sets in use by torch and by the native module.
         threads: of torch, which are those of the native module.
         settings: the environment variables of :data:`SETTINGS` that were set.
-        allocator: of memory, while timing: what :func:`.allocator.in_use` says.
+        allocator: of memory, while timing: :func:`.allocator.in_use`.
         python, torch, transformers, aajr_kernels: versions.
         commit, dirty: of the checkout, and whether its code was changed since; None outside a checkout.
 
@@ -52,7 +52,7 @@ class Row:
         flop_share, byte_share: gflop_per_s and gb_per_s over the ceilings.
         ceilings: of the device, measured in the same run: ``gflop_per_s`` of a large product in the dtype, ``gb_per_s``
             of a copy.
-        round_ratios: this variant over the base, round by round; what intervals are made of.
+        round_ratios: this variant over the base, round by round, for intervals.
         failure: why there are no numbers, such as "out of memory"; empty where there are.
     """
 

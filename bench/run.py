@@ -35,7 +35,7 @@ class Outcome:
         rows: one per variant; none when the gate is red.
         failures: why the gate is red, or why nothing could be measured.
         left_out: optional variant -> why it cannot run here.
-        broken: variant -> why it gave no numbers; each has a row that says so.
+        broken: variant -> why it gave no numbers; each has a row with the reason.
         graphed: variants whose calls were replayed from a graph.
         gate: whether `failures` are the gate's.
     """
@@ -67,7 +67,7 @@ def run_case(
     Args:
         environment: the fields of a row that are the same for the whole run.
         repeats: timed rounds in place of the case's own.
-        peak: measure memory everywhere, nowhere, or (None) where the case asks for it.
+        peak: measure memory everywhere, nowhere, or (None) where the case has it by default.
         progress: called with the next stage.
     """
     progress("gate")
@@ -78,7 +78,7 @@ def run_case(
     variants = [v for v in case.variants if v.name not in verdict.left_out and v.name not in verdict.broken]
     limits = None
     if case.timed and any(v.flops or v.bytes for v in variants):
-        progress("what the machine reaches")
+        progress("ceilings of the machine")
         limits = measured(case.device, case.dtype)
     samples: dict[str, list[float]] = {}
     if case.timed:
@@ -149,7 +149,7 @@ def _interleaved(
             numbers[v.name] = min(1000, max(1, math.ceil(SAMPLE_SECONDS / seconds)))
     samples: dict[str, list[float]] = {v.name: [] for v in variants}
     gc.collect()
-    gc.freeze()  # what lives by now need not be searched before every sample
+    gc.freeze()  # objects that live by now need not be searched before every sample
     try:
         for i in range(repeats):
             progress(f"round {i + 1} of {repeats}")
@@ -180,7 +180,7 @@ def _warmed_up(case: Case, variant: Variant, outcome: Outcome) -> Run:
 
 
 def captured(run: Run) -> Run:
-    """The same call, replayed from a CUDA graph: what the device takes for it, without Python."""
+    """The same call, replayed from a CUDA graph: the time of the device, without Python."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -83,13 +83,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is spread, and what it consists of.
+    """The processes of a step and its parts.
 
     Attributes:
         data: processes with rows of their own, over which ``fully_shard`` splits the parameters.
         tensor: processes that share every layer and the vocabulary.
         batch, length: rows of a data-parallel process and their tokens.
-        tangents: K of the penalty, 0 for the adversarial loss alone.
+        tangents: K of the penalty, 0 for the adversarial loss only.
         attack: gradients of an attack before it, followed by one loss; 0 for a plain step.
         sequence: norms and residuals are split along the sequence over `tensor`.
         recompute: every layer is checkpointed.
@@ -127,14 +127,14 @@ class Collective:
     Attributes:
         kind: ``all_gather``, ``reduce_scatter`` or ``all_reduce``.
         group: ``data`` or ``tensor``.
-        what: is moved.
+        name: of the tensor that is moved.
         count: calls.
-        size: bytes of the whole tensor of one call: what is gathered, scattered or summed.
+        size: bytes of the whole tensor that one call gathers, scatters or sums.
     """
 
     kind: str
     group: str
-    what: str
+    name: str
     count: int
     size: int
 
@@ -174,12 +174,12 @@ def _padded(shapes: list[tuple[int, ...]], parts: int) -> int:
 
 def _activations(shape: Shape, layout: Layout) -> Iterator[Collective]:
     if layout.sequence and layout.data > 1:
-        # weights of norms see a part of the sequence; without fully_shard their sums wait for who reads them
+        # weights of norms see a part of the sequence; without fully_shard their sums wait for a reader
         norms = 2 * shape.layers + 1
         yield Collective("all_reduce", "tensor", "gradient of a norm", norms, shape.hidden * layout.width)
     for stacks, forwards, backwards in _passes(layout):
         size = stacks * layout.tokens * shape.hidden * layout.width
-        # a layer is computed again up to what its last product needs, without the sum after it
+        # a layer is computed again up to its last product, without the sum after it
         again = backwards * int(layout.recompute)
         n = shape.layers
         if layout.sequence:
@@ -208,7 +208,7 @@ def _passes(layout: Layout) -> Iterator[tuple[int, int, int]]:
 
 
 def _statistics(tangents: int, metric: str) -> int:
-    """Numbers per token that the split head gathers: who it is, log Σ e^z, the label's logit, and per tangent."""
+    """Numbers per token that the split head gathers: the process, log Σ e^z, the label's logit, and per tangent."""
     per_tangent = {"l2": 0, "logits": 1, "fisher": 2, "probs": 3}[metric]
     return 3 + 2 + per_tangent * tangents + int(metric == "probs" and tangents > 0)
 
@@ -235,7 +235,7 @@ def operations(shape: Shape, layout: Layout) -> float:
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
-    """Bytes of a process, modelled: what rests, what is gathered, what a backward needs."""
+    """Bytes of a process, modelled: at rest, gathered, and for a backward."""
     at_rest = (_padded(shape.layer(layout.tensor), layout.data) * shape.layers) / layout.data
     at_rest += _padded(shape.outer(layout.tensor), layout.data) / layout.data
     layer, outer = (_padded(s, 1) for s in (shape.layer(layout.tensor), shape.outer(layout.tensor)))

@@ -338,7 +338,7 @@ def show_predictions(cases: Sequence[Case], device: roofline.Device, console: Co
         f"{device.tflops:g} dense bfloat16), other products at {device.rate('product') / 1e12:.0f} "
         f"({roofline.PRODUCT_SHARE:.0%}), memory at {roofline.COPY_SHARE * device.bandwidth / 1e12:.2f} TB/s "
         f"({roofline.COPY_SHARE:.0%} of {device.bandwidth / 1e12:g}).\n"
-        "Counted: what our kernels do (the backward of attention takes 24 products, 15 would be the least), every "
+        "Counted: the work of our kernels (the backward of attention takes 24 products, 15 would be the least), every "
         "stream once; the plain step's row-wise layers as if they were fused too. Launches, tails and waiting are "
         "left out, so short kernels take longer than this.",
     )

@@ -42,13 +42,13 @@ def verdict(case: Case) -> Verdict:
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_speed(benchmark: Any, case: Case, name: str) -> None:
-    found = verdict(case)
-    assert not found.failures, found.failures
-    if name in found.left_out:
-        pytest.skip(found.left_out[name])
+    checked = verdict(case)
+    assert not checked.failures, checked.failures
+    if name in checked.left_out:
+        pytest.skip(checked.left_out[name])
     variant = case.variant(name)
     benchmark.group = case.name
-    benchmark.extra_info.update(config=dict(case.config), ops=found.ops[name])
+    benchmark.extra_info.update(config=dict(case.config), ops=checked.ops[name])
     with on_backend(variant):
         run = variant.make(case.length)
         # teardown frees the gradients of one step before the next, outside the clock

@@ -143,7 +143,7 @@ def on_device(head_sizes: tuple[int, ...] = (64, 128)) -> list[Line]:
         for kernel, head, causal in jobs:
             lines.append(measure(kernel, head, causal, timer=timer, progress=progress.step))
             if (best := lines[-1].best) is not None:
-                configs.write({lines[-1].name: best})  # an interrupted run keeps what it has
+                configs.write({lines[-1].name: best})  # an interrupted run keeps the lines before
     return lines
 
 

@@ -132,7 +132,7 @@ def _rows(name: str, part: str, dtype: str, length: int) -> Case:
 def _launches(dtype: str, length: int) -> Case:
     """An RMS norm of `length` rows, called again and again by Python: the cost of a call, where rows are few.
 
-    Not in the roofline model, which knows devices and no Python.
+    Not in the roofline model, which has devices and no Python.
     """
     one = pointwise.OPS["rms_norm"]
     op = one.op(FEATURES, dtype, "forward", DEVICE)

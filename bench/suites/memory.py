@@ -1,7 +1,7 @@
 """Suite `memory`: the peak memory of a penalty step, and the ways to bring it down; it runs when it is named.
 
 The 4-layer Llama of suite `step`, forward and backward to every parameter, metric `l2`. Nothing is timed: a busy
-machine does no harm. On a CPU glibc is told to give freed memory back at once, so that peaks are those of what is alive
+machine does no harm. On a CPU glibc is set to give freed memory back at once, so that peaks are those of live tensors
 and not of the holes in its heap.
 
 ======================  =============================================================================
@@ -77,7 +77,7 @@ class Files(torch.autograd.graph.saved_tensors_hooks):
         path = self.folder / str(self._count)
         self._count += 1
         self.written += t.nbytes
-        # with its strides, if its numbers lie side by side: kernels then see what they saw
+        # with its strides, if its numbers lie side by side: kernels then see the same layout
         strides = t.stride()
         order = sorted(range(t.dim()), key=lambda axis: -strides[axis])
         dense = t.detach().permute(order).contiguous()

@@ -13,10 +13,9 @@ Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,39 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.method import LMHead, ascend, lm_loss, trajectory_penalty
 
-from ..case import Case, Gradients, Run, Selection, Suite, Variant, compiled, draw, step_run
-from . import models
-from .step import size
+from ..case import Case, Gradients, Run, Selection, Suite, Variant, compiled, step_run
+from . import models, step
 
-VOCABULARY = 32000
 STEPS, RADIUS, LENGTH = 3, 1.0, 0.5
 WEIGHT = 0.1  # of the penalty
 BOUND = 1.3
 RANK = 8
 FAMILIES = ("step", "checkpoint", "lora", "lora-checkpoint")
-
-
-@dataclass(frozen=True)
-class Task:
-    """The computation of one variant.
-
-    Attributes:
-        penalty: the method's step; otherwise the adversarial one.
-        ours: `ascend` and our kernels on a fused model; otherwise plain PyTorch on the model as it comes.
-        compiled: the plain loss is compiled.
-        family: of :data:`FAMILIES`.
-        device: where it runs.
-    """
-
-    dtype: str
-    penalty: bool = False
-    ours: bool = False
-    compiled: bool = False
-    family: str = "step"
-    device: str = "cpu"
 
 
 def cases(selection: Selection) -> list[Case]:
@@ -67,15 +43,25 @@ def cases(selection: Selection) -> list[Case]:
 
 
 def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
-    task = functools.partial(Task, dtype, family=family, device=selection.device)
-    bounded = selection.bounded and (family, dtype, length) == ("step", "float32", 512)
-    compiles = (_variant("adversarial, compiled", task(compiled=True), optional=True),)
-    variants = (
-        _variant("adversarial", task()),
-        *(compiles if family == "step" else ()),
-        _variant("adversarial, our kernels", task(ours=True)),
-        _variant("with penalty", task(penalty=True, ours=True), bounds={"ratio": BOUND} if bounded else {}),
+    task = functools.partial(
+        step.Task,
+        model="llama",
+        dtype=dtype,
+        head=True,
+        device=selection.device,
+        checkpoint="checkpoint" in family,
+        lora=RANK if "lora" in family else 0,
     )
+    bounded = selection.bounded and (family, dtype, length) == ("step", "float32", 512)
+    bounds = {"ratio": BOUND} if bounded else {}
+    variants = [
+        _variant("adversarial", task("adversarial")),
+        _variant("adversarial, compiled", task("adversarial", form="compiled"), optional=True),
+        _variant("adversarial, our kernels", task("adversarial", form="fused")),
+        _variant("with penalty", task("penalty", form="fused"), bounds=bounds),
+    ]
+    if family != "step":
+        del variants[1]
     return selection.case(
         *("method", family, dtype, length, variants),
         base=tuple(v.name for v in variants if v.name in ("adversarial", "adversarial, compiled")),
@@ -83,7 +69,7 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
             "model": "llama",
             "sizes": models.described("llama", length),
             "metric": "fisher",
-            "V": VOCABULARY,
+            "V": step.words("llama"),
             "steps": STEPS,
             "radius": RADIUS,
             "step_size": LENGTH,
@@ -92,44 +78,24 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
             "trained": f"LoRA of rank {RANK} on q, v" if "lora" in family else "everything",
             "checkpointing": "checkpoint" in family,
         },
-        gate_length=512,  # what is compiled for it is compiled for the timing
+        gate_length=512,  # code compiled for the gate serves the timing
         repeats=6,
         why="ascent, loss and penalty ÷ ascent and loss",
     )
 
 
-def _variant(name: str, task: Task, **options: Any) -> Variant:
+def _variant(name: str, task: step.Task, **options: Any) -> Variant:
     # PyTorch's forward mode does not go through its checkpoints
-    family = "lora" if "lora" in task.family else "step"
-    truth = functools.partial(true_gradients, Task(task.dtype, task.penalty, family=family))
-    return Variant(name, functools.partial(make, task), truth, key=task, compiled=task.compiled, **options)
+    exact = dataclasses.replace(task, form="sdpa", checkpoint=False, device="cpu")
+    make_, truth = functools.partial(make, task), functools.partial(true_gradients, exact)
+    return Variant(name, make_, truth, key=task, compiled=task.form == "compiled", **options)
 
 
-def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tensor]:
+def problem(task: step.Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tensor]:
     """Model, head, embeddings ``[1, S, C]`` and labels ``[1, S]``."""
-    model = models.build("llama", task.dtype, length)
-    width = models.sizes("llama", length).hidden
-    head = models.head(width, VOCABULARY, task.dtype)
-    if "lora" in task.family:
-        model, head = _adapted(model), head.requires_grad_(False)
-    if "checkpoint" in task.family:
-        models.checkpoint(model)
-    if task.ours:
-        fuse(model)
-    labels = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(3))
-    x = draw(1, length, width, dtype=task.dtype, seed=1)
-    return model.to(task.device), head.to(task.device), x.to(task.device), labels.to(task.device)
-
-
-def _adapted(model: nn.Module) -> nn.Module:
-    """With adapters whose matrices are random, both of them: a zero one would hide wrong gradients of the other."""
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for an attribute that transformers renamed
-        config = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        adapted: nn.Module = peft.get_peft_model(model, config)
-    return adapted
+    model, head, x, _, labels = step.problem(task, length)
+    assert head is not None
+    return model, head, x, labels
 
 
 def trained(*modules: nn.Module) -> list[nn.Parameter]:
@@ -137,12 +103,12 @@ def trained(*modules: nn.Module) -> list[nn.Parameter]:
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def make(task: Task, length: int) -> Run:
+def make(task: step.Task, length: int) -> Run:
     """A step with its gradients in ``.grad``."""
     model, head, x, labels = problem(task, length)
     parameters = trained(model, head)
     loss = plain_loss(model, head, labels)
-    if task.compiled:
+    if task.form == "compiled":
         loss = compiled(loss)
 
     def adversarial() -> Tensor:
@@ -151,16 +117,16 @@ def make(task: Task, length: int) -> Run:
         return loss(points[-1])
 
     ours = functools.partial(our_step, task, model, head, x, labels)
-    return step_run(parameters, ours if task.ours else adversarial)
+    return step_run(parameters, ours if task.form == "fused" else adversarial)
 
 
-def our_step(task: Task, model: nn.Module, head: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+def our_step(task: step.Task, model: nn.Module, head: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
     """The scalar of a step on our kernels."""
     hidden, _ = models.outputs(model, head)
     loss = lm_loss(hidden, head=head, labels=labels)
     options: dict[str, Any] = {"radius": RADIUS, "steps": STEPS, "step_size": LENGTH, "scope": "token"}
     trajectory = ascend(loss, x, **options, module=(model, head), evaluate_last=False)
-    if not task.penalty:
+    if task.kind != "penalty":
         return loss(trajectory.points[-1]).sum()
     options = {"steps": "last", "at": "end", "return_primal": True, "penalty_weight": WEIGHT}
     penalty, aux = trajectory_penalty(
@@ -205,7 +171,7 @@ def plain_ascent(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[Tens
 
 
 @functools.lru_cache(maxsize=2)
-def true_gradients(task: Task, length: int) -> Gradients:
+def true_gradients(task: step.Task, length: int) -> Gradients:
     """All gradients in float64, by PyTorch's forward mode on exact layers, for weights rounded to the dtype."""
     model, head, x, labels = problem(task, length)
     model, head, x = models.make_exact(model), head.double(), x.double()
@@ -213,9 +179,9 @@ def true_gradients(task: Task, length: int) -> Gradients:
     with sdpa_kernel(SDPBackend.MATH):
         points, directions = plain_ascent(loss, x)
         total = loss(points[-1])
-        if task.penalty:
+        if task.kind == "penalty":
             pair = torch.func.jvp(models.outputs(model, head)[1], (points[-1],), (directions[-1],))
-            total = total + WEIGHT * size(head, *pair)
+            total = total + WEIGHT * step.size(head, *pair)
         total.backward()
     return [p.grad for p in trained(model, head)]
 

@@ -32,7 +32,7 @@ SHALLOW = 128
 
 
 def sizes(kind: str, length: int) -> Decoder:
-    """Sizes by name: ``llama``, ``gpt2`` or ``bert``, alone or with ``-tiny`` or ``-base``; or a published model's."""
+    """Sizes by name: ``llama``, ``gpt2`` or ``bert``, also with ``-tiny`` or ``-base``; or a published model's."""
     if kind == "llama-1b":
         return Decoder(2048, 16 if length > SHALLOW else 2, 32, 8, 8192)
     if kind == "smollm2":
@@ -47,10 +47,10 @@ def architecture(kind: str) -> str:
 
 def described(kind: str, length: int) -> str:
     """The sizes in words, for the rows."""
-    found = sizes(kind, length)
-    heads = f"{found.heads}/{found.key_heads}" if architecture(kind) == "llama" else f"{found.heads}"
-    inner = found.intermediate if architecture(kind) == "llama" else 4 * found.hidden
-    return f"{found.layers} layers, hidden {found.hidden}, intermediate {inner}, heads {heads}, B1"
+    size = sizes(kind, length)
+    heads = f"{size.heads}/{size.key_heads}" if architecture(kind) == "llama" else f"{size.heads}"
+    inner = size.intermediate if architecture(kind) == "llama" else 4 * size.hidden
+    return f"{size.layers} layers, hidden {size.hidden}, intermediate {inner}, heads {heads}, B1"
 
 
 def checkpoint(model: nn.Module) -> None:
@@ -92,6 +92,17 @@ def build(kind: str, dtype: str, length: int, attention: str = "sdpa") -> nn.Mod
                 parameter.add_(0.1 * torch.randn_like(parameter) if "bias" not in name else 0.02)
     built: nn.Module = model.to(DTYPES[dtype])
     return built
+
+
+def adapted(model: nn.Module, rank: int) -> nn.Module:
+    """With adapters on queries and values whose matrices are all random: a zero one would hide wrong gradients."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renamed
+        config = peft.LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model_: nn.Module = peft.get_peft_model(model, config)
+    return model_
 
 
 def make_exact(model: nn.Module) -> nn.Module:

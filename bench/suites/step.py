@@ -42,13 +42,14 @@ class Task:
     Attributes:
         kind: ``plain``, ``penalty``, ``both`` (loss and penalty), ``differences``, ``forward mode``, ``double
             backward`` or an installed peer.
-        model: as :func:`.models.sizes` knows them.
+        model: a name of :func:`.models.sizes`.
         form: ``sdpa`` or ``eager`` (unmodified), ``compiled`` or ``fused``.
         head: with a head of 32,000 words (or the model's own number), the ``fisher`` metric and the cross-entropy.
         directions: K.
         device: where it runs.
         part: of :data:`.case.PARTS`.
-        recompute, checkpoint, offload: what suite `memory` keeps of a step, see there.
+        recompute, checkpoint, offload: as in suite `memory`.
+        lora: rank of adapters, which are then all that is trained.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Task:
     recompute: bool = False
     checkpoint: bool = False
     offload: bool = False
+    lora: int = 0
 
 
 def tasks(selection: Selection, **options: Any) -> Callable[..., Task]:
@@ -192,7 +194,7 @@ def words(model: str) -> int:
 
 
 def _penalty(dtype: str, length: int, selection: Selection) -> Case:
-    """What comes on top of one penalty: the loss from the same forward, and more directions."""
+    """The loss from the same forward, and more directions, against one penalty."""
     task = tasks(selection, model="llama", dtype=dtype, form="fused")
     bound = DIRECTIONS.get((dtype, length)) if selection.bounded else None
     variants = [
@@ -225,6 +227,8 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tenso
     model = models.build(task.model, task.dtype, length, "eager" if task.form == "eager" else "sdpa")
     hidden, vocab_size = models.sizes(task.model, length).hidden, words(task.model)
     head = models.head(hidden, vocab_size, task.dtype) if task.head else None
+    if task.lora:
+        model = models.adapted(model, task.lora)
     if task.checkpoint:
         models.checkpoint(model)
     if task.form == "fused":
@@ -233,7 +237,7 @@ def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tenso
     v = normalize(draw(task.directions, 1, length, hidden, dtype="float32", seed=2)).to(x.dtype)
     labels = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(3))
     if head is not None:
-        head = head.to(task.device)
+        head = head.to(task.device).requires_grad_(not task.lora)
     return model.to(task.device), head, x.to(task.device), v.to(task.device), labels.to(task.device)
 
 

@@ -31,7 +31,7 @@ def tiny(monkeypatch):
     # seconds, and half a minute for what PyTorch has to get right
     monkeypatch.setattr("bench.run.measured", lambda device, dtype: Ceilings(1e12, 1e10))
     monkeypatch.setattr(step, "compiled", lambda scalar: scalar)
-    for module in (head, step, method):
+    for module in (head, step):
         monkeypatch.setattr(module, "VOCABULARY", 61)
     monkeypatch.setattr(head, "HIDDEN", 24)
 
