@@ -21,15 +21,15 @@ from . import torch_private
 
 __all__ = [
     "Result",
-    "snapshot",
-    "save_or_recompute",
+    "is_recomputed",
     "make_recomputable",
     "recomputable_node",
     "recompute",
-    "release",
-    "saved_tensors",
     "recomputed",
-    "is_recomputed",
+    "release",
+    "save_or_recompute",
+    "saved_tensors",
+    "snapshot",
 ]
 
 #: what the open contexts say, for ops without an argument of their own
@@ -138,8 +138,7 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """``ctx.saved_tensors``, which hooks may unpack only once, as often as wanted until :func:`release`."""
     result = _result_of(ctx)
     if result is None:
-        tensors: tuple[Any, ...] = ctx.saved_tensors
-        return tensors
+        return tuple(ctx.saved_tensors)
     if result.saved is None:
         result.saved = ctx.saved_tensors
     return result.saved
@@ -153,7 +152,7 @@ def release(ctx: Any) -> None:
 
 
 def _result_of(ctx: Any) -> Result | None:
-    # nothing is offered while torch.compile traces, and it cannot trace the question
+    # no result is recomputable while torch.compile traces, and it cannot trace this look-up
     return None if torch.compiler.is_compiling() else getattr(ctx, "result", None)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,6 +178,15 @@ def test_a_reference_imports_torch_alone(module):
 def test_the_measure_imports_nothing_of_ours(module):
     """A mistake that it shared with the package would not be seen."""
     assert not inside_package(module)
+
+
+def test_the_schema_of_an_operator_is_written_once():
+    """In ops/<op>/operators.py, not beside the launcher of each backend."""
+    texts = {module: (PACKAGE / module).read_text() for module in MODULES if module.startswith("ops/")}
+    schemas = re.findall(r'Operator\(\s*f?"(\w+)\(', "".join(texts.values()))
+    assert len(schemas) == len(set(schemas)) > 10
+    places = {module.split("/")[-1] for module, text in texts.items() if "Operator(" in text}
+    assert places == {"operators.py"}
 
 
 @pytest.mark.parametrize("module", MODULES)

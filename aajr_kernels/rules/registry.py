@@ -123,8 +123,6 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
 
 #: patches of torch that make a lost derivative loud; installed at the first dual(), never at import
 GUARDS: list[Callable[[], None]] = [separate_outputs]
-
-
 #: the same of compiled code: functions that return a message where they found a fault
 COMPILED_GUARDS: list[Callable[[], str | None]] = []
 _compiled_fault: str | None = None
@@ -132,9 +130,8 @@ _compiled_fault: str | None = None
 
 def install_guards() -> None:
     """Install the registered guards, each once; one that refuses does so again."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # before a look at the list, which would become a guard of compiled code
+    # before a look at the list, which would become a guard of compiled code
+    if torch.compiler.is_compiling():
         return
     while GUARDS:
         guard = GUARDS.pop()
