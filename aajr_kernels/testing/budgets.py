@@ -22,8 +22,6 @@ ULPS = 4.0
 DRAWS = 4  # further eager computations where one may have been right by luck
 #: a gradient this much smaller than the typical one of its case is rounding, and errors are relative to that size
 GRADIENT_FLOOR = 1e-3
-#: and one that is zero for every input is a sum of terms that may be this much larger
-VANISHING_FLOOR = 4.0
 
 Results = Mapping[str, "Tensor | None"]
 
@@ -80,7 +78,12 @@ class Error:
 
 
 def error_of(
-    actual: Tensor | None, eager: Tensor | None, exact: Tensor | None, dtype: torch.dtype, floor: float = 0.0
+    actual: Tensor | None,
+    eager: Tensor | None,
+    exact: Tensor | None,
+    dtype: torch.dtype,
+    floor: float = 0.0,
+    ulps: float = ULPS,
 ) -> Error:
     """The error of `actual`, and its share of the budget.
 
@@ -90,6 +93,7 @@ def error_of(
         exact: the formula in float64; None where the loss does not depend on the leaf.
         dtype: what was computed in; its eps counts.
         floor: smallest root mean square to which the error is relative; 0 for outputs.
+        ulps: units in the last place that are allowed beside the eager error.
     """
     if exact is None:
         stray = actual is not None and bool(actual.any())
@@ -110,7 +114,7 @@ def error_of(
         eager_error = 0.0 if eager is None else norm(eager.detach().double().cpu() - exact.detach())
         # a formula that overflows in the low dtype excuses nothing
         eager_error = eager_error if math.isfinite(eager_error) else 0.0
-        allowed = FACTOR * eager_error + ULPS * torch.finfo(dtype).eps * size
+        allowed = FACTOR * eager_error + ulps * torch.finfo(dtype).eps * size
     return Error(_ratio(error, size), _ratio(error, allowed))
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from ops import cases_products, cases_rows
-from ops.suite import Case, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aajr_kernels as aajr
 from aajr_kernels.ops.sensitivity import softmax
+from aajr_kernels.testing.cases import CASES as EVERY
+from aajr_kernels.testing.cases.case import Case, problem
 
 OPS = ("activation", "attention", "head", "norm", "sensitivity", "rotary")
-CASES = {str(case): case for case in (*cases_rows.CASES, *cases_products.CASES)}
+CASES = {str(case): case for case in EVERY}
 _WORDS = "bias per,residual,add,tables,interleaved,labels, bias,swiglu,softmax,layer".split(",")
 
 Call = tuple[Any, tuple[Any, ...]]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from backends import cuda_host, operator_calls
-from ops.cases_rows import layer, reduction, rms
-from ops.suite import DTYPES, Target, check, outcome
+from ops.suite import DTYPES, Target, check
 
 import aajr_kernels as aajr
 from aajr_kernels import BackendUnavailable, Dual
@@ -19,6 +18,8 @@ from aajr_kernels.ops.norm import cuda as norm
 from aajr_kernels.ops.norm import reference as norm_reference
 from aajr_kernels.ops.sensitivity import cuda as reduce
 from aajr_kernels.ops.sensitivity import sensitivity, softmax
+from aajr_kernels.testing.cases.case import outcome
+from aajr_kernels.testing.cases.rows import layer, reduction, rms
 
 TARGET = Target("cuda")
 on_host = pytest.mark.skipif(

@@ -18,11 +18,12 @@ import pytest
 import torch
 from backends import cuda_host
 from backends.cpu.test_bad_input import SMALL
-from ops.cases_products import attention, head
-from ops.suite import Target, outcome
+from ops.suite import Target
 
 from aajr_kernels.backends import cpu as native
 from aajr_kernels.backends import cuda
+from aajr_kernels.testing.cases.case import outcome
+from aajr_kernels.testing.cases.products import attention, head
 
 PAGE = 4096
 SIZES = [4, 2, 2, 1, 8]  # bytes of the dtype codes

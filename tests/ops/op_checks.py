@@ -12,40 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aajr_kernels import Dual
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
-
-
-def stacks(*shape: int, k: int = 1, scale: float = 1.0) -> Tensor:
-    """A random float64 primal with k tangents."""
-    return scale * torch.randn(1 + k, *shape, dtype=torch.float64)
-
-
-def entered(stack: Tensor) -> Any:
-    """A stack as the operation takes it: a Dual, or a plain tensor where it has no tangents."""
-    return Dual(stack) if stack.shape[0] > 1 else stack[0]
-
-
-def forward_mode(
-    formula: Callable[..., Tensor], inputs: Sequence[Tensor], params: Sequence[Tensor]
-) -> Tensor:
-    """Stacked value and tangents of ``formula(*primals, *params)`` by one ``torch.func.jvp`` a tangent."""
-    k = max(s.shape[0] for s in inputs) - 1
-    moving = [i for i, s in enumerate(inputs) if s.shape[0] > 1]
-
-    def of_moving(*values: Tensor) -> Tensor:
-        primals = [s[0] for s in inputs]
-        for i, value in zip(moving, values):
-            primals[i] = value
-        return formula(*primals, *params)
-
-    results = [
-        torch.func.jvp(
-            of_moving, tuple(inputs[i][0] for i in moving), tuple(inputs[i][1 + j] for i in moving)
-        )
-        for j in range(k)
-    ]
-    return torch.stack([results[0][0]] + [tangent for _, tangent in results])
+from aajr_kernels.testing.cases.case import entered, forward_mode, stacks  # noqa: F401  stacks: for the tests
 
 
 def outcome(

@@ -1,117 +1,227 @@
-"""One problem: tensors, the call of our op, and the same thing by formulas.
+"""A case: one computation by our op, by a formula, and as a model would compute it; and what is compared.
 
-For every public op there is a handful of small, awkward ones: odd sizes, several leading axes, one and three tangents,
-weights that are not constant, arguments without tangents, memory that is not contiguous, rows that may see nothing,
-logits far from zero, and one problem large enough to be cut into blocks or tiles.
+Inputs that carry tangents are stacks ``[1 + K, *shape]``, those without are ``[1, *shape]`` and enter the operation as
+plain tensors. The cotangent is random on primal and tangents alike, so that both paths are seen.
 """
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import formulas
+from ...dual import Dual
+from .. import budgets
 
-Outputs = dict[str, Tensor]
+Stacks = Sequence[Tensor]
+Run = Callable[[Stacks, Stacks], Tensor]
+
+
+# -- tensors --------------------------------------------------------------------------------------------------------
+def stacks(*shape: int, k: int = 1, scale: float = 1.0) -> Tensor:
+    """A random float64 primal with k tangents."""
+    return scale * torch.randn(1 + k, *shape, dtype=torch.float64)
+
+
+def entered(stack: Tensor) -> Any:
+    """A stack as the operation takes it: a Dual, or a plain tensor where it has no tangents."""
+    return Dual(stack) if stack.shape[0] > 1 else stack[0]
+
+
+def dense(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def gap(x: Tensor) -> Tensor:
+    """The same numbers with unused memory after every row of the last axis, at an odd distance from the start."""
+    shape = (x.numel() // max(x.shape[-1], 1), x.shape[-1] + 3)
+    room = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
+    view = room.view(*x.shape[:-1], x.shape[-1] + 3)[..., 1 : 1 + x.shape[-1]]
+    return view.copy_(x)
+
+
+def swapped(x: Tensor) -> Tensor:
+    """The same numbers with the last two axes before the last exchanged in memory, as heads cut out of rows are."""
+    return x.transpose(-2, -3).contiguous().transpose(-2, -3) if x.dim() > 3 else x.contiguous()
+
+
+def flipped(x: Tensor) -> Tensor:
+    """The same numbers with the last two axes exchanged in memory: the last one is not dense."""
+    return x.mT.contiguous().mT if x.dim() > 2 else x.contiguous()
+
+
+def forward_mode(formula: Callable[..., Tensor], inputs: Stacks, params: Stacks) -> Tensor:
+    """Stacked value and tangents of ``formula(*primals, *params)`` by one ``torch.func.jvp`` a tangent."""
+    k = max(s.shape[0] for s in inputs) - 1
+    moving = [i for i, s in enumerate(inputs) if s.shape[0] > 1]
+
+    def of_moving(*values: Tensor) -> Tensor:
+        primals = [s[0] for s in inputs]
+        for i, value in zip(moving, values):
+            primals[i] = value
+        return formula(*primals, *params)
+
+    point = tuple(inputs[i][0] for i in moving)
+    directions = (tuple(inputs[i][1 + j] for i in moving) for j in range(k))
+    results = [torch.func.jvp(of_moving, point, direction)[:2] for direction in directions]
+    return torch.stack([results[0][0]] + [tangent for _, tangent in results])
+
+
+# -- a case ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """One computation.
+
+    Attributes:
+        op: package under aajr_kernels/ops; empty for a whole policy.
+        name: unique within the op.
+        public: the name under which users call it.
+        leaves: names of the inputs and parameters.
+        build: from K, float64 stacked inputs ``[1 | 1 + K, *shape]`` and parameters; all are leaves.
+        ours: the op on stacks and parameters; its leading axis holds the primal and the tangents.
+        exact: the same written out with elementary operations, differentiable.
+        eager: as a model would compute it in a low dtype, where that differs from `exact`.
+        layout: strides of the inputs.
+        wide: parameters (by index) that stay float32 beside low inputs.
+        rows: rows of the output compared apart: "primal" and tangents, "each" row, or the "first" and the rest.
+        ulps: of the budget.
+        large: takes long in Triton's interpreter.
+    """
+
+    op: str
+    name: str
+    public: str
+    leaves: tuple[str, ...]
+    build: Callable[[int], tuple[list[Tensor], list[Tensor]]]
+    ours: Run
+    exact: Run
+    eager: Run | None = None
+    layout: Callable[[Tensor], Tensor] = dense
+    wide: tuple[int, ...] = ()
+    rows: str = "primal"
+    ulps: float = budgets.ULPS
+    large: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op}:{self.name}"
+
+
+def stacked(
+    op: str,
+    name: str,
+    public: str,
+    leaves: str,
+    function: Callable[..., Any],
+    formula: Callable[..., Tensor],
+    build: Callable[[int], tuple[list[Tensor], list[Tensor]]],
+    eager: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Case:
+    """A case of a function of Duals, checked against forward mode of a formula of plain tensors."""
+    return Case(
+        op,
+        name,
+        public,
+        tuple(leaves.split()),
+        build,
+        lambda s, p: function(*(entered(t) for t in s), *p).stacked,
+        lambda s, p: forward_mode(formula, s, p),
+        None if eager is None else (lambda s, p: forward_mode(eager, s, p)),
+        **options,
+    )
+
+
+# -- results --------------------------------------------------------------------------------------------------------
+@dataclass
+class Result:
+    """Output and gradients of all leaves, inputs first."""
+
+    y: Tensor
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+def outcome(
+    run: Run, inputs: Stacks, params: Stacks, cotangent: Tensor | None, layout: Any = dense
+) -> Result:
+    """Result of `run` and the gradient of every leaf, zero where it does not depend on one."""
+    leaves = [layout(t.detach()).requires_grad_() for t in inputs]
+    weights = [t.detach().clone().requires_grad_() for t in params]
+    y = run(leaves, weights)
+    if cotangent is None:
+        return Result(y.detach())
+    every = [*leaves, *weights]
+    gradients = torch.autograd.grad(y, every, cotangent.to(y.dtype), allow_unused=True)
+    return Result(y.detach(), [torch.zeros_like(t) if g is None else g for t, g in zip(every, gradients)])
 
 
 @dataclass
-class Case:
-    """One problem: tensors, the call of our op, and the same thing by formulas.
+class Problem:
+    """A case at one dtype and K, with what is expected of it."""
 
-    Attributes:
-        label: what is special about it.
-        tensors: float64 leaves by argument name; every one gets a gradient.
-        tangents: directions ``[K, *shape]`` of those that are passed as Duals; these get gradients too.
-        ours: called with every argument by name, Duals for those with tangents; returns a Dual or named outputs.
-        oracle: called with plain tensors and tangents; returns the same named outputs.
-        constants: further arguments without gradients: masks, labels. Floating ones take the dtype of the case.
-        strided: the Duals' memory is not contiguous.
-        vanishing: leaves whose gradients are zero for every input, as sums of terms that cancel: their error is
-            relative to the size of the other gradients.
-    """
-
-    label: str
-    tensors: dict[str, Tensor]
-    tangents: dict[str, Tensor]
-    ours: Callable[..., Any]
-    oracle: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Outputs]
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    strided: bool = False
-    vanishing: tuple[str, ...] = ()
+    inputs: list[Tensor]
+    params: list[Tensor]
+    cotangent: Tensor
+    exact: Result
+    eager: Result
 
 
-class Draw:
-    """Random tensors of one op, determined by the seed only."""
-
-    def __init__(self, op: str, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(op.encode()))
-
-    def __call__(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale + mean
-
-    def angles(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64) * 6.2831853
-
-    def bool(self, *shape: int, share: float = 0.7) -> Tensor:
-        return torch.rand(shape, generator=self.generator) < share
-
-    def integers(self, *shape: int, high: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator)
-
-    def directions(self, tensors: Mapping[str, Tensor], names: str, k: int) -> dict[str, Tensor]:
-        return {name: self(k, *tensors[name].shape) for name in names.split()}
+@functools.lru_cache(maxsize=4)  # the targets of one problem follow each other
+def problem(case: Case, k: int, dtype: torch.dtype, seed: int = 0) -> Problem:
+    """The tensors of a case, the same for a seed whatever else is drawn, its float64 result and the eager one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{case} {k}".encode()) + seed)
+        inputs, params = case.build(k)
+        inputs = [t.to(dtype) for t in inputs]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        params = [t.to(wide if i in case.wide else dtype) for i, t in enumerate(params)]
+        wide_inputs, wide_params = [t.double() for t in inputs], [t.double() for t in params]
+        cotangent = torch.randn(case.exact(wide_inputs, wide_params).shape, dtype=torch.float64).to(dtype)
+    exact = outcome(case.exact, wide_inputs, wide_params, cotangent.double())
+    eager = exact if dtype == torch.float64 else outcome(case.eager or case.exact, inputs, params, cotangent)
+    return Problem(inputs, params, cotangent, exact, eager)
 
 
-def case(
-    draw: Draw,
-    label: str,
-    op: Callable[..., Any],
-    formula: Callable[..., Tensor],
-    tensors: dict[str, Tensor],
-    *,
-    k: int = 1,
-    duals: str = "x",
-    constants: dict[str, Tensor] | None = None,
-    strided: bool = False,
-    options: dict[str, Any] | None = None,
-    vanishing: str = "",
-) -> Case:
-    """A case of an op that maps Duals to one Dual, and whose formula maps tensors to one tensor.
+def on_device(case: Case, p: Problem, device: str) -> Result:
+    """Ours, on the chosen backend."""
+    inputs, params = ([t.to(device) for t in ts] for ts in (p.inputs, p.params))
+    return outcome(case.ours, inputs, params, p.cotangent.to(device), lambda x: case.layout(x.to(device)))
 
-    Args:
-        draw: source of the directions.
-        label: what is special about it; the number of tangents is added.
-        op: ours, called with tensors by name and with `options`.
-        formula: the oracle, called in the same way.
-        tensors: leaves by argument name.
-        k: number of tangents.
-        duals: names of the tensors that carry tangents, separated by spaces.
-        constants: arguments without gradients.
-        strided: pass Duals that are not contiguous.
-        options: further arguments of both.
-        vanishing: names of leaves whose gradients cancel to zero, separated by spaces.
-    """
-    options = options or {}
 
-    def oracle(primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> Outputs:
-        y, y_tan = formulas.forward_mode(partial(formula, **options), primals, tangents)
-        return {"output": y, "output's tangents": y_tan}
+@dataclass(frozen=True)
+class Compared:
+    """One tensor of a result: ours, by eager PyTorch in the same dtype, in float64, and the floor of its size."""
 
-    directions = draw.directions(tensors, duals, k)
-    return Case(
-        f"{label}, K={k}",
-        tensors,
-        directions,
-        partial(op, **options),
-        oracle,
-        constants or {},
-        strided,
-        tuple(vanishing.split()),
-    )
+    name: str
+    ours: Tensor
+    eager: Tensor
+    exact: Tensor
+    floor: float = 0.0
+
+
+def compared(case: Case, p: Problem, got: Result) -> Iterator[Compared]:
+    """Outputs and gradients, cut where a large part would hide the error of a small one."""
+    y = got.y.cpu()
+    for label, of in _parts(case.rows, y.shape[0]):
+        yield Compared(f"output{label}", of(y), of(p.eager.y), of(p.exact.y))
+    gradients = dict(zip(case.leaves, p.exact.gradients))
+    for i, (name, exact) in enumerate(gradients.items()):
+        floor = budgets.gradient_floor(gradients, exact)
+        mine, eager = got.gradients[i].cpu(), p.eager.gradients[i]
+        is_stack = i < len(p.inputs) and case.rows != "each"
+        for label, of in _parts("primal", exact.shape[0]) if is_stack else [("", torch.detach)]:
+            yield Compared(f"gradient of {name}{label}", of(mine), of(eager), of(exact), floor)
+
+
+def _parts(rows: str, count: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    if rows == "each":
+        yield from ((f", row {i}", functools.partial(Tensor.select, dim=0, index=i)) for i in range(count))
+        return
+    names = (", primal", ", tangents") if rows == "primal" else (", penalty", ", task")
+    yield names[0], lambda x: x[0]
+    if count > 1:
+        yield names[1], lambda x: x[1:]

@@ -6,7 +6,7 @@ formulas of the oracle.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...method import LMHead, aligned_penalty
 from .. import formulas
 from ..oracle import metric_values
-from .case import Case, Draw, Outputs
+from .case import Case, Stacks, forward_mode, stacks
 
 HEADS, KEY_HEADS, FEATURES = 4, 2, 6  # of the attention; the policy is HEADS * FEATURES wide
 
@@ -71,8 +71,11 @@ def _attend(layers: Any, p: Mapping[str, Tensor], h: Any, block: str, bias: Tens
     return layers.linear(mixed, p["o" + block])
 
 
-def _parameters(draw: Draw, length: int, vocabulary: int) -> dict[str, Tensor]:
+def _parameters(length: int, vocabulary: int) -> dict[str, Tensor]:
     size, keys, inner = HEADS * FEATURES, KEY_HEADS * FEATURES, 37
+
+    def draw(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        return mean + scale * torch.randn(*shape, dtype=torch.float64)
 
     def matrix(outer: int, inner: int) -> Tensor:
         return draw(outer, inner, scale=inner**-0.5)
@@ -80,12 +83,8 @@ def _parameters(draw: Draw, length: int, vocabulary: int) -> dict[str, Tensor]:
     p = {f"norm{i}": draw(size, scale=0.2, mean=1.0) for i in (1, 2, 3, 4)}
     p |= {f"shift{i}": draw(size, scale=0.2) for i in (3, 4)}
     for block in "12":
-        p |= {
-            "q" + block: matrix(size, size),
-            "k" + block: matrix(keys, size),
-            "v" + block: matrix(keys, size),
-        }
-        p |= {"o" + block: matrix(size, size)}
+        shapes = {"q": (size, size), "k": (keys, size), "v": (keys, size), "o": (size, size)}
+        p |= {name + block: matrix(*shape) for name, shape in shapes.items()}
     p |= {"gate": matrix(inner, size), "up": matrix(inner, size), "down": matrix(size, inner)}
     p |= {"wide": matrix(inner, size), "wide_bias": draw(inner), "narrow": matrix(size, inner)}
     p |= {"positions": draw(1, HEADS, length, length)}
@@ -93,79 +92,74 @@ def _parameters(draw: Draw, length: int, vocabulary: int) -> dict[str, Tensor]:
 
 
 def policy_case(
-    draw: Draw, label: str, metric: str, k: int, *, streamed: bool, form: str = "squared", unit: str = "token"
+    name: str, metric: str, *, streamed: bool, form: str = "squared", unit: str = "token"
 ) -> Case:
     """One call of ``aligned_penalty`` with the task loss from the same forward.
 
     Args:
-        draw: random numbers.
-        label: what is special about it.
+        name: of the case.
         metric: metric of the penalty.
-        k: number of directions.
         streamed: hidden states with ``head=`` and labels (the task loss is the cross-entropy), or logits returned by
             the policy (the task loss is a random linear form of them).
         form: ``"squared"``, or ``"hinge"`` above a threshold of zero.
         unit: ``"token"`` or ``"sequence"``.
     """
     batch, length, vocabulary, softcap = 2, 7, 29, 8.0
-    tensors = {"x": draw(batch, length, HEADS * FEATURES), **_parameters(draw, length, vocabulary)}
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[0, :2] = False
-    constants = {"mask": mask}
-    if streamed:
-        constants["labels"] = draw.integers(batch, length, high=vocabulary)
-        constants["labels"][1, 3] = -100
-    gamma = 0.0 if form == "hinge" else None
+    labels = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(3))
+    labels[1, 3] = -100
+    names = tuple(_parameters(1, 1))
 
-    def ours(x: Any, mask: Tensor, labels: Tensor | None = None, **p: Tensor) -> Outputs:
+    def build(k: int) -> tuple[list[Tensor], list[Tensor]]:
+        return [stacks(batch, length, HEADS * FEATURES, k=k)], [*_parameters(length, vocabulary).values()]
+
+    def ours(s: Stacks, params: Stacks) -> Tensor:
+        p, device = dict(zip(names, params)), s[0].device
+
         def func(x: Any) -> Any:
             h = hidden_states(UNMODIFIED, p, x)
             return h if streamed else F.linear(h, p["head"], p["head_bias"])
 
         penalty, task = aligned_penalty(
             func,
-            x.primal,
-            x.tangents,
+            s[0][0],
+            s[0][1:],
             metric=metric,
             head=LMHead(p["head"], p["head_bias"], softcap=softcap) if streamed else None,
-            labels=labels,
-            gamma=gamma,
+            labels=labels.to(device) if streamed else None,
+            gamma=0.0 if form == "hinge" else None,
             form=form,
-            mask=mask,
+            mask=mask.to(device),
             unit=unit,
             return_primal=True,
         )
-        return {"penalty": penalty, "cross-entropy" if streamed else "logits": task}
+        return torch.cat([penalty.view(1), task.flatten()])
 
-    def oracle(primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> Outputs:
-        p = dict(primals)
-        labels = p.pop("labels", None)
+    def exact(s: Stacks, params: Stacks) -> Tensor:
+        p = dict(zip(names, params))
 
         def func(x: Tensor) -> Tensor:
             h = hidden_states(WRITTEN_OUT, p, x)
             return formulas.logits(h, p["head"], p["head_bias"], softcap=softcap if streamed else None)
 
-        z, z_tan = formulas.forward_mode(func, {"x": p["x"]}, tangents)
-        q = metric_values(z, z_tan, metric) * p["mask"]
-        units = p["mask"].sum() if unit == "token" else batch
+        z = forward_mode(func, s, [])
+        q = metric_values(z[0], z[1:], metric) * mask
+        units = mask.sum() if unit == "token" else batch
         q = q.sum(-1) if unit == "sequence" else q
         if form == "hinge":
             q = torch.where(q > 0, torch.where(q > 0, q, torch.ones_like(q)).sqrt(), torch.zeros_like(q))
-        penalty = q.sum() / (k * units)
-        if labels is None:
-            return {"penalty": penalty, "logits": z}
-        nll = formulas.negative_log_likelihood(z, labels, -100)
-        return {"penalty": penalty, "cross-entropy": nll.sum() / (labels != -100).sum()}
+        penalty = q.sum() / (q.shape[0] * units)
+        task = F.cross_entropy(z[0].flatten(0, 1), labels.flatten()) if streamed else z[0].flatten()
+        return torch.cat([penalty.view(1), task.view(-1)])
 
-    return Case(
-        f"{metric}, {label}, K={k}", tensors, draw.directions(tensors, "x", k), ours, oracle, constants
-    )
+    return Case("", f"{metric}, {name}", "aligned_penalty", ("x", *names), build, ours, exact, rows="first")
 
 
-def policy_cases(draw: Draw) -> Iterator[Case]:
-    """Penalties of the policy with the task loss from the same forward."""
-    yield policy_case(draw, "head with labels", "fisher", 1, streamed=True)
-    yield policy_case(draw, "head with labels", "probs", 3, streamed=True)
-    yield policy_case(draw, "logits", "fisher", 3, streamed=False)
-    yield policy_case(draw, "logits, per sequence", "logits", 1, streamed=False, unit="sequence")
-    yield policy_case(draw, "hinge", "fisher", 3, streamed=True, form="hinge", unit="sequence")
+CASES = [
+    policy_case("head with labels", "fisher", streamed=True),
+    policy_case("head with labels", "probs", streamed=True),
+    policy_case("logits", "fisher", streamed=False),
+    policy_case("logits, per sequence", "logits", streamed=False, unit="sequence"),
+    policy_case("hinge", "fisher", streamed=True, form="hinge", unit="sequence"),
+]

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from ops.attention_checks import formula
-from ops.cases_products import attention as attention_case
 from ops.suite import Target, capabilities, check
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
 from aajr_kernels.testing import budgets
+from aajr_kernels.testing.cases.products import attention as attention_case
 
 TILES = [name for name in capabilities() if name.startswith("amx")]
 needs_tiles = pytest.mark.skipif(

@@ -8,13 +8,14 @@ import re
 
 import pytest
 import torch
-from ops.cases_products import attention, head
-from ops.cases_rows import gated, layer, linear, pointwise, reduction, rms, rotary
-from ops.suite import Case, Target, check, gap, outcome
+from ops.suite import Target, check
 from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
+from aajr_kernels.testing.cases.case import Case, gap, outcome
+from aajr_kernels.testing.cases.products import attention, head
+from aajr_kernels.testing.cases.rows import gated, layer, linear, pointwise, reduction, rms, rotary
 
 SMALL = [
     rms("small", 37),

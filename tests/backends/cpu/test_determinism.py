@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from ops.cases_products import attention, head
-from ops.cases_rows import gated, layer, linear, pointwise, reduction, rms, rotary
-from ops.suite import Case, Result, Target, outcome
+from ops.suite import Target
+
+from aajr_kernels.testing.cases.case import Case, Result, outcome
+from aajr_kernels.testing.cases.products import attention, head
+from aajr_kernels.testing.cases.rows import gated, layer, linear, pointwise, reduction, rms, rotary
 
 #: more rows, heads and words than threads, and no number that three divides
 LARGE = [

@@ -4,47 +4,61 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ops.op_checks import forward_mode, stacks
-from ops.suite import Case, flipped, gap, stacked, swapped
+from torch import Tensor
 
-import aajr_kernels as aajr
-from aajr_kernels import Dual
-from aajr_kernels.ops.head import METRICS, lm_head_penalty
-from aajr_kernels.testing import formulas
-from aajr_kernels.testing.oracle import metric_values
+from ...dual import Dual
+from ...ops.attention import attention as attention_op
+from ...ops.head import METRICS, lm_head_penalty
+from .. import formulas
+from ..oracle import metric_values
+from .case import Case, Stacks, dense, flipped, forward_mode, gap, stacked, stacks, swapped
 
 
-def attention(name, sizes, *, moves=(1, 1, 1), mask=None, bias=None, bias_moves=False, size=1.0, **options):
+def attention(
+    name: str,
+    sizes: Sequence[int],
+    *,
+    moves: Sequence[int] = (1, 1, 1),
+    mask: str | None = None,
+    bias: Sequence[int] | None = None,
+    bias_moves: bool = False,
+    size: float = 1.0,
+    **options: Any,
+) -> Case:
     """Sizes B, H, HK, N, M, D, V; `moves` tells which of q, k, v have tangents; mask "square" or "padding"; a bias is
     a fourth leaf of the given shape."""
     B, H, HK, N, M, D, V = sizes
     shapes = [(B, H, N, D), (B, HK, M, D), (B, HK, M, V)]
 
-    def build(k):
+    def build(k: int) -> tuple[list[Tensor], list[Tensor]]:
         leaves = [size * stacks(*shape, k=k if moving else 0) for shape, moving in zip(shapes, moves)]
         if bias is not None:
             leaf = stacks(*bias, k=k if bias_moves else 0)
-            leaf[0].masked_fill_(torch.rand(bias) < 0.2, -math.inf)
+            leaf[0].masked_fill_(torch.rand(tuple(bias)) < 0.2, -math.inf)
             leaves.append(leaf)
         return leaves, []
 
-    suite_options = {key: options.pop(key) for key in ("layout", "ulps") if key in options}
-    allowed = None
+    case_options = {key: options.pop(key) for key in ("layout", "ulps", "large") if key in options}
+    allowed: Tensor | None = None
     if mask is not None:
         generator = torch.Generator().manual_seed(1)
         allowed = torch.rand(B, 1, N if mask == "square" else 1, M, generator=generator) > 0.3
         allowed[0, 0, 0] = False  # an empty row, or a batch row without keys
 
-    def ours(q, k, v, b=None):
-        return aajr.attention(q, k, v, mask=allowed if b is None else b, **options)
+    def with_mask(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(q: Any, k: Any, v: Any, b: Any = None) -> Any:
+            permitted = None if allowed is None else allowed.to(q.device)
+            return op(q, k, v, mask=permitted if b is None else b, **options)
 
-    def written(q, k, v, b=None):
-        return formulas.attention(q, k, v, allowed if b is None else b, **options)
+        return call
 
-    return stacked("attention", name, ours, written, build, **suite_options)
+    names = ("attention", name, "attention", "q k v mask")
+    return stacked(*names, with_mask(attention_op), with_mask(formulas.attention), build, **case_options)
 
 
 ATTENTION = [
@@ -75,27 +89,46 @@ ATTENTION = [
     attention("k alone moves", (1, 4, 2, 20, 33, 16, 16), moves=(0, 1, 0)),
     attention("v alone moves", (1, 4, 2, 20, 33, 16, 16), moves=(0, 0, 1)),
     attention("q and v move, softcap", (1, 2, 1, 20, 20, 16, 16), moves=(1, 0, 1), softcap=2.0),
+    attention("upper left, GQA 4:1, scale", (2, 4, 1, 5, 17, 8, 6), causal="upper_left", scale=0.4),
+    attention("GQA, window, softcap", (2, 4, 2, 13, 13, 8, 8), causal=True, window=3, softcap=2.0),
+    attention("211 positions", (1, 2, 1, 211, 211, 16, 16), causal=True, large=True),
+    attention("window across blocks", (1, 1, 1, 301, 301, 8, 8), causal=True, window=40, large=True),
 ]
 
 
-# -------------------------------------------------------------------------------------------------------- head
-def head(metric, name, batch, size, words, *, bias=False, labelled=False, layout=None, **options):
-    labels = None
+# -- head -----------------------------------------------------------------------------------------------------------
+def head(
+    metric: str,
+    name: str,
+    batch: Sequence[int],
+    size: int,
+    words: int,
+    *,
+    bias: bool = False,
+    labelled: bool = False,
+    spread: float = 0.3,
+    layout: Callable[[Tensor], Tensor] = dense,
+    large: bool = False,
+    **options: Any,
+) -> Case:
+    """The sensitivities, and with labels the cross-entropies behind them."""
+    labels: Tensor | None = None
     if labelled:
-        labels = torch.randint(words, batch, generator=torch.Generator().manual_seed(2))
+        labels = torch.randint(words, tuple(batch), generator=torch.Generator().manual_seed(2))
         labels.view(-1)[0] = -100
     scale, softcap = options.get("scale", 1.0), options.get("softcap")
 
-    def build(k):
-        weight = 0.3 * torch.randn(words, size, dtype=torch.float64)
+    def build(k: int) -> tuple[list[Tensor], list[Tensor]]:
+        weight = spread * torch.randn(words, size, dtype=torch.float64)
         return [stacks(*batch, size, k=k)], [weight, *([torch.randn(words).double()] if bias else [])]
 
-    def ours(s, p):
+    def ours(s: Stacks, p: Stacks) -> Tensor:
+        targets = None if labels is None else labels.to(s[0].device)
         b = p[1] if bias else None
-        result = lm_head_penalty(Dual(s[0]), p[0], b, metric=metric, labels=labels, **options)
+        result: Any = lm_head_penalty(Dual(s[0]), p[0], b, metric=metric, labels=targets, **options)
         return torch.cat([result[0], result[1].unsqueeze(0)]) if labelled else result
 
-    def written(s, p):
+    def written(s: Stacks, p: Stacks) -> Tensor:
         z = forward_mode(functools.partial(formulas.logits, scale=scale, softcap=softcap), s, p)
         z = z if z.dtype == torch.float64 else z.float()
         h = s[0] if s[0].dtype == torch.float64 else s[0].float()
@@ -106,19 +139,28 @@ def head(metric, name, batch, size, words, *, bias=False, labelled=False, layout
         return torch.cat([q, nll.view(1, *batch)])
 
     return Case(
-        "head",
-        f"{metric} {name}",
+        *("head", f"{metric} {name}", "lm_head_penalty", ("hidden", "weight", "bias")),
         build,
         ours,
         written,
         rows="each",
-        **({} if layout is None else {"layout": layout}),
+        layout=layout,
+        large=large,
     )
 
 
 HEAD = [
     *(head(metric, "labels, 517 words", (3, 11), 64, 517, labelled=True) for metric in METRICS),
     *(head(metric, "bias, softcap", (7,), 37, 61, bias=True, softcap=3.0) for metric in METRICS),
+    # many rows, because each shares one rounding of its log-sum-exp
+    *(
+        head(metric, "large logits", (151,), 9, 41, bias=True, labelled=True, spread=8 / 3, large=True)
+        for metric in METRICS
+    ),
+    *(
+        head(metric, "540 tokens, 1061 words", (2, 270), 8, 1061, labelled=True, large=True)
+        for metric in METRICS
+    ),
     head("fisher", "labels, bias, scale", (2, 9), 20, 252, bias=True, labelled=True, scale=-1.5, softcap=4.0),
     head("fisher", "one word", (4,), 5, 1),
     head("probs", "one token", (), 33, 130),
