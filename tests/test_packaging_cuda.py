@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -182,7 +183,7 @@ def test_the_table_of_the_page_is_that_of_the_budgets():
     cuda_budgets = load_script("cuda_budgets")
     budgets = json.loads(cuda_budgets.BUDGETS.read_text())
     between = cuda_budgets.PAGE.read_text().partition(cuda_budgets.BEGIN)[2].partition(cuda_budgets.END)[0]
-    assert between.strip() == cuda_budgets.table(budgets)
+    assert between.strip() == cuda_budgets.markdown(budgets["registers"])
     assert {p for row in budgets["registers"].values() for p in row} == {"sm_80", "sm_90", "sm_100", "sm_120"}
 
 
@@ -192,30 +193,28 @@ def test_rules_and_budgets_find_what_they_are_for():
         "norm_fwd_kernel<bf16, true, 1>": {"sm_90": [64, 0, 0]},
         "norm_bwd_kernel<bf16, true, 2>": {"sm_90": [255, 0, 0]},
     }
-    assert cuda_budgets.broken(fine) == []
+    assert cuda_budgets.broken(fine, None) == []  # another toolkit has no budgets
     spilled = {
         "norm_fwd_kernel<bf16, true, 1>": {"sm_80": [64, 8, 0], "sm_90": [64, 0, 16], "sm_120": [129, 0, 0]}
     }
-    assert len(cuda_budgets.broken(spilled)) == 3
-    budgets = {"toolkit": "13.0", "registers": {"norm_fwd_kernel<bf16, true, 1>": {"sm_90": 63}}}
-    assert (
-        len(cuda_budgets.exceeded(fine, "13.0", budgets)) == 2
-    )  # one more register, and a kernel nobody knows
-    assert cuda_budgets.exceeded(fine, "12.4", budgets) == []
+    assert len(cuda_budgets.broken(spilled, None)) == 3
+    budgets = {"norm_fwd_kernel<bf16, true, 1>": {"sm_90": 63}}
+    # one more register, and a kernel without a budget
+    assert len(cuda_budgets.broken(fine, budgets)) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(
-    load_script("cuda_budgets").why_not() is not None, reason=str(load_script("cuda_budgets").why_not())
+    shutil.which("nvcc") is None or load_script("cuda_budgets").find_cuobjdump() is None,
+    reason="nvcc or cuobjdump not found: the CUDA toolkit is not installed",
 )
 def test_every_kernel_on_every_processor_is_within_rules_and_budgets(record_property):
     """Compiled without a warning, or the build fails."""
-    cuda_budgets = load_script("cuda_budgets")
-    module, seconds = cuda_budgets.build()
-    record_property("seconds", seconds)
-    found = cuda_budgets.usage(module)
-    budgets = json.loads(cuda_budgets.BUDGETS.read_text())
-    assert set(found) == set(budgets["registers"])
-    wrong = cuda_budgets.broken(found) + cuda_budgets.exceeded(found, cuda_budgets.toolkit_version(), budgets)
-    assert wrong == []
+    script = str(ROOT / "scripts" / "cuda_budgets.py")
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    record_property("seconds", time.monotonic() - start)
+    assert done.returncode == 0, done.stdout + done.stderr
+    registers = json.loads((ROOT / "csrc" / "cuda" / "budgets.json").read_text())["registers"]
+    assert f"{len(registers)} kernels for" in done.stdout
