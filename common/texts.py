@@ -14,7 +14,8 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ PACKAGES = {
     "matplotlib": "'aajr_kernels[demo]'",
 }
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+#: the converted model, relative to the working directory
+CACHE = Path("runs/cache/smollm2-135m-instruct")
 HELD_OUT_PLAYS = ("hamlet", "tempest")
 
 
@@ -83,12 +86,9 @@ class Corpus:
 def strip_boilerplate(text: str) -> str:
     """The work itself: without a Project Gutenberg header or footer and without the title page."""
     for marker in (r"\*\*\* ?START OF TH.*\n", r"^by William Shakespeare\s*$"):
-        if (found := re.search(marker, text, flags=re.MULTILINE)) is not None:
-            text = text[found.end() :]
-    if (
-        found := re.search(r"^(\*\*\* ?END OF TH|End of (The|this) Project Gutenberg)", text, re.MULTILINE)
-    ) is not None:
-        text = text[: found.start()]
+        text = re.split(marker, text, maxsplit=1, flags=re.MULTILINE)[-1]
+    end = re.compile(r"^(?:\*\*\* ?END OF TH|End of (?:The|this) Project Gutenberg)", re.MULTILINE)
+    text = end.split(text, maxsplit=1)[0]
     return text.strip() + "\n"
 
 
@@ -160,7 +160,7 @@ def _gguf_parsed_once() -> Iterator[None]:
             setattr(gguf, name, original)
 
 
-def smollm2(cache: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def smollm2(cache: Path = CACHE, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The pretrained SmolLM2-135M-Instruct and its tokenizer.
 
     Args:
@@ -191,3 +191,18 @@ def smollm2(cache: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         (cache / "complete").touch()
     model = AutoModelForCausalLM.from_pretrained(cache, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(cache)
+
+
+def with_lora(model: Any, rank: int, targets: Sequence[str] = ("q_proj", "v_proj")) -> Any:
+    """The model under peft, with fresh LoRA adapters on the layers called `targets`; torch's seed decides them.
+
+    Raises:
+        MissingPackage: ``peft`` is not installed.
+    """
+    require("peft")
+    from peft import LoraConfig, get_peft_model
+
+    options = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it renamed
+        return get_peft_model(model, options)

@@ -44,17 +44,12 @@ def demo(
     from .run import choose_device, run
 
     try:
-        chosen = choose_device(device)
+        selected = choose_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
+    parts = ("policy", "scratch") if part is Part.all else (part.value,)
     try:
-        run(
-            out,
-            parts=("policy", "scratch") if part is Part.all else (part.value,),
-            quick=quick,
-            seed=seed,
-            device=chosen,
-        )
+        run(out, parts=parts, quick=quick, seed=seed, device=selected)
     except MissingPackage as error:
         command.fail(str(error))
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
 from common.meter import Cost, measure, spread
-from common.texts import require
+from common.texts import with_lora
 
 from . import peers
+from .embeddings import ascent_direction, loss_of, streamed_penalty
 
 SYSTEM = "You are a helpful assistant."
 PLAIN, OURS, FUSED, FORWARD_MODE = "plain step", "ours", "ours, fused, streamed", "PyTorch forward mode"
@@ -105,80 +104,47 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
 
 def collate(prompts: list[tuple[list[int], list[bool]]], replies: list[list[int]]) -> Dialogues:
     """One right-padded batch."""
-    rows = [
-        (ids + reply, user + [False] * len(reply))
-        for (ids, user), reply in zip(prompts, replies, strict=True)
-    ]
-    shape = (len(rows), max(len(ids) for ids, _ in rows) - 1)  # the last token predicts nothing
-    ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-    user = torch.zeros(shape, dtype=torch.bool)
-    for i, (row, mask) in enumerate(rows):
-        n, first = len(row) - 1, len(prompts[i][0]) - 1
-        ids[i, :n] = torch.tensor(row[:-1])
-        user[i, :n] = torch.tensor(mask[:-1])
-        labels[i, first:n] = torch.tensor(row[first + 1 :])
-    return Dialogues(ids, labels, user)
+    columns: tuple[list[torch.Tensor], ...] = ([], [], [])
+    for (ids, user), reply in zip(prompts, replies, strict=True):
+        labels = [-100] * (len(ids) - 1) + reply
+        # the last token predicts nothing
+        for column, values in zip(columns, ((ids + reply)[:-1], labels, (user + [False] * len(reply))[:-1])):
+            column.append(torch.tensor(values))
+    padded = (
+        torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill)
+        for column, fill in zip(columns, (0, -100, False))
+    )
+    return Dialogues(*padded)
 
 
 @torch.no_grad()
 def greedy_replies(model: Any, prompts: list[list[int]], count: int, stop: int | None) -> list[list[int]]:
     """The policy's own replies: up to `count` greedy tokens, cut after `stop`."""
-    longest = max(map(len, prompts))
-    device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[i, longest - len(prompt) :] = 1
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=stop or 0
-    )
-    replies = [row[longest:].tolist() for row in out]
+    device, replies = model.get_input_embeddings().weight.device, []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": stop or 0}
+        reply = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[
+            0, len(prompt) :
+        ]
+        replies.append(reply.tolist())
     return [row[: row.index(stop) + 1] if stop in row else row for row in replies]
-
-
-def reply_loss(model: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the reply's tokens, given input embeddings."""
-    return F.cross_entropy(model(inputs_embeds=x, use_cache=False).logits.flatten(0, 1), labels.flatten())
 
 
 def embed(model: Any, batch: Dialogues) -> torch.Tensor:
     return model.get_input_embeddings()(batch.ids).detach()
 
 
-def ascent_direction(model: Any, x: torch.Tensor, batch: Dialogues) -> torch.Tensor:
+def direction_of(model: Any, x: torch.Tensor, batch: Dialogues) -> torch.Tensor:
     """Unit gradient (per sequence) of the reply's loss for the embeddings of the user's text, zero elsewhere."""
-    x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(reply_loss(model, x, batch.labels), x)
-    return aajr.normalize(gradient, scope="sequence", mask=batch.user)
+    return ascent_direction(model, x, batch.labels, "sequence", batch.user)
 
 
-def backbone(model: Any) -> Any:
-    """The module below the head that returns hidden states, in a plain model and under peft."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.model
-
-
-def streamed_penalty(
+def penalty_of(
     model: Any, x: torch.Tensor, v: torch.Tensor, batch: Dialogues
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Our penalty with streamed logits, and the reply's loss from the same forward."""
-    return aajr.aligned_penalty(
-        lambda embeds: backbone(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state,
-        x,
-        v,
-        metric="fisher",
-        head=aajr.LMHead(model.get_output_embeddings().weight),
-        labels=batch.labels,
-        mask=batch.reply,
-        unit="sequence",
-        return_primal=True,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The comparison
-# ---------------------------------------------------------------------------------------------------------------
+    """The penalty summed over the reply's tokens, and the reply's loss."""
+    return streamed_penalty(model, x, v, batch.labels, mask=batch.reply, unit="sequence")
 
 
 def compare(
@@ -193,10 +159,14 @@ def compare(
         on_run: told the name of a method before each of its runs.
     """
     x = embed(model, batch)
-    problem = peers.Problem(x, ascent_direction(model, x, batch), batch.reply)
+    problem = peers.Problem(x, direction_of(model, x, batch), batch.reply)
     parameters = list(model.parameters())
     gradient_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    truth = _oracle(model, problem, on_run)
+    on_run("float64 oracle")
+    exact = peers.double_precision(model)
+    with peers.math_attention():
+        penalty = functools.partial(peers.forward_mode, exact, problem.to(torch.float64))
+        _, truth = peers.value_and_gradients(penalty, list(exact.parameters()))
 
     def ours() -> torch.Tensor:
         return aajr.aligned_penalty(
@@ -209,56 +179,35 @@ def compare(
         )
 
     methods: dict[str, Callable[[], torch.Tensor]] = {
-        PLAIN: lambda: reply_loss(model, x, batch.labels),
+        PLAIN: lambda: loss_of(model, x, batch.labels),
         OURS: ours,
-        FUSED: lambda: streamed_penalty(model, problem.x, problem.v, batch)[0],
+        FUSED: lambda: penalty_of(model, problem.x, problem.v, batch)[0],
         FORWARD_MODE: lambda: peers.forward_mode(model, problem),
     }
     for h in config.difference_steps:
-        methods[f"differences, h={h:g}"] = _differences(model, problem, h)
+        methods[f"differences, h={h:g}"] = functools.partial(peers.finite_difference, model, problem, h)
     costs: dict[str, list[Cost]] = {name: [] for name in methods}
-    found: dict[str, tuple[float, float | None]] = {}
+    results: dict[str, tuple[float, float | None]] = {}
     names = list(methods)
     for turn in range(1 + config.repeats):
         # interleaved, in an order that changes: a slow moment of the machine hits all of them alike
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            penalty = methods[name]
             on_run(name)
             fusion = fuse(model) if name == FUSED else contextlib.nullcontext()
-            run = functools.partial(peers.value_and_gradients, penalty, parameters)
+            run = functools.partial(peers.value_and_gradients, methods[name], parameters)
             with fusion, peers.math_attention(name == FORWARD_MODE):
                 (value, gradients), cost = measure(run, x.device)
             if turn == 0:  # warms up, and is judged; the times of the others count
-                found[name] = value, None if name == PLAIN else peers.relative_error(gradients, truth)
+                results[name] = value, None if name == PLAIN else peers.relative_error(gradients, truth)
             else:
                 costs[name].append(cost)
             del gradients
     rows = []
-    for name, (value, error) in found.items():
+    for name, (value, error) in results.items():
         seconds = [cost.seconds for cost in costs[name]]
         peaks = [max(0, c.peak_bytes - gradient_bytes) for c in costs[name] if c.peak_bytes is not None]
-        peak = min(peaks) if peaks else None
-        rows.append(MethodRow(name, value, error, min(seconds), peak, spread(seconds)))
+        rows.append(MethodRow(name, value, error, min(seconds), min(peaks, default=None), spread(seconds)))
     return rows
-
-
-def _differences(model: Any, problem: peers.Problem, h: float) -> Callable[[], torch.Tensor]:
-    return lambda: peers.finite_difference(model, problem, h)
-
-
-def _oracle(model: Any, problem: peers.Problem, on_run: Callable[[str], None]) -> list[torch.Tensor]:
-    on_run("float64 oracle")
-    exact = peers.double_precision(model)
-    with peers.math_attention():
-        _, truth = peers.value_and_gradients(
-            lambda: peers.forward_mode(exact, problem.to(torch.float64)), list(exact.parameters())
-        )
-    return truth
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# LoRA
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -288,18 +237,22 @@ class LoraRun:
     """
 
     weight: float
-    penalty: list[float]
-    loss: list[float]
-    after: HeldOut
+    penalty: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    after: HeldOut = HeldOut(0.0, 0.0, 0.0)
+
+    @property
+    def name(self) -> str:
+        return "replies and penalty" if self.weight else "replies only"
 
 
 def evaluate(model: Any, batch: Dialogues, radius: float) -> HeldOut:
     """Held-out figures of a model."""
     x = embed(model, batch)
-    v = ascent_direction(model, x, batch)
+    v = direction_of(model, x, batch)
     with torch.no_grad():
-        penalty, loss = streamed_penalty(model, x, v, batch)
-        attacked = reply_loss(model, x + radius * v, batch.labels)
+        penalty, loss = penalty_of(model, x, v, batch)
+        attacked = loss_of(model, x + radius * v, batch.labels)
     return HeldOut(penalty.item(), loss.item(), attacked.item())
 
 
@@ -319,39 +272,29 @@ def adapt(
         weight: 0 trains only on the reply loss.
         seed: of the LoRA initialisation.
     """
-    require("peft")
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
-    targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-    options = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=targets)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it renamed
-        lora = get_peft_model(model, options)
+    lora = with_lora(model, config.rank, ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"))
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=config.learning_rate)
-    x = embed(lora, train)
-    penalties: list[float] = []
-    losses: list[float] = []
-    for _ in range(config.lora_steps):
-        if weight:
-            penalty, task = streamed_penalty(lora, x, ascent_direction(lora, x, train), train)
-            loss = task + weight * penalty
-            penalties.append(penalty.item())
+    x, run = embed(lora, train), LoraRun(weight)
+
+    def terms() -> tuple[torch.Tensor, torch.Tensor]:
+        """Penalty (0 where it is not trained on) and task loss, both attached and recorded."""
+        if not weight:
+            penalty, task = x.new_zeros(()), loss_of(lora, x, train.labels)
         else:
-            loss = task = reply_loss(lora, x, train.labels)
-        losses.append(task.item())
+            penalty, task = penalty_of(lora, x, direction_of(lora, x, train), train)
+            run.penalty.append(penalty.item())
+        run.loss.append(task.item())
+        return penalty, task
+
+    for _ in range(config.lora_steps):
+        penalty, task = terms()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (task + weight * penalty).backward()
         optimizer.step()
         on_step()
-    with torch.no_grad():
-        losses.append(reply_loss(lora, x, train.labels).item())
-    if weight:
-        v = ascent_direction(lora, x, train)
-        with torch.no_grad():
-            penalties.append(streamed_penalty(lora, x, v, train)[0].item())
-    after = evaluate(lora, held_out, config.radius)
+    terms()
+    run.after = evaluate(lora, held_out, config.radius)
     lora.unload()
-    for p in model.parameters():
-        p.requires_grad_(True)
-    return LoraRun(weight, penalties, losses, after)
+    model.requires_grad_(True)
+    return run

@@ -1,4 +1,4 @@
-"""Tables that print with rich and read the same in HTML, and the report they end up in."""
+"""Tables that print with rich and read the same in HTML, and the report that has them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from common.meter import judged, spread
 
 from .policy import HeldOut, LoraRun, MethodRow, PolicyConfig
 from .scratch import ScratchConfig, ScratchRun
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}img{max-width:100%}small{color:#666}
+th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+"""
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,12 @@ class Sheet:
         return table
 
     def to_html(self) -> str:
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows
-        )
-        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
-        return f"<h3>{html.escape(self.title)}</h3><table><tr>{head}</tr>{body}</table>{note}"
+        lines = [
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            for tag, cells in [("th", self.columns), *(("td", row) for row in self.rows)]
+        ]
+        title, note = html.escape(self.title), html.escape(self.note)
+        return f"<h3>{title}</h3><table>{''.join(lines)}</table><p><small>{note}</small></p>"
 
 
 @dataclass(frozen=True)
@@ -62,45 +69,32 @@ class Section:
     sheets: Sequence[Sheet]
 
     def to_html(self) -> str:
-        data = base64.b64encode(self.picture.read_bytes()).decode()
-        image = f'<img alt="{html.escape(self.heading)}" src="data:image/png;base64,{data}">'
+        heading, data = html.escape(self.heading), base64.b64encode(self.picture.read_bytes()).decode()
+        image = f'<img alt="{heading}" src="data:image/png;base64,{data}">'
         tables = "".join(sheet.to_html() for sheet in self.sheets)
-        return f"<h2>{html.escape(self.heading)}</h2><p>{html.escape(self.text)}</p>{image}{tables}"
-
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left;padding-left:0}
-th{color:#666;font-weight:500}img{max-width:100%}.note,.small{color:#666;font-size:.9rem}
-"""
+        return f"<h2>{heading}</h2><p>{html.escape(self.text)}</p>{image}{tables}"
 
 
 def page(title: str, sections: Sequence[Section], facts: str) -> str:
     """One self-contained HTML page."""
     body = "".join(section.to_html() for section in sections)
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}<p class=small>{html.escape(facts)}</p></html>\n"
-    )
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+    return f"{head}<h1>{title}</h1>{body}<p><small>{html.escape(facts)}</small></p></html>\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tables of the two parts
-# ---------------------------------------------------------------------------------------------------------------
+def _above(share: float | None) -> str:
+    return "" if share is None else f" +{share:.0%}"
 
 
 def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Sheet:
     """Every way to the penalty and its gradients, on one dialogue."""
-    plain = rows[0].seconds
 
     def cells(row: MethodRow) -> list[str]:
         error = "-" if row.gradient_error is None else f"{row.gradient_error:.1e}"
         value = "-" if row.gradient_error is None else f"{row.value:.4f}"
         memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-        time = f"{row.seconds:.2f}{_above(row.spread)}"
-        return [row.method, value, error, time, f"{row.seconds / plain:.1f}", memory]
+        time, ratio = f"{row.seconds:.2f}{_above(row.spread)}", f"{row.seconds / rows[0].seconds:.1f}"
+        return [row.method, value, error, time, ratio, memory]
 
     return Sheet(
         f"Penalty and gradients of 135 M parameters, {tokens} tokens, float32",
@@ -112,28 +106,17 @@ def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Sheet:
     )
 
 
-def _above(share: float | None) -> str:
-    return "" if share is None else f" +{share:.0%}"
-
-
 def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -> Sheet:
     """Held-out figures before and after the LoRA steps."""
 
     def cells(name: str, figures: HeldOut) -> list[str]:
-        rise = figures.attacked_loss - figures.loss
-        return [
-            name,
-            f"{figures.penalty:.1f}",
-            f"{figures.loss:.3f}",
-            f"{figures.attacked_loss:.3f}",
-            f"{rise:+.3f}",
-        ]
+        losses = [f"{figures.loss:.3f}", f"{figures.attacked_loss:.3f}"]
+        return [name, f"{figures.penalty:.1f}", *losses, f"{figures.attacked_loss - figures.loss:+.3f}"]
 
-    names = {True: "replies and penalty", False: "replies only"}
     return Sheet(
         f"{config.held_out} held-out injections, before and after {config.lora_steps} LoRA steps",
         ("trained on", "penalty", "reply loss", "after attack", "rise"),
-        [cells("before", before)] + [cells(names[bool(run.weight)], run.after) for run in runs],
+        [cells("before", before)] + [cells(run.name, run.after) for run in runs],
         f"Losses in nats per token. Attack: one ascent step of {config.radius:g} in embedding space, spread over the "
         "injected text.",
     )
@@ -141,17 +124,15 @@ def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -
 
 def scratch_sheet(runs: Sequence[ScratchRun], config: ScratchConfig) -> Sheet:
     """Clean and attacked loss of both models."""
-    chosen = [
-        i for i, r in enumerate(config.radii) if i in (0, len(config.radii) // 2, len(config.radii) - 1)
-    ]
+    last = len(config.radii) - 1
+    shown = sorted({0, (last + 1) // 2, last})
 
     def cells(run: ScratchRun) -> list[str]:
-        name = f"penalty x {run.weight:g}" if run.weight else "no penalty"
-        losses = [f"{run.robust_loss[i]:.3f}" for i in chosen]
+        losses = [f"{run.robust_loss[i]:.3f}" for i in shown]
         time = f"{1e3 * min(run.step_seconds):.0f}{_above(spread(run.step_seconds))}"
-        return [name, *losses, f"{run.sensitivity[-1][1]:.3f}", time]
+        return [run.name, *losses, f"{run.sensitivity[-1][1]:.3f}", time]
 
-    heads = [f"radius {config.radii[i]:g}" if config.radii[i] else "clean" for i in chosen]
+    heads = [f"radius {config.radii[i]:g}" if config.radii[i] else "clean" for i in shown]
     return Sheet(
         f"Loss on two plays never trained on, {config.steps} steps, same start and batches",
         ("training", *heads, "sensitivity", "ms/step"),

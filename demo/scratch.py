@@ -19,6 +19,8 @@ import torch.nn.functional as F
 import aajr_kernels as aajr
 from common.texts import Corpus, require
 
+from .embeddings import ascent_direction, loss_of, streamed_penalty
+
 
 @dataclass(frozen=True)
 class ScratchConfig:
@@ -71,6 +73,10 @@ class ScratchRun:
     seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        return f"penalty x {self.weight:g}" if self.weight else "no penalty"
+
 
 def build(config: ScratchConfig, seed: int) -> Any:
     """An unmodified Hugging Face Llama over 256 byte values, initialised from `seed`."""
@@ -78,35 +84,17 @@ def build(config: ScratchConfig, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            intermediate_size=config.intermediate,
-            max_position_embeddings=max(256, config.context),
-            tie_word_embeddings=False,
-        )
+    heads = dict(num_attention_heads=config.heads, num_key_value_heads=config.kv_heads)
+    sizes = dict(
+        hidden_size=config.hidden, intermediate_size=config.intermediate, max_position_embeddings=256
     )
-
-
-def cross_entropy(model: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over all positions; `x` are input embeddings ``[B, S, D]``, `labels` ``[B, S]``."""
-    return F.cross_entropy(model(inputs_embeds=x, use_cache=False).logits.flatten(0, 1), labels.flatten())
+    options = dict(vocab_size=256, num_hidden_layers=config.layers, tie_word_embeddings=False)
+    return LlamaForCausalLM(LlamaConfig(**options, **heads, **sizes))
 
 
 def embedding_norm(model: Any) -> torch.Tensor:
     """Mean norm of the model's embedding vectors: the unit of perturbations."""
     return model.get_input_embeddings().weight.norm(dim=-1).mean()
-
-
-def ascent_direction(model: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The gradient of the loss in embedding space, of unit norm at every position, detached."""
-    x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(cross_entropy(model, x, labels), x)
-    return aajr.normalize(gradient, scope="token")
 
 
 def penalised_loss(model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,17 +106,9 @@ def penalised_loss(model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, tor
     Returns:
         The mean Fisher sensitivity per byte for a perturbation of one embedding norm per byte, and the cross-entropy.
     """
-    x = model.get_input_embeddings()(windows[:, :-1])
-    direction = ascent_direction(model, x, windows[:, 1:]) * embedding_norm(model)
-    return aajr.aligned_penalty(
-        lambda embeds: model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state,
-        x,
-        direction,
-        metric="fisher",
-        head=aajr.LMHead(model.lm_head.weight),
-        labels=windows[:, 1:],
-        return_primal=True,
-    )
+    x, labels = model.get_input_embeddings()(windows[:, :-1]), windows[:, 1:]
+    direction = ascent_direction(model, x, labels, "token") * embedding_norm(model)
+    return streamed_penalty(model, x, direction, labels)
 
 
 def attack(
@@ -139,12 +119,14 @@ def attack(
     Returns:
         The perturbed embeddings, detached, like `x`.
     """
-    delta = torch.zeros_like(x)
-    for _ in range(steps):
-        delta = delta + 2.5 * radius / steps * ascent_direction(model, x + delta, labels)
-        norms = delta.norm(dim=-1, keepdim=True)
-        delta = delta * (radius / norms.clamp_min(1e-12)).clamp_max(1.0)
-    return (x + delta).detach()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        logits = model(inputs_embeds=x, use_cache=False).logits
+        return F.cross_entropy(logits.mT, labels, reduction="none").mean(-1)
+
+    size = float(radius)
+    options: dict[str, Any] = {"scope": "token", "evaluate_last": False, "module": model}
+    return aajr.ascend(loss, x, radius=size, steps=steps, step_size=2.5 * size / steps, **options).points[-1]
 
 
 def robustness(model: Any, windows: torch.Tensor, config: ScratchConfig) -> list[float]:
@@ -156,7 +138,7 @@ def robustness(model: Any, windows: torch.Tensor, config: ScratchConfig) -> list
     for radius in config.radii:
         attacked = attack(model, x, labels, radius * unit, config.attack_steps) if radius else x
         with torch.no_grad():
-            losses.append(cross_entropy(model, attacked, labels).item())
+            losses.append(loss_of(model, attacked, labels).item())
     return losses
 
 
@@ -190,18 +172,19 @@ def train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     run, start = ScratchRun(weight), time.perf_counter()
+    embed = model.get_input_embeddings()
     for step in range(config.steps):
         if step % max(1, config.steps // 8) == 0:
-            run.sensitivity.append((step, sensitivity(model, probe)))
+            run.sensitivity.append((step, penalised_loss(model, probe)[0].item()))
         begun = time.perf_counter()
         windows = corpus.batch("train", config.batch, config.context, batches).to(device)
         if weight:
             penalty, task = penalised_loss(model, windows)
-            loss = task + weight * penalty
         else:
-            loss = task = cross_entropy(model, model.get_input_embeddings()(windows[:, :-1]), windows[:, 1:])
+            task = loss_of(model, embed(windows[:, :-1]), windows[:, 1:])
+            penalty = torch.zeros_like(task)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (task + weight * penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -210,13 +193,7 @@ def train(
             run.step_seconds.append(time.perf_counter() - begun)
         on_step(run.loss[-1])
     run.seconds = time.perf_counter() - start
-    run.sensitivity.append((config.steps, sensitivity(model, probe)))
+    run.sensitivity.append((config.steps, penalised_loss(model, probe)[0].item()))
     windows = corpus.batch("valid", config.eval_windows, config.context, held_out).to(device)
     run.robust_loss = robustness(model, windows, config)
     return model, run
-
-
-def sensitivity(model: Any, windows: torch.Tensor) -> float:
-    """The penalty's value on `windows`, for the curve."""
-    with torch.enable_grad():
-        return penalised_loss(model, windows)[0].item()

@@ -11,7 +11,6 @@ module              what it holds
 ``search``          the same number of runs for every method, one of which is chosen and tested
 ``ascents``         what an ascent itself tells
 ``summaries``       intervals, comparisons of methods paired by seed, the page
-``plots``           figures without a display
 ``results/``        committed rows; the pages in docs/experiments/ are drawn from them
 ==================  ====================================================================================
 """

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from common.pages import table
+from common.plots import COLOURS
 
-from .plots import COLOURS
 from .store import Row
 
 __all__ = [

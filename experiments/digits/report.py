@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..plots import figure, save
+from common.plots import figure, save
+
 from ..store import Row
 from ..summaries import (
     Comparison,

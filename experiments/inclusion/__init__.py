@@ -10,9 +10,9 @@ from torch import nn
 
 from aajr_kernels.method import baseline_penalty
 from common.pages import table
+from common.plots import COLOURS, figure, save
 
 from ..base import Experiment, Task
-from ..plots import COLOURS, figure, save
 from ..store import Row
 from ..summaries import page
 from . import problem

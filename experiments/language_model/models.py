@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from aajr_kernels.integrations.transformers import fuse
-from common.texts import require
+from common import texts
 
-from .text import CACHE, Text, encoded, plays
+from .text import Text, encoded, plays
 
 __all__ = ["BYTES", "adapted", "small"]
 
@@ -40,31 +39,26 @@ def adapted(config: dict[str, Any], seed: int) -> tuple[nn.Module, Text]:
     Raises:
         MissingPackage: peft, transformers, gguf or the package with the weights is not installed.
     """
-    require("transformers", "peft")
+    texts.require("transformers", "peft")
     if config["model"] == "smollm2":
-        base, tokenizer = importlib.import_module("common.texts").smollm2(CACHE)
+        base, tokenizer = texts.smollm2()
         text = encoded(tokenizer, config["characters"])
     else:
         base, text = _llama(config, 0), plays()
-    peft = importlib.import_module("peft")
-    options = peft.LoraConfig(
-        r=config["rank"], lora_alpha=2 * config["rank"], target_modules=["q_proj", "v_proj"]
-    )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it renamed
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = peft.get_peft_model(base, options)
+        model = texts.with_lora(base, config["rank"])
     fuse(model.get_base_model())
     return model, text
 
 
 def _llama(config: dict[str, Any], seed: int) -> nn.Module:
-    require("transformers")
+    texts.require("transformers")
     library = importlib.import_module("transformers")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         width = config["width"]
-        found: nn.Module = library.LlamaForCausalLM(
+        model: nn.Module = library.LlamaForCausalLM(
             library.LlamaConfig(
                 vocab_size=BYTES,
                 hidden_size=width,
@@ -75,4 +69,4 @@ def _llama(config: dict[str, Any], seed: int) -> nn.Module:
                 max_position_embeddings=config["length"],
             )
         )
-    return found
+    return model

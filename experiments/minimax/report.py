@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from common.pages import table
+from common.plots import figure, save
 
-from ..plots import figure, save
 from ..store import Row
 from ..summaries import (
     Comparison,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from common.pages import table
+from common.plots import COLOURS, figure, save
 
-from ..plots import COLOURS, figure, save
 from ..store import Row
 from ..summaries import page
 from .closed import EDGES, FAMILIES, PROJECTIONS, SCOPES, STEPS

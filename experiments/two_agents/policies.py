@@ -9,15 +9,15 @@ sequence per request would.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.texts import smollm2, with_lora
 
 from .game import Games, Heads, marginal, observations
 
@@ -47,8 +47,8 @@ class Policy(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The frozen embeddings of tokens: the ball around an observation keeps its meaning during training."""
-        found: Tensor = self.model.get_input_embeddings()(tokens).detach()
-        return found
+        embeddings: Tensor = self.model.get_input_embeddings()(tokens).detach()
+        return embeddings
 
     def forward(self, x: Any) -> Heads:
         rows, total = x.shape[0], self.length + len(self.words)
@@ -169,15 +169,10 @@ def adapted(setup: dict[str, Any], game: dict[str, Any], seed: int) -> Pair:
     Raises:
         MissingPackage: the pretrained model, or peft, is not installed.
     """
-    from common.texts import require, smollm2
-
-    require("peft")
-    from peft import LoraConfig, get_peft_model
-
     if setup["model"] == "tiny":
         base, encode = tiny_text_model()
     else:
-        base, tokenizer = smollm2(Path("runs/cache/smollm2-135m-instruct"))
+        base, tokenizer = smollm2()
         encode = lambda words: tokenizer(words, add_special_tokens=False)["input_ids"]
     base.requires_grad_(False)
     letters = [encode(f" {letter}") for letter in LETTERS[: game["lots"]]]
@@ -203,12 +198,7 @@ def adapted(setup: dict[str, Any], game: dict[str, Any], seed: int) -> Pair:
         for _ in range(2):
             # modules of its own, the parameters shared
             mine = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-            options = LoraConfig(
-                r=setup["rank"], lora_alpha=2 * setup["rank"], target_modules=["q_proj", "v_proj"]
-            )
-            with warnings.catch_warnings():  # peft still asks transformers for a name that is on its way out
-                warnings.simplefilter("ignore", FutureWarning)
-                model = get_peft_model(mine, options).get_base_model()
+            model = with_lora(mine, setup["rank"]).get_base_model()
             policies.append(Policy(model, torch.tensor(letters).flatten(), length))
     return Pair(policies, tokens, (place >= begin) & (place < length - end))
 

@@ -19,6 +19,7 @@ from common.command import application
 from common.meter import Cost, measure
 from demo import peers, policy, run, scratch
 from demo.__main__ import demo as command
+from demo.embeddings import loss_of
 from demo.report import comparison_sheet
 
 CPU = torch.device("cpu")
@@ -141,7 +142,7 @@ def test_finite_differences_approach_the_oracle() -> None:
     model = tiny_policy().double()
     batch = dialogues(model, TEXTS)
     x = policy.embed(model, batch)
-    problem = peers.Problem(x, policy.ascent_direction(model, x, batch), batch.reply)
+    problem = peers.Problem(x, policy.direction_of(model, x, batch), batch.reply)
     with peers.math_attention():
         exact = peers.forward_mode(peers.double_precision(model), problem)
     near = peers.finite_difference(peers.double_precision(model), problem, 1e-6)
@@ -151,7 +152,7 @@ def test_finite_differences_approach_the_oracle() -> None:
 def test_direction_moves_the_users_text_only() -> None:
     model = tiny_policy()
     batch = dialogues(model, TEXTS)
-    v = policy.ascent_direction(model, policy.embed(model, batch), batch)
+    v = policy.direction_of(model, policy.embed(model, batch), batch)
     torch.testing.assert_close(v.flatten(1).norm(dim=1), torch.ones(len(TEXTS)))
     assert v[~batch.user].abs().max() == 0
     assert not v.requires_grad
@@ -196,8 +197,8 @@ def test_attack_raises_the_loss_within_its_radius() -> None:
     x = model.get_input_embeddings()(windows[:, :-1]).detach()
     attacked = scratch.attack(model, x, windows[:, 1:], 0.1, steps=3)
     assert (attacked - x).norm(dim=-1).max() <= 0.1 + 1e-6
-    clean = scratch.cross_entropy(model, x, windows[:, 1:])
-    assert scratch.cross_entropy(model, attacked, windows[:, 1:]) > clean
+    clean = loss_of(model, x, windows[:, 1:])
+    assert loss_of(model, attacked, windows[:, 1:]) > clean
 
 
 def test_boilerplate_is_stripped() -> None:
