@@ -96,19 +96,22 @@ def missing() -> str | None:
     """
     try:
         module()
-    except ModuleNotFoundError as error:
-        if error.name != "aajr_kernels._native":
-            return f"the native CPU module cannot be loaded ({error})"
-        build = build_info()
-        if not build["native"]:
-            return f"this installation has no native CPU module: {build['reason']}"
-        return (
-            f"the native CPU module was built for Python {build.get('python')}, and there is none for this Python "
-            f"{platform.python_version()}: reinstall the package"
-        )
     except ImportError as error:
-        return f"the native CPU module cannot be loaded ({error})"
+        return unloadable(error, "_native", "native CPU module", "native", "reason")
     return None
+
+
+def unloadable(error: ImportError, name: str, title: str, built: str, reason: str, unknown: str = "") -> str:
+    """One sentence on why the extension module `name` did not load; `built` and `reason`: its entries in the record."""
+    if not isinstance(error, ModuleNotFoundError) or error.name != f"aajr_kernels.{name}":
+        return f"the {title} cannot be loaded ({error})"
+    build = build_info()
+    if not build.get(built):
+        return f"this installation has no {title}: {build.get(reason) or unknown}"
+    return (
+        f"the {title} was built for Python {build.get('python')}, and there is none for this Python "
+        f"{platform.python_version()}: reinstall the package"
+    )
 
 
 class _State(threading.local):
@@ -144,6 +147,11 @@ def view(t: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, 
     return None if t is None else (t.data_ptr(), CODES[t.dtype], tuple(t.shape), t.stride())
 
 
+def resolved(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Copies of negative views, which share memory with numbers of the other sign; keep them until the call ends."""
+    return tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
+
+
 def call(
     name: str,
     tensors: tuple[torch.Tensor | None, ...],
@@ -164,14 +172,17 @@ def call(
                 f"the native backend has no kernels for {t.dtype} ({name}): cast to float32, bfloat16 or float16, "
                 "or use the reference backend."
             )
-    # a negative view shares memory with numbers of the other sign
-    tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
-    entry = getattr(module(), name, None)
-    if entry is None:
-        raise ImportError(
-            f"the native CPU module has no {name}, it is older than the package: run pip install again."
-        )
+    tensors = resolved(tensors)
+    entry = entry_point(module(), name, "native CPU module")
     entry(tuple(map(view, tensors)), ints, floats, torch.get_num_threads())
+
+
+def entry_point(loaded: ModuleType, name: str, title: str) -> Any:
+    """The function `name` of an extension module."""
+    entry = getattr(loaded, name, None)
+    if entry is None:
+        raise ImportError(f"the {title} has no {name}, it is older than the package: run pip install again.")
+    return entry
 
 
 #: bytes from which a tensor asks for large pages: a few of them at least

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import importlib
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -55,18 +54,8 @@ def missing() -> str | None:
         loaded = module()
     except ValueError as error:  # it names the variable and the file
         return str(error)
-    except ModuleNotFoundError as error:
-        if error.name != "aajr_kernels._cuda":
-            return f"the CUDA module cannot be loaded ({error})"
-        build = native.build_info()
-        if build.get("cuda"):
-            return (
-                f"the CUDA module was built for Python {build.get('python')}, and there is none for this Python "
-                f"{platform.python_version()}: reinstall the package"
-            )
-        return f"this installation has no CUDA module: {build.get('cuda_reason') or UNBUILT}"
     except ImportError as error:
-        return f"the CUDA module cannot be loaded ({error})"
+        return native.unloadable(error, "_cuda", "CUDA module", "cuda", "cuda_reason", UNBUILT)
     if loaded.host:
         return None
     if torch.version.hip is not None:
@@ -132,16 +121,12 @@ def call(
     if first.device.type != where or any(t is not None and t.device != first.device for t in tensors):
         devices = ", ".join(dict.fromkeys(str(t.device) for t in tensors if t is not None))
         raise ValueError(f"{name}: all tensors must be on one {where} device, got {devices}.")
-    tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
+    tensors = native.resolved(tensors)
     device, stream = 0, 0
     if first.device.type == "cuda":
         device = torch.cuda.current_device() if first.device.index is None else first.device.index
         stream = torch.cuda.current_stream(first.device).cuda_stream
-    entry = getattr(module(), name, None)
-    if entry is None:
-        raise ImportError(
-            f"the CUDA module has no {name}, it is older than the package: run pip install again."
-        )
+    entry = native.entry_point(module(), name, "CUDA module")
     # torch and the module have a runtime each: both have to know the device
     other = first.device.type == "cuda" and device != torch.cuda.current_device()
     with torch.cuda.device(device) if other else contextlib.nullcontext():
