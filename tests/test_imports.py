@@ -174,7 +174,7 @@ def test_a_reference_imports_torch_alone(module):
     assert roots <= REFERENCE_MAY_IMPORT, f"{module} imports {sorted(roots - REFERENCE_MAY_IMPORT)}"
 
 
-@pytest.mark.parametrize("module", ["testing/oracle.py", "testing/budgets.py"])
+@pytest.mark.parametrize("module", ["testing/oracle.py", "testing/formulas.py", "testing/budgets.py"])
 def test_the_measure_imports_nothing_of_ours(module):
     """A mistake that it shared with the package would not be seen."""
     assert not inside_package(module)

@@ -1,39 +1,16 @@
 """The oracle: every op as the plain formula of a textbook, on plain tensors, in their own dtype.
 
-Nothing here calls our ops or PyTorch's fused layers. Derivatives come only from PyTorch: :func:`forward_mode` for the
-tangents and ordinary autograd through them for the gradients. In float64 that is the truth an op is measured against;
-in a low dtype it is the eager computation whose error an op may not much exceed. Norms are written out because
-PyTorch's reverse-over-forward through ``torch.nn.functional.layer_norm`` gives wrong gradients without a warning.
+Nothing here calls our ops or PyTorch's fused layers. Derivatives come only from PyTorch's forward mode
+and from ordinary autograd through it. In float64 that is the truth an op is measured against; in a low dtype it is the
+eager computation whose error an op may not much exceed. Norms are written out because PyTorch's reverse-over-forward through ``torch.nn.functional.layer_norm`` gives wrong gradients without a warning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def forward_mode(
-    func: Callable[..., Any], primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Value of ``func(**primals)`` and its derivatives ``[K, ...]``, one ``torch.func.jvp`` a direction.
-
-    Args:
-        func: returns one tensor; called with every entry of `primals` by name.
-        primals: all its tensors.
-        tangents: ``[K, *shape]`` by name, for those that carry tangents; the others are constants.
-    """
-    names = list(tangents)
-
-    def of_the_moving(*moving: Tensor) -> Tensor:
-        return func(**{**primals, **dict(zip(names, moving))})
-
-    point = tuple(primals[name] for name in names)
-    values = [torch.func.jvp(of_the_moving, point, direction)[:2] for direction in zip(*tangents.values())]
-    return values[0][0], torch.stack([tangent for _, tangent in values])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -148,14 +125,6 @@ def logits(
     """Output of a language-model head, ``cap(scale (W h + b))``."""
     z = scale * linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def negative_log_likelihood(z: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy ``[*batch]`` of logits ``[*batch, V]``, 0 where ignored."""
-    kept = labels != ignore_index
-    labelled = z.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
-    loss = z.logsumexp(-1) - labelled
-    return torch.where(kept, loss, torch.zeros_like(loss))
 
 
 def fisher(z: Tensor, z_tan: Tensor) -> Tensor:
