@@ -71,14 +71,14 @@ def main() -> None:
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        found = {}
+        losses = {}
         for name, cls, more in (("plain", Trainer, {}), ("AAJR", AAJRTrainer, {"objective": OBJECTIVE})):
             trainer = cls(model(), args, train_dataset=train, data_collator=collate, **more)
             trainer.train()
-            found[name] = attacked(trainer.model, held_out)
-    for name, (clean, robust) in found.items():
+            losses[name] = attacked(trainer.model, held_out)
+    for name, (clean, robust) in losses.items():
         print(f"{name:6} held-out loss {clean:.3f}, under attack {robust:.3f}")
-    assert found["AAJR"][1] < found["plain"][1]
+    assert losses["AAJR"][1] < losses["plain"][1]
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def results_file(device: str) -> Path:
 
 def summary_of_rows(lines: Sequence[str]) -> list[str]:
     """One line per measured variant: time, ratio, share of the ceiling, and whether its bounds hold."""
-    found = []
+    summary = []
     for line in lines:
         row: dict[str, Any] = json.loads(line)
         if row["min_ms"] is None:
@@ -140,11 +140,11 @@ def summary_of_rows(lines: Sequence[str]) -> list[str]:
         share = row.get("flop_share") or row.get("byte_share")
         bounds = ", ".join(f"{name} <= {limit:g}" for name, limit in row["bounds"].items())
         mark = {True: "held", False: "MISSED", None: ""}[row["passed"]]
-        found.append(
+        summary.append(
             f"{row['suite']}:{row['family']:20} {row['variant']:22} {row['min_ms']:9.3f} ms  "
             f"x {row['ratio']:5.2f}  {'' if share is None else f'{share:4.0%}':4}  {mark:6} {bounds}".rstrip()
         )
-    return found
+    return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

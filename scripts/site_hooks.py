@@ -57,10 +57,10 @@ def _link(match: re.Match[str], source: str, page: str) -> str:
         return match[0]
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if path in EXTRA:
-        found = EXTRA[path]
+        place = EXTRA[path]
     elif path.startswith("docs/"):
-        found = path.removeprefix("docs/")
+        place = path.removeprefix("docs/")
     else:
         return match["text"] if match["text"].startswith("`") else f"{match['text']} (`{path}`)"
-    relative = posixpath.relpath(found, posixpath.dirname(page) or ".")
+    relative = posixpath.relpath(place, posixpath.dirname(page) or ".")
     return f"{match['image']}[{match['text']}]({relative}{match['anchor'] or ''})"

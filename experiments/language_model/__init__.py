@@ -80,13 +80,13 @@ def config(quick: bool) -> dict[str, Any]:
 
 
 def tasks(config: dict[str, Any]) -> list[Task]:
-    found = [
-        Task(f"scratch/{seed}/{method}", {"part": "scratch", "seed": seed, "method": method})
+    scratch: list[tuple[str, dict[str, Any]]] = [
+        (f"scratch/{seed}/{method}", {"part": "scratch", "seed": seed, "method": method})
         for seed in range(config["scratch"]["seeds"])
         for method in SCRATCH
     ]
-    found += [
-        Task(
+    adapted: list[tuple[str, dict[str, Any]]] = [
+        (
             f"adapted/{seed}/{method}/{stage}",
             {"part": "adapted", "seed": seed, "method": method, "stage": stage},
         )
@@ -95,7 +95,7 @@ def tasks(config: dict[str, Any]) -> list[Task]:
         for stage in ("training", "evaluation")
         if (method, stage) != ("untouched", "training")
     ]
-    return [Task(task.key, {"config": config, **task.arguments}) for task in found]
+    return [Task(key, {"config": config, **arguments}) for key, arguments in scratch + adapted]
 
 
 EXPERIMENT = Experiment("language-model", config, tasks, work, report)

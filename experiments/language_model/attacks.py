@@ -53,8 +53,8 @@ def scene_of(model: nn.Module, policy: Policy, batch: dict[str, Tensor]) -> Scen
 def losses_of(scene: Scene, ids: Tensor | None = None) -> Tensor:
     """Mean cross-entropy ``[B]`` of the scored tokens, with other inputs `ids` if they are given."""
     with torch.no_grad(), frozen_parameters((scene.model,), True):
-        found: Tensor = scene.loss()(scene.embedded(scene.ids if ids is None else ids))
-    return found
+        losses: Tensor = scene.loss()(scene.embedded(scene.ids if ids is None else ids))
+    return losses
 
 
 def norm_of(x: Tensor) -> float:

@@ -33,14 +33,13 @@ def config(quick: bool) -> dict[str, Any]:
 def tasks(config: dict[str, Any]) -> list[Task]:
     closed, networks = dict(config["closed"]), dict(config["networks"])
     seeds, network_seeds = closed.pop("seeds"), networks.pop("seeds")
-    found = [
-        Task(f"{family}/{seed}", {"family": family, "seed": seed, **closed})
-        for family in FAMILIES
-        for seed in range(seeds)
+    kinds = [(family, range(seeds), closed) for family in FAMILIES]
+    kinds.append(("network", range(network_seeds), networks))
+    return [
+        Task(f"{family}/{seed}", {"family": family, "seed": seed, **options})
+        for family, numbers, options in kinds
+        for seed in numbers
     ]
-    for seed in range(network_seeds):
-        found.append(Task(f"network/{seed}", {"family": "network", "seed": seed, **networks}))
-    return found
 
 
 def work(family: str, **arguments: Any) -> list[Row]:

@@ -9,6 +9,7 @@ Two families, one loss per batch row:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -119,35 +120,31 @@ def trials(family: str, seed: int, rows: int, steps: int) -> list[Row]:
     """
     generator = torch.Generator().manual_seed(100 * FAMILIES.index(family) + seed)
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-    found = []
-    for step in STEPS:
-        for scope in SCOPES:
-            for projection in PROJECTIONS:
-                problem = Problem(family, rows, generator)
-                x = torch.randn(rows, TOKENS, CHANNELS, **options)
-                mask = torch.rand(rows, TOKENS, **options) > 0.3
-                mask[rows // 3 :] = True
-                mask[:, 0] = True
-                agents = torch.randint(0, 2, (rows, TOKENS), generator=generator)
-                sizes = 0.3 * 10 ** (2 * torch.rand(steps, rows, **options) - 1)
-                ball, project = _project(projection)
-                traj = aajr.ascend(
-                    *(problem.loss, x),
-                    steps=steps,
-                    step_size=sizes,
-                    step=step,
-                    scope=scope,
-                    agents=agents if scope == "agent" else None,
-                    mask=mask,
-                    project=project,
-                    keep_gradients=True,
-                    **ball,
-                )
-                found.append(
-                    {"family": family, "seed": seed, "step": step, "scope": scope, "projection": projection}
-                    | _counts(problem, traj)
-                )
-    return found
+    counts = []
+    for step, scope, projection in itertools.product(STEPS, SCOPES, PROJECTIONS):
+        problem = Problem(family, rows, generator)
+        x = torch.randn(rows, TOKENS, CHANNELS, **options)
+        mask = torch.rand(rows, TOKENS, **options) > 0.3
+        mask[rows // 3 :] = True
+        mask[:, 0] = True
+        agents = torch.randint(0, 2, (rows, TOKENS), generator=generator)
+        sizes = 0.3 * 10 ** (2 * torch.rand(steps, rows, **options) - 1)
+        ball, project = _project(projection)
+        traj = aajr.ascend(
+            *(problem.loss, x),
+            steps=steps,
+            step_size=sizes,
+            step=step,
+            scope=scope,
+            agents=agents if scope == "agent" else None,
+            mask=mask,
+            project=project,
+            keep_gradients=True,
+            **ball,
+        )
+        marks = {"family": family, "seed": seed, "step": step, "scope": scope, "projection": projection}
+        counts.append(marks | _counts(problem, traj))
+    return counts
 
 
 def _counts(problem: Problem, traj: aajr.Trajectory) -> Row:
@@ -166,8 +163,6 @@ def _counts(problem: Problem, traj: aajr.Trajectory) -> Row:
     valid, naive = _bounds(traj, kappa)
     special = moved & (traj.step_sizes <= valid)
     carried = moved & (traj.step_sizes <= naive) & traj.projected
-    eta_kappa = (traj.step_sizes * kappa)[moved & ~traj.projected & (kappa > 0)]
-    fell = falls[moved & ~traj.projected & (kappa > 0)]
     row: Row = {
         "trials": moved,
         "projected": moved & traj.projected,
@@ -183,8 +178,14 @@ def _counts(problem: Problem, traj: aajr.Trajectory) -> Row:
     }
     row = {name: int(value.sum()) for name, value in row.items()}
     if traj.step == "raw":
-        edges = torch.tensor([0.0, *EDGES, math.inf], dtype=torch.float64)
-        where = torch.bucketize(eta_kappa, edges) - 1
-        row["bins"] = torch.bincount(where, minlength=len(edges) - 1).tolist()
-        row["bins_falls"] = torch.bincount(where[fell], minlength=len(edges) - 1).tolist()
+        here = moved & ~traj.projected & (kappa > 0)
+        row |= binned((traj.step_sizes * kappa)[here], falls[here])
     return row
+
+
+def binned(eta_kappa: torch.Tensor, fell: torch.Tensor) -> Row:
+    """Numbers of steps by ηκ, and of those that fell, between :data:`EDGES`."""
+    edges = torch.tensor([0.0, *EDGES, math.inf], dtype=torch.float64)
+    where = torch.bucketize(eta_kappa, edges) - 1
+    bins = (torch.bincount(which, minlength=len(edges) - 1).tolist() for which in (where, where[fell]))
+    return dict(zip(("bins", "bins_falls"), bins))

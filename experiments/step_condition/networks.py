@@ -13,7 +13,7 @@ import aajr_kernels as aajr
 
 from ..digits.data import CLASSES, load
 from ..store import Row
-from .closed import EDGES
+from .closed import binned
 
 __all__ = ["network_rows"]
 
@@ -66,29 +66,26 @@ def network_rows(
         for f in factors
     ]
     runs += [({"kind": "ball", "share": s, "eta": s}, {"radius": 1.0}) for s in shares]
-    found = []
+    rows = []
     for row, options in runs:
         traj = aajr.ascend(loss, x, steps=steps, step_size=row["eta"], **options)
         report = aajr.stability_report(loss, x, traj, samples=samples)
-        found.append(common | row | _counts(traj, report))
-    return found
+        rows.append(common | row | _counts(traj, report))
+    return rows
 
 
 def _counts(traj: aajr.Trajectory, report: aajr.StabilityReport) -> Row:
     assert report.kappa is not None and report.violated is not None and report.unexplained is not None
-    edges = torch.tensor([0.0, *EDGES, math.inf], dtype=torch.float64)
     here = report.moved & (report.kappa > 0)
-    where = torch.bucketize((traj.step_sizes * report.kappa)[here], edges) - 1
-    fell = report.non_monotone[here]
-    row: dict[str, Any] = {
+    counts = {
         "trials": report.moved,
         "falls": report.non_monotone,
         "held": report.moved & ~report.violated,
         "held_falls": report.unexplained,
         "projected": report.projected & report.moved,
     }
-    row = {name: int(value.sum()) for name, value in row.items()}
-    row["bins"] = torch.bincount(where, minlength=len(edges) - 1).tolist()
-    row["bins_falls"] = torch.bincount(where[fell], minlength=len(edges) - 1).tolist()
-    row["kappa_max"] = report.kappa.max().item()
-    return row
+    return {
+        **{name: int(value.sum()) for name, value in counts.items()},
+        **binned((traj.step_sizes * report.kappa)[here], report.non_monotone[here]),
+        "kappa_max": report.kappa.max().item(),
+    }

@@ -43,8 +43,8 @@ class Barter(ParallelEnv):
         """A new game, before the requests."""
         if seed is not None:
             self._random = np.random.default_rng(seed)
-        chosen = (options or {}).get("game")
-        self._game = int(self._random.integers(len(self.games))) if chosen is None else int(chosen)
+        number = (options or {}).get("game")
+        self._game = int(self._random.integers(len(self.games))) if number is None else int(number)
         self.agents, self._heard = list(self.possible_agents), (0, 0)
         self._asked = False
         return self._observations(), {name: {} for name in self.agents}
