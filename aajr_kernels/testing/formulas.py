@@ -1,8 +1,9 @@
 """The oracle: every op as the plain formula of a textbook, on plain tensors, in their own dtype.
 
-Nothing here calls our ops or PyTorch's fused layers. Derivatives come only from PyTorch's forward mode
-and from ordinary autograd through it. In float64 that is the truth an op is measured against; in a low dtype it is the
-eager computation whose error an op may not much exceed. Norms are written out because PyTorch's reverse-over-forward through ``torch.nn.functional.layer_norm`` gives wrong gradients without a warning.
+Nothing here calls our ops or PyTorch's fused layers. Derivatives come only from PyTorch's forward mode and from
+ordinary autograd through it. In float64 that is the truth an op is measured against; in a low dtype it is the eager
+computation whose error an op may not much exceed. Norms are written out because PyTorch's reverse-over-forward through
+``torch.nn.functional.layer_norm`` gives wrong gradients without a warning.
 """
 
 from __future__ import annotations
