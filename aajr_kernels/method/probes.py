@@ -125,8 +125,8 @@ def curvature_along(
         product = None
         if slope.requires_grad:  # a loss that is linear in x with frozen parameters has a constant slope
             (product,) = torch.autograd.grad(slope.sum(), point, allow_unused=True)
-    bend = torch.zeros_like(slope) if product is None else row_dot(product, d)
-    return y.primal.detach(), slope.detach(), bend.detach()
+    curvature = torch.zeros_like(slope) if product is None else row_dot(product, d)
+    return y.primal.detach(), slope.detach(), curvature.detach()
 
 
 def gradient(loss_fn: Loss, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,8 +159,8 @@ def difference_curvature(
     """
     along = torch.stack([row_dot(g, d) for g in gradients])
     safe = torch.where(spacing == 0, 1.0, spacing)
-    bends = torch.where(spacing == 0, 0.0, (along[1:] - along[:-1]) / safe)
-    return along[0], bends.amin(0)
+    curvatures = torch.where(spacing == 0, 0.0, (along[1:] - along[:-1]) / safe)
+    return along[0], curvatures.amin(0)
 
 
 # -- the policy ------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def _curvature(
         points = _segment(traj, t, samples)
         if kind == "exact":
             measured = [probes.curvature_along(loss_fn, p, d) for p in points]
-            slope, lowest = measured[0][1], torch.stack([bend for _, _, bend in measured]).amin(0)
+            slope, lowest = measured[0][1], torch.stack([curvature for _, _, curvature in measured]).amin(0)
         else:
             first = gradients.pop(t) if t in gradients else probes.gradient(loss_fn, points[0])[1]
             rest = [probes.gradient(loss_fn, p)[1] for p in points[1:]]
@@ -246,7 +246,7 @@ def _smoothness(
     firsts, seconds, largest = [], [], []
     for t, (d, length) in enumerate(zip(units, lengths)):
         spacing = torch.where(length > 0, length / (samples - 1), 1.0)
-        q_max = bend_max = torch.zeros_like(length)
+        q_max = second_max = torch.zeros_like(length)
         before: torch.Tensor | None = None
         for p in _segment(traj, t, samples):
             q, y_tan = probes.output_probe(policy, p, d, metric)
@@ -254,10 +254,10 @@ def _smoothness(
             if before is not None:
                 sizes = torch.linalg.vector_norm((y_tan - before).to(q.dtype), 2, -1)
                 change = torch.where(length > 0, probes.sum_units(sizes, mask) / spacing, 0.0)
-                bend_max = torch.maximum(bend_max, change)
+                second_max = torch.maximum(second_max, change)
             before = y_tan
         firsts.append(bounds[0] * q_max)
-        seconds.append(bounds[1] * bend_max)
+        seconds.append(bounds[1] * second_max)
         largest.append(q_max)
     first, second = torch.stack(firsts), torch.stack(seconds)
     fields = {"gauss_newton": first, "second_order": second, "smoothness": first + second}

@@ -94,13 +94,13 @@ class GivenStep:
     ) -> StepEnd:
         """Step t, and the ``"gradient"``, the ``"loss"`` or ``"none"`` of both at its end."""
         evaluator, step_size = self.evaluator, self.step_sizes[t]
-        there, projected = evaluator.step(delta, direction, step_size)
+        end, projected = evaluator.step(delta, direction, step_size)
         if want == "gradient":
-            losses, gradient = evaluator.gradient(there)
+            losses, gradient = evaluator.gradient(end)
         else:
-            losses = evaluator.loss(there) if want == "loss" else torch.full_like(losses, math.nan)
+            losses = evaluator.loss(end) if want == "loss" else torch.full_like(losses, math.nan)
             gradient = torch.zeros_like(gradient)
-        return StepEnd(there, losses, gradient, step_size, projected)
+        return StepEnd(end, losses, gradient, step_size, projected)
 
 
 class AutoStep:
@@ -128,36 +128,38 @@ class AutoStep:
         size = self.rows.norm(direction).squeeze(-1)
         direction = self.rows.unit(direction)
         trial = self._trial(direction, gradient)
-        nowhere = torch.zeros_like(trial)
-        best = StepEnd(delta, losses, gradient, nowhere, nowhere.bool())
-        trial, still = self._uphill(delta, direction, gradient, trial)
-        taken, kappa = still, nowhere
+        zeros = torch.zeros_like(trial)
+        best = StepEnd(delta, losses, gradient, zeros, zeros.bool())
+        trial, stuck = self._uphill(delta, direction, gradient, trial)
+        accepted, kappa = stuck, zeros
         for attempt in range(self.max_backtracks + 1):
-            if evaluator.all(taken):
+            if evaluator.all(accepted):
                 break
-            there, projected = evaluator.step(delta, direction, trial)
-            there = _where(taken, best.delta, there)
+            end, projected = evaluator.step(delta, direction, trial)
+            end = _where(accepted, best.delta, end)
             if want == "gradient":
-                new_losses, new_gradient = evaluator.gradient(there)
+                new_losses, new_gradient = evaluator.gradient(end)
             else:
-                new_losses, new_gradient = evaluator.loss(there), gradient
-            displacement = there - delta
+                new_losses, new_gradient = evaluator.loss(end), gradient
+            displacement = end - delta
             slope = _row_dot(gradient, displacement)
             gain = (new_losses - losses).to(slope)
-            bend = 2 * (slope - gain)
+            deficit = 2 * (slope - gain)
             if want == "gradient":
-                bend = torch.maximum(bend, 2 * (gain - _row_dot(new_gradient, displacement)))
+                deficit = torch.maximum(deficit, 2 * (gain - _row_dot(new_gradient, displacement)))
             slack = ULPS * self._epsilon(losses) * torch.maximum(losses.abs(), new_losses.abs()).to(slope)
-            uphill = slope > self._noise(gradient, there)
-            fine = (bend <= slope + slack) & uphill & bend.isfinite() & ~taken
-            kappa = torch.where(fine, bend.clamp(min=0) / displacement.flatten(1).square().sum(-1), kappa)
-            attempted = StepEnd(there, new_losses, new_gradient, trial, projected)
-            best, taken = _merge(fine, attempted, best), taken | fine
+            uphill = slope > self._noise(gradient, end)
+            accepted_now = (deficit <= slope + slack) & uphill & deficit.isfinite() & ~accepted
+            kappa = torch.where(
+                accepted_now, deficit.clamp(min=0) / displacement.flatten(1).square().sum(-1), kappa
+            )
+            attempt_end = StepEnd(end, new_losses, new_gradient, trial, projected)
+            best, accepted = _merge(accepted_now, attempt_end, best), accepted | accepted_now
             if attempt < self.max_backtracks:
-                # the bend grows with the square of the length, the slope with the length
-                factor = torch.nan_to_num(SAFETY * slope / bend, nan=LEAST).clamp(LEAST, MOST)
-                trial = torch.where(taken, trial, trial * factor)
-        self.curvature = torch.where(taken & ~still, kappa, torch.inf)
+                # κ‖Δ‖² grows with the square of the length, the slope with the length
+                factor = torch.nan_to_num(SAFETY * slope / deficit, nan=LEAST).clamp(LEAST, MOST)
+                trial = torch.where(accepted, trial, trial * factor)
+        self.curvature = torch.where(accepted & ~stuck, kappa, torch.inf)
         self.length = trial
         used = torch.where(size > 0, best.step_size / torch.where(size > 0, size, 1.0), 0.0)
         return replace(best, step_size=used)
@@ -167,12 +169,12 @@ class AutoStep:
     ) -> tuple[Tensor, Tensor]:
         """Shorter trials where the projection turns a step downhill, and the rows where none leads uphill."""
         for _ in range(self.max_backtracks + 1):
-            there, _projected = self.evaluator.step(delta, direction, trial)
-            level = _row_dot(gradient, there - delta) <= self._noise(gradient, there)
-            if not bool((level & (trial > 0)).any()):
+            end, _projected = self.evaluator.step(delta, direction, trial)
+            flat = _row_dot(gradient, end - delta) <= self._noise(gradient, end)
+            if not bool((flat & (trial > 0)).any()):
                 break
-            trial = torch.where(level, trial * LEAST, trial)
-        return trial, level
+            trial = torch.where(flat, trial * LEAST, trial)
+        return trial, flat
 
     def _trial(self, direction: Tensor, gradient: Tensor) -> Tensor:
         """First length to try, ``[B]``, of a direction whose rows have length 1; 0 where it is zero."""
@@ -184,11 +186,11 @@ class AutoStep:
         reach = torch.where(reach.isinf(), 0.0, reach)
         if self.curvature is None or self.length is None:
             return reach * self.share
-        unknown = self.curvature.isinf()  # the last search failed: go on where it stopped
-        longest = torch.where(unknown, self.length, GROWTH * self.length)
+        failed = self.curvature.isinf()  # the last search failed: go on where it stopped
+        longest = torch.where(failed, self.length, GROWTH * self.length)
         longest = torch.where(self.length > 0, longest, reach * self.share)
         curved = SAFETY * _row_dot(gradient, direction) / self.curvature
-        curved = torch.where(unknown | (self.curvature <= 0), torch.inf, curved)
+        curved = torch.where(failed | (self.curvature <= 0), torch.inf, curved)
         return torch.minimum(torch.minimum(longest, curved), GROWTH * reach)
 
     def _noise(self, gradient: Tensor, delta: Tensor) -> Tensor:

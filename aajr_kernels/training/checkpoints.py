@@ -104,7 +104,7 @@ class Checkpoints:
         made.mkdir()
         try:
             for name, content in ((MODEL, weights), (STATE, tensors)):
-                save_file(_apart(content), made / name)
+                save_file(_separate(content), made / name)
             manifest = {
                 "format": FORMAT,
                 "step": step,
@@ -157,11 +157,11 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], where: Path, tr
     own = weights_of(model, trainable_only)
     missing, surplus = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     if missing or surplus:
-        said = [f"lacks {names[0]} ({len(names)} in all)" for names in (missing,) if names]
-        said += [f"has {names[0]} ({len(names)} in all) too much" for names in (surplus,) if names]
+        differences = [f"lacks {names[0]} ({len(names)} in all)" for names in (missing,) if names]
+        differences += [f"has {names[0]} ({len(names)} in all) too much" for names in (surplus,) if names]
         raise ValueError(
-            f"model must be the one that checkpoint {where} was written for, which {' and '.join(said)}: make it with "
-            "the same classes, adapters and frozen parameters."
+            f"model must be the one that checkpoint {where} was written for, which {' and '.join(differences)}: make "
+            "it with the same classes, adapters and frozen parameters."
         )
     for name, value in weights.items():
         if own[name].shape != value.shape:
@@ -203,7 +203,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module) -> int:
     return checkpoint.step
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous, each in memory of its own, as safetensors wants them."""
     separate, seen = {}, set()
     for name, value in tensors.items():

@@ -181,7 +181,7 @@ class _Run:
             raise ValueError("model must have a parameter that requires a gradient, got none: unfreeze some.")
         if scheduler is not None and optimizer is None:
             raise ValueError("scheduler goes with the optimizer it was made for: give optimizer= too.")
-        self.made = optimizer is None
+        self.has_own_optimizer = optimizer is None
         self.optimizer = _adamw(own, config) if optimizer is None else optimizer
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not {id(p) for p in self.parameters} <= {id(p) for p in model.parameters()}:
@@ -203,7 +203,7 @@ class _Run:
         objective = self.objective
         batches = [objective.prepared(b) for b in self.stream.take(config.accumulate)]
         counts = objective.counts(batches)
-        if self.made:
+        if self.has_own_optimizer:
             for group in self.optimizer.param_groups:
                 group["lr"] = value_at(config.learning_rate, step, "learning_rate")
         self.model.zero_grad()

@@ -76,7 +76,7 @@ class Recorder:
         if folder is None:
             return
         for name in self.FILES:
-            kept = _cut(folder / name, step)
+            kept = _keep_up_to(folder / name, step)
             self.rows = kept if name == self.FILES[0] else self.rows
         if tensorboard:
             try:
@@ -112,7 +112,7 @@ class Recorder:
             self.writer.close()
 
 
-def _cut(path: Path, step: int) -> list[Row]:
+def _keep_up_to(path: Path, step: int) -> list[Row]:
     """Keep the rows up to `step`."""
     if not path.exists():
         return []

@@ -180,11 +180,11 @@ class Objective:
         if counts is None:
             counts = Counts.of([ours], self.config)
         group = self.group
-        own = part if group is None else part * group.size() + group.rank()
-        generator = randomness.generator_for(self.config.seed or 0, step, own, self.device)
+        draw = part if group is None else part * group.size() + group.rank()
+        generator = randomness.generator_for(self.config.seed or 0, step, draw, self.device)
         after_attack = None
         diagnostics = self.config.diagnostics
-        if on_report is not None and diagnostics and own == 0 and (step + 1) % diagnostics.every == 0:
+        if on_report is not None and diagnostics and draw == 0 and (step + 1) % diagnostics.every == 0:
             after_attack = functools.partial(self._diagnose, diagnostics, ours, step, on_report)
         arguments = (self.module, self.policy, ours, self.config, scheduled, counts, generator)
 

@@ -9,7 +9,7 @@ from torch import nn
 from ...training import ObjectiveConfig
 from ..transformers.library import trainer_class
 
-__all__ = ["arguments", "divided_later", "language_model", "replaceable_loss"]
+__all__ = ["arguments", "language_model", "loss_divisor", "replaceable_loss"]
 
 
 def arguments(trainer: Any) -> None:
@@ -126,7 +126,7 @@ def language_model(model: nn.Module, config: ObjectiveConfig) -> None:
         )
 
 
-def divided_later(trainer: Any, num_items_in_batch: Any) -> int:
+def loss_divisor(trainer: Any, num_items_in_batch: Any) -> int:
     """By what Trainer divides the loss that it gets from ``compute_loss``."""
     scaled = None
     if hasattr(trainer_class(), "loss_is_scaled_for_ga"):  # not in older versions

@@ -27,7 +27,7 @@ _Base: Any = object  # a trainer of transformers stands behind the mixin
 __all__ = ["AAJRPenaltyMixin", "AAJRTrainerMixin"]
 
 #: entries of a batch that say what may be attacked, and that models do not take
-OURS = ("attack_mask", "agents")
+ATTACK_COLUMNS = ("attack_mask", "agents")
 
 
 class _Mixin(_Base):
@@ -42,7 +42,7 @@ class _Mixin(_Base):
             raise TypeError(f"objective must be an ObjectiveConfig, got {type(objective).__name__}.")
         self.aajr_config = objective
         self._aajr_policy: Policy | None = policy
-        self._aajr_given = policy is not None
+        self._aajr_has_policy = policy is not None
         self._aajr_objective: Objective | None = None
         self._aajr_counts: Counts | None = None
         self._aajr_parts = self._aajr_part = 0
@@ -66,7 +66,7 @@ class _Mixin(_Base):
         if known is not None and known.model is model:
             return known
         inside = unwrapped(model)
-        if (known is None or known.module is not inside) and not self._aajr_given:
+        if (known is None or known.module is not inside) and not self._aajr_has_policy:
             self._aajr_check_model(inside)
             with self.accelerator.autocast():  # in which the whole is computed too, once it is prepared
                 self._aajr_policy = policy_of(inside)
@@ -90,7 +90,7 @@ class _Mixin(_Base):
 
     def _aajr_scale(self, total: Tensor, num_items_in_batch: Any) -> Tensor:
         """A loss for a whole step, such that what Trainer does to it leaves it as it is."""
-        return total * checks.divided_later(self, num_items_in_batch)
+        return total * checks.loss_divisor(self, num_items_in_batch)
 
     # -- what Trainer calls -------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class _Mixin(_Base):
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> tuple[Any, Any, Any]:
         """As without the mixin."""
-        return super().prediction_step(model, _without_ours(inputs), *arguments, **options)
+        return super().prediction_step(model, _without_attack_columns(inputs), *arguments, **options)
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Adds the means since the last log of a training loss."""
@@ -123,7 +123,7 @@ class _Mixin(_Base):
         """Keeps the columns that the attack needs in the data."""
         super()._set_signature_columns_if_needed()
         kept = self._signature_columns
-        self._signature_columns = [*kept, *(name for name in OURS if name not in kept)]
+        self._signature_columns = [*kept, *(name for name in ATTACK_COLUMNS if name not in kept)]
 
     def _aajr_logged(self, terms: Terms, step: int) -> None:
         scheduled = ScheduledValues.at(self.aajr_config, step)
@@ -181,7 +181,7 @@ class AAJRTrainerMixin(_Mixin):
         """
         if not self._aajr_training(model):
             more = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            return super().compute_loss(model, _without_ours(inputs), **more)
+            return super().compute_loss(model, _without_attack_columns(inputs), **more)
         if return_outputs:
             raise ValueError(
                 "return_outputs must be False in training: the objective is made of several outputs of the model. "
@@ -266,10 +266,10 @@ def _is_grpo(trainer: Any) -> bool:
     return any(cls.__name__ == "GRPOTrainer" for cls in type(trainer).__mro__)
 
 
-def _without_ours(inputs: Any) -> Any:
+def _without_attack_columns(inputs: Any) -> Any:
     if not isinstance(inputs, Mapping):  # trainers that generate have lists
         return inputs
-    return {name: value for name, value in inputs.items() if name not in OURS}
+    return {name: value for name, value in inputs.items() if name not in ATTACK_COLUMNS}
 
 
 def _entries(objective: Objective, inputs: Mapping[str, Any]) -> Any:
