@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPS", "constant", "frozen", "is_dtensor"]
+__all__ = ["OPS", "detach_frozen", "frozen_parameters", "is_dtensor"]
 
 #: name of an op -> its function where a stack or a weight is a DTensor
 OPS: dict[str, Callable[..., Any]] = {}
@@ -23,7 +23,7 @@ _frozen = False
 
 
 @contextlib.contextmanager
-def frozen() -> Iterator[None]:
+def frozen_parameters() -> Iterator[None]:
     """Inside, ops compute no gradients of parameters, for speed: they are not needed."""
     global _frozen
     before, _frozen = _frozen, True
@@ -33,8 +33,8 @@ def frozen() -> Iterator[None]:
         _frozen = before
 
 
-def constant(*weights: torch.Tensor | None) -> tuple[Any, ...]:
-    """`weights`, without gradient inside :func:`frozen` where they are leaves, which depend on no input."""
+def detach_frozen(*weights: torch.Tensor | None) -> tuple[Any, ...]:
+    """`weights`, without gradient inside :func:`frozen_parameters` where they are leaves, which depend on no input."""
     if not _frozen:
         return weights
     return tuple(w.detach() if w is not None and w.is_leaf and w.requires_grad else w for w in weights)

@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 
 from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.attention import configs
-from aajr_kernels.ops.attention.tiling import Options
+from aajr_kernels.ops.attention.options import Options
 from aajr_kernels.training.progress import Progress
 
 from .tables import grid

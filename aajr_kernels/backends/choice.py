@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -148,7 +149,7 @@ def _on_cpu(op: str) -> str:
 def _load_all(backend: str) -> None:
     """Have every op's module of a backend: torch.compile sees only those loaded before it looks at one."""
     for op in pkgutil.iter_modules([_OPS]):
-        if _has(op.name, backend):
+        if op.ispkg and _has(op.name, backend):
             implementation(op.name, backend)
 
 
@@ -160,32 +161,30 @@ def _ready_to_trace() -> None:
 
 def _fits_native(t: torch.Tensor) -> bool:
     """A CPU tensor with memory of its own, now or when compiled code runs, and a dtype that has kernels."""
-    fits = t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES
-    return fits and (torch.compiler.is_compiling() or has_memory(t))
+    return t.is_cpu and t.dtype in _NATIVE_DTYPES and (torch.compiler.is_compiling() or has_memory(t))
 
 
 #: backends of devices -> why their kernels do not take a tensor
 _WHY_NOT = {"triton": gpu.why_not, "cuda": cuda.why_not}
 
 
-def _why_not(backend: str, *tensors: torch.Tensor | None) -> str | None:
-    first: torch.Tensor | None = None
+def _why_not(backend: str, *tensors: torch.Tensor) -> str | None:
     for t in tensors:
-        if t is None:
-            continue
         if (reason := _WHY_NOT[backend](t)) is not None:
             return reason
         # DTensor, for one, has a pointer of zero
         if not torch.compiler.is_compiling() and not has_memory(t):
             return f"a {type(t).__name__}, which has no memory of its own: pass the local tensor"
-        first = t if first is None else first
-        if t.device != first.device:
-            return f"tensors on {first.device} and on {t.device}: move them to one device"
+        if t.device != tensors[0].device:
+            return f"tensors on {tensors[0].device} and on {t.device}: move them to one device"
     return None
 
 
 def select_backend(
-    op: str, *tensors: torch.Tensor | None, triton_lacks: str | None = None, in_cuda: bool = True
+    op: str,
+    *tensors: torch.Tensor | None,
+    triton_lacks: Callable[..., str | None] | None = None,
+    in_cuda: bool = True,
 ) -> str:
     """The backend that `op` runs on for these inputs.
 
@@ -196,20 +195,23 @@ def select_backend(
     Args:
         op: package under ``ops``.
         tensors: its inputs.
-        triton_lacks: what this call asks for that the Triton kernels do not have, and what they have; None if nothing.
+        triton_lacks: from the tensors to what the Triton kernels lack for this call, or None.
         in_cuda: whether the op's CUDA C++ kernels, if there are any, have this part of it.
 
     Raises:
         BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
         UnsupportedOperation: a tensor is a DTensor, or complex.
     """
-    if any(t is not None and t.is_complex() for t in tensors):
-        raise UnsupportedOperation(
-            f"{op} got complex numbers and takes real ones: pass real and imaginary parts, torch.view_as_real(x)."
-        )
-    if sharding.is_dtensor(*tensors):
+    present = [t for t in tensors if t is not None]
+    for t in present:
+        if t.is_complex():
+            raise UnsupportedOperation(
+                f"{op} got complex numbers and takes real ones: pass real and imaginary parts, torch.view_as_real(x)."
+            )
+    if sharding.is_dtensor(*present):
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
-    backend = _select(op, tensors, triton_lacks, in_cuda)
+    lacks = None if triton_lacks is None else functools.partial(triton_lacks, *tensors)
+    backend = _select(op, present, lacks, in_cuda)
     if torch.compiler.is_compiling():
         _ready_to_trace()
         _load_all(backend)
@@ -217,22 +219,28 @@ def select_backend(
 
 
 def _select(
-    op: str, tensors: tuple[torch.Tensor | None, ...], triton_lacks: str | None, in_cuda: bool
+    op: str,
+    tensors: list[torch.Tensor],
+    triton_lacks: Callable[[], str | None] | None,
+    in_cuda: bool,
 ) -> str:
     named = _current != "auto"
     if _current == "cuda":
         named = in_cuda and _has(op, "cuda")
     if named:
         _named(op, _current)
-        if _current == "triton" and triton_lacks is not None:
-            raise BackendUnavailable(f"{op}: backend 'triton' {triton_lacks}: use backend 'auto'.")
+        if _current == "triton" and triton_lacks is not None and (reason := triton_lacks()) is not None:
+            raise BackendUnavailable(f"{op}: backend 'triton' {reason}: use backend 'auto'.")
         if _current in _WHY_NOT and (reason := _why_not(_current, *tensors)) is not None:
             raise BackendUnavailable(f"{op}: backend {_current!r} got {reason}, or use backend 'auto'.")
         return _current
-    if any(t is not None and t.device.type == "cuda" for t in tensors):
-        fits = triton_lacks is None and _why_not("triton", *tensors) is None
-        return _on_device(op) if fits else "reference"
-    return _on_cpu(op) if all(_fits_native(t) for t in tensors if t is not None) else "reference"
+    if True in [t.is_cuda for t in tensors]:
+        lacks = None if triton_lacks is None else triton_lacks()
+        return _on_device(op) if lacks is None and _why_not("triton", *tensors) is None else "reference"
+    for t in tensors:
+        if not _fits_native(t):
+            return "reference"
+    return _on_cpu(op)
 
 
 def implementation(op: str, backend: str) -> ModuleType:

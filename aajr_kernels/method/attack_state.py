@@ -108,7 +108,7 @@ def frozen_parameters(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterato
         if evaluate:
             for m in submodules:
                 m.training = False
-        with sharding.frozen() if has_sharded else contextlib.nullcontext():
+        with sharding.frozen_parameters() if has_sharded else contextlib.nullcontext():
             yield
     finally:
         for p in parameters:

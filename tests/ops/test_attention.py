@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention, reference, tiling
+from aajr_kernels.ops.attention.options import Options
 from aajr_kernels.testing import budgets
 
 
@@ -215,7 +216,7 @@ def test_gradients_nobody_needs_are_skipped():
         budgets.assert_exact(got, wanted, name, tolerance=1e-12)
     case = make()
     stacks = [case.leaves[n].detach() for n in "qkv"]
-    options = reference.Options(1.0)
+    options = Options(1.0)
     out, *saved = reference.attention_fwd(*stacks, None, options)
     grads = reference.attention_bwd(out, *stacks, None, out, *saved, options, (False, False, True, False))
     assert grads[0] is None and grads[1] is None and grads[2] is not None and grads[3] is None

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aajr_kernels.dual import Dual
-from aajr_kernels.ops.attention import api, attention, tiling
+from aajr_kernels.ops.attention import attention, tiling
+from aajr_kernels.ops.attention.options import visible_pairs
 from aajr_kernels.testing import budgets
 
 
@@ -185,7 +186,7 @@ def test_error_messages(bad):
 def test_visible_pairs_counts_what_the_mask_leaves(offset, window):
     key, last = torch.arange(7), torch.arange(9)[:, None] + (offset or 0)
     if offset is None:
-        assert api._visible_pairs(9, 7, None, None) == 63
+        assert visible_pairs(9, 7, None, None) == 63
         return
     allowed = (key <= last) & (key > last - (window or 100))
-    assert api._visible_pairs(9, 7, offset, window) == allowed.sum().item()
+    assert visible_pairs(9, 7, offset, window) == allowed.sum().item()

@@ -148,7 +148,9 @@ def test_where_kernels_draw_for_themselves_plain_calls_go_to_them(monkeypatch: p
     monkeypatch.setattr("aajr_kernels.method.attack_state.draws_apart", lambda device: True)
     monkeypatch.setattr(attention.api, "draws_apart", lambda device: True)
     monkeypatch.setattr(
-        attention.api, "_draw", lambda *args: torch.rand(3, 4, 6, 6, generator=torch.manual_seed(11)) > 0.4
+        attention.function,
+        "_draw",
+        lambda *args: torch.rand(3, 4, 6, 6, generator=torch.manual_seed(11)) > 0.4,
     )
     torch.manual_seed(SEED)
     plain = call(x)

@@ -8,22 +8,25 @@ import torch
 import torch.nn.functional as F
 
 from ... import sharding
-from ...backends import choice
-from ...coverage import record, recording
 from ...dual import Dual, num_tangents, stack_of
 from ...recompute import is_recomputed
+from ..prepare import SHARDS, prepare
 from .function import GatedFunction, PointwiseFunction
 
 _T = TypeVar("_T", torch.Tensor, Dual)
 
 
 def _pointwise(kind: str, x: Dual, recompute: bool | None) -> Dual:
-    if sharding.is_dtensor(x.stacked):
-        return sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local, recompute), x, 0)
-    backend = choice.select_backend("activation", x.stacked)
-    if recording():
-        record(kind, backend, 8.0 * x.stacked.numel())
-    return Dual(PointwiseFunction.apply(x.stacked, kind, backend, is_recomputed("activations", recompute)))
+    backend, operands = prepare(
+        "activation",
+        (x.stacked,),
+        flops=lambda x: 8.0 * x.numel(),
+        shards=lambda: sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local, recompute), x, 0),
+        name=kind,
+    )
+    if backend == SHARDS:
+        return operands
+    return Dual(PointwiseFunction.apply(*operands, kind, backend, is_recomputed("activations", recompute)))
 
 
 def _gelu_kind(op: str, approximate: str) -> str:
@@ -90,15 +93,18 @@ def _gated(
     gate_stack, up_stack = stack_of(gate), stack_of(up)
     dtype = torch.promote_types(gate_stack.dtype, up_stack.dtype)
     gate_stack, up_stack = gate_stack.to(dtype), up_stack.to(dtype)
-    if sharding.is_dtensor(gate_stack, up_stack):
-        return sharding.OPS["gated"](
+    backend, operands = prepare(
+        "activation",
+        (gate_stack, up_stack),
+        flops=lambda gate, up: 10.0 * max(gate.numel(), up.numel()),
+        shards=lambda: sharding.OPS["gated"](
             op, lambda a, b: _gated(op, kind, a, b, recompute), Dual(gate_stack), Dual(up_stack)
-        )
-    backend = choice.select_backend("activation", gate_stack, up_stack)
-    if recording():
-        record(op, backend, 10.0 * max(gate_stack.numel(), up_stack.numel()))
-    again = is_recomputed("activations", recompute)
-    return Dual(GatedFunction.apply(gate_stack, up_stack, kind, backend, again))
+        ),
+        name=op,
+    )
+    if backend == SHARDS:
+        return operands
+    return Dual(GatedFunction.apply(*operands, kind, backend, is_recomputed("activations", recompute)))
 
 
 def swiglu(

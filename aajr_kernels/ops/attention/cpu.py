@@ -9,30 +9,26 @@ from torch import Tensor
 
 from ...backends import cpu as native
 from . import operators
-from .tiling import Options
+from .options import Options
 
-__all__ = ["Options", "attention_bwd", "attention_fwd"]
-
-
-_Starts = tuple[Tensor, Tensor] | None
+__all__ = ["attention_bwd", "attention_fwd"]
 
 
-def _flat(options: Options, starts: _Starts) -> tuple[Any, ...]:
-    o = options
-    return o.scale, o.softcap, o.offset, o.window, o.dropout, o.align_right, o.keep, *(starts or (None, None))
-
-
-def _numbers(flat: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def _numbers(o: Options) -> tuple[tuple[int, ...], tuple[float, ...]]:
     if native.is_dry():  # lengths that are symbols: no kernel asks for them
         return (), ()
-    scale, softcap, offset, window, dropout, align_right, keep, *_ = flat
-    ints = (int(offset is not None), offset or 0, window or 0, int(keep is not None), int(align_right))
-    return ints, (scale, softcap or 0.0, dropout)
+    flags = (
+        int(o.offset is not None),
+        o.offset or 0,
+        o.window or 0,
+        int(o.drawn is not None),
+        int(o.align_right),
+    )
+    return flags, (o.scale, o.softcap or 0.0, o.dropout)
 
 
-def _call(name: str, operands: tuple[Tensor | None, ...], flat: tuple[Any, ...]) -> None:
-    keep = flat[6]
-    native.call(name, operands if keep is None else (*operands, keep), *_numbers(flat))
+def _drawn(options: Options) -> tuple[Tensor, ...]:
+    return () if options.drawn is None else (options.drawn,)
 
 
 def _kernel_mask(mask: Tensor | None) -> Tensor | None:
@@ -43,11 +39,11 @@ def _kernel_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, starts: _Starts = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference: shift and
     norm ``[2, B, H, N]``, and the means of the tangents of the scores, K or none."""
-    out, stats, means = _attention_fwd(q, k, v, mask, *_flat(options, starts))
+    out, stats, means = _attention_fwd(q, k, v, mask, *options)
     return out, stats, means
 
 
@@ -55,6 +51,7 @@ def attention_fwd(
 def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*flat)
     q, k, v = (native.row_dense(x) for x in (q, k, v))
     biased = mask is not None and mask.dtype != torch.bool
     stacks = max(x.shape[0] for x in (q, k, v, *((mask,) if biased and mask is not None else ())))
@@ -63,8 +60,8 @@ def _attention_fwd(
     # heads next to features: the caller's transpose back is then a view
     out = native.empty((stacks, b, n, h, v.shape[-1]), dtype=q.dtype).transpose(2, 3)
     stats, means = (torch.empty((count, b, h, n)) for count in (2, stacks - 1 if has_scores else 0))
-    operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *stats, means, out)
-    _call("attention_fwd", operands, flat)
+    operands = (q, k, v, _kernel_mask(mask), options.q_start, options.k_start, *stats, means, out)
+    native.call("attention_fwd", operands + _drawn(options), *_numbers(options))
     return out, stats, means
 
 
@@ -79,12 +76,11 @@ def attention_bwd(
     means: Tensor,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
-    starts: _Starts = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
     needs = (*needs[:3], needs[3] and mask is not None)
     q_bar, k_bar, v_bar, bias_bar = _attention_bwd(
-        out_bar, q, k, v, mask, out, stats, means, *needs, *_flat(options, starts)
+        out_bar, q, k, v, mask, out, stats, means, *needs, *options
     )
     return q_bar, k_bar, v_bar, bias_bar
 
@@ -105,11 +101,13 @@ def _attention_bwd(
     need_bias: bool,
     *flat: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    options = Options(*flat)
     q, k, v, out, out_bar = (native.row_dense(x) for x in (q, k, v, out, out_bar))
     needs = zip((q, k, v), (need_q, need_k, need_v))
     q_bar, k_bar, v_bar = (native.empty_like(x) if need else None for x, need in needs)
     bias_bar = torch.zeros(mask.shape) if need_bias and mask is not None else None
-    parts = (*stats.contiguous(), means.contiguous())
-    operands = (q, k, v, _kernel_mask(mask), *flat[-2:], *parts, out, out_bar, q_bar, k_bar, v_bar, bias_bar)
-    _call("attention_bwd", operands, flat)
+    saved = (*stats.contiguous(), means.contiguous(), out, out_bar)
+    inputs = (q, k, v, _kernel_mask(mask), options.q_start, options.k_start, *saved)
+    outputs = (q_bar, k_bar, v_bar, bias_bar)
+    native.call("attention_bwd", inputs + outputs + _drawn(options), *_numbers(options))
     return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)

@@ -1,68 +1,147 @@
-"""The autograd Function of attention."""
+"""The autograd Function of attention, and the dropout mask that it is given."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...autocast import no_autocast
 from ...backends import choice
 from ...backends.errors import first_order
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
+from .options import Options
+
+#: the options before `drawn`; those from there on are tensors, which autograd has to see
+_Numbers = tuple[float, float | None, int | None, int | None, float, bool]
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    backend: str,
+    sizes: list[tuple[int, int]] | None,
+) -> Tensor:
+    """Attention of stacks.
+
+    Args:
+        q: ``[1|1+K, *batch, H, N, D]``; k and v likewise, and the mask broadcastable to ``[1|1+K, *batch, H, N, M]``.
+        mask: None, bool or a bias.
+        options: those of the call, but for the dropout mask.
+        backend: that runs it.
+        sizes: queries and keys of every packed sequence; None without.
+
+    Returns:
+        ``[1 + K, *batch, H, N, V]``.
+
+    Raises:
+        TypeError: k or v has another dtype than q.
+    """
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}: cast one of them."
+            )
+    batch = q.shape[1:-3]
+    q, k, v = (_five_axes(x) for x in (q, k, v))
+    if mask is not None:
+        mask = _mask_five_axes(mask, batch)
+    if options.dropout > 0:
+        options = options._replace(drawn=_draw(backend, q, k, options.dropout, sizes))
+    out = AttentionFunction.apply(q, k, v, mask, backend, tuple(options[:6]), *options[6:])
+    return out.reshape(out.shape[0], *batch, *out.shape[2:])
 
 
 class AttentionFunction(torch.autograd.Function):
     """q ``[1|1+K, B, H, N, D]``, k, v ``[1|1+K, B, HK, M, D|V]`` and a mask -> ``[1 + K, B, H, N, V]``.
 
-    The options are those of the reference's ``Options`` but the last: (scale, softcap, offset, window, dropout,
-    align_right). `drawn` is the dropout mask, bool, or the int64 seed of kernels that draw it; None without. Packed
-    sequences come with the int64 offsets of their queries and keys, without gradient. A backend returns the output and
-    whatever tensors its own backward wants to see again.
+    `Options` come as their numbers and their tensors. A backend returns the output and whatever tensors its own
+    backward wants to see again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: tuple[Any, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
         backend: str,
-        drawn: torch.Tensor | None = None,
-        q_start: torch.Tensor | None = None,
-        k_start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        ctx.options, ctx.backend = options, backend
+        numbers: _Numbers,
+        drawn: Tensor | None,
+        q_start: Tensor | None,
+        k_start: Tensor | None,
+    ) -> Tensor:
+        ctx.backend, ctx.numbers = backend, numbers
         ctx.set_materialize_grads(False)
-        module = choice.implementation("attention", backend)
         q, k, v = _dense(q), _dense(k), _dense(v)
+        options = Options(*numbers, drawn, q_start, k_start)
         with no_autocast(q.device.type):
-            starts = None if q_start is None else (q_start, k_start)
-            out, *residuals = module.attention_fwd(q, k, v, mask, _options(module, options, drawn), starts)
+            out, *residuals = choice.implementation("attention", backend).attention_fwd(
+                q, k, v, mask, options
+            )
         ctx.save_for_backward(drawn, q_start, k_start, q, k, v, mask, out, *residuals)
         return out
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, out_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, out_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         if out_bar is None:
             return (None,) * 9
-        module = choice.implementation("attention", ctx.backend)
+        numbers: _Numbers = ctx.numbers
         with no_autocast(out_bar.device.type):
             drawn, q_start, k_start, *saved = ctx.saved_tensors
-            grads = module.attention_bwd(
+            grads = choice.implementation("attention", ctx.backend).attention_bwd(
                 out_bar,
                 *saved,
-                options=_options(module, ctx.options, drawn),
+                options=Options(*numbers, drawn, q_start, k_start),
                 needs=ctx.needs_input_grad[:4],
-                starts=None if q_start is None else (q_start, k_start),
             )
         return *grads, None, None, None, None, None
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
+def _draw(backend: str, q: Tensor, k: Tensor, p: float, sizes: list[tuple[int, int]] | None) -> Tensor:
+    """The weights that dropout keeps, bool ``[B, H, N, M]``, or the seed for kernels that draw them."""
+    if backend == "triton":
+        # on the device: a kernel reads it there, the host does not wait, and a captured graph draws anew
+        return torch.randint(1 << 62, (), device=q.device)
+    weights = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def kept(*shape: int) -> Tensor:
+        """As torch's attention written out draws it, in the same order."""
+        with torch.no_grad(), no_autocast(q.device.type):
+            return torch.dropout(torch.ones(shape, dtype=weights, device=q.device), p, True) != 0
+
+    _, batch, heads, n, _ = q.shape
+    if sizes is None:
+        return kept(batch, heads, n, k.shape[-2])
+    keep = torch.zeros((1, heads, n, max([0, *(m for _, m in sizes)])), dtype=torch.bool, device=q.device)
+    start = 0
+    for rows, keys in sizes:
+        keep[:, :, start : start + rows, :keys] = kept(1, heads, rows, keys)
+        start += rows
+    return keep
+
+
+def _five_axes(x: Tensor) -> Tensor:
+    """``[J, *batch, heads, positions, features]`` with one batch axis."""
+    return x.unsqueeze(1) if x.dim() == 4 else x.flatten(1, -4)
+
+
+def _mask_five_axes(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """``[J, ...]``, broadcastable to ``[J, *batch, H, N, M]``, as ``[J, B|1, H|1, N|1, M|1]``."""
+    mask = mask.reshape(mask.shape[0], *[1] * (len(batch) + 4 - mask.dim()), *mask.shape[1:])
+    if any(n != 1 for n in mask.shape[1:-3]):
+        mask = mask.expand(mask.shape[0], *batch, *mask.shape[-3:])
+    return mask.reshape(mask.shape[0], math.prod(mask.shape[1:-3]), *mask.shape[-3:])
+
+
+def _dense(x: Tensor) -> Tensor:
     """While torch.compile traces: `x` without gaps between its numbers, its axes in the order that they have.
 
     A part of a wider projection (GPT-2's queries) has gaps. Inductor closes them when it saves it for the backward, and
@@ -73,9 +152,3 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     own = x.clone()  # nothing is left of it in the graph if it is not used
     same = all(a == b for size, a, b in zip(x.shape, x.stride(), own.stride()) if size != 1)
     return x if same else own
-
-
-def _options(module: Any, options: tuple[Any, ...], drawn: torch.Tensor | None) -> Any:
-    if drawn is None:
-        return module.Options(*options)
-    return module.Options(*options, **{"keep" if drawn.dtype == torch.bool else "seed": drawn})

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dual import Dual
-
 Bounds = tuple[list[int], list[int]]
 
 
@@ -21,7 +19,7 @@ class Packed:
 
     Attributes:
         starts: int64, on the device of the queries.
-        bounds: the same as numbers; None while a CUDA graph is captured, where nobody can wait for them.
+        bounds: the same as numbers; None while a CUDA graph is captured, which cannot wait for them.
     """
 
     starts: tuple[Tensor, Tensor]
@@ -35,7 +33,11 @@ class Packed:
 
 
 def packed_sequences(
-    q: Tensor | Dual, k: Tensor | Dual, mask: Any, cu_seqlens: Tensor | Sequence[Tensor] | None
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    device: torch.device,
+    masked: bool,
+    cu_seqlens: Tensor | Sequence[Tensor] | None,
 ) -> Packed | None:
     """Checked offsets; None without packed sequences.
 
@@ -44,15 +46,15 @@ def packed_sequences(
     """
     if cu_seqlens is None:
         return None
-    if mask is not None:
+    if masked:
         raise ValueError(
             "attention: mask must be None with cu_seqlens, whose sequences attend within themselves: use causal and "
-            "window, or pad the sequences and pass the mask alone."
+            "window, or pad the sequences and pass only the mask."
         )
-    if len(q.shape) > 4 or any(n != 1 for n in q.shape[:-3]):
+    if len(q_shape) > 4 or any(n != 1 for n in q_shape[:-3]):
         raise ValueError(
-            f"attention: q must be [H, N, D] or [1, H, N, D] with cu_seqlens, got {tuple(q.shape)}: lay the sequences "
-            "one after another along the positions."
+            f"attention: q must be [H, N, D] or [1, H, N, D] with cu_seqlens, got {q_shape}: lay the sequences one "
+            "after another along the positions."
         )
     if isinstance(cu_seqlens, (tuple, list)):
         if len(cu_seqlens) != 2:
@@ -61,36 +63,36 @@ def packed_sequences(
                 f"{len(cu_seqlens)} values."
             )
         named = [
-            ("cu_seqlens_q", cu_seqlens[0], "queries", q.shape[-2]),
-            ("cu_seqlens_k", cu_seqlens[1], "keys", k.shape[-2]),
+            ("cu_seqlens_q", cu_seqlens[0], "queries", q_shape[-2]),
+            ("cu_seqlens_k", cu_seqlens[1], "keys", k_shape[-2]),
         ]
     else:
-        if q.shape[-2] != k.shape[-2]:
+        if q_shape[-2] != k_shape[-2]:
             raise ValueError(
-                f"attention: q and k must have equally many positions with one cu_seqlens, got {q.shape[-2]} and "
-                f"{k.shape[-2]}: pass a pair (cu_seqlens_q, cu_seqlens_k)."
+                f"attention: q and k must have equally many positions with one cu_seqlens, got {q_shape[-2]} and "
+                f"{k_shape[-2]}: pass a pair (cu_seqlens_q, cu_seqlens_k)."
             )
-        named = [("cu_seqlens", cu_seqlens, "positions", q.shape[-2])]
+        named = [("cu_seqlens", cu_seqlens, "positions", q_shape[-2])]
     for name, x, *_ in named:
         _check_tensor(name, x)
-    given = [x for _, x, *_ in named]
-    if _capturing(q.device):
+    offsets = [x for _, x, *_ in named]
+    if _capturing(device):
         for name, x, *_ in named:
-            if x.device != q.device:
+            if x.device != device:
                 raise ValueError(
-                    f"attention: {name} must be on {q.device} while a CUDA graph is captured, got {x.device}: copy it "
+                    f"attention: {name} must be on {device} while a CUDA graph is captured, got {x.device}: copy it "
                     "before the capture."
                 )
         bounds = None
     else:
         numbers = [_numbers(*arguments) for arguments in named]
         bounds = numbers[0], numbers[-1]
-    if given[0].shape != given[-1].shape:
+    if offsets[0].shape != offsets[-1].shape:
         raise ValueError(
-            f"attention: cu_seqlens_q and cu_seqlens_k must be of equally many sequences, got {len(given[0]) - 1} and "
-            f"{len(given[-1]) - 1}."
+            "attention: cu_seqlens_q and cu_seqlens_k must be of equally many sequences, got "
+            f"{len(offsets[0]) - 1} and {len(offsets[-1]) - 1}."
         )
-    starts = [x.to(q.device, torch.int64) for x in given]
+    starts = [x.to(device, torch.int64) for x in offsets]
     return Packed((starts[0], starts[-1]), bounds)
 
 

@@ -34,9 +34,10 @@ import math
 import torch
 from torch import Tensor
 
-from .tiling import Options, Tiles, sequences
+from .options import Options
+from .tiling import Tiles, sequences
 
-__all__ = ["Options", "attention_bwd", "attention_fwd"]
+__all__ = ["attention_bwd", "attention_fwd"]
 
 
 def attention_fwd(
@@ -45,7 +46,6 @@ def attention_fwd(
     v: Tensor,
     mask: Tensor | None,
     options: Options,
-    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output and its tangents.
 
@@ -54,18 +54,16 @@ def attention_fwd(
         k: ``[1 | 1+K, B, HK, M, D]`` with HK a divisor of H.
         v: ``[1 | 1+K, B, HK, M, V]``.
         mask: None, bool ``[1, B|1, H|1, N|1, M|1]`` (True = attend) or floating ``[1 | 1+K, B|1, H|1, N|1, M|1]``.
-        options: scale, softcap, causality, window, dropout.
-        starts: with packed sequences, ascending int64 offsets ``[sequences + 1]`` of their queries and of their keys;
-            then B is 1 and there is no mask.
+        options: those of the call. With packed sequences B is 1 and there is no mask.
 
     Returns:
         out ``[1+K, B, H, N, V]`` in the dtype of q, and for the backward shift ``[B, H, N]``, norm ``[B, H, N]`` and
         mu ``[K | 0, B, H, N]`` in float32 (float64 for float64).
     """
-    if starts is not None:
+    if options.starts is not None:
         parts = [
             attention_fwd(q[..., rows, :], k[..., keys, :], v[..., keys, :], None, each)
-            for rows, keys, each in sequences(options, starts)
+            for rows, keys, each in sequences(options)
         ]
         out, shift, norm, mu = (torch.cat(x, axis) for x, axis in zip(zip(*parts), (-2, -1, -1, -1)))
         return out, shift, norm, mu
@@ -120,22 +118,21 @@ def attention_bwd(
     mu: Tensor,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
-    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to q, k, v and the bias.
 
     Args:
         out_bar: ``[1+K, B, H, N, V]``, cotangents of the output and of its tangents.
-        q, k, v, mask, options, starts: as given to :func:`attention_fwd`.
+        q, k, v, mask, options: as passed to :func:`attention_fwd`.
         out, shift, norm, mu: what it returned.
         needs: which of the four gradients to compute.
 
     Returns:
         For each of q, k, v, mask a tensor of its shape and dtype, or None where it is not needed.
     """
-    if starts is not None:
+    if options.starts is not None:
         parts = []
-        for mine, theirs, each in sequences(options, starts):
+        for mine, theirs, each in sequences(options):
             inputs = (q[..., mine, :], k[..., theirs, :], v[..., theirs, :])
             saved = (out[..., mine, :], shift[..., mine], norm[..., mine], mu[..., mine])
             parts.append(attention_bwd(out_bar[..., mine, :], *inputs, None, *saved, each, needs))

@@ -1,13 +1,15 @@
-"""The tiling of attention that forward and backward share: options, blocks, masks and scratch memory."""
+"""The tiling of the reference: blocks, masks and scratch memory, which forward and backward share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .options import Options
 
 # Tiles hold about this many numbers: a few of them stay in the caches of a CPU, a GPU wants fewer, larger launches.
 TILE_NUMEL = 1 << 20
@@ -16,31 +18,6 @@ TILE_NUMEL_GPU = 1 << 25
 # above the diagonal of a causal tile.
 TILE_ROWS = 192
 _LOG2E = 1.0 / math.log(2.0)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to compute, beside the tensors.
-
-    Attributes:
-        scale: factor of the scores.
-        softcap: c of c tanh(scores / c), or None.
-        offset: query i sees the keys j <= i + offset; None without causality.
-        window: and only the keys j > i + offset - window; None for all.
-        dropout: probability of dropping an attention weight.
-        align_right: with packed sequences, offset = keys - queries of each sequence.
-        keep: bool ``[B, H, N, M]``, the weights that dropout keeps; of packed sequences ``[1, H, N, longest M]``.
-        seed: for kernels that draw the mask themselves; a number or a tensor of one, int64, that stays on its device.
-    """
-
-    scale: float
-    softcap: float | None = None
-    offset: int | None = None
-    window: int | None = None
-    dropout: float = 0.0
-    align_right: bool = False
-    keep: Tensor | None = None
-    seed: int | Tensor = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +84,7 @@ class Tiles:
         self.rides = self.has_q and options.softcap is None
         # exp2 is cheaper than exp, but a bias near the largest number must not be multiplied by log2(e)
         self.unit, self.exp_ = (_LOG2E, torch.exp2_) if self.bias is None else (1.0, torch.exp_)
-        self.keep = None if options.keep is None else options.keep.unflatten(1, (self.HK, self.G))
+        self.keep = None if options.drawn is None else options.drawn.unflatten(1, (self.HK, self.G))
         self.workspace: dict[str, Tensor] = {}
 
     def grouped(self, mask: Tensor) -> Tensor:
@@ -264,10 +241,10 @@ def slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def sequences(options: Options, starts: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, slice, Options]]:
+def sequences(options: Options) -> Iterator[tuple[slice, slice, Options]]:
     """Packed sequences one by one: query rows, key rows and options of each; an empty one where there is none."""
-    rows, keys = (x.tolist() if x.numel() > 1 else [0, 0] for x in starts)
+    starts = options.starts or ()
+    (rows, keys) = (x.tolist() if x.numel() > 1 else [0, 0] for x in starts)
     for q0, q1, k0, k1 in zip(rows, rows[1:], keys, keys[1:]):
-        offset = k1 - k0 - (q1 - q0) if options.align_right else options.offset
-        keep = None if options.keep is None else options.keep[:, :, q0:q1, : k1 - k0]
-        yield slice(q0, q1), slice(k0, k1), replace(options, offset=offset, keep=keep)
+        own = slice(q0, q1), slice(k0, k1)
+        yield *own, options.of_sequence(*own)

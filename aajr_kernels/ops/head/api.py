@@ -9,11 +9,10 @@ import torch
 
 from ... import sharding
 from ...autocast import autocast_low
-from ...backends import choice
 from ...backends.errors import UnsupportedOperation
-from ...coverage import record, recording
 from ...dual import Dual, is_dual
 from ...torch_private import assert_async
+from ..prepare import SHARDS, prepare
 from .function import HeadFunction
 
 METRICS = ("l2", "logits", "fisher", "probs")
@@ -78,40 +77,52 @@ def lm_head_penalty(
             )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"lm_head_penalty: softcap must be positive or None, got {softcap}.")
-    stacked, weight, bias = autocast_low(hidden.stacked, *sharding.constant(weight, bias))
-    _check_weights(hidden, stacked, weight, bias)
-    batch = tuple(hidden.shape[:-1])
+    _check_shapes(hidden, weight, bias)
+    batch, k = tuple(hidden.shape[:-1]), hidden.num_tangents
     if labels is not None:
         _check_labels(labels, batch, weight.shape[0], ignore_index)
         labels = labels.reshape(-1).long()
-    if sharding.is_dtensor(stacked, weight, bias):
-        options = (metric, float(scale), softcap, int(ignore_index))
-        q, nll = sharding.OPS["head"](stacked, weight, bias, labels, *options)
-        q = q.reshape(hidden.num_tangents, *batch)
-        return q if nll is None else (q, nll.reshape(batch))
-    backend = choice.select_backend("head", stacked, weight, bias)
-    if recording():
-        record("lm_head_penalty", backend, 2.0 * stacked.numel() * weight.shape[0])
-    k = hidden.num_tangents
-    rows = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1])
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        expected = None
-    q, nll = HeadFunction.apply(
-        rows, weight, bias, labels, metric, float(scale), softcap, int(ignore_index), backend, expected
+    options = (metric, float(scale), softcap, int(ignore_index))
+
+    def on_shards(
+        weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        operands = autocast_low(hidden.stacked, weight, bias)
+        _check_dtypes(*operands)
+        return sharding.OPS["head"](*operands, labels, *options)
+
+    backend, operands = prepare(
+        "head",
+        (hidden.stacked,),
+        (weight, bias),
+        flops=lambda h, w, _: 2.0 * h.numel() * w.shape[0],
+        shards=on_shards,
+        cast=autocast_low,
+        name="lm_head_penalty",
     )
+    if backend == SHARDS:
+        q, nll = operands
+    else:
+        _check_dtypes(*operands)
+        stacked, weight, bias = operands
+        rows = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1])
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            expected = None
+        q, nll = HeadFunction.apply(rows, weight, bias, labels, *options, backend, expected)
     q = q.reshape(k, *batch)
     return q if nll is None else (q, nll.reshape(batch))
 
 
-def _check_weights(
-    hidden: Dual, stacked: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> None:
+def _check_dtypes(stacked: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != stacked.dtype:
             raise RuntimeError(
                 f"lm_head_penalty: {name} must have the dtype of hidden ({stacked.dtype}), got {value.dtype}: cast "
                 "one of them."
             )
+
+
+def _check_shapes(hidden: Dual, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"lm_head_penalty: weight must be [V, C] with V > 0 and C the last axis of hidden "

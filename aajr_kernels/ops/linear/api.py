@@ -9,10 +9,9 @@ import torch.nn.functional as F
 
 from ... import sharding
 from ...autocast import autocast_low
-from ...backends import choice
 from ...backends.errors import UnsupportedOperation
-from ...coverage import record, recording
 from ...dual import Dual, is_dual
+from ..prepare import SHARDS, prepare
 from .function import LinearFunction
 
 
@@ -49,16 +48,7 @@ def linear(
             )
     if not isinstance(x, Dual):
         return F.linear(x, weight, bias)
-    weight, bias = sharding.constant(weight, bias)
-    if sharding.is_dtensor(x.stacked, weight, bias):
-        return sharding.OPS["linear"](linear, x, weight, bias)
-    stacked, weight, bias = autocast_low(x.stacked, weight, bias)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != stacked.dtype:
-            raise RuntimeError(
-                f"linear: {name} must have the dtype of x ({stacked.dtype}), got {value.dtype}: cast one of them."
-            )
-    if stacked.dim() < 2 or weight.dim() not in (1, 2) or weight.shape[-1] != stacked.shape[-1]:
+    if x.dim() < 1 or weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"linear: weight must be [out, {x.shape[-1] if x.dim() else 'in'}] for x of shape {tuple(x.shape)}, got "
             f"{tuple(weight.shape)}."
@@ -68,9 +58,22 @@ def linear(
             f"linear: bias must have shape {tuple(weight.shape[:-1])} for weight {tuple(weight.shape)}, got "
             f"{tuple(bias.shape)}."
         )
-    backend = choice.select_backend("linear", stacked, weight, bias)
-    if recording():
-        record("linear", backend, 2.0 * stacked.numel() * (weight.shape[0] if weight.dim() == 2 else 1))
+    backend, operands = prepare(
+        "linear",
+        (x.stacked,),
+        (weight, bias),
+        flops=lambda x, w, _: 2.0 * x.numel() * (w.shape[0] if w.dim() == 2 else 1),
+        shards=lambda w, b: sharding.OPS["linear"](linear, x, w, b),
+        cast=autocast_low,
+    )
+    if backend == SHARDS:
+        return operands
+    stacked, weight, bias = operands
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != stacked.dtype:
+            raise RuntimeError(
+                f"linear: {name} must have the dtype of x ({stacked.dtype}), got {value.dtype}: cast one of them."
+            )
     if weight.dim() == 1:
         rows = None if bias is None else bias.unsqueeze(0)
         return Dual(LinearFunction.apply(stacked, weight.unsqueeze(0), rows, backend).squeeze(-1))

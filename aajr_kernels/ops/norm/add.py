@@ -9,10 +9,9 @@ import torch
 
 from ... import sharding
 from ...autocast import autocasting
-from ...backends import choice
-from ...coverage import record, recording
 from ...dual import Dual, is_dual, num_tangents, stack_of
 from ...recompute import is_recomputed
+from ..prepare import prepare
 from .api import layer_norm, rms_norm
 from .checks import (
     check_dtypes,
@@ -131,20 +130,13 @@ def _add_norm(
     recompute: bool | None,
 ) -> tuple[Dual, Dual]:
     num_tangents(x, residual)  # they must agree
-    first, second = stack_of(x), stack_of(residual)
-    weight, bias = sharding.constant(weight, bias)
-    backend = choice.select_backend("norm", first, second, weight, bias)
-    if recording():
-        record(op, backend, 7.0 * max(first.numel(), second.numel()))
-    y, summed = AddNormFunction.apply(
-        first,
-        second,
-        weight,
-        bias,
-        float(eps),
-        float(offset),
-        centred,
-        backend,
-        is_recomputed("norms", recompute),
+    backend, operands = prepare(
+        "norm",
+        (stack_of(x), stack_of(residual)),
+        (weight, bias),
+        flops=lambda x, residual, *_: 7.0 * max(x.numel(), residual.numel()),
+        name=op,
     )
+    again = is_recomputed("norms", recompute)
+    y, summed = AddNormFunction.apply(*operands, float(eps), float(offset), centred, backend, again)
     return Dual(y), Dual(summed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import overload
@@ -12,10 +11,9 @@ import torch.nn.functional as F
 
 from ... import sharding
 from ...autocast import autocast_float32, autocasting
-from ...backends import choice
-from ...coverage import record, recording
 from ...dual import Dual
 from ...recompute import is_recomputed
+from ..prepare import SHARDS, prepare
 from .checks import check_dtypes, check_offset, check_shapes, refuse_dual_weights, trailing_shape, wide_dtype
 from .function import NormFunction
 
@@ -162,20 +160,29 @@ def _norm(
     recompute: bool | None,
 ) -> Dual:
     check_shapes(op, shape, weight=weight, bias=bias)
-    weight, bias = sharding.constant(weight, bias)
-    if sharding.is_dtensor(x.stacked, weight, bias):
-        run = functools.partial(
-            _norm, op, shape=shape, eps=eps, offset=offset, centred=centred, recompute=recompute
-        )
-        return sharding.OPS["rowwise"](op, run, x, len(shape), weight=weight, bias=bias)
-    stacked, weight, bias = autocast_float32(x.stacked, weight, bias)
-    backend = choice.select_backend("norm", stacked, weight, bias)
-    if recording():
-        record(op, backend, 6.0 * stacked.numel())
+    backend, operands = prepare(
+        "norm",
+        (x.stacked,),
+        (weight, bias),
+        flops=lambda x, *_: 6.0 * x.numel(),
+        shards=lambda w, b: sharding.OPS["rowwise"](
+            op,
+            lambda x, weight, bias: _norm(op, x, shape, weight, bias, eps, offset, centred, recompute),
+            x,
+            len(shape),
+            weight=w,
+            bias=b,
+        ),
+        cast=autocast_float32,
+        name=op,
+    )
+    if backend == SHARDS:
+        return operands
     options = float(eps), float(offset), centred, backend, is_recomputed("norms", recompute)
     if len(shape) == 1:
-        return Dual(NormFunction.apply(stacked, weight, bias, *options))
+        return Dual(NormFunction.apply(*operands, *options))
+    stacked = operands[0]
     rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))
-    flat = [None if value is None else value.reshape(-1) for value in (weight, bias)]
+    flat = [None if value is None else value.reshape(-1) for value in operands[1:]]
     y = NormFunction.apply(rows, *flat, *options)
     return Dual(y.reshape(stacked.shape))

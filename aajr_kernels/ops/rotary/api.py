@@ -8,10 +8,9 @@ from typing import TypeVar
 import torch
 
 from ... import sharding
-from ...backends import choice
 from ...backends.errors import UnsupportedOperation
-from ...coverage import record, recording
 from ...dual import Dual, is_dual
+from ..prepare import SHARDS, prepare
 from .function import RotaryFunction
 
 _T = TypeVar("_T", torch.Tensor, Dual)
@@ -51,14 +50,15 @@ def rotary(
     _check(x, cos, sin)
     if not isinstance(x, Dual):
         return _plain(x, cos, sin, interleaved)
-    stacked = x.stacked
-    if sharding.is_dtensor(stacked, cos, sin):
-        run = functools.partial(rotary, interleaved=interleaved, unsqueeze_dim=None)
-        return sharding.OPS["rotary"](run, x, cos, sin)
-    backend = choice.select_backend("rotary", stacked, cos, sin)
-    if recording():
-        record("rotary", backend, 3.0 * stacked.numel())
-    return Dual(RotaryFunction.apply(stacked, cos, sin, interleaved, backend))
+    backend, operands = prepare(
+        "rotary",
+        (x.stacked, cos, sin),
+        flops=lambda x, *_: 3.0 * x.numel(),
+        shards=lambda: sharding.OPS["rotary"](
+            functools.partial(rotary, interleaved=interleaved, unsqueeze_dim=None), x, cos, sin
+        ),
+    )
+    return operands if backend == SHARDS else Dual(RotaryFunction.apply(*operands, interleaved, backend))
 
 
 def _check(x: torch.Tensor | Dual, cos: torch.Tensor, sin: torch.Tensor) -> None:

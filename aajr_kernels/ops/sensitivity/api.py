@@ -6,9 +6,8 @@ import torch
 
 from ... import sharding
 from ...autocast import autocast_float32
-from ...backends import choice
-from ...coverage import record, recording
 from ...dual import Dual
+from ..prepare import SHARDS, prepare
 from .function import SensitivityFunction, SoftmaxFunction
 
 METRICS = ("l2", "logits", "fisher", "probs")
@@ -42,12 +41,13 @@ def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
         raise ValueError(
             f"sensitivity: y must have a non-empty last axis to reduce, got shape {tuple(y.shape)}: unsqueeze it."
         )
-    if sharding.is_dtensor(y.stacked):
-        return sensitivity(sharding.OPS["whole"](y), metric)
-    backend = choice.select_backend("sensitivity", y.stacked)
-    if recording():
-        record("sensitivity", backend, 5.0 * y.stacked.numel())
-    return SensitivityFunction.apply(y.stacked, metric, backend)
+    backend, operands = prepare(
+        "sensitivity",
+        (y.stacked,),
+        flops=lambda y: 5.0 * y.numel(),
+        shards=lambda: sensitivity(sharding.OPS["whole"](y), metric),
+    )
+    return operands if backend == SHARDS else SensitivityFunction.apply(*operands, metric, backend)
 
 
 def softmax(x: Dual, dim: int = -1) -> Dual:
@@ -70,14 +70,19 @@ def softmax(x: Dual, dim: int = -1) -> Dual:
         )
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"softmax: dim must be an axis of x with shape {tuple(x.shape)}, got {dim}.")
-    if sharding.is_dtensor(x.stacked):
-        return sharding.OPS["along"]("softmax", softmax, x, dim % x.dim())
-    axis = dim % x.dim() + 1
-    (stack,) = autocast_float32(x.stacked)
+    backend, operands = prepare(
+        "sensitivity",
+        (x.stacked,),
+        flops=lambda x: 5.0 * x.numel(),
+        shards=lambda: sharding.OPS["along"]("softmax", softmax, x, dim % x.dim()),
+        cast=autocast_float32,
+        name="softmax",
+        in_cuda=False,
+    )
+    if backend == SHARDS:
+        return operands
+    (stack,) = operands
     if 0 in x.shape:
         return Dual(stack.clone())
-    stack = stack.movedim(axis, -1)
-    backend = choice.select_backend("sensitivity", stack, in_cuda=False)
-    if recording():
-        record("softmax", backend, 5.0 * stack.numel())
-    return Dual(SoftmaxFunction.apply(stack, backend).movedim(-1, axis))
+    axis = dim % x.dim() + 1
+    return Dual(SoftmaxFunction.apply(stack.movedim(axis, -1), backend).movedim(-1, axis))

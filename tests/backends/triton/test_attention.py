@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +16,9 @@ from torch import Tensor
 import aajr_kernels as aajr
 from aajr_kernels import BackendUnavailable
 from aajr_kernels.backends.triton import launch as gpu
-from aajr_kernels.ops.attention import api as attention_api
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.configs import Tile
-from aajr_kernels.ops.attention.tiling import Options
+from aajr_kernels.ops.attention.options import Options, lacks_in_triton
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, relative_error
 
 triton_module = pytest.importorskip("aajr_kernels.ops.attention.triton", reason="triton is not installed")
@@ -40,26 +38,22 @@ def leaves(sizes: tuple[int, ...], moves: tuple[int, ...] = (1, 1, 1), k: int = 
 
 
 def both(
-    inputs: list[Tensor], mask: Tensor | None, options: Options, starts: Any = None, tolerance: float = 3e-6
+    inputs: list[Tensor], mask: Tensor | None, options: Options, tolerance: float = 3e-6
 ) -> tuple[Any, Any]:
     """The kernels in float32 against the reference in float64: output and all gradients."""
-    seed = options.seed
     on = [x.to(DEVICE) for x in inputs]
-    there = None if starts is None else tuple(x.to(DEVICE) for x in starts)
-    seeded = replace(options, seed=seed.to(DEVICE)) if isinstance(seed, Tensor) else options
+    there = Options(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in options))
     put = None if mask is None else mask.to(DEVICE)
-    got = triton_module.attention_fwd(*on, put, seeded, there)
+    got = triton_module.attention_fwd(*on, put, there)
     wide = [x.double() for x in inputs]
     wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
-    wanted = reference.attention_fwd(*wide, wide_mask, options, starts)
+    wanted = reference.attention_fwd(*wide, wide_mask, options)
     assert_exact(got[0].cpu(), wanted[0], "output", tolerance=tolerance, floor=1.0)
     out_bar = torch.randn(wanted[0].shape, dtype=torch.float64).float()
     needs = (True, True, True, mask is not None and mask.dtype != torch.bool)
-    bars = triton_module.attention_bwd(
-        out_bar.to(DEVICE), *on, put, *got, options=seeded, needs=needs, starts=there
-    )
+    bars = triton_module.attention_bwd(out_bar.to(DEVICE), *on, put, *got, options=there, needs=needs)
     wanted_bars = reference.attention_bwd(
-        out_bar.double(), *wide, wide_mask, *wanted, options=options, needs=needs, starts=starts
+        out_bar.double(), *wide, wide_mask, *wanted, options=options, needs=needs
     )
     for name, mine, theirs in zip(("q", "k", "v", "bias"), bars, wanted_bars):
         assert (mine is None) == (theirs is None), name
@@ -154,25 +148,27 @@ def test_a_bias_near_the_largest_number_and_rows_without_keys():
 def test_packed_sequences(options):
     queries, keys = [0, 5, 5, 45, 80], [0, 9, 30, 70, 110] if options.align_right else [0, 5, 25, 65, 100]
     starts = torch.tensor(queries), torch.tensor(keys)
-    both(leaves((1, 4, 2, 80, keys[-1], 16, 16)), None, options, starts)
+    both(
+        leaves((1, 4, 2, 80, keys[-1], 16, 16)), None, options._replace(q_start=starts[0], k_start=starts[1])
+    )
 
 
 def test_a_sequence_does_not_see_the_numbers_of_another():
     q, k, v = leaves((1, 2, 1, 40, 40, 16, 16))
     starts = torch.tensor([0, 17, 40]), torch.tensor([0, 17, 40])
     clean = triton_module.attention_fwd(
-        *(x.to(DEVICE) for x in (q, k, v)), None, Options(0.3), starts_on(starts)
+        *(x.to(DEVICE) for x in (q, k, v)), None, Options(0.3, **starts_on(starts))
     )
     for x in (q, k, v):
         x[..., 17:, :] = float("nan")
     got = triton_module.attention_fwd(
-        *(x.to(DEVICE) for x in (q, k, v)), None, Options(0.3), starts_on(starts)
+        *(x.to(DEVICE) for x in (q, k, v)), None, Options(0.3, **starts_on(starts))
     )
     assert torch.equal(got[0][..., :17, :], clean[0][..., :17, :])
 
 
-def starts_on(starts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return starts[0].to(DEVICE), starts[1].to(DEVICE)
+def starts_on(starts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return {"q_start": starts[0].to(DEVICE), "k_start": starts[1].to(DEVICE)}
 
 
 def drawn(seed: Tensor, probability: float, sizes: tuple[int, int, int, int]) -> Tensor:
@@ -180,7 +176,7 @@ def drawn(seed: Tensor, probability: float, sizes: tuple[int, int, int, int]) ->
     B, H, N, M = sizes
     zero = torch.zeros(1, B, H, N, 16, device=DEVICE)
     eye = torch.eye(M, device=DEVICE).expand(1, B, 1, M, M)
-    options = Options(1.0, dropout=probability, seed=seed)
+    options = Options(1.0, dropout=probability, drawn=seed)
     out = triton_module.attention_fwd(zero, zero[:, :, :1, :1].expand(1, B, 1, M, 16), eye, None, options)[0]
     return M * out[0].double().cpu()
 
@@ -207,7 +203,7 @@ def test_all_kernels_drop_the_same_weights(softcap):
     mask = torch.where(drawn(seed, p, (1, 2, 37, 40)) > 0.5, 1 / (1 - p), 0.0)
     inputs = [x.to(DEVICE) for x in leaves(sizes)]
     bias = 0.5 * torch.randn(2, 1, 2, 37, 40, device=DEVICE)
-    options = Options(0.3, softcap=softcap, offset=3, dropout=p, seed=seed)
+    options = Options(0.3, softcap=softcap, offset=3, dropout=p, drawn=seed)
     got = triton_module.attention_fwd(*inputs, bias, options)
     bar = torch.randn_like(got[0])
     bars = triton_module.attention_bwd(bar, *inputs, bias, *got, options=options, needs=(True,) * 4)
@@ -313,8 +309,8 @@ def test_float32_heads_that_do_not_fit_into_the_memory_of_a_processor(room, limi
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for dtype, most in ((torch.float32, limit), (torch.bfloat16, 256)):
         x = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
-        ask = lambda size, x=x: attention_api._too_large(
-            SimpleNamespace(**vars(x), shape=(1, size)), SimpleNamespace(shape=(1, 3))
+        ask = lambda size, x=x: lacks_in_triton(
+            SimpleNamespace(**vars(x), shape=(1, size)), None, SimpleNamespace(shape=(1, 3))
         )
         assert ask(most) is None
         assert f"takes head sizes up to {most}" in ask(most + 1)

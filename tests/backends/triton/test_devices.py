@@ -14,7 +14,7 @@ from aajr_kernels.backends import choice
 from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.backends.triton.layout import within_reach
 from aajr_kernels.ops.attention import reference
-from aajr_kernels.ops.attention.tiling import Options
+from aajr_kernels.ops.attention.options import Options
 from aajr_kernels.ops.head import triton as head
 from aajr_kernels.testing.budgets import assert_exact
 
@@ -65,7 +65,7 @@ def test_whole_numbers_are_no_constants_of_the_kernels(options):
     from aajr_kernels.ops.attention.triton.problem import Problem
 
     x = torch.empty(2, 1, 2, 5, 16, device=DEVICE)
-    scalars = Problem(x, x, x, None, Options(**({"scale": 0.3} | options)), None).scalars()[:3]
+    scalars = Problem(x, x, x, None, Options(**({"scale": 0.3} | options))).scalars()[:3]
     assert all(isinstance(value, float) for value in scalars)
 
 

@@ -10,7 +10,7 @@ from backends.triton.test_attention import DEVICE, both, leaves, pytestmark, tri
 from torch import Tensor
 
 from aajr_kernels.ops.attention.configs import Tile
-from aajr_kernels.ops.attention.tiling import Options
+from aajr_kernels.ops.attention.options import Options
 
 packed_mask = triton_problem.packed_mask
 B, H, N, M = 2, 2, 40, 70

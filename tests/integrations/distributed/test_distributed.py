@@ -139,8 +139,8 @@ def test_a_frozen_attack_computes_no_gradients_of_leaves():
                 aajr.Dual(x), 3, w[0] if wanted else leaf[0].detach().requires_grad_()
             ).stacked.sum(),
         ):
-            with sharding.frozen():
+            with sharding.frozen_parameters():
                 found = call(weight)
             grads = torch.autograd.grad(found, (x, leaf), allow_unused=True, retain_graph=True)
             assert grads[0] is not None and (grads[1] is not None) == wanted
-    assert sharding.constant(leaf) == (leaf,)
+    assert sharding.detach_frozen(leaf) == (leaf,)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....backends.triton.launch import architecture, launch, operator
 from .. import operators
 from ..configs import Tile
-from ..tiling import Options
+from ..options import Options
 from .backward import (
     _attention_bwd_bias_kernel,
     _attention_bwd_kv_kernel,
@@ -32,7 +32,7 @@ from .problem import (
     stack,
 )
 
-__all__ = ["Options", "attention_bwd", "attention_fwd"]
+__all__ = ["attention_bwd", "attention_fwd"]
 
 
 def attention_fwd(
@@ -41,7 +41,6 @@ def attention_fwd(
     v: Tensor,
     mask: Tensor | None,
     options: Options,
-    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``), statistics of the softmax, means of tangents.
 
@@ -51,12 +50,10 @@ def attention_fwd(
     """
     parts = batch_parts(q)
     if len(parts) == 1:
-        result: tuple[Tensor, Tensor, Tensor] = _attention_fwd(q, k, v, mask, *_flat(options, starts))
+        result: tuple[Tensor, Tensor, Tensor] = _attention_fwd(q, k, v, mask, *options)
         return result
     results = [
-        _attention_fwd(
-            q[:, at], k[:, at], v[:, at], mask_part(mask, at), *_flat(reseeded(options, i), starts)
-        )
+        _attention_fwd(q[:, at], k[:, at], v[:, at], mask_part(mask, at), *reseeded(options, i))
         for i, at in enumerate(parts)
     ]
     out, stats, mu = (torch.cat(x, 1) for x in zip(*results))
@@ -74,21 +71,20 @@ def attention_bwd(
     mu: Tensor,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
-    starts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
     needs = (*needs[:3], needs[3] and mask is not None)
     parts = batch_parts(q)
     if len(parts) == 1:
         result: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = _attention_bwd(
-            out_bar, q, k, v, mask, out, stats, mu, *needs, *_flat(options, starts)
+            out_bar, q, k, v, mask, out, stats, mu, *needs, *options
         )
         return result
     results = []
     for i, at in enumerate(parts):
         inputs = (x[:, at] for x in (out_bar, q, k, v))
         saved = (x[:, at].contiguous() for x in (stats, mu))
-        flat = _flat(reseeded(options, i), starts)
+        flat = reseeded(options, i)
         results.append(_attention_bwd(*inputs, mask_part(mask, at), out[:, at], *saved, *needs, *flat))
     q_bar, k_bar, v_bar = (
         torch.cat(x, 1) if need else None for x, need in zip(list(zip(*results))[:3], needs)
@@ -101,20 +97,11 @@ def attention_bwd(
     return q_bar, k_bar, v_bar, torch.stack(bias_bars).sum(0, dtype=torch.float32).to(mask.dtype)
 
 
-def _flat(options: Options, starts: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
-    """The options and offsets as an operator takes them."""
-    o = options
-    seed = o.seed if isinstance(o.seed, Tensor) else None
-    return o.scale, o.softcap, o.offset, o.window, o.dropout, o.align_right, seed, *(starts or (None, None))
-
-
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[Any, ...]) -> Problem:
-    scale, softcap, offset, window, dropout, align_right, seed, q_start, k_start = flat
-    if dropout and seed is None:
+    options = Options(*flat)
+    if options.dropout and options.drawn is None:
         raise TypeError("attention: the Triton kernels take the seed of the dropout mask as a tensor.")
-    options = Options(scale, softcap, offset, window, dropout, align_right, seed=0 if seed is None else seed)
-    starts = None if q_start is None else (q_start, k_start)
-    return Problem(q, k, v, mask, options, starts)
+    return Problem(q, k, v, mask, options)
 
 
 @operator(operators.ATTENTION_FWD)
@@ -209,7 +196,7 @@ def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -
     chosen, constants = p.tile("fwd"), p.constants(index)
     arch, size, width = architecture(p.q.device), constants["BLOCK_D"], constants["BLOCK_V"]
     tensors = [x[0] for x in (p.q, p.k, p.v)] + [stack(x, index) for x in (p.q, p.k, p.v)]
-    tma = p.starts is None and descriptors_fit(arch, *tensors)
+    tma = p.options.starts is None and descriptors_fit(arch, *tensors)
     blocks = [(chosen.m, size), (chosen.n, size), (chosen.n, width)] * 2
     mask, mask_tan, mask_strides = p.masks(index)
     launch(
@@ -219,7 +206,7 @@ def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -
         *(rows(x, block, tma) for x, block in zip(tensors, blocks)),
         mask,
         mask_tan,
-        *(p.starts or (None, None)),
+        *(p.options.starts or (None, None)),
         out[0],
         stack(out, index),
         stats,
@@ -286,7 +273,7 @@ class Backward:
         constants = p.constants(index)
         stacks = (p.q, p.k, p.v, self.out_bar)
         tensors = [x[0] for x in stacks] + [stack(x, index) for x in stacks]
-        tma = kernel != "bias" and p.starts is None and descriptors_fit(arch, *tensors)
+        tma = kernel != "bias" and p.options.starts is None and descriptors_fit(arch, *tensors)
         size, width = constants["BLOCK_D"], constants["BLOCK_V"]
         blocks = [(chosen.m, size), (chosen.n, size), (chosen.n, width), (chosen.m, width)] * 2
         mask, mask_tan, mask_strides = p.masks(index, transposed=kernel in ("dk", "dv", "dkv"))
@@ -328,7 +315,7 @@ class Backward:
                 (p.blocks(p.k.shape[3], chosen.n), p.k.shape[1] * p.k.shape[2]),
                 p.q.device,
                 *arguments,
-                *(p.starts or (None, None)),
+                *(p.options.starts or (None, None)),
                 *((k_out[0], stack(k_out, self.index)) if k_out is not None else (None, None)),
                 *((v_out[0], stack(v_out, self.index)) if v_out is not None else (None, None)),
                 k_sum if k_out is not None else None,
@@ -351,7 +338,7 @@ class Backward:
             p.grid(chosen.m),
             p.q.device,
             *arguments,
-            *(p.starts or (None, None)),
+            *(p.options.starts or (None, None)),
             q_bar[0],
             stack(q_bar, self.index),
             q_sum,

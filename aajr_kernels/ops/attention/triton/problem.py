@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ....backends.triton.launch import architecture, float32_products, launch
 from ..configs import Tile, tile
-from ..tiling import Options
+from ..options import Options
 from .device import _pack_mask_kernel
 
 GRID_LIMIT = 65535
@@ -39,7 +39,6 @@ class Problem:
     v: Tensor
     mask: Tensor | None
     options: Options
-    starts: tuple[Tensor, Tensor] | None
 
     @property
     def tangents(self) -> int:
@@ -64,7 +63,7 @@ class Problem:
             "bias": self.mask_kind == 2,
             "softcap": options.softcap is not None,
             "dropout": options.dropout > 0,
-            "packed": self.starts is not None,
+            "packed": self.options.starts is not None,
         }
         return next((name for name, there in present.items() if there), "")
 
@@ -107,7 +106,7 @@ class Problem:
             "K_TAN": some and self.k.shape[0] > 1,
             "V_TAN": some and self.v.shape[0] > 1,
             "MASK_TAN": some and self.mask_kind == 2 and self.mask is not None and self.mask.shape[0] > 1,
-            "PACKED": self.starts is not None,
+            "PACKED": self.options.starts is not None,
             "ALIGN_RIGHT": options.align_right,
             "FIRST": index <= 0,
             "SPLIT": self.split,
@@ -122,7 +121,7 @@ class Problem:
             float(options.scale),
             float(options.softcap or 1.0),
             float(options.dropout),
-            options.seed if isinstance(options.seed, Tensor) else None,
+            options.drawn,
             H,
             N,
             M,
@@ -155,12 +154,13 @@ class Problem:
 
     def grid(self, tile: int, padded: bool = False) -> tuple[int, int]:
         """Blocks of queries by batch rows and heads."""
-        blocks = self.blocks(self.padded if padded and self.starts is None else self.q.shape[3], tile)
+        blocks = self.blocks(self.padded if padded and self.options.starts is None else self.q.shape[3], tile)
         return blocks, self.q.shape[1] * self.q.shape[2]
 
     def blocks(self, size: int, tile: int) -> int:
         """Programs along positions; of packed sequences as many as those of any lengths can have blocks."""
-        return -(-size // tile) if self.starts is None else size // tile + self.starts[0].shape[0] - 1
+        starts = self.options.starts
+        return -(-size // tile) if starts is None else size // tile + starts[0].shape[0] - 1
 
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel."""
@@ -278,4 +278,4 @@ def mask_part(mask: Tensor | None, at: slice) -> Tensor | None:
 
 def reseeded(options: Options, part: int) -> Options:
     """A dropout mask of its own for every part: the kernels count batch rows from its first."""
-    return replace(options, seed=options.seed + part)
+    return options if options.drawn is None else options._replace(drawn=options.drawn + part)

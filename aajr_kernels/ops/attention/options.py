@@ -1,0 +1,167 @@
+"""The options of one call of attention, in one object from the public function to the edge of the kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TRITON_HEAD = 256  # tiles of larger heads do not fit into the memory of a multiprocessor
+#: bytes of it that float32 tiles of the largest heads take: consumer processors have less, and take heads up to 128
+_TRITON_ROOM = 131_072
+
+
+class Options(NamedTuple):
+    """Everything beside the operands. It is a tuple: ``*options`` are the flat arguments of an operator of torch.
+
+    Attributes:
+        scale: factor of the scores.
+        softcap: c of c tanh(scores / c), or None.
+        offset: query i sees the keys j <= i + offset; None without causality.
+        window: and only the keys j > i + offset - window; None for all.
+        dropout: probability of dropping an attention weight.
+        align_right: with packed sequences, offset = keys - queries of each sequence.
+        drawn: the dropout mask, bool ``[B, H, N, M]``, True where a weight is kept (of packed sequences
+            ``[1, H, N, longest M]``); for kernels that draw it themselves their seed, int64, on their device.
+        q_start: of packed sequences, ascending int64 offsets ``[sequences + 1]`` of their queries; None without.
+        k_start: likewise of their keys.
+    """
+
+    scale: float
+    softcap: float | None = None
+    offset: int | None = None
+    window: int | None = None
+    dropout: float = 0.0
+    align_right: bool = False
+    drawn: Tensor | None = None
+    q_start: Tensor | None = None
+    k_start: Tensor | None = None
+
+    @classmethod
+    def of(cls, causal: bool | str, queries: int, keys: int, packed: bool) -> Options:
+        """The options that say which keys a query sees; the others have their defaults."""
+        right = causal == "lower_right"
+        offset = None if causal is False else keys - queries if right and not packed else 0
+        return cls(1.0, offset=offset, align_right=packed and right)
+
+    @property
+    def starts(self) -> tuple[Tensor, Tensor] | None:
+        """Both offsets of packed sequences."""
+        return None if self.q_start is None or self.k_start is None else (self.q_start, self.k_start)
+
+    def of_sequence(self, rows: slice, keys: slice) -> Options:
+        """Those of one of the packed sequences."""
+        offset = self.offset
+        if self.align_right:
+            offset = keys.stop - keys.start - (rows.stop - rows.start)
+        drawn = None if self.drawn is None else self.drawn[:, :, rows, : keys.stop - keys.start]
+        return self._replace(offset=offset, drawn=drawn, align_right=False, q_start=None, k_start=None)
+
+
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, axes: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Raise unless the operands fit; returns the shapes of q and k without their first `axes`, 1 for stacks."""
+    shapes = []
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        shape = tuple(x.shape[axes:])
+        shapes.append(shape)
+        if x.dtype not in _FLOATS:
+            raise TypeError(
+                f"attention: {name} must be float64, float32, bfloat16 or float16, got {x.dtype}."
+            )
+        if len(shape) < 3:
+            raise ValueError(
+                f"attention: {name} must be [*batch, heads, positions, features], got {shape}: add the axis of heads "
+                "with unsqueeze(-3)."
+            )
+    qs, ks, vs = shapes
+    message = f"q {qs}, k {ks}, v {vs}"
+    if not qs[:-3] == ks[:-3] == vs[:-3]:
+        raise ValueError(
+            f"attention: the batch axes of q, k and v must be equal, got {message}: expand them first."
+        )
+    if ks[-3:-1] != vs[-3:-1]:
+        raise ValueError(f"attention: k and v must agree in heads and positions, got {message}.")
+    if qs[-1] != ks[-1]:
+        raise ValueError(f"attention: q and k must have equally many features, got {message}.")
+    if ks[-3] == 0 or qs[-3] % ks[-3]:
+        raise ValueError(f"attention: the heads of q must be a multiple of those of k and v, got {message}.")
+    for name, other in (("k", k), ("v", v), ("mask", mask)):
+        if other is not None and other.device != q.device:
+            raise ValueError(
+                f"attention: {name} must be on the device of q ({q.device}), got {other.device}."
+            )
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(
+                f"attention: mask must be bool (True = attend) or a floating bias, got {mask.dtype}: use mask.bool()."
+            )
+        full, shape = (*qs[:-1], ks[-2]), tuple(mask.shape[axes:])
+        pairs = zip(reversed(shape), reversed(full), strict=False)
+        if len(shape) > len(full) or any(n not in (1, size) for n, size in pairs):
+            raise ValueError(
+                f"attention: mask must be broadcastable to [*batch, H, N, M] = {full}, got {shape}."
+            )
+    return qs, ks
+
+
+def check_options(causal: bool | str, softcap: float | None, window: int | None, dropout: float) -> None:
+    """Raise unless the options have values that mean something."""
+    if causal not in (False, True, "upper_left", "lower_right"):
+        raise ValueError(
+            f"attention: causal must be False, True, 'upper_left' or 'lower_right', got {causal!r}."
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap must be positive or None, got {softcap!r}.")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"attention: window must be a positive int or None, got {window!r}.")
+    if window is not None and causal is False:
+        raise ValueError(
+            f"attention: window={window} counts keys back from the query and needs causal=True or 'lower_right': "
+            "pass a bool mask for a window to both sides."
+        )
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"attention: dropout must be a probability between 0 and 1, got {dropout!r}.")
+
+
+def lacks_in_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None where tiles of the heads fit into the memory of a multiprocessor, or the largest heads that do."""
+    largest, limit = max(q.shape[-1], v.shape[-1]), _TRITON_HEAD
+    if (
+        largest > limit // 2
+        and q.dtype == torch.float32
+        and q.device.type == "cuda"
+        and not torch.version.hip
+    ):
+        properties = torch.cuda.get_device_properties(q.device)
+        if getattr(properties, "shared_memory_per_block_optin", _TRITON_ROOM) < _TRITON_ROOM:
+            limit //= 2
+    if largest <= limit:
+        return None
+    low = " in float32 on this device" if limit < _TRITON_HEAD else ""
+    return f"takes head sizes up to {limit}{low}, got {largest}"
+
+
+def visible_pairs(queries: int, keys: int, offset: int | None, window: int | None) -> int:
+    """How many (query, key) pairs the causal limit and the window leave."""
+    if offset is None:
+        return queries * keys
+    total = 0
+    for i in range(queries):
+        high = min(i + offset + 1, keys)
+        low = 0 if window is None else max(0, i + offset + 1 - window)
+        total += max(0, high - low)
+    return total
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, options: Options, sizes: list[tuple[int, int]] | None) -> float:
+    """Multiplications and additions of one product of the scores and one of the weights, for all heads."""
+    pairs = 0
+    for queries, keys in [(q.shape[-2], k.shape[-2])] if sizes is None else sizes:
+        offset = keys - queries if options.align_right else options.offset
+        pairs += visible_pairs(queries, keys, offset, options.window)
+    return 2.0 * pairs * math.prod(q.shape[1:-2]) * (q.shape[-1] + v.shape[-1])

@@ -1,0 +1,66 @@
+"""The one preparation of an op's call: frozen parameters, shards, autocast, backend and coverage, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import sharding
+from ..backends import choice
+from ..coverage import record, recording
+
+__all__ = ["SHARDS", "prepare"]
+
+#: in place of a backend: the op ran on the shards of DTensors
+SHARDS = "shards"
+
+
+def prepare(
+    op: str,
+    stacks: tuple[Tensor | None, ...],
+    weights: tuple[Tensor | None, ...] = (),
+    *,
+    flops: Callable[..., float],
+    shards: Callable[..., Any] | None = None,
+    cast: Callable[..., tuple[Any, ...]] | None = None,
+    uncast: Tensor | None = None,
+    name: str = "",
+    triton_lacks: Callable[..., str | None] | None = None,
+    in_cuda: bool = True,
+) -> tuple[str, Any]:
+    """What stands between the checks of an op and its autograd Function.
+
+    Args:
+        op: package under ``ops``.
+        stacks: stacked tensors, and tables beside them.
+        weights: parameters; without gradient inside ``sharding.frozen_parameters()``.
+        flops: from the operands to the forward's multiplications and additions, for :func:`aajr_kernels.coverage`.
+        shards: runs the op on the shards, from the weights to its result; None: the op has no rule for DTensors.
+        cast: ``autocast_low``, ``autocast_float32`` or None.
+        uncast: an operand that keeps its dtype and does not count for the backend.
+        name: under which coverage reports the call, `op` by default.
+        triton_lacks: from the operands to what the Triton kernels lack for this call, or None.
+        in_cuda: as for ``backends.choice.select_backend``.
+
+    Returns:
+        The backend, and the operands as its kernels take them, stacks before weights; or `SHARDS` and the result.
+
+    Raises:
+        BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
+        UnsupportedOperation: an operand is complex, or a DTensor for which the op has no rule.
+    """
+    if weights:
+        weights = sharding.detach_frozen(*weights)
+    operands = (*stacks, *weights)
+    if shards is not None and sharding.is_dtensor(*operands, uncast):
+        return SHARDS, shards(*weights)
+    if cast is not None:
+        operands = cast(*operands)
+    backend = choice.select_backend(op, *operands, triton_lacks=triton_lacks, in_cuda=in_cuda)
+    if recording():
+        # lengths may be symbols while torch.compile traces
+        record(name or op, backend, 0.0 if torch.compiler.is_compiling() else flops(*operands))
+    return backend, operands
