@@ -167,6 +167,7 @@ def compare(
     with peers.math_attention():
         penalty = functools.partial(peers.forward_mode, exact, problem.to(torch.float64))
         _, truth = peers.value_and_gradients(penalty, list(exact.parameters()))
+    del exact, penalty  # twice the memory of the model
 
     def ours() -> torch.Tensor:
         return aajr.aligned_penalty(

@@ -1,14 +1,16 @@
-"""Tables that print with rich and read the same in HTML, and the report that has them."""
+"""Tables, which rich prints and writes as HTML, and the report that has them."""
 
 from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from common.meter import judged, spread
@@ -16,47 +18,11 @@ from common.meter import judged, spread
 from .policy import HeldOut, LoraRun, MethodRow, PolicyConfig
 from .scratch import ScratchConfig, ScratchRun
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}img{max-width:100%}small{color:#666}
-th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left;padding-left:0}
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+img{{max-width:100%}}</style>
+<h1>{title}</h1>{body}<p><small>{facts}</small></p></html>
 """
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table.
-
-    Attributes:
-        title: one line.
-        columns: headings; the first column is text, the others are numbers.
-        rows: cells, formatted.
-        note: one or two sentences below it.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def to_rich(self) -> Table:
-        table = Table(box=SIMPLE_HEAD, header_style="dim", title=self.title, title_justify="left")
-        table.title_style = "bold"
-        table.caption, table.caption_justify, table.caption_style = self.note, "left", "dim"
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def to_html(self) -> str:
-        lines = [
-            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-            for tag, cells in [("th", self.columns), *(("td", row) for row in self.rows)]
-        ]
-        title, note = html.escape(self.title), html.escape(self.note)
-        return f"<h3>{title}</h3><table>{''.join(lines)}</table><p><small>{note}</small></p>"
 
 
 @dataclass(frozen=True)
@@ -66,27 +32,39 @@ class Section:
     heading: str
     text: str
     picture: Path
-    sheets: Sequence[Sheet]
+    sheets: Sequence[Table]
 
     def to_html(self) -> str:
         heading, data = html.escape(self.heading), base64.b64encode(self.picture.read_bytes()).decode()
+        console = Console(record=True, file=io.StringIO(), width=100)
+        for sheet in self.sheets:
+            console.print(sheet)
+        tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
         image = f'<img alt="{heading}" src="data:image/png;base64,{data}">'
-        tables = "".join(sheet.to_html() for sheet in self.sheets)
         return f"<h2>{heading}</h2><p>{html.escape(self.text)}</p>{image}{tables}"
 
 
 def page(title: str, sections: Sequence[Section], facts: str) -> str:
     """One self-contained HTML page."""
-    body = "".join(section.to_html() for section in sections)
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-    return f"{head}<h1>{title}</h1>{body}<p><small>{html.escape(facts)}</small></p></html>\n"
+    return PAGE.format(title=title, body="".join(s.to_html() for s in sections), facts=html.escape(facts))
+
+
+def _sheet(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> Table:
+    """A table with a title, a first column of text, others of numbers, and one or two sentences below it."""
+    table = Table(box=SIMPLE_HEAD, header_style="dim", title=title, title_justify="left", title_style="bold")
+    table.caption, table.caption_justify, table.caption_style = note, "left", "dim"
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _above(share: float | None) -> str:
     return "" if share is None else f" +{share:.0%}"
 
 
-def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Sheet:
+def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Table:
     """Every way to the penalty and its gradients, on one dialogue."""
 
     def cells(row: MethodRow) -> list[str]:
@@ -96,7 +74,7 @@ def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Sheet:
         time, ratio = f"{row.seconds:.2f}{_above(row.spread)}", f"{row.seconds / rows[0].seconds:.1f}"
         return [row.method, value, error, time, ratio, memory]
 
-    return Sheet(
+    return _sheet(
         f"Penalty and gradients of 135 M parameters, {tokens} tokens, float32",
         ("method", "penalty", "grad. error", "time s", "x plain", "MiB"),
         [cells(row) for row in rows],
@@ -106,14 +84,14 @@ def comparison_sheet(rows: Sequence[MethodRow], tokens: int) -> Sheet:
     )
 
 
-def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -> Sheet:
+def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -> Table:
     """Held-out figures before and after the LoRA steps."""
 
     def cells(name: str, figures: HeldOut) -> list[str]:
         losses = [f"{figures.loss:.3f}", f"{figures.attacked_loss:.3f}"]
         return [name, f"{figures.penalty:.1f}", *losses, f"{figures.attacked_loss - figures.loss:+.3f}"]
 
-    return Sheet(
+    return _sheet(
         f"{config.held_out} held-out injections, before and after {config.lora_steps} LoRA steps",
         ("trained on", "penalty", "reply loss", "after attack", "rise"),
         [cells("before", before)] + [cells(run.name, run.after) for run in runs],
@@ -122,7 +100,7 @@ def lora_sheet(before: HeldOut, runs: Sequence[LoraRun], config: PolicyConfig) -
     )
 
 
-def scratch_sheet(runs: Sequence[ScratchRun], config: ScratchConfig) -> Sheet:
+def scratch_sheet(runs: Sequence[ScratchRun], config: ScratchConfig) -> Table:
     """Clean and attacked loss of both models."""
     last = len(config.radii) - 1
     shown = sorted({0, (last + 1) // 2, last})
@@ -133,7 +111,7 @@ def scratch_sheet(runs: Sequence[ScratchRun], config: ScratchConfig) -> Sheet:
         return [run.name, *losses, f"{run.sensitivity[-1][1]:.3f}", time]
 
     heads = [f"radius {config.radii[i]:g}" if config.radii[i] else "clean" for i in shown]
-    return Sheet(
+    return _sheet(
         f"Loss on two plays never trained on, {config.steps} steps, same start and batches",
         ("training", *heads, "sensitivity", "ms/step"),
         [cells(run) for run in runs],

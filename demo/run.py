@@ -83,7 +83,7 @@ def run(
         results[part]["seconds"] = round(time.perf_counter() - part_start, 1)
         sections.append(section)
         for sheet in section.sheets:
-            console.print(sheet.to_rich())
+            console.print(sheet)
     results["seconds"] = round(time.perf_counter() - start, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     line = (

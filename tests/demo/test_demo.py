@@ -131,7 +131,7 @@ def test_comparison_takes_minima_over_interleaved_rounds(monkeypatch: pytest.Mon
 def test_the_tables_say_when_times_are_not_to_be_trusted() -> None:
     def note(*spreads: float | None) -> str:
         rows = [policy.MethodRow(policy.PLAIN, 1.0, None, 0.5, None, one) for one in spreads]
-        return comparison_sheet(rows, 7).note
+        return str(comparison_sheet(rows, 7).caption)
 
     assert "The spread is wide, up to 310%" in note(0.02, 3.1)
     assert "wide" not in note(0.02, 0.2) and "Single" not in note(0.02, 0.2)
