@@ -94,8 +94,8 @@ def test_another_base_does_not_change_what_is_compared(rows):
         faster,
         dataclasses.replace(dual, base="plain, compiled", ratio=2 * dual.ratio),
     ]
-    found = {change.name.split()[-1]: change for change in changes(rows, now)}
-    assert found["dual"].growth == pytest.approx(0.0) and found["dual"].interval is None
+    by_name = {change.name.split()[-1]: change for change in changes(rows, now)}
+    assert by_name["dual"].growth == pytest.approx(0.0) and by_name["dual"].interval is None
 
 
 def test_only_what_measures_the_same_is_compared(rows):
@@ -107,14 +107,14 @@ def test_only_what_measures_the_same_is_compared(rows):
         {"config": {"a": 2}},
         {"native_capability": "another"},
     ):
-        found = compare.compare(rows, [dataclasses.replace(row, **change) for row in rows])
-        assert found.changes == [] and found.lost == [] and found.unmatched == (2, 2)
+        comparison = compare.compare(rows, [dataclasses.replace(row, **change) for row in rows])
+        assert comparison.changes == [] and comparison.lost == [] and comparison.unmatched == (2, 2)
 
 
 def test_the_last_row_counts_even_if_it_failed(rows):
     failed = dataclasses.replace(rows[1], ratio=None, round_ratios=[], failure="out of memory")
-    found = compare.compare(rows, [*rows, failed])
-    assert found.changes == [] and found.lost == ["toy:only float32 8 dual"]
+    comparison = compare.compare(rows, [*rows, failed])
+    assert comparison.changes == [] and comparison.lost == ["toy:only float32 8 dual"]
 
 
 def test_compare_files(rows, tmp_path):
@@ -214,10 +214,10 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(toy: Toy, tmp_path, error, 
     file = tmp_path / "rows.jsonl"
     text = invoke("toy", "--rows", file)
     assert f"dual: out of memory at{' the gate,' if length == 3 else ''} length {length}" in text
-    found = {row.variant: row for row in read_rows(file)}
-    assert "out of memory" in found["dual"].failure and found["dual"].ratio is None
-    assert found["dual"].passed is False  # it has a bound, which was not shown to hold
-    assert found["peer"].ratio and not found["peer"].failure
+    by_variant = {row.variant: row for row in read_rows(file)}
+    assert "out of memory" in by_variant["dual"].failure and by_variant["dual"].ratio is None
+    assert by_variant["dual"].passed is False  # it has a bound, which was not shown to hold
+    assert by_variant["peer"].ratio and not by_variant["peer"].failure
     invoke("toy", "--check", exit_code=1)
 
 
@@ -295,13 +295,11 @@ def test_quick_is_the_smallest_case_of_every_family_without_compilation(toy: Toy
     three = [*toy.cases(Selection(None, (8, 5))), dataclasses.replace(toy.cases(Selection())[0], timed=False)]
     three = [dataclasses.replace(case, base=("plain", "compiled")) for case in three]
     three.append(dataclasses.replace(three[1], family="huge", large=True))
-    (found,) = suites.quick(three)
+    (case,) = suites.quick(three)
     assert (
-        found.length == 5
-        and [v.name for v in found.variants] == ["plain", "dual"]
-        and found.base == ("plain",)
+        case.length == 5 and [v.name for v in case.variants] == ["plain", "dual"] and case.base == ("plain",)
     )
-    assert len(run_case(found, environment()).rows) == 2
+    assert len(run_case(case, environment()).rows) == 2
 
 
 # ------------------------------------------------------------------------------------------------ installed peers
@@ -331,9 +329,9 @@ def test_an_installed_peer_takes_the_place_of_attention(monkeypatch):
         attention(q, k, k)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with peers.jvp_flash_attention():
-        found = attention(q, k, k, is_causal=True, enable_gqa=True)
+        out = attention(q, k, k, is_causal=True, enable_gqa=True)
     assert calls == [((1, 4, 5, 8), None, True, None)]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(out, expected)
 
 
 # ------------------------------------------------------------------------------------------------- another commit

@@ -97,8 +97,8 @@ def test_kernels_in_cuda_are_measured_beside_the_others(tiny, family):
 
 def test_the_bounds_of_kernels_in_cuda(monkeypatch):
     monkeypatch.setattr(cuda, "missing", lambda: None)
-    found = gpu.cases(Selection(families=("launches", "rms_norm-forward", "swiglu-forward")))
-    bounds = {(c.family, c.length): dict(v.bounds) for c in found for v in c.variants if v.backend == "cuda"}
+    cases = gpu.cases(Selection(families=("launches", "rms_norm-forward", "swiglu-forward")))
+    bounds = {(c.family, c.length): dict(v.bounds) for c in cases for v in c.variants if v.backend == "cuda"}
     assert {key for key, bound in bounds.items() if bound} == {("launches", 64), ("rms_norm-forward", 8192)}
     assert bounds["launches", 64] == {"ratio": pytest.approx(1 / 3)}
     assert bounds["rms_norm-forward", 8192] == {"copy_ratio": pytest.approx(1 / 0.85)}
@@ -146,7 +146,7 @@ def test_shares_of_the_ceilings_and_bounds_by_them(tiny, monkeypatch):
     monkeypatch.setattr("bench.run._wait", lambda device: None)
     for reachable, passed in ((1.0, True), (1e18, False)):
         limits = Ceilings(1e12, reachable)
-        monkeypatch.setattr("bench.run.measured", lambda device, dtype, found=limits: found)
+        monkeypatch.setattr("bench.run.measured", lambda device, dtype, limits=limits: limits)
         outcome = run_case(case, row.environment(), repeats=1, peak=False)
         one = outcome.rows[1]
         assert one.byte_share == pytest.approx(1e9 * one.gb_per_s / reachable, rel=1e-2)
@@ -222,7 +222,7 @@ def test_the_command_predicts_and_says_so(name):
     assert "min ms" not in text
 
 
-def test_predictions_of_chosen_families_and_lengths():
+def test_predictions_of_some_families_and_lengths():
     text = invoke("gpu:causal-forward", "--model", "h100", "--lengths", "1024,2048", "--dtype", "float16")
     assert text.count("gpu:causal-forward") == 2 * 4 and "gpu:head" not in text
     (case,) = gpu.cases(Selection(None, None, ("causal-forward",)))

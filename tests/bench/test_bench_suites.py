@@ -91,10 +91,10 @@ def test_the_sweep_runs_when_named_and_passes_its_gates(tiny, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(sweep, "LENGTHS", (9, 12))
     monkeypatch.setattr(head, "head_case", functools.partial(_words, head.head_case))
-    chosen = bench._cases(["sweep"], None, None)
-    assert [c.length for c in chosen if c.family == "S"] == [9, 12]
-    assert [c.family for c in chosen][2:] == list(sweep.FAMILIES[1:])
-    for case in chosen:
+    cases = bench._cases(["sweep"], None, None)
+    assert [c.length for c in cases if c.family == "S"] == [9, 12]
+    assert [c.family for c in cases][2:] == list(sweep.FAMILIES[1:])
+    for case in cases:
         case = dataclasses.replace(case, gate_length=12)
         verdict = gate.check(case)
         assert not verdict.failures and not verdict.left_out, case.family
@@ -171,14 +171,14 @@ def test_a_wrong_kernel_turns_its_cases_red(monkeypatch):
 
 
 def test_the_whole_run_has_the_cases_of_the_issue():
-    found = {(c.suite, c.family, c.dtype, c.length) for s in SUITES.values() for c in s.cases(Selection())}
+    keys = {(c.suite, c.family, c.dtype, c.length) for s in SUITES.values() for c in s.cases(Selection())}
     for family in ("llama", "gpt2"):
-        assert {("step", family, *pair) for pair in step.BOUNDS} <= found
-    assert ("step", "memory", "float32", 8192) in found
-    chosen = step.cases(Selection(None, (512, 1024), ("llama",)))
-    assert [(c.dtype, c.length) for c in chosen] == [("float32", 512), ("float32", 1024)]
-    chosen = step.cases(Selection(("bfloat16",), None, ("llama",)))
-    assert [(c.dtype, c.length) for c in chosen] == [("bfloat16", 2048)]
+        assert {("step", family, *pair) for pair in step.BOUNDS} <= keys
+    assert ("step", "memory", "float32", 8192) in keys
+    cases = step.cases(Selection(None, (512, 1024), ("llama",)))
+    assert [(c.dtype, c.length) for c in cases] == [("float32", 512), ("float32", 1024)]
+    cases = step.cases(Selection(("bfloat16",), None, ("llama",)))
+    assert [(c.dtype, c.length) for c in cases] == [("bfloat16", 2048)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")

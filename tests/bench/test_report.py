@@ -42,8 +42,8 @@ def test_a_plot_of_lines_and_its_menu():
     menu = {button.label: button.args for button in plot.layout.updatemenus[0].buttons}
     assert list(menu) == ["time ÷ base", "minimum, ms", "gradient error"]
     where, axis = menu["gradient error"]
-    chosen = [t for t, on in zip(plot.data, where["visible"]) if on]
-    assert {t.name: list(t.y) for t in chosen}["finite differences"] == [9e-4, 9e-4]
+    shown = [t for t, on in zip(plot.data, where["visible"]) if on]
+    assert {t.name: list(t.y) for t in shown}["finite differences"] == [9e-4, 9e-4]
     assert axis["yaxis.type"] == "log" and menu["time ÷ base"][1]["yaxis.type"] == "linear"
 
 

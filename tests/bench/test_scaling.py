@@ -98,9 +98,9 @@ def test_the_saved_activations_are_those_of_a_layer():
 
 
 def test_the_page_has_the_numbers_of_the_model():
-    found = CliRunner().invoke(application(command), [])
-    assert found.exit_code == 0
-    rows = [line for line in found.output.splitlines() if line.startswith("|")]
+    result = CliRunner().invoke(application(command), [])
+    assert result.exit_code == 0
+    rows = [line for line in result.output.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 15
     assert "\n".join(rows) in PAGE.read_text()
     assert "modelled" in PAGE.read_text()
@@ -115,8 +115,8 @@ def test_the_page_has_the_numbers_of_the_model():
     ],
 )
 def test_bad_arguments(arguments, message):
-    found = CliRunner().invoke(application(command), [*arguments])
-    assert found.exit_code == 2 and message in " ".join(found.output.split())
+    result = CliRunner().invoke(application(command), [*arguments])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 
 def test_the_operations_of_a_plain_step_are_six_a_parameter_and_token():
