@@ -28,7 +28,7 @@ from .method import (
 )
 from .ops.activation import geglu, gelu, quick_gelu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .ops.attention import attention
-from .ops.head import lm_head_penalty
+from .ops.head import lm_head_sensitivity
 from .ops.linear import linear
 from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .ops.rotary import rotary
@@ -63,7 +63,7 @@ __all__ = [
     "jvp",
     "layer_norm",
     "linear",
-    "lm_head_penalty",
+    "lm_head_sensitivity",
     "lm_loss",
     "nn",
     "normalize",

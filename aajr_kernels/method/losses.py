@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dual import Dual
-from ..ops.head import lm_head_penalty
+from ..ops.head import lm_head_sensitivity
 from ..rules import registry
 from .checks import check_choices, kind_of
 from .head import LMHead, as_head
@@ -72,7 +72,7 @@ def lm_loss(
         if hidden.num_tangents:  # diagnostics differentiate the loss: by the plain formula
             nll = token_losses(description.logits(hidden), labels)
             return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll.dtype)
-        _, nll = lm_head_penalty(
+        _, nll = lm_head_sensitivity(
             hidden,
             description.weight,
             description.bias,

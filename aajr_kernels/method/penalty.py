@@ -23,7 +23,7 @@ from torch import nn
 
 from ..backends.errors import refuse_transform
 from ..dual import Dual, dual
-from ..ops.head import lm_head_penalty
+from ..ops.head import lm_head_sensitivity
 from ..ops.sensitivity import sensitivity
 from ..torch_private import in_transform
 from ..transforms import call, primal_tree
@@ -170,7 +170,7 @@ def _through_head(
         _check_labels(labels, hidden)
         if count is None:
             count = (labels != -100).sum().clamp(min=1)
-    result = lm_head_penalty(
+    result = lm_head_sensitivity(
         hidden,
         head.weight,
         head.bias,

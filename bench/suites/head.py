@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aajr_kernels.dual import Dual
-from aajr_kernels.ops.head import lm_head_penalty
+from aajr_kernels.ops.head import lm_head_sensitivity
 from aajr_kernels.testing.formulas import fisher
 
 from ..case import Case, Selection, Suite, Variant, draw, has_kernels
@@ -62,13 +62,13 @@ def variants(
         return F.cross_entropy(z if z.dtype == torch.float64 else z.float(), labels(len(z), z.device))
 
     def penalty(x: Dual, w: Tensor) -> Tensor:
-        per_token = lm_head_penalty(x, w, metric="fisher")
+        per_token = lm_head_sensitivity(x, w, metric="fisher")
         assert isinstance(per_token, Tensor)
         return per_token.mean()
 
     def both(x: Dual, w: Tensor) -> Tensor:
         target = labels(x.shape[-2], w.device)[None]
-        per_token, loss = lm_head_penalty(x, w, metric="fisher", labels=target)
+        per_token, loss = lm_head_sensitivity(x, w, metric="fisher", labels=target)
         return per_token.mean() + loss.mean()
 
     def exact(x: Tensor, w: Tensor) -> Tensor:

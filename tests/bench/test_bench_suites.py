@@ -82,7 +82,7 @@ def test_the_method_passes_its_gate(tiny, monkeypatch, family):
     (case,) = SUITES["method"].cases(Selection(("float32",), (12,), (family,)))
     verdict = gate.check(case)
     assert not verdict.failures and not verdict.left_out
-    ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_penalty"}
+    ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_sensitivity"}
     assert ops <= set(verdict.ops["with penalty"]) and ops <= set(verdict.ops["adversarial, our kernels"])
     assert verdict.ops["adversarial"] == verdict.ops.get("adversarial, compiled", {}) == {}
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
-from aajr_kernels.ops.head import METRICS, lm_head_penalty, reference
+from aajr_kernels.ops.head import METRICS, lm_head_sensitivity, reference
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 from aajr_kernels.testing.oracle import metric_values
 
@@ -44,7 +44,7 @@ def streamed(metric, scale=1.0, softcap=None, labels=None):
     def run(inputs, params):
         bias = params[1] if len(params) > 1 else None
         options = dict(metric=metric, scale=scale, softcap=softcap, labels=labels)
-        result = lm_head_penalty(Dual(inputs[0]), params[0], bias, **options)
+        result = lm_head_sensitivity(Dual(inputs[0]), params[0], bias, **options)
         return result if labels is None else torch.cat([result[0], result[1].unsqueeze(0)])
 
     return run
@@ -100,7 +100,7 @@ def test_only_one_of_the_two_results_is_used():
     labels = torch.randint(31, (5,))
     for used in (0, 1):
         leaf, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
-        result = lm_head_penalty(Dual(leaf), weight, labels=labels)[used]
+        result = lm_head_sensitivity(Dual(leaf), weight, labels=labels)[used]
         got = torch.autograd.grad(result.sum(), (leaf, weight))
         both = written_out("fisher", labels=labels)([leaf], [weight])
         want = torch.autograd.grad((both[:-1] if used == 0 else both[-1]).sum(), (leaf, weight))
@@ -112,14 +112,14 @@ def test_gradients_nobody_needs_are_skipped():
     values = dict(h=stacks(5, 4), w=torch.randn(31, 4).double(), b=torch.randn(31).double())
     for names in ({"h"}, {"w"}, {"b"}, {"h", "b"}):
         leaves = {n: t.clone().requires_grad_(n in names) for n, t in values.items()}
-        lm_head_penalty(Dual(leaves["h"]), leaves["w"], leaves["b"]).sum().backward()
+        lm_head_sensitivity(Dual(leaves["h"]), leaves["w"], leaves["b"]).sum().backward()
         assert {n for n, t in leaves.items() if t.grad is not None} == names
 
 
 def test_ignored_labels_have_no_loss_and_no_gradient():
     h, w = stacks(4, 5).requires_grad_(), torch.randn(31, 5).double().requires_grad_()
     labels = torch.tensor([3, 7, 30, 7])
-    _, nll = lm_head_penalty(Dual(h), w, labels=labels, ignore_index=7)
+    _, nll = lm_head_sensitivity(Dual(h), w, labels=labels, ignore_index=7)
     assert nll[1] == 0 and nll[3] == 0 and nll[0] > 0
     (gradient,) = torch.autograd.grad(nll.sum(), h)
     assert not gradient[:, 1].any() and gradient[0, 0].any() and not gradient[1].any()
@@ -170,7 +170,7 @@ def test_an_outlier_in_the_first_chunk_does_not_spoil_the_reference():
     w[0] = torch.tensor([-20.0, 1e4])  # hardly ever drawn, with a huge tangent
     h = torch.eye(2).view(2, 1, 2)
     exact = written_out("fisher")([h.double()], [w.double()])
-    assert_exact(lm_head_penalty(Dual(h), w), exact, tolerance=1e-4)
+    assert_exact(lm_head_sensitivity(Dual(h), w), exact, tolerance=1e-4)
 
 
 def test_masked_words_and_large_logits():
@@ -179,18 +179,18 @@ def test_masked_words_and_large_logits():
     bias[:20] = -torch.inf  # the first chunks hold nothing that can be drawn
     for metric in METRICS:
         leaf = h.clone().requires_grad_()
-        q = lm_head_penalty(Dual(leaf), w, bias, metric=metric)
+        q = lm_head_sensitivity(Dual(leaf), w, bias, metric=metric)
         (gradient,) = torch.autograd.grad(q.sum(), leaf)
         assert torch.isfinite(gradient).all()
         if metric in ("fisher", "probs"):
             assert_exact(q, written_out(metric)([h], [w[20:]]), tolerance=1e-12)
-    sharp = lm_head_penalty(Dual(torch.cat([1e4 * h[:1], h[1:]])), w)
+    sharp = lm_head_sensitivity(Dual(torch.cat([1e4 * h[:1], h[1:]])), w)
     assert torch.isfinite(sharp).all()
 
 
 def test_finite_differences_of_the_penalty():
     h, w = stacks(3, 4), torch.randn(29, 4).double()
-    penalty = lambda w: lm_head_penalty(Dual(h), w, softcap=3.0).sum()
+    penalty = lambda w: lm_head_sensitivity(Dual(h), w, softcap=3.0).sum()
     leaf = w.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(penalty(leaf), leaf)
     step = 1e-5 * torch.randn_like(w)
@@ -239,7 +239,7 @@ class Watch(TorchDispatchMode):
 def test_no_tensor_of_tokens_by_vocabulary(metric, tokens, vocabulary, k):
     h, w = torch.randn(1 + k, tokens, 3, requires_grad=True), torch.randn(vocabulary, 3, requires_grad=True)
     with Watch() as watch:
-        q, nll = lm_head_penalty(
+        q, nll = lm_head_sensitivity(
             Dual(h), w, metric=metric, softcap=5.0, labels=torch.randint(vocabulary, (tokens,))
         )
         (q.sum() + nll.sum()).backward()
@@ -250,7 +250,7 @@ def test_memory_at_the_size_of_a_small_language_model():
     tokens, vocabulary, size = 512, 49152, 16
     h, w = torch.randn(2, tokens, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
     with Watch() as watch:
-        lm_head_penalty(Dual(h), w).sum().backward()
+        lm_head_sensitivity(Dual(h), w).sum().backward()
     logits = 4 * tokens * vocabulary  # bytes, 96 MiB; the tangents would need as many
     weight = 4 * vocabulary * size
     assert watch.peak < 4 * weight + 40 * 2**20 < logits
@@ -259,7 +259,7 @@ def test_memory_at_the_size_of_a_small_language_model():
 
 def test_empty_batch():
     h, w = torch.zeros(2, 0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    q, nll = lm_head_penalty(Dual(h), w, labels=torch.zeros(0, dtype=torch.long))
+    q, nll = lm_head_sensitivity(Dual(h), w, labels=torch.zeros(0, dtype=torch.long))
     assert q.shape == (1, 0) and nll.shape == (0,)
     (q.sum() + nll.sum()).backward()
     assert h.grad.shape == h.shape and not w.grad.any()
@@ -268,17 +268,17 @@ def test_empty_batch():
 def test_autocast_runs_the_products_in_the_low_dtype():
     h, w = stacks(3, 8).float(), torch.randn(40, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        q = lm_head_penalty(Dual(h), w)
+        q = lm_head_sensitivity(Dual(h), w)
     assert q.dtype == torch.float32
-    assert_exact(q, lm_head_penalty(Dual(h.bfloat16()), w.detach().bfloat16()))
+    assert_exact(q, lm_head_sensitivity(Dual(h.bfloat16()), w.detach().bfloat16()))
     q.sum().backward()
     assert w.grad.dtype == torch.float32
 
 
 def test_coverage():
     with coverage() as cov:
-        lm_head_penalty(Dual(torch.randn(2, 3, 4).double()), torch.randn(9, 4).double())
-    assert cov.entries == {("lm_head_penalty", "reference"): [1, 2.0 * 2 * 3 * 4 * 9]}
+        lm_head_sensitivity(Dual(torch.randn(2, 3, 4).double()), torch.randn(9, 4).double())
+    assert cov.entries == {("lm_head_sensitivity", "reference"): [1, 2.0 * 2 * 3 * 4 * 9]}
 
 
 W = torch.zeros(9, 4)
@@ -304,11 +304,11 @@ W = torch.zeros(9, 4)
 )
 def test_errors(weight, options, error, words):
     with pytest.raises(error, match=words):
-        lm_head_penalty(Dual(torch.randn(2, 3, 4)), weight, **options)
+        lm_head_sensitivity(Dual(torch.randn(2, 3, 4)), weight, **options)
 
 
 def test_hidden_without_tangents():
     with pytest.raises(
         TypeError, match="hidden must be a Dual, got Tensor without tangents: compute it from"
     ):
-        lm_head_penalty(torch.randn(3, 4), W)
+        lm_head_sensitivity(torch.randn(3, 4), W)

@@ -33,7 +33,7 @@ from ...backends import choice
 from ...backends.errors import UnsupportedOperation, first_order
 from ...coverage import record, recording
 from ...dual import Dual
-from ...ops.head import lm_head_penalty
+from ...ops.head import lm_head_sensitivity
 from ...ops.sensitivity import sensitivity
 from ...torch_private import assert_async
 from .ops import local, mesh_of
@@ -41,7 +41,7 @@ from .ops import local, mesh_of
 __all__: list[str] = []
 
 _SAME_TOKENS = (
-    "lm_head_penalty: all processes that share the vocabulary of weight must bring the same tokens, got different "
+    "lm_head_sensitivity: all processes that share the vocabulary of weight must bring the same tokens, got different "
     "ones: run it inside(model, ...) under fully_shard, and give all ranks of a tensor-parallel group one batch."
 )
 
@@ -61,11 +61,11 @@ def _head(
 
     given = {"weight": weight, "bias": bias, "hidden": stacked}
     first = "weight" if sharding.is_dtensor(weight) else "hidden"
-    mesh = mesh_of("lm_head_penalty", **{first: given.pop(first)}, **given)
+    mesh = mesh_of("lm_head_sensitivity", **{first: given.pop(first)}, **given)
     axis, start = _words("weight", weight, mesh)
     if bias is not None and _words("bias", bias, mesh) != (axis, start):
         raise UnsupportedOperation(
-            "lm_head_penalty: bias must be split like the rows of weight: distribute both with Shard(0)."
+            "lm_head_sensitivity: bias must be split like the rows of weight: distribute both with Shard(0)."
         )
     whole = [Replicate()] * mesh.ndim
     # over the axis that splits the vocabulary the gradient of the hidden states is a sum
@@ -75,7 +75,7 @@ def _head(
     rows = (len(stacked), math.prod(stacked.shape[1:-1]), stacked.shape[-1])
     if axis is None:
         plain = Dual(local(stacked, mesh, whole, whole).reshape(rows))
-        found = lm_head_penalty(
+        found = lm_head_sensitivity(
             plain, w, b, metric=metric, scale=scale, softcap=softcap, labels=labels, ignore_index=ignore_index
         )
         return found if isinstance(found, tuple) else (found, None)
@@ -89,7 +89,7 @@ def _head(
         h, metric = h[:1], "l2"
     backend = choice.select_backend("head", h, w, b)
     if recording():
-        record("lm_head_penalty", backend, 2.0 * h.numel() * w.shape[0])
+        record("lm_head_sensitivity", backend, 2.0 * h.numel() * w.shape[0])
     place = (mesh.get_group(axis), start)
     q, nll = SplitHead.apply(h, w, b, labels, metric, scale, softcap, ignore_index, backend, place)
     return (q if q_l2 is None else q_l2), nll
@@ -112,8 +112,8 @@ def _words(name: str, parameter: Tensor, mesh: Any) -> tuple[int | None, int]:
     axes = [i for i, p in enumerate(placements) if p == Shard(0)]
     if len(axes) > 1 or any(p not in (Shard(0), Replicate()) for p in placements):
         raise UnsupportedOperation(
-            f"lm_head_penalty: {name} must be split over the vocabulary on one axis of its mesh, got {placements}: use "
-            "ColwiseParallel for the head, and inside(model, ...) where fully_shard splits it too."
+            f"lm_head_sensitivity: {name} must be split over the vocabulary on one axis of its mesh, got {placements}: "
+            "use ColwiseParallel for the head, and inside(model, ...) where fully_shard splits it too."
         )
     if not axes:
         return None, 0
@@ -149,7 +149,8 @@ class SplitHead(torch.autograd.Function):
             own = torch.where(here, labels - start, beyond).masked_fill(labels == ignore_index, ignore_index)
             if 0 <= ignore_index < weight.shape[0]:  # would be taken for a local word
                 raise ValueError(
-                    f"lm_head_penalty: ignore_index must be no word where the vocabulary is split, got {ignore_index}."
+                    "lm_head_sensitivity: ignore_index must be no word where the vocabulary is split, got "
+                    f"{ignore_index}."
                 )
         with no_autocast(h.device.type):
             numbers, stats = _statistics(h, weight, bias, own, *options, backend)

@@ -18,6 +18,6 @@ Saved: h, ḣ, W, b and O(rows) statistics; the backward recomputes the chunks. 
 [tokens, hidden] by [hidden, vocabulary], 2 forward and 6 backward.
 """
 
-from .api import METRICS, lm_head_penalty
+from .api import METRICS, lm_head_sensitivity
 
-__all__ = ["METRICS", "lm_head_penalty"]
+__all__ = ["METRICS", "lm_head_sensitivity"]

@@ -18,7 +18,7 @@ from .function import HeadFunction
 METRICS = ("l2", "logits", "fisher", "probs")
 
 
-def lm_head_penalty(
+def lm_head_sensitivity(
     hidden: Dual,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -63,20 +63,20 @@ def lm_head_penalty(
         RuntimeError: dtypes do not agree (under autocast all are cast to its low dtype first).
     """
     if metric not in METRICS:
-        raise ValueError(f"lm_head_penalty: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
+        raise ValueError(f"lm_head_sensitivity: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
     if not isinstance(hidden, Dual):
         raise TypeError(
-            f"lm_head_penalty: hidden must be a Dual, got {type(hidden).__name__} without tangents: compute it from "
-            "aajr_kernels.dual(x, v)."
+            f"lm_head_sensitivity: hidden must be a Dual, got {type(hidden).__name__} without tangents: compute it "
+            "from aajr_kernels.dual(x, v)."
         )
     for name, value in (("weight", weight), ("bias", bias)):
         if is_dual(value):
             raise UnsupportedOperation(
-                f"lm_head_penalty: {name} is a Dual, and the head takes plain weights: pass {name}.primal where no "
+                f"lm_head_sensitivity: {name} is a Dual, and the head takes plain weights: pass {name}.primal where no "
                 "tangent is wanted."
             )
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"lm_head_penalty: softcap must be positive or None, got {softcap}.")
+        raise ValueError(f"lm_head_sensitivity: softcap must be positive or None, got {softcap}.")
     _check_shapes(hidden, weight, bias)
     batch, k = tuple(hidden.shape[:-1]), hidden.num_tangents
     if labels is not None:
@@ -98,7 +98,7 @@ def lm_head_penalty(
         flops=lambda h, w, _: 2.0 * h.numel() * w.shape[0],
         shards=on_shards,
         cast=autocast_low,
-        name="lm_head_penalty",
+        name="lm_head_sensitivity",
     )
     if backend == SHARDS:
         q, nll = operands
@@ -117,7 +117,7 @@ def _check_dtypes(stacked: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != stacked.dtype:
             raise RuntimeError(
-                f"lm_head_penalty: {name} must have the dtype of hidden ({stacked.dtype}), got {value.dtype}: cast "
+                f"lm_head_sensitivity: {name} must have the dtype of hidden ({stacked.dtype}), got {value.dtype}: cast "
                 "one of them."
             )
 
@@ -125,21 +125,21 @@ def _check_dtypes(stacked: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 def _check_shapes(hidden: Dual, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"lm_head_penalty: weight must be [V, C] with V > 0 and C the last axis of hidden "
+            f"lm_head_sensitivity: weight must be [V, C] with V > 0 and C the last axis of hidden "
             f"{tuple(hidden.shape)}, got {tuple(weight.shape)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"lm_head_penalty: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}."
+            f"lm_head_sensitivity: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}."
         )
 
 
 def _check_labels(labels: torch.Tensor, batch: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"lm_head_penalty: labels must be integers, got {labels.dtype}: pass token ids.")
+        raise TypeError(f"lm_head_sensitivity: labels must be integers, got {labels.dtype}: pass token ids.")
     if tuple(labels.shape) != batch:
         raise ValueError(
-            f"lm_head_penalty: labels must have shape {batch}, hidden without its last axis, got "
+            f"lm_head_sensitivity: labels must have shape {batch}, hidden without its last axis, got "
             f"{tuple(labels.shape)}."
         )
     if torch.compiler.is_compiling():
@@ -149,8 +149,8 @@ def _check_labels(labels: torch.Tensor, batch: tuple[int, ...], vocabulary: int,
         if not bool(valid.all()):
             worst = labels[~valid].reshape(-1)[0].item()
             raise ValueError(
-                f"lm_head_penalty: labels must lie in [0, {vocabulary}) or equal ignore_index ({ignore_index}), got "
-                f"{worst}."
+                f"lm_head_sensitivity: labels must lie in [0, {vocabulary}) or equal ignore_index ({ignore_index}), "
+                f"got {worst}."
             )
     else:  # without waiting for the device, as torch's cross-entropy does
-        assert_async(valid.all(), "lm_head_penalty: labels out of range")
+        assert_async(valid.all(), "lm_head_sensitivity: labels out of range")

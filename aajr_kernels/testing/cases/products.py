@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...dual import Dual
 from ...ops.attention import attention as attention_op
-from ...ops.head import METRICS, lm_head_penalty
+from ...ops.head import METRICS, lm_head_sensitivity
 from .. import formulas
 from ..oracle import metric_values
 from .case import Case, Stacks, dense, flipped, forward_mode, gap, stacked, stacks, swapped
@@ -125,7 +125,7 @@ def head(
     def ours(s: Stacks, p: Stacks) -> Tensor:
         targets = None if labels is None else labels.to(s[0].device)
         b = p[1] if bias else None
-        result: Any = lm_head_penalty(Dual(s[0]), p[0], b, metric=metric, labels=targets, **options)
+        result: Any = lm_head_sensitivity(Dual(s[0]), p[0], b, metric=metric, labels=targets, **options)
         return torch.cat([result[0], result[1].unsqueeze(0)]) if labelled else result
 
     def written(s: Stacks, p: Stacks) -> Tensor:
@@ -139,7 +139,7 @@ def head(
         return torch.cat([q, nll.view(1, *batch)])
 
     return Case(
-        *("head", f"{metric} {name}", "lm_head_penalty", ("hidden", "weight", "bias")),
+        *("head", f"{metric} {name}", "lm_head_sensitivity", ("hidden", "weight", "bias")),
         build,
         ours,
         written,

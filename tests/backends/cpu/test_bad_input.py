@@ -162,12 +162,12 @@ EMPTY = {
         ]
     ],
     "head": [
-        lambda: aajr.lm_head_penalty(zeros(0, 4), leaf(9, 4), leaf(9)),
-        lambda: aajr.lm_head_penalty(zeros(2, 0, 4), leaf(9, 4), labels=torch.zeros(2, 0, dtype=torch.long))[
-            0
-        ],
-        lambda: aajr.lm_head_penalty(zeros(3, 0), leaf(9, 0), leaf(9), metric="probs"),
-        lambda: aajr.lm_head_penalty(zeros(0, 4), leaf(9, 4), metric="l2"),
+        lambda: aajr.lm_head_sensitivity(zeros(0, 4), leaf(9, 4), leaf(9)),
+        lambda: aajr.lm_head_sensitivity(
+            zeros(2, 0, 4), leaf(9, 4), labels=torch.zeros(2, 0, dtype=torch.long)
+        )[0],
+        lambda: aajr.lm_head_sensitivity(zeros(3, 0), leaf(9, 0), leaf(9), metric="probs"),
+        lambda: aajr.lm_head_sensitivity(zeros(0, 4), leaf(9, 4), metric="l2"),
     ],
     "sensitivity": [
         lambda: aajr.ops.sensitivity.sensitivity(zeros(0, 5), "fisher"),

@@ -25,7 +25,7 @@ OPS = {
     "norm": lambda: a.rms_norm(dual(300, 33), 33, torch.randn(33, requires_grad=True)),
     "activation": lambda: a.swiglu(dual(300, 33), dual(300, 33)),
     "attention": lambda: a.attention(dual(2, 4, 50, 16), dual(2, 2, 50, 16), dual(2, 2, 50, 16), causal=True),
-    "head": lambda: a.lm_head_penalty(dual(90, 16), torch.randn(301, 16, requires_grad=True)),
+    "head": lambda: a.lm_head_sensitivity(dual(90, 16), torch.randn(301, 16, requires_grad=True)),
 }
 for op, call in OPS.items():
     if not (Path(a.__file__).parent / "ops" / op / "native.py").exists():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from aajr_kernels import Dual, use_backend
 from aajr_kernels.backends import cpu as native
-from aajr_kernels.ops.head import METRICS, lm_head_penalty
+from aajr_kernels.ops.head import METRICS, lm_head_sensitivity
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 from aajr_kernels.testing.oracle import metric_values
 
@@ -49,7 +49,7 @@ def written_out(h, w, b, metric, scale, softcap, labels):
 def ours(h, w, b, metric, scale, softcap, labels):
     options = dict(metric=metric, scale=scale, softcap=softcap, labels=labels)
     with use_backend("native"):
-        result = lm_head_penalty(Dual(h), w, b, **options)
+        result = lm_head_sensitivity(Dual(h), w, b, **options)
     return result if labels is None else torch.cat([result[0], result[1][None]])
 
 
@@ -203,11 +203,11 @@ def test_gradients_nobody_asks_for(vectors, metric):
 
 def test_empty(vectors):
     h, w, b = (t.requires_grad_() for t in problem(0, 9, 4))
-    q, nll = lm_head_penalty(Dual(h), w, b, labels=torch.zeros(0, dtype=torch.long))
+    q, nll = lm_head_sensitivity(Dual(h), w, b, labels=torch.zeros(0, dtype=torch.long))
     (q.sum() + nll.sum()).backward()
     assert q.shape == (1, 0) and h.grad.shape == h.shape and not w.grad.any() and not b.grad.any()
     h, w, b = (t.requires_grad_() for t in problem(3, 9, 0))
-    lm_head_penalty(Dual(h), w, b).sum().backward()
+    lm_head_sensitivity(Dual(h), w, b).sum().backward()
     assert not b.grad.any()
 
 
@@ -218,7 +218,7 @@ def test_an_odd_vocabulary_of_a_real_model(threads):
 
 def test_named_backend_does_not_fall_back():
     with use_backend("native"), pytest.raises(TypeError, match="no kernels for torch.float64"):
-        lm_head_penalty(Dual(torch.randn(2, 3, 4).double()), torch.randn(9, 4).double())
+        lm_head_sensitivity(Dual(torch.randn(2, 3, 4).double()), torch.randn(9, 4).double())
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,13 @@ MEASURE = """
 import torch
 from aajr_kernels import Dual
 from common.meter import measure
-from aajr_kernels.ops.head import lm_head_penalty
+from aajr_kernels.ops.head import lm_head_sensitivity
 torch.set_num_threads(2)
 def run(tokens, words, size):
     h = torch.randn(2, tokens, size, requires_grad=True)
     w = torch.randn(words, size).mul_(0.05).requires_grad_()
     def step():
-        lm_head_penalty(Dual(h), w, expected=EXPECTED).mean().backward()
+        lm_head_sensitivity(Dual(h), w, expected=EXPECTED).mean().backward()
     _, cost = measure(step, h.device)
     gradients = 4 * (h.numel() + w.numel())
     return -1 if cost.peak_bytes is None else cost.peak_bytes - gradients

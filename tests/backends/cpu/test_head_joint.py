@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aajr_kernels import Dual, LMHead, aligned_penalty
-from aajr_kernels.ops.head import function, lm_head_penalty
+from aajr_kernels.ops.head import function, lm_head_sensitivity
 
 pytest.importorskip("aajr_kernels._native")
 
@@ -42,7 +42,7 @@ def problem(k=1, **options):
 
 
 def gradients(leaves, expected, q_bar, nll_bar, options):
-    result = lm_head_penalty(Dual(leaves[0]), *leaves[1:], expected=expected, **options)
+    result = lm_head_sensitivity(Dual(leaves[0]), *leaves[1:], expected=expected, **options)
     outputs, bars = (result, (q_bar, nll_bar)) if isinstance(result, tuple) else ((result,), (q_bar,))
     return [*outputs, *torch.autograd.grad(outputs, leaves, bars)]
 
@@ -86,7 +86,7 @@ def test_other_cotangents_than_expected(passes, labelled):
 
 def test_the_graph_can_be_used_twice():
     leaves, _ = problem()
-    q = lm_head_penalty(Dual(leaves[0]), *leaves[1:], expected=lambda q, rows: (torch.ones_like(q), None))
+    q = lm_head_sensitivity(Dual(leaves[0]), *leaves[1:], expected=lambda q, rows: (torch.ones_like(q), None))
     runs = [torch.autograd.grad(3.0 * q.sum(), leaves, retain_graph=True) for _ in range(3)]
     for again in runs[1:]:
         agree(again, runs[0])
@@ -96,15 +96,15 @@ def test_not_without_gradients(passes):
     leaves, _ = problem()
     expected = lambda q, rows: (torch.ones_like(q), None)
     with torch.no_grad():
-        lm_head_penalty(Dual(leaves[0]), *leaves[1:], expected=expected)
-    lm_head_penalty(Dual(leaves[0].detach()), leaves[1].detach(), expected=expected)
+        lm_head_sensitivity(Dual(leaves[0]), *leaves[1:], expected=expected)
+    lm_head_sensitivity(Dual(leaves[0].detach()), leaves[1].detach(), expected=expected)
     assert "head_joint" not in passes
 
 
 def test_where_it_does_not_pay_the_passes_stay_two(passes):
     for options in (dict(softcap=5.0), dict(metric="l2", labels=torch.randint(V, (T,)))):
         leaves, _ = problem()
-        result = lm_head_penalty(
+        result = lm_head_sensitivity(
             Dual(leaves[0]), leaves[1], expected=lambda q, rows: (torch.ones_like(q), None), **options
         )
         (result if torch.is_tensor(result) else result[0]).sum().backward()

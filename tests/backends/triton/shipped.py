@@ -284,7 +284,7 @@ def head(
         hidden, weight = Dual(leaf(2, 512, C, k=k)), leaf(32000, C)
         labels = torch.empty(2, 512, dtype=torch.int64, device="meta") if labelled else None
         b = leaf(32000) if bias else None
-        return aajr.lm_head_penalty(hidden, weight, b, metric=metric, labels=labels, **options)
+        return aajr.lm_head_sensitivity(hidden, weight, b, metric=metric, labels=labels, **options)
 
     # rows that are no multiple of 16 features are not copied in the background; no model has them
     strict = STRICT if C % 16 == 0 else ()

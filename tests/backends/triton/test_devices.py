@@ -103,8 +103,8 @@ def test_one_token_of_stacks_apart():
     rows = base.transpose(0, 1)  # [2, 1, 8]: contiguous to torch, with a stride of 16 along the tokens
     weight = torch.randn(40, 8, device=DEVICE)
     with aajr.use_backend("triton"):
-        q = aajr.lm_head_penalty(aajr.Dual(rows), weight)
-        expected = aajr.lm_head_penalty(aajr.Dual(rows.clone()), weight)
+        q = aajr.lm_head_sensitivity(aajr.Dual(rows), weight)
+        expected = aajr.lm_head_sensitivity(aajr.Dual(rows.clone()), weight)
     assert torch.equal(q, expected)
 
 

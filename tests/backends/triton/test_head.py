@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aajr_kernels import Dual, LMHead, aligned_penalty, use_backend
 from aajr_kernels.backends import choice
 from aajr_kernels.backends.triton import launch as gpu
-from aajr_kernels.ops.head import lm_head_penalty
+from aajr_kernels.ops.head import lm_head_sensitivity
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, gradient_floor
 from aajr_kernels.testing.oracle import metric_values
 
@@ -57,7 +57,7 @@ def written_out(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None):
 def ours(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None, expected=None):
     options = dict(metric=metric, scale=scale, softcap=softcap, labels=labels, expected=expected)
     with use_backend("triton"):
-        result = lm_head_penalty(Dual(h), w, b, **options)
+        result = lm_head_sensitivity(Dual(h), w, b, **options)
     return result if labels is None else torch.cat([result[0], result[1][None]])
 
 
@@ -242,7 +242,7 @@ def test_compiled_in_one_piece(small):
     cotangent = torch.randn(2, 9, device=DEVICE)
     plain = results(ours, tensors, cotangent, labels=labels)
     compiled = torch.compile(
-        lambda h, w, b: torch.cat([t.view(1, 9) for t in lm_head_penalty(Dual(h), w, b, labels=labels)]),
+        lambda h, w, b: torch.cat([t.view(1, 9) for t in lm_head_sensitivity(Dual(h), w, b, labels=labels)]),
         fullgraph=True,
         backend="aot_eager",
     )

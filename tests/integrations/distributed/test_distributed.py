@@ -134,7 +134,7 @@ def test_a_frozen_attack_computes_no_gradients_of_leaves():
     for weight, wanted in ((leaf, False), (made, True)):  # what is made of something may depend on the input
         for call in (
             lambda w: aajr.linear(aajr.Dual(x), w).stacked.sum(),
-            lambda w: aajr.lm_head_penalty(aajr.Dual(x), w).sum(),
+            lambda w: aajr.lm_head_sensitivity(aajr.Dual(x), w).sum(),
             lambda w: aajr.rms_norm(
                 aajr.Dual(x), 3, w[0] if wanted else leaf[0].detach().requires_grad_()
             ).stacked.sum(),

@@ -159,7 +159,7 @@ def test_our_ops_are_operators_of_one_graph():
         heads = y.unflatten(-1, (2, 4)).transpose(1, 2)
         y = d + aajr.attention(heads, heads * 2, heads.sin(), causal=True).transpose(1, 2).flatten(2)
         y = y + aajr.linear(aajr.gelu(aajr.linear(aajr.layer_norm(y, 8), up)), down)
-        return aajr.lm_head_penalty(y, head).sum()
+        return aajr.lm_head_sensitivity(y, head).sum()
 
     x, v = (t.requires_grad_() for t in torch.randn(2, 2, 5, 8).unbind())
     leaves = dict(x=x, v=v, q=q, up=up, down=down, head=head)

@@ -37,11 +37,13 @@ x = aajr.Dual(stack)
 
 # every process has rows of its own, and would take the others' words for its own
 own = aajr.Dual(stack + rank)
-refused(ValueError, "same tokens", lambda: aajr.lm_head_penalty(own, split(weight, Shard(0))))
+refused(ValueError, "same tokens", lambda: aajr.lm_head_sensitivity(own, split(weight, Shard(0))))
 longer = aajr.Dual(torch.randn(2, 2, 4 + rank, HIDDEN))
-refused(ValueError, "same tokens", lambda: aajr.lm_head_penalty(longer, split(weight, Shard(0))))
+refused(ValueError, "same tokens", lambda: aajr.lm_head_sensitivity(longer, split(weight, Shard(0))))
 labels = torch.full((2, 4), rank)
-refused(ValueError, "same tokens", lambda: aajr.lm_head_penalty(x, split(weight, Shard(0)), labels=labels))
+refused(
+    ValueError, "same tokens", lambda: aajr.lm_head_sensitivity(x, split(weight, Shard(0)), labels=labels)
+)
 
 # fully_shard without inside(): the head is a shard, the tokens differ
 model = model_of("hand", torch.float32)
@@ -61,12 +63,14 @@ refused(
 
 # splits that mean nothing
 refused(
-    aajr.UnsupportedOperation, "over the vocabulary", lambda: aajr.lm_head_penalty(x, split(weight, Shard(1)))
+    aajr.UnsupportedOperation,
+    "over the vocabulary",
+    lambda: aajr.lm_head_sensitivity(x, split(weight, Shard(1))),
 )
 refused(
     aajr.UnsupportedOperation,
     "bias must be split like",
-    lambda: aajr.lm_head_penalty(x, split(weight, Shard(0)), torch.randn(10)),
+    lambda: aajr.lm_head_sensitivity(x, split(weight, Shard(0)), torch.randn(10)),
 )
 refused(aajr.UnsupportedOperation, "x is not", lambda: aajr.linear(x, split(weight, Shard(0))))
 refused(

@@ -44,7 +44,7 @@ for k, metric, (bias, scale, softcap), learn in itertools.product(
     def run(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> list[torch.Tensor]:
         leaves = [t.detach().requires_grad_() for t in (h, w, b) if t is not None]
         b = leaves[2] if b is not None else None
-        found = aajr.lm_head_penalty(
+        found = aajr.lm_head_sensitivity(
             aajr.Dual(leaves[0]), leaves[1], b, metric=metric, scale=scale, softcap=softcap, labels=labels
         )
         q, nll = found if isinstance(found, tuple) else (found, None)
@@ -76,11 +76,11 @@ if rank == 0:
 
 # whole weights as DTensors, and a split hidden state with whole weights
 weight, stack = random(words, 16), random(2, 2, 7, 16)
-q = aajr.lm_head_penalty(aajr.Dual(stack), weight)
+q = aajr.lm_head_sensitivity(aajr.Dual(stack), weight)
 for w, h in (
     (distribute_tensor(weight, mesh, [Replicate()]), stack),
     (weight, distribute_tensor(stack, mesh, [Shard(1)])),
 ):
-    found = aajr.lm_head_penalty(aajr.Dual(h), w)
+    found = aajr.lm_head_sensitivity(aajr.Dual(h), w)
     assert relative(found, q) <= BOUND[dtype]
 end()
