@@ -6,10 +6,10 @@ of its page in ``page.md`` beside it, and enter it below.
 ==================  ====================================================================================
 module              what it holds
 ==================  ====================================================================================
-``base``            what an experiment is made of, and the running of its tasks
+``base``            parts of an experiment, and the running of its tasks
 ``store``           rows as JSON lines: resumable, each written once
 ``search``          the same number of runs for every method, one of which is chosen and tested
-``ascents``         what an ascent itself tells
+``ascents``         report of the recorded values of an ascent
 ``summaries``       intervals, comparisons of methods paired by seed, the page
 ``results/``        committed rows; the pages in docs/experiments/ are drawn from them
 ==================  ====================================================================================

@@ -1,4 +1,4 @@
-"""What an ascent itself tells, without evaluating anything again."""
+"""Report of the recorded values of an ascent, without evaluating anything again."""
 
 from __future__ import annotations
 

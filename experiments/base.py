@@ -1,4 +1,4 @@
-"""What an experiment is made of, and the running of its tasks."""
+"""Parts of an experiment, and the running of its tasks."""
 
 from __future__ import annotations
 

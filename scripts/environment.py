@@ -27,7 +27,7 @@ NAMED_MB = 20.0
 TRITON_FOR_TORCH = {"2.11": "3.6", "2.12": "3.6", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
 #: in the environment rather than in an isolated one that is thrown away, so that a rebuild compiles what changed
 BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "cmake>=3.24", "ninja>=1.10")
-#: what the native kernels are made of
+#: sources of the native kernels
 BUILD_INPUTS = ("setup.py", "CMakeLists.txt", "csrc")
 
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 570  # seconds a part may take
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 KINDS = ("tests", "sanitizer", "bench")
-#: what each part of the benchmarks measures
+#: families of rows in each part of the benchmarks
 BENCHES = {
     "attention": ["full-forward", "full-backward", "causal-forward", "causal-backward"],
     "rows": [

@@ -80,7 +80,7 @@ ENVIRONMENTS = {
     "py313": _pinned("3.13"),
 }
 
-#: what is repeated with the newest versions at every change
+#: tests repeated with the newest versions at every change
 SHORT = (
     "tests/test_imports.py",
     "tests/cli/test_info.py",

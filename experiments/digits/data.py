@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 __all__ = ["CLASSES", "UTILITIES", "Digits", "Split", "load", "moments"]
 
 CLASSES = 10
-#: what the utility head tells of an image: how much ink there is, where its centre lies, and how it slants
+#: outputs of the utility head for an image: how much ink there is, where its centre lies, and how it slants
 UTILITIES = ("ink", "centre across", "centre down", "slant")
 
 

@@ -66,7 +66,7 @@ def attack(weight: torch.Tensor, target: torch.Tensor, seed: int, **options: Any
 
 
 def excess(weight: torch.Tensor, target: torch.Tensor) -> float:
-    """What the adversary adds to its loss."""
+    """Rise of the adversary's loss over the clean input."""
     clean = adversary(weight, target)(INPUTS)
     worst = attack(weight, target, 1, steps=24, restarts=8).worst_loss
     return (worst - clean).mean().item()

@@ -1,4 +1,4 @@
-"""What is measured of a trained model on held-out text, the same for every method."""
+"""Evaluation of a trained model on held-out text, the same for every method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured on games not trained on: payoffs, clean and under strong attacks, curvature, sampled play."""
+"""Evaluation on games not trained on: payoffs, clean and under strong attacks, curvature, sampled play."""
 
 from __future__ import annotations
 

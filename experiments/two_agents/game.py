@@ -43,7 +43,7 @@ class Games:
         return Games(self.counts[index], self.values[index], self.regard)
 
     def shares(self) -> Tensor:
-        """What every lot is worth to A and B as a share of all, ``[n, 2, lots]``."""
+        """Worth of every lot to A and B as a share of all, ``[n, 2, lots]``."""
         worth = (self.counts.unsqueeze(1) * self.values).float()
         return worth / worth.sum(-1, keepdim=True)
 
@@ -70,7 +70,7 @@ class Games:
 
 
 class Heads(NamedTuple):
-    """What a policy says at an observation: logits.
+    """Output of a policy at an observation: logits.
 
     Attributes:
         requests: ``[n, lots]``, of the lot that it asks for.
@@ -93,7 +93,7 @@ def deal(game: dict[str, Any], number: int, generator: torch.Generator) -> Games
 
 
 def observations(games: Games) -> Tensor:
-    """What A and B see before the requests: size and own value of lot after lot, ``[n, 2, 2 * lots]``."""
+    """Observations of A and B before the requests: size and own value of lot after lot, ``[n, 2, 2 * lots]``."""
     counts = games.counts.unsqueeze(1).expand_as(games.values)
     return torch.stack([counts, games.values], -1).flatten(2)
 

@@ -83,7 +83,7 @@ class Pair:
         return torch.cat([policy.embed(tokens[:, i]) for i, policy in enumerate(self._both())], 1)
 
     def heads(self, x: Any) -> tuple[Heads, Heads]:
-        """What A and B say at their halves of `x`."""
+        """Heads of A and B at their halves of `x`."""
         a, b = self._both()
         length = len(self.attackable)
         return a(x[:, :length]), b(x[:, length:])
