@@ -72,5 +72,5 @@ def check_choices(choices: Iterable[str], **values: Any) -> None:
 
 
 def kind_of(value: object) -> str:
-    """What an error says about an argument of a wrong kind: the dtype of a tensor, else the type."""
+    """Description of an argument of a wrong kind, for errors: the dtype of a tensor, else the type."""
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,4 +1,4 @@
-"""What shapes a penalty: from q, one number per token, to the penalty, as one frozen object."""
+"""Options of a penalty, from q, one number per token, to the penalty, as one frozen object."""
 
 from __future__ import annotations
 

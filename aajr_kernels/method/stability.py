@@ -6,7 +6,7 @@ g rises by at least ⟨∇g, Δ⟩ − κ‖Δ‖²/2, so the step is monotone w
     κ‖Δ‖² ≤ 2⟨∇g, Δ⟩,
 
 for every kind of step and every projection: d is the displacement that was realised, which after a projection is not
-the direction that was asked for. Special cases bound the step size alone, ``eta_max``:
+the direction that was asked for. Special cases bound only the step size, ``eta_max``:
 
 ==============  =====================  =============================================
 step            without projection     with projection on a convex set
@@ -164,7 +164,7 @@ def stability_report(
 
 
 def _measure_path(traj: Trajectory, tolerance: float | None) -> dict[str, Any]:
-    """What can be read from the trajectory alone."""
+    """Quantities that need only the trajectory."""
     lengths = torch.stack([probes.row_norm(delta) for delta in traj.displacements])
     before, after = traj.losses[:-1], traj.losses[1:]
     relative = 16 * torch.finfo(traj.losses.dtype).eps if tolerance is None else tolerance

@@ -31,7 +31,7 @@ def prepare(
     triton_lacks: Callable[..., str | None] | None = None,
     in_cuda: bool = True,
 ) -> tuple[str, Any]:
-    """What stands between the checks of an op and its autograd Function.
+    """Step between the checks of an op and its autograd Function.
 
     Args:
         op: package under ``ops``.

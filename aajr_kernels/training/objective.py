@@ -1,4 +1,4 @@
-"""What one micro-batch adds to the objective of a step.
+"""Contribution of one micro-batch to the objective of a step.
 
     c · L(x) + a · L(x + δ*) + λ · P
 
@@ -262,7 +262,7 @@ class _Work:
         return penalty, None, {}
 
     def options(self, scheduled: ScheduledValues) -> dict[str, Any]:
-        """What all penalties take."""
+        """Arguments of all penalties."""
         config = self.config.penalty
         return dict(
             head=self.policy.head,
@@ -286,7 +286,7 @@ def _weighted(loss_fn: Callable[[Any], Any], weights: Tensor | None) -> Callable
 
 
 def _unit(x: Tensor, attended: Tensor | None, config: ObjectiveConfig) -> Tensor:
-    """What perturbations are measured in; attached, so that a penalty in this unit has its own gradient."""
+    """Unit of perturbations; attached, so that a penalty in this unit has its own gradient."""
     if not config.attack.relative:
         return torch.ones((), dtype=torch.float64)
     squares = x.double().square().sum(-1)

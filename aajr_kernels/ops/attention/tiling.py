@@ -148,7 +148,7 @@ class Tiles:
         return packed
 
     def keys(self, b: slice, h: slice) -> list[Tensor]:
-        """Per tangent [K'_k | K | 1]; [K | 1] alone without tangents."""
+        """Per tangent [K'_k | K | 1]; only [K | 1] without tangents."""
         if self.k.shape[0] == 1:
             return [self.pack("keys", [self.k[0, b, h]], column=1.0)]
         return [

@@ -33,7 +33,7 @@ def lm_head_sensitivity(
     """Sensitivity of a language model's output per token, without ever holding the logits.
 
     The logits are ``z = cap(scale · (W h + b))`` and their tangents ``ż = cap'(·) ∘ scale · W ḣ``; they are formed in
-    chunks of the vocabulary, forward and backward, and memory grows with the number of tokens alone.
+    chunks of the vocabulary, forward and backward, and memory grows only with the number of tokens.
 
     Args:
         hidden: Dual ``[*batch, C]``; float64, float32, bfloat16 or float16. Products run in its dtype, everything

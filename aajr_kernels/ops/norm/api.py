@@ -126,7 +126,7 @@ def layer_norm(
             computed in float32 and rounded once.
         normalized_shape: the trailing axes that are normalised together; an int means the last axis.
         weight: ``normalized_shape`` or None; dtype of `x`, or float32 beside a low-precision `x`.
-        bias: like `weight`; joins the primal alone.
+        bias: like `weight`; added only to the primal.
         eps: added to the variance.
         recompute: as in :func:`rms_norm`.
 

@@ -1,4 +1,4 @@
-"""What the norms demand of their arguments; every error is one sentence."""
+"""Checks of the norms' arguments; every error is one sentence."""
 
 from __future__ import annotations
 
