@@ -6,7 +6,7 @@
 //   probs   q = Σ p²c²,  z̄ = Σ_k 2q̄ p(pc² − q − κc),     ż̄ = 2q̄ p(pc − κ),  κ = Σ p²c
 //   softmax ẏ = pc,      x̄ = p(a − Σ pa), a = ȳ + Σ_k (ẏ̄ − ν)c,  ẋ̄ = p(ẏ̄ − ν),  ν = Σ pẏ̄
 // ż is taken relative to its value at the largest logit before anything is summed: a common offset drops out exactly.
-#include "reduce.h"
+#include "sensitivity.h"
 
 #include "math.h"
 #include "parallel.h"
@@ -290,9 +290,9 @@ void with_dtype(const Task& p) {
 
 }  // namespace
 
-const ReduceKernels& reduce_kernels() {
-  static const ReduceKernels kernels{with_dtype<Forward, Sensitivity>, with_dtype<Backward, Sensitivity>,
-                                     with_dtype<SoftmaxForward, Softmax>, with_dtype<SoftmaxBackward, Softmax>};
+const SensitivityKernels& sensitivity_kernels() {
+  static const SensitivityKernels kernels{with_dtype<Forward, Sensitivity>, with_dtype<Backward, Sensitivity>,
+                                          with_dtype<SoftmaxForward, Softmax>, with_dtype<SoftmaxBackward, Softmax>};
   return kernels;
 }
 

@@ -1,5 +1,5 @@
-// Softmax, and sensitivities of outputs in memory: the interface between csrc/ops/reduce.cpp and the kernels of every
-// capability.
+// Softmax, and sensitivities of outputs in memory: the interface between csrc/ops/sensitivity.cpp and the kernels of
+// every capability.
 #pragma once
 
 #include <cstdint>
@@ -31,13 +31,13 @@ struct Softmax {
   int threads;
 };
 
-struct ReduceKernels {
+struct SensitivityKernels {
   void (*sensitivity_forward)(const Sensitivity&);
   void (*sensitivity_backward)(const Sensitivity&);
   void (*softmax_forward)(const Softmax&);
   void (*softmax_backward)(const Softmax&);
 };
 
-AAJR_DECLARE_KERNELS(ReduceKernels, reduce_kernels)
+AAJR_DECLARE_KERNELS(SensitivityKernels, sensitivity_kernels)
 
 }  // namespace aajr

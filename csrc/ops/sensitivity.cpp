@@ -1,4 +1,4 @@
-#include "../cpu/reduce.h"
+#include "../cpu/sensitivity.h"
 
 #include "../dispatch.h"
 #include "../registry.h"
@@ -35,12 +35,12 @@ Sensitivity sensitivity(const Args& a, bool backward) {
 
 void sensitivity_fwd(const Args& a) {
   const Sensitivity p = sensitivity(a, false);
-  if (p.layout.rows() > 0) AAJR_SELECT(reduce_kernels).sensitivity_forward(p);
+  if (p.layout.rows() > 0) AAJR_SELECT(sensitivity_kernels).sensitivity_forward(p);
 }
 
 void sensitivity_bwd(const Args& a) {
   const Sensitivity p = sensitivity(a, true);
-  if (p.layout.rows() > 0) AAJR_SELECT(reduce_kernels).sensitivity_backward(p);
+  if (p.layout.rows() > 0) AAJR_SELECT(sensitivity_kernels).sensitivity_backward(p);
 }
 
 Softmax softmax(const Args& a, bool backward) {
@@ -59,12 +59,12 @@ Softmax softmax(const Args& a, bool backward) {
 
 void softmax_fwd(const Args& a) {
   const Softmax p = softmax(a, false);
-  if (p.layout.rows() > 0 && p.layout.size > 0) AAJR_SELECT(reduce_kernels).softmax_forward(p);
+  if (p.layout.rows() > 0 && p.layout.size > 0) AAJR_SELECT(sensitivity_kernels).softmax_forward(p);
 }
 
 void softmax_bwd(const Args& a) {
   const Softmax p = softmax(a, true);
-  if (p.layout.rows() > 0 && p.layout.size > 0) AAJR_SELECT(reduce_kernels).softmax_backward(p);
+  if (p.layout.rows() > 0 && p.layout.size > 0) AAJR_SELECT(sensitivity_kernels).softmax_backward(p);
 }
 
 const Register registered[] = {

@@ -62,7 +62,7 @@ void gated(Run& r) {
   }
 }
 
-void reduce(Run& r) {
+void sensitivity(Run& r) {
   const View y = r.random({3, 5, 71}), q_bar = r.random({2, 5}, DType::f32);
   for (int64_t metric = 0; metric < 3; ++metric) {
     r.call("sensitivity_fwd", {y, r.result("q", {2, 5}, DType::f32)}, {metric});
@@ -189,7 +189,7 @@ const Problem kProblems[] = {
     {"layer_norm", norm<true>},
     {"pointwise", pointwise},
     {"gated", gated},
-    {"sensitivity, softmax", reduce},
+    {"sensitivity, softmax", sensitivity},
     {"head", head},
     {"rotary", rotary},
     {"linear", linear},
