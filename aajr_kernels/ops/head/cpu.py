@@ -128,8 +128,8 @@ def head_joint(
         is not supported: many words, a soft cap, low dtypes (they cannot hold the sum over chunks), metric l2.
     """
     stacks, tokens, _ = h.shape
-    words = weight.shape[0]
-    columns = min(_COLUMNS, _BYTES // (4 * words) - 32)
+    vocab_size = weight.shape[0]
+    columns = min(_COLUMNS, _BYTES // (4 * vocab_size) - 32)
     step = columns // stacks
     if (
         metric == "l2"
@@ -141,7 +141,7 @@ def head_joint(
     ):
         return None
     step = -(-tokens // -(-tokens // step))  # equal chunks
-    kept = h.new_empty(words * (stacks * (step + 16) + 64))
+    kept = h.new_empty(vocab_size * (stacks * (step + 16) + 64))
     outputs = _outputs(h, weight, need_h, need_weight, need_bias)
     results, cotangents = [], []
     for start in range(0, tokens, step):

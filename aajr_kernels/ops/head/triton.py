@@ -131,8 +131,8 @@ def head_joint(
         or capturing
     ):
         return None
-    device, words = h.device, weight.shape[0]
-    room = (stacks, triton.cdiv(step, 128) * 128, triton.cdiv(words, 128) * 128)  # whole tiles
+    device, vocab_size = h.device, weight.shape[0]
+    room = (stacks, triton.cdiv(step, 128) * 128, triton.cdiv(vocab_size, 128) * 128)  # whole tiles
     kept = torch.empty(room, dtype=torch.float32, device=device)
     h_bar = torch.empty(h.shape, dtype=h.dtype, device=device) if need_h else None
     w_bar, w_sum = None, None
@@ -140,7 +140,7 @@ def head_joint(
         w_bar = torch.empty(weight.shape, dtype=h.dtype, device=device)
     if need_weight and step < tokens:
         w_sum = torch.zeros(weight.shape, dtype=torch.float32, device=device)
-    b_bar = torch.zeros(words, dtype=torch.float32, device=device) if need_bias else None
+    b_bar = torch.zeros(vocab_size, dtype=torch.float32, device=device) if need_bias else None
     results, cotangents = [], []
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))

@@ -193,15 +193,15 @@ def _launch_bwd(
 
 
 def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -> None:
-    chosen, constants = p.tile("fwd"), p.constants(index)
+    tile, constants = p.tile("fwd"), p.constants(index)
     arch, size, width = architecture(p.q.device), constants["BLOCK_D"], constants["BLOCK_V"]
     tensors = [x[0] for x in (p.q, p.k, p.v)] + [stack(x, index) for x in (p.q, p.k, p.v)]
     tma = p.options.starts is None and descriptors_fit(arch, *tensors)
-    blocks = [(chosen.m, size), (chosen.n, size), (chosen.n, width)] * 2
+    blocks = [(tile.m, size), (tile.n, size), (tile.n, width)] * 2
     mask, mask_tan, mask_strides = p.masks(index)
     launch(
         _attention_fwd_kernel,
-        p.grid(chosen.m, padded=True),
+        p.grid(tile.m, padded=True),
         p.q.device,
         *(rows(x, block, tma) for x, block in zip(tensors, blocks)),
         mask,
@@ -218,11 +218,11 @@ def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -
         **constants,
         TMA=tma,
         PIN=p.pinned("fwd"),
-        BLOCK_M=chosen.m,
-        BLOCK_N=chosen.n,
-        STAGES=chosen.stages,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
 
 
@@ -269,31 +269,31 @@ class Backward:
         """The tile, the first arguments (inputs, cotangents, masks), their strides and the constants of a kernel."""
         p, index = self.p, self.index
         arch = architecture(p.q.device)
-        chosen = p.tile(kernel)
+        tile = p.tile(kernel)
         constants = p.constants(index)
         stacks = (p.q, p.k, p.v, self.out_bar)
         tensors = [x[0] for x in stacks] + [stack(x, index) for x in stacks]
         tma = kernel != "bias" and p.options.starts is None and descriptors_fit(arch, *tensors)
         size, width = constants["BLOCK_D"], constants["BLOCK_V"]
-        blocks = [(chosen.m, size), (chosen.n, size), (chosen.n, width), (chosen.m, width)] * 2
+        blocks = [(tile.m, size), (tile.n, size), (tile.n, width), (tile.m, width)] * 2
         mask, mask_tan, mask_strides = p.masks(index, transposed=kernel in ("dk", "dv", "dkv"))
         if kernel == "dq" and p.mask_kind == 1:
             # fewer registers than words that all threads share
             mask_strides = tuple(0 if i == 2 and s is None else s for i, s in enumerate(mask_strides))
         arguments = (*(rows(x, block, tma) for x, block in zip(tensors, blocks)), mask, mask_tan)
-        constants |= {"TANGENT": index >= 0, "BLOCK_M": chosen.m, "BLOCK_N": chosen.n}
-        constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
+        constants |= {"TANGENT": index >= 0, "BLOCK_M": tile.m, "BLOCK_N": tile.n}
+        constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
         if kernel != "bias":
             constants |= {
                 "TMA": tma,
                 "LAST": index >= p.tangents - 1,
-                "STAGES": chosen.stages,
+                "STAGES": tile.stages,
                 # where products read shared memory; the interpreter, for tests, does as sm_90 does
                 "LATE": arch in ("sm_90", "interpreter") and p.q.element_size() == 2,
                 "PIN": p.pinned(kernel),
             }
         strides = (*(x.stride()[1:4] for x in stacks), mask_strides)
-        return chosen, arguments, strides, constants
+        return tile, arguments, strides, constants
 
     def statistics(self) -> tuple[Any, ...]:
         mu = self.mu[self.index] if self.p.moves and self.index >= 0 else None
@@ -309,10 +309,10 @@ class Backward:
         passes = [(k_bar, v_bar)] if fused or not both else [(None, v_bar), (k_bar, None)]
         for k_out, v_out in passes:
             kernel = "dkv" if k_out is not None and v_out is not None else "dv" if k_out is None else "dk"
-            chosen, arguments, strides, constants = self.shared(kernel)
+            tile, arguments, strides, constants = self.shared(kernel)
             launch(
                 _attention_bwd_kv_kernel,
-                (p.blocks(p.k.shape[3], chosen.n), p.k.shape[1] * p.k.shape[2]),
+                (p.blocks(p.k.shape[3], tile.n), p.k.shape[1] * p.k.shape[2]),
                 p.q.device,
                 *arguments,
                 *(p.options.starts or (None, None)),
@@ -332,10 +332,10 @@ class Backward:
 
     def launch_q(self, q_bar: Tensor, q_sum: Tensor | None) -> None:
         p = self.p
-        chosen, arguments, strides, constants = self.shared("dq")
+        tile, arguments, strides, constants = self.shared("dq")
         launch(
             _attention_bwd_q_kernel,
-            p.grid(chosen.m),
+            p.grid(tile.m),
             p.q.device,
             *arguments,
             *(p.options.starts or (None, None)),
