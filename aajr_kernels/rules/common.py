@@ -20,18 +20,27 @@ from .leaving import refuse_shape
 __all__ = [
     "Dual",
     "align",
+    "any_low",
+    "as_now",
+    "axes",
+    "axis",
+    "cast",
     "elementwise",
     "is_dual",
     "is_number",
     "join",
+]
+__all__ += [
+    "lift",
+    "ndim_of",
     "num_tangents",
     "once_rounded",
     "once_rounded_sum",
     "parts",
     "per_slice",
+    "primal_of",
 ]
-__all__ += ["any_low", "as_now", "axes", "axis", "cast", "lift", "ndim_of", "primal_of", "raised", "recast"]
-__all__ += ["settled", "sizes_of", "split", "vector"]
+__all__ += ["raised", "recast", "settled", "sizes_of", "split", "summed", "vector"]
 
 
 def split(x: Dual) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,20 +180,20 @@ def once_rounded(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 def once_rounded_sum(terms: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The broadcast sum of given products, rounded once to `dtype`."""
-    return (
-        functools.reduce(torch.add, [raised(term) for term in terms]).to(dtype)
-        if len(terms) > 1
-        else terms[0]
-    )
+    return summed(*map(raised, terms)).to(dtype) if len(terms) > 1 else terms[0]
 
 
-def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., torch.Tensor] | None) -> Any:
+def summed(*terms: torch.Tensor | None) -> torch.Tensor:
+    """The sum of those that are not None."""
+    return functools.reduce(torch.add, [term for term in terms if term is not None])
+
+
+def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., torch.Tensor]) -> Any:
     """The rule of an elementwise `function` of ``len(partials)`` broadcast arguments.
 
     Args:
         function: the function itself, called with primals.
-        partials: per argument ``partial(out, *primals)``, the partial derivative; None where an argument may not be
-            a Dual.
+        partials: per argument ``partial(out, *primals)``, the partial derivative.
 
     Returns:
         A rule ``rule(*args, **kwargs)`` whose keyword arguments go only to `function`; :func:`once_rounded`.
@@ -200,18 +209,10 @@ def elementwise(function: Callable[..., torch.Tensor], *partials: Callable[..., 
         out = function(*primals, *args[len(partials) :], **kwargs)
         if not any(is_dual(v) for v in values):
             return out
-        tangent = None
-        for (_, tangents), partial in zip(pairs, partials):
-            if tangents is None:
-                continue
-            if partial is None:
-                raise TypeError(
-                    f"{getattr(function, '__name__', function)} has no derivative in this argument."
-                )
-            term = partial(out, *primals) * tangents
-            tangent = term if tangent is None else tangent + term
-        assert tangent is not None
-        return join(out, tangent)
+        duals = [
+            (partial, tangents) for (_, tangents), partial in zip(pairs, partials) if tangents is not None
+        ]
+        return join(out, summed(*(partial(out, *primals) * tangents for partial, tangents in duals)))
 
     return rule
 

@@ -19,16 +19,14 @@ def _to(x: Any, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
     kwargs = {name: a.stacked if is_dual(a) else a for name, a in kwargs.items()}
     if not is_dual(x):
         return x.to(*args, **kwargs)
-    stacked = x.stacked.to(*args, **kwargs)
-    return recast(stacked)
+    return recast(x.stacked.to(*args, **kwargs))
 
 
 @rule("type", kind="view")
 def _type(x: Dual, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
         return x.primal.type()
-    stacked = x.stacked.type(dtype)
-    return recast(stacked)
+    return recast(x.stacked.type(dtype))
 
 
 @rule("type_as", kind="view")
@@ -38,29 +36,12 @@ def _type_as(x: Any, other: Any) -> Any:
 
 def _cast(name: str) -> Callable[..., Any]:
     def cast(x: Dual, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
-        stacked = getattr(x.stacked, name)(*args, **kwargs)
-        return recast(stacked)
+        return recast(getattr(x.stacked, name)(*args, **kwargs))
 
     return cast
 
 
-for _name in (
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "cpu",
-    "cuda",
-    "xpu",
-    "int",
-    "long",
-    "bool",
-    "short",
-    "byte",
-    "cfloat",
-    "cdouble",
-    "chalf",
-):
+for _name in "float double half bfloat16 cpu cuda xpu int long bool short byte cfloat cdouble chalf".split():
     rule(getattr(torch.Tensor, _name), kind="view")(_cast(_name))
 
 
@@ -71,9 +52,7 @@ def _created(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
                 f"{function.__name__} would fill a tensor with the value of a Dual and drop its tangent: expand it to "
                 "the shape instead."
             )
-        if kwargs.get("memory_format") is not None:
-            kwargs["memory_format"] = None
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs = {n: value for n, value in kwargs.items() if value is not None and n != "memory_format"}
         result = function(x.stacked[0].detach(), *args, **kwargs)
         inexact = result.is_floating_point() or result.is_complex()
         return lift(result, x.num_tangents) if inexact else result
@@ -88,11 +67,5 @@ for _name in ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"):
 rule("randint_like", kind="view")(
     lambda x, *args, **kwargs: torch.randint_like(x.primal.detach(), *args, **kwargs)
 )
-
-
-@rule("stride", kind="view")
-def _stride(x: Dual, dim: int | None = None) -> Any:
-    return x.stride(dim)
-
-
+rule("stride", kind="view")(lambda x, dim=None: x.stride(dim))
 rule("numel", kind="view")(lambda x: math.prod(x.shape))

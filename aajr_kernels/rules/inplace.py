@@ -91,23 +91,13 @@ def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
 
 def register() -> None:
     """Give every in-place method whose out-of-place form has a rule its own; called after all rules are registered."""
-    for name in (
-        "bernoulli_",
-        "normal_",
-        "uniform_",
-        "exponential_",
-        "random_",
-        "log_normal_",
-        "cauchy_",
-        "geometric_",
-    ):
+    for name in "bernoulli_ normal_ uniform_ exponential_ random_ log_normal_ cauchy_ geometric_".split():
         enter(getattr(torch.Tensor, name), _drawn(name), "view")
     for name in dir(torch.Tensor):
         if not name.endswith("_") or name.endswith("__"):
             continue
         base = getattr(torch.Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
-        rule = RULES.get(base) if base is not None else None
-        method = getattr(torch.Tensor, name)
+        method, rule = getattr(torch.Tensor, name), RULES.get(base)  # type: ignore[arg-type]
         if rule is None:
             continue
         forms = {method, getattr(torch, name, method), getattr(torch.nn.functional, name, method)}

@@ -26,32 +26,10 @@ module                    functions
 ========================  ==================================================================================
 """
 
+# ruff: noqa: F401
 from . import structural, creation, pointwise, reductions, matmul, indexing  # isort: skip
 from . import normalisation, layers, losses, convolution, composites, fallback, linalg, complex  # isort: skip
 from . import copies, guards, functions, sharded, inplace, torch_check  # isort: skip
-
-__all__ = [
-    "complex",
-    "composites",
-    "convolution",
-    "copies",
-    "creation",
-    "fallback",
-    "functions",
-    "guards",
-    "indexing",
-    "inplace",
-    "layers",
-    "linalg",
-    "losses",
-    "matmul",
-    "normalisation",
-    "pointwise",
-    "reductions",
-    "sharded",
-    "structural",
-    "torch_check",
-]
 
 # Order matters above: activations replace the pointwise rules of the same name, the fallback covers functions without a
 # rule, and the in-place forms are generated from all of them.

@@ -27,6 +27,10 @@ def _reduced(values: Any, reduction: int) -> Any:
 # -- cross-entropy ----------------------------------------------------------------------------------------------------
 
 
+def _class_axis(logits: Any) -> int:
+    return 0 if logits.dim() == 1 else 1
+
+
 def _plain_weight(name: str, weight: Any, target: Any = None) -> None:
     if is_dual(weight) or (is_dual(target) and name == "nll_loss"):
         raise UnsupportedOperation(
@@ -57,7 +61,7 @@ def _smoothed(
     smoothing: float,
 ) -> Any:
     """Class indices with label smoothing ε: (1−ε) of the picked class plus ε/C of all, ignored positions left out."""
-    axis = 0 if logits.dim() == 1 else 1
+    axis = _class_axis(logits)
     log_p: Any = torch.log_softmax(logits, axis)
     picked = _nll_loss(log_p, target, weight, reduction, ignore_index)
     classes = log_p.shape[axis]
@@ -66,16 +70,8 @@ def _smoothed(
     counted = target != ignore_index
     spread = spread.masked_fill(~counted, 0.0)
     if reduction == 1:
-        if weight is None:
-            total = counted.sum().to(log_p.dtype)
-        else:
-            total = (
-                weight.gather(0, target.masked_fill(~counted, 0).reshape(-1))
-                .reshape(target.shape)
-                .mul(counted)
-                .sum()
-            )
-        spread = spread.sum() / total
+        weights = counted if weight is None else weight[target.masked_fill(~counted, 0)] * counted
+        spread = spread.sum() / weights.sum().to(log_p.dtype)
     else:
         spread = _reduced(spread, reduction)
     return picked * (1 - smoothing) + spread * (smoothing / classes)
@@ -97,7 +93,7 @@ def _cross_entropy(
         return NN.cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)
     if label_smoothing:
         return _smoothed(logits, target, weight, reduction, ignore_index, label_smoothing)
-    log_p = torch.log_softmax(logits, 0 if logits.dim() == 1 else 1)
+    log_p = torch.log_softmax(logits, _class_axis(logits))
     return _nll_loss(log_p, target, weight, reduction, ignore_index)
 
 
@@ -106,7 +102,7 @@ def _against_probabilities(
     logits: Any, target: Any, weight: torch.Tensor | None, reduction: int, smoothing: float
 ) -> Any:
     """Torch's mean is over the batch only: all axes but that of classes."""
-    axis = 0 if logits.dim() == 1 else 1
+    axis = _class_axis(logits)
     if smoothing:
         target = target * (1 - smoothing) + smoothing / logits.shape[axis]
     if weight is not None:
@@ -163,18 +159,13 @@ def _smooth_l1(input: Any, target: Any, beta: float = 1.0) -> Any:
     return torch.where(inner, error * error * (0.5 / beta), size - 0.5 * beta)
 
 
-def _squared(input: Any, target: Any) -> Any:
-    error = input - target
-    return error * error
-
-
 def _kl_div(input: Any, target: Any, log_target: bool = False) -> Any:
     if log_target:
         return target.exp() * (target - input)
     return torch.xlogy(target, target) - target * input
 
 
-_pointwise("mse_loss", _squared)
+_pointwise("mse_loss", lambda input, target: (input - target).square())
 _pointwise("l1_loss", lambda input, target: (input - target).abs())
 _pointwise("huber_loss", _huber)
 _pointwise("smooth_l1_loss", _smooth_l1)

@@ -70,7 +70,6 @@ def _group_norm(
             f"input of group_norm must be [B, C, ...] with C divisible by num_groups ({num_groups}), got "
             f"{tuple(x.shape)}."
         )
-    y = x
     if is_dual(x):
         size = math.prod(x.shape[1:]) // num_groups
         rows = x.reshape(x.shape[0], num_groups, size)
@@ -96,8 +95,12 @@ def _channel_norm(x: Any, eps: float) -> Any:
     return norm.layer_norm(rows, (count,), None, None, eps).reshape(shape).transpose(0, 1)
 
 
-def _with_statistics(x: Any, mean: torch.Tensor, var: torch.Tensor, eps: float) -> Any:
+def _with_statistics(
+    x: Any, mean: torch.Tensor | None, var: torch.Tensor | None, eps: float, condition: str
+) -> Any:
     """Normalised by given statistics ``[C]``, constants of the derivative: affine in `x`."""
+    if mean is None or var is None:
+        raise ValueError(f"running_mean and running_var must be given when {condition}.")
     trailing = (1,) * (x.dim() - 2)
     scale = (var + eps).rsqrt().to(x.dtype).reshape(-1, *trailing)
     return (x - mean.to(x.dtype).reshape(-1, *trailing)) * scale
@@ -124,9 +127,8 @@ def _batch_norm(
             F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps), weight, bias
         )
     if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError("running_mean and running_var must be given when training=False.")
-        return _per_channel(_with_statistics(x, running_mean, running_var, eps), weight, bias)
+        y = _with_statistics(x, running_mean, running_var, eps, "training=False")
+        return _per_channel(y, weight, bias)
     y = _channel_norm(x, eps)
     if running_mean is not None or running_var is not None:
         with torch.no_grad():  # torch itself updates the statistics, once, from the primal
@@ -137,19 +139,11 @@ def _batch_norm(
 rule(F.batch_norm, kind="op")(_batch_norm)
 
 
-@rule(torch.batch_norm, kind="op")
-def _torch_batch_norm(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Any:
-    return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+rule(torch.batch_norm, kind="op")(
+    lambda x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled: _batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+)
 
 
 def _instance_norm(
@@ -164,9 +158,8 @@ def _instance_norm(
 ) -> Any:
     _refuse_dual_statistics(running_mean, running_var)
     if not use_input_stats:
-        if running_mean is None or running_var is None:
-            raise ValueError("running_mean and running_var must be given when use_input_stats=False.")
-        return _per_channel(_with_statistics(x, running_mean, running_var, eps), weight, bias)
+        y = _with_statistics(x, running_mean, running_var, eps, "use_input_stats=False")
+        return _per_channel(y, weight, bias)
     size = math.prod(x.shape[2:])
     if size <= 1:
         raise ValueError(
@@ -183,20 +176,11 @@ def _instance_norm(
 rule(F.instance_norm, kind="op")(_instance_norm)
 
 
-@rule(torch.instance_norm, kind="op")
-def _torch_instance_norm(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Any:
-    return _instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-
+rule(torch.instance_norm, kind="op")(
+    lambda x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled: (
+        _instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    )
+)
 
 # -- the operators behind the layers, which return their statistics too --------------------------------------------
 

@@ -21,12 +21,14 @@ from .common import (
     is_dual,
     is_number,
     join,
+    lift,
     ndim_of,
     num_tangents,
     once_rounded,
     parts,
     primal_of,
     settled,
+    summed,
 )
 from .registry import functions_named, rule
 
@@ -44,11 +46,7 @@ def _plus(a: Any, b: Any) -> Any:
         return Dual(torch.add(align(a.stacked, n), align(b.stacked, n)))
     (p, p_tan), (q, q_tan) = parts(a, n), parts(b, n)
     primal = torch.add(p, q)
-    if p_tan is not None and q_tan is not None:
-        return join(primal, p_tan + q_tan)
-    tangents = p_tan if p_tan is not None else q_tan
-    assert tangents is not None
-    return join(primal, tangents)
+    return join(primal, summed(p_tan, q_tan))
 
 
 @once_rounded
@@ -77,10 +75,6 @@ def _rsub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
 
 
 @rule("mul", "multiply", torch.Tensor.__mul__, torch.Tensor.__rmul__)
-def _mul(a: Any, b: Any) -> Any:
-    return _multiply(a, b)
-
-
 def _multiply(a: Any, b: Any) -> Any:
     if not is_dual(a):
         a, b = b, a
@@ -103,7 +97,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         # piecewise constant: the tangent is zero wherever it exists
         k = num_tangents(a, b)
         primal = torch.div(primal_of(a), primal_of(b), rounding_mode=rounding_mode)
-        return Dual(torch.cat([primal.unsqueeze(0), primal.new_zeros((k, *primal.shape))]))
+        return lift(primal, k)
     num_tangents(a, b)
     if not is_dual(a) and not is_dual(b):
         return a / b
@@ -166,10 +160,8 @@ def _power_partial(out: torch.Tensor, x: Any, y: torch.Tensor) -> torch.Tensor:
 
 def _exponent_partial(out: torch.Tensor, x: Any, y: torch.Tensor) -> torch.Tensor:
     base = torch.as_tensor(x, dtype=out.dtype, device=out.device)
-    positive = torch.where(
-        base == 0, torch.ones_like(base), base
-    )  # 0^y is constant for y > 0, so log 0 is not met
-    return torch.where(base == 0, torch.zeros_like(out), out * positive.log())
+    nonzero = torch.where(base == 0, torch.ones_like(base), base)
+    return torch.where(base == 0, torch.zeros_like(out), out * nonzero.log())  # 0^y is constant for y > 0
 
 
 _pow_tensor = elementwise(torch.pow, _power_partial, _exponent_partial)
@@ -179,22 +171,15 @@ rule(torch.Tensor.__rpow__)(lambda b, a: _pow_tensor(a, b))
 
 _TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
 
-#: function -> derivative, from the output y and the input x
-UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "abs": lambda y, x: x.sign(),
-    "absolute": lambda y, x: x.sign(),
-    "acos": lambda y, x: -(1 - x * x).rsqrt(),
-    "arccos": lambda y, x: -(1 - x * x).rsqrt(),
-    "acosh": lambda y, x: (x * x - 1).rsqrt(),
-    "arccosh": lambda y, x: (x * x - 1).rsqrt(),
-    "asin": lambda y, x: (1 - x * x).rsqrt(),
-    "arcsin": lambda y, x: (1 - x * x).rsqrt(),
-    "asinh": lambda y, x: (x * x + 1).rsqrt(),
-    "arcsinh": lambda y, x: (x * x + 1).rsqrt(),
-    "atan": lambda y, x: (1 + x * x).reciprocal(),
-    "arctan": lambda y, x: (1 + x * x).reciprocal(),
-    "atanh": lambda y, x: (1 - x * x).reciprocal(),
-    "arctanh": lambda y, x: (1 - x * x).reciprocal(),
+#: functions -> derivative, from the output y and the input x
+_DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "abs absolute": lambda y, x: x.sign(),
+    "acos arccos": lambda y, x: -(1 - x * x).rsqrt(),
+    "acosh arccosh": lambda y, x: (x * x - 1).rsqrt(),
+    "asin arcsin": lambda y, x: (1 - x * x).rsqrt(),
+    "asinh arcsinh": lambda y, x: (x * x + 1).rsqrt(),
+    "atan arctan": lambda y, x: (1 + x * x).reciprocal(),
+    "atanh arctanh": lambda y, x: (1 - x * x).reciprocal(),
     "cos": lambda y, x: -x.sin(),
     "cosh": lambda y, x: x.sinh(),
     "deg2rad": lambda y, x: torch.full_like(x, math.pi / 180),
@@ -205,7 +190,6 @@ UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "exp": lambda y, x: y,
     "exp2": lambda y, x: y * math.log(2),
     "expm1": lambda y, x: x.exp(),  # y + 1 cancels where y rounds to -1
-    "expit": lambda y, x: y * (1 - y),
     "frac": lambda y, x: torch.ones_like(x),
     "lgamma": lambda y, x: x.digamma(),
     "log": lambda y, x: x.reciprocal(),
@@ -216,7 +200,7 @@ UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "rad2deg": lambda y, x: torch.full_like(x, 180 / math.pi),
     "reciprocal": lambda y, x: -y * y,
     "rsqrt": lambda y, x: -0.5 * y * y * y,
-    "sigmoid": lambda y, x: y * (1 - y),
+    "sigmoid expit": lambda y, x: y * (1 - y),
     "sin": lambda y, x: x.cos(),
     "sinc": lambda y, x: torch.where(x == 0, 0.0, ((math.pi * x).cos() - y) / torch.where(x == 0, 1.0, x)),
     "sinh": lambda y, x: x.cosh(),
@@ -225,33 +209,23 @@ UNARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "tan": lambda y, x: 1 + y * y,
     "tanh": lambda y, x: 1 - y * y,
 }
+UNARY = {name: derivative for names, derivative in _DERIVATIVES.items() for name in names.split()}
 _TORCH_SAVES_RESULT = "exp exp2 expit expm1 reciprocal rsqrt sigmoid sqrt tan tanh".split()
 
 
-def _of_present_values(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x: function(as_now(x))
-
-
 for _name, _derivative in UNARY.items():
-    _function = (
-        getattr(torch, _name, None)
-        or getattr(torch.special, _name, None)
-        or getattr(torch.nn.functional, _name)
-    )
-    _rule = elementwise(_function, _derivative)
-    rule(_name)(_of_present_values(_rule) if _name in _TORCH_SAVES_RESULT else _rule)
+    _rule = elementwise(functions_named(_name)[0], _derivative)
+    rule(_name)((lambda x, _rule=_rule: _rule(as_now(x))) if _name in _TORCH_SAVES_RESULT else _rule)
 rule(torch.Tensor.__abs__)(elementwise(torch.abs, UNARY["abs"]))
 
 
 @rule("logit")
 def _logit(x: Dual, eps: float | None = None) -> Dual:
-    function = elementwise(lambda p: torch.logit(p, eps), lambda y, p: _logit_slope(p, eps))
-    return function(x)
+    def slope(y: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        inside = (p * (1 - p)).reciprocal()
+        return inside if eps is None else torch.where((p < eps) | (p > 1 - eps), 0.0, inside)
 
-
-def _logit_slope(p: torch.Tensor, eps: float | None) -> torch.Tensor:
-    slope = (p * (1 - p)).reciprocal()
-    return slope if eps is None else torch.where((p < eps) | (p > 1 - eps), 0.0, slope)
+    return elementwise(lambda p: torch.logit(p, eps), slope)(x)
 
 
 #: piecewise constant functions: the tangent is zero
@@ -317,15 +291,14 @@ def _tensors(a: Any, b: Any) -> list[Any]:
 
 rule("clamp_min")(lambda x, min: _clamp(x, min=min))
 rule("clamp_max")(lambda x, max: _clamp(x, max=max))
-_remainder = elementwise(
-    torch.remainder, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.floor(a / b)
-)
+_ones, _zeros = (lambda y, *primals: torch.ones_like(y)), (lambda y, *primals: torch.zeros_like(y))
+_remainder = elementwise(torch.remainder, _ones, lambda y, a, b: -torch.floor(a / b))
 # of a number and a tensor torch has no derivative
 rule("remainder", torch.Tensor.__mod__)(
     lambda a, b: _remainder(*(_tensors(a, b) if is_number(a) else (a, b)))
 )
 rule(torch.Tensor.__rmod__)(lambda b, a: _remainder(*_tensors(a, b)))
-rule("fmod")(elementwise(torch.fmod, lambda y, a, b: torch.ones_like(y), lambda y, a, b: -torch.trunc(a / b)))
+rule("fmod")(elementwise(torch.fmod, _ones, lambda y, a, b: -torch.trunc(a / b)))
 rule("atan2", "arctan2")(
     elementwise(torch.atan2, lambda y, a, b: b / (a * a + b * b), lambda y, a, b: -a / (a * a + b * b))
 )
@@ -348,14 +321,8 @@ rule("xlogy")(
     )
 )
 if VERSION > (2, 11):  # where it has no derivative, in neither mode
-    rule("nextafter")(
-        elementwise(torch.nextafter, lambda y, a, b: torch.ones_like(y), lambda y, a, b: torch.zeros_like(y))
-    )
-rule("copysign")(
-    elementwise(
-        torch.copysign, lambda y, a, b: torch.where(a == 0, 0.0, y / a), lambda y, a, b: torch.zeros_like(y)
-    )
-)
+    rule("nextafter")(elementwise(torch.nextafter, _ones, _zeros))
+rule("copysign")(elementwise(torch.copysign, lambda y, a, b: torch.where(a == 0, 0.0, y / a), _zeros))
 
 
 @rule("nan_to_num")
@@ -375,9 +342,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_primals(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return function(
-                *(primal_of(a) for a in args), **{name: primal_of(a) for name, a in kwargs.items()}
-            )
+            return function(*map(primal_of, args), **{name: primal_of(a) for name, a in kwargs.items()})
 
     return on_primals
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..backends.errors import UnsupportedOperation
 from ..ops.sensitivity import softmax
@@ -43,47 +45,25 @@ def _cumsum(x: Dual, dim: int, *, dtype: Any = None) -> Any:
     return recast(x.stacked.cumsum(axis(x, dim), dtype=dtype))
 
 
-def _centred(x: Dual, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    primal, tangents = split(x)
-    count = 1
-    for d in dims:
-        count *= x.stacked.shape[d]
-    return primal - primal.mean(dims, keepdim=True), tangents, count
-
-
 def _variance(x: Dual, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Dual, list[int], bool]:
     """Variance and its tangent 2 Σ (x − m) ẋ / (n − correction), axes kept; the arguments of torch.var in any form."""
-    correction = 1 if (c := kwargs.get("correction", 1)) is None else c
-    dim, keepdim = kwargs.get("dim"), kwargs.get("keepdim", False)
-    unbiased = kwargs.get("unbiased")
-    rest = list(args)
-    if rest and isinstance(rest[0], bool):
-        unbiased = rest.pop(0)
-    elif rest:
-        dim = rest.pop(0)
-        if rest:
-            unbiased = rest.pop(0)
-        if rest:
-            keepdim = rest.pop(0)
-    if unbiased is not None:
-        correction = 1 if unbiased else 0
-    dims = _dims(x, dim)
-    centred, tangents, count = _centred(x, dims)
+    if args and isinstance(args[0], bool):
+        args = (None, *args)
+    options = dict(zip(("dim", "unbiased", "keepdim"), args)) | kwargs
+    correction = options.get("correction") if options.get("unbiased") is None else int(options["unbiased"])
+    correction = 1 if correction is None else correction
+    dims = _dims(x, options.get("dim"))
+    count = math.prod(x.stacked.shape[d] for d in dims)
+    primal, tangents = split(x)
+    centred = primal - primal.mean(dims, keepdim=True)
     scale = 1.0 / max(count - correction, 0) if count > correction else float("inf")
     primal = centred.square().sum(dims, keepdim=True) * scale
     tangent = (centred * tangents).sum(dims, keepdim=True) * (2 * scale)
-    return join(primal, tangent), dims, keepdim
+    return join(primal, tangent), dims, options.get("keepdim", False)
 
 
 def _dropped(x: Dual, dims: list[int], keepdim: bool) -> Dual:
     return x if keepdim or not dims else Dual(x.stacked.squeeze(dims))
-
-
-@rule("var")
-@vector
-@once_rounded
-def _var(x: Dual, *args: Any, **kwargs: Any) -> Dual:
-    return _dropped(*_variance(x, args, kwargs))
 
 
 def _deviation(variance: Dual) -> Dual:
@@ -94,28 +74,20 @@ def _deviation(variance: Dual) -> Dual:
     return join(torch.where(constant, 0.0, root), torch.where(constant, 0.0, tangents / (2 * root)))
 
 
-@rule("std")
-@vector
-@once_rounded
-def _std(x: Dual, *args: Any, **kwargs: Any) -> Dual:
-    variance, dims, keepdim = _variance(x, args, kwargs)
-    return _dropped(_deviation(variance), dims, keepdim)
+def _moment(name: str) -> None:
+    """var, std, var_mean and std_mean."""
+
+    @rule(name)
+    @vector
+    @once_rounded
+    def moment(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        variance, dims, keepdim = _variance(x, args, kwargs)
+        moment = _dropped(_deviation(variance) if name.startswith("std") else variance, dims, keepdim)
+        return (moment, Dual(x.stacked.mean(dims, keepdim))) if name.endswith("mean") else moment
 
 
-@rule("var_mean")
-@vector
-@once_rounded
-def _var_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
-    variance, dims, keepdim = _variance(x, args, kwargs)
-    return _dropped(variance, dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
-
-
-@rule("std_mean")
-@vector
-@once_rounded
-def _std_mean(x: Dual, *args: Any, **kwargs: Any) -> tuple[Dual, Dual]:
-    variance, dims, keepdim = _variance(x, args, kwargs)
-    return _dropped(_deviation(variance), dims, keepdim), Dual(x.stacked.mean(dims, keepdim))
+for _name in ("var", "std", "var_mean", "std_mean"):
+    _moment(_name)
 
 
 @rule("prod")
@@ -157,21 +129,17 @@ def _pick(x: Dual, index: torch.Tensor, dim: int) -> Dual:
     return Dual(as_now(x).stacked.gather(axis(x, dim), index))
 
 
-def _extremum(name: str) -> None:
+def _extremum(name: str, shared: Callable[[Any], Any], pairwise: Callable[[Any, Any], Any]) -> None:
+    """max and min: of all values `shared` by ties, along an axis, or of two operands."""
     function = getattr(torch, name)
     named = getattr(torch.return_types, name)
 
-    def rule_(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if (args and not isinstance(args[0], int)) or "other" in kwargs:
-            return (torch.maximum if name == "max" else torch.minimum)(
-                x, args[0] if args else kwargs["other"]
-            )
-        dim = args[0] if args else kwargs.get("dim")
-        if dim is not None:
-            axis(x, dim)
-        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+    def rule_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         if dim is None:
-            return (_amax if name == "max" else _amin)(x)
+            return shared(x)
+        if not isinstance(dim, int):
+            return pairwise(x, dim)
+        axis(x, dim)
         if x.dim() == 0:
             return named((x, torch.zeros((), dtype=torch.long, device=x.device)))
         index = function(x.primal.detach(), dim, True).indices
@@ -201,8 +169,8 @@ def _shared_extremum(name: str) -> Callable[..., Dual]:
 
 
 _amax, _amin = _shared_extremum("amax"), _shared_extremum("amin")
-_extremum("max")
-_extremum("min")
+_extremum("max", _amax, torch.maximum)
+_extremum("min", _amin, torch.minimum)
 
 
 @rule("aminmax")
@@ -224,8 +192,8 @@ def _ordered(name: str) -> None:
             if not flat.numel():
                 return flat.sum() * float("nan")
             return flat[flat.primal.detach().argsort(stable=True)[(flat.numel() - 1) // 2]]
-        names = {"topk": 1, "kthvalue": 1}.get(name, 0)
-        dim = kwargs.get("dim", args[names] if len(args) > names else -1)
+        place = 1 if name in ("topk", "kthvalue") else 0
+        dim = kwargs.get("dim", args[place] if len(args) > place else -1)
         index = result.indices
         if x.dim() == 0:
             return type(result)((x, index))
@@ -324,29 +292,21 @@ def _log_softmax_of(x: Dual, dim: int | None) -> Dual:
     return join(out, tangents - (out.exp() * tangents).sum(d, keepdim=True))
 
 
-def _softmax_family() -> None:
-    for name, function, kind in (("softmax", _softmax_of, "op"), ("log_softmax", _log_softmax_of, "torch")):
-        rule(name, kind=kind)(lambda x, dim=None, dtype=None, _f=function, **kwargs: _f(x, dim, dtype=dtype))
-        wrapper = getattr(torch.nn.functional, name)
-        rule(wrapper, kind=kind)(
-            lambda x, dim=None, _stacklevel=3, dtype=None, _f=function: _f(x, dim, dtype=dtype)
-        )
-    wrapper = torch.nn.functional.softmin
-    rule(wrapper, kind="op")(lambda x, dim=None, _stacklevel=3, dtype=None: _softmax_of(-x, dim, dtype))
+for _name, _function, _kind in (("softmax", _softmax_of, "op"), ("log_softmax", _log_softmax_of, "torch")):
+    rule(_name, kind=_kind)(lambda x, dim=None, dtype=None, _f=_function, **kwargs: _f(x, dim, dtype=dtype))
+    rule(getattr(F, _name), kind=_kind)(
+        lambda x, dim=None, _stacklevel=3, dtype=None, _f=_function: _f(x, dim, dtype=dtype)
+    )
+rule(F.softmin, kind="op")(lambda x, dim=None, _stacklevel=3, dtype=None: _softmax_of(-x, dim, dtype))
 
 
-_softmax_family()
-
-
-def _shares(
-    exponents: torch.Tensor, total: torch.Tensor, add: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def _shares(exponents: torch.Tensor, total: torch.Tensor, dims: Any) -> torch.Tensor:
     """The weights of a logsumexp: e^(x − y) over its own sum, since e^y is only as right as the rounded y = `total`.
 
     A row of only −inf has weight 0 everywhere.
     """
     powers = (exponents - torch.where(torch.isinf(total), 0.0, total).detach()).exp()
-    sums = add(powers)
+    sums = powers.sum(dims, keepdim=True)
     return powers / torch.where(sums == 0, 1.0, sums)
 
 
@@ -357,7 +317,7 @@ def _logsumexp(x: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
     dims = _dims(x, dim)
     primal, tangents = split(x)
     out = primal.logsumexp(dims, keepdim=True)
-    weight = _shares(primal, out, lambda powers: powers.sum(dims, keepdim=True))
+    weight = _shares(primal, out, dims)
     return _dropped(join(out, (weight * tangents).sum(dims, keepdim=True)), dims, keepdim)
 
 
@@ -372,7 +332,7 @@ def _scan_logsumexp(x: Dual, dim: int) -> Dual:
     n = primal.shape[-1]
     later = torch.ones(n, n, dtype=torch.bool, device=out.device).triu(1)
     exponents = primal.unsqueeze(-2).expand(*primal.shape, n).masked_fill(later, float("-inf"))
-    weights = _shares(exponents, out.unsqueeze(-1), lambda powers: powers.sum(-1, keepdim=True))
+    weights = _shares(exponents, out.unsqueeze(-1), -1)
     tangent = (weights @ tangents.unsqueeze(-1)).squeeze(-1)
     return join(out.movedim(-1, d), tangent.movedim(-1, d))
 

@@ -15,21 +15,8 @@ from ..backends.errors import UnsupportedOperation, unsupported
 from ..torch_private import NN, VARIABLE_FUNCTIONS, separate_outputs
 from ..torch_private import mark_constant as constant
 
-__all__ = [
-    "COMPILED_GUARDS",
-    "COMPLEX",
-    "GUARDS",
-    "KINDS",
-    "METHODS",
-    "RULES",
-    "TRACED",
-    "functions_named",
-    "guard_compiled",
-    "install_guards",
-    "positional",
-    "register",
-    "rule",
-]
+__all__ = ["COMPILED_GUARDS", "COMPLEX", "GUARDS", "KINDS", "METHODS", "RULES", "TRACED", "functions_named"]
+__all__ += ["guard_compiled", "install_guards", "positional", "register", "rule"]
 
 #: torch function -> rule, called with the function's own arguments (some of them Duals)
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -50,12 +37,8 @@ _NAMESPACES = (torch, torch.Tensor, F, NN, torch.special, torch.linalg, VARIABLE
 
 def functions_named(name: str) -> list[Callable[..., Any]]:
     """Every torch callable of that name: function, method, functional wrapper and the builtin behind it."""
-    functions: list[Callable[..., Any]] = []
-    for namespace in _NAMESPACES:
-        candidate = getattr(namespace, name, None)
-        if callable(candidate) and not isinstance(candidate, type) and candidate not in functions:
-            functions.append(candidate)
-    return functions
+    named = [getattr(namespace, name, None) for namespace in _NAMESPACES]
+    return list(dict.fromkeys(f for f in named if callable(f) and not isinstance(f, type)))
 
 
 def register(func: Callable[..., Any], rule: Callable[..., Any], kind: str) -> None:
@@ -97,9 +80,7 @@ def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[C
 
 #: names by which torch takes NumPy's keywords, and the operands after the first in the order of their positions
 _ALIASES = {"axis": "dim", "keepdims": "keepdim", "self": "input"}
-_OPERANDS = """
-mat1 mat batch1 tensor1 vec1 other exponent mat2 batch2 tensor2 vec vec2 tensor
-""".split()
+_OPERANDS = "mat1 mat batch1 tensor1 vec1 other exponent mat2 batch2 tensor2 vec vec2 tensor".split()
 
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -117,9 +98,7 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     return args, kwargs
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Guards
-# ---------------------------------------------------------------------------------------------------------------
+# -- guards -----------------------------------------------------------------------------------------------------------
 
 #: patches of torch that make a lost derivative loud; installed at the first dual(), never at import
 GUARDS: list[Callable[[], None]] = [separate_outputs]

@@ -351,13 +351,7 @@ def _where(condition: Any, input: Any = None, other: Any = None) -> Any:
     n = ndim_of(condition, input, other)
     (a, a_tan), (b, b_tan) = parts(input, n), parts(other, n)
     primal = torch.where(condition, a, b)
-    if a_tan is not None and b_tan is not None:
-        tangents = torch.where(condition, a_tan, b_tan)
-    elif a_tan is not None:
-        tangents = torch.where(condition, a_tan, 0.0)
-    else:
-        assert b_tan is not None
-        tangents = torch.where(condition, 0.0, b_tan)
+    tangents = torch.where(condition, 0.0 if a_tan is None else a_tan, 0.0 if b_tan is None else b_tan)
     return join(primal if primal.dim() == n + 1 else primal.unsqueeze(0), tangents)
 
 
