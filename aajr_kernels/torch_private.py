@@ -100,18 +100,18 @@ def tested_range() -> str:
 NN: Any = torch._C._nn
 VARIABLE_FUNCTIONS: Any = torch._C._VariableFunctions
 
-#: the product over groups of transformers' mixtures of experts, where this build of torch has it
-GROUPED_MM: Callable[..., torch.Tensor] | None = getattr(torch, "_grouped_mm", None)
+#: the product over groups of transformers' mixtures of experts
+GROUPED_MM: Callable[..., torch.Tensor] = torch._grouped_mm
 
 #: resampling with anti-aliasing: the operator, and the builtin behind ``F.interpolate``
 UPSAMPLE_BILINEAR_AA: tuple[Any, Any] = (torch.ops.aten._upsample_bilinear2d_aa, NN._upsample_bilinear2d_aa)
 
 #: reads and adds by index where a mask allows it; what Inductor's decompositions of pooling and resampling are made of
-MASKED_INDEX: Any = getattr(torch, "_unsafe_masked_index", None)
-MASKED_INDEX_PUT: Any = getattr(torch, "_unsafe_masked_index_put_accumulate", None)
+MASKED_INDEX: Any = torch._unsafe_masked_index
+MASKED_INDEX_PUT: Any = torch._unsafe_masked_index_put_accumulate
 
 #: training's batch norm as one operator
-BATCH_NORM_WITH_UPDATE: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
+BATCH_NORM_WITH_UPDATE: Any = torch.ops.aten._batch_norm_with_update
 
 #: the module of ``svd_lowrank`` and ``pca_lowrank``, which torch writes in Python
 LOW_RANK: Any = torch._lowrank

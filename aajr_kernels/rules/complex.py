@@ -72,7 +72,7 @@ def both(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[C
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         rule(*targets, kind=kind)(function)
-        return complex_rule(*(t.rstrip("?") if isinstance(t, str) else t for t in targets))(function)
+        return complex_rule(*targets)(function)
 
     return decorate
 
@@ -84,10 +84,8 @@ _getters = {name: getattr(torch.Tensor, name).__get__ for name in ("real", "imag
 rule("conj", "conj_physical", "resolve_conj", "resolve_neg", "real", _getters["real"], kind="view")(
     lambda x: x
 )
-complex_rule("conj")(lambda x: Dual(x.stacked.conj()))
-complex_rule("conj_physical")(lambda x: Dual(x.stacked.conj_physical()))
-complex_rule("resolve_conj")(lambda x: Dual(x.stacked.resolve_conj()))
-complex_rule("resolve_neg")(lambda x: Dual(x.stacked.resolve_neg()))
+for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg"):
+    complex_rule(_name)(lambda x, _name=_name: Dual(getattr(x.stacked, _name)()))
 complex_rule("real", _getters["real"])(lambda x: Dual(x.stacked.real))
 both("imag", _getters["imag"], kind="view")(lambda x: Dual(x.stacked.imag))
 both("view_as_real", kind="view")(lambda x: Dual(torch.view_as_real(x.stacked)))
@@ -173,22 +171,14 @@ complex_rule("tanh")(elementwise(torch.tanh, UNARY["tanh"]))
 complex_rule("sigmoid")(elementwise(torch.sigmoid, UNARY["sigmoid"]))
 
 
-@complex_rule("vdot")
-def _vdot(a: Any, b: Any) -> Any:
-    return torch.dot(a.conj(), b)
-
-
-@complex_rule("linalg_vecdot", torch.linalg.vecdot)
-def _vecdot(a: Any, b: Any, *, dim: int = -1) -> Any:
-    return (a.conj() * b).sum(dim)
+complex_rule("vdot")(lambda a, b: torch.dot(a.conj(), b))
+complex_rule("linalg_vecdot", torch.linalg.vecdot)(lambda a, b, *, dim=-1: (a.conj() * b).sum(dim))
 
 
 # -- moments and norms of the modulus -----------------------------------------------------------------------------
 
 
-@complex_rule("var")
-def _var(x: Dual, *args: Any, **kwargs: Any) -> Any:
-    return torch.var(x.real, *args, **kwargs) + torch.var(x.imag, *args, **kwargs)
+complex_rule("var")(lambda x, *args, **kwargs: x.real.var(*args, **kwargs) + x.imag.var(*args, **kwargs))
 
 
 def _norm_of_modulus(function: Callable[..., Any]) -> None:

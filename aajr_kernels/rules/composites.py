@@ -166,11 +166,9 @@ def _mask_four_axes(mask: Any, lead: list[int]) -> Any:
         mask = mask.unsqueeze(0)
     if mask.dim() > 4 or len(lead) > 1:
         tail = mask.shape[-3:]
-        mask = (
-            mask.reshape(1, *tail)
-            if mask.numel() == tail.numel()
-            else mask.expand(*lead, *tail).reshape(-1, *tail)
-        )
+        if mask.numel() == tail.numel():
+            return mask.reshape(1, *tail)
+        return mask.expand(*lead, *tail).reshape(-1, *tail)
     return mask
 
 
@@ -226,11 +224,8 @@ def grouped_mm(
     slices = 1 + num_tangents(mat_a, mat_b, bias)
     out: Any
     if not is_dual(mat_b):
-        out = (
-            Dual(_grouped_stack(mat_a.stacked, mat_b, offs))
-            if is_dual(mat_a)
-            else _grouped(mat_a, mat_b, offs)
-        )
+        plain = not is_dual(mat_a)
+        out = _grouped(mat_a, mat_b, offs) if plain else Dual(_grouped_stack(mat_a.stacked, mat_b, offs))
     elif not is_dual(mat_a):
         out = Dual(torch.stack([_grouped(mat_a, part, offs) for part in mat_b.stacked.unbind(0)]))
     else:
@@ -246,9 +241,7 @@ def grouped_mm(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-for _function in (torch_private.GROUPED_MM, getattr(F, "grouped_mm", None)):
-    if _function is not None:
-        rule(_function, kind="op")(grouped_mm)
+rule(torch_private.GROUPED_MM, F.grouped_mm, kind="op")(grouped_mm)
 
 
 # -- recurrent cells --------------------------------------------------------------------------------------------------
@@ -295,15 +288,14 @@ rule(torch.rnn_relu_cell, kind="op")(_rnn_cell(torch.relu))
 
 # -- refused, with the alternative ------------------------------------------------------------------------------------
 
+_FAST_PATH = "the inference fast path has no derivative: call torch.backends.mha.set_fastpath_enabled(False)"
 _REFUSED = {
     "lstm": "nn.LSTM is one opaque kernel: unroll it with nn.LSTMCell",
     "gru": "nn.GRU is one opaque kernel: unroll it with nn.GRUCell",
     "rnn_tanh": "nn.RNN is one opaque kernel: unroll it with nn.RNNCell",
     "rnn_relu": "nn.RNN is one opaque kernel: unroll it with nn.RNNCell",
-    "_transformer_encoder_layer_fwd": "the inference fast path has no derivative: call "
-    "torch.backends.mha.set_fastpath_enabled(False)",
-    "_native_multi_head_attention": "the inference fast path has no derivative: call "
-    "torch.backends.mha.set_fastpath_enabled(False)",
+    "_transformer_encoder_layer_fwd": _FAST_PATH,
+    "_native_multi_head_attention": _FAST_PATH,
 }
 
 

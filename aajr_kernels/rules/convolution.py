@@ -33,9 +33,7 @@ def folded(
 
 def _linear_in_input(name: str, spatial: int | None, *functions: Callable[..., Any] | None) -> None:
     """A function linear in its first argument ``[B, C, *spatial]``; `spatial` None: one that is never unbatched."""
-    for function in functions:
-        if function is None:
-            continue
+    for function in filter(None, functions):
 
         def apply(x: Any, *args: Any, _function: Callable[..., Any] = function, **kwargs: Any) -> Dual:
             if not is_dual(x):
@@ -169,18 +167,14 @@ def _grid_sample(x: Any, grid: Any, *args: Any, **kwargs: Any) -> Dual:
     return per_slice(lambda part: F.grid_sample(part, grid, *args, **kwargs), x)
 
 
-def _at_least_three(name: str, x: Dual) -> None:
-    if x.dim() < 3:
-        raise ValueError(f"input of {name} must be [..., C, H, W], got {tuple(x.shape)}.")
+def _rearranged(name: str) -> Callable[..., Dual]:
+    def rearrange(x: Dual, *args: int, **kwargs: int) -> Dual:
+        if x.dim() < 3:
+            raise ValueError(f"input of {name} must be [..., C, H, W], got {tuple(x.shape)}.")
+        return Dual(getattr(torch, name)(x.stacked, *args, **kwargs))
+
+    return rearrange
 
 
-@rule("pixel_shuffle")
-def _pixel_shuffle(x: Dual, upscale_factor: int) -> Dual:
-    _at_least_three("pixel_shuffle", x)
-    return Dual(torch.pixel_shuffle(x.stacked, upscale_factor))
-
-
-@rule("pixel_unshuffle")
-def _pixel_unshuffle(x: Dual, downscale_factor: int) -> Dual:
-    _at_least_three("pixel_unshuffle", x)
-    return Dual(torch.pixel_unshuffle(x.stacked, downscale_factor))
+for _name in ("pixel_shuffle", "pixel_unshuffle"):
+    rule(_name)(_rearranged(_name))

@@ -155,29 +155,25 @@ def _frexp(x: Dual) -> Any:
     return torch.return_types.frexp(result)
 
 
+@rule(MASKED_INDEX)
 def _masked_index(x: Dual, mask: torch.Tensor, indices: Any, fill: Any) -> Dual:
-    parts = x.stacked.unbind(0)
-    fills = [fill, *[0] * (len(parts) - 1)]
-    return Dual(torch.stack([MASKED_INDEX(p, mask, indices, f) for p, f in zip(parts, fills)]))
+    fills = [fill] + [0] * x.num_tangents
+    return Dual(torch.stack([MASKED_INDEX(p, mask, indices, f) for p, f in zip(x.stacked, fills)]))
 
 
+@rule(MASKED_INDEX_PUT)
 def _masked_index_put(x: Any, mask: torch.Tensor, indices: Any, values: Any) -> Dual:
     k = num_tangents(x, values)
     pairs = zip(*((v if is_dual(v) else lift(v, k)).stacked.unbind(0) for v in (x, values)))
     return Dual(torch.stack([MASKED_INDEX_PUT(p, mask, indices, v) for p, v in pairs]))
 
 
-for _function, _by_mask in ((MASKED_INDEX, _masked_index), (MASKED_INDEX_PUT, _masked_index_put)):
-    if _function is not None:
-        rule(_function)(_by_mask)
-
-
 # -- ATen operators that Python reaches ---------------------------------------------------------------------------
 
 
-def _aten(name: str, overload: str = "default") -> tuple[Callable[..., Any], ...]:
-    packet = getattr(torch.ops.aten, name, None)
-    return () if packet is None else (packet, getattr(packet, overload))
+def _aten(name: str) -> tuple[Callable[..., Any], ...]:
+    packet = getattr(torch.ops.aten, name)
+    return packet, packet.default
 
 
 @rule(*_aten("_softmax_backward_data"))

@@ -27,23 +27,10 @@ from . import composites
 from .common import is_dual
 from .registry import GUARDS, rule
 
-__all__ = [
-    "function_rule",
-    "guard_attention_masks",
-    "guard_backward_hooks",
-    "guard_control_flow",
-    "guard_functions",
-    "guard_parameters",
-    "linear_function",
-]
-
-
 _REMEDY = (
     "call it on plain tensors, replace it by differentiable torch functions, or give the function around it a "
     "rule that applies it to x.stacked"
 )
-
-
 _PACKAGE = __name__.partition(".")[0] + "."
 
 #: module and qualified name of an autograd.Function -> what its ``apply`` does with a Dual; called with the real apply

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..backends.errors import UnsupportedOperation
-from .common import Dual, axis, is_dual, num_tangents, per_slice
+from .common import Dual, axis, by_slices, is_dual, num_tangents, per_slice
 from .registry import rule
 
 _INTO_PLAIN = (
@@ -45,10 +45,7 @@ def _setitem(x: Any, index: Any, value: Any) -> None:
     if is_dual(value) and value.stacked is x.stacked:
         value = value.clone()
     for i in range(k + 1):
-        if is_dual(value):
-            x.stacked[i][index] = value.stacked[i]
-        else:
-            x.stacked[i][index] = value if i == 0 else 0
+        x.stacked[i][index] = _slice(value, i)
 
 
 @rule("index_select", kind="view")
@@ -65,15 +62,8 @@ def _gather(x: Dual, dim: int, index: torch.Tensor, *, sparse_grad: bool = False
     return Dual(x.stacked.gather(axis(x, dim), index.unsqueeze(0).expand(x.stacked.shape[0], *index.shape)))
 
 
-def _each(name: str) -> None:
-    function = getattr(torch, name)
-    rule(name, kind="view")(
-        lambda x, *args, **kwargs: per_slice(lambda part: function(part, *args, **kwargs), x)
-    )
-
-
 for _name in ("take_along_dim", "take", "masked_select"):
-    _each(_name)
+    rule(_name, kind="view")(by_slices(getattr(torch, _name)))
 
 
 def _slice(value: Any, i: int) -> Any:

@@ -18,10 +18,9 @@ from .registry import functions_named, rule
 # -- embedding --------------------------------------------------------------------------------------------------------
 
 
-def _plain_indices(name: str, indices: Any) -> torch.Tensor:
+def _refuse_dual_indices(name: str, indices: Any) -> None:
     if is_dual(indices):
         raise TypeError(f"input of {name} must be integer indices, got a Dual: only the weight may be one.")
-    return indices
 
 
 @rule(F.embedding)
@@ -38,24 +37,18 @@ def _embedding(
         raise UnsupportedOperation(
             "embedding(max_norm=...) rewrites its table and cannot take a Dual weight: drop it."
         )
-    _plain_indices("embedding", indices)
+    _refuse_dual_indices("embedding", indices)
     # row by row of the stack: the gradient of padding_idx is dropped in each, as torch does
     return per_slice(
         lambda w: F.embedding(indices, w, padding_idx, None, norm_type, scale_grad_by_freq), weight
     )
 
 
-@rule(torch.embedding)
-def _torch_embedding(
-    weight: Dual,
-    indices: torch.Tensor,
-    padding_idx: int = -1,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Dual:
-    return _embedding(
-        indices, weight, padding_idx if padding_idx >= 0 else None, None, 2.0, scale_grad_by_freq
+rule(torch.embedding)(
+    lambda weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False: _embedding(
+        indices, weight, padding_idx if padding_idx >= 0 else None, scale_grad_by_freq=scale_grad_by_freq
     )
+)
 
 
 @rule(F.embedding_bag)
@@ -76,7 +69,7 @@ def _embedding_bag(
         raise UnsupportedOperation(
             "embedding_bag takes a Dual weight only with mode 'sum' or 'mean': use embedding and a reduction."
         )
-    _plain_indices("embedding_bag", indices)
+    _refuse_dual_indices("embedding_bag", indices)
 
     def bag(w: torch.Tensor) -> torch.Tensor:
         return F.embedding_bag(
@@ -109,11 +102,7 @@ def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = Fal
     return _masked(torch.dropout, x, p, training, inplace)
 
 
-@rule(torch.dropout)
-def _torch_dropout(x: Dual, p: float, train: bool) -> Dual:
-    return _dropout(x, p, train)
-
-
+rule(torch.dropout)(lambda x, p, train: _dropout(x, p, training=train))
 rule(torch.dropout_)(lambda x, p, train: _dropout(x, p, train, inplace=True))
 rule(torch.feature_dropout)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, False))
 rule(torch.feature_dropout_)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, True))
@@ -167,12 +156,10 @@ def write_back(x: Dual, function: Callable[[Dual], Dual]) -> Dual:
     return x
 
 
-def _gelu(x: Dual, approximate: str = "none") -> Dual:
-    return activation.gelu(x, approximate)
-
-
-rule("gelu", kind="op")(_gelu)
-rule("gelu_?", kind="op")(lambda x, approximate="none": write_back(x, lambda z: _gelu(z, approximate)))
+rule("gelu", kind="op")(lambda x, approximate="none": activation.gelu(x, approximate))
+rule("gelu_", kind="op")(
+    lambda x, approximate="none": write_back(x, lambda z: activation.gelu(z, approximate))
+)
 for _name in ("silu", "relu", "tanh", "sigmoid"):
 
     def _fused(x: Dual, inplace: bool = False, _name: str = _name) -> Dual:

@@ -14,7 +14,7 @@ import torch
 
 from ..backends.errors import UnsupportedOperation
 from ..torch_private import LOW_RANK
-from .common import Dual, is_dual, join, ndim_of, num_tangents, parts, split
+from .common import Dual, join, ndim_of, num_tangents, parts, primal_of, split
 from .registry import rule
 
 #: named tuples, which torch's stubs define in part
@@ -42,14 +42,12 @@ def _solution(a: Any, b: Any, left: bool) -> Any:
     return join(x if x.dim() == n + 1 else x.unsqueeze(0), torch.linalg.solve(p, rest))
 
 
-@rule(torch.linalg.solve)
-def _solve(A: Any, B: Any, *, left: bool = True) -> Any:
-    return _solution(A, B, left)
+rule(torch.linalg.solve)(lambda A, B, *, left=True: _solution(A, B, left))
 
 
 @rule(torch.linalg.solve_ex)
 def _solve_ex(A: Any, B: Any, *, left: bool = True, check_errors: bool = False) -> Any:
-    a, b = (v.primal.detach() if is_dual(v) else v.detach() for v in (A, B))
+    a, b = (primal_of(v).detach() for v in (A, B))
     info = torch.linalg.solve_ex(a, b, left=left, check_errors=check_errors).info
     return _types.linalg_solve_ex((_solution(A, B, left), info))
 
@@ -67,7 +65,7 @@ def _tensorsolve(A: Any, B: Any, dims: Any = None) -> Any:
 @rule(torch.linalg.lstsq)
 def _lstsq(A: Any, B: Any, rcond: float | None = None, *, driver: str | None = None) -> Any:
     """The solution of least squares (of least norm) by the pseudoinverse, differentiable while the rank stays."""
-    a, b = (v.primal.detach() if is_dual(v) else v.detach() for v in (A, B))
+    a, b = (primal_of(v).detach() for v in (A, B))
     plain = torch.linalg.lstsq(a, b, rcond, driver=driver)
     x = torch.linalg.pinv(A, rtol=rcond)
     vector = _is_vector(A, B)
@@ -275,8 +273,7 @@ def _lu_solve(LU: Any, pivots: torch.Tensor, B: Any, *, left: bool = True, adjoi
     """A = P L U in turn: two triangular systems and a permutation."""
     if not left:  # X A = B is Aᴴ Xᴴ = Bᴴ
         return _lu_solve(LU, pivots, B.mH, adjoint=not adjoint).mH
-    primal = LU.primal.detach() if is_dual(LU) else LU.detach()
-    permutation = torch.lu_unpack(primal, pivots).P
+    permutation = torch.lu_unpack(primal_of(LU).detach(), pivots).P
     solve = torch.linalg.solve_triangular
     eye = torch.eye(LU.shape[-1], dtype=LU.dtype, device=LU.device)
     lower, upper = LU.tril(-1) + eye, LU.triu()
@@ -299,20 +296,16 @@ def _old_lu(A: Dual, pivot: bool = True, get_infos: bool = False, out: Any = Non
     return (factors, pivots, infos) if get_infos else (factors, pivots)
 
 
-def _low_rank() -> None:
-    """The randomised factorisations that torch writes in Python run as they are, on dense Duals."""
-    dense = types.SimpleNamespace(
-        matmul=torch.matmul, is_sparse=lambda x: False, get_floating_dtype=lambda x: x.dtype
-    )
-    scope = {**vars(LOW_RANK), "_utils": dense, "has_torch_function": lambda values: False}
-    for name in ("get_approximate_basis", "_svd_lowrank", "svd_lowrank", "pca_lowrank"):
-        function = getattr(LOW_RANK, name)
-        scope[name] = types.FunctionType(function.__code__, scope, name, function.__defaults__)
-    for name in ("svd_lowrank", "pca_lowrank"):
-        rule(getattr(torch, name))(scope[name])
-
-
-_low_rank()
+# the randomised factorisations that torch writes in Python run as they are, on dense Duals
+_dense = types.SimpleNamespace(
+    matmul=torch.matmul, is_sparse=lambda x: False, get_floating_dtype=lambda x: x.dtype
+)
+_scope = {**vars(LOW_RANK), "_utils": _dense, "has_torch_function": lambda values: False}
+for _name in ("get_approximate_basis", "_svd_lowrank", "svd_lowrank", "pca_lowrank"):
+    _function = getattr(LOW_RANK, _name)
+    _scope[_name] = types.FunctionType(_function.__code__, _scope, _name, _function.__defaults__)
+for _name in ("svd_lowrank", "pca_lowrank"):
+    rule(getattr(torch, _name))(_scope[_name])
 
 
 @rule("triangular_solve")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from .common import (
     once_rounded_sum,
     primal_of,
     raised,
+    summed,
 )
 from .registry import rule
 
@@ -188,12 +190,9 @@ def bilinear(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         b_parts = b.stacked.unbind(0) if is_dual(b) else (b,)
         results = [function(a_parts[0], b_parts[0], *args, **kwargs)]
         for i in range(1, k + 1):
-            terms = []
-            if is_dual(a):
-                terms.append(function(a_parts[i], b_parts[0], *args, **kwargs))
-            if is_dual(b):
-                terms.append(function(a_parts[0], b_parts[i], *args, **kwargs))
-            results.append(terms[0] if len(terms) == 1 else terms[0] + terms[1])
+            of_a = function(a_parts[i], b_parts[0], *args, **kwargs) if is_dual(a) else None
+            of_b = function(a_parts[0], b_parts[i], *args, **kwargs) if is_dual(b) else None
+            results.append(summed(of_a, of_b))
         _count(getattr(function, "__name__", "bilinear"), results[0], 1, 1 + k)
         return Dual(torch.stack(results))
 
@@ -225,8 +224,8 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     out = torch.einsum(equation, *primals)
     tangents = []
     for i in range(1, k + 1):
-        terms = [torch.einsum(equation, *_replaced(primals, j, operands[j].stacked[i])) for j in duals]
-        tangents.append(sum(terms[1:], terms[0]))
+        factors = ([*primals[:j], operands[j].stacked[i], *primals[j + 1 :]] for j in duals)
+        tangents.append(summed(*(torch.einsum(equation, *f) for f in factors)))
     if recording():
         record(
             "torch.einsum", "torch", 2.0 * max(p.numel() for p in primals) * out.shape[-1:].numel() * (1 + k)
@@ -234,19 +233,8 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     return Dual(torch.stack([out, *tangents]))
 
 
-def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
-    return [*values[:index], value, *values[index + 1 :]]
-
-
-@rule(torch.linalg.multi_dot, kind="op")
-def _multi_dot(matrices: Any) -> Any:
-    result = matrices[0]
-    for matrix in matrices[1:]:
-        result = result @ matrix
-    return result
-
-
-rule("chain_matmul?", kind="op")(lambda *matrices: _multi_dot(matrices))
+rule(torch.linalg.multi_dot, kind="op")(lambda matrices: functools.reduce(torch.matmul, matrices))
+rule("chain_matmul", kind="op")(lambda *matrices: functools.reduce(torch.matmul, matrices))
 
 
 @rule("bilinear", kind="op")

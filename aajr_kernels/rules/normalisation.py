@@ -206,7 +206,7 @@ def _native_group_norm(
     return (out, *_statistics(x.reshape(N, group, C // group * HxW), -1, False, eps))
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit?", kind="op")
+@rule("native_batch_norm", "_native_batch_norm_legit", kind="op")
 def _native_batch_norm(x: Any, weight: Any, bias: Any, *rest: Any) -> tuple[Any, Any, Any]:
     running_mean, running_var, training, momentum, eps = (None, None, *rest) if len(rest) == 3 else rest
     out = _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -216,12 +216,9 @@ def _native_batch_norm(x: Any, weight: Any, bias: Any, *rest: Any) -> tuple[Any,
     return (out, *_statistics(x, (0, *range(2, x.dim())), False, eps))
 
 
+@rule(BATCH_NORM_WITH_UPDATE, BATCH_NORM_WITH_UPDATE.default, kind="op")
 def _batch_norm_with_update(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
 ) -> tuple[Any, Any, Any, torch.Tensor]:
     result = _native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
     return (*result, torch.empty(0, dtype=torch.uint8, device=x.device))
-
-
-if BATCH_NORM_WITH_UPDATE is not None:
-    rule(BATCH_NORM_WITH_UPDATE, BATCH_NORM_WITH_UPDATE.default, kind="op")(_batch_norm_with_update)

@@ -351,11 +351,11 @@ _PLAIN = """
 eq ne lt le gt ge greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf isneginf isreal
 signbit isclose allclose equal argmax argmin argsort count_nonzero nonzero any all logical_and logical_or
 logical_xor logical_not bincount searchsorted bucketize histc is_same_size is_floating_point
-is_complex is_tensor? numel isin result_type can_cast? multinomial bernoulli is_conj is_neg is_inference
-is_signed is_set_to is_shared is_pinned argwhere is_distributed?
+is_complex is_tensor numel isin result_type can_cast multinomial bernoulli is_conj is_neg is_inference
+is_signed is_set_to is_shared is_pinned argwhere is_distributed
 """.split()
 for _name in _PLAIN:
-    for _function in functions_named(_name.rstrip("?")):
+    for _function in functions_named(_name):
         rule(_function, kind="view")(_plain(_function))
 rule("is_nonzero", kind="view")(bool)
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__"):

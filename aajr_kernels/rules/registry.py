@@ -15,9 +15,6 @@ from ..backends.errors import UnsupportedOperation, unsupported
 from ..torch_private import NN, VARIABLE_FUNCTIONS, separate_outputs
 from ..torch_private import mark_constant as constant
 
-__all__ = ["COMPILED_GUARDS", "COMPLEX", "GUARDS", "KINDS", "METHODS", "RULES", "TRACED", "functions_named"]
-__all__ += ["guard_compiled", "install_guards", "positional", "register", "rule"]
-
 #: torch function -> rule, called with the function's own arguments (some of them Duals)
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 #: torch function -> "view" | "torch" | "op" | "fallback": what coverage() calls it ("op" records itself)
@@ -54,8 +51,7 @@ def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[C
 
     Args:
         targets: torch callables, or names that are looked up in torch, torch.Tensor, torch.nn.functional,
-            torch.special and torch.linalg (all matches are registered). A trailing ``?`` marks a name that only
-            some torch versions have.
+            torch.special and torch.linalg (all matches are registered).
         kind: what :func:`coverage` reports: ``"torch"``, ``"view"``, ``"fallback"``, or ``"op"`` for rules that call
             an op which records itself.
 
@@ -68,8 +64,8 @@ def rule(*targets: str | Callable[..., Any], kind: str = "torch") -> Callable[[C
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for target in targets:
-            matches = functions_named(target.rstrip("?")) if isinstance(target, str) else [target]
-            if not matches and not (isinstance(target, str) and target.endswith("?")):
+            matches = functions_named(target) if isinstance(target, str) else [target]
+            if not matches:
                 raise LookupError(f"no torch function is called {target!r}.")
             for match in matches:
                 register(match, function, kind)

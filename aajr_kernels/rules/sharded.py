@@ -83,8 +83,7 @@ def _redistribute(
 ) -> Dual:
     """``DTensor.redistribute`` of primal and tangents together; waits for the result also with `async_op`."""
     # the kernels that follow read memory, which an asynchronous result has not filled yet
-    found = self.stacked.redistribute(device_mesh, of_the_stack(placements, self.dim()), **more)  # type: ignore[attr-defined]
-    return Dual(found)
+    return Dual(self.stacked.redistribute(device_mesh, of_the_stack(placements, self.dim()), **more))  # type: ignore[attr-defined]
 
 
 def _to_local(self: Dual, *, grad_placements: Sequence[Any] | None = None) -> Dual:

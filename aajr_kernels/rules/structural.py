@@ -17,6 +17,7 @@ from .common import (
     align,
     axes,
     axis,
+    by_slices,
     is_dual,
     join,
     lift,
@@ -41,7 +42,7 @@ def _view(x: Dual, *size: Any, dtype: torch.dtype | None = None) -> Any:
     return Dual(x.stacked.view(x.stacked.shape[0], *sizes_of(size)))
 
 
-@rule("reshape", "unsafe_view?", kind="view")
+@rule("reshape", kind="view")
 def _reshape(x: Dual, *shape: Any, **kwargs: Any) -> Dual:
     shape = sizes_of(shape) if shape else sizes_of((kwargs["shape"],))
     if -1 in shape and x.numel() == 0:
@@ -49,9 +50,8 @@ def _reshape(x: Dual, *shape: Any, **kwargs: Any) -> Dual:
     return Dual(x.stacked.reshape(x.stacked.shape[0], *shape))
 
 
-@rule("view_as", "reshape_as", kind="view")
-def _reshape_as(x: Dual, other: Any) -> Any:
-    return x.reshape(other.shape) if is_dual(x) else x.reshape(tuple(other.shape))
+rule("view_as", "reshape_as", kind="view")(lambda x, other: x.reshape(tuple(other.shape)))
+rule("expand_as", kind="view")(lambda x, other: x.expand(tuple(other.shape)))
 
 
 @rule("expand", "broadcast_to", kind="view")
@@ -64,14 +64,9 @@ def _expand(x: Dual, *size: Any, implicit: bool = False, **kwargs: Any) -> Dual:
     return Dual(align(x.stacked, len(size)).expand(x.stacked.shape[0], *size))
 
 
-@rule("expand_as", kind="view")
-def _expand_as(x: Any, other: Any) -> Any:
-    return x.expand(tuple(other.shape))
-
-
 @rule("broadcast_tensors", kind="view")
 def _broadcast_tensors(*tensors: Any) -> list[Any]:
-    tensors = tuple(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
+    tensors = sizes_of(tensors)
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     return [t.expand(shape) for t in tensors]
 
@@ -132,9 +127,7 @@ def _flatten(x: Dual, start_dim: int = 0, end_dim: int = -1) -> Dual:
     return Dual(x.stacked.flatten(start, end)) if x.dim() else x.reshape(1)
 
 
-@rule("ravel", kind="view")
-def _ravel(x: Dual) -> Dual:
-    return x.reshape(-1)
+rule("ravel", kind="view")(lambda x: x.reshape(-1))
 
 
 @rule("unflatten", kind="view")
@@ -143,14 +136,9 @@ def _unflatten(x: Dual, dim: int, sizes: Sequence[int]) -> Dual:
     return Dual(torch.unflatten(x.stacked, axis(x, dim), tuple(sizes)))
 
 
-@rule("narrow", kind="view")
-def _narrow(x: Dual, dim: int, start: int, length: int) -> Dual:
-    return Dual(x.stacked.narrow(axis(x, dim), start, length))
-
-
-@rule("select", kind="view")
-def _select(x: Dual, dim: int, index: int) -> Dual:
-    return Dual(x.stacked.select(axis(x, dim), index))
+rule("narrow", kind="view")(lambda x, dim, start, length: Dual(x.stacked.narrow(axis(x, dim), start, length)))
+rule("select", kind="view")(lambda x, dim, index: Dual(x.stacked.select(axis(x, dim), index)))
+rule("unbind", kind="view")(lambda x, dim=0: tuple(Dual(piece) for piece in x.stacked.unbind(axis(x, dim))))
 
 
 @rule("diagonal", kind="view")
@@ -158,9 +146,9 @@ def _diagonal(x: Dual, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Dual:
     return Dual(x.stacked.diagonal(offset, axis(x, dim1), axis(x, dim2)))
 
 
-@rule(torch.linalg.diagonal, kind="view")
-def _linalg_diagonal(A: Dual, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Dual:
-    return _diagonal(A, offset, dim1, dim2)
+rule(torch.linalg.diagonal, kind="view")(
+    lambda A, *, offset=0, dim1=-2, dim2=-1: _diagonal(A, offset, dim1, dim2)
+)
 
 
 @rule(torch.Tensor.unfold, kind="view")
@@ -170,32 +158,24 @@ def _unfold(x: Dual, dimension: int, size: int, step: int) -> Dual:
     return Dual(x.stacked.unfold(axis(x, dimension), size, step))
 
 
-def _register_pieces() -> None:
-    def pieces(method: Callable[..., Any]) -> Callable[..., Any]:
-        def split_rule(x: Dual, *args: Any, dim: int | None = None, **kwargs: Any) -> tuple[Dual, ...]:
-            args = (*args, *kwargs.values())
-            if dim is None:
-                args, dim = (args[:1], args[1]) if len(args) > 1 else (args, 0)
-            return tuple(Dual(piece) for piece in method(x.stacked, *args, dim=axis(x, dim)))
+def _pieces(method: Callable[..., Any]) -> Callable[..., Any]:
+    def split_rule(x: Dual, *args: Any, dim: int | None = None, **kwargs: Any) -> tuple[Dual, ...]:
+        args = (*args, *kwargs.values())
+        if dim is None:
+            args, dim = (args[:1], args[1]) if len(args) > 1 else (args, 0)
+        return tuple(Dual(piece) for piece in method(x.stacked, *args, dim=axis(x, dim)))
 
-        return split_rule
-
-    for name in ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"):
-        rule(name + "?", kind="view")(pieces(getattr(torch.Tensor, name)))
+    return split_rule
 
 
-_register_pieces()
-
-
-@rule("unbind", kind="view")
-def _unbind(x: Dual, dim: int = 0) -> tuple[Dual, ...]:
-    return tuple(Dual(piece) for piece in x.stacked.unbind(axis(x, dim)))
+for _name in ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"):
+    rule(_name, kind="view")(_pieces(getattr(torch.Tensor, _name)))
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
 
 
-@rule("clone", "positive", "alias_copy?", torch.Tensor.__pos__, kind="view")
+@rule("clone", "positive", "alias_copy", torch.Tensor.__pos__, kind="view")
 def _clone(x: Dual, *, memory_format: Any = None) -> Dual:
     # channels-last layouts describe four or five axes; the stack has one more, so the layout stays
     return Dual(x.stacked.clone())
@@ -207,9 +187,7 @@ def _contiguous(x: Dual, memory_format: Any = None) -> Dual:
     return x if x.stacked[0].is_contiguous() else Dual(x.stacked.contiguous())
 
 
-@rule("detach", kind="view")
-def _detach(x: Dual) -> torch.Tensor:
-    return x.detach()
+rule("detach", kind="view")(lambda x: x.detach())
 
 
 @rule("flip", kind="view")
@@ -258,17 +236,10 @@ def _on_last_axes(name: str) -> None:
         return Dual(function(x.stacked, diagonal))
 
 
-def _slice_by_slice(name: str) -> None:
-    function = getattr(torch, name)
-    rule(name, kind="view")(
-        lambda x, *args, **kwargs: per_slice(lambda part: function(part, *args, **kwargs), x)
-    )
-
-
 for _name in ("tril", "triu"):
     _on_last_axes(_name)
 for _name in ("diag", "diag_embed", "fliplr", "flipud", "rot90", "diagflat"):
-    _slice_by_slice(_name)
+    rule(_name, kind="view")(by_slices(getattr(torch, _name)))
 
 
 @rule("pad", kind="view")
@@ -308,12 +279,15 @@ def _stack(tensors: Sequence[Any], dim: int = 0) -> Dual:
     return Dual(torch.stack(stacks, dim + 1 if dim >= 0 else dim))
 
 
+def _with_axes(x: Any, n: int) -> Any:
+    return x.reshape(tuple(getattr(torch, f"atleast_{n}d")(primal_of(x).detach()).shape))
+
+
 def _atleast(n: int) -> Callable[..., Any]:
     def atleast(*tensors: Any) -> Any:
-        values = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
-        shapes = [tuple(getattr(torch, f"atleast_{n}d")(primal_of(t).detach()).shape) for t in values]
-        results = tuple(t.reshape(shape) for t, shape in zip(values, shapes))
-        return results[0] if len(tensors) == 1 and not isinstance(tensors[0], (list, tuple)) else results
+        if len(tensors) == 1 and not isinstance(tensors[0], (list, tuple)):
+            return _with_axes(tensors[0], n)
+        return tuple(_with_axes(t, n) for t in sizes_of(tensors))
 
     return atleast
 
@@ -324,9 +298,7 @@ for _n in (1, 2, 3):
 
 def _join_along(n: int, dim: int) -> Callable[..., Any]:
     def joined(tensors: Sequence[Any]) -> Any:
-        values = [
-            t.reshape(tuple(getattr(torch, f"atleast_{n}d")(primal_of(t).detach()).shape)) for t in tensors
-        ]
+        values = [_with_axes(t, n) for t in tensors]
         return torch.cat(values, 0 if n == 1 and values[0].dim() == 1 else dim)
 
     return joined

@@ -115,7 +115,7 @@ def test_sums_that_cancel_are_rounded_once(name: str, dtype: torch.dtype, places
 # -- no rule without a case -------------------------------------------------------------------------------------------
 
 #: what has no derivative to round: comparisons and integers, new tensors, casts, refusals, random numbers
-PLAIN = ("_plain.", "_created.", "_cast.", "_refusal.", "_drawn.", "_type", "_stride", "_detach")
+PLAIN = ("_plain.", "_created.", "_cast.", "_refusal.", "_drawn.", "_type")
 #: names with rules of that sort, or with the very function of another name behind them
 SAME = {
     "all_reduce": "a sum over processes, tests/integrations/test_sharding.py",
@@ -124,6 +124,8 @@ SAME = {
     "threshold_": "F.threshold",
     "pinverse": "linalg.pinv",
     "randint_like": "integers",
+    "stride": "integers",
+    "detach": "the plain primal",
     "upsample": "F.interpolate by its old name",
     "trapz": "trapezoid",
     "nuclear_norm": "linalg.matrix_norm",
