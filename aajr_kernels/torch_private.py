@@ -31,48 +31,9 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.nn import _reduction
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils.hooks import BackwardHook
-
-__all__ = [
-    "ALL_REDUCE",
-    "BATCH_NORM_WITH_UPDATE",
-    "CHECKPOINT_SAVER",
-    "FROM_LOCAL",
-    "GROUPED_MM",
-    "LOW_RANK",
-    "MASKED_INDEX",
-    "MASKED_INDEX_PUT",
-    "NESTED_MASK_FITS",
-    "NN",
-    "RUNNING_NORMS",
-    "TESTED",
-    "TRACED_CHECKPOINT",
-    "UPSAMPLE_BILINEAR_AA",
-    "VARIABLE_FUNCTIONS",
-    "VERSION",
-    "TorchDispatchMode",
-    "allow_recompilations",
-    "assert_async",
-    "break_graph",
-    "is_tested",
-    "tested_range",
-    "has_memory",
-    "in_transform",
-    "lazy_clone",
-    "mark_constant",
-    "pass_weight_of_l1_loss",
-    "on_recomputation",
-    "pytree",
-    "reduction_kind",
-    "reduction_name",
-    "separate_outputs",
-    "watch_backward_hooks",
-    "watch_control_flow",
-    "watch_functions",
-    "watch_multi_head_attention",
-]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -92,9 +53,10 @@ def tested_range() -> str:
     return " to ".join(".".join(map(str, version)) for version in TESTED)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Functions and types: names that torch 2.11-2.15 have
-# ---------------------------------------------------------------------------------------------------------------
+# -- functions and types: names that torch 2.11-2.15 have -------------------------------------------------------------
+
+#: nested containers of tensors
+pytree = _pytree
 
 #: builtins behind ``torch.nn.functional``, and those behind ``torch``
 NN: Any = torch._C._nn
@@ -139,11 +101,9 @@ def has_memory(t: torch.Tensor) -> bool:
     return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# autograd
-# ---------------------------------------------------------------------------------------------------------------
+# -- autograd ---------------------------------------------------------------------------------------------------------
 
-_SEEN = "_aajr_sees_arguments"
+_SEEN = "_aajr_sees_arguments"  # an attribute of the functions that replace torch's
 
 
 def in_transform(*tensors: torch.Tensor) -> bool:
@@ -259,9 +219,6 @@ def on_recomputation(saver: torch.Tensor, restore: Callable[[list[Any]], list[An
         node.get_args = lambda saved: restore(get_args(saved))
 
 
-_SEES_WEIGHT = "_aajr_passes_weight"
-
-
 def pass_weight_of_l1_loss() -> None:
     """Have ``F.l1_loss`` hand its ``weight`` to ``__torch_function__``, which torch leaves out of the call. Idempotent.
 
@@ -269,7 +226,7 @@ def pass_weight_of_l1_loss() -> None:
     its module. A torch that passes the weight is left as it is by the wrapper.
     """
     original = F.handle_torch_function  # type: ignore[attr-defined]
-    if hasattr(original, _SEES_WEIGHT):
+    if hasattr(original, _SEEN):
         return
 
     @functools.wraps(original)
@@ -278,13 +235,11 @@ def pass_weight_of_l1_loss() -> None:
             kwargs.setdefault("weight", operands[2])
         return original(function, operands, *args, **kwargs)
 
-    setattr(handle, _SEES_WEIGHT, True)
+    setattr(handle, _SEEN, True)
     F.handle_torch_function = handle  # type: ignore[attr-defined]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# control flow
-# ---------------------------------------------------------------------------------------------------------------
+# -- control flow -----------------------------------------------------------------------------------------------------
 
 
 def watch_control_flow(watched: dict[str, Callable[..., Any]]) -> None:
@@ -317,9 +272,7 @@ def _calling(call: Callable[..., Any], original: Callable[..., Any]) -> Callable
     return replacement
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# multi-head attention
-# ---------------------------------------------------------------------------------------------------------------
+# -- multi-head attention ---------------------------------------------------------------------------------------------
 
 
 def watch_multi_head_attention(
@@ -352,9 +305,7 @@ def watch_multi_head_attention(
     return [forward]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# torch.compile
-# ---------------------------------------------------------------------------------------------------------------
+# -- torch.compile ----------------------------------------------------------------------------------------------------
 
 #: in ``TRACED`` of rules/registry.py: what Dynamo calls in place of non-reentrant checkpointing, in torch 2.11-2.15
 TRACED_CHECKPOINT = "torch.tag_activation_checkpoint"
@@ -388,9 +339,6 @@ def allow_recompilations(count: int) -> None:
     config.recompile_limit = max(config.recompile_limit, count)
 
 
-_SEPARATES = "_aajr_separates_outputs"
-
-
 def separate_outputs() -> None:
     """Have no compiled ``autograd.Function`` return a tensor twice, which costs it its gradient. Idempotent.
 
@@ -404,14 +352,14 @@ def separate_outputs() -> None:
         return
     operator = type(torch.ops.higher_order.autograd_function_apply)
     original = operator.__call__
-    if hasattr(original, _SEPARATES):
+    if hasattr(original, _SEEN):
         return
 
     @functools.wraps(original)
     def call(self: Any, fwd: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         return original(self, _separating(fwd), *args, **kwargs)
 
-    setattr(call, _SEPARATES, True)
+    setattr(call, _SEEN, True)
     operator.__call__ = call  # type: ignore[method-assign]
 
 

@@ -11,19 +11,12 @@ from . import head, ops  # noqa: F401  registers the ops on shards
 from .checkpoint import TrainingState
 from .plan import tensor_parallel
 
-__all__ = [
-    "PrepareModuleInput",
-    "PrepareModuleInputOutput",
-    "SequenceParallel",
-    "TrainingState",
-    "inside",
-    "linear_function",
-    "tensor_parallel",
-]
+__all__ = ["TrainingState", "inside", "linear_function", "tensor_parallel"]
+__all__ += ["PrepareModuleInput", "PrepareModuleInputOutput", "SequenceParallel"]  # imported below
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PrepareModuleInput", "PrepareModuleInputOutput", "SequenceParallel"):
+    if name in __all__:
         from . import styles  # subclasses of torch's, which have to be imported
 
         return getattr(styles, name)

@@ -294,9 +294,8 @@ def _gathered(numbers: Tensor, group: Any, h: Tensor) -> Tensor:
         ValueError: the processes do not have the same tokens.
     """
     count = torch.distributed.get_world_size(group)
-    if (
-        h.device.type == "cpu"
-    ):  # on a GPU the host would have to wait; another number of tokens fails in the gathering
+    # a GPU's host would have to wait; another number of tokens fails in the gathering
+    if h.device.type == "cpu":
         shape = torch.tensor(numbers.shape)
         shapes = shape.new_empty(count * 2)
         _all_gather(shapes, shape, group)

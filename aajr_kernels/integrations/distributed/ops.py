@@ -187,12 +187,12 @@ def _attention(run: Run, q: Any, k: Any, v: Any, mask: Any) -> Any:
                 "attention: the mask of DTensors must be a plain tensor without gradient: pass local shards."
             )
         aligned = (1,) * (axes - mask.dim()) + tuple(mask.shape)
-    placements = _kept(
-        stacks["q"].placements,
-        lambda dim: (
-            dim < axes - 2 and aligned[dim] == 1 and all(_even(z, dim, mesh) for z in stacks.values())
-        ),
-    )
+
+    def apart(dim: int) -> bool:  # every split by the mesh keeps groups of heads together
+        even = all(stack.shape[dim] % mesh.size() == 0 for stack in stacks.values())
+        return dim < axes - 2 and aligned[dim] == 1 and even
+
+    placements = _kept(stacks["q"].placements, apart)
     parts = []
     for z, stack in zip((q, k, v), stacks.values()):
         mesh_of("attention", **{"an input": stack})
@@ -200,11 +200,6 @@ def _attention(run: Run, q: Any, k: Any, v: Any, mask: Any) -> Any:
         parts.append(Dual(shard) if isinstance(z, Dual) else shard[0])
     y = run(*parts, mask=mask)
     return Dual(_joined(y.stacked, mesh, placements, (y.stacked.shape[0], *q.shape[:-1], v.shape[-1])))
-
-
-def _even(x: Tensor, dim: int, mesh: Any) -> bool:
-    """Whether every split by the mesh keeps groups of heads together."""
-    return x.shape[dim] % mesh.size() == 0
 
 
 def _whole(x: Dual) -> Dual:

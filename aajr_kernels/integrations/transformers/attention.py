@@ -60,17 +60,8 @@ def attention_forward(
         mask = mask[..., : key.shape[2]]
     if position_bias is not None:
         mask = _with_bias(mask, position_bias)
-    out = attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        causal=causal,
-        scale=scaling,
-        softcap=softcap,
-        window=window,
-        dropout=dropout,
-    )
+    shape: dict[str, Any] = dict(causal=causal, scale=scaling, softcap=softcap, window=window)
+    out = attention(query, key, value, mask=mask, dropout=dropout, **shape)
     return out.transpose(1, 2), None
 
 
@@ -84,11 +75,11 @@ def _with_bias(mask: Any, bias: Any) -> Any:
 
 
 def _refuse(options: dict[str, Any]) -> None:
-    for name, what in (
-        ("s_aux", "attention sinks"),
-        ("sinks", "attention sinks"),
-        ("cache", "a paged cache"),
-    ):
+    for name, what in {
+        "s_aux": "attention sinks",
+        "sinks": "attention sinks",
+        "cache": "a paged cache",
+    }.items():
         if options.get(name) is not None:
             raise UnsupportedOperation(
                 f"attention implementation 'aajr' was given {what} ({name}=), which it does not have: call "

@@ -148,9 +148,12 @@ _GATES: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+#: modules without parameters that are no activations
+_PASSING = (nn.modules.dropout._DropoutNd, nn.Identity)
+
+
 def _is_activation(module: nn.Module) -> bool:
-    others = (nn.modules.dropout._DropoutNd, nn.Identity)
-    return not (isinstance(module, others) or module._parameters or module._buffers or module._modules)
+    return not (isinstance(module, _PASSING) or module._parameters or module._buffers or module._modules)
 
 
 def _label(act: Any, table: dict[str, tuple[Any, Any, str]]) -> str | None:
@@ -198,8 +201,7 @@ def parts(module: nn.Module) -> Parts | None:
     """The parts of a module that is one to three linear layers, one activation and at most one dropout."""
     children = {name: child for name, child in module._modules.items() if child is not None}
     linears = {name: sizes for name, child in children.items() if (sizes := linear_sizes(child)) is not None}
-    others = (nn.modules.dropout._DropoutNd, nn.Identity)
-    drops = [name for name, child in children.items() if isinstance(child, others)]
+    drops = [name for name, child in children.items() if isinstance(child, _PASSING)]
     acts = [name for name, child in children.items() if name not in linears and _is_activation(child)]
     acts = acts or [name for name, f in vars(module).items() if name != "forward" and inspect.isroutine(f)]
     rest = children.keys() - {*linears, *acts, *drops}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,20 +24,10 @@ from .wrappers import around
 __all__ = ["KNOWN", "Fusion", "fuse"]
 
 #: ``config.model_type`` of the models whose layers were checked against the unfused model, value and gradient
-KNOWN = (
-    *(
-        "bert",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "llama",
-        "mistral",
-        "mixtral",
-        "modernbert",
-    ),
-    *("phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "t5", "vit"),
+KNOWN = tuple(
+    """
+bert gemma gemma2 gemma3_text gpt2 gpt_neox llama mistral mixtral modernbert phi3 qwen2 qwen3 qwen3_moe smollm3 t5 vit
+""".split()
 )
 
 _MARK = "_aajr_fusion"
@@ -80,9 +71,8 @@ class Fusion:
             delattr(module, attribute)
         for original, own, holders in self._configs:
             # later changes of the model's configuration stay
-            original.__dict__.update(
-                {k: v for k, v in own.__dict__.items() if not k.startswith("_attn_implementation")}
-            )
+            later = {k: v for k, v in own.__dict__.items() if not k.startswith("_attn_implementation")}
+            original.__dict__.update(later)
             for holder in holders:
                 holder.__dict__["config"] = original
         for model in self._models:
@@ -108,12 +98,8 @@ class Fusion:
         return "\n".join(lines)
 
 
-def _grouped(listing: dict[str, str]) -> dict[tuple[str, str], int]:
-    counts: dict[tuple[str, str], int] = {}
-    for name, what in listing.items():
-        key = what, re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        counts[key] = counts.get(key, 0) + 1
-    return counts
+def _grouped(listing: dict[str, str]) -> Counter[tuple[str, str]]:
+    return Counter((what, re.sub(r"(?<![^.])\d+(?![^.])", "*", name)) for name, what in listing.items())
 
 
 def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
@@ -268,10 +254,8 @@ def _check(model: nn.Module, models: list[nn.Module]) -> None:
 
 def _configs(models: list[nn.Module]) -> list[Any]:
     """Every configuration that names an attention implementation, once."""
-    configs = (module.__dict__.get("config") for part in models for module in part.modules())
-    return list(
-        {id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
-    )
+    configs = [module.__dict__.get("config") for part in models for module in part.modules()]
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
 
 
 def _own_config(config: Any, modules: list[nn.Module]) -> tuple[Any, Any, list[Any]]:

@@ -91,12 +91,8 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
         if isinstance(attention_mask, Visibility):  # made ahead of the model
             return attention_mask
         shape = structure(mask_function)
-        if (
-            shape is None
-            and torch.compiler.is_compiling()
-            and allow_is_causal_skip
-            and local_size is not None
-        ):
+        compiling = torch.compiler.is_compiling()
+        if shape is None and compiling and allow_is_causal_skip and local_size is not None:
             # transformers lets a mask be skipped only if it is causal with a plain window, or made of chunks
             shape = (True, local_size) if getattr(config, "attention_chunk_size", None) is None else None
         alignment = _alignment(q_length, kv_length, q_offset, kv_offset)
@@ -120,11 +116,7 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
         if padding is not None:
             padding = padding[:, kv_offset : kv_offset + kv_length].bool()
             # reading the values costs a synchronisation, once per forward: worth it for a mask that is not needed
-            padding = (
-                None
-                if not torch.compiler.is_compiling() and bool(padding.all())
-                else padding[:, None, None, :]
-            )
+            padding = None if not compiling and bool(padding.all()) else padding[:, None, None, :]
         if window is not None and window >= kv_length:
             window = None
         return Visibility(alignment if is_causal and alignment is not None else False, window, padding)

@@ -86,9 +86,8 @@ def asking(module: nn.Module, dtype: torch.dtype) -> list[Replacement]:
     holds = hasattr(config, "_attn_implementation") and any(map(linear_sizes, module.children()))
     if not holds or isinstance(module, pretrained_model_class()):
         return []
-    if "forward" in module.__dict__ and all(
-        chain[-1] is not own for chain in chains(module.__dict__["forward"])
-    ):
+    replaced = module.__dict__.get("forward", own)
+    if all(chain[-1] is not own for chain in chains(replaced)):
         return [Replacement("attention", reason="its forward was replaced on the instance by something else")]
     calls, configured = _Calls(module), config._attn_implementation
     usual = "eager" if configured in (None, NAME) else configured
