@@ -125,9 +125,7 @@ def _polar(abs: Any, angle: Any) -> Any:
     return torch.complex(*(_polar_part(abs, angle, function) for function in (torch.cos, torch.sin)))
 
 
-@once_rounded
-def _polar_part(abs: Any, angle: Any, function: Any) -> Any:
-    return abs * function(angle)
+_polar_part = once_rounded(lambda abs, angle, function: abs * function(angle))
 
 
 # -- absolute value and phase -------------------------------------------------------------------------------------

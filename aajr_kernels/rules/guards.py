@@ -163,16 +163,10 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     return new
 
 
-_LOOP = "a loop in Python"
 #: functions of torch's control flow -> what to write in their place
-_CONTROL_FLOW = {
-    "cond": "torch.where or if",
-    "switch": "torch.where or if",
-    "while_loop": _LOOP,
-    "scan": _LOOP,
-    "associative_scan": _LOOP,
-    "map": _LOOP,
-}
+_CONTROL_FLOW = dict.fromkeys(("cond", "switch"), "torch.where or if") | dict.fromkeys(
+    ("while_loop", "scan", "associative_scan", "map"), "a loop in Python"
+)
 
 
 def guard_control_flow() -> None:

@@ -20,6 +20,7 @@ from .common import is_dual, primal_of
 from .registry import rule
 
 
+@rule("layer_norm", kind="op")
 def _layer_norm(
     x: Any,
     normalized_shape: Any,
@@ -34,14 +35,11 @@ def _layer_norm(
     return norm.layer_norm(x, normalized_shape, weight, bias, eps)
 
 
+@rule("rms_norm", kind="op")
 def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     if is_dual(weight):
         return _affine(norm.rms_norm(x, normalized_shape, None, eps), weight, None)
     return norm.rms_norm(x, normalized_shape, weight, eps)
-
-
-rule("layer_norm", kind="op")(_layer_norm)
-rule("rms_norm", kind="op")(_rms_norm)
 
 
 def _affine(y: Any, weight: Any, bias: Any) -> Any:
@@ -57,6 +55,7 @@ def _per_channel(y: Any, weight: Any, bias: Any) -> Any:
     return _affine(y, weight, bias)
 
 
+@rule("group_norm", kind="op")
 def _group_norm(
     x: Any,
     num_groups: int,
@@ -77,9 +76,6 @@ def _group_norm(
     else:
         y = F.group_norm(x, num_groups, None, None, eps)
     return _per_channel(y, weight, bias)
-
-
-rule("group_norm", kind="op")(_group_norm)
 
 
 def _channel_norm(x: Any, eps: float) -> Any:
@@ -111,6 +107,7 @@ def _refuse_dual_statistics(*statistics: Any) -> None:
         raise UnsupportedOperation("running_mean and running_var must be plain tensors, got a Dual.")
 
 
+@rule(F.batch_norm, kind="op")
 def _batch_norm(
     x: Any,
     running_mean: torch.Tensor | None,
@@ -136,9 +133,6 @@ def _batch_norm(
     return _per_channel(y, weight, bias)
 
 
-rule(F.batch_norm, kind="op")(_batch_norm)
-
-
 rule(torch.batch_norm, kind="op")(
     lambda x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled: _batch_norm(
         x, running_mean, running_var, weight, bias, training, momentum, eps
@@ -146,6 +140,7 @@ rule(torch.batch_norm, kind="op")(
 )
 
 
+@rule(F.instance_norm, kind="op")
 def _instance_norm(
     x: Any,
     running_mean: torch.Tensor | None = None,
@@ -171,9 +166,6 @@ def _instance_norm(
                 primal_of(x).detach(), None, None, running_mean, running_var, True, momentum, eps, False
             )
     return _group_norm(x, x.shape[1], weight, bias, eps)
-
-
-rule(F.instance_norm, kind="op")(_instance_norm)
 
 
 rule(torch.instance_norm, kind="op")(

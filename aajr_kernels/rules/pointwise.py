@@ -55,9 +55,9 @@ def _plus_product(a: Any, b: Any, c: Any) -> Any:
     return _plus(a, _multiply(b, c))
 
 
-@rule("add", torch.Tensor.__add__, torch.Tensor.__radd__)
-def _add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
-    return _plus(a, b) if alpha == 1 else _plus_product(a, b, alpha)
+rule("add", torch.Tensor.__add__, torch.Tensor.__radd__)(
+    lambda a, b, *, alpha=1: _plus(a, b) if alpha == 1 else _plus_product(a, b, alpha)
+)
 
 
 @rule("sub", "subtract", torch.Tensor.__sub__)
@@ -69,9 +69,7 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     return _plus_product(a, b, -alpha) if alpha != 1 else _plus(a, _multiply(b, -1))
 
 
-@rule("rsub", torch.Tensor.__rsub__)
-def _rsub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
-    return _sub(b, a, alpha=alpha)
+rule("rsub", torch.Tensor.__rsub__)(lambda a, b, *, alpha=1: _sub(b, a, alpha=alpha))
 
 
 @rule("mul", "multiply", torch.Tensor.__mul__, torch.Tensor.__rmul__)
@@ -325,13 +323,11 @@ if VERSION > (2, 11):  # where it has no derivative, in neither mode
 rule("copysign")(elementwise(torch.copysign, lambda y, a, b: torch.where(a == 0, 0.0, y / a), _zeros))
 
 
-@rule("nan_to_num")
-def _nan_to_num(
-    x: Dual, nan: float | None = 0.0, posinf: float | None = None, neginf: float | None = None
-) -> Dual:
-    return elementwise(
+rule("nan_to_num")(
+    lambda x, nan=0.0, posinf=None, neginf=None: elementwise(
         lambda p: torch.nan_to_num(p, nan, posinf, neginf), lambda y, p: torch.isfinite(p).to(p.dtype)
     )(x)
+)
 
 
 # -- results without a derivative -------------------------------------------------------------------------------------

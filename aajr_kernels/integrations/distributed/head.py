@@ -59,9 +59,9 @@ def _head(
     """q ``[K, T]`` and nll ``[T]`` from a stack ``[1 + K, *batch, C]`` and a weight; at least one is a DTensor."""
     from torch.distributed.tensor import Partial, Replicate
 
-    given = {"weight": weight, "bias": bias, "hidden": stacked}
+    operands = {"weight": weight, "bias": bias, "hidden": stacked}
     first = "weight" if sharding.is_dtensor(weight) else "hidden"
-    mesh = mesh_of("lm_head_sensitivity", **{first: given.pop(first)}, **given)
+    mesh = mesh_of("lm_head_sensitivity", **{first: operands.pop(first)}, **operands)
     axis, start = _words("weight", weight, mesh)
     if bias is not None and _words("bias", bias, mesh) != (axis, start):
         raise UnsupportedOperation(
@@ -75,10 +75,10 @@ def _head(
     rows = (len(stacked), math.prod(stacked.shape[1:-1]), stacked.shape[-1])
     if axis is None:
         plain = Dual(local(stacked, mesh, whole, whole).reshape(rows))
-        found = lm_head_sensitivity(
+        result = lm_head_sensitivity(
             plain, w, b, metric=metric, scale=scale, softcap=softcap, labels=labels, ignore_index=ignore_index
         )
-        return found if isinstance(found, tuple) else (found, None)
+        return result if isinstance(result, tuple) else (result, None)
     h, q_l2 = local(stacked, mesh, whole, sums).reshape(rows), None
     if metric == "l2" or len(h) == 1:  # of the hidden states, which are local: no sum over processes
         q_l2 = h.new_empty((0, rows[1]), dtype=_wide(h))
@@ -206,8 +206,8 @@ def _statistics(
     reference, mean, q, kappa = stats[_LEAD[backend] :].double().reshape(4, k, tokens)
     numbers = [lse.unsqueeze(0)]
     if own is not None and nll is not None:
-        held = (own >= 0) & (own < weight.shape[0])
-        numbers.append(torch.where(held, lse - nll.double(), 0.0).unsqueeze(0))
+        is_local = (own >= 0) & (own < weight.shape[0])
+        numbers.append(torch.where(is_local, lse - nll.double(), 0.0).unsqueeze(0))
     if metric in ("fisher", "probs"):
         numbers.append(reference + mean)
     if metric != "l2":
@@ -247,24 +247,24 @@ def _merge(
 ) -> tuple[Tensor, Tensor | None]:
     """q and nll of all words from ``[processes, F, T]``; `stats` of the own words become those under all."""
     lead, dtype = stats.shape[0] - 4 * k, stats.dtype
-    found = iter(gathered.split([1, *([1] if labels else []), *_fields(k, metric)], 1))
-    parts = next(found)
+    fields = iter(gathered.split([1, *([1] if labels else []), *_fields(k, metric)], 1))
+    parts = next(fields)
     lse = parts.logsumexp(0)
-    nll = lse - next(found).sum(0) if labels else None
+    nll = lse - next(fields).sum(0) if labels else None
     w = (parts - lse).exp()
     old_reference, mean, q, kappa = stats[lead:].view(4, k, stats.shape[1])
     if metric == "logits":
-        q.copy_(next(found).sum(0))
+        q.copy_(next(fields).sum(0))
         if not labels:  # no softmax: its placeholder is not used
             return q.to(dtype).clone(), None
     elif metric != "l2":
-        mu = next(found)
+        mu = next(fields)
         middle = (w * mu).sum(0)
-        d, spread = mu - middle, next(found)
+        d, spread = mu - middle, next(fields)
         if metric == "fisher":
             q.copy_((w * (spread + d * d)).sum(0))
         else:
-            skew, mass = next(found), next(found)
+            skew, mass = next(fields), next(fields)
             q.copy_((w * w * (spread + 2.0 * d * skew + d * d * mass)).sum(0))
             kappa.copy_((w * w * (skew + d * mass)).sum(0))
         mean.copy_(middle - old_reference.double())

@@ -109,15 +109,15 @@ def _linear(run: Run, x: Dual, weight: Tensor, bias: Tensor | None) -> Dual:
         raise ValueError(
             f"linear: weight must be [out, {x.shape[-1]}] for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}."
         )
-    given = weight.placements if sharding.is_dtensor(weight) else [Replicate()] * mesh.ndim  # type: ignore[attr-defined]
+    weight_placements = weight.placements if sharding.is_dtensor(weight) else [Replicate()] * mesh.ndim  # type: ignore[attr-defined]
     rows: list[tuple[Any, ...]] = []
-    for held, w in zip(x.stacked.placements, given):  # type: ignore[attr-defined]
+    for placement, w in zip(x.stacked.placements, weight_placements):  # type: ignore[attr-defined]
         if w == Shard(0):
             rows.append((Replicate(), Partial(), w, w, w, w, Shard(last)))
         elif w == Shard(1):
             rows.append((Shard(last), Shard(last), w, w, Replicate(), Replicate(), Partial()))
         else:
-            (kept,) = _kept([held], lambda dim: dim != last)
+            (kept,) = _kept([placement], lambda dim: dim != last)
             (grad,) = _of_weights([kept])
             rows.append((kept, kept, Replicate(), grad, Replicate(), grad, kept))
     x_in, x_bar, w_in, w_bar, b_in, b_bar, y_out = zip(*rows)
@@ -137,8 +137,8 @@ def _rowwise(op: str, run: Run, x: Dual, axes: int, **weights: Tensor | None) ->
     mesh = mesh_of(op, x=x.stacked, **weights)
     placements = _kept(x.stacked.placements, lambda dim: dim < x.stacked.dim() - axes)  # type: ignore[attr-defined]
     whole, gradient = _kept(placements, lambda dim: False), _of_weights(placements)
-    held = {name: None if w is None else local(w, mesh, whole, gradient) for name, w in weights.items()}
-    y = run(Dual(local(x.stacked, mesh, placements, placements)), **held)
+    shards = {name: None if w is None else local(w, mesh, whole, gradient) for name, w in weights.items()}
+    y = run(Dual(local(x.stacked, mesh, placements, placements)), **shards)
     return Dual(_joined(y.stacked, mesh, placements, x.stacked.shape))
 
 

@@ -38,15 +38,15 @@ def tensor_parallel(model: nn.Module, mesh: Any, axis: str = "tensor") -> nn.Mod
 
     over = axis_of(mesh, axis)
     config: Any = getattr(model, "config", None)
-    given = getattr(config, "base_model_tp_plan", None)
+    layer_styles = getattr(config, "base_model_tp_plan", None)
     body = getattr(model, "base_model", None)
-    if not given or body is None:
+    if not layer_styles or body is None:
         raise TypeError(
             f"model must carry a plan (config.base_model_tp_plan), got {type(model).__name__} without: call "
             "parallelize_module with a plan of yours."
         )
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-    unknown = sorted(set(given.values()) - styles.keys())
+    unknown = sorted(set(layer_styles.values()) - styles.keys())
     if unknown:
         raise TypeError(
             f"model must be split by columns and rows, got the styles {', '.join(unknown)} in the plan of "
@@ -59,7 +59,7 @@ def tensor_parallel(model: nn.Module, mesh: Any, axis: str = "tensor") -> nn.Mod
                 f"mesh must share {name}={heads} evenly, got {over.size()} processes on its axis: take a divisor."
             )
     start = "" if body is model else f"{model.base_model_prefix}."
-    plan: dict[str, ParallelStyle] = {start + name: styles[style]() for name, style in given.items()}
+    plan: dict[str, ParallelStyle] = {start + name: styles[style]() for name, style in layer_styles.items()}
     head, table = (getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("output", "input"))
     if isinstance(head, nn.Linear) and head.weight is not getattr(table, "weight", None):
         plan[next(name for name, module in model.named_modules() if module is head)] = ColwiseParallel()

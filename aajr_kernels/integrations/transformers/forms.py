@@ -70,12 +70,12 @@ def verified(
         through: a function that the method finds among its globals, to be replaced in its stead; it runs `op` twice.
         method: makes of a body what the trial calls.
     """
-    differences, held = [], None
+    differences, opaque = [], None
     for reading in () if trial.reason else readings:
         for way in ways(getattr(type(module), attribute), through):
             body = around(way, reading)
             if body is None:
-                held = way[-1]
+                opaque = way[-1]
                 continue
             difference = trial.difference(method(body), op, 2 if through else 1)
             if difference is None:
@@ -86,8 +86,8 @@ def verified(
         reason = f"{subject} {trial.reason}"
     elif differences:
         reason = f"{subject} is not the fused {what}: {min(differences)[1]}"
-    elif held is not None:
-        reason = f"a decorator of {held.__qualname__} does not hold what it decorates"
+    elif opaque is not None:
+        reason = f"a decorator of {opaque.__qualname__} does not hold what it decorates"
     else:
         reason = f"{type(module).__name__}.{attribute} has {what} in an unknown form"
     return Replacement(what, reason=reason)
