@@ -81,6 +81,9 @@ LOW_RANK: Any = torch._lowrank
 #: asked by ``nn.TransformerEncoder``: whether its padding suits the nested fast path
 NESTED_MASK_FITS: Callable[..., bool] = torch._nested_tensor_from_mask_left_aligned
 
+#: the class of dropout modules
+DROPOUT: type[torch.nn.Module] = torch.nn.modules.dropout._DropoutNd
+
 #: norms of modules with running statistics
 RUNNING_NORMS: type[torch.nn.Module] = torch.nn.modules.batchnorm._NormBase
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from ...ops.activation import geglu, gelu, quick_gelu, relu2, swiglu
 from ...ops.norm import rms_norm
+from ...torch_private import DROPOUT
 from .verify import Case, Method, Trial, linear_sizes, undisturbed
 from .wrappers import around, ways
 
@@ -149,7 +150,7 @@ _GATES: dict[str, tuple[Any, Any, str]] = {
 
 
 #: modules without parameters that are no activations
-_PASSING = (nn.modules.dropout._DropoutNd, nn.Identity)
+_PASSING = (DROPOUT, nn.Identity)
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...backends.choice import use_backend
 from ...coverage import coverage, paused
 from ...dual import Dual, dual
+from ...torch_private import DROPOUT
 
 __all__ = ["FLOATS", "Case", "Method", "Trial", "draw", "linear_sizes", "signature", "undisturbed"]
 
@@ -111,7 +112,7 @@ def _twin(module: nn.Module, case: Case, generator: torch.Generator) -> nn.Modul
     sizes = linear_sizes(module)
     if sizes is not None:
         return _LowRank(*sizes, case.parameters, generator)
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DROPOUT):
         return _Mark()
     twin: nn.Module = object.__new__(type(module))
     fresh = vars(nn.Module())
