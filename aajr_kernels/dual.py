@@ -423,8 +423,8 @@ def _directions(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
         if not value.is_floating_point():
             raise TypeError(
-                f"{name} must be floating point, got {value.dtype}: a Dual is real; for token ids seed "
-                "the embedding with aajr_kernels.seed."
+                f"{name} must be floating point, got {value.dtype}: a Dual is real; for token ids start "
+                "at the embedding with aajr_kernels.inject."
             )
     if v.dtype != x.dtype:
         raise TypeError(f"v must have the dtype of x ({x.dtype}), got {v.dtype}: cast it with v.to(x.dtype).")

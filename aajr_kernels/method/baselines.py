@@ -48,6 +48,7 @@ __all__ = ["METHODS", "baseline_penalty", "trajectory_baseline"]
 METHODS = ("aligned", "random", "frobenius", "spectral", "input_gradient", "cure", "finite_difference")
 NEEDS_DIRECTION = ("aligned", "cure", "finite_difference")
 NEEDS_LOSS = ("input_gradient", "cure")
+DRAWN = ("random", "frobenius", "spectral")
 PER_SEQUENCE = ("frobenius", "spectral")
 
 
@@ -108,8 +109,9 @@ def baseline_penalty(
             table's penalty (to its share per unit for ``unit="token"``). The loss-based methods know rows only: `mask`
             and `unit` have no meaning for them, the loss decides what counts.
         unit: follows the scope of the directions: ``"token"`` in scope ``"token"``, else ``"sequence"``, as always for
-            ``frobenius`` and ``spectral``, which bound the penalty along directions of every scope. Another one needs
-            `scope` too; per token these two are shares of ‖J‖²_F and ‖J‖₂², and bound nothing.
+            ``frobenius`` and ``spectral``, which bound the penalty along directions of the scopes ``"sequence"`` and
+            ``"token"`` (joint directions of A agents: A times as much). Another one needs `scope` too; per token these
+            two are shares of ‖J‖²_F and ‖J‖₂², and bound nothing.
         return_direction: also return the direction(s) that were measured, detached: like `x`, or ``[samples, ...]``.
 
     Returns:
@@ -123,13 +125,19 @@ def baseline_penalty(
     scope_is_default, scope = scope is None, "sequence" if scope is None else scope
     check_choices(SCOPES, scope=scope)
     of_directions = "sequence" if method in PER_SEQUENCE else scope
-    unit = unit_of(of_directions, unit, scope_is_default, "baseline_penalty")
+    if method not in NEEDS_LOSS:
+        unit = unit_of(of_directions, unit, scope_is_default, "baseline_penalty")
     reducing = dict(
-        gamma=gamma, form=form, mask=mask, unit=unit, reduction=reduction, denominator=denominator
+        gamma=gamma, form=form, mask=mask, unit=unit or "token", reduction=reduction, denominator=denominator
     )
     options = PenaltyOptions(metric=metric, head=head, **reducing)  # type: ignore[arg-type]
-    modules, random = modules_of(module), RandomState(x.device)
     allowed = functools.partial(probes.restrict, mask=attack_mask, agents=agents)
+    v = u
+    if (
+        method in DRAWN
+    ):  # before the state that every forward starts from: a draw from the global generator advances it
+        v = _drawn_direction(method, x, start, samples, allowed, Groups(scope, x.shape, agents), generator)
+    modules, random = modules_of(module), RandomState(x.device)
     if method in NEEDS_LOSS:
         assert loss_fn is not None
         options = replace(options, mask=None, unit="token")
@@ -147,13 +155,7 @@ def baseline_penalty(
     else:
         assert func is not None
         policy = probes.repeatable(func, random)
-        if method in NEEDS_DIRECTION:
-            assert u is not None
-            v = u
-        else:
-            v = _drawn_direction(
-                method, x, start, samples, allowed, Groups(scope, x.shape, agents), generator
-            )
+        assert v is not None
         if method == "spectral":
             with frozen_parameters(modules, evaluate=False):
                 q_of = functools.partial(_quadratic, policy, x.detach(), options=options)

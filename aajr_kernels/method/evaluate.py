@@ -102,7 +102,11 @@ class Evaluator:
             return self._losses(self.point(delta))
 
     def _losses(self, point: Tensor) -> Tensor:
-        losses: Tensor = checked_losses(self.random.replay(self.loss_fn, point), self.x.shape[0])
+        losses = checked_losses(self.random.replay(self.loss_fn, point), self.x.shape[0])
+        if not isinstance(losses, Tensor):
+            raise TypeError(
+                "loss_fn must return a tensor of losses, got a Dual: captured Duals have no place there."
+            )
         return losses
 
     def all(self, rows: Tensor) -> bool:

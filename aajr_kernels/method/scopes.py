@@ -19,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import kind_of
+from .checks import check_choices, kind_of
+from .options import UNITS
 
 __all__ = ["SCOPES", "Groups", "agent_labels", "attackable", "checked_agents", "unit_of"]
 
@@ -112,13 +113,15 @@ def unit_of(scope: str, unit: str | None = None, scope_is_default: bool = False,
     Raises:
         ValueError: `unit` does not go with a scope that the caller did not name.
     """
+    if unit is not None:
+        check_choices(UNITS, unit=unit)
     own = "token" if scope == "token" else "sequence"
     if unit is not None and unit != own and scope_is_default:
         raise ValueError(
             f"unit={unit!r} does not go with scope={scope!r}, the default of {of}: leave unit out, or name both, "
             f"{of}(scope={scope!r}) and unit={unit!r}, for quantities that differ by the number of tokens."
         )
-    return unit or own
+    return own if unit is None else unit
 
 
 def agent_labels(agents: Tensor) -> Tensor:

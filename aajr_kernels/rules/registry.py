@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..backends.errors import UnsupportedOperation, unsupported
+from ..backends.errors import unsupported
 from ..torch_private import NN, VARIABLE_FUNCTIONS, is_tested, separate_outputs
 from ..torch_private import mark_constant as constant
 
@@ -112,7 +112,7 @@ def install_guards() -> None:
         guard = GUARDS.pop()
         try:
             guard()
-        except UnsupportedOperation:
+        except BaseException:
             GUARDS.append(guard)
             raise
 

@@ -12,7 +12,7 @@ import torch
 
 from ..method.ascent import INITS
 from ..method.ascent import STEPS as KINDS
-from ..method.baselines import METHODS
+from ..method.baselines import METHODS, PER_SEQUENCE
 from ..method.checks import check_choices, check_integers, check_number
 from ..method.options import FORMS, METRICS, UNITS
 from ..method.projection import NORMS
@@ -86,7 +86,7 @@ class Penalty:
             baselines too.
         metric, form: of ``aligned_penalty``.
         unit: follows the scope of the attack: ``"token"``, or ``"sequence"`` for the scopes ``"sequence"`` and
-            ``"agent"``. Another one needs ``Attack(scope=)`` too.
+            ``"agent"``; another one needs ``Attack(scope=)`` too. ``"sequence"`` for ``frobenius`` and ``spectral``.
         samples, iterations, h: of :func:`~aajr_kernels.method.baseline_penalty`.
     """
 
@@ -160,7 +160,7 @@ class ObjectiveConfig:
     """The objective, without the loop around it.
 
     Attributes:
-        attack, penalty: as they say; here their scope and unit are what they stand for, never None.
+        attack, penalty: as they say; :attr:`scope` and :attr:`unit` are what their None stands for.
         adversarial_weight, clean_weight: of the losses at the worst point and at the clean input; schedules.
         shift_labels: labels come as for Hugging Face, ``labels[:, t]`` being the token at t; False: the target at t.
         seed: of the attack's draws, which depend on it, on the step and on the micro-batch only; None: that of
@@ -188,10 +188,19 @@ class ObjectiveConfig:
             check_integers(0, seed=self.seed)
         for name in ("adversarial_weight", "clean_weight"):
             checked_schedule(getattr(self, name), name)
-        scope = self.attack.scope or "token"
-        unit = unit_of(scope, self.penalty.unit, self.attack.scope is None, "Attack")
-        object.__setattr__(self, "attack", dataclasses.replace(self.attack, scope=scope))
-        object.__setattr__(self, "penalty", dataclasses.replace(self.penalty, unit=unit))
+        _ = self.unit
+
+    @property
+    def scope(self) -> str:
+        """Scope of the attack."""
+        return self.attack.scope or "token"
+
+    @property
+    def unit(self) -> str:
+        """Unit of the penalty: as named, else that of the attack's scope; of a sequence for ‖J‖²_F and ‖J‖₂²."""
+        if self.penalty.method in PER_SEQUENCE:
+            return unit_of("sequence", self.penalty.unit)
+        return unit_of(self.scope, self.penalty.unit, self.attack.scope is None, "Attack")
 
 
 @dataclass(frozen=True)
@@ -264,6 +273,8 @@ def describe(value: Any) -> Any:
     """A configuration as what JSON can hold; functions by name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         entries = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, ObjectiveConfig):
+            entries |= {"scope": value.scope, "unit": value.unit}
         return {"schedule": type(value).__name__, **entries} if callable(value) else entries
     if isinstance(value, Mapping):
         return {str(key): describe(entry) for key, entry in value.items()}

@@ -313,9 +313,13 @@ class _Run:
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         """Say what changed since the checkpoint."""
-        flat = lambda config: {**config, **config.get("objective", {})}
+
+        def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+            inner = dict(config.get("objective", {}))
+            return {**config, "objective.seed": inner.pop("seed", None), **inner}
+
         now, then = flat(describe(self.config)), flat(before)
-        changed = [name for name in now if name not in FREE and now[name] != then.get(name)]
+        changed = [name for name in now if name not in FREE and now[name] != then.get(name, now[name])]
         if changed:
             warnings.warn(
                 f"the configuration changed since the checkpoint: {', '.join(changed)}. The training goes on with the "

@@ -204,7 +204,8 @@ class _Work:
             mask=self.batch.attackable,
             generator=self.generator,
             module=self.model,
-            **_entries(attack, "steps", "step", "norm", "scope", "init", "restarts", "eval_mode"),
+            scope=self.config.scope,
+            **_entries(attack, "steps", "step", "norm", "init", "restarts", "eval_mode"),
         )
 
     def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
@@ -212,7 +213,7 @@ class _Work:
         options = self.options(scheduled)
         learnt = int((batch.labels != IGNORED).sum())
         # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
-        divisor = counts.units if config.unit == "token" else max(learnt, 1)
+        divisor = counts.units if self.config.unit == "token" else max(learnt, 1)
         rescale = divisor / counts.tokens
         share = config.steps == "worst" and scheduled.adversarial > 0
         if share:
@@ -269,7 +270,8 @@ class _Work:
             gamma=scheduled.gamma,
             mask=self.batch.tokens(config.tokens),
             denominator=float(self.counts.units),
-            **_entries(config, "metric", "form", "unit"),
+            unit=self.config.unit,
+            **_entries(config, "metric", "form"),
         )
 
 
@@ -305,4 +307,4 @@ def _units(batch: Prepared, config: ObjectiveConfig) -> int:
     keep = batch.tokens(config.penalty.tokens)
     if keep is None:
         keep = torch.ones_like(batch.labels, dtype=torch.bool)
-    return int(keep.any(-1).sum() if config.penalty.unit == "sequence" else keep.sum())
+    return int(keep.any(-1).sum() if config.unit == "sequence" else keep.sum())

@@ -227,7 +227,7 @@ class Objective:
                 metric=self.config.penalty.metric if self.config.penalty.metric != "probs" else "fisher",
                 gamma=gamma,
                 output_mask=batch.tokens("loss"),
-                unit=self.config.penalty.unit,
+                unit=self.config.unit,
                 power_iterations=diagnostics.power_iterations,
             )
         with frozen_parameters((self.module,), self.config.attack.eval_mode):

@@ -343,7 +343,7 @@ def test_a_backend_that_has_no_such_op_or_dtype_is_refused(native):
 
 
 def test_falling_back_is_a_failure(native, monkeypatch):
-    monkeypatch.setattr(choice, "select_backend", lambda op, *tensors: "reference")
+    monkeypatch.setattr(choice, "select_backend", lambda op, *tensors, **options: "reference")
     (row,) = report("--op", "linear", "--dtype", "float32", "--backend", "native", exit_code=1)["rows"]
     assert "ran on reference, not native" in row["failures"][0]
 

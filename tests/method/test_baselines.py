@@ -386,3 +386,17 @@ def test_bad_arguments_of_a_trajectory(policy):
         trajectory_baseline("aligned", policy, traj, weights=[1, 2])
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
         trajectory_baseline("aligned", policy, traj, reduction="none")
+
+
+@pytest.mark.parametrize("method", ["random", "frobenius", "spectral"])
+def test_every_call_draws_a_direction_of_its_own(policy, method):
+    """Without a generator they come from torch's own, which a call leaves advanced."""
+    x = torch.randn(2, 3, 4)
+    options = dict(metric="l2", iterations=0, return_direction=True)
+    state = torch.get_rng_state()
+    (_, first), (_, second) = (baseline_penalty(method, torch.tanh, x, **options) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert not torch.equal(state, torch.get_rng_state())
+    torch.set_rng_state(state)
+    _, again = baseline_penalty(method, torch.tanh, x, **options)
+    assert torch.equal(first, again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -99,13 +100,27 @@ def test_a_mixed_pair_of_a_baseline_at_a_point_names_both() -> None:
 
 def test_training_names_both_too() -> None:
     own = ObjectiveConfig()
-    assert (own.attack.scope, own.penalty.unit) == ("token", "token")
+    assert (own.scope, own.unit) == ("token", "token")
     for scope, unit in (("sequence", "sequence"), ("agent", "sequence"), ("token", "token")):
-        assert ObjectiveConfig(attack=Attack(scope=scope)).penalty.unit == unit
+        assert ObjectiveConfig(attack=Attack(scope=scope)).unit == unit
     with pytest.raises(
         ValueError, match=r"unit='sequence' does not go with scope='token', the default of Attack"
     ):
         ObjectiveConfig(penalty=Penalty(unit="sequence"))
     for scope, unit in (("sequence", "token"), ("agent", "token"), ("token", "sequence")):
         mixed = ObjectiveConfig(attack=Attack(scope=scope), penalty=Penalty(unit=unit))
-        assert (mixed.attack.scope, mixed.penalty.unit) == (scope, unit)
+        assert (mixed.scope, mixed.unit) == (scope, unit)
+
+
+def test_replacing_an_entry_of_an_objective_names_nothing_else() -> None:
+    """What a configuration stood for by default is no choice of the user's when a part of it is replaced."""
+    assert dataclasses.replace(ObjectiveConfig(), attack=Attack(scope="sequence")).unit == "sequence"
+    with pytest.raises(ValueError, match="unit='sequence' does not go with scope='token'"):
+        dataclasses.replace(ObjectiveConfig(), penalty=Penalty(unit="sequence"))
+
+
+@pytest.mark.parametrize("method", ["frobenius", "spectral"])
+def test_norms_of_the_whole_jacobian_are_per_sequence_in_training(method: str) -> None:
+    for attack in (Attack(), Attack(scope="token"), Attack(scope="sequence")):
+        assert ObjectiveConfig(attack=attack, penalty=Penalty(method)).unit == "sequence"
+    assert ObjectiveConfig(penalty=Penalty(method, unit="token")).unit == "token"

@@ -318,7 +318,7 @@ def test_bad_arguments(tmp_path):
         (lambda: quiet(TinyLM().requires_grad_(False), data, plain()), "must have a parameter that requires"),
         (
             lambda: quiet(model, data, plain(), optimizer=sgd(tiny_lm())),
-            "optimizer must hold parameters of model",
+            "optimizer must hold only parameters of model",
         ),
         (lambda: Attack(scope="word"), "scope must be one of sequence, token, agent, got 'word'"),
         (lambda: Attack(step_size=0), "step_size must be 'auto' or a positive number, got 0"),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...rules.registry import install_guards
 from .forms import Replacement, find, is_torchs
 from .kinds import kind_of, line_for
 from .library import NAME, pretrained_model_class, register
@@ -136,6 +137,7 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     models = _outermost(model, pretrained_model_class())
     _check(model, models)
     register()
+    install_guards()  # outside the trials, which would silence and undo what these say
     around.cache_clear()  # it holds copies of the model files' globals, which may have changed since
     fusion = Fusion(type(model).__name__)
     fusion._models = [
@@ -195,7 +197,8 @@ class _Once:
         return next((p.dtype for p in module.parameters() if p.dtype in FLOATS), default)
 
     def __call__(self, finder: Callable[[nn.Module, torch.dtype], Any], module: nn.Module) -> Any:
-        key = finder, signature(module)
+        # that of an attention names its cache; `asking` makes sure that it does no more
+        key = finder, signature(module, ("layer_idx",) if finder is asking else ())
         if key not in self._results:
             self._results[key] = finder(module, self._dtype_of(module, self._dtype))
         return self._results[key]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from itertools import product
+from math import inf
 from types import FunctionType
 from typing import Any
 
@@ -20,7 +21,7 @@ from ...ops.rotary import rotary
 from .forms import Replacement, verified
 from .library import NAME, pretrained_model_class
 from .masks import Visibility
-from .verify import Method, Trial, draw, linear_sizes, undisturbed
+from .verify import Method, Trial, draw, first, linear_sizes, undisturbed
 from .wrappers import chains
 
 __all__ = ["asking"]
@@ -107,10 +108,15 @@ def asking(module: nn.Module, dtype: torch.dtype) -> list[Replacement]:
     else:
         return []
     difference = trial.difference(calls.method(implementation=NAME), "attention")
+    index = twin.__dict__.get("layer_idx")
+    if isinstance(index, int):
+        layers = range(max(getattr(config, "num_hidden_layers", 1), index + 1))
+        if trial.depends_on("layer_idx", layers):
+            difference = inf, "what it computes depends on its layer_idx"
     reason = f"attention: {type(module).__name__} is not the fused attention: "
     pieces = [Replacement("attention", reason="" if difference is None else reason + difference[1])]
     with undisturbed():
-        turns = not torch.equal(calls.method(stretch=2.0)(twin, x)[0], y)  # it applies positions here
+        turns = not torch.equal(first(calls.method(stretch=2.0)(twin, x)), y)  # it applies positions here
     if turns:
         options: Any = dict(through=ROTARY, method=calls.method)
         pieces.append(verified(module, trial, "rotary", "rotary", [apply_rotary], **options))

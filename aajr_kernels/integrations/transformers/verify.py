@@ -10,6 +10,7 @@ shows. Values and one directional derivative are compared on eight tokens; that 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from ...coverage import coverage, paused
 from ...dual import Dual, dual
 from ...torch_private import DROPOUT
 
-__all__ = ["FLOATS", "Case", "Method", "Trial", "draw", "linear_sizes", "signature", "undisturbed"]
+__all__ = ["FLOATS", "Case", "Method", "Trial", "draw", "first", "linear_sizes", "signature", "undisturbed"]
 
 Method = Callable[[Any, Any], Any]  # of a twin and tokens
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -116,7 +117,11 @@ def _twin(module: nn.Module, case: Case, generator: torch.Generator) -> nn.Modul
         return _Mark()
     twin: nn.Module = object.__new__(type(module))
     fresh = vars(nn.Module())
-    twin.__dict__.update({k: v for k, v in vars(module).items() if k not in fresh and k != "forward"} | fresh)
+    for name, value in vars(module).items():
+        # a compiled call would run the module itself; a container may be filled by the forward
+        if name not in fresh and name not in ("forward", "_compiled_call_impl"):
+            twin.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list)) else value
+    twin.__dict__.update(fresh)
     for name, p in module._parameters.items():
         if p is None or p.numel() <= _LARGEST:
             random = None if p is None else draw(p.shape, case.parameters, generator)
@@ -141,9 +146,9 @@ def _setting(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
-def signature(module: nn.Module) -> Any:
-    """Equal for modules with equal twins: of one class, with the same sizes and settings."""
-    settings = ((k, v) for k, v in vars(module).items() if k not in _COMMON and k != "layer_idx")
+def signature(module: nn.Module, but: tuple[str, ...] = ()) -> Any:
+    """Equal for modules with equal twins: of one class, with the same sizes and settings, `but` for some of these."""
+    settings = ((k, v) for k, v in vars(module).items() if k not in _COMMON and k not in but)
     tensors = (*module._parameters.items(), *module._buffers.items())
     return (
         type(module),
@@ -156,12 +161,31 @@ def signature(module: nn.Module) -> Any:
 # -- trials -----------------------------------------------------------------------------------------------------------
 
 
-def _first(output: Any) -> Any:
+def first(output: Any) -> Any:
+    """The output, or the first of several."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def _raised(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _gradients(run: _Run, parameters: Mapping[str, Tensor], method: Method) -> Sequence[Tensor | None]:
+    """Of a linear function of the result, by the parameters."""
+    if not parameters:
+        return ()
+    with undisturbed(), torch.enable_grad():
+        try:
+            for p in parameters.values():
+                p.requires_grad_()
+            y = first(method(run.twin, run.x))
+            if not y.requires_grad:
+                return [None] * len(parameters)
+            weights = torch.arange(y.numel(), dtype=y.dtype).cos().reshape(y.shape)
+            return torch.autograd.grad(y, list(parameters.values()), weights, allow_unused=True)
+        finally:
+            for p in parameters.values():
+                p.requires_grad_(False)
 
 
 class _Run(NamedTuple):
@@ -197,7 +221,7 @@ class Trial:
         A `tokenwise` method is given tokens of very different sizes, each compared for itself: around the epsilon of a
         norm, where its place shows, and up to where activations saturate. It runs in training mode, too.
         """
-        self.reason, self.tokenwise = "", tokenwise
+        self.reason, self.tokenwise, self._own = "", tokenwise, own
         self.runs: list[_Run] = []
         sizes = torch.logspace(-6, 1, 8, dtype=torch.float64, device="cpu").reshape(2, 4, 1)
         usual = [(_WIDE, False), (_WIDE, True), (Case(dtype, dtype), False)]
@@ -208,7 +232,7 @@ class Trial:
                     twin = _twin(module, case, generator).train(training)
                     shape, scale = (2, 4, width), sizes if tokenwise else 2.0
                     x, v = (draw(shape, case.tokens, generator, scale) for _ in range(2))
-                    call = functools.partial(lambda twin, z: _first(own(twin, z)), twin)
+                    call = functools.partial(lambda twin, z: first(own(twin, z)), twin)
                     y, tangent, *_ = torch.func.jvp(call, (x,), (v,))
             except Exception as error:  # any error of a module's code
                 if case not in mixed:
@@ -223,9 +247,9 @@ class Trial:
         for run in self.runs:
             try:
                 with undisturbed(), coverage() as ran:
-                    y = _first(method(run.twin, dual(run.x, run.v)))
+                    y = first(method(run.twin, dual(run.x, run.v)))
                 with undisturbed():
-                    plain = _first(method(run.twin, run.x))
+                    plain = first(method(run.twin, run.x))
             except Exception as error:
                 return inf, f"the fused one raises {_raised(error)}"
             times = sum(int(n) for (name, _), (n, _) in ran.entries.items() if name == op)
@@ -245,7 +269,38 @@ class Trial:
                         distance,
                         f"its {what} is off by {distance:.0e} in {dtype}, by more than {allowed:.0e}",
                     )
+        return self._difference_of_gradients(method)
+
+    def _difference_of_gradients(self, method: Method) -> tuple[float, str] | None:
+        """The same of the gradients of parameters that the method uses itself: it may detach one."""
+        run = self.runs[0]
+        parameters = {name: p for name, p in run.twin._parameters.items() if p is not None}
+        try:
+            own, fused = (_gradients(run, parameters, one) for one in (self._own, method))
+        except Exception as error:
+            return inf, f"there is no gradient to compare ({_raised(error)})"
+        for name, exact, got in zip(parameters, own, fused):
+            if exact is None or got is None:
+                if exact is not got:
+                    return _EXACT, f"its {name} gets {'no' if got is None else 'a'} gradient"
+            elif not (got - exact).norm() <= _EXACT * exact.norm():
+                return _EXACT, f"the gradient of its {name} is another one"
         return None
+
+    def depends_on(self, name: str, values: Sequence[Any]) -> bool:
+        """Whether the value of the method in float64 changes with an attribute of the twin."""
+        run = self.runs[0]
+        before = run.twin.__dict__[name]
+        try:
+            for run.twin.__dict__[name] in values:
+                with undisturbed():
+                    if not torch.equal(first(self._own(run.twin, run.x)), run.value):
+                        return True
+        except Exception:  # an index that is none of the model's
+            return True
+        finally:
+            run.twin.__dict__[name] = before
+        return False
 
     def _error(self, x: Tensor, exact: Tensor) -> float:
         """The largest relative error of a token, or that of all together."""

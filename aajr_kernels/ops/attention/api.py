@@ -131,12 +131,13 @@ def attention(
         flat = {"causal": causal, "scale": scale, "softcap": softcap, "window": window, "dropout": dropout}
         return sharding.OPS["attention"](functools.partial(attention, **flat), *tensors)
 
-    sizes = None if packed is None else packed.sizes()
     backend, operands = prepare(
         "attention",
         stacks[:3],
-        flops=lambda q, k, v: (1 + 2 * tangents) * flops(q, k, v, options, sizes),
-        shards=on_shards,
+        flops=lambda q, k, v: (
+            (1 + 2 * tangents) * flops(q, k, v, options, None if packed is None else packed.sizes())
+        ),
+        shards=on_shards if dual else None,
         cast=autocast_low,
         uncast=stacks[3],
         triton_lacks=lacks_in_triton,
@@ -144,6 +145,8 @@ def attention(
     if backend == SHARDS:
         return operands
     qs, ks, vs = operands
+    # read for the mask of dropout only: compiled code would guard on the number of sequences
+    sizes = packed.sizes() if packed is not None and dropout > 0 else None
     out = run(qs, ks, vs, stacks[3], options, backend, sizes)
     return Dual(out) if dual else out[0]
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
+from aajr_kernels.backends import choice
 from aajr_kernels.ops.sensitivity import softmax
 
 ALL = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 STRICT = ("sm_80", "sm_90")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-OPS = Path(aajr.__file__).parent / "ops"
 
 
 @dataclass(frozen=True)
@@ -320,4 +319,4 @@ _add("sensitivity", "softmax C4096", BF16, lambda leaf: softmax(Dual(leaf(2, 512
 
 def shipped() -> dict[str, Config]:
     """Configurations of the ops that have Triton kernels."""
-    return {name: config for name, config in CONFIGS.items() if (OPS / config.op / "triton.py").exists()}
+    return {name: config for name, config in CONFIGS.items() if choice._has_module(config.op, "triton")}

@@ -31,6 +31,7 @@ class Fake:
     __torch_dispatch__ = torch._C._disabled_torch_dispatch_impl
     def is_floating_point(self): return self.dtype.is_floating_point
     def is_complex(self): return self.dtype.is_complex
+    is_cuda = property(lambda self: self.device.type == 'cuda')
 
 def fake(device="cuda:0", dtype=torch.bfloat16):
     return Fake(torch.device(device), dtype)

@@ -179,6 +179,54 @@ def test_a_dropout_in_another_place_is_left():
     assert fusion.replaced["model.layers.1.mlp"] == "SwiGLU MLP"
 
 
+def test_a_weight_without_a_gradient_is_left(monkeypatch):
+    """Value and derivative along the tokens agree; the weight's gradient does not."""
+
+    def constant_weight(self, x):
+        return self.weight.detach() * normalised(self, x, None).to(x.dtype)
+
+    monkeypatch.setattr(llama.LlamaRMSNorm, "forward", constant_weight)
+    left = fuse(tiny("llama")).left["model.norm"]
+    assert left == "LlamaRMSNorm.forward is not the fused RMS norm: its weight gets a gradient"
+
+
+def test_a_layer_that_reads_its_index_is_verified_for_each(monkeypatch):
+    class Indexed(llama.LlamaMLP):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if self.layer_idx == 0 else 2 * y
+
+    model = tiny("llama")
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.__class__, layer.mlp.layer_idx = Indexed, index
+    fusion = assert_alike(model)
+    assert fusion.replaced["model.layers.0.mlp"] == "SwiGLU MLP"
+    assert "its value is off" in fusion.left["model.layers.1.mlp"]
+
+
+def test_an_attention_that_reads_its_index_is_left(monkeypatch):
+    forward = llama.LlamaAttention.forward
+
+    def scaled(self, *args, **kwargs):
+        y, weights = forward(self, *args, **kwargs)
+        return y / (1 + self.layer_idx), weights
+
+    monkeypatch.setattr(llama.LlamaAttention, "forward", scaled)
+    fusion = assert_alike(tiny("llama"))
+    said = fusion.left["model.layers.0.self_attn"]
+    assert said.endswith("is not the fused attention: what it computes depends on its layer_idx")
+
+
+def test_a_compiled_child_of_a_layer_is_not_called():
+    model, calls = tiny("llama"), []
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.SiLU()
+        layer.mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+        layer.mlp.act_fn._compiled_call_impl = layer.mlp.act_fn._call_impl
+    assert "SwiGLU MLP" in fuse(model).replaced.values()
+    assert not calls
+
+
 def interleaved(q, k, cos, sin, unsqueeze_dim=1):
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     turn = lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
@@ -380,6 +428,7 @@ def test_every_class_and_configuration_is_run_once(monkeypatch):
         calls.clear()
         assert fuse(tiny("llama", num_hidden_layers=layers)).left == {}
         counts.append({name: calls.count(name) for name in calls})
+    counts[0]["LlamaAttention"] += 4  # its own method runs once more for every layer_idx
     assert counts[0] == counts[1]
 
 
