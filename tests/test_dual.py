@@ -70,7 +70,7 @@ def test_tangent_of_several_directions_raises():
             torch.arange(2),
             torch.ones(2),
             TypeError,
-            r"x must be floating point, got torch\.int64.*aajr_kernels\.seed",
+            r"x must be floating point, got torch\.int64.*aajr_kernels\.inject",
         ),
         (torch.ones(2), torch.arange(2), TypeError, "v must be floating point, got"),
         (torch.ones(2), torch.ones(2).double(), TypeError, r"v must have the dtype of x \(torch\.float32\)"),
