@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import typer
-
 from aajr_kernels.cli import main
-from aajr_kernels.cli.main import fail
+from aajr_kernels.cli.main import application, fail
 
 __all__ = ["application", "fail", "run"]
-
-
-def application(function: Callable[..., Any]) -> typer.Typer:
-    """A function with typer-annotated parameters as a command of its own."""
-    single = typer.Typer(**main.OPTIONS)
-    single.command()(function)
-    return single
 
 
 def run(function: Callable[..., Any], module: str, extra: str) -> None:

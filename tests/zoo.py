@@ -106,7 +106,7 @@ def padding(lengths: tuple[int, ...], side: str = "right", size: int = LENGTH) -
 
 
 # -------------------------------------------------------------------------------------------- causal decoders
-_SIZES = dict(
+SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
     intermediate_size=48,
@@ -121,36 +121,36 @@ _SIZES = dict(
 _GEMMA = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, tie_word_embeddings=True)
 _GEMMA |= dict(layer_types=["sliding_attention", "full_attention"])
 _EXPERTS = dict(num_experts_per_tok=2)
-_NEOX = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
+_NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 _GPT2 = dict(
     vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
 )
 
 #: name -> (config class, model class, options of the config, metric)
 _DECODERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", _SIZES, "fisher"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _SIZES | {"head_dim": 8}, "logits"),
-    "mistral": ("MistralConfig", "MistralForCausalLM", _SIZES | {"sliding_window": WINDOW}, "probs"),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", SIZES, "fisher"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", SIZES | {"head_dim": 8}, "logits"),
+    "mistral": ("MistralConfig", "MistralForCausalLM", SIZES | {"sliding_window": WINDOW}, "probs"),
     "gemma2": (
         "Gemma2Config",
         "Gemma2ForCausalLM",
-        _SIZES | _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        SIZES | _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         "fisher",
     ),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _SIZES | _GEMMA, "fisher"),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", _SIZES, "fisher"),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", SIZES | _GEMMA, "fisher"),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", SIZES, "fisher"),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2, "fisher"),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _NEOX, "logits"),
     "mixtral": (
         "MixtralConfig",
         "MixtralForCausalLM",
-        _SIZES | _EXPERTS | {"num_local_experts": 4},
+        SIZES | _EXPERTS | {"num_local_experts": 4},
         "fisher",
     ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
-        _SIZES
+        SIZES
         | _EXPERTS
         | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
         "probs",
@@ -218,7 +218,7 @@ def _untied_embedding(name: str) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------ encoders and encoder-decoders
-_ENCODER = {key: value for key, value in _SIZES.items() if key not in ("num_key_value_heads", "bos_token_id")}
+_ENCODER = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "bos_token_id")}
 
 
 def _bert(attention: str) -> Subject:

@@ -8,6 +8,7 @@ sub-command needs are missing.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
@@ -40,12 +41,17 @@ class LazyGroup(TyperGroup):
         return name, load(name) if name in COMMANDS else placeholder, rest
 
 
+def application(function: Callable[..., Any], name: str | None = None) -> typer.Typer:
+    """A function with typer-annotated parameters as a command of its own."""
+    single = typer.Typer(**OPTIONS)
+    single.command(name)(function)
+    return single
+
+
 def load(name: str) -> Any:
     """The sub-command `name`, imported, as the command object that typer makes of it."""
     module, _ = COMMANDS[name]
-    single = typer.Typer(add_completion=False)
-    single.command(name)(getattr(importlib.import_module(module), name))
-    return typer.main.get_command(single)
+    return typer.main.get_command(application(getattr(importlib.import_module(module), name), name))
 
 
 app = typer.Typer(

@@ -133,9 +133,8 @@ def baseline_penalty(
     options = PenaltyOptions(metric=metric, head=head, **reducing)  # type: ignore[arg-type]
     allowed = functools.partial(probes.restrict, mask=attack_mask, agents=agents)
     v = u
-    if (
-        method in DRAWN
-    ):  # before the state that every forward starts from: a draw from the global generator advances it
+    if method in DRAWN:
+        # before the state that every forward starts from is taken: a draw from the global generator advances it
         v = _drawn_direction(method, x, start, samples, allowed, Groups(scope, x.shape, agents), generator)
     modules, random = modules_of(module), RandomState(x.device)
     if method in NEEDS_LOSS:

@@ -1,4 +1,4 @@
-"""What every test of an operation does: ours against float64 forward mode of a formula written out by hand.
+"""The comparison in every test of an operation: ours against float64 forward mode of a formula written out by hand.
 
 Inputs that carry tangents are stacked tensors ``[1 + K, *shape]``, those without are ``[1, *shape]`` and enter the
 operation as plain tensors. The cotangent is random on primal and tangents alike, so that both paths are seen.
@@ -14,6 +14,22 @@ from torch import Tensor
 
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 from aajr_kernels.testing.cases.case import entered, forward_mode, stacks  # noqa: F401  stacks: for the tests
+
+
+def record_calls(monkeypatch: Any, module: Any, names: Sequence[str]) -> list[str]:
+    """A list that every call of these functions of a module adds its name to."""
+    ran: list[str] = []
+
+    def recorded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def record_and_run(*args: Any) -> Any:
+            ran.append(name)
+            return run(*args)
+
+        return record_and_run
+
+    for name in names:
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    return ran
 
 
 def outcome(

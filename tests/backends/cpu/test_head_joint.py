@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops.op_checks import record_calls
 
 from aajr_kernels import Dual, LMHead, aligned_penalty
 from aajr_kernels.ops.head import function, lm_head_sensitivity
@@ -22,18 +23,7 @@ T, V, C = 310, 290, 24
 @pytest.fixture
 def passes(monkeypatch):
     """Names of the head's functions, in the order they ran."""
-    ran: list[str] = []
-
-    def counted(name, run):
-        def count_and_run(*args):
-            ran.append(name)
-            return run(*args)
-
-        return count_and_run
-
-    for name in ("head_fwd", "head_bwd", "head_joint"):
-        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
-    return ran
+    return record_calls(monkeypatch, kernels, ("head_fwd", "head_bwd", "head_joint"))
 
 
 def problem(k=1, **options):

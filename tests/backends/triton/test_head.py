@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.op_checks import record_calls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aajr_kernels import Dual, LMHead, aligned_penalty, use_backend
@@ -253,18 +254,7 @@ def test_compiled_in_one_piece(small):
 @pytest.fixture
 def passes(monkeypatch):
     """Names of the head's functions, in the order they ran."""
-    ran: list[str] = []
-
-    def counted(name, run):
-        def count_and_run(*args):
-            ran.append(name)
-            return run(*args)
-
-        return count_and_run
-
-    for name in ("head_fwd", "head_bwd", "head_joint"):
-        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
-    return ran
+    return record_calls(monkeypatch, kernels, ("head_fwd", "head_bwd", "head_joint"))
 
 
 @pytest.mark.parametrize(

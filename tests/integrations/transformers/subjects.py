@@ -9,20 +9,7 @@ from typing import Any
 
 import zoo
 from torch import nn
-from zoo import LENGTH, WINDOW, Subject, embeddings, padding, randomise
-
-_SIZES = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+from zoo import LENGTH, SIZES, WINDOW, Subject, embeddings, padding, randomise
 
 #: name -> (config class, model class, options); the types that are not in the zoo
 _MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -41,7 +28,7 @@ def tiny(name: str, attention: str = "sdpa", **options: Any) -> nn.Module:
     import transformers
 
     config_class, model_class, more = _MORE.get(name, ("LlamaConfig", "LlamaForCausalLM", {}))
-    config = getattr(transformers, config_class)(**(_SIZES | more | options))
+    config = getattr(transformers, config_class)(**(SIZES | more | options))
     config._attn_implementation = attention
     return randomise(getattr(transformers, model_class)(config), 21)
 
