@@ -78,10 +78,11 @@ def _picture(config: dict[str, Any], rows: list[Row], path: Path) -> None:
     for method, name in COMPARISON.names.items():
         colour = COMPARISON.colours[method]
         own = [row for row in rows if row["method"] == method]
-        every, chosen = [row["validation"] for row in own], [row["test"] for row in own if row["chosen"]]
-        x, y = ([result[axis] for result in every] for axis in ("robust_accuracy", "nominal"))
+        validated = [row["validation"] for row in own]
+        tested = [row["test"] for row in own if row["chosen"]]
+        x, y = ([result[axis] for result in validated] for axis in ("robust_accuracy", "nominal"))
         front.scatter(x, y, 12, colour, alpha=0.35, linewidths=0)
-        x, y = (np.mean([result[axis] for result in chosen]) for axis in ("robust_accuracy", "nominal"))
+        x, y = (np.mean([result[axis] for result in tested]) for axis in ("robust_accuracy", "nominal"))
         front.scatter(x, y, 70, colour, label=name, edgecolors="white", zorder=3)
     front.axvline(config["target"], color="black", linewidth=0.8, linestyle=":")
     title = "every run (validation); large: tested, mean"

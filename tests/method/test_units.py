@@ -113,7 +113,7 @@ def test_training_names_both_too() -> None:
 
 
 def test_replacing_an_entry_of_an_objective_names_nothing_else() -> None:
-    """What a configuration stood for by default is no choice of the user's when a part of it is replaced."""
+    """A default stays a default when another part of the configuration is replaced."""
     assert dataclasses.replace(ObjectiveConfig(), attack=Attack(scope="sequence")).unit == "sequence"
     with pytest.raises(ValueError, match="unit='sequence' does not go with scope='token'"):
         dataclasses.replace(ObjectiveConfig(), penalty=Penalty(unit="sequence"))

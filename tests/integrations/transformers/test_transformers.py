@@ -236,9 +236,9 @@ def test_norms_have_the_output_dtype_of_the_original(family, weight, x):
     value = torch.randn(3, 8).to(x)
     expected = norm(value)
     replacement = find(norm, weight)
-    found = replacement.function(norm, value)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+    actual = replacement.function(norm, value)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-2, atol=2e-2)
     assert replacement.function(norm, aajr.dual(value, value)).dtype == expected.dtype
 
 

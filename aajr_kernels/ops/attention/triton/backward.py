@@ -274,7 +274,7 @@ def _weights(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a transposed tile. Keys that do not exist need no mask: nobody stores their rows."""
+    """Weights of a transposed tile. Keys that do not exist need no mask: their rows are never stored."""
     s = add_product(tl.zeros([keys.shape[0], qs.shape[0]], tl.float32), qs, keys, True, PRECISION)
     shift = row_statistic(stats + head, at, here, float("inf"), PACKED)
     lnorm = shift

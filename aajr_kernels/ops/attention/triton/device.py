@@ -60,8 +60,8 @@ def sequence(
 ):
     """First query and key, sizes, block within the sequence and diagonal of the sequence a program works on.
 
-    Packed sequences have ``N // BLOCK + sequences`` programs, whatever their lengths, and nobody has to know those
-    to launch them: sequence i owns the programs from ``start_i // BLOCK + i`` on, at least as many as it has blocks.
+    Packed sequences have ``N // BLOCK + sequences`` programs, whatever their lengths, which a launch need not
+    know: sequence i owns the programs from ``start_i // BLOCK + i`` on, at least as many as it has blocks.
     """
     if PACKED:
         index = block * 0

@@ -180,7 +180,7 @@ class Problem:
 
 
 def stack(x: Tensor, index: int) -> Tensor:
-    """Tangent `index` of a stacked tensor; the primal where it has none, as a stand-in nobody reads."""
+    """Tangent `index` of a stacked tensor; the primal where it has none, as a stand-in that is never read."""
     return x[1 + index if x.shape[0] > 1 and index >= 0 else 0]
 
 

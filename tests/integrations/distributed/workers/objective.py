@@ -1,4 +1,4 @@
-"""What one micro-batch adds to the objective of ``training.fit``, under tensor parallelism against one process."""
+"""The share of one micro-batch in the objective of ``training.fit``, under tensor parallelism against one process."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ for k, metric, (bias, scale, softcap), learn in itertools.product(
     def run(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> list[torch.Tensor]:
         leaves = [t.detach().requires_grad_() for t in (h, w, b) if t is not None]
         b = leaves[2] if b is not None else None
-        found = aajr.lm_head_sensitivity(
+        sensitivities = aajr.lm_head_sensitivity(
             aajr.Dual(leaves[0]), leaves[1], b, metric=metric, scale=scale, softcap=softcap, labels=labels
         )
-        q, nll = found if isinstance(found, tuple) else (found, None)
+        q, nll = sensitivities if isinstance(sensitivities, tuple) else (sensitivities, None)
         total = (q * q_bar.to(q)).sum() + (0.0 if nll is None else (nll * nll_bar.to(nll)).sum())
         grads = torch.autograd.grad(total, leaves, allow_unused=True)
         results = [q, *([] if nll is None else [nll]), *grads]
@@ -81,6 +81,6 @@ for w, h in (
     (distribute_tensor(weight, mesh, [Replicate()]), stack),
     (weight, distribute_tensor(stack, mesh, [Shard(1)])),
 ):
-    found = aajr.lm_head_sensitivity(aajr.Dual(h), w)
-    assert relative(found, q) <= BOUND[dtype]
+    actual = aajr.lm_head_sensitivity(aajr.Dual(h), w)
+    assert relative(actual, q) <= BOUND[dtype]
 end()
