@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable
 from typing import Any, TypeGuard
@@ -33,26 +34,27 @@ def check_integers(least: int, **values: Any) -> None:
 
 
 def check_number(name: str, value: Any, least: float | None = None) -> None:
-    """Raise unless it is a Python number: such numbers are written down, and compiled into graphs.
+    """Raise unless it is a finite Python number: such numbers are written down, and compiled into graphs.
 
     Raises:
         TypeError: it is something else.
-        ValueError: `least` is given, and it is smaller or not finite.
+        ValueError: it is infinite or NaN, or smaller than `least`.
     """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         is_convertible = hasattr(value, "__float__") and not isinstance(value, bool)
         remedy = f": pass float({name})" if is_convertible else ""
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}{remedy}.")
-    if least is not None and not least <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= {least}, got {value}.")
+    if not math.isfinite(value) or (least is not None and value < least):
+        bound = "" if least is None else f" >= {least}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value}.")
 
 
 def check_scalar(name: str, value: Any) -> None:
-    """Raise unless it is a number of Python or NumPy, or a tensor of one element.
+    """Raise unless it is a finite number of Python or NumPy, or a tensor of one element (whose value is not read).
 
     Raises:
         TypeError: it is something else.
-        ValueError: it is a tensor of more or fewer elements.
+        ValueError: it is infinite or NaN, or a tensor of more or fewer elements.
     """
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
@@ -62,6 +64,10 @@ def check_scalar(name: str, value: Any) -> None:
     elif not is_number(value):
         remedy = ": pass y.primal" if isinstance(value, Dual) else ""
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}{remedy}.")
+    elif (
+        not -math.inf < value < math.inf
+    ):  # not math.isfinite: the number may be symbolic, under torch.compile
+        raise ValueError(f"{name} must be a finite number, got {value}.")
 
 
 def check_choices(choices: Iterable[str], **values: Any) -> None:

@@ -68,6 +68,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "penalty_weight must be a number or a tensor, got str",
     ),
+    "penalty_weight, nan": (
+        lambda: _penalty(penalty_weight=float("nan")),
+        ValueError,
+        "penalty_weight must be a finite number, got nan",
+    ),
+    "denominator, inf": (
+        lambda: _penalty(denominator=float("inf")),
+        ValueError,
+        "denominator must be a finite number, got inf",
+    ),
     "penalty_weight, array": (
         lambda: _penalty(penalty_weight=np.ones(2)),
         TypeError,

@@ -88,7 +88,17 @@ def test_fused_is_exact(name, k, record_property):
     assert EXACT == 1e-10
 
 
+@pytest.fixture
+def ordered_sums():
+    """With several threads torch sums the gradient of an indexed weight (experts) in no fixed order otherwise."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @every_model
+@pytest.mark.usefixtures("ordered_sums")
 def test_plain_tensors_give_the_same_values_and_gradients(name):
     subject = SUBJECTS[name]()
     keys = list(subject.model.state_dict())
