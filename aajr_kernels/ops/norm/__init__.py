@@ -12,7 +12,6 @@ Sums:    add_rms_norm and add_layer_norm normalise s = x + residual and return s
          inputs is x̄ as above plus that of s.
 """
 
-from .add import add_layer_norm, add_rms_norm
-from .api import layer_norm, rms_norm
+from .api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]

@@ -4,51 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_float32, autocasting
-from ...dual import Dual
+from ...dual import Dual, is_dual, num_tangents, stack_of
 from ...recompute import is_recomputed
 from ..prepare import SHARDS, prepare
 from .checks import check_dtypes, check_offset, check_shapes, refuse_dual_weights, trailing_shape, wide_dtype
 from .function import NormFunction
 
+_T = TypeVar("_T", Tensor, Dual)
 
-@overload
+
 def rms_norm(
-    x: torch.Tensor,
+    x: _T,
     normalized_shape: int | Sequence[int],
-    weight: torch.Tensor | None = None,
+    weight: Tensor | None = None,
     eps: float | None = None,
     *,
     offset: float = 0.0,
     recompute: bool | None = None,
-) -> torch.Tensor: ...
-@overload
-def rms_norm(
-    x: Dual,
-    normalized_shape: int | Sequence[int],
-    weight: torch.Tensor | None = None,
-    eps: float | None = None,
-    *,
-    offset: float = 0.0,
-    recompute: bool | None = None,
-) -> Dual: ...
-
-
-def rms_norm(
-    x: torch.Tensor | Dual,
-    normalized_shape: int | Sequence[int],
-    weight: torch.Tensor | None = None,
-    eps: float | None = None,
-    *,
-    offset: float = 0.0,
-    recompute: bool | None = None,
-) -> torch.Tensor | Dual:
+) -> _T:
     """Root-mean-square norm ``y = (offset + w) ∘ x̂`` with ``x̂ = r x``, ``r = (mean(x²) + eps)^(-1/2)``.
 
     The tangent is ``ẏ = (offset + w) ∘ r(ẋ − x̂ mean(x̂∘ẋ))``.
@@ -74,48 +55,26 @@ def rms_norm(
     refuse_dual_weights("rms_norm", weight=weight)
     shape = trailing_shape("rms_norm", x, normalized_shape)
     check_offset("rms_norm", weight, offset)
-    if not isinstance(x, Dual):
-        if offset == 0.0:
-            return F.rms_norm(x, shape, weight, eps)
-        assert weight is not None
-        wide = wide_dtype(x.dtype)
-        return F.rms_norm(x.to(wide), shape, weight.to(wide) + offset, eps).to(x.dtype)
-    if eps is None:
-        eps = torch.finfo(wide_dtype(x.stacked.dtype)).eps
-    return _norm("rms_norm", x, shape, weight, None, eps, offset, False, recompute)
-
-
-@overload
-def layer_norm(
-    x: torch.Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    recompute: bool | None = None,
-) -> torch.Tensor: ...
-@overload
-def layer_norm(
-    x: Dual,
-    normalized_shape: int | Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    recompute: bool | None = None,
-) -> Dual: ...
+    if isinstance(x, Dual):
+        if eps is None:
+            eps = torch.finfo(wide_dtype(x.stacked.dtype)).eps
+        return _norm("rms_norm", x, None, shape, weight, None, eps, offset, False, recompute)[0]
+    if offset == 0.0:
+        return F.rms_norm(x, shape, weight, eps)
+    assert weight is not None
+    wide = wide_dtype(x.dtype)
+    return F.rms_norm(x.to(wide), shape, weight.to(wide) + offset, eps).to(x.dtype)
 
 
 def layer_norm(
-    x: torch.Tensor | Dual,
+    x: _T,
     normalized_shape: int | Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
     recompute: bool | None = None,
-) -> torch.Tensor | Dual:
+) -> _T:
     """Layer norm ``y = w ∘ x̂ + b`` with ``x̂ = r(x − mean(x))``, ``r = (var(x) + eps)^(-1/2)``.
 
     The tangent is ``ẏ = w ∘ r(ẋc − x̂ mean(x̂∘ẋc))`` with ``ẋc = ẋ − mean(ẋ)``. Its gradient is exact, where PyTorch's
@@ -145,44 +104,141 @@ def layer_norm(
         return F.layer_norm(x, shape, weight, bias, eps)
     if not autocasting(x.stacked.device.type):
         check_dtypes("layer_norm", x.stacked.dtype, weight=weight, bias=bias)
-    return _norm("layer_norm", x, shape, weight, bias, eps, 0.0, True, recompute)
+    return _norm("layer_norm", x, None, shape, weight, bias, eps, 0.0, True, recompute)[0]
+
+
+def add_rms_norm(
+    x: Tensor | Dual,
+    residual: Tensor | Dual,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+    recompute: bool | None = None,
+) -> tuple[Any, Any]:
+    """``s = x + residual`` and :func:`rms_norm` of it, in one pass over memory: the step between pre-norm blocks.
+
+    Args:
+        x: ``[*batch, *normalized_shape]``, Tensor or Dual; what a block computed.
+        residual: shape and dtype of `x`, Tensor or Dual; the stream that the block is added to.
+        normalized_shape: as for :func:`rms_norm`, like the arguments after it.
+
+    Returns:
+        ``(normed, summed)``, both in the shape and dtype of `x`; Duals if `x` or `residual` is one (a plain one has
+        tangent zero), plain tensors otherwise. Gradients of both results reach both inputs.
+
+    Raises:
+        UnsupportedOperation: `weight` is a Dual.
+        ValueError: shapes do not agree, or an offset comes without a weight.
+    """
+    refuse_dual_weights("add_rms_norm", weight=weight)
+    shape = _common_shape("add_rms_norm", x, residual, normalized_shape)
+    check_offset("add_rms_norm", weight, offset)
+    if not _fusible(x, residual, shape):
+        summed: Any = x + residual  # type: ignore[operator]
+        return rms_norm(summed, normalized_shape, weight, eps, offset=offset, recompute=recompute), summed
+    if eps is None:
+        eps = torch.finfo(wide_dtype(x.dtype)).eps
+    return _norm("add_rms_norm", x, residual, shape, weight, None, eps, offset, False, recompute)
+
+
+def add_layer_norm(
+    x: Tensor | Dual,
+    residual: Tensor | Dual,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    recompute: bool | None = None,
+) -> tuple[Any, Any]:
+    """``s = x + residual`` and :func:`layer_norm` of it, in one pass over memory: the step between pre-norm blocks.
+
+    Args:
+        x: ``[*batch, *normalized_shape]``, Tensor or Dual; what a block computed.
+        residual: shape and dtype of `x`, Tensor or Dual; the stream that the block is added to.
+        normalized_shape: as for :func:`layer_norm`, like the arguments after it.
+
+    Returns:
+        ``(normed, summed)``, both in the shape and dtype of `x`; Duals if `x` or `residual` is one (a plain one has
+        tangent zero), plain tensors otherwise. Gradients of both results reach both inputs.
+
+    Raises:
+        UnsupportedOperation: `weight` or `bias` is a Dual.
+        ValueError: shapes do not agree.
+        RuntimeError: dtypes do not agree.
+    """
+    refuse_dual_weights("add_layer_norm", weight=weight, bias=bias)
+    shape = _common_shape("add_layer_norm", x, residual, normalized_shape)
+    if not _fusible(x, residual, shape):
+        summed: Any = x + residual  # type: ignore[operator]
+        return layer_norm(summed, normalized_shape, weight, bias, eps, recompute=recompute), summed
+    check_dtypes("add_layer_norm", x.dtype, weight=weight, bias=bias)
+    return _norm("add_layer_norm", x, residual, shape, weight, bias, eps, 0.0, True, recompute)
+
+
+def _common_shape(
+    op: str, x: Tensor | Dual, residual: Tensor | Dual, normalized_shape: int | Sequence[int]
+) -> tuple[int, ...]:
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"{op}: residual must have the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}: expand it."
+        )
+    return trailing_shape(op, x, normalized_shape)
+
+
+def _fusible(x: Any, residual: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the sum and its norm are one kernel; several normalised axes and casts in between are rare."""
+    if sharding.is_dtensor(*(t.stacked if is_dual(t) else t for t in (x, residual))):
+        return False
+    if len(shape) > 1 or not (is_dual(x) or is_dual(residual)) or x.dtype != residual.dtype:
+        return False
+    return not autocasting(x.device.type)
 
 
 def _norm(
     op: str,
-    x: Dual,
+    x: Tensor | Dual,
+    residual: Tensor | Dual | None,
     shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     offset: float,
     centred: bool,
     recompute: bool | None,
-) -> Dual:
+) -> tuple[Dual, Any]:
+    """The norm of x, or of ``x + residual`` and the sum."""
     check_shapes(op, shape, weight=weight, bias=bias)
+
+    def on_shards(weight: Any, bias: Any) -> Any:
+        def local(x: Dual, weight: Tensor | None, bias: Tensor | None) -> Dual:
+            return _norm(op, x, None, shape, weight, bias, eps, offset, centred, recompute)[0]
+
+        return sharding.OPS["rowwise"](op, local, x, len(shape), weight=weight, bias=bias)
+
+    if residual is not None:
+        num_tangents(x, residual)  # they must agree
     backend, operands = prepare(
         "norm",
-        (x.stacked,),
+        (stack_of(x), None if residual is None else stack_of(residual)),
         (weight, bias),
-        flops=lambda x, *_: 6.0 * x.numel(),
-        shards=lambda w, b: sharding.OPS["rowwise"](
-            op,
-            lambda x, weight, bias: _norm(op, x, shape, weight, bias, eps, offset, centred, recompute),
-            x,
-            len(shape),
-            weight=w,
-            bias=b,
+        flops=lambda x, residual, *_: (
+            6.0 * x.numel() if residual is None else 7.0 * max(x.numel(), residual.numel())
         ),
+        shards=on_shards if residual is None else None,
         cast=autocast_float32,
         name=op,
     )
     if backend == SHARDS:
-        return operands
-    options = float(eps), float(offset), centred, backend, is_recomputed("norms", recompute)
-    if len(shape) == 1:
-        return Dual(NormFunction.apply(*operands, *options))
+        return operands, None
     stacked = operands[0]
-    rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))
-    flat = [None if value is None else value.reshape(-1) for value in operands[1:]]
-    y = NormFunction.apply(rows, *flat, *options)
-    return Dual(y.reshape(stacked.shape))
+    if len(shape) > 1:  # of x only: a sum of several normalised axes is not fused
+        rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))
+        operands = (rows, *(None if t is None else t.reshape(-1) for t in operands[1:]))
+    again = is_recomputed("norms", recompute)
+    y, summed = NormFunction.apply(*operands, float(eps), float(offset), centred, backend, again)
+    if len(shape) > 1:
+        y = y.reshape(stacked.shape)
+    return Dual(y), None if summed is None else Dual(summed)

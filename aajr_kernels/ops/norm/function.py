@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...autocast import no_autocast
 from ...backends import choice
@@ -14,117 +15,80 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 
 
 class NormFunction(torch.autograd.Function):
-    """``[1 + K, *batch, C]`` in, the same shape out; with `recompute` consumers do not keep it."""
+    """The norm of x or, with `residual`, of their sum, and the sum: ``[1 + K, *batch, C]``.
+
+    One of x and `residual` may be ``[1, *batch, C]``. With `recompute` consumers do not keep the norm.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
         eps: float,
         offset: float,
         centred: bool,
         backend: str,
         recompute: bool = False,
-    ) -> torch.Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.offset, ctx.centred, ctx.backend = eps, offset, centred, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
-        with no_autocast(x.device.type):
-            y, stats = choice.implementation("norm", backend).norm_fwd(x, weight, bias, eps, offset, centred)
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        needed = need_x or need_weight
-        recompute = recompute and needed
-        kept = (bias,) if recompute else (None,)
-        ctx.save_for_backward(*((x, weight, stats) if needed else (None, None, None)), *kept)
-        if recompute:
-            make_recomputable(ctx, y, _again)
-        return y
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if y_bar is None:
-            return (None,) * 8
-        x, weight, stats, _ = saved_tensors(ctx)
-        release(ctx)
-        return *_gradients(ctx, y_bar, x, weight, stats, ctx.needs_input_grad[:3]), *(None,) * 5
-
-
-class AddNormFunction(torch.autograd.Function):
-    """The norm of ``x + residual`` and the sum, both ``[1 + K, *batch, C]``; either input may be ``[1, *batch, C]``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-        offset: float,
-        centred: bool,
-        backend: str,
-        recompute: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.eps, ctx.offset, ctx.centred, ctx.backend = eps, offset, centred, backend
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.stacks = x.shape[0], residual.shape[0]
-        with no_autocast(x.device.type):
-            y, summed, stats = choice.implementation("norm", backend).add_norm_fwd(
-                x, residual, weight, bias, eps, offset, centred
-            )
+        ctx.stacks = x.shape[0], 0 if residual is None else residual.shape[0]
+        y, stats, summed = _norm(ctx, x, weight, bias, residual)
         needed = any(ctx.needs_input_grad[:3])
         recompute = recompute and needed
-        kept = (bias,) if recompute else (None,)
-        ctx.save_for_backward(*((summed, weight, stats) if needed else (None, None, None)), *kept)
+        saved = (x if summed is None else summed, weight, stats) if needed else (None, None, None)
+        ctx.save_for_backward(*saved, bias if recompute else None)
         if recompute:
             make_recomputable(ctx, y, _again)
         return y, summed
 
     @staticmethod
     @first_order
-    def backward(
-        ctx: Any, y_bar: torch.Tensor | None, sum_bar: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, y_bar: Tensor | None, sum_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         both, weight_bar, bias_bar = sum_bar, None, None
         if y_bar is not None:
-            summed, weight, stats, _ = saved_tensors(ctx)
+            x, weight, stats, _ = saved_tensors(ctx)
             release(ctx)
             needs = need_x or need_residual, need_weight, need_bias
-            both, weight_bar, bias_bar = _gradients(ctx, y_bar, summed, weight, stats, needs, sum_bar)
-        bars = [
-            both[:count]
-            if need and both is not None
-            else None  # an input without tangents takes the primal's part
+            both, weight_bar, bias_bar = _gradients(ctx, y_bar, x, weight, stats, needs, sum_bar)
+        # an input without tangents takes the primal's part
+        x_bar, residual_bar = (
+            None if both is None or not need else both if both.shape[0] == count else both[:count]
             for need, count in zip((need_x, need_residual), ctx.stacks)
-        ]
-        return *bars, weight_bar, bias_bar, *(None,) * 5
+        )
+        return x_bar, residual_bar, weight_bar, bias_bar, *(None,) * 5
 
 
-def _again(ctx: Any) -> torch.Tensor:
+def _norm(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    with no_autocast(x.device.type):
+        y, stats, summed = choice.implementation("norm", ctx.backend).norm_fwd(
+            x, weight, bias, ctx.eps, ctx.offset, ctx.centred, residual
+        )
+    return y, stats, summed
+
+
+def _again(ctx: Any) -> Tensor:
     """The normalised rows, from what was normalised."""
     x, weight, _, bias = saved_tensors(ctx)
-    with no_autocast(x.device.type):
-        y, _ = choice.implementation("norm", ctx.backend).norm_fwd(
-            x, weight, bias, ctx.eps, ctx.offset, ctx.centred
-        )
-    result: torch.Tensor = y
-    return result
+    return _norm(ctx, x, weight, bias)[0]
 
 
 def _gradients(
     ctx: Any,
-    y_bar: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    stats: torch.Tensor | None,
+    y_bar: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor | None,
     needs: tuple[bool, bool, bool],
-    sum_bar: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    sum_bar: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of what was normalised, the weight and the bias, the latter two in their dtypes."""
     x_bar = weight_bar = bias_bar = None
     with no_autocast(y_bar.device.type):

@@ -3,11 +3,9 @@
 from ...backends.operator import Operator
 
 NORM_FWD = Operator(
-    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) -> (Tensor, Tensor)"
-)
-ADD_NORM_FWD = Operator(
-    "add_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float offset, bool centred) "
-    "-> (Tensor, Tensor, Tensor)"
+    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool centred, Tensor? residual=None) "
+    "-> (Tensor, Tensor, Tensor)",
+    present=("x", "x", "residual"),
 )
 NORM_BWD = Operator(
     "norm_bwd(Tensor y_bar, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, bool need_x, "

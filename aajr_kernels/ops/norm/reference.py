@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 _BLOCK_BYTES = 1 << 20
 
@@ -23,12 +24,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """``[1 + K, *batch, C]`` as ``[1 + K, R, C]``."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def _blocks(x: torch.Tensor) -> Iterator[slice]:
+def _blocks(x: Tensor) -> Iterator[slice]:
     """Slices of the row axis of ``[1 + K, R, C]``; one block where there is no cache to stay in."""
     rows = x.shape[1]
     step = rows
@@ -39,13 +40,14 @@ def _blocks(x: torch.Tensor) -> Iterator[slice]:
 
 
 def norm_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     offset: float,
     centred: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalised rows and the statistics that the backward needs.
 
     Args:
@@ -55,76 +57,59 @@ def norm_fwd(
         eps: added to the mean square.
         offset: added to the weight.
         centred: subtract the row means first (layer norm).
+        residual: added to x first, or None. It may be ``[1, *batch, C]``, without tangents, and so may x beside it.
 
     Returns:
-        y in the shape and dtype of x, and statistics ``[S, R]`` in float32 (float64 for float64): r, then
-        c_k for every tangent, then, if centred, the 1 + K row means.
+        y in the shape and dtype of x; statistics ``[S, R]`` in float32 (float64 for float64): r, then c_k for every
+        tangent, then, if centred, the 1 + K row means; the sum, rounded to the dtype of x, or None.
     """
-    result = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, y = _rows(x), _rows(result)
-    k, (rows, size), wide = x.shape[0] - 1, x.shape[1:], _wide(x.dtype)
+    summed = None if residual is None else _sum(x, residual)
+    x = x if summed is None else summed
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    xs, ys = _rows(x), _rows(y)
+    k, (rows, size), wide = x.shape[0] - 1, xs.shape[1:], _wide(x.dtype)
     stats = x.new_empty((1 + k + (1 + k if centred else 0), rows), dtype=wide)
     scale = None if weight is None else weight.to(wide) + offset
     shift = None if bias is None else bias.to(wide)
-    for block in _blocks(x):
-        xs = x[:, block].to(wide)
+    for block in _blocks(xs):
+        values = xs[:, block].to(wide)
         stat = stats[:, block]
         if centred:
-            means = xs.mean(-1, keepdim=True)
+            means = values.mean(-1, keepdim=True)
             stat[1 + k :] = means.squeeze(-1)
-            xs = xs - means
-        dots = (xs * xs[0]).sum(-1).div_(size)
+            values = values - means
+        dots = (values * values[0]).sum(-1).div_(size)
         r = stat[0].copy_(dots[0].add_(eps).rsqrt_())
         c = stat[1 : 1 + k].copy_(dots[1:].mul_(r))
-        out = xs.mul(r.unsqueeze(-1))
+        out = values.mul(r.unsqueeze(-1))
         out[1:].addcmul_(out[:1], (r * c).unsqueeze(-1), value=-1)
         if scale is not None:
             out.mul_(scale)
         if shift is not None:
             out[0].add_(shift)
-        y[:, block] = out
-    return result, stats
+        ys[:, block] = out
+    return y, stats, summed
 
 
-def add_norm_fwd(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    centred: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`norm_fwd` of ``x + residual``, rounded to their dtype first.
-
-    Args:
-        x: ``[1 + K, *batch, C]``, or ``[1, *batch, C]`` where it has no tangents.
-        residual: likewise.
-
-    Returns:
-        y, the sum, statistics.
-    """
+def _sum(x: Tensor, residual: Tensor) -> Tensor:
     if x.shape[0] == residual.shape[0]:
-        summed = x + residual
-    else:
-        more, fewer = (x, residual) if x.shape[0] > residual.shape[0] else (residual, x)
-        summed = torch.cat([more[:1] + fewer, more[1:]])
-    y, stats = norm_fwd(summed, weight, bias, eps, offset, centred)
-    return y, summed, stats
+        return x + residual
+    more, fewer = (x, residual) if x.shape[0] > residual.shape[0] else (residual, x)
+    return torch.cat([more[:1] + fewer, more[1:]])
 
 
 def norm_bwd(
-    y_bar: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    stats: torch.Tensor,
+    y_bar: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
     offset: float,
     centred: bool,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-    sum_bar: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    sum_bar: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of the stacked rows ``[1 + K, *batch, C]``, the weight ``[C]`` and the bias ``[C]``.
 
     `sum_bar`, what comes to x from elsewhere, is added to the first.

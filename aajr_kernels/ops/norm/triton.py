@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from torch import Tensor
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes, within_reach
@@ -35,41 +36,14 @@ def _tile(rows: int, size: int, architecture: str, per_thread: int) -> tuple[int
 
 @gpu.operator(operators.NORM_FWD)
 def norm_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     offset: float,
     centred: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y, _, stats = _forward(x, None, weight, bias, eps, offset, centred)
-    return y, stats
-
-
-@gpu.operator(operators.ADD_NORM_FWD)
-def add_norm_fwd(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    centred: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, summed, stats = _forward(x, residual, weight, bias, eps, offset, centred)
-    assert summed is not None
-    return y, summed, stats
-
-
-def _forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    centred: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     stacks = max(x.shape[0], 0 if residual is None else residual.shape[0])
     y = torch.empty((stacks, *x.shape[1:]), dtype=x.dtype, device=x.device)
     summed = None if residual is None else torch.empty_like(y)
@@ -79,7 +53,7 @@ def _forward(
     stats = torch.empty(shape, dtype=torch.float32, device=x.device)
     size = x.shape[-1]
     if rows == 0 or size == 0:
-        return y, summed, stats
+        return y, stats, summed
     arguments = (x, residual, _dense(weight), _dense(bias), y, summed, stats, x_strides, residual_strides)
     kernel, grid, options = _norm_fwd_kernel, *_tile(rows, size, gpu.architecture(x.device), 16)
     if size > _LONGEST:
@@ -100,22 +74,22 @@ def _forward(
         RESIDUAL_TAN=residual is not None and residual.shape[0] > 1,
         **options,
     )
-    return y, summed, stats
+    return y, stats, summed
 
 
 @gpu.operator(operators.NORM_BWD)
 def norm_bwd(
-    y_bar: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    stats: torch.Tensor,
+    y_bar: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
     offset: float,
     centred: bool,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-    sum_bar: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    sum_bar: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     size, arch = x.shape[-1], gpu.architecture(x.device)
     y_bar, x, sum_bar = within_reach(y_bar), within_reach(x), within_reach(sum_bar)
@@ -169,13 +143,11 @@ def norm_bwd(
     return x_bar, w_bar, b_bar
 
 
-def _dense(parameter: torch.Tensor | None) -> torch.Tensor | None:
+def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _weight_gradient(
-    y_bar: torch.Tensor, x: torch.Tensor, stats: torch.Tensor, centred: bool
-) -> torch.Tensor:
+def _weight_gradient(y_bar: Tensor, x: Tensor, stats: Tensor, centred: bool) -> Tensor:
     """``[C]`` in float32, from partial sums over parts of the rows."""
     rows, sizes, strides = row_axes((y_bar, x))
     size, block_r, block_c = x.shape[-1], 4, 256

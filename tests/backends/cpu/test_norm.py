@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def both(module, x, g, weight, bias, offset=0.0, needs=(True, True, True)):
     """Outputs and gradients of RMS norm (no bias) or layer norm."""
     centred = bias is not None
-    y, stats = module.norm_fwd(x, weight, bias, 1e-5, offset, centred)
+    y, stats, _ = module.norm_fwd(x, weight, bias, 1e-5, offset, centred)
     return y, *module.norm_bwd(g, x, weight, stats, offset, centred, *needs)
 
 
@@ -111,7 +111,7 @@ def test_gradients_nobody_needs(vectors):
             assert (got is not None) == need
             assert got is None or torch.equal(got, expected)
     for weight_, bias_ in ((None, bias), (weight, None), (None, None)):
-        y, _ = ours.norm_fwd(x, weight_, bias_, 1e-5, 0.0, True)
+        y, *_ = ours.norm_fwd(x, weight_, bias_, 1e-5, 0.0, True)
         one = weight_ if weight_ is not None else torch.ones(33)
         zero = bias_ if bias_ is not None else torch.zeros(33)
         assert torch.equal(y, ours.norm_fwd(x, one, zero, 1e-5, 0.0, True)[0])
@@ -168,10 +168,11 @@ def test_sum_and_norm(vectors, dtype, counts):
     results = []
     for module, cast in ((ours, lambda t: t), (reference, lambda t: t), (reference, torch.Tensor.double)):
         x_, residual_, weight_, bias_, g_, sum_bar_ = map(cast, (x, residual, weight, bias, g, sum_bar))
-        y, summed, stats = module.add_norm_fwd(x_, residual_, weight_, bias_, 1e-5, 0.0, True)
+        y, stats, summed = module.norm_fwd(x_, weight_, bias_, 1e-5, 0.0, True, residual_)
         # at the rounded sum: how the rounding moves the rest is no error of the kernel
         at = cast(results[0][1]) if results else summed
-        y, stats = module.norm_fwd(at, weight_, bias_, 1e-5, 0.0, True) if results else (y, stats)
+        if results:
+            y, stats, _ = module.norm_fwd(at, weight_, bias_, 1e-5, 0.0, True)
         bars = module.norm_bwd(g_, at, weight_, stats, 0.0, True, True, True, True, sum_bar_)
         results.append((y, summed, *bars))
     assert torch.equal(results[0][1], results[1][1])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(QUIET)
 def both(x, g, weight, bias, offset=0.0, needs=(True, True, True), sum_bar=None, centred=None):
     """Compares outputs and gradients of RMS norm (no bias) or layer norm."""
     centred = bias is not None if centred is None else centred
-    (y, stats) = compare(ours, reference, "norm_fwd", (x, weight, bias, 1e-5, offset, centred))
+    y, stats, _ = compare(ours, reference, "norm_fwd", (x, weight, bias, 1e-5, offset, centred))
     args = (g, x, weight, stats, offset, centred, *needs, sum_bar)
     return y, *compare(ours, reference, "norm_bwd", args)
 
@@ -45,7 +45,7 @@ def test_long_rows_and_many_rows(rows, size, k):
 @pytest.mark.parametrize("size", [5, 4100, 8200])
 def test_gradients_nobody_needs(size):
     x, g, weight, bias = draw(2, 2, size), draw(2, 2, size), draw(size), draw(size)
-    _, stats = ours.norm_fwd(x, weight, bias, 1e-5, 0.0, True)
+    _, stats, _ = ours.norm_fwd(x, weight, bias, 1e-5, 0.0, True)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
         compare(ours, reference, "norm_bwd", (g, x, weight, stats, 0.0, True, *needs))
 
@@ -80,7 +80,7 @@ def test_strides_are_read_in_place(dtype, monkeypatch):
     assert same_bits(both(apart, g, weight, bias), expected)
     monkeypatch.setattr(ours, "_dense", lambda t: t)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: pytest.fail("copied"))
-    _, stats = ours.norm_fwd(x, weight, bias, 1e-5, 0.0, True)
+    _, stats, _ = ours.norm_fwd(x, weight, bias, 1e-5, 0.0, True)
     ours.norm_bwd(g, x, weight, stats, 0.0, True, True, True, True)
 
 
@@ -92,7 +92,7 @@ def test_empty_no_batch_and_many_axes(shape):
     if x.numel():
         both(x, g, weight, weight)
         return
-    y, stats = ours.norm_fwd(x, weight, weight, 1e-5, 0.0, True)
+    y, stats, _ = ours.norm_fwd(x, weight, weight, 1e-5, 0.0, True)
     x_bar, w_bar, b_bar = ours.norm_bwd(g, x, weight, stats, 0.0, True, True, True, True)
     assert y.shape == x_bar.shape == shape and w_bar.shape == b_bar.shape == weight.shape
     assert not w_bar.any() and not b_bar.any()
@@ -111,9 +111,9 @@ def test_rows_that_are_not_finite_stay_alone(size):
     x, g, weight, bias = draw(2, 4, size), draw(2, 4, size), draw(size), draw(size)
     x[0, 1, 5], x[1, 2, 36], x[0, 3, 0] = float("inf"), float("nan"), float("nan")
     for b in (None, bias):
-        y, stats = ours.norm_fwd(x, weight, b, 1e-5, 0.0, b is not None)
+        y, stats, _ = ours.norm_fwd(x, weight, b, 1e-5, 0.0, b is not None)
         x_bar, *_ = ours.norm_bwd(g, x, weight, stats, 0.0, b is not None, True, True, True)
-        expected_y, stats = reference.norm_fwd(x, weight, b, 1e-5, 0.0, b is not None)
+        expected_y, stats, _ = reference.norm_fwd(x, weight, b, 1e-5, 0.0, b is not None)
         expected, *_ = reference.norm_bwd(g, x, weight, stats, 0.0, b is not None, True, True, True)
         assert torch.equal(torch.isfinite(y), torch.isfinite(expected_y))
         assert torch.equal(torch.isfinite(x_bar), torch.isfinite(expected))
@@ -131,8 +131,8 @@ def test_sum_and_norm(dtype, counts, size):
     residual = draw(counts[1], batch[1], batch[0], size, dtype=dtype)
     for b in (None, bias):
         centred = b is not None
-        y, summed, stats = ours.add_norm_fwd(x, residual, weight, b, 1e-5, 0.0, centred)
-        assert torch.equal(summed, reference.add_norm_fwd(x, residual, weight, b, 1e-5, 0.0, centred)[1])
-        assert same_bits((y, stats), ours.norm_fwd(summed, weight, b, 1e-5, 0.0, centred))
+        y, stats, summed = ours.norm_fwd(x, weight, b, 1e-5, 0.0, centred, residual)
+        assert torch.equal(summed, reference.norm_fwd(x, weight, b, 1e-5, 0.0, centred, residual)[2])
+        assert same_bits((y, stats), ours.norm_fwd(summed, weight, b, 1e-5, 0.0, centred)[:2])
     more = draw(max(counts), *batch, size + 7, dtype=dtype)[..., :size].transpose(1, 2)
     both(summed, draw(*summed.shape, dtype=dtype), weight, bias, sum_bar=more)
