@@ -9,7 +9,8 @@ everything else works.
 
 AAJR_NATIVE=0 skips the compiled modules, AAJR_NATIVE=1 makes the absence of the native one an error. AAJR_CUDA=OFF
 skips the CUDA module, AAJR_CUDA=ON makes its absence an error; AUTO leaves it out beside a torch that is built without
-CUDA. AAJR_CUDA_ARCHITECTURES names its processors ("90-real;120"). AAJR_CMAKE_ARGS adds options for CMake, CXX names
+CUDA. AAJR_CUDA_ARCHITECTURES names its processors ("90-real;120"; "present": those of this machine, the default of an
+editable install). AAJR_CMAKE_ARGS adds options for CMake, CXX names
 the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs (two otherwise).
 """
 
@@ -221,11 +222,11 @@ class BuildNative(build_ext):
         It is no Extension of its own, so that setuptools does not copy it from a temporary folder.
         """
         try:
-            found: dict[str, Any] = json.loads((build / "cuda.json").read_text())
+            record: dict[str, Any] = json.loads((build / "cuda.json").read_text())
         except OSError:
-            found = {"cuda": False, "cuda_reason": "this source tree holds no CUDA sources (csrc/cuda)"}
-        if not found["cuda"]:
-            return {"cuda": False, "cuda_reason": why_not_cuda() or found["cuda_reason"]}
+            record = {"cuda": False, "cuda_reason": "this source tree holds no CUDA sources (csrc/cuda)"}
+        if not record["cuda"]:
+            return {"cuda": False, "cuda_reason": why_not_cuda() or record["cuda_reason"]}
         try:
             with timed(self.seconds, "cuda"):
                 self._build(build, "_cuda", package.resolve() / file_of("_cuda"))
@@ -234,7 +235,7 @@ class BuildNative(build_ext):
             if CUDA == "ON":
                 raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {reason}") from error
             return {"cuda": False, "cuda_reason": reason}
-        return {"cuda": True, "cuda_reason": None}
+        return record
 
     def _build(self, build: Path, target: str, library: Path) -> None:
         run(find("cmake") or "cmake", "--build", str(build), "--target", target)
@@ -247,6 +248,8 @@ class BuildNative(build_ext):
         except ImportError as error:
             raise BuildFailed("pybind11 is not installed: pip install 'pybind11>=2.13'") from error
         build = EDITABLE_BUILD if self.editable_mode else Path(self.build_temp).resolve()
+        default = "present" if self.editable_mode else ""
+        architectures = os.environ.get("AAJR_CUDA_ARCHITECTURES", default)
         run(
             *(find("cmake") or "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find('ninja') or 'ninja'}",
@@ -258,7 +261,7 @@ class BuildNative(build_ext):
             # written out, because the folder remembers what an earlier build was given
             *("-DAAJR_OPENMP=ON", "-DAAJR_EMULATED=OFF", "-DAAJR_SANITIZE=", "-DAAJR_CUDA_HOST=OFF"),
             f"-DAAJR_CUDA={'OFF' if why_not_cuda() else CUDA}",
-            f"-DAAJR_CUDA_ARCHITECTURES={os.environ.get('AAJR_CUDA_ARCHITECTURES', '')}",
+            f"-DAAJR_CUDA_ARCHITECTURES={architectures}",
             *os.environ.get("AAJR_CMAKE_ARGS", "").split(),
         )
         return build

@@ -131,12 +131,31 @@ def test_asked_for_it_is_in_the_wheel_and_a_failure_is_loud(tree):
     assert done.returncode == 0, done.stdout + done.stderr
     record, modules = facts(out)
     assert modules == ["_cuda", "_native"] and record["cuda"] is True and record["cuda_reason"] is None
+    assert record["cuda_architectures"] == "90-real"
     (tree / "csrc" / "cuda" / "nothing.cu").write_text("this is no CUDA\n")
     done, _ = wheel(tree, **few)
     assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "The CUDA module was asked for (AAJR_CUDA=ON), but its compilation failed" in text
     assert "nothing.cu(1): error" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler (nvcc) is installed")
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("echo 9.0; echo 9.0; echo 8.0", "90-real,80-real"), ("exit 9", "80-real,90-real,90-virtual")]
+)
+def test_the_processors_of_this_machine(tree, tmp_path, answer, expected):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done, out = wheel(tree, AAJR_CUDA="ON", AAJR_CUDA_ARCHITECTURES="present", PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(facts(out)[0]["cuda_architectures"]).startswith(expected)
 
 
 @pytest.mark.slow
