@@ -145,7 +145,8 @@ def test_asked_for_it_is_in_the_wheel_and_a_failure_is_loud(tree):
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler (nvcc) is installed")
 @pytest.mark.parametrize(
-    ("answer", "expected"), [("echo 9.0; echo 9.0; echo 8.0", "90-real,80-real"), ("exit 9", "80-real,90-real,90-virtual")]
+    ("answer", "expected"),
+    [("echo 9.0; echo 9.0; echo 8.0", "90-real,80-real"), ("exit 9", "80-real,90-real,90-virtual")],
 )
 def test_the_processors_of_this_machine(tree, tmp_path, answer, expected):
     tools = tmp_path / "tools"
