@@ -18,7 +18,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-env sanitize bench bench-check bench-ops figures integrations docs lint format gpu-check dist clean
+.PHONY: help setup demo test test-all test-env sanitize bench bench-check figures integrations docs lint format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ bench: $(call SETUP,bench)  ## speed and memory as ratios to PyTorch's; ARGS="st
 bench-check: $(call SETUP,bench)  ## fail if a ratio grew by more than 15 % over this kind of machine's baseline (UPDATE=1 writes it)
 	$(PY) -m bench attention norm head step --quick --baseline bench/baselines $(if $(filter 1,$(UPDATE)),--update)
 
-figures: $(call SETUP,bench)  ## a page of the committed rows; the tables of README.md and docs, and the pictures
+figures: $(call SETUP,bench)  ## the tables of README.md and docs and the pictures of the committed rows
 	$(PY) -m bench.report --write .
 
 integrations: $(call SETUP,test)  ## run the tests of docs/integrations.md and rewrite its table
@@ -60,9 +60,6 @@ integrations: $(call SETUP,test)  ## run the tests of docs/integrations.md and r
 docs: $(call SETUP,docs)  ## the documentation as a site in site/; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
-
-bench-ops: $(call SETUP,test)  ## pytest-benchmark statistics of single variants; ARGS="-k attention"
-	$(PY) -m pytest bench --benchmark-only --timeout 600 -p no:xdist $(ARGS)
 
 lint: $(call SETUP,lint)  ## ruff's checks and format, mypy
 	$(PY) -m ruff check .

@@ -8,10 +8,11 @@ module              content
 ``gate``            gradients against float64; no speed without it
 ``run``, ``peak``   timing, memory in fresh processes, rows
 ``row``             the schema of a results file
-``compare``         rows against rows, a baseline, another commit
+``compare``         rows against rows or a baseline
 ``roofline``        the ceilings of a device, measured; the times of kernels, predicted
-``tables``          on the terminal, and between marks of pages
-``plot``, ``report``  pictures and a page from rows
+``tables``          on the terminal
+``plot``, ``report``  pictures and tables of the documentation, from rows
+``tune``            tiles of the attention kernels, measured on a device
 ``scaling``         a step in many processes: communication and memory, counted
 ==================  ==============================================================================
 """

@@ -23,8 +23,8 @@ SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: relative error of all gradients together that an exact variant may have
 LIMITS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
-#: of a call, timed: forward and backward, or one of them
-PARTS = ("both", "forward", "backward")
+#: part of a call that is timed -> its passes
+PARTS = {"both": ("forward", "backward"), "forward": ("forward",), "backward": ("backward",)}
 
 #: None is a zero gradient: autograd leaves it out
 Gradients = Sequence["torch.Tensor | None"]

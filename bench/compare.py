@@ -1,4 +1,4 @@
-"""Two sets of rows against each other: files, another commit, or a run and the baseline of its kind of machine.
+"""Two sets of rows against each other: two files (`python -m bench.compare BEFORE AFTER`), or a run and its baseline.
 
 Ratios are compared, never times: both sides of a ratio are measured in the same process, interleaved. The interval is
 the percentile bootstrap of the median over the rounds of either run; it covers these runs, not the
@@ -7,14 +7,9 @@ machine of another day.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +17,15 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from common.command import fail, run
+
 from .row import Row, latest, read_rows
 from .run import Outcome
-from .tables import grid, say
+from .tables import grid, say, wide_console
 
 LIMIT = 0.15  # largest growth of a ratio that passes
 ROUNDS = 7  # with fewer an interval means little, and the growth decides
 RESAMPLES, LEVEL = 4000, 0.95
-ROOT = Path(__file__).resolve().parent.parent
-TURNS = 2  # each of two commits is measured so often, in the order other, this, this, other
-
-
-class Failed(RuntimeError):
-    """Nothing can be compared; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -151,18 +142,19 @@ def show(comparison: Comparison, names: tuple[str, str], console: Console) -> No
     say(console, text)
 
 
-def show_change(
-    before: Iterable[Row], after: Iterable[Row], names: tuple[str, str], console: Console
-) -> None:
-    """Compare and show.
+def files(before: Path, after: Path) -> None:
+    """The ratios of the second file of rows against the first's, the largest growth first.
 
-    Raises:
-        Failed: the two have nothing in common.
+    Exit code 2: bad arguments, rows that cannot be read, or no ratio in common.
     """
-    comparison = compare(before, after)
+    try:
+        comparison = compare(read_rows(before), read_rows(after))
+    except (OSError, ValueError) as error:
+        fail(str(error))
     if not comparison.changes and not comparison.lost:
-        raise Failed("the two have no ratio in common: the same case on the same kind of machine.")
-    show(comparison, names, console)
+        fail("the files must have a ratio in common, of the same case on the same kind of machine, got none.")
+    names = (before.stem, after.stem) if before.stem != after.stem else ("A", "B")
+    show(comparison, names, wide_console())
 
 
 # ------------------------------------------------------------------------------------------------------ baselines
@@ -178,17 +170,14 @@ def read_baseline(file: Path, update: bool) -> list[Row]:
     """The rows of a baseline, which need not exist where it is about to be written.
 
     Raises:
-        Failed: there is none to compare with, or it cannot be read.
+        ValueError: there is none to compare with, or it holds something else.
     """
     if not update and not file.exists():
-        raise Failed(
+        raise ValueError(
             f"there is no {file.name} for this kind of machine in {file.parent}: make one with --update on a "
             "commit that is known to be good."
         )
-    try:
-        return read_rows(file) if file.exists() else []
-    except (OSError, ValueError) as error:
-        raise Failed(str(error)) from error
+    return read_rows(file) if file.exists() else []
 
 
 def write_baseline(file: Path, rows: Sequence[Row], results: Sequence[Outcome], console: Console) -> bool:
@@ -228,88 +217,5 @@ def passes(rows: Sequence[Row], results: Sequence[Outcome], console: Console) ->
     return not (comparison.slower or comparison.lost or gone > 0 or not comparison.changes)
 
 
-# ------------------------------------------------------------------------------------------------- another commit
-def measure_both(
-    commit: str, arguments: Sequence[str], progress: Callable[[str], None]
-) -> tuple[list[Row], list[Row]]:
-    """Rows of another commit, built in a worktree of its own, and of this code, timed in turn.
-
-    Args:
-        commit: anything that git resolves.
-        arguments: of ``python -m bench``: suites and options, without ``--rows``.
-        progress: called with the next stage.
-
-    Raises:
-        Failed: git, the build or a benchmark failed, or the other commit has no such suite or option.
-    """
-    with _worktree(commit) as tree, tempfile.TemporaryDirectory() as folder:
-        progress(f"building {commit}")
-        _build(tree)
-        rows: dict[Path, list[Row]] = {tree: [], ROOT: []}
-        for turn in range(TURNS):
-            for place in (tree, ROOT) if turn % 2 == 0 else (ROOT, tree):
-                progress(f"{'this code' if place == ROOT else commit}, turn {turn + 1} of {TURNS}")
-                file = Path(folder) / f"{turn}-{place == ROOT}.jsonl"
-                command = [sys.executable, "-m", "bench", *arguments, "--rows", str(file)]
-                name = "python -m bench " + ("here" if place == ROOT else f"at {commit}")
-                path = os.pathsep.join(p for p in (str(place), os.environ.get("PYTHONPATH")) if p)
-                _run(command, place, name, PYTHONPATH=path)
-                try:
-                    rows[place] += read_rows(file) if file.exists() else []
-                except ValueError as error:
-                    raise Failed(f"the rows of {commit} are of another kind: {error}") from error
-    capabilities = [{row.native_capability for row in rows[place]} for place in (tree, ROOT)]
-    if capabilities[0] != capabilities[1]:
-        raise Failed("the two sides ran with different native modules ({} and {}).".format(*capabilities))
-    return _pooled(rows[tree]), _pooled(rows[ROOT])
-
-
-def _run(command: Sequence[str], cwd: Path, name: str, **environment: str) -> None:
-    done = subprocess.run(
-        command, check=False, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
-        raise Failed(f"{name} failed:\n" + "\n".join(last))
-
-
-@contextmanager
-def _worktree(commit: str) -> Iterator[Path]:
-    """A checkout of the commit, gone afterwards."""
-    try:
-        _run(["git", "rev-parse", "--verify", f"{commit}^{{commit}}"], ROOT, f"finding commit {commit!r}")
-    except OSError as error:
-        raise Failed(f"git is needed: {error}.") from error
-    with tempfile.TemporaryDirectory(prefix="aajr-against-") as folder:
-        tree = Path(folder) / "tree"
-        _run(["git", "worktree", "prune"], ROOT, "git worktree prune")  # of runs that were killed
-        _run(["git", "worktree", "add", "--detach", str(tree), commit], ROOT, "git worktree")
-        try:
-            yield tree
-        finally:
-            remove = ["git", "worktree", "remove", "--force", str(tree)]
-            subprocess.run(remove, check=False, cwd=ROOT, capture_output=True)
-
-
-def _build(tree: Path) -> None:
-    """The native module of a checkout, in place, if this code has one; else neither side does."""
-    modules = sorted((ROOT / "aajr_kernels").glob("_native*.so"))
-    if modules:
-        sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-        if max(sources, default=0.0) > modules[-1].stat().st_mtime:
-            raise Failed(
-                "csrc was changed after the native module of this code was built: pip install -e . first."
-            )
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        _run(command, tree, "building the other commit", AAJR_NATIVE="1")
-
-
-def _pooled(rows: Sequence[Row]) -> list[Row]:
-    """Rows of several turns as one each, with the rounds of all; the ratio is that of the last turn."""
-    pooled: dict[tuple[object, ...], Row] = {}
-    for row in rows:
-        old = pooled.get(row.key)
-        if old is not None and old.base == row.base:
-            row = dataclasses.replace(row, round_ratios=[*old.round_ratios, *row.round_ratios])
-        pooled[row.key] = row
-    return list(pooled.values())
+if __name__ == "__main__":
+    run(files, "bench.compare", "bench")

@@ -43,18 +43,16 @@ def colours(variants: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS.get(name) or rest[name] for name in names}
 
 
-def whole_models(rows: Iterable[Row]) -> list[Row]:
-    """The latest rows whose times are compared with a plain step of a whole model."""
-    return [
-        row
-        for row in latest(rows)
-        if row.suite == "step"
+def is_whole_step(row: Row) -> bool:
+    """Whether its time is compared with a plain step of a whole model."""
+    return (
+        row.suite == "step"
         and finite(row.ratio) is not None
         and (row.base or "").startswith("plain")
         and row.family != "memory"
         and "part" not in row.config
         and row.variant not in GONE
-    ]
+    )
 
 
 def finite(value: float | None) -> float | None:
@@ -90,7 +88,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         ValueError: there is no step ratio among the rows.
     """
     groups: dict[str, list[Row]] = {}
-    for row in sorted(whole_models(rows), key=rank):
+    for row in sorted(filter(is_whole_step, latest(rows)), key=rank):
         where = row.torch_capability if row.device == "cpu" else row.device_name or row.device
         groups.setdefault(f"{model_name(row)} {row.dtype} {where}", []).append(row)
     groups = {k: v for k, v in groups.items() if len({r.length for r in v}) > 1} or groups
@@ -130,7 +128,11 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: no row of a step has a gradient error.
     """
-    rows = [r for r in sorted(whole_models(rows), key=rank) if (finite(r.gradient_error) or 0) > 0]
+    rows = [
+        r
+        for r in sorted(filter(is_whole_step, latest(rows)), key=rank)
+        if (finite(r.gradient_error) or 0) > 0
+    ]
     rows = [r for r in rows if r.variant not in BASES or r.variant == "plain"]
     if not rows:
         raise ValueError(

@@ -1,111 +1,186 @@
-"""`python -m bench.report`: a page of plots of all committed rows; with ``--write`` also the tables and pictures.
-
-Every plot is one case of a suite on one machine: lines over the length, or bars where there is one length. A menu of
-plotly chooses the quantity, the legend hides and shows variants, a point names the line that it is from. The page loads
-nothing.
-"""
+"""`python -m bench.report`: committed rows on the terminal; with ``--write`` the tables of pages, and pictures."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
+from common import pages
 from common.command import fail, run
 
-from .plot import colours, finite, plot_errors, plot_steps
-from .row import Row
-from .tables import Entry, latest, machine, read, rewrite, say
+from .plot import finite, is_whole_step, model_name, plot_errors, plot_steps, rank
+from .row import Entry, Row, read_entries
+from .tables import measured, say, wide_console
 
 #: the checkout
 ROOT = Path(__file__).resolve().parents[1]
-#: quantity of the menu -> its number in a row
-QUANTITIES: Mapping[str, Callable[[Row], float | None]] = {
-    "time ÷ base": lambda row: row.ratio,
-    "minimum, ms": lambda row: row.min_ms,
-    "GFLOP/s": lambda row: row.gflop_per_s,
-    "GB/s": lambda row: row.gb_per_s,
-    "share of the ceiling": lambda row: row.share_of_roof,
-    "peak memory, MB": lambda row: None if row.peak_bytes is None else row.peak_bytes / 1e6,
-    "peak ÷ base": lambda row: row.peak_ratio,
-    "gradient error": lambda row: row.gradient_error,
+#: variant of a step -> its heading in the table of costs
+COSTS = {
+    "exact": "exact penalty",
+    "exact, fused": "exact, after `fuse`",
+    "finite differences": "finite differences",
+    "double backward": "double backward",
+    "torch.func.jvp": "`torch.func.jvp`",
+    "jvp-flash-attention": "jvp-flash-attention",
+    "exact, compiled reference": "compiled reference",
+}
+#: variant of suite `memory` -> its heading in the table of peaks
+PEAKS = {
+    "plain": "plain step",
+    "plain, checkpointed": "plain, checkpointed",
+    "exact, fused": "penalty",
+    "exact, recomputed": "penalty, `recompute`",
+    "exact, checkpointed": "penalty, checkpointed",
+    "exact, offloaded": "penalty, offloaded",
 }
 
 
-def page(entries: Sequence[Entry]) -> str:
-    """One HTML file with a plot for every case that was measured, and every row without a number."""
-    newest = latest(entries)
-    hues = colours(sorted(entry.row.variant for entry in newest))
-    groups: dict[str, list[Entry]] = {}
-    for entry in sorted(newest, key=lambda e: (e.row.suite not in ("step", "method"), e.row.suite)):
-        row = entry.row
-        config = ", ".join(f"{name} {value}" for name, value in row.config.items())
-        title = f"{row.suite}:{row.family} · {row.dtype} · {config} · {machine(row)}, torch {row.torch}"
-        groups.setdefault(title, []).append(entry)
-    plots = [plot for title, group in groups.items() if (plot := figure(title, group, hues)) is not None]
-    options = {"full_html": False, "config": {"displaylogo": False}}
-    parts = [plot.to_html(include_plotlyjs=i == 0, **options) for i, plot in enumerate(plots)]
-    parts += [
-        f"<p>{html.escape(f'{e.row.name}: {e.row.failure} ({e.file}:{e.line})')}</p>\n"
-        for e in newest
-        if e.row.failure
+def read(paths: Sequence[Path], root: Path) -> list[Entry]:
+    """The rows of files; those below `root` are named relative to it, others by their name only.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a line is no row, or no file holds any.
+    """
+    entries = []
+    for path in map(Path.resolve, paths):
+        inside = path.is_relative_to(root.resolve())
+        entries += read_entries(path, path.relative_to(root.resolve()).as_posix() if inside else path.name)
+    if not entries:
+        names = ", ".join(path.name for path in paths) or "the folder of results"
+        raise ValueError(f"{names} holds no rows: run `python -m bench --rows FILE` first.")
+    return entries
+
+
+def latest(entries: Iterable[Entry]) -> list[Entry]:
+    """Of rows that measure the same, the last one."""
+    return list({entry.row.key: entry for entry in entries}.values())
+
+
+def machine(row: Row) -> str:
+    """Device, or processor with instruction set and threads."""
+    if row.device != "cpu":
+        return row.device_name or row.device
+    return f"{row.cpu or row.machine}, {row.torch_capability}, {row.threads} thread" + "s" * (
+        row.threads != 1
+    )
+
+
+def costs(entries: Sequence[Entry], prefix: str) -> str:
+    """Time of a penalty step over the plain step, by model, dtype and length.
+
+    Raises:
+        ValueError: no row has the ratio of an exact, fused step.
+    """
+    groups: dict[tuple[object, ...], dict[str, Entry]] = {}
+    for entry in latest(entries):
+        if is_whole_step(entry.row):
+            groups.setdefault(entry.row.case_key, {})[entry.row.variant] = entry
+    groups = {key: group for key, group in groups.items() if "exact, fused" in group}
+    if not groups:
+        raise ValueError(
+            "no row has the ratio of an exact, fused step: run `python -m bench step --rows FILE` first."
+        )
+    order = lambda row: (machine(row), *rank(row), row.length)
+    lines = sorted(groups.values(), key=lambda group: order(group["exact, fused"].row))
+    several = len({machine(line["exact, fused"].row) for line in lines}) > 1
+    variants = [variant for variant in COSTS if any(variant in line for line in lines)]
+    body = []
+    for line in lines:
+        row = line["exact, fused"].row
+        shown = [line.get(row.base or ""), *(line.get(variant) for variant in variants)]
+        numbers = ["–" if entry is None else f"{entry.row.ratio:.2f}" for entry in shown]
+        place = 1 + variants.index("exact, fused")
+        numbers[place] = f"**{numbers[place]}**"
+        where = [machine(row)] if several else []
+        sources = links((entry for entry in shown if entry is not None), prefix)
+        body.append([f"{model_name(row)}, {row.dtype}", *where, str(row.length), *numbers, sources])
+    head = [
+        "model",
+        *(["machine"] if several else []),
+        "S",
+        "plain step",
+        *(COSTS[v] for v in variants),
+        "rows",
     ]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>aajr_kernels: benchmarks</title><link rel="icon" href="data:,">
-<style>body {{ font: 100%/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}</style>
-</head>
-<body><h1>Benchmarks of aajr_kernels</h1>
-<p>{len(entries)} rows; of those that measure the same the plots show the last one. A menu chooses the quantity, the
-legend hides and shows variants.</p>
-{"".join(parts)}</body></html>
-"""
+    return pages.table(head, body)
 
 
-def figure(title: str, entries: Sequence[Entry], hues: Mapping[str, str]) -> Any:
-    """A plot of one case: a trace per quantity and variant, of which the menu shows one quantity; None without any."""
-    import plotly.graph_objects as go
+def peaks(entries: Sequence[Entry], prefix: str) -> str:
+    """Peak memory of suite `memory` in megabytes with the ratio to the plain step, by length.
 
-    lengths = sorted({entry.row.length for entry in entries})
-    bars, plot = len(lengths) == 1, go.Figure()
-    variants: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda e: e.row.length):
-        variants.setdefault(entry.row.variant, []).append(entry)
-    shown: list[str] = []  # the quantity of every trace
-    for quantity, number in QUANTITIES.items():
-        for variant, group in variants.items():
-            points = [(e, y) for e in group if (y := finite(number(e.row))) is not None]
-            if points:
-                name = html.escape(variant, quote=False)  # plotly reads tags
-                shown.append(quantity)
-                trace = {
-                    "type": "bar" if bars else "scatter",
-                    "name": name,
-                    "x": [name if bars else e.row.length for e, _ in points],
-                    "y": [y for _, y in points],
-                    "customdata": [html.escape(f"{e.file}:{e.line}", quote=False) for e, _ in points],
-                    "hovertemplate": "%{y:.4g}<br>%{customdata}",
-                    "marker": {"color": hues[variant]},
-                    "visible": quantity == shown[0],
-                }
-                plot.add_trace(trace)
-    if not shown:
-        return None
-    buttons = []
-    for name in dict.fromkeys(shown):
-        axis = {"yaxis.title.text": name, "yaxis.type": "log" if "error" in name else "linear"}
-        args = [{"visible": [one == name for one in shown]}, axis]
-        buttons.append({"label": name, "method": "update", "args": args})
-    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15, "yanchor": "bottom"}
-    heading = {"text": html.escape(title, quote=False), "font": {"size": 13}}
-    plot.update_layout(title=heading, yaxis_title=shown[0], updatemenus=[menu], template="plotly_white")
-    if not bars:
-        plot.update_xaxes(title="S", type="log", tickvals=lengths, ticktext=[str(n) for n in lengths])
-    return plot
+    Raises:
+        ValueError: no row has such a peak.
+    """
+    lines: dict[tuple[str, int], dict[str, Entry]] = {}
+    for entry in latest(entries):
+        row = entry.row
+        if row.suite == "memory" and row.peak_bytes is not None and row.variant in PEAKS:
+            lines.setdefault((machine(row), row.length), {})[row.variant] = entry
+    if not lines:
+        raise ValueError("no row has a peak of suite memory: run `python -m bench memory --rows FILE` first.")
+    used = [variant for variant in PEAKS if any(variant in line for line in lines.values())]
+    body = [
+        [str(length), *(_peak(line.get(variant)) for variant in used), links(line.values(), prefix)]
+        for (_, length), line in sorted(lines.items())
+    ]
+    return pages.table(["S", *(PEAKS[variant] for variant in used), "rows"], body)
+
+
+def _peak(entry: Entry | None) -> str:
+    if entry is None:
+        return "–"
+    size, ratio = f"{(entry.row.peak_bytes or 0) / 1e6:,.0f} MB", finite(entry.row.peak_ratio)
+    return size if ratio is None or entry.row.variant == entry.row.base else f"{size} ({ratio:.2f})"
+
+
+#: name of a table, as in its marks -> its Markdown, from all rows and the way from the page to the root
+TABLES: Mapping[str, Callable[[Sequence[Entry], str], str]] = {"step costs": costs, "memory": peaks}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines of a page around a table."""
+    begin = f"<!-- {name}: written by `make figures`, from the rows in bench/results -->"
+    return begin, f"<!-- end of {name} -->"
+
+
+def rewrite(path: Path, root: Path, entries: Sequence[Entry]) -> bool:
+    """Write every table whose marks a page has; whether that changed it.
+
+    Raises:
+        OSError: the page cannot be read or written.
+        ValueError: marks are not in pairs, or there are no rows for a table.
+    """
+    prefix, text, changed = "../" * (len(path.relative_to(root).parts) - 1), path.read_text("utf-8"), False
+    for name, table in TABLES.items():
+        if any(mark in text for mark in marks(name)):
+            changed |= pages.between(path, *marks(name), table(entries, prefix))
+    return changed
+
+
+def links(entries: Iterable[Entry], prefix: str = "") -> str:
+    """Links to the files of rows, named by the lines: ``[cpu 32–38, 40](bench/results/cpu.jsonl)``."""
+    by_file: dict[str, set[int]] = {}
+    for entry in entries:
+        by_file.setdefault(entry.file, set()).add(entry.line)
+    return "; ".join(
+        f"[{Path(file).stem} {_spans(lines)}]({prefix}{file})" for file, lines in by_file.items()
+    )
+
+
+def _spans(lines: Iterable[int]) -> str:
+    """Line numbers with neighbours joined: ``32–38, 40``."""
+    runs: list[list[int]] = []
+    for line in sorted(lines):
+        if runs and line == runs[-1][1] + 1:
+            runs[-1][1] = line
+        else:
+            runs.append([line, line])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
 
 
 def report(
@@ -113,7 +188,6 @@ def report(
         list[Path] | None,
         typer.Option(help="File of rows; repeatable. Default: bench/results/*.jsonl of the checkout."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("runs/report/index.html"),
     write: Annotated[
         Path | None,
         typer.Option(
@@ -121,25 +195,32 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Draw what `python -m bench` measured: one HTML file that works offline, with the line every number is from.
+    """Show what `python -m bench` measured, case by case; of rows that measure the same the last one.
 
-    Exit code 2: bad arguments, rows that cannot be read, or nothing to draw.
+    Exit code 2: bad arguments, rows that cannot be read, or none for a table or picture.
     """
-    console = Console()
+    console = wide_console()
     try:
         entries = read(rows or sorted((ROOT / "bench" / "results").glob("*.jsonl")), ROOT)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(entries), encoding="utf-8")
-        say(console, f"{len(entries)} rows: {out}")
-        if write is not None:
-            for path in (write / "README.md", *sorted((write / "docs").rglob("*.md"))):
-                if rewrite(path, write, entries):
-                    say(console, f"{path}: new table")
-            for draw, name in ((plot_steps, "steps.png"), (plot_errors, "errors.png")):
-                draw([entry.row for entry in entries], write / "docs" / "images" / name)
+        if write is None:
+            cases: dict[tuple[object, ...], list[Row]] = {}
+            for entry in latest(entries):
+                cases.setdefault(entry.row.case_key, []).append(entry.row)
+            for group in cases.values():
+                row = group[0]
+                config = ", ".join(f"{name} {value}" for name, value in row.config.items())
+                title = f"{row.suite}:{row.family} {row.dtype} {row.length}"
+                say(console, escape(f"\n{title} · {config} · {machine(row)}, torch {row.torch}"))
+                console.print(measured(group))
+            return
+        for path in (write / "README.md", *sorted((write / "docs").rglob("*.md"))):
+            if rewrite(path, write, entries):
+                say(console, f"{path}: new table")
+        for draw, name in ((plot_steps, "steps.png"), (plot_errors, "errors.png")):
+            draw([entry.row for entry in entries], write / "docs" / "images" / name)
     except (OSError, ValueError) as error:
         fail(f"{error.filename}: {error.strerror}." if isinstance(error, OSError) else str(error))
 
 
 if __name__ == "__main__":
-    run(report, "bench.report", "report")
+    run(report, "bench.report", "bench")

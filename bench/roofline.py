@@ -131,7 +131,7 @@ class Attention:
 
 # ---------------------------------------------------------------------------------------------------------- rows
 #: streams of the size of one input, read and written: (forward, backward); every one is of stacked tensors
-STREAMS = {"norm": (2, 3), "add": (4, 4), "pointwise": (2, 3), "gated": (3, 5), "rotary": (2, 2)}
+STREAMS = {"norm": (2, 3), "add": (4, 4), "activation": (2, 3), "gated": (3, 5), "rotary": (2, 2)}
 
 
 def stream(kind: str, numbers: float, backward: bool, K: int = 1, item: int = 2) -> Work:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import machine
 
@@ -170,20 +170,34 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a results file.
+class Entry(NamedTuple):
+    """A row and its place: the name of its file, and the line from 1."""
+
+    row: Row
+    file: str
+    line: int
+
+
+def read_entries(path: Path, name: str | None = None) -> list[Entry]:
+    """The rows of a results file, which is called `name` in them and in messages.
 
     Raises:
+        OSError: it cannot be read.
         ValueError: a line is no row; the message has its number.
     """
-    rows = []
+    entries, name = [], name or path.name
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
-                rows.append(Row.parse(line.decode("utf-8")))
+                entries.append(Entry(Row.parse(line.decode("utf-8")), name, number))
             except ValueError as error:
-                raise ValueError(f"{path.name}, line {number}: {error}") from error
-    return rows
+                raise ValueError(f"{name}, line {number}: {error}") from error
+    return entries
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results file; errors as of :func:`read_entries`."""
+    return [entry.row for entry in read_entries(path)]
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -128,14 +128,17 @@ def test_commands_of_the_pages_exist():
     """`aajr ...` and `python -m bench ...` in blocks of commands: the command, and every option that it is given."""
     from aajr_kernels.cli.main import COMMANDS, load
     from bench.__main__ import bench
+    from bench.compare import files
     from bench.report import report
     from bench.scaling import scaling
+    from bench.tune import tune
     from common.command import application
     from demo.__main__ import demo
     from experiments.__main__ import experiment
 
     commands = {f"aajr {name}": load(name) for name in COMMANDS}
-    programs = {"bench": bench, "bench.report": report, "bench.scaling": scaling, "demo": demo}
+    programs = {"bench": bench, "bench.compare": files, "bench.report": report, "bench.scaling": scaling}
+    programs |= {"bench.tune": tune, "demo": demo}
     for name, function in {**programs, "experiments": experiment}.items():
         commands[f"python -m {name}"] = typer.main.get_command(application(function))
     known = {

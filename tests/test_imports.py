@@ -51,7 +51,6 @@ ONE_PLACE = {
     "trl": [],
     "gguf": [],
     "matplotlib": ["training/report.py"],
-    "plotly": [],
     "safetensors": ["training/checkpoints.py"],
     "torch.utils.tensorboard": ["method/report.py", "training/record.py"],
     "aajr_kernels._native": ["backends/cpu.py"],

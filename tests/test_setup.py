@@ -92,9 +92,7 @@ def test_tests_have_the_packages_of_every_extra():
 
 
 def test_the_demo_is_not_made_to_download_what_it_does_not_use(script):
-    assert {"triton", "trl", "datasets", "plotly", "pytest", "mkdocs-material", "mypy"} & named(
-        "demo"
-    ) == set()
+    assert {"triton", "trl", "datasets", "pytest", "mkdocs-material", "mypy"} & named("demo") == set()
     assert "demo" not in script.WITH_TRITON | script.WITH_EMULATED
     assert script.DATA["demo"] == ["requirements/demo-data.txt"]
 

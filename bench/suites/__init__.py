@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..case import Case, Suite
-from . import attention, gpu, head, memory, method, pointwise, step, sweep
+from . import attention, gpu, head, memory, method, pointwise, step
 
 #: in the order in which they run
 SUITES: dict[str, Suite] = {
@@ -19,7 +19,6 @@ SUITES: dict[str, Suite] = {
         head.SUITE,
         step.SUITE,
         method.SUITE,
-        sweep.SUITE,
         memory.SUITE,
         gpu.SUITE,
     )

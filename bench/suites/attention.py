@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
 from aajr_kernels.testing import formulas
 
-from ..case import Case, Selection, Suite, Variant, draw, has_kernels
+from ..case import PARTS, Case, Selection, Suite, Variant, draw, has_kernels
 from ..roofline import Attention
 from .op import Op
 
@@ -35,44 +36,62 @@ TENSORS = {"forward": 2, "backward": 4, "both": 6}
 
 def cases(selection: Selection) -> list[Case]:
     return [
-        attention_case(features, dtype, n, selection)
+        _case(features, dtype, n, selection)
         for features, lengths in LENGTHS.items()
         if selection.wants(f"d{features}")
         for dtype, n in selection.grid(("float32", "bfloat16"), lengths)
     ]
 
 
-def attention_case(features: int, dtype: str, length: int, selection: Selection) -> Case:
+def _case(features: int, dtype: str, length: int, selection: Selection) -> Case:
     """Causal attention of six heads with so many features, on two heads of keys and values."""
-    item = getattr(torch, dtype).itemsize
-    shape = Attention(1, 6, 2, length, length, features, causal=True, item=item)
-    op = op_of(shape, dtype, selection.part, selection.device)
-    truth, exact = op.truth(formula(shape)), op.dual_truth(formula(shape))
+    shape = Attention(1, 6, 2, length, length, features, causal=True, item=getattr(torch, dtype).itemsize)
     bound = BOUNDS.get((features, dtype, length)) if selection.bounded else None
-    plain, dual = (count * shape.product for count in PRODUCTS[selection.part])
-    moved = TENSORS[selection.part] * (shape.queries + shape.keys)
+    plain = {"plain": torchs(shape), "plain, keys repeated": torchs(shape, repeat=True)}
     bounds = {} if bound is None else {"ratio": bound}
-    variants = [
-        Variant("plain", op.plain(torchs(shape)), truth, flops=plain, bytes=moved),
-        Variant(
-            "plain, keys repeated", op.plain(torchs(shape, repeat=True)), truth, flops=plain, bytes=moved
-        ),
-        Variant("dual", op.dual(ours(shape)), exact, flops=dual, bytes=2 * moved, bounds=bounds),
-    ]
-    slow: Any = {"rounds": 3, "peak": False}
+    made = variants(shape, dtype, selection.part, selection.device, plain, bounds)
+    slow: Any = {"rounds": 3, "peak": False, "bounds": {}, "work": ()}
     if has_kernels("attention", selection.device):
-        variants.append(Variant("dual, reference", op.dual(ours(shape)), exact, backend="reference", **slow))
+        made.append(dataclasses.replace(made[2], name="dual, reference", backend="reference", **slow))
     if length <= 512:
-        by_torch = op.forward_mode(torchs(shape))
-        variants.append(Variant("torch.func.jvp", by_torch, exact, optional=True, **slow))
+        by_torch = op_of(shape, dtype, selection.part, selection.device).forward_mode(torchs(shape))
+        made.append(dataclasses.replace(made[2], name="torch.func.jvp", make=by_torch, optional=True, **slow))
     return selection.case(
-        *("attention", f"d{features}", dtype, length, variants),
-        base=("plain", "plain, keys repeated"),
+        *("attention", f"d{features}", dtype, length, made),
+        base=tuple(plain),
         config=config(shape),
         gate_length=257,
         repeats=60 if length <= 1024 else 16,
         why="the dual ÷ torch's plain attention",
     )
+
+
+def variants(
+    shape: Attention,
+    dtype: str,
+    part: str,
+    device: str,
+    plain: Mapping[str, Callable[..., Tensor]],
+    bounds: Mapping[str, float],
+) -> list[Variant]:
+    """Ways of torch to compute the plain attention, by name, of which all but the first are optional; the dual."""
+    op = op_of(shape, dtype, part, device)
+    truth, exact = op.truth(formula(shape)), op.dual_truth(formula(shape))
+    plain_costs, dual_costs = (_costs(dataclasses.replace(shape, K=K), part) for K in (0, 1))
+    by_torch = [
+        Variant(name, op.plain(function), truth, optional=i > 0, **plain_costs)
+        for i, (name, function) in enumerate(plain.items())
+    ]
+    return [*by_torch, Variant("dual", op.dual(ours(shape)), exact, bounds=bounds, **dual_costs)]
+
+
+def _costs(shape: Attention, part: str) -> dict[str, Any]:
+    """Arithmetic and traffic that are necessary, and the kernels of the roofline model."""
+    return {
+        "flops": PRODUCTS[part][shape.K] * shape.product,
+        "bytes": TENSORS[part] * (1 + shape.K) * (shape.queries + shape.keys),
+        "work": tuple(work for way in PARTS[part] for work in getattr(shape, way)()),
+    }
 
 
 def config(shape: Attention) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from aajr_kernels.backends import choice, cuda
 from aajr_kernels.coverage import record, recording
 
-from .. import peers, roofline
+from .. import peers
 from ..case import Case, Gradients, Run, Selection, Suite, Variant
 from ..roofline import Attention
 from . import attention, head, models, pointwise, step
@@ -34,8 +34,7 @@ MILLISECONDS, RATIOS = {"forward": 7.0, "backward": 28.0}, {"forward": 3.3, "bac
 POSITIONS, FEATURES = 8192, 4096
 #: time over that of a copy of as many bytes: 80 % of the bandwidth, 85 % for the kernels in CUDA C++
 COPY_RATIO, CUDA_RATIO = 1.25, 1 / 0.85
-#: op -> its streams in the roofline model
-ROWS = {"rms_norm": "norm", "layer_norm": "norm", "swiglu": "gated", "gelu": "pointwise", "rotary": "rotary"}
+ROWS = ("rms_norm", "layer_norm", "swiglu", "gelu", "rotary")
 WORDS, HIDDEN, TOKENS, HEAD_RATIO = 128256, 2048, 4096, 2.2
 STEP_LENGTH, STEP_RATIO, STEP_PEAK = 4096, 2.4, 2.2
 #: the purpose of the kernels in CUDA C++: starting them, at few rows; their time over Triton's, without a graph
@@ -54,52 +53,34 @@ def cases(selection: Selection) -> list[Case]:
         "step": (_step, (STEP_LENGTH,)),
         "launches": (_launches, LAUNCH_ROWS),
     }
+    on_device = dataclasses.replace(selection, device=DEVICE)
     return [
-        dataclasses.replace(maker(dtype, n), suite="gpu", family=family, dtype=dtype, length=n, device=DEVICE)
+        dataclasses.replace(maker(dtype, n, on_device), suite="gpu", family=family)
         for family, (maker, lengths) in families.items()
         if selection.wants(family)
         for dtype, n in selection.grid(("bfloat16",), lengths)
     ]
 
 
-#: makes a case whose family, dtype, length and device :func:`cases` fills in
-_case: Any = functools.partial(Case, "gpu", "", "", 0)
-
-
 def on_h100() -> bool:
     return torch.cuda.is_available() and "H100" in torch.cuda.get_device_name()
 
 
-def _attention(name: str, part: str, dtype: str, length: int) -> Case:
+def _attention(name: str, part: str, dtype: str, length: int, selection: Selection) -> Case:
     shape = dataclasses.replace(SHAPES[name], N=length, M=length, item=getattr(torch, dtype).itemsize)
-    both = (dataclasses.replace(shape, K=0), shape)
-    plain_work, work = (tuple(s.forward() if part == "forward" else s.backward()) for s in both)
-    plain, dual = (count * shape.product for count in attention.PRODUCTS[part])
     bounds: dict[str, float] = {}
     if name == "causal" and shape == SHAPES[name]:
         bounds["ratio"] = RATIOS[part]
     elif shape == SHAPES[name] and on_h100():
         bounds["ms"] = MILLISECONDS[part]
-    op, formula = attention.op_of(shape, dtype, part, DEVICE), attention.formula(shape)
-    truth = op.truth(formula)
-    torchs = {
-        "flash": attention.torchs(shape, SDPBackend.FLASH_ATTENTION),
-        "flash, keys repeated": attention.torchs(shape, SDPBackend.FLASH_ATTENTION, repeat=True),
-        "cuDNN": attention.torchs(shape, SDPBackend.CUDNN_ATTENTION),
-    }
-    if shape.H == shape.HK:
-        del torchs["flash, keys repeated"]
-    variants = [
-        Variant(label, op.plain(way), truth, optional=label != "flash", flops=plain, work=plain_work)
-        for label, way in torchs.items()
-    ]
-    exact = op.dual_truth(formula)
-    variants.append(
-        Variant("dual", op.dual(attention.ours(shape)), exact, flops=dual, work=work, bounds=bounds)
-    )
-    return _case(
-        tuple(variants),
-        base=tuple(v.name for v in variants if v.name.startswith("flash")),
+    plain = {"flash": attention.torchs(shape, SDPBackend.FLASH_ATTENTION)}
+    if shape.H != shape.HK:
+        plain["flash, keys repeated"] = attention.torchs(shape, SDPBackend.FLASH_ATTENTION, repeat=True)
+    base = tuple(plain)
+    plain["cuDNN"] = attention.torchs(shape, SDPBackend.CUDNN_ATTENTION)
+    return selection.case(
+        *("gpu", name, dtype, length, attention.variants(shape, dtype, part, DEVICE, plain, bounds)),
+        base=base,
         config={**attention.config(shape), "part": part},
         gate_length=129,
         repeats=20,
@@ -107,20 +88,17 @@ def _attention(name: str, part: str, dtype: str, length: int) -> Case:
     )
 
 
-def _rows(name: str, part: str, dtype: str, length: int) -> Case:
+def _rows(name: str, part: str, dtype: str, length: int, selection: Selection) -> Case:
     one = pointwise.OPS[name]
     op = one.op(FEATURES, dtype, part, DEVICE)
-    item, numbers = getattr(torch, dtype).itemsize, 2.0 * length * FEATURES
-    plain, dual = (roofline.stream(ROWS[name], numbers, part == "backward", K, item) for K in (0, 1))
-    bound = {"copy_ratio": COPY_RATIO} if length == POSITIONS else {}
-    ours = Variant("dual", op.dual(one.dual), op.dual_truth(one.formula), bytes=dual.bytes, work=(dual,))
-    by_torch = Variant("plain", op.plain(one.plain), op.truth(one.formula), bytes=plain.bytes, work=(plain,))
-    variants = [by_torch, dataclasses.replace(ours, bounds=bound)]
+    plain, dual = pointwise.variants(one, op, dtype, length, FEATURES)
+    bounded = length == POSITIONS
+    made = [plain, dataclasses.replace(dual, bounds={"copy_ratio": COPY_RATIO} if bounded else {})]
     if one.suite == "norm" and cuda.missing() is None:
-        bound = {"copy_ratio": CUDA_RATIO} if length == POSITIONS else {}
-        variants.append(dataclasses.replace(ours, name="dual, CUDA C++", backend="cuda", bounds=bound))
-    return _case(
-        tuple(variants),
+        bound = {"copy_ratio": CUDA_RATIO} if bounded else {}
+        made.append(dataclasses.replace(dual, name="dual, CUDA C++", backend="cuda", bounds=bound))
+    return selection.case(
+        *("gpu", name, dtype, length, made),
         base=("plain",),
         config={"shape": [2, length, FEATURES], "part": part, "op": one.suite},
         repeats=20,
@@ -129,7 +107,7 @@ def _rows(name: str, part: str, dtype: str, length: int) -> Case:
     )
 
 
-def _launches(dtype: str, length: int) -> Case:
+def _launches(dtype: str, length: int, selection: Selection) -> Case:
     """An RMS norm of `length` rows, called again and again by Python: the cost of a call, where rows are few.
 
     Not in the roofline model, which has devices and no Python.
@@ -141,8 +119,8 @@ def _launches(dtype: str, length: int) -> Case:
     if cuda.missing() is None:
         bounds = {"ratio": LAUNCH_RATIO} if length == 64 else {}
         variants.append(Variant("CUDA C++", make, truth, backend="cuda", bounds=bounds))
-    return _case(
-        tuple(variants),
+    return selection.case(
+        *("gpu", "launches", dtype, length, variants),
         base=("Triton",),
         config={"shape": [2, length, FEATURES], "calls": LAUNCH_CALLS, "op": "norm"},
         repeats=20,
@@ -167,16 +145,12 @@ def _launch_run(length: int, dtype: str) -> Run:
     return Run(call)
 
 
-def _head(dtype: str, length: int) -> Case:
+def _head(dtype: str, length: int, selection: Selection) -> Case:
     ways = head.variants(dtype, length, HIDDEN, WORDS, DEVICE)
     bound = {"ratio": HEAD_RATIO} if length == TOKENS else {}
-    plain = tuple(roofline.plain_head(length, HIDDEN, WORDS))
-    fisher = tuple(roofline.head(length, HIDDEN, WORDS))
-    return _case(
-        (
-            dataclasses.replace(ways["plain"], work=plain, key=None),
-            dataclasses.replace(ways["fisher"], work=fisher, bounds=bound, key=None),
-        ),
+    return selection.case(
+        *("gpu", "head", dtype, length),
+        [ways["plain"], dataclasses.replace(ways["fisher"], bounds=bound)],
         base=("plain",),
         config={"V": WORDS, "C": HIDDEN, "metric": "fisher"},
         repeats=10,
@@ -185,26 +159,19 @@ def _head(dtype: str, length: int) -> Case:
     )
 
 
-def _step(dtype: str, length: int) -> Case:
-    sizes = models.sizes("llama-1b", length)
+def _step(dtype: str, length: int, selection: Selection) -> Case:
     bounds = {"ratio": STEP_RATIO, "peak_ratio": STEP_PEAK} if length == STEP_LENGTH else {}
-    task = functools.partial(step.Task, model="llama-1b", dtype=dtype, device=DEVICE)
-    plain, work = (tuple(sizes.step(length, K)) for K in (0, 1))
+    task = step.tasks(selection, model="llama-1b", dtype=dtype)
+    plain, work = (tuple(models.sizes("llama-1b", length).step(length, K)) for K in (0, 1))
     variants = [
         step.variant("plain", task("plain"), work=plain),
         step.variant("exact, fused", task("penalty", form="fused"), work=work, bounds=bounds),
         step.variant(step.FINITE, task("differences"), exact=False, peak=False),
         *(step.variant(p, task(p), exact=False, optional=True, peak=False) for p in peers.device_peers()),
     ]
-    return _case(
-        tuple(variants),
-        base=("plain",),
-        config={"model": "llama-1b", "sizes": dataclasses.asdict(sizes), "metric": "l2", "B": 1},
-        gate_length=models.SHALLOW,
-        repeats=8,
-        peak=True,
-        why="exact penalty step ÷ plain flash step, 16 layers of hidden 2048",
-    )
+    why = "exact penalty step ÷ plain flash step, 16 layers of hidden 2048"
+    where = ("step", "llama-1b", dtype, length, selection, variants, ("plain",), why)
+    return step.step_case(*where, repeats=8, peak=True)
 
 
 SUITE = Suite(

@@ -14,6 +14,7 @@ from aajr_kernels.dual import Dual
 from aajr_kernels.ops.head import lm_head_sensitivity
 from aajr_kernels.testing.formulas import fisher
 
+from .. import roofline
 from ..case import Case, Selection, Suite, Variant, draw, has_kernels
 from .op import Op
 
@@ -27,7 +28,7 @@ PRODUCTS = {"both": (3, 8), "forward": (1, 2), "backward": (2, 6)}
 
 
 def cases(selection: Selection) -> list[Case]:
-    makers = {"fisher": head_case, "shared": _shared}
+    makers = {"fisher": _fisher, "shared": _shared}
     return [
         maker(dtype, n, selection)
         for dtype, n in selection.grid(("float32",), (512,))
@@ -40,13 +41,6 @@ def variants(
     dtype: str, length: int, hidden: int, words: int, device: str, part: str = "both"
 ) -> dict[str, Variant]:
     """The ways to compute a head of so many features and words, by name."""
-    plain, dual = PRODUCTS[part]
-    product = 2.0 * length * words * hidden
-    item = getattr(torch, dtype).itemsize
-    # read and written once: hidden states and weight; then those and their gradients; no logits
-    passes = {"forward": 1, "backward": 2, "both": 3}[part]
-    moved = [float(passes * item * hidden * (words + stack * length)) for stack in (1, 2)]
-    gradients = [item * hidden * (words + stack * length) for stack in (1, 2)]
 
     @functools.cache
     def labels(n: int, device: torch.device) -> Tensor:
@@ -75,35 +69,41 @@ def variants(
         return fisher(F.linear(x[0], w), F.linear(x[1], w)).mean()
 
     op = Op(inputs, part, device)
-    costs: dict[str, Any] = {"flops": dual * product, "bytes": moved[1], "gradient_bytes": gradients[1]}
-    ours = Variant("fisher", op.dual(penalty), op.stacked_truth(exact), **costs)
+    plain, dual = (_costs(dtype, length, hidden, words, part, K) for K in (0, 1))
     both_true = op.stacked_truth(lambda x, w: exact(x, w) + crossentropy(x[0], w))
-    costs_plain: dict[str, Any] = {
-        "flops": plain * product,
-        "bytes": moved[0],
-        "gradient_bytes": gradients[0],
-    }
-    slow: Any = {"backend": "reference", "rounds": 3, "peak": False}
     made = [
-        Variant("plain", op.plain(crossentropy), op.truth(crossentropy), **costs_plain),
-        ours,
-        Variant("fisher and loss", op.dual(both), both_true, **costs),
-        dataclasses.replace(ours, name="fisher, reference", **slow),
+        Variant("plain", op.plain(crossentropy), op.truth(crossentropy), **plain),
+        Variant("fisher", op.dual(penalty), op.stacked_truth(exact), **dual),
+        Variant("fisher and loss", op.dual(both), both_true, **dual),
     ]
+    slow: Any = {"backend": "reference", "rounds": 3, "peak": False, "work": ()}
+    made.append(dataclasses.replace(made[1], name="fisher, reference", **slow))
     sizes = (hidden, words, device, part)
     return {variant.name: dataclasses.replace(variant, key=(variant.name, sizes)) for variant in made}
 
 
-def head_case(dtype: str, length: int, selection: Selection, words: int | None = None) -> Case:
-    """The penalty of a head of so many words, by default 32,000."""
-    words = VOCABULARY if words is None else words
-    ways = variants(dtype, length, HIDDEN, words, selection.device, selection.part)
+def _costs(dtype: str, length: int, hidden: int, words: int, part: str, K: int) -> dict[str, Any]:
+    """Arithmetic and traffic that are necessary, bytes of the gradients, the kernels of the roofline model."""
+    item = getattr(torch, dtype).itemsize
+    tensors = item * hidden * (words + (1 + K) * length)  # hidden states and weight; no logits
+    passes = {"forward": 1, "backward": 2, "both": 3}[part]  # of those, and of those with their gradients
+    model = roofline.head(length, hidden, words) if K else roofline.plain_head(length, hidden, words)
+    return {
+        "flops": PRODUCTS[part][K] * 2.0 * length * words * hidden,
+        "bytes": float(passes * tensors),
+        "gradient_bytes": tensors,
+        "work": tuple(model) if part == "both" else (),
+    }
+
+
+def _fisher(dtype: str, length: int, selection: Selection) -> Case:
+    ways = variants(dtype, length, HIDDEN, VOCABULARY, selection.device, selection.part)
     ways["fisher"] = _bounded(ways["fisher"], dtype, length, selection, ratio=RATIO, extra_bytes=EXTRA_BYTES)
     names = ["plain", "fisher"] + ["fisher, reference"] * has_kernels("head", selection.device)
     return selection.case(
         *("head", "fisher", dtype, length, [ways[name] for name in names]),
         base=("plain",),
-        config={"V": words, "C": HIDDEN, "metric": "fisher"},
+        config={"V": VOCABULARY, "C": HIDDEN, "metric": "fisher"},
         repeats=10,
         peak=selection.part == "both",
         why="Fisher head ÷ plain linear + cross-entropy",

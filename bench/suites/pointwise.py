@@ -17,8 +17,8 @@ from aajr_kernels.ops.norm import layer_norm, rms_norm
 from aajr_kernels.ops.rotary import rotary
 from aajr_kernels.testing import formulas
 
-from ..case import Case, Selection, Suite, Variant, draw, has_kernels
-from ..counting import operations
+from ..case import PARTS, Case, Selection, Suite, Variant, draw, has_kernels
+from ..roofline import stream
 from .op import Op
 
 #: positions -> features of ``[2, positions, features]``
@@ -123,24 +123,19 @@ def _cases(suite: str, selection: Selection) -> list[Case]:
 
 
 def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
-    one, features = OPS[family], SHAPES.get(length, 384)
-    op = one.op(features, dtype, selection.part, selection.device)
-    # read and written once: inputs and results; inputs, cotangents and gradients
-    streams = {"forward": one.inputs + 1, "backward": 2 * one.inputs + 1, "both": 3 * one.inputs + 2}
-    moved = 2.0 * length * features * getattr(torch, dtype).itemsize * streams[selection.part]
-    plain, dual = (_operations(one, selection.part, k) * length * features for k in (False, True))
-    exact, truth = op.dual_truth(one.formula), op.truth(one.formula)
-    variants = [Variant("plain", op.plain(one.plain), truth, flops=plain, bytes=moved)]
+    one, features, part = OPS[family], SHAPES.get(length, 384), selection.part
+    op = one.op(features, dtype, part, selection.device)
+    plain, dual = variants(one, op, dtype, length, features)
+    made = [plain]
     if one.plain is not one.formula:
-        written = Variant("plain, written out", op.plain(one.formula), truth, flops=plain, bytes=moved)
-        variants.append(dataclasses.replace(written, exact=False))
-    ours = Variant("dual", op.dual(one.dual), exact, flops=dual, bytes=2 * moved)
-    variants.append(ours)
+        written = op.plain(one.formula)
+        made.append(dataclasses.replace(plain, name="plain, written out", make=written, exact=False, work=()))
+    made.append(dual)
     if has_kernels(one.suite, selection.device):
-        slow: Any = {"backend": "reference", "rounds": 5, "peak": False}
-        variants.append(dataclasses.replace(ours, name="dual, reference", **slow))
+        slow: Any = {"backend": "reference", "rounds": 5, "peak": False, "work": ()}
+        made.append(dataclasses.replace(dual, name="dual, reference", **slow))
     return selection.case(
-        *(one.suite, family, dtype, length, variants),
+        *(one.suite, family, dtype, length, made),
         base=("plain",),
         config={"shape": [2, length, features]},
         repeats=10,
@@ -148,13 +143,18 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
     )
 
 
-def _operations(one: Pointwise, part: str, stacked: bool) -> float:
-    """Arithmetic of the formula per position and feature, for two rows."""
-    inputs, weights, cotangent = one.op(ROTARY_HEAD, "float32", part, "cpu").draw(8)
-    op = Op(lambda length: (inputs, [], cotangent), part)  # gradients of weights are not counted
-    formula = lambda *xs: one.formula(*xs, *weights)
-    run = (op.forward_mode if stacked else op.plain)(formula)(8)
-    return operations(run) / (8 * ROTARY_HEAD)
+def variants(one: Pointwise, op: Op, dtype: str, length: int, features: int) -> tuple[Variant, Variant]:
+    """Torch's op and the dual; each stream of the roofline model passes once."""
+    kind, item = "gated" if one.inputs == 2 else one.suite, getattr(torch, dtype).itemsize
+    plain, dual = (
+        tuple(stream(kind, 2.0 * length * features, way == "backward", K, item) for way in PARTS[op.part])
+        for K in (0, 1)
+    )
+    moved = [sum(work.bytes for work in kernels) for kernels in (plain, dual)]
+    return (
+        Variant("plain", op.plain(one.plain), op.truth(one.formula), bytes=moved[0], work=plain),
+        Variant("dual", op.dual(one.dual), op.dual_truth(one.formula), bytes=moved[1], work=dual),
+    )
 
 
 def _suite(name: str, summary: str) -> Suite:

@@ -15,7 +15,6 @@ from toy_bench import FACTS, invoke
 
 import aajr_kernels
 from aajr_kernels.backends import cpu
-from bench import __main__ as bench
 from bench import gate
 from bench.case import Run, Selection
 from bench.row import Row, read_rows
@@ -206,41 +205,18 @@ def test_list_names_every_suite_and_its_bounds():
     [
         (["nothing"], "suite 'nothing' is unknown"),
         (["step:rwkv"], "no family 'rwkv'"),
-        (["--dtype", "int8"], "'int8' is unknown"),
+        (["--dtype", "int8"], "int8: choose from float32, bfloat16, float16"),
         (["--lengths", "512,x"], "no list of lengths"),
-        (["--part", "sideways"], "'sideways' is unknown: choose from both, forward, backward"),
+        (["--part", "sideways"], "'sideways' is not one of 'both', 'forward', 'backward'"),
         (["method", "--part", "forward"], "suite method is timed as a whole"),
-        (["--device", "tpu"], "'tpu' is unknown: choose from cpu, cuda"),
+        (["--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
         (["--lengths", "1"], "no list of lengths"),
-        (["--capability", "sse"], "'sse' is unknown"),
         (["--rows", "/nowhere/rows.jsonl"], "no folder"),
     ],
 )
 def test_bad_arguments(arguments, message):
     text = " ".join(invoke(*arguments, exit_code=2).replace("│", " ").split())
     assert message in text
-
-
-def test_a_capability_needs_a_process_of_its_own(toy, monkeypatch):
-    started = {}
-
-    def start(command, check, env):
-        started.update(command=command, env=env)
-        return subprocess.CompletedProcess(command, 7)
-
-    monkeypatch.setattr(bench.subprocess, "run", start)
-    invoke("toy:only", "--capability", "avx2", "--dtype", "float32", "--no-peak", "--check", exit_code=7)
-    settings = bench.CAPABILITIES["avx2"]
-    assert settings.items() <= started["env"].items()
-    assert set(started["command"][3:]) == {
-        *("--capability", "avx2", "--dtype", "float32", "--no-peak", "--check", "toy:only"),
-    }
-    assert toy.calls == []
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bench.subprocess, "run", None)
-    invoke("toy", "--capability", "avx2")
-    assert toy.calls
 
 
 def test_a_peak_that_cannot_be_measured_says_why(toy, monkeypatch):

@@ -1,23 +1,22 @@
-"""`python -m bench` beside itself: files of rows, baselines, another commit; and cases that fail or are interrupted."""
+"""`python -m bench` beside itself: files of rows, baselines; and cases that fail or are interrupted."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
 from toy_bench import Toy, invoke
+from typer.testing import CliRunner
 
 from bench import compare, peers, suites
 from bench.case import Selection, Suite
 from bench.row import environment, read_rows
 from bench.run import run_case
+from common.command import application
 
 
 @pytest.fixture
@@ -118,13 +117,17 @@ def test_the_last_row_counts_even_if_it_failed(rows):
 
 
 def test_compare_files(rows, tmp_path):
+    def beside(*files, exit_code=0):
+        result = CliRunner().invoke(application(compare.files), [*map(str, files)])
+        assert result.exit_code == exit_code, result.output
+        return " ".join(result.output.split())
+
     a, b = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", scaled(rows, 1.4))
-    text = invoke("--compare", a, b)
+    text = beside(a, b)
     assert "toy:only float32 8 dual" in text and "+40.0%" in text and "slower" in text
     c = write(tmp_path / "c.jsonl", [dataclasses.replace(row, length=1) for row in rows])
-    assert "no ratio in common" in said("--compare", a, c)
-    said("--compare", a, tmp_path / "nothing.jsonl")
-    assert "does not go with --rows" in said("--compare", a, b, "--rows", tmp_path / "d.jsonl")
+    assert "a ratio in common" in beside(a, c, exit_code=2)
+    assert "No such file" in beside(a, tmp_path / "nothing.jsonl", exit_code=2)
 
 
 def said(*arguments):
@@ -184,10 +187,6 @@ def test_kinds_of_machines_have_names_of_their_own():
     assert kind() == "amd-epyc-avx2-avx2-2"
     assert kind(device_name="NVIDIA H100") == "nvidia-h100-amd-epyc-avx2-avx2-2"
     assert kind(native_capability=None) == "amd-epyc-avx2-no-native-2"
-
-
-def test_options_without_effect_are_refused(toy: Toy, tmp_path):
-    assert "does not go with --check, --update" in said("toy", "--against", "HEAD", "--check", "--update")
 
 
 @pytest.mark.parametrize(
@@ -332,64 +331,3 @@ def test_an_installed_peer_takes_the_place_of_attention(monkeypatch):
         out = attention(q, k, k, is_causal=True, enable_gqa=True)
     assert calls == [((1, 4, 5, 8), None, True, None)]
     torch.testing.assert_close(out, expected)
-
-
-# ------------------------------------------------------------------------------------------------- another commit
-def git(folder, *arguments):
-    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True)
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A repository whose `python -m bench` writes one row with the ratio that a file of the commit names."""
-    root = tmp_path / "repository"
-    root.mkdir()
-    git(root, "init", "-q")
-    monkeypatch.setattr(compare, "ROOT", root)
-    return root
-
-
-def test_another_commit_is_built_and_measured_in_turn(checkout, rows, monkeypatch, tmp_path):
-    line = next(row for row in rows if row.variant == "dual").line()
-    (checkout / "setup.py").write_text("open('built', 'w').write('yes')")
-    package = checkout / "bench"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "__main__.py").write_text(
-        "import json, pathlib, sys\n"
-        f"row = json.loads({line!r})\n"
-        "factor = float(pathlib.Path('factor').read_text())\n"
-        "row['ratio'] *= factor; row['round_ratios'] = [r * factor for r in row['round_ratios']]\n"
-        "assert sys.argv[1] == 'toy' and sys.argv[-2] == '--rows'\n"
-        "pathlib.Path(sys.argv[-1]).write_text(json.dumps(row) + '\\n')\n"
-    )
-    for factor in ("1.0", "2.0"):
-        (checkout / "factor").write_text(factor)
-        git(checkout, "add", "-A")
-        git(checkout, "commit", "-qm", factor)
-    told = []
-    before, now = compare.measure_both("HEAD~1", ["toy"], told.append)
-    (change,) = changes(before, now)
-    assert change.growth == pytest.approx(1.0) and len(now[0].round_ratios) == 8  # two turns of four rounds
-    assert [text.split(",")[0] for text in told[1:]] == ["HEAD~1", "this code", "this code", "HEAD~1"]
-    listed = subprocess.run(
-        ["git", "worktree", "list"], cwd=checkout, capture_output=True, text=True, check=True
-    )
-    assert len(listed.stdout.splitlines()) == 1  # the worktree is gone
-
-
-def test_what_cannot_be_compared_against_says_why(checkout):
-    (checkout / "setup.py").write_text("raise SystemExit('no compiler likes this')")
-    for place, age in (("csrc/kernel.cpp", 100), ("aajr_kernels/_native.so", 50)):
-        (checkout / place).parent.mkdir(exist_ok=True)
-        (checkout / place).touch()
-        os.utime(checkout / place, (time.time() - age,) * 2)
-    git(checkout, "add", "-A")
-    git(checkout, "commit", "-qm", "one")
-    with pytest.raises(compare.Failed, match="finding commit 'no-such'"):
-        compare.measure_both("no-such", [], lambda text: None)
-    with pytest.raises(compare.Failed, match="building the other commit failed:\nno compiler likes this"):
-        compare.measure_both("HEAD", [], lambda text: None)
-    (checkout / "csrc/kernel.cpp").touch()
-    with pytest.raises(compare.Failed, match="csrc was changed after the native module"):
-        compare.measure_both("HEAD", [], lambda text: None)

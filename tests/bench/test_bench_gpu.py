@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from toy_bench import invoke
 
 from aajr_kernels.backends import cuda
 from bench import gate, roofline, row
+from bench.__main__ import Model
 from bench.case import Selection
 from bench.roofline import DEVICES, Attention, Ceilings, Decoder
 from bench.row import Row
@@ -213,6 +215,10 @@ def test_a_step_with_a_tangent_costs_about_twice_the_plain_one():
     assert products == 6 * 4096 * parameters
 
 
+def test_the_command_names_every_device_of_the_model():
+    assert set(get_args(Model)) == set(DEVICES)
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_the_command_predicts_and_says_so(name):
     text = invoke("--model", name)
@@ -232,8 +238,8 @@ def test_predictions_of_some_families_and_lengths():
 
 def test_what_cannot_be_modelled_or_run_says_what_to_do(monkeypatch):
     text = lambda *a: " ".join(invoke(*a, exit_code=2).replace("│", " ").split())
-    assert "'tpu' is unknown: choose from a100, h100" in text("--model", "tpu")
-    assert "nothing of norm is modelled" in text("norm", "--model", "h100")
+    assert "'tpu' is not one of 'a100', 'h100'" in text("--model", "tpu")
+    assert "nothing of method is modelled" in text("method", "--model", "h100")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a CUDA or ROCm device" in text("gpu") and "--model h100" in text("gpu:step")
     assert "gpu:step" in invoke("--list")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import os
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from bench import gate
 from bench.case import Selection
 from bench.roofline import Ceilings, Decoder
 from bench.run import peak_in_new_process, run_case
-from bench.suites import SUITES, head, method, models, step, sweep
+from bench.suites import SUITES, head, method, models, step
 
 
 # ------------------------------------------------------------------------------------------------- the real suites
@@ -87,23 +85,11 @@ def test_the_method_passes_its_gate(tiny, monkeypatch, family):
     assert verdict.ops["adversarial"] == verdict.ops.get("adversarial, compiled", {}) == {}
 
 
-def test_the_sweep_runs_when_named_and_passes_its_gates(tiny, monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.setattr(sweep, "LENGTHS", (9, 12))
-    monkeypatch.setattr(head, "head_case", functools.partial(_words, head.head_case))
-    cases = bench._cases(["sweep"], None, None)
-    assert [c.length for c in cases if c.family == "S"] == [9, 12]
-    assert [c.family for c in cases][2:] == list(sweep.FAMILIES[1:])
-    for case in cases:
-        case = dataclasses.replace(case, gate_length=12)
-        verdict = gate.check(case)
-        assert not verdict.failures and not verdict.left_out, case.family
-    assert not any(c.suite == "sweep" for c in bench._cases(None, None, None))
+def test_a_name_stands_for_several_suites_and_some_run_only_when_named():
     assert {c.suite for c in bench._cases(["ops"], None, None)} == {"norm", "activation", "rotary"}
-
-
-def _words(make, dtype, length, selection, words=32000):
-    return make(dtype, length, selection, words // 500)  # 2 to 256 words
+    usual = {c.suite for c in bench._cases(None, None, None)}
+    assert "memory" not in usual and {"attention", "head", "step", "method"} <= usual
+    assert {c.suite for c in bench._cases(["memory"], None, None)} == {"memory"}
 
 
 @pytest.mark.parametrize("part", ["forward", "backward"])

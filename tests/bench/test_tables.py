@@ -9,7 +9,7 @@ import re
 import benchmark_rows
 import pytest
 
-from bench import plot, tables
+from bench import plot, report
 from bench.plot import plot_errors, plot_steps
 from bench.report import ROOT
 from bench.row import read_rows
@@ -20,23 +20,23 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
-def entries() -> list[tables.Entry]:
-    return tables.read(RESULTS, ROOT)
+def entries() -> list[report.Entry]:
+    return report.read(RESULTS, ROOT)
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
+@pytest.mark.parametrize("name", report.TABLES)
 def test_the_table_is_the_one_that_the_rows_give(name, entries):
-    first, last = tables.marks(name)
+    first, last = report.marks(name)
     (page,) = [path for path in PAGES if first in path.read_text()]
     prefix = "../" * (len(page.relative_to(ROOT).parts) - 1)
     text = page.read_text()
-    assert text.partition(first)[2].partition(last)[0].strip() == tables.TABLES[name](entries, prefix)
+    assert text.partition(first)[2].partition(last)[0].strip() == report.TABLES[name](entries, prefix)
 
 
 @pytest.mark.parametrize(("name", "field"), [("step costs", "ratio"), ("memory", "peak_ratio")])
 def test_every_number_is_in_the_rows_that_its_line_names(name, field, entries):
     """Without the code that finds the rows: the last column leads to lines that hold the same numbers."""
-    _, _, *body = tables.TABLES[name](entries, "").splitlines()
+    _, _, *body = report.TABLES[name](entries, "").splitlines()
     assert len(body) >= 4
     for line in body:
         named = []
@@ -54,7 +54,7 @@ def test_every_number_is_in_the_rows_that_its_line_names(name, field, entries):
 
 def test_every_way_to_save_memory_does_and_memory_is_linear_in_the_length(entries):
     rows = {
-        (r.length, r.variant): r.peak_bytes or 0 for r, *_ in tables.latest(entries) if r.suite == "memory"
+        (r.length, r.variant): r.peak_bytes or 0 for r, *_ in report.latest(entries) if r.suite == "memory"
     }
     for name in WAYS:
         peaks = [rows[length, name] for length in LENGTHS]
@@ -77,11 +77,11 @@ def test_the_pictures_are_drawn_from_these_rows(name, draw, tmp_path):
 # ------------------------------------------------------------------------------------------------ writing a table
 def write(page, root, lines):
     rows = benchmark_rows.write(root / "rows.jsonl", lines)
-    return tables.rewrite(page, root, tables.read([rows], root))
+    return report.rewrite(page, root, report.read([rows], root))
 
 
 def test_only_what_is_between_the_marks_changes(tmp_path):
-    begin, end = tables.marks("step costs")
+    begin, end = report.marks("step costs")
     page = tmp_path / "README.md"
     page.write_text(f"before\n\n{begin}\nold\n{end}\n\nafter é\n", encoding="utf-8")
     assert write(page, tmp_path, benchmark_rows.several())
@@ -95,7 +95,7 @@ def test_only_what_is_between_the_marks_changes(tmp_path):
 
 
 def test_peaks_of_a_page_in_a_folder(tmp_path):
-    begin, end = tables.marks("memory")
+    begin, end = report.marks("memory")
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text(f"{begin}\n{end}\n")
@@ -109,7 +109,7 @@ def test_peaks_of_a_page_in_a_folder(tmp_path):
     assert line in page.read_text().splitlines()
 
 
-BEGIN, END = tables.marks("step costs")
+BEGIN, END = report.marks("step costs")
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_files_without_one_pair_of_marks_are_left_alone(tmp_path, text):
 
 
 def test_rows_without_steps_write_no_table(tmp_path):
-    entries = [tables.Entry(benchmark_rows.row(suite="norm", family="rms_norm"), "rows.jsonl", 1)]
-    for table, message in ((tables.costs, "exact, fused step"), (tables.peaks, "python -m bench memory")):
+    entries = [report.Entry(benchmark_rows.row(suite="norm", family="rms_norm"), "rows.jsonl", 1)]
+    for table, message in ((report.costs, "exact, fused step"), (report.peaks, "python -m bench memory")):
         with pytest.raises(ValueError, match=message):
             table(entries, "")
 

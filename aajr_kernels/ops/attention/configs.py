@@ -1,6 +1,6 @@
 """Tiles of the attention kernels: a static table by processor, head size and kernel, and the measured ones before it.
 
-``python -m bench --tune`` measures tiles on a processor and writes them to ``tuned.json``.
+``python -m bench.tune`` measures tiles on a processor and writes them to ``tuned.json``.
 """
 
 from __future__ import annotations
