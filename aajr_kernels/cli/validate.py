@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ..backends import choice
 from ..backends.errors import BackendUnavailable
@@ -22,6 +19,7 @@ from ..testing.checks import Row, validate_all
 from ..testing.targets import DEVICES, DTYPES, Target, find_targets
 from ..training.progress import Progress
 from .info import package_version, why_no_accelerator
+from .printing import RESULTS, print_json, say, table
 
 #: failures of one row that are printed; --json has them all
 SHOWN = 5
@@ -102,7 +100,7 @@ def validate(
         raise typer.BadParameter(f"nothing was checked: {rows[0].skipped[0]}", param_hint="--backend")
     left_out |= {f"{dtype} on {target}": reason for (dtype, target), reason in reasons.items()}
     if as_json:
-        print(json.dumps(_report(rows, left_out, seed, seconds), indent=2))
+        print_json(_report(rows, left_out, seed, seconds))
     else:
         _show(rows, left_out, seconds, Console())
     if any(row.failures for row in rows):
@@ -135,72 +133,38 @@ def _plan(
     return plan, reasons
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
 def _report(rows: Sequence[Row], left_out: Mapping[str, str], seed: int, seconds: float) -> dict[str, Any]:
-    """Everything as plain data; a number that is not finite is null."""
+    """Everything as plain data."""
     return {
         "passed": not any(row.failures for row in rows),
         "versions": {name: package_version(name) for name in ("aajr_kernels", "torch", "triton")},
         "seed": seed,
         "seconds": round(seconds, 2),
-        "rows": [
-            {
-                "op": row.op,
-                "dtype": row.dtype,
-                "backend": row.backend,
-                "device": row.device,
-                "result": row.result,
-                "cases": row.cases,
-                "worst_error": _finite(row.worst_error),
-                "budget_share": _finite(row.budget_share),
-                "worst": row.worst,
-                "failures": row.failures,
-                "skipped": row.skipped,
-            }
-            for row in rows
-        ],
+        "rows": [{**asdict(row), "result": row.result} for row in rows],
         "left_out": dict(left_out),
     }
 
 
-_STYLES = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "skipped": "[yellow]skipped[/]"}
-
-
 def _show(rows: Sequence[Row], left_out: Mapping[str, str], seconds: float, console: Console) -> None:
     """The table, what failed, what was left out, and the verdict."""
-    table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1))
-    for column in ("op", "dtype", "backend"):
-        table.add_column(column, no_wrap=True)
-    for column in ("cases", "worst error", "budget", "result"):
-        table.add_column(column, no_wrap=True, justify="right")
+    sheet = table(["op", "dtype", "backend"], ["cases", "worst error", "budget", "result"])
+    lines = []
     for row in rows:
-        name = row.backend if row.device == "cpu" else f"{row.backend} {row.device}"
+        where = row.backend if row.device == "cpu" else f"{row.backend} {row.device}"
         numbers = (f"{row.worst_error:.1e}", f"{row.budget_share:.0%}") if row.cases else ("", "")
-        table.add_row(row.op, row.dtype, name, str(row.cases), *numbers, _STYLES[row.result])
-    console.print(table)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
-    for row in rows:
-        for failure in row.failures[:SHOWN]:
-            say(f"[red]{row.op} {row.dtype} {row.backend}:[/] {escape(failure)}")
+        sheet.add_row(row.op, row.dtype, where, str(row.cases), *numbers, RESULTS[row.result])
+        name = f"{row.op} {row.dtype} {row.backend}:"
+        lines += [f"[red]{name}[/] {escape(failure)}" for failure in row.failures[:SHOWN]]
         if len(row.failures) > SHOWN:
-            say(
-                f"[red]{row.op} {row.dtype} {row.backend}:[/] {len(row.failures) - SHOWN} more (--json has them all)."
-            )
-    for row in rows:
+            lines.append(f"[red]{name}[/] {len(row.failures) - SHOWN} more (--json has them all).")
         if row.skipped:
-            say(
-                f"[yellow]{row.op} {row.dtype} {row.backend}:[/] {len(row.skipped)} of "
-                f"{len(row.skipped) + row.cases} cases skipped, the first: {escape(row.skipped[0])}"
+            lines.append(
+                f"[yellow]{name}[/] {len(row.skipped)} of {len(row.skipped) + row.cases} cases skipped, the first: "
+                f"{escape(row.skipped[0])}"
             )
-    for name, reason in left_out.items():
-        say(f"[dim]Left out: {name}: {escape(reason)}.[/]")
-    say(_verdict(rows, seconds))
+    console.print(sheet)
+    lines += [f"[dim]Left out: {name}: {escape(reason)}.[/]" for name, reason in left_out.items()]
+    say(console, "\n".join([*lines, _verdict(rows, seconds)]))
 
 
 def _verdict(rows: Sequence[Row], seconds: float) -> str:

@@ -4,14 +4,15 @@ In float64: a relative error of :data:`EXACT`. In a lower dtype: :data:`FACTOR` 
 computed by eager PyTorch in that dtype, plus :data:`ULPS` units in the last place of the size of the result. Errors
 are Euclidean norms of whole tensors, measured against float64 at the same rounded inputs.
 
-:func:`error_of` gives a number for a table; the assertions say which tensor failed, and by how much.
+:func:`error_of` gives numbers for a table; the assertions say which tensor failed, and by how much.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,37 +32,23 @@ def norm(x: Tensor) -> float:
     return x.detach().double().norm().item()
 
 
-def typical_size(exact: Results) -> float:
-    """Root mean square of the entries of all these tensors together."""
-    present = [t for t in exact.values() if t is not None]
-    squares, count = sum(norm(t) ** 2 for t in present), sum(t.numel() for t in present)
-    return math.sqrt(squares / max(count, 1))
+def gradient_floors(exact: Results) -> dict[str, float]:
+    """The size to which rounding errors of every exact gradient refer, if it is larger than the gradient.
 
-
-def gradient_floor(gradients: Results, gradient: Tensor) -> float:
-    """The size to which rounding errors of one exact ``gradient`` among all ``gradients`` refer, if it is larger.
-
-    A thousandth of a tensor with the typical entry of all gradients. Some gradients vanish identically (the bias of a
-    key projection shifts every score of a row alike): what is left of them is the rounding of terms that cancel, and
-    those are of typical size.
+    A thousandth of a tensor with the typical entry of all gradients (their root mean square). Some gradients vanish
+    identically (the bias of a key projection shifts every score of a row alike): what is left of them is the rounding
+    of terms that cancel, and those are of typical size.
     """
-    typical = typical_size(gradients) * math.sqrt(max(gradient.numel(), 1))
-    return typical if norm(gradient) < 1e-9 * typical else GRADIENT_FLOOR * typical
+    norms = {name: norm(g) for name, g in exact.items() if g is not None}
+    counts = {name: g.numel() for name, g in exact.items() if g is not None}
+    typical = math.sqrt(sum(size**2 for size in norms.values()) / max(sum(counts.values()), 1))
+    floors = dict.fromkeys(exact, 0.0)
+    for name, size in norms.items():
+        like_others = typical * math.sqrt(max(counts[name], 1))
+        floors[name] = like_others if size < 1e-9 * like_others else GRADIENT_FLOOR * like_others
+    return floors
 
 
-def _ratio(error: float, scale: float) -> float:
-    return 0.0 if error == 0 else error / scale if scale else math.inf
-
-
-def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """|actual - expected| / max(|expected|, floor); 0 when both are zero, NaN counts as infinite."""
-    if actual.shape != expected.shape:
-        raise AssertionError(f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}.")
-    error = norm(actual.detach().double() - expected.detach().double())
-    return math.inf if math.isnan(error) else _ratio(error, max(norm(expected), floor))
-
-
-# -- for a table ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Error:
     """Error of one tensor.
@@ -69,7 +56,7 @@ class Error:
     Attributes:
         relative: error over the size of the exact result; infinite for NaN or a missing result.
         share: error over what the budget allows; a failure above 1.
-        reason: what is wrong where a number cannot say it.
+        reason: why it is a failure, empty if it is none.
     """
 
     relative: float
@@ -79,115 +66,124 @@ class Error:
 
 def error_of(
     actual: Tensor | None,
-    eager: Tensor | None,
     exact: Tensor | None,
-    dtype: torch.dtype,
-    floor: float = 0.0,
+    eager: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    tolerance: float = EXACT,
+    factor: float = FACTOR,
     ulps: float = ULPS,
+    floor: float = 0.0,
 ) -> Error:
     """The error of `actual`, and its share of the budget.
 
+    The budget is ``tolerance · size`` without `eager`, otherwise ``factor · |eager - exact| + ulps · eps · size``, with
+    size ``max(|exact|, floor)``.
+
     Args:
         actual: result under test.
-        eager: the formula in the low dtype; unused in float64.
         exact: the formula in float64; None where the loss does not depend on the leaf.
-        dtype: what was computed in; its eps counts.
-        floor: smallest root mean square to which the error is relative; 0 for outputs.
-        ulps: units in the last place that are allowed beside the eager error.
+        eager: the formula in the low dtype, by eager PyTorch.
+        dtype: whose eps counts; by default that of `actual`.
+        tolerance: relative error that is allowed without `eager`.
+        factor: of the eager error.
+        ulps: units in the last place that are allowed beside it.
+        floor: smallest size to which errors refer; for results that cancel to zero.
     """
-    if exact is None:
-        stray = actual is not None and bool(actual.any())
-        return Error(math.inf, math.inf, "a gradient where none is due") if stray else Error(0.0, 0.0)
-    if actual is None:
-        if not exact.any():
+    if exact is None or actual is None:
+        if all(t is None or not t.any() for t in (actual, exact)):
             return Error(0.0, 0.0)
-        return Error(math.inf, math.inf, "nothing arrived")
+        reason = "a gradient where the loss does not depend on it" if exact is None else "no gradient"
+        return Error(math.inf, math.inf, reason)
     if actual.shape != exact.shape:
         return Error(math.inf, math.inf, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}")
-    size = max(norm(exact), floor * math.sqrt(exact.numel()))
-    error = norm(actual.detach().double().cpu() - exact.detach())
+
+    def distance(x: Tensor) -> float:
+        return norm(x.detach().double().cpu() - exact.detach().double().cpu())
+
+    size, error = max(norm(exact), floor), distance(actual)
     if math.isnan(error):
-        return Error(math.inf, math.inf, "NaN")
-    if dtype == torch.float64:
-        allowed = EXACT * size
+        return Error(math.inf, math.inf, "NaN is above every budget")
+    if eager is None:
+        allowed = tolerance * size
+        reason = f"relative error {_ratio(error, size):.2e} is above {tolerance:.0e} (of size {size:.2e})"
     else:
-        eager_error = 0.0 if eager is None else norm(eager.detach().double().cpu() - exact.detach())
-        # a formula that overflows in the low dtype excuses nothing
-        eager_error = eager_error if math.isfinite(eager_error) else 0.0
-        allowed = FACTOR * eager_error + ulps * torch.finfo(dtype).eps * size
-    return Error(_ratio(error, size), _ratio(error, allowed))
+        rounding = distance(eager)
+        rounding = rounding if math.isfinite(rounding) else 0.0  # an overflow excuses nothing
+        allowed = factor * rounding + ulps * torch.finfo(dtype or actual.dtype).eps * size
+        reason = (
+            f"error {error:.2e} is above the budget {allowed:.2e} = {factor:g} x eager error {rounding:.2e} "
+            f"+ {ulps:g} ulps of {size:.2e} ({dtype or actual.dtype})"
+        )
+    return Error(_ratio(error, size), _ratio(error, allowed), "" if error <= allowed else reason)
+
+
+def _ratio(error: float, scale: float) -> float:
+    return 0.0 if error == 0 else error / scale if scale else math.inf
+
+
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """|actual - expected| / max(|expected|, floor); 0 when both are zero, NaN counts as infinite."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}."
+    return error_of(actual, expected, floor=floor).relative
 
 
 # -- for a test -----------------------------------------------------------------------------------------------------
+def _assert(error: Error, name: str) -> None:
+    assert not error.reason, f"{name}: {error.reason}."
+
+
 def assert_exact(
     actual: Tensor, expected: Tensor, name: str = "result", *, tolerance: float = EXACT, floor: float = 0.0
 ) -> float:
     """Asserts a relative error of at most ``tolerance`` and returns it."""
-    error = relative_error(actual, expected, floor)
-    assert error <= tolerance, (
-        f"{name}: relative error {error:.2e} is above {tolerance:.0e} "
-        f"(norm {norm(actual):.6e}, expected {norm(expected):.6e})."
-    )
-    return error
+    error = error_of(actual, expected, tolerance=tolerance, floor=floor)
+    _assert(error, name)
+    return error.relative
 
 
 def assert_within_budget(
-    actual: Tensor,
-    eager: Tensor,
-    exact: Tensor,
-    name: str = "result",
-    *,
-    factor: float = FACTOR,
-    ulps: float = ULPS,
-    floor: float = 0.0,
+    actual: Tensor, eager: Tensor, exact: Tensor, name: str = "result", **limits: float
 ) -> float:
-    """Asserts |actual - exact| <= factor |eager - exact| + ulps eps max(|exact|, floor); returns the share used.
+    """Asserts that the error keeps to its budget and returns the share used.
 
     Args:
         actual: the result under test, in the low dtype (its eps counts).
         eager: the same computation by eager PyTorch in that dtype.
         exact: the float64 result at the same (rounded) inputs.
-        floor: smallest size to which the units in the last place refer; for results that cancel to zero.
+        name: of the result, for the message.
+        limits: ``factor``, ``ulps`` and ``floor`` of :func:`error_of`.
     """
-    if actual.shape != exact.shape:
-        raise AssertionError(f"{name}: shape {tuple(actual.shape)} instead of {tuple(exact.shape)}.")
-    error = norm(actual.detach().double() - exact.detach().double())
-    eager_error = norm(eager.detach().double() - exact.detach().double())
-    size = max(norm(exact), floor)
-    allowed = factor * eager_error + ulps * torch.finfo(actual.dtype).eps * size
-    assert error <= allowed, (  # false for NaN as well
-        f"{name}: error {error:.2e} is above the budget {allowed:.2e} = {factor:g} x eager error {eager_error:.2e} "
-        f"+ {ulps:g} ulps of {size:.2e} ({actual.dtype})."
-    )
-    return error / allowed if allowed else 0.0
+    error = error_of(actual, exact, eager, dtype=actual.dtype, **limits)
+    _assert(error, name)
+    return error.share
 
 
-def _pairs(actual: Results, exact: Results) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _largest(actual: Results, exact: Results, check: Callable[[str, Tensor, Tensor], float]) -> float:
+    """The largest result of `check` over all leaves; all failures in one message."""
     assert set(actual) == set(exact), f"gradients of different leaves: {sorted(set(actual) ^ set(exact))}."
+    failures, largest = [], 0.0
     for name, expected in exact.items():
-        got = actual[name]
-        if expected is None:
-            assert got is None or not got.any(), f"{name}: a gradient where the loss does not depend on it."
-            continue
-        assert got is not None, f"{name}: no gradient, expected norm {norm(expected):.2e}."
-        yield name, got, expected
-
-
-def _report(failures: list[str], total: int) -> None:
-    assert not failures, f"{len(failures)} of {total} gradients failed:\n  " + "\n  ".join(failures)
+        gradient = actual[name]
+        try:
+            if gradient is None or expected is None:
+                assert gradient is not None or expected is None, f"{name}: no gradient."
+                _assert(error_of(gradient, expected), name)
+            else:
+                largest = max(largest, check(name, gradient, expected))
+        except AssertionError as failure:
+            failures.append(str(failure))
+    assert not failures, f"{len(failures)} of {len(exact)} gradients failed:\n  " + "\n  ".join(failures)
+    return largest
 
 
 def assert_exact_gradients(actual: Results, exact: Results, *, tolerance: float = EXACT) -> float:
     """`assert_exact` for every leaf, all failures in one message; returns the largest relative error."""
-    failures, worst = [], 0.0
-    for name, got, expected in _pairs(actual, exact):
-        try:
-            floor = gradient_floor(exact, expected)
-            worst = max(worst, assert_exact(got, expected, name, tolerance=tolerance, floor=floor))
-        except AssertionError as failure:
-            failures.append(str(failure))
-    _report(failures, len(exact))
-    return worst
+    floors = gradient_floors(exact)
+    return _largest(
+        *(actual, exact),
+        lambda name, g, expected: assert_exact(g, expected, name, tolerance=tolerance, floor=floors[name]),
+    )
 
 
 def assert_gradients_within_budget(
@@ -195,36 +191,29 @@ def assert_gradients_within_budget(
     eager: Results,
     exact: Results,
     *,
-    factor: float = FACTOR,
-    ulps: float = ULPS,
     redraw: Callable[[], Results] | None = None,
+    **limits: float,
 ) -> float:
     """`assert_within_budget` for every leaf, all failures in one message; returns the largest share used.
 
     Args:
+        actual, eager, exact: by leaf.
         redraw: the eager gradients at inputs moved by one rounding of the dtype, drawn :data:`DRAWS` times where a
             gradient is over the budget. Their error is what the condition of the problem leaves to any algorithm; the
             first result may have been right by luck, as one of thousands is. The largest error counts.
+        limits: ``factor`` and ``ulps`` of :func:`error_of`.
     """
-    failures, worst = [], 0.0
+    floors = gradient_floors(exact)
     draws: list[Results] = []
-    for name, got, expected in _pairs(actual, exact):
+
+    def check(name: str, gradient: Tensor, expected: Tensor) -> float:
         reference = eager[name]
         assert reference is not None, f"{name}: the eager computation has no gradient."
-        limits = dict(factor=factor, ulps=ulps, floor=gradient_floor(exact, expected))
-        try:
-            share = assert_within_budget(got, reference, expected, name, **limits)
-        except AssertionError as failure:
-            try:
-                if redraw is None:
-                    raise
-                draws = draws or [redraw() for _ in range(DRAWS)]
-                drawn = [g for draw in draws if (g := draw[name]) is not None]
-                reference = max(drawn, key=lambda g: relative_error(g, expected))
-                share = assert_within_budget(got, reference, expected, name, **limits)
-            except AssertionError:
-                failures.append(str(failure))
-                continue
-        worst = max(worst, share)
-    _report(failures, len(exact))
-    return worst
+        own: dict[str, Any] = {**limits, "floor": floors[name]}
+        if redraw is not None and error_of(gradient, expected, reference, **own).reason:
+            draws.extend(redraw() for _ in range(DRAWS if not draws else 0))
+            drawn = [g for draw in draws if (g := draw[name]) is not None]
+            reference = max(drawn, key=lambda g: relative_error(g, expected))
+        return assert_within_budget(gradient, reference, expected, name, **own)
+
+    return _largest(actual, exact, check)

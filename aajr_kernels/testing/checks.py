@@ -12,9 +12,8 @@ import torch
 from ..backends import choice
 from ..backends.errors import BackendUnavailable
 from ..coverage import coverage
-from . import budgets
 from .cases import OPS
-from .cases.case import Case, Problem, compared, on_device, problem
+from .cases.case import Case, Problem, errors, on_device, problem
 from .targets import DTYPES, Target
 
 
@@ -119,17 +118,9 @@ def _check(case: Case, label: str, expected: Problem, row: Row) -> None:
     row.cases += 1
     if ran != {row.backend}:
         row.failures.append(f"{label}: ran on {' and '.join(sorted(ran)) or 'nothing'}, not {row.backend}.")
-    for one in compared(case, expected, result):
-        floor = one.floor / math.sqrt(max(one.exact.numel(), 1))
-        error = budgets.error_of(one.ours, one.eager, one.exact, DTYPES[row.dtype], floor, case.ulps)
-        _compare(row, f"{label}: {one.name}", error)
-
-
-def _compare(row: Row, name: str, error: budgets.Error) -> None:
-    """Add the error of one tensor to the row."""
-    row.worst_error = max(row.worst_error, error.relative)
-    if error.share >= row.budget_share:
-        row.budget_share, row.worst = error.share, name
-    if not error.share <= 1:
-        reason = f"relative error {error.relative:.1e} is {error.share:.3g} times the budget"
-        row.failures.append(f"{name}: {error.reason or reason}.")
+    for name, error in errors(case, expected, result):
+        row.worst_error = max(row.worst_error, error.relative)
+        if error.share >= row.budget_share:
+            row.budget_share, row.worst = error.share, f"{label}: {name}"
+        if error.reason:
+            row.failures.append(f"{label}: {name}: {error.reason}.")

@@ -17,7 +17,7 @@ from rules.low import Point, Results
 
 from aajr_kernels import dual, is_dual
 from aajr_kernels.rules import registry
-from aajr_kernels.testing.budgets import FACTOR, ULPS, assert_within_budget, gradient_floor, norm
+from aajr_kernels.testing.budgets import assert_within_budget, error_of, gradient_floors
 
 EVERY_DAY = ((torch.bfloat16, 2), (torch.float16, 1))
 THE_REST = ((torch.bfloat16, 1), (torch.float16, 2))
@@ -62,21 +62,12 @@ def test_low_precision(case: cases.Case, runs: tuple[tuple[torch.dtype, int], ..
             continue
         exact = _exact(point)
         ours, reference = point.ours(dtype), _reference(point, dtype, exact)
-        gradients = {name: x for name, x in exact.items() if name.startswith("gradient")}
+        floors = gradient_floors({name: x for name, x in exact.items() if name.startswith("gradient")})
         for i, y in enumerate(plain):
             assert ours[f"value {i}"].dtype == y.dtype, f"{dtype}: value {i} is of {ours[f'value {i}'].dtype}"
         for name, want in exact.items():
-            got = ours[name]
-            assert got.shape == want.shape, f"{dtype}, K = {k}: {name} of shape {tuple(got.shape)}"
-            size = norm(want)
-            if name in gradients:
-                size = max(size, gradient_floor(gradients, want))
-            error, theirs = (norm(x.double() - want) for x in (got, reference[name]))
-            allowed = FACTOR * theirs + ULPS * torch.finfo(dtype).eps * size
-            assert error <= allowed, (
-                f"{dtype}, K = {k}: error of {name} {error:.2e} is above the budget {allowed:.2e} = {FACTOR:g} x "
-                f"{theirs:.2e} + {ULPS:g} ulps of {size:.2e}"
-            )
+            error = error_of(ours[name], want, reference[name], dtype=dtype, floor=floors.get(name, 0.0))
+            assert not error.reason, f"{dtype}, K = {k}, {name}: {error.reason}"
 
 
 # -- sums that cancel -------------------------------------------------------------------------------------------------

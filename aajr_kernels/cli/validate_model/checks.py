@@ -1,16 +1,22 @@
 """A whole model against the oracle: value of the penalty, output, and the gradients of both for every parameter.
 
-The oracle is the same model in float64 under PyTorch's forward mode, with written-out layers (:mod:`.oracle`); finite
-differences of its penalty confirm it. :mod:`.results` says how wrong ours may be.
+The oracle is the same model in float64 under PyTorch's forward mode, with written-out layers
+(:mod:`aajr_kernels.testing.oracle`); finite differences of its penalty confirm it.
+
+In float64 every number and every gradient may be off by :data:`EXACT`. In a lower dtype the same written-out model in
+that dtype sets the budget: :data:`~aajr_kernels.testing.budgets.FACTOR` times its error plus :data:`ULPS` units in the
+last place. Eager may be right by luck in one gradient, so that its error is the largest one among the same parameter of
+all layers, and at least that of all gradients together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,14 +28,22 @@ from ...coverage import Coverage, coverage
 from ...dual import Dual
 from ...method import aligned_penalty
 from ...testing import oracle
-from .budget import Results, judged, together
+from ...testing.budgets import FACTOR, error_of, gradient_floors, norm
 from .loading import CannotValidate, Subject
 
+EXACT = 1e-9  # of a deep model; a single op is held to 1e-10
+#: what chance adds to the error of a small sum; bfloat16 has only eight bits to hide errors in
+ULPS = {torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 2.0}
 #: of finite differences in float64, relative to every weight; with the small ones no kink of a ReLU is crossed
 DIFFERENCES = (1e-4, 1e-6, 1e-7)
 CONFIRMED = 1e-5  # their error
 H = 1e-2  # of the finite differences that a user would take instead, relative to the direction
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+#: "penalty", "output" and, after one of :data:`GRADIENTS`, the leaves -> tensor
+Results = dict[str, "Tensor | None"]
+#: of the penalty, and of a loss of the output
+GRADIENTS = ("gradient of the penalty for ", "gradient of the output for ")
 
 
 @dataclass
@@ -52,19 +66,31 @@ class Check:
     dtype: str
     device: str
     judged: bool = True
-    penalty_error: float = float("nan")
-    output_error: float = float("nan")
-    gradient_error: float = float("nan")
+    penalty_error: float = math.nan
+    output_error: float = math.nan
+    gradient_error: float = math.nan
     worst: str = ""
-    share: float = float("nan")
+    share: float = math.nan
     failure: str = ""
     seconds: float = 0.0
-    coverage: Coverage | None = None
+    coverage: Coverage = field(default_factory=Coverage)
 
     @property
     def result(self) -> str:
         """``"pass"``, ``"fail"``, or ``"shown"`` for a peer."""
         return "fail" if self.failure and self.judged else "pass" if self.judged else "shown"
+
+    def compare(self, ours: Results, truth: Results, eager: Results | None) -> None:
+        """Fill in the errors of `ours`; `eager`: the written-out model in the low dtype, None in float64."""
+        errors = errors_of(ours, truth)
+        self.penalty_error, self.output_error = errors["penalty"], errors["output"]
+        self.gradient_error = max(together(ours, truth, kind) for kind in GRADIENTS)
+        allowed = allowed_errors(truth, eager, DTYPES[self.dtype])
+        shares = {name: error / allowed[name] for name, error in errors.items()}
+        self.worst = max(shares, key=lambda name: shares[name])
+        self.share = shares[self.worst]
+        if self.share > 1:
+            self.failure = f"{self.worst} is {self.share:.1f} times as wrong as its budget allows."
 
 
 @dataclass
@@ -88,7 +114,7 @@ class Report:
     metric: str
     padded: bool
     checks: list[Check] = field(default_factory=list)
-    confirmed: float = float("nan")
+    confirmed: float = math.nan
     fused: list[tuple[str, int, str]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
@@ -103,12 +129,6 @@ class Report:
                 "model is not smooth here, or not deterministic."
             )
         return sentences
-
-
-def steps(dtypes: tuple[str, ...]) -> int:
-    """How often :func:`validate_model` tells what is next."""
-    oracles = {torch.float32 if DTYPES[name] == torch.float64 else DTYPES[name] for name in dtypes}
-    return len(oracles) + 1 + 3 * len(dtypes) + (len(PEERS) if "float32" in dtypes else 0)
 
 
 def validate_model(
@@ -128,14 +148,14 @@ def validate_model(
     count = sum(p.numel() for p in subject.model.parameters())
     report = Report(type(subject.model).__name__, count, subject.metric, not bool(subject.mask.all()))
     truths: dict[torch.dtype, Results] = {}
-    for dtype in dtypes:
-        kind = DTYPES[dtype]
-        rounded = torch.float32 if kind == torch.float64 else kind
-        if rounded not in truths:
-            advance(f"oracle at {str(rounded)[6:]} weights")
-            exact = subject.placed("cpu", torch.float64, rounded)
+    for name in dtypes:
+        dtype = DTYPES[name]
+        weights = torch.float32 if dtype == torch.float64 else dtype
+        if weights not in truths:
+            advance(f"oracle at {str(weights)[6:]} weights")
+            exact = subject.placed("cpu", torch.float64, weights)
             try:
-                truths[rounded] = _oracle(exact, torch.float64)
+                truths[weights] = _oracle(exact)
             except Exception as error:
                 raise CannotValidate(
                     f"PyTorch's forward mode, on which the oracle rests, does not run through {report.model}: "
@@ -143,47 +163,28 @@ def validate_model(
                 ) from error
             if len(truths) == 1:
                 advance("finite differences of the oracle")
-                report.confirmed = _confirm(exact, truths[rounded])
+                report.confirmed = _confirm(exact, truths[weights])
             del exact
-        advance(f"eager {dtype}")
-        eager = None if kind == torch.float64 else _oracle(subject.placed("cpu", kind), kind)
-        _check_ours(report, subject, dtype, device, truths[rounded], eager, advance)
-        if kind == torch.float32:
-            for name, peer in PEERS.items():
-                advance(name)
-                report.checks.append(_peer(name, peer, subject, truths[rounded], eager))
+        advance(f"eager {name}")
+        eager = None if dtype == torch.float64 else _oracle(subject.placed("cpu", dtype))
+        peers = PEERS if dtype == torch.float32 else {}
+        for way, compute in {"unmodified": _ours, "fused": _ours, **peers}.items():
+            advance(f"{way} {name}")
+            check = Check(way, name, "cpu" if way in peers else device, judged=way not in peers)
+            placed = subject.placed(check.device, dtype, weights)
+            try:
+                if way == "fused" and not _fuse(placed, report):
+                    continue
+                with coverage() as check.coverage:
+                    results = _timed(check, compute, placed)
+                check.compare(results, truths[weights], eager)
+            except UnsupportedOperation as error:
+                check.failure = str(error)
+            except Exception as error:  # any error of the user's model on our ops, or of a peer
+                check.failure = _first_line(error)
+            report.checks.append(check)
+            report.fallbacks = sorted({*report.fallbacks, *check.coverage.fallbacks})
     return report
-
-
-def _check_ours(
-    report: Report,
-    subject: Subject,
-    dtype: str,
-    device: str,
-    truth: Results,
-    eager: Results | None,
-    advance: Callable[[str], None],
-) -> None:
-    kind = DTYPES[dtype]
-    for name in ("unmodified", "fused"):
-        advance(f"{name} {dtype}")
-        placed = subject.placed(device, kind, torch.float32 if kind == torch.float64 else kind)
-        check = Check(name, dtype, device)
-        try:
-            if name == "fused" and not _fuse(placed, report):
-                return
-            with coverage() as check.coverage:
-                ours, check.seconds = _timed(_ours, placed)
-        except UnsupportedOperation as error:
-            check.failure = str(error)
-        except Exception as error:  # any error of the user's model on our ops
-            check.failure = _first_line(error)
-        else:
-            _fill(check, ours, truth, eager)
-        report.checks.append(check)
-        ran = check.coverage
-        if ran is not None:
-            report.fallbacks = sorted({*report.fallbacks, *ran.fallbacks})
 
 
 def _first_line(error: Exception) -> str:
@@ -206,39 +207,78 @@ def _fuse(subject: Subject, report: Report) -> bool:
     return True
 
 
-def _fill(check: Check, results: Results, truth: Results, eager: Results | None) -> None:
-    verdict = judged(results, truth, eager, DTYPES[check.dtype])
-    check.penalty_error, check.output_error = verdict.errors["penalty"], verdict.errors["output"]
-    check.gradient_error = max(
-        together(results.penalty_gradients, truth.penalty_gradients),
-        together(results.task_gradients, truth.task_gradients),
-    )
-    check.share, check.worst = verdict.share, verdict.worst
-    if check.share > 1:
-        check.failure = f"{check.worst} is {check.share:.1f} times as wrong as its budget allows."
+# -- errors -------------------------------------------------------------------------------------------------------
 
 
-def _timed(compute: Callable[[Subject], Results], subject: Subject) -> tuple[Results, float]:
-    start = time.perf_counter()
-    results = compute(subject)
-    if subject.x.is_cuda:
-        torch.cuda.synchronize(subject.x.device)
-    return results, time.perf_counter() - start
+def _gradients_of(results: Results, kind: str) -> Results:
+    return {name: gradient for name, gradient in results.items() if name.startswith(kind)}
+
+
+def errors_of(results: Results, truth: Results) -> dict[str, float]:
+    """Relative error of every tensor; infinite for NaN, or for a gradient that is missing or there for no reason."""
+    floors = {"penalty": 0.0, "output": 0.0}
+    for kind in GRADIENTS:
+        floors |= gradient_floors(_gradients_of(truth, kind))
+    return {name: error_of(results[name], t, floor=floors[name]).relative for name, t in truth.items()}
+
+
+def together(results: Results, truth: Results, kind: str) -> float:
+    """Relative error of all gradients of a kind as one vector."""
+    errors = sizes = 0.0
+    for name, exact in _gradients_of(truth, kind).items():
+        if exact is not None:
+            ours = results[name]
+            sizes += norm(exact) ** 2
+            errors += norm(exact if ours is None else ours.detach().double().cpu() - exact) ** 2
+    return math.sqrt(errors / (sizes or 1.0))
+
+
+def allowed_errors(truth: Results, eager: Results | None, dtype: torch.dtype) -> dict[str, float]:
+    """The largest relative error that every tensor may have."""
+    if eager is None:
+        return dict.fromkeys(truth, EXACT)
+
+    def finite(error: float) -> float:
+        return (
+            error if math.isfinite(error) else 0.0
+        )  # a formula that overflows in the low dtype excuses nothing
+
+    rounding = {name: finite(error) for name, error in errors_of(eager, truth).items()}
+    among: dict[str, float] = {}
+    for name, error in rounding.items():
+        among[_any_layer(name)] = max(among.get(_any_layer(name), 0.0), error)
+    for kind in GRADIENTS:
+        least = finite(together(eager, truth, kind))
+        among |= {name: max(error, least) for name, error in among.items() if name.startswith(kind)}
+    return {name: FACTOR * among[_any_layer(name)] + ULPS[dtype] * torch.finfo(dtype).eps for name in truth}
+
+
+def _any_layer(name: str) -> str:
+    """A name with layer numbers written as ``*``."""
+    return re.sub(r"(?<![^.\s])\d+(?![^.])", "*", name)
 
 
 # -- ways to compute it -------------------------------------------------------------------------------------------
 
 
-def _gradients(subject: Subject, penalty: Tensor, output: Tensor) -> Results:
+def _timed(check: Check, compute: Callable[[Subject], Results], subject: Subject) -> Results:
+    start = time.perf_counter()
+    results = compute(subject)
+    if subject.x.is_cuda:
+        torch.cuda.synchronize(subject.x.device)
+    check.seconds = time.perf_counter() - start
+    return results
+
+
+def _results(subject: Subject, penalty: Tensor, output: Tensor) -> Results:
+    """With the gradients of the penalty and of the task loss."""
+    results: Results = {"penalty": penalty, "output": output}
     leaves = subject.leaves()
-
-    def of(loss: Tensor, keep: bool) -> dict[str, Tensor | None]:
+    for kind, loss, keep in zip(GRADIENTS, (penalty, subject.task(output)), (True, False)):
         gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
-        return {
-            name: g.to_dense() if g is not None and g.is_sparse else g for name, g in zip(leaves, gradients)
-        }
-
-    return Results(penalty, output, of(penalty, True), of(subject.task(output), False))
+        for name, g in zip(leaves, gradients):
+            results[kind + name] = g.to_dense() if g is not None and g.is_sparse else g
+    return results
 
 
 def _ours(subject: Subject) -> Results:
@@ -252,33 +292,34 @@ def _ours(subject: Subject) -> Results:
             mask=subject.mask.to(subject.x.device),
             return_primal=True,
         )
-        return _gradients(subject, penalty, output)
+        return _results(subject, penalty, output)
+
+
+def _penalty(subject: Subject, y: Tensor, y_tan: Tensor) -> Tensor:
+    return oracle.mean_over_units(oracle.metric_values(y, y_tan, subject.metric), subject.mask)
 
 
 def _by_forward_mode(subject: Subject) -> tuple[Tensor, Tensor]:
     y, y_tan = oracle.jvp(subject.call, subject.x, subject.v.unsqueeze(0))
-    q = oracle.metric_values(y, y_tan, subject.metric)
-    return oracle.mean_over_units(q, subject.mask), y
+    return _penalty(subject, y, y_tan), y
 
 
-def _oracle(subject: Subject, dtype: torch.dtype) -> Results:
-    with oracle.oracle_mode(float64=dtype == torch.float64):
-        penalty, y = _by_forward_mode(subject)
-        return _gradients(subject, penalty, y)
+def _oracle(subject: Subject) -> Results:
+    with oracle.oracle_mode(float64=subject.x.dtype == torch.float64):
+        return _results(subject, *_by_forward_mode(subject))
 
 
 def _forward_mode(subject: Subject) -> Results:
     """PyTorch's own forward mode on the model as it is."""
     with sdpa_kernel(SDPBackend.MATH):
-        return _gradients(subject, *_by_forward_mode(subject))
+        return _results(subject, *_by_forward_mode(subject))
 
 
 def _differences(subject: Subject) -> Results:
     """The finite difference (f(x + hv) − f(x)) / h."""
     y = subject.call(subject.x)
     y_tan = (subject.call(subject.x + H * subject.v) - y) / H
-    q = oracle.metric_values(y, y_tan.unsqueeze(0), subject.metric)
-    return _gradients(subject, oracle.mean_over_units(q, subject.mask), y)
+    return _results(subject, _penalty(subject, y, y_tan.unsqueeze(0)), y)
 
 
 PEERS: dict[str, Callable[[Subject], Results]] = {
@@ -287,17 +328,7 @@ PEERS: dict[str, Callable[[Subject], Results]] = {
 }
 
 
-def _peer(
-    name: str, compute: Callable[[Subject], Results], subject: Subject, truth: Results, eager: Results | None
-) -> Check:
-    check = Check(name, "float32", "cpu", judged=False)
-    try:
-        results, check.seconds = _timed(compute, subject.placed("cpu", torch.float32))
-    except Exception as error:  # peers are only shown
-        check.failure = _first_line(error)
-    else:
-        _fill(check, results, truth, eager)
-    return check
+# -- the oracle itself --------------------------------------------------------------------------------------------
 
 
 def _keep_still(model: torch.nn.Module, along: dict[str, Tensor]) -> None:
@@ -330,12 +361,16 @@ def _confirm(subject: Subject, truth: Results) -> float:
         with oracle.oracle_mode():
             return _by_forward_mode(subject)[0]
 
-    terms = [(g * along[name]).sum() for name, g in truth.penalty_gradients.items() if g is not None]
-    # relative to what a gradient of this size gives in a random direction: the sum may happen to be small
-    scale = torch.stack([(g * along[n]).norm() for n, g in truth.penalty_gradients.items() if g is not None])
-    if not scale.any():
+    expected = size = 0.0
+    for name, direction in along.items():
+        gradient = truth[GRADIENTS[0] + name]
+        if gradient is not None:
+            expected += (gradient * direction).sum().item()
+            # relative to what a gradient of this size gives in a random direction: the sum may happen to be small
+            size = math.hypot(size, norm(gradient * direction))
+    if not size:
         return abs(oracle.finite_difference(value, leaves, along, DIFFERENCES[0]))
-    expected, size, error = float(torch.stack(terms).sum()), float(scale.norm()), math.inf
+    error = math.inf
     for step in DIFFERENCES:
         error = min(error, abs(oracle.finite_difference(value, leaves, along, step) - expected) / size)
         if error <= CONFIRMED:
@@ -344,27 +379,22 @@ def _confirm(subject: Subject, truth: Results) -> float:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON values; a number that is not finite is null."""
-
-    def number(x: float) -> float | None:
-        return x if math.isfinite(x) else None
-
-    rows = []
-    for c in report.checks:
-        row = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("judged", "coverage")}
-        row = {name: number(value) if isinstance(value, float) else value for name, value in row.items()}
-        row["result"] = c.result
-        if c.coverage is not None:
-            row["operations"] = [dict(zip(("op", "backend", "count", "share"), r)) for r in c.coverage.rows()]
-        rows.append(row)
+    """The report as JSON values."""
+    checks = []
+    for check in report.checks:
+        row = {name: value for name, value in vars(check).items() if name not in ("judged", "coverage")}
+        if check.judged:
+            names = ("op", "backend", "count", "share")
+            row["operations"] = [dict(zip(names, operation)) for operation in check.coverage.rows()]
+        checks.append(row | {"result": check.result})
     return {
         "passed": not report.failures,
         "failures": report.failures,
         "model": report.model,
         "parameters": report.parameters,
         "metric": report.metric,
-        "finite_differences": number(report.confirmed),
-        "checks": rows,
+        "finite_differences": report.confirmed,
+        "checks": checks,
         "fused": [dict(zip(("what", "count", "modules"), row)) for row in report.fused],
         "not_fused": report.left,
         "fallbacks": report.fallbacks,

@@ -118,36 +118,32 @@ def load(spec: str, layers: int | None = None) -> nn.Module:
         ModuleNotFoundError: transformers is not installed.
     """
     module, colon, name = spec.partition(":")
-    looks_like_path = os.sep in spec or Path(spec).exists()
+    is_code = colon and os.sep not in spec and not Path(spec).exists()
     try:
-        return (
-            _from_code(module, name, layers) if colon and not looks_like_path else _from_folder(spec, layers)
-        )
-    except (CannotValidate, ModuleNotFoundError):
+        return _from_code(module, name, layers) if is_code else _from_folder(spec, layers)
+    except CannotValidate:
         raise
     except Exception as error:  # any error of foreign code and files becomes one sentence
-        raise CannotValidate(f"{spec} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not is_code and isinstance(error, ModuleNotFoundError) and error.name == "transformers":
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise CannotValidate(
+            f"{spec!r} cannot be loaded ({type(error).__name__}: {first}): give the path of a folder that "
+            "save_pretrained wrote, the name of a model in the cache of transformers, or MODULE:NAME of a model, of a "
+            "function without arguments that returns one, or of a model class of transformers."
+        ) from error
 
 
 def _from_folder(spec: str, layers: int | None) -> nn.Module:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(spec, local_files_only=True)
-        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-        if layers is not None:
-            options["config"] = _with_layers(config, layers)
-        # the class that was saved; another one would lack weights, or leave some out
-        saved = (getattr(config, "architectures", None) or [""])[0]
-        maker = getattr(transformers, saved, None) or transformers.AutoModel
-        model, info = maker.from_pretrained(spec, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CannotValidate(
-            f"{spec!r} is no folder that save_pretrained wrote and no model in the cache of transformers ({first}): "
-            "give a path, or MODULE:NAME."
-        ) from error
+    config = transformers.AutoConfig.from_pretrained(spec, local_files_only=True)
+    # the class that was saved; another one would lack weights, or leave some out
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    maker = getattr(transformers, saved, None) or transformers.AutoModel
+    options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    model, info = maker.from_pretrained(spec, config=_with_layers(config, layers), **options)
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise CannotValidate(
@@ -159,32 +155,25 @@ def _from_folder(spec: str, layers: int | None) -> nn.Module:
 def _from_code(module: str, name: str, layers: int | None) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the current folder, as with python -m
-    try:
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise CannotValidate(f"{module}:{name} cannot be imported: {error}.") from error
+    target: Any = importlib.import_module(module)
+    for part in name.split("."):
+        target = getattr(target, part)
     config_class = getattr(target, "config_class", None)
     if config_class is not None and inspect.isclass(target):
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             target = target(_with_layers(_small(config_class), layers))  # type: ignore[call-arg]
-            _spread(target)
+            for parameter in target.parameters():
+                if parameter.dim() == 1:  # norm weights and biases: constant ones hide wrong gradients
+                    parameter.add_(0.2 * torch.randn_like(parameter))
     elif layers is not None:
         raise CannotValidate(
             f"{module}:{name} decides its own layers: --layers goes with a folder or with a class of transformers."
         )
     elif callable(target) and not isinstance(target, nn.Module):
-        try:
-            inspect.signature(target).bind()
-        except TypeError as error:
-            raise CannotValidate(
-                f"{module}:{name} must be callable without arguments and return a model: {error}."
-            ) from error
         target = target()
     if not isinstance(target, nn.Module):
-        raise CannotValidate(f"{module}:{name} must be or return an nn.Module, got {type(target).__name__}.")
+        raise TypeError(f"{type(target).__name__} is no nn.Module")
     return target
 
 
@@ -217,14 +206,6 @@ def _with_layers(config: Any, layers: int | None) -> Any:
     return config
 
 
-def _spread(model: nn.Module) -> None:
-    """Random norm weights and biases: constant ones hide wrong gradients."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-
-
 def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
     """A batch of random tokens, the last row padded, and the ascent direction of the loss.
 
@@ -232,7 +213,7 @@ def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
         CannotValidate: the model takes no ``inputs_embeds``, has no embedding, returns nothing to measure, or is too
             large for the memory of this machine.
     """
-    _fits(model)
+    _check_memory(model)
     model = model.float().eval()
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -246,13 +227,13 @@ def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
         )
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
-        words = int(embedding.num_embeddings)
+        vocab_size = int(embedding.num_embeddings)
     except (AttributeError, NotImplementedError) as error:
         raise CannotValidate(
             f"{type(model).__name__} must have get_input_embeddings() with an nn.Embedding: {error}."
         ) from error
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(words, (batch, length), generator=generator)
+    ids = torch.randint(vocab_size, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[-1, length - length // 4 :] = False
     inputs: dict[str, Tensor] = {}
@@ -262,34 +243,28 @@ def prepare(model: nn.Module, batch: int, length: int, seed: int) -> Subject:
         mask = torch.ones_like(mask)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.randint(words, (batch, length), generator=generator)
+        inputs["decoder_input_ids"] = torch.randint(vocab_size, (batch, length), generator=generator)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # type: ignore[union-attr]
-    labels = torch.randint(words, (batch, length), generator=generator)
+    labels = torch.randint(vocab_size, (batch, length), generator=generator)
     x = embedding(ids).detach()
     return _with_ascent(Subject(model, x, torch.zeros_like(x), inputs, labels, mask))
 
 
-def _fits(model: nn.Module) -> None:
-    count = sum(p.numel() for p in model.parameters())
-    need = BYTES * count
-    have = _memory()
-    if have is not None and need > have:
-        raise CannotValidate(
-            f"{count / 1e9:.2g} billion parameters need about {need / 2**30:.0f} GiB for copies and gradients in "
-            f"float64, and this machine has {have / 2**30:.0f}: for a folder, --layers 2 takes its first two layers."
-        )
-
-
-def _memory() -> int | None:
-    """Bytes that this process may use: the machine's, or fewer in a container; None where nothing says."""
+def _check_memory(model: nn.Module) -> None:
+    """Refuse a model that does not fit into the memory that this process may use, where the system tells it."""
     if not hasattr(os, "sysconf"):
-        return None
+        return
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
             have = min(have, int(limit.read_text()))
-    return have
+    count = sum(p.numel() for p in model.parameters())
+    if BYTES * count > have:
+        raise CannotValidate(
+            f"{count / 1e9:.2g} billion parameters need about {BYTES * count / 2**30:.0f} GiB for copies and gradients "
+            f"in float64, and this machine has {have / 2**30:.0f}: for a folder, --layers 2 takes its first two layers."
+        )
 
 
 def _with_ascent(subject: Subject) -> Subject:
@@ -308,7 +283,7 @@ def _with_ascent(subject: Subject) -> Subject:
             f"{type(subject.model).__name__} must return logits or hidden states [B, N, ...] that depend on "
             f"inputs_embeds, got {got}."
         )
-    # an output may know fewer words than the embedding
+    # an output may have fewer classes than the embedding
     labels = (subject.labels % y.shape[-1]).masked_fill(~subject.mask, -100)
     subject = replace(subject, labels=labels)
     (g,) = torch.autograd.grad(subject.task(y), x)

@@ -192,29 +192,21 @@ def on_device(case: Case, p: Problem, device: str) -> Result:
     return outcome(case.ours, inputs, params, p.cotangent.to(device), lambda x: case.layout(x.to(device)))
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One tensor of a result: ours, by eager PyTorch in the same dtype, in float64, and the floor of its size."""
+def errors(case: Case, p: Problem, got: Result) -> Iterator[tuple[str, budgets.Error]]:
+    """Of outputs and gradients, by name, cut where a large part would hide the error of a small one."""
+    is_exact = p.cotangent.dtype == torch.float64
 
-    name: str
-    ours: Tensor
-    eager: Tensor
-    exact: Tensor
-    floor: float = 0.0
+    def error(floor: float, ours: Tensor, eager: Tensor, exact: Tensor) -> budgets.Error:
+        return budgets.error_of(ours, exact, None if is_exact else eager, ulps=case.ulps, floor=floor)
 
-
-def compared(case: Case, p: Problem, got: Result) -> Iterator[Compared]:
-    """Outputs and gradients, cut where a large part would hide the error of a small one."""
-    y = got.y.cpu()
-    for label, of in _parts(case.rows, y.shape[0]):
-        yield Compared(f"output{label}", of(y), of(p.eager.y), of(p.exact.y))
-    gradients = dict(zip(case.leaves, p.exact.gradients))
-    for i, (name, exact) in enumerate(gradients.items()):
-        floor = budgets.gradient_floor(gradients, exact)
-        mine, eager = got.gradients[i].cpu(), p.eager.gradients[i]
+    for label, of in _parts(case.rows, got.y.shape[0]):
+        yield f"output{label}", error(0.0, of(got.y), of(p.eager.y), of(p.exact.y))
+    floors = budgets.gradient_floors(dict(zip(case.leaves, p.exact.gradients)))
+    gradients = zip(case.leaves, got.gradients, p.eager.gradients, p.exact.gradients)
+    for i, (name, *gs) in enumerate(gradients):
         is_stack = i < len(p.inputs) and case.rows != "each"
-        for label, of in _parts("primal", exact.shape[0]) if is_stack else [("", torch.detach)]:
-            yield Compared(f"gradient of {name}{label}", of(mine), of(eager), of(exact), floor)
+        for label, of in _parts("primal", gs[0].shape[0]) if is_stack else [("", torch.detach)]:
+            yield f"gradient of {name}{label}", error(floors[name], *map(of, gs))
 
 
 def _parts(rows: str, count: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:

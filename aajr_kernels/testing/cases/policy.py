@@ -1,13 +1,12 @@
-"""A whole policy in miniature, through :func:`aajr_kernels.aligned_penalty` and through formulas.
+"""A whole policy in miniature, through :func:`aajr_kernels.aligned_penalty` and through PyTorch's forward mode.
 
-The forward pass is written once, over a table of layers: PyTorch's own functions, as in any unmodified model, or the
-formulas of the oracle.
+The forward pass is written once, in PyTorch's own functions, as in any unmodified model; the oracle runs it on the
+written-out layers of :func:`~aajr_kernels.testing.oracle.oracle_mode`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,60 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...method import LMHead, aligned_penalty
-from .. import formulas
-from ..oracle import metric_values
+from ..oracle import metric_values, oracle_mode
 from .case import Case, Stacks, forward_mode, stacks
 
 HEADS, KEY_HEADS, FEATURES = 4, 2, 6  # of the attention; the policy is HEADS * FEATURES wide
 
 
-def _eager_attention(q: Any, k: Any, v: Any, bias: Any) -> Any:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True)
-
-
-def _oracle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return formulas.attention(q, k, v, bias, causal=bias is None)
-
-
-UNMODIFIED = SimpleNamespace(
-    linear=F.linear,
-    rms_norm=F.rms_norm,
-    layer_norm=F.layer_norm,
-    silu=F.silu,
-    gelu=F.gelu,
-    attention=_eager_attention,
-)
-WRITTEN_OUT = SimpleNamespace(
-    linear=formulas.linear,
-    rms_norm=formulas.rms_norm,
-    layer_norm=formulas.layer_norm,
-    silu=formulas.silu,
-    gelu=formulas.gelu,
-    attention=_oracle_attention,
-)
-
-
-def hidden_states(layers: Any, p: Mapping[str, Tensor], x: Any) -> Any:
+def hidden_states(p: Mapping[str, Tensor], x: Any) -> Any:
     """Two blocks: RMS norm, causal attention, gated MLP; layer norm, attention with a learned bias, GELU MLP."""
     size = (x.shape[-1],)
-    h = layers.rms_norm(x, size, p["norm1"], 1e-6)
-    x = x + _attend(layers, p, h, "1", None)
-    h = layers.rms_norm(x, size, p["norm2"], 1e-6)
-    gate, up = layers.linear(h, p["gate"]), layers.linear(h, p["up"])
-    x = x + layers.linear(layers.silu(gate) * up, p["down"])
-    h = layers.layer_norm(x, size, p["norm3"], p["shift3"], 1e-5)
-    x = x + _attend(layers, p, h, "2", p["positions"])
-    h = layers.layer_norm(x, size, p["norm4"], p["shift4"], 1e-5)
-    return x + layers.linear(layers.gelu(layers.linear(h, p["wide"], p["wide_bias"])), p["narrow"])
+    x = x + _attend(p, F.rms_norm(x, size, p["norm1"], 1e-6), "1", None)
+    h = F.rms_norm(x, size, p["norm2"], 1e-6)
+    x = x + F.linear(F.silu(F.linear(h, p["gate"])) * F.linear(h, p["up"]), p["down"])
+    x = x + _attend(p, F.layer_norm(x, size, p["norm3"], p["shift3"], 1e-5), "2", p["positions"])
+    h = F.layer_norm(x, size, p["norm4"], p["shift4"], 1e-5)
+    return x + F.linear(F.gelu(F.linear(h, p["wide"], p["wide_bias"])), p["narrow"])
 
 
-def _attend(layers: Any, p: Mapping[str, Tensor], h: Any, block: str, bias: Tensor | None) -> Any:
+def _attend(p: Mapping[str, Tensor], h: Any, block: str, bias: Tensor | None) -> Any:
     def heads(name: str, count: int) -> Any:
-        return layers.linear(h, p[name + block]).unflatten(-1, (count, FEATURES)).transpose(1, 2)
+        return F.linear(h, p[name + block]).unflatten(-1, (count, FEATURES)).transpose(1, 2)
 
     q, k, v = heads("q", HEADS), heads("k", KEY_HEADS), heads("v", KEY_HEADS)
-    mixed = layers.attention(q, k, v, bias).transpose(1, 2).flatten(2)
-    return layers.linear(mixed, p["o" + block])
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True)
+    return F.linear(mixed.transpose(1, 2).flatten(2), p["o" + block])
 
 
 def _parameters(length: int, vocabulary: int) -> dict[str, Tensor]:
@@ -118,7 +87,7 @@ def policy_case(
         p, device = dict(zip(names, params)), s[0].device
 
         def func(x: Any) -> Any:
-            h = hidden_states(UNMODIFIED, p, x)
+            h = hidden_states(p, x)
             return h if streamed else F.linear(h, p["head"], p["head_bias"])
 
         penalty, task = aligned_penalty(
@@ -140,10 +109,11 @@ def policy_case(
         p = dict(zip(names, params))
 
         def func(x: Tensor) -> Tensor:
-            h = hidden_states(WRITTEN_OUT, p, x)
-            return formulas.logits(h, p["head"], p["head_bias"], softcap=softcap if streamed else None)
+            z = F.linear(hidden_states(p, x), p["head"], p["head_bias"])
+            return softcap * torch.tanh(z / softcap) if streamed else z
 
-        z = forward_mode(func, s, [])
+        with oracle_mode(float64=s[0].dtype == torch.float64):
+            z = forward_mode(func, s, [])
         q = metric_values(z[0], z[1:], metric) * mask
         units = mask.sum() if unit == "token" else batch
         q = q.sum(-1) if unit == "sequence" else q

@@ -15,7 +15,7 @@ from aajr_kernels import Dual, LMHead, aligned_penalty, use_backend
 from aajr_kernels.backends import choice
 from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.head import lm_head_sensitivity
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, gradient_floor
+from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, gradient_floors
 from aajr_kernels.testing.oracle import metric_values
 
 pytest.importorskip("triton")
@@ -92,9 +92,9 @@ def compare(tensors, ulps=8.0, floor=1e-3, expected=None, **options):
     wide = [None if t is None else t.double() for t in tensors]
     exact = results(written_out, wide, cotangent.double(), **options)
     names = ("q and nll", "hidden", "weight", "bias")
-    gradients = dict(zip(names[1:], exact[1:]))
+    floors = gradient_floors(dict(zip(names[1:], exact[1:])))
     for name, mine, theirs, want in zip(names, got, eager, exact):
-        least = max(gradient_floor(gradients, gradients[name]), floor) if name in gradients else 0.0
+        least = max(floors[name], floor) if name in floors else 0.0
         assert_within_budget(mine, theirs, want, name, ulps=ulps, floor=least)
     return got
 
