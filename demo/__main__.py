@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,22 +11,14 @@ from common import command
 from common.texts import MissingPackage
 
 
-class Part(str, enum.Enum):
-    """Part to run."""
-
-    policy = "policy"
-    scratch = "scratch"
-    all = "all"
-
-
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report, the pictures and the numbers.")] = Path(
         "runs/demo"
     ),
     part: Annotated[
-        Part,
+        Literal["policy", "scratch", "all"],
         typer.Option(help="policy: SmolLM2 on prompt injections; scratch: a small model on Shakespeare."),
-    ] = Part.all,
+    ] = "all",
     quick: Annotated[
         bool, typer.Option("--quick", help="Small and fast: shows that everything runs.")
     ] = False,
@@ -47,7 +38,7 @@ def demo(
         selected = choose_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
-    parts = ("policy", "scratch") if part is Part.all else (part.value,)
+    parts = ("policy", "scratch") if part == "all" else (part,)
     try:
         run(out, parts=parts, quick=quick, seed=seed, device=selected)
     except MissingPackage as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
@@ -163,11 +164,7 @@ def compare(
     parameters = list(model.parameters())
     gradient_bytes = sum(p.numel() * p.element_size() for p in parameters)
     on_run("float64 oracle")
-    exact = peers.double_precision(model)
-    with peers.math_attention():
-        penalty = functools.partial(peers.forward_mode, exact, problem.to(torch.float64))
-        _, truth = peers.value_and_gradients(penalty, list(exact.parameters()))
-    del exact, penalty  # twice the memory of the model
+    _, truth = peers.exact_gradients(model, problem)
 
     def ours() -> torch.Tensor:
         return aajr.aligned_penalty(
@@ -187,6 +184,10 @@ def compare(
     }
     for h in config.difference_steps:
         methods[f"differences, h={h:g}"] = functools.partial(peers.finite_difference, model, problem, h)
+    modes: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+        FUSED: lambda: fuse(model),
+        FORWARD_MODE: lambda: sdpa_kernel(SDPBackend.MATH),
+    }
     costs: dict[str, list[Cost]] = {name: [] for name in methods}
     results: dict[str, tuple[float, float | None]] = {}
     names = list(methods)
@@ -194,9 +195,8 @@ def compare(
         # interleaved, in an order that changes: a slow moment of the machine hits all of them alike
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             on_run(name)
-            fusion = fuse(model) if name == FUSED else contextlib.nullcontext()
             run = functools.partial(peers.value_and_gradients, methods[name], parameters)
-            with fusion, peers.math_attention(name == FORWARD_MODE):
+            with modes.get(name, contextlib.nullcontext)():
                 (value, gradients), cost = measure(run, x.device)
             if turn == 0:  # warms up, and is judged; the times of the others count
                 results[name] = value, None if name == PLAIN else peers.relative_error(gradients, truth)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from aajr_kernels.cli.printing import table
 from common.meter import judged, spread
 
 from .policy import HeldOut, LoraRun, MethodRow, PolicyConfig
@@ -51,13 +51,13 @@ def page(title: str, sections: Sequence[Section], facts: str) -> str:
 
 def _sheet(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> Table:
     """A table with a title, a first column of text, others of numbers, and one or two sentences below it."""
-    table = Table(box=SIMPLE_HEAD, header_style="dim", title=title, title_justify="left", title_style="bold")
-    table.caption, table.caption_justify, table.caption_style = note, "left", "dim"
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    made = table(
+        columns[:1], columns[1:], title=title, title_justify="left", title_style="bold", caption=note
+    )
+    made.caption_justify, made.caption_style = "left", "dim"
     for row in rows:
-        table.add_row(*row)
-    return table
+        made.add_row(*row)
+    return made
 
 
 def _above(share: float | None) -> str:

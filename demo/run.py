@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from aajr_kernels.backends import choice
-from aajr_kernels.cli.info import package_version, why_no_accelerator
+from aajr_kernels.cli.info import package_version
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.training.progress import Progress
 from common import machine
@@ -39,15 +39,12 @@ def choose_device(name: str) -> torch.device:
         ValueError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{name!r} is not a device: give auto, cpu or cuda.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name!r} is not supported by the demonstration: give auto, cpu or cuda.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{name!r} cannot be used: {why_no_accelerator()}.")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name!r} is not a device that torch can use: give auto, cpu or cuda.") from error
     return device
 
 

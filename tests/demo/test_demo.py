@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
+from aajr_kernels.testing import oracle
 from common import texts as data
 from common.command import application
 from common.meter import Cost, measure
@@ -143,10 +144,10 @@ def test_finite_differences_approach_the_oracle() -> None:
     batch = dialogues(model, TEXTS)
     x = policy.embed(model, batch)
     problem = peers.Problem(x, policy.direction_of(model, x, batch), batch.reply)
-    with peers.math_attention():
-        exact = peers.forward_mode(peers.double_precision(model), problem)
-    near = peers.finite_difference(peers.double_precision(model), problem, 1e-6)
-    assert near.item() == pytest.approx(exact.item(), rel=1e-4)
+    exact, _ = peers.exact_gradients(model, problem)
+    with oracle.oracle_mode():
+        near = peers.finite_difference(model, problem, 1e-6)
+    assert near.item() == pytest.approx(exact, rel=1e-4)
 
 
 def test_direction_moves_the_users_text_only() -> None:
@@ -253,7 +254,9 @@ def test_one_part_alone(tmp_path: Path) -> None:
 def test_unknown_device_is_an_error_of_one_sentence() -> None:
     result = CliRunner().invoke(application(command), ["--device", "abacus"])
     assert result.exit_code == 2
-    with pytest.raises(ValueError, match="'abacus' is not a device: give auto, cpu or cuda"):
+    with pytest.raises(
+        ValueError, match="'abacus' is not a device that torch can use: give auto, cpu or cuda"
+    ):
         run.choose_device("abacus")
 
 
