@@ -6,8 +6,6 @@ from typing import Any
 
 import aajr_kernels as aajr
 
-__all__ = ["recorded"]
-
 
 def recorded(traj: aajr.Trajectory) -> aajr.StabilityReport:
     """The report of what a trajectory has recorded: losses, gains, which steps moved and which fell."""

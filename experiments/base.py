@@ -14,8 +14,6 @@ import torch
 
 from .store import Row, Store
 
-__all__ = ["Experiment", "Task", "run_experiment"]
-
 
 @dataclass(frozen=True)
 class Task:

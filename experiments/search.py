@@ -7,8 +7,6 @@ from typing import Any
 
 from .store import Row
 
-__all__ = ["best", "bisected", "interpolated", "search"]
-
 
 def search(
     budget: int,

@@ -14,8 +14,6 @@ from typing import Any
 from aajr_kernels.training.record import read_json_lines
 from common import machine
 
-__all__ = ["Row", "Store", "environment", "read"]
-
 Row = dict[str, Any]
 
 

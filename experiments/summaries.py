@@ -14,20 +14,6 @@ from common.plots import COLOURS
 
 from .store import Row
 
-__all__ = [
-    "Comparison",
-    "Interval",
-    "Quantity",
-    "bootstrap_interval",
-    "by_method",
-    "entry",
-    "geometric_mean",
-    "interval_text",
-    "page",
-    "share_of",
-    "chosen_runs",
-]
-
 #: mean, lower and upper bound
 Interval = tuple[float, float, float]
 #: from the tested rows of a method, and all of its rows, to a cell of a table

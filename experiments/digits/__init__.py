@@ -15,8 +15,6 @@ from .data import load
 from .report import report
 from .training import METHODS, evaluate, inner_ascent, train, unit_weight
 
-__all__ = ["EXPERIMENT"]
-
 
 def config(quick: bool) -> dict[str, Any]:
     """Seeds from 0; the pilot that set radius, target and range of λ used seeds from 100."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from sklearn.datasets import load_digits
 
-__all__ = ["CLASSES", "UTILITIES", "Digits", "Split", "load", "moments"]
-
 CLASSES = 10
 #: outputs of the utility head for an image: how much ink there is, where its centre lies, and how it slants
 UTILITIES = ("ink", "centre across", "centre down", "slant")

@@ -23,8 +23,6 @@ from ..summaries import (
     share_of,
 )
 
-__all__ = ["COMPARISON", "report"]
-
 #: the global penalties in the Fisher metric tell direction and metric apart
 BASELINES = {
     "aajr-l2": ("frobenius", "spectral", "random"),

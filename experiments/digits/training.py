@@ -16,21 +16,6 @@ from aajr_kernels.method import baseline_penalty
 
 from .data import CLASSES, UTILITIES, Split
 
-__all__ = [
-    "METHODS",
-    "Batches",
-    "attack",
-    "evaluate",
-    "inner_ascent",
-    "make_policy",
-    "nominal",
-    "nominal_losses",
-    "penalty",
-    "robust",
-    "train",
-    "unit_weight",
-]
-
 #: method -> (baseline, metric of the outputs)
 METHODS = {
     "frobenius": ("frobenius", "l2"),

@@ -17,8 +17,6 @@ from ..store import Row
 from ..summaries import page
 from . import problem
 
-__all__ = ["EXPERIMENT"]
-
 TWO = torch.diag(torch.tensor([1.0, 5.0], dtype=torch.float64))
 #: a policy with one output: the adversary's direction is the only one it has
 ONE = torch.tensor([[3.0, 4.0]], dtype=torch.float64)

@@ -24,8 +24,6 @@ import torch
 import aajr_kernels as aajr
 from aajr_kernels.method import baseline_penalty
 
-__all__ = ["INPUTS", "RADIUS", "closed_form", "excess", "solve_aligned", "solve_global"]
-
 #: four points with second moments 1 and 0
 INPUTS = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
 RADIUS = 0.5

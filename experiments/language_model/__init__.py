@@ -12,8 +12,6 @@ from ..base import Experiment, Task
 from .parts import ADAPTED, SCRATCH, work
 from .report import report
 
-__all__ = ["EXPERIMENT"]
-
 
 def config(quick: bool) -> dict[str, Any]:
     """Seeds from 0; the pilot that set radius, price and search used seeds from 100."""

@@ -12,8 +12,6 @@ import aajr_kernels as aajr
 from aajr_kernels.method.attack_state import frozen_parameters
 from aajr_kernels.training import Policy, prepared
 
-__all__ = ["Scene", "embedding_attack", "losses_of", "norm_of", "scene_of", "substitution_attack"]
-
 
 @dataclass(frozen=True)
 class Scene:

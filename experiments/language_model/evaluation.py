@@ -15,8 +15,6 @@ from ..ascents import recorded
 from .attacks import Scene, embedding_attack, losses_of, norm_of, scene_of, substitution_attack
 from .text import Text, in_turns, windows
 
-__all__ = ["clean_loss", "evaluate"]
-
 
 def clean_loss(
     config: dict[str, Any], model: nn.Module, policy: Policy, source: Tensor, seed: int, rows: int

@@ -13,8 +13,6 @@ from common import texts
 
 from .text import Text, encoded, plays
 
-__all__ = ["BYTES", "adapted", "small"]
-
 BYTES = 256
 
 

@@ -19,8 +19,6 @@ from .models import adapted, small
 from .text import Text, plays
 from .training import batches_of, penalty_at_start, pretrain, tune
 
-__all__ = ["ADAPTED", "SCRATCH", "rank", "work"]
-
 #: of either part, in order; "weighted" is adversarial training whose weight is matched as the λ of the others are
 SCRATCH = ("reference", "weighted", "random", "frobenius", "spectral", "aajr")
 ADAPTED = ("untouched", "adversarial", "random", "aajr")

@@ -24,8 +24,6 @@ from ..summaries import (
     page,
 )
 
-__all__ = ["comparison", "report"]
-
 NAMES = {
     "untouched": "not trained",
     "plain": "none (clean training)",

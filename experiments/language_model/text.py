@@ -10,8 +10,6 @@ from torch import Tensor
 
 from common import texts
 
-__all__ = ["Text", "attackable", "encoded", "in_turns", "plays", "windows"]
-
 
 @dataclass(frozen=True)
 class Text:

@@ -12,8 +12,6 @@ from aajr_kernels.training import Attack, Cosine, FitConfig, ObjectiveConfig, Pe
 
 from .text import in_turns, windows
 
-__all__ = ["PENALTIES", "batches_of", "penalty_at_start", "pretrain", "tune"]
-
 #: method -> what fit calls it; all in the Fisher metric, at every row's worst point
 PENALTIES = {
     "adversarial": "none",

@@ -18,8 +18,6 @@ from ..store import Row
 from .report import report
 from .training import METHODS, curvature, evaluate, inner_ascent, pretrain, tune
 
-__all__ = ["EXPERIMENT"]
-
 
 def config(quick: bool) -> dict[str, Any]:
     """Seeds from 0; the pilot that set radius, frequencies, price and search used seeds from 100."""

@@ -23,8 +23,6 @@ from ..summaries import (
     share_of,
 )
 
-__all__ = ["COMPARISON", "report"]
-
 BASELINES = ("none", "frobenius", "spectral", "random")
 COMPARISON = Comparison(
     names={

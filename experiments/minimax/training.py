@@ -26,8 +26,6 @@ from ..digits.training import (
     train,
 )
 
-__all__ = ["METHODS", "curvature", "evaluate", "inner_ascent", "pretrain", "tune"]
-
 #: the penalties that are compared; "none" stands for no penalty
 METHODS = ("none", "frobenius", "spectral", "random", "aajr-l2", "aajr-fisher")
 #: loss of the best policy that does not look at its input: ten classes alike, utilities of variance 1

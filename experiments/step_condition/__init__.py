@@ -10,8 +10,6 @@ from .closed import FAMILIES, trials
 from .networks import network_rows
 from .report import report
 
-__all__ = ["EXPERIMENT"]
-
 
 def config(quick: bool) -> dict[str, Any]:
     networks = {

@@ -21,8 +21,6 @@ from aajr_kernels.method import step_condition
 
 from ..store import Row
 
-__all__ = ["PROJECTIONS", "SCOPES", "STEPS", "trials"]
-
 STEPS = ("raw", "normalized", "sign")
 SCOPES = ("sequence", "token", "agent")
 PROJECTIONS = ("none", "l2 ball", "linf ball", "box")

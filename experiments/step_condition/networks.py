@@ -15,8 +15,6 @@ from ..digits.data import CLASSES, load
 from ..store import Row
 from .closed import binned
 
-__all__ = ["network_rows"]
-
 
 def _trained(seed: int, width: int, epochs: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A classifier of digits in float64, and images that it has not seen."""

@@ -14,8 +14,6 @@ from ..store import Row
 from ..summaries import page
 from .closed import EDGES, FAMILIES, PROJECTIONS, SCOPES, STEPS
 
-__all__ = ["report", "totals"]
-
 #: integers of a row that are no counts
 MARKS = ("of", "seed", "factor")
 

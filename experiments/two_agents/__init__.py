@@ -19,8 +19,6 @@ from .policies import Pair, adapted, from_scratch
 from .report import report
 from .training import METHODS, inner, penalty, train
 
-__all__ = ["EXPERIMENT"]
-
 
 def config(quick: bool) -> dict[str, Any]:
     """Seeds from 0; the pilot that set learning rate, radius, unit penalties and weights used seeds from 100."""

@@ -10,8 +10,6 @@ from pettingzoo import ParallelEnv
 
 from .game import Games, observations
 
-__all__ = ["Barter"]
-
 
 class Barter(ParallelEnv):
     """Observation: size and own value of lot after lot, then the request heard plus 1 (0 before). Action: a lot.

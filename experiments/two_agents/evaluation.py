@@ -15,8 +15,6 @@ from .game import Games, Heads, expected
 from .policies import Pair
 from .training import attack, inner, sabotage
 
-__all__ = ["clean", "evaluate", "play", "robust", "stability"]
-
 
 @torch.no_grad()
 def clean(pair: Pair, games: Games) -> dict[str, float]:

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Games", "Heads", "deal", "entropy", "expected", "marginal", "observations"]
-
 
 @dataclass(frozen=True)
 class Games:

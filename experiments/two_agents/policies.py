@@ -21,8 +21,6 @@ from common.texts import smollm2, with_lora
 
 from .game import Games, Heads, marginal, observations
 
-__all__ = ["Pair", "Policy", "adapted", "from_scratch", "text", "tiny_text_model"]
-
 LETTERS = "ABCD"
 LOTS = ("hats", "books", "balls", "cups")
 

@@ -14,8 +14,6 @@ from ..store import Row
 from ..summaries import Comparison, Quantity, by_method, chosen_runs, entry, geometric_mean, page, share_of
 from .training import SMOOTHED
 
-__all__ = ["COMPARISON", "report"]
-
 COMPARISON = Comparison(
     names={
         "none": "none (w chosen)",

@@ -15,8 +15,6 @@ from ..ascents import recorded
 from .game import Games, Heads, deal, entropy, expected
 from .policies import Pair
 
-__all__ = ["METHODS", "attack", "history", "penalty", "sabotage", "train"]
-
 #: none has no penalty; the others measure the composite policy in the Fisher metric and differ only in direction
 METHODS = ("none", "frobenius", "spectral", "aajr-joint", "aajr-agents")
 SMOOTHED = 10
