@@ -106,6 +106,15 @@ def has_memory(t: torch.Tensor) -> bool:
 
 # -- autograd ---------------------------------------------------------------------------------------------------------
 
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward: one that another thread starts on its device would wait for it.
+
+    Relies on, in torch 2.11-2.15: ``torch._C._current_graph_task_id()``, -1 outside.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
 _SEEN = "_aajr_sees_arguments"  # an attribute of the functions that replace torch's
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import torch_private
-from ..backends import choice, cuda
+from ..backends import choice, cuda, selfcheck_record
 from ..backends import cpu as native
 
 PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
@@ -55,6 +55,7 @@ def collect() -> dict[str, Any]:
         "accelerators": accelerators(),
         "no_accelerator": None if torch.cuda.is_available() else why_no_accelerator(),
         "backends": choice.backends(),
+        "selfcheck": selfcheck(),
         "chosen_backend": os.environ.get("AAJR_BACKEND", "auto"),
         "native": native_info(),
         "cuda": cuda_info(),
@@ -101,6 +102,18 @@ def accelerators() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def selfcheck() -> dict[str, Any]:
+    """Results of first-use checks on disk, by device; without a device those of Triton's interpreter, if any."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    records = {record.device: record for record in map(selfcheck_record.record_of, devices)}
+    return {
+        name: {"file": str(record.file), "checks": record.rows()}
+        for name, record in records.items()
+        if record.rows()
+    }
 
 
 def why_no_accelerator() -> str:
@@ -155,8 +168,21 @@ def show(facts: dict[str, Any], console: Console) -> None:
         backends.add_row(name, _missing("missing", reason) if reason else Text("available", "green"))
     console.print(backends)
 
+    for device, record in facts["selfcheck"].items():
+        console.print(_selfcheck_table(device, record))
     console.print(_native_table(facts))
     console.print(_cuda_table(facts))
+
+
+def _selfcheck_table(device: str, record: dict[str, Any]) -> Table:
+    table = _table(f"First-use checks on {device}", "kernels", "result")
+    passed = [check for check in record["checks"] if check["state"] == "passed"]
+    table.add_row(f"{len(passed)} kinds", Text("passed", "green"))
+    for check in record["checks"]:
+        if check["state"] != "passed":
+            table.add_row(Text(check["key"]), _missing(check["state"], check.get("reason") or "no result"))
+    table.add_row("file", record["file"])
+    return table
 
 
 def _native_table(facts: dict[str, Any]) -> Table | Text:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import sharding
-from ..backends import choice
+from ..backends import choice, selfcheck
 from ..coverage import record, recording
 
 __all__ = ["SHARDS", "prepare"]
@@ -30,6 +30,7 @@ def prepare(
     name: str = "",
     triton_lacks: Callable[..., str | None] | None = None,
     in_cuda: bool = True,
+    kind: Callable[..., tuple[tuple[int, ...], tuple[Any, ...]]],
 ) -> tuple[str, Any]:
     """Step between the checks of an op and its autograd Function.
 
@@ -44,12 +45,15 @@ def prepare(
         name: under which coverage reports the call, `op` by default.
         triton_lacks: from the operands to what the Triton kernels lack for this call, or None.
         in_cuda: as for ``backends.choice.select_backend``.
+        kind: from the operands to the sizes and the options that decide on kernels, which ``trial`` beside the op's
+            Function takes; for the first-use check of a device's kernels.
 
     Returns:
         The backend, and the operands as its kernels take them, stacks before weights; or `SHARDS` and the result.
 
     Raises:
-        BackendUnavailable: the backend chosen by name cannot run here, or not on these tensors.
+        BackendUnavailable: the backend chosen by name cannot run here, not on these tensors, or failed its first-use
+            check.
         UnsupportedOperation: an operand is complex, or a DTensor for which the op has no rule.
     """
     if weights:
@@ -60,6 +64,9 @@ def prepare(
     if cast is not None:
         operands = cast(*operands)
     backend = choice.select_backend(op, *operands, triton_lacks=triton_lacks, in_cuda=in_cuda)
+    if backend in selfcheck.BACKENDS:
+        named = backend == choice.current_backend()
+        backend = selfcheck.checked_backend(op, name or op, backend, named, operands, kind(*operands))
     if recording():
         # lengths may be symbols while torch.compile traces
         record(name or op, backend, 0.0 if torch.compiler.is_compiling() else flops(*operands))

@@ -23,6 +23,7 @@ def _pointwise(kind: str, x: Dual, recompute: bool | None) -> Dual:
         flops=lambda x: 8.0 * x.numel(),
         shards=lambda: sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local, recompute), x, 0),
         name=kind,
+        kind=lambda x: ((x.shape[0],), (kind,)),
     )
     if backend == SHARDS:
         return operands
@@ -101,6 +102,7 @@ def _gated(
             op, lambda a, b: _gated(op, kind, a, b, recompute), Dual(gate_stack), Dual(up_stack)
         ),
         name=op,
+        kind=lambda gate, up: ((gate.shape[0], up.shape[0]), (kind,)),
     )
     if backend == SHARDS:
         return operands

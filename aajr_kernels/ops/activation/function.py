@@ -8,6 +8,7 @@ import torch
 
 from ...backends import choice
 from ...backends.errors import first_order
+from ...backends.selfcheck import Draw, Trial
 from ...recompute import make_recomputable, release, saved_tensors, snapshot
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
@@ -76,3 +77,13 @@ def _gated_again(ctx: Any) -> torch.Tensor:
     gate, up = saved_tensors(ctx)
     h: torch.Tensor = choice.implementation("activation", ctx.backend).gated_fwd(gate, up, ctx.kind)
     return h
+
+
+def trial(
+    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], kind: str
+) -> Trial:
+    """A small problem for the first-use check; sizes: stacks of the operands."""
+    stacks = sizes or (2,) * len(dtypes)
+    function = PointwiseFunction if len(dtypes) == 1 else GatedFunction
+    operands = {n: draw(d, count, 37, 130) for n, d, count in zip(("gate", "up"), dtypes, stacks)}
+    return operands, lambda backend, *tensors: (function.apply(*tensors, kind, backend),)

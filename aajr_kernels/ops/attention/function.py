@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from ...autocast import no_autocast
 from ...backends import choice
 from ...backends.errors import first_order
+from ...backends.selfcheck import Draw, Trial
+from ...backends.triton.launch import interpreted
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 from .options import Options
 
@@ -152,3 +155,81 @@ def _dense(x: Tensor) -> Tensor:
     own = x.clone()  # nothing is left of it in the graph if it is not used
     same = all(a == b for size, a, b in zip(x.shape, x.stride(), own.stride()) if size != 1)
     return x if same else own
+
+
+def kind_of(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
+) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """The sizes and features of `trial`, from stacks; the options without the dropout mask."""
+    sizes = (*(x.shape[0] for x in (q, k, v)), q.shape[-3] // k.shape[-3], q.shape[-1], v.shape[-1])
+    number = options.softcap, options.offset, options.window, options.starts
+    present = tuple([x is not None for x in number])
+    if mask is None:
+        return sizes, (*present, options.dropout > 0, options.align_right, None, ())
+    axes = [n != 1 for n in mask.shape[1:]]
+    axes = [False] * (4 - len(axes)) + axes
+    spread = (True in axes[:-3], *axes[-3:])
+    return (*sizes, mask.shape[0]), (*present, options.dropout > 0, options.align_right, mask.dtype, spread)
+
+
+def trial(
+    draw: Draw,
+    name: str,
+    dtypes: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    capped: bool,
+    causal: bool,
+    windowed: bool,
+    packed: bool,
+    dropped: bool,
+    align_right: bool,
+    mask_dtype: torch.dtype | None,
+    spread: tuple[bool, ...],
+) -> Trial:
+    """A small problem for the first-use check.
+
+    Sizes: stacks of q, k, v, query heads of a key head, features of keys and of values, stacks of the mask. `spread`:
+    the axes of the mask that are not broadcast. The dtypes of q, k and v are equal. Dropout of packed sequences is left
+    out: their reference takes a mask that no kernel shows.
+    """
+    *stacks, group, size, width = sizes[:6] or (2, 2, 2, 1, 64, 64)
+    batch, heads = 1 if packed else 2, 2 if group < 8 else 1
+    dropped = dropped and not packed
+    # several tiles on a device; the values that show what dropout keeps are no wider than a tile
+    queries, keys = (50, 60) if dropped or interpreted() else (200, 333)
+    dtype, shapes = dtypes[0], ((heads * group, queries, size), (heads, keys, size), (heads, keys, width))
+    operands = {n: draw(dtype, count, batch, *s) for n, count, s in zip("qkv", stacks, shapes)}
+    device = operands["q"].device
+    operands["mask"] = None
+    if mask_dtype is not None:
+        axes = [n if kept else 1 for n, kept in zip((batch, heads * group, queries, keys), spread)]
+        if mask_dtype == torch.bool:
+            operands["mask"] = draw(torch.float32, 1, *axes) > -0.5
+        else:
+            operands["mask"] = draw(mask_dtype, (*sizes[6:], 2)[0], *axes)
+    offset = (0 if packed else keys - queries) if causal else None
+    options = Options(size**-0.5, 2.0 if capped else None, offset, 20 if windowed else None)
+    if packed:
+        starts = [torch.tensor(x, device=device) for x in ([0, 20, 20, queries], [0, 33, 40, keys])]
+        options = options._replace(align_right=align_right, q_start=starts[0], k_start=starts[1])
+    seed = torch.tensor(11, device=device)
+
+    @functools.cache
+    def kept() -> Tensor:
+        """The weights that the kernels keep, bool ``[B, H, N, M]``: with equal scores the values show them."""
+        zeros = draw(dtype, 1, batch, heads * group, queries, size).zero_()
+        eye = torch.eye(keys, dtype=dtype, device=device).expand(1, batch, heads, keys, keys)
+        flat = Options(1.0, dropout=0.4, drawn=seed)
+        shown = choice.implementation("attention", "triton").attention_fwd(
+            zeros, zeros[:, :, :heads, :1].expand(1, batch, heads, keys, size), eye, None, flat
+        )
+        weights: Tensor = shown[0][0]
+        return weights != 0
+
+    def run(backend: str, *tensors: Tensor | None) -> tuple[Tensor]:
+        used = options
+        if dropped:
+            used = options._replace(dropout=0.4, drawn=seed if backend == "triton" else kept())
+        return (AttentionFunction.apply(*tensors, backend, tuple(used[:6]), *used[6:]),)
+
+    return operands, run

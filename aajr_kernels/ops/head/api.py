@@ -91,6 +91,7 @@ def lm_head_sensitivity(
         _check_dtypes(*operands)
         return sharding.OPS["head"](*operands, labels, *options)
 
+    joint = expected is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     backend, operands = prepare(
         "head",
         (hidden.stacked,),
@@ -99,6 +100,10 @@ def lm_head_sensitivity(
         shards=on_shards,
         cast=autocast_low,
         name="lm_head_sensitivity",
+        kind=lambda h, _, bias: (
+            (h.shape[0], h.shape[-1]),
+            (metric, bias is not None, labels is not None, scale != 1.0, softcap is not None, joint),
+        ),
     )
     if backend == SHARDS:
         q, nll = operands
@@ -106,9 +111,9 @@ def lm_head_sensitivity(
         _check_dtypes(*operands)
         stacked, weight, bias = operands
         rows = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1])
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            expected = None
-        q, nll = HeadFunction.apply(rows, weight, bias, labels, *options, backend, expected)
+        q, nll = HeadFunction.apply(
+            rows, weight, bias, labels, *options, backend, expected if joint else None
+        )
     q = q.reshape(k, *batch)
     return q if nll is None else (q, nll.reshape(batch))
 

@@ -10,6 +10,7 @@ import torch
 from ...autocast import no_autocast
 from ...backends import choice
 from ...backends.errors import first_order
+from ...backends.selfcheck import Draw, Trial, cotangent
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -91,3 +92,37 @@ def _ratio(given: torch.Tensor, wanted: torch.Tensor) -> float | None:
     same = ((given - scaled).abs() <= 2.0**-21 * scaled.abs()).all() & factor.isfinite()  # false for NaN
     number, proportional = torch.cat([factor, same.double()]).tolist()  # the one wait for the device
     return number if proportional else None
+
+
+def trial(
+    draw: Draw,
+    name: str,
+    dtypes: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    metric: str,
+    biased: bool,
+    labelled: bool,
+    scaled: bool,
+    capped: bool,
+    joint: bool,
+) -> Trial:
+    """A small problem for the first-use check; sizes: stacks, hidden features. The dtypes are equal."""
+    stacks, size = sizes or (2, 128)
+    dtype, tokens, words = dtypes[0], 37, 301
+    operands = {"hidden": draw(dtype, stacks, tokens, size), "weight": draw(dtype, words, size) * size**-0.5}
+    operands["bias"] = draw(dtype if biased else None, words)
+    labels = torch.arange(tokens, device=operands["hidden"].device) if labelled else None
+    options = metric, 0.5 if scaled else 1.0, 3.0 if capped else None, 3  # the label 3 is ignored
+
+    def expected(q: torch.Tensor, at: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shapes = (stacks - 1, tokens), (tokens,)
+        q_bar, nll_bar = (cotangent(torch.Size(s), q.device).to(q.dtype)[..., at] for s in shapes)
+        return q_bar, nll_bar if labelled else None
+
+    def run(backend: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        results: tuple[torch.Tensor | None, ...] = HeadFunction.apply(
+            *tensors, labels, *options, backend, expected if joint else None
+        )
+        return results
+
+    return operands, run

@@ -65,6 +65,7 @@ def linear(
         flops=lambda x, w, _: 2.0 * x.numel() * (w.shape[0] if w.dim() == 2 else 1),
         shards=lambda w, b: sharding.OPS["linear"](linear, x, w, b),
         cast=autocast_low,
+        kind=lambda x, weight, bias: ((x.shape[0], weight.shape[0]), (bias is not None,)),
     )
     if backend == SHARDS:
         return operands

@@ -9,6 +9,7 @@ import torch
 from ...autocast import no_autocast
 from ...backends import choice
 from ...backends.errors import first_order
+from ...backends.selfcheck import Draw, Trial
 from ...recompute import recomputed, save_or_recompute
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
@@ -39,3 +40,14 @@ class LinearFunction(torch.autograd.Function):
                 y_bar, x, weight, ctx.needs_input_grad[2]
             )
         return *grads, None
+
+
+def trial(
+    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], biased: bool
+) -> Trial:
+    """A small problem for the first-use check; sizes: stacks, features of the result. The dtypes are equal."""
+    stacks, size = sizes or (2, 64)
+    dtype = dtypes[0]
+    operands = {"x": draw(dtype, stacks, 37, 32), "weight": draw(dtype, size, 32)}
+    operands["bias"] = draw(dtype if biased else None, size)
+    return operands, lambda backend, *tensors: (LinearFunction.apply(*tensors, backend),)

@@ -230,6 +230,10 @@ def _norm(
         shards=on_shards if residual is None else None,
         cast=autocast_float32,
         name=op,
+        kind=lambda x, residual, *_: (
+            tuple([t.shape[0] for t in (x, residual) if t is not None]) + (math.prod(shape),),
+            (centred, offset != 0.0),
+        ),
     )
     if backend == SHARDS:
         return operands, None

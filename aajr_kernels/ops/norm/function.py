@@ -10,6 +10,7 @@ from torch import Tensor
 from ...autocast import no_autocast
 from ...backends import choice
 from ...backends.errors import first_order
+from ...backends.selfcheck import Draw, Trial
 from ...recompute import make_recomputable, release, saved_tensors
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
@@ -104,3 +105,20 @@ def _gradients(
     if bias_bar is not None:
         bias_bar = bias_bar.to(ctx.bias_dtype)
     return x_bar, weight_bar, bias_bar
+
+
+def trial(
+    draw: Draw,
+    name: str,
+    dtypes: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    centred: bool,
+    shifted: bool,
+) -> Trial:
+    """A small problem for the first-use check; sizes: stacks of x and, for the sum, of the residual; features."""
+    *stacks, size = sizes or (2, 2, 64)
+    operands = {n: draw(d, count, 37, size) for n, d, count in zip(("x", "residual"), dtypes, (*stacks, 1))}
+    operands |= {n: draw(d, size) for n, d in zip(("weight", "bias"), dtypes[2:])}
+    return operands, lambda backend, *tensors: NormFunction.apply(
+        *tensors, 1e-5, float(shifted), centred, backend
+    )

@@ -57,6 +57,7 @@ def rotary(
         shards=lambda: sharding.OPS["rotary"](
             functools.partial(rotary, interleaved=interleaved, unsqueeze_dim=None), x, cos, sin
         ),
+        kind=lambda x, cos, _: ((x.shape[0], x.shape[-1], cos.shape[-1]), (interleaved,)),
     )
     return operands if backend == SHARDS else Dual(RotaryFunction.apply(*operands, interleaved, backend))
 

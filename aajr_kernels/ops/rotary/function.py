@@ -8,6 +8,7 @@ import torch
 
 from ...backends import choice
 from ...backends.errors import first_order
+from ...backends.selfcheck import Draw, Trial
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
@@ -37,3 +38,13 @@ class RotaryFunction(torch.autograd.Function):
         if x is not None:
             cos_bar, sin_bar = ops.rotary_tables_bwd(y_bar, x, cos, sin, ctx.interleaved)
         return x_bar, cos_bar, sin_bar, None, None
+
+
+def trial(
+    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], interleaved: bool
+) -> Trial:
+    """A small problem for the first-use check; sizes: stacks, features, those that are rotated."""
+    stacks, size, rotated = sizes or (2, 64, 64)
+    tables = {name: draw(dtype, 2, 1, 37, rotated) for name, dtype in zip(("cos", "sin"), dtypes[1:])}
+    operands = {"x": draw(dtypes[0], stacks, 2, 3, 37, size)} | tables
+    return operands, lambda backend, *tensors: (RotaryFunction.apply(*tensors, interleaved, backend),)

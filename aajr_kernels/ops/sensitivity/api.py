@@ -46,6 +46,7 @@ def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
         (y.stacked,),
         flops=lambda y: 5.0 * y.numel(),
         shards=lambda: sensitivity(sharding.OPS["whole"](y), metric),
+        kind=lambda y: ((y.shape[0], y.shape[-1]), (metric,)),
     )
     return operands if backend == SHARDS else SensitivityFunction.apply(*operands, metric, backend)
 
@@ -78,6 +79,7 @@ def softmax(x: Dual, dim: int = -1) -> Dual:
         cast=autocast_float32,
         name="softmax",
         in_cuda=False,
+        kind=lambda x: ((x.shape[0], x.shape[dim % (x.dim() - 1) + 1]), ("",)),
     )
     if backend == SHARDS:
         return operands

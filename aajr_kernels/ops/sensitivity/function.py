@@ -9,6 +9,7 @@ import torch
 from ...autocast import no_autocast
 from ...backends import choice
 from ...backends.errors import first_order
+from ...backends.selfcheck import Draw, Trial
 from ...recompute import snapshot
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
@@ -55,3 +56,17 @@ class SoftmaxFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         with no_autocast(x.device.type):
             return choice.implementation("sensitivity", ctx.backend).softmax_bwd(y_bar, x), None
+
+
+def trial(
+    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], metric: str
+) -> Trial:
+    """A small problem for the first-use check; sizes: stacks, words; the metric is empty for the softmax."""
+    stacks, words = sizes or (2, 300)
+
+    def run(backend: str, y: torch.Tensor) -> tuple[torch.Tensor]:
+        if metric:
+            return (SensitivityFunction.apply(y, metric, backend),)
+        return (SoftmaxFunction.apply(y, backend),)
+
+    return {"y": draw(dtypes[0], stacks, 5, words)}, run
