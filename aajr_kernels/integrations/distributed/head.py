@@ -175,7 +175,7 @@ class SplitHead(torch.autograd.Function):
             return (*bars, *(None,) * 7)
         with no_autocast(h.device.type):
             h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
-                q_bar, nll_bar, h, weight, bias, own, stats, *ctx.options, *needs
+                h, weight, bias, own, *ctx.options, q_bar, nll_bar, stats, *needs
             )
         if bias_bar is not None:
             bias_bar = bias_bar.to(bias.dtype)

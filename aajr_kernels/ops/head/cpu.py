@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...backends import cpu as native
 from . import operators
+from .joint import Expected, Forward, Joint, Optional, blockwise
+from .reference import Problem
 
 _METRICS = {"l2": 0, "logits": 1, "fisher": 2, "probs": 3}
 #: columns (stacks times tokens) and bytes of the logits that are kept between the two halves of a joint pass: below
@@ -16,191 +19,107 @@ _COLUMNS, _LEAST, _BYTES = 288, 128, 96 << 20
 
 
 @native.operator(operators.HEAD_FWD)
-def head_fwd(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def head_fwd(*operands: Any) -> Forward:
     """q ``[K, T]``, nll ``[T]`` or None, and statistics ``[2 + 4K, T]``; float32."""
-    return _forward(h, weight, bias, labels, metric, scale, softcap, ignore_index, None)
-
-
-def _forward(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    kept: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """:func:`head_fwd`, which also leaves its logits in `kept`."""
-    stacks, tokens, _ = h.shape
-    k = stacks - 1
-    stats = h.new_empty((2 + 4 * k, tokens), dtype=torch.float32)
-    nll = None if labels is None else stats.new_empty(tokens)
-    native.call(
-        "head_fwd",
-        (*_operands(h, weight, bias, labels), stats, nll, kept),
-        (_METRICS[metric], ignore_index),
-        (scale, softcap or 0.0),
-    )
-    return stats[2 + 2 * k : 2 + 3 * k].clone(), nll, stats
-
-
-def head_bwd(
-    q_bar: torch.Tensor | None,
-    nll_bar: torch.Tensor | None,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    stats: torch.Tensor,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    need_h: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Cotangents of h ``[1 + K, T, C]``, weight ``[V, C]`` and bias ``[V]`` (float32); None where not needed."""
-    operands = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
-    h_bar, weight_bar, bias_bar = _head_bwd(*operands, q_bar, nll_bar, stats, need_h, need_weight, need_bias)
-    return h_bar, weight_bar, bias_bar
+    return _forward(Problem(*operands), None)
 
 
 @native.operator(operators.HEAD_BWD)
-def _head_bwd(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    q_bar: torch.Tensor | None,
-    nll_bar: torch.Tensor | None,
-    stats: torch.Tensor,
-    need_h: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    outputs = _outputs(h, weight, need_h, need_weight, need_bias)
-    native.call(
-        "head_bwd",
-        (*_operands(h, weight, bias, labels), stats, *_cotangents(q_bar, nll_bar), *outputs, None),
-        (_METRICS[metric], ignore_index, 0),
-        (scale, softcap or 0.0),
-    )
+def head_bwd(*args: Any) -> tuple[Optional, Optional, Optional]:
+    """As the reference's; the cotangent of the bias in float32."""
+    p = Problem(*args[:8])
+    q_bar, nll_bar, stats, *needs = args[8:]
+    outputs = _outputs(p, *needs)
+    _backward(p, stats, q_bar, nll_bar, outputs, None, False)
     return outputs
 
 
-def head_joint(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    expected: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor | None]],
-    need_h: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor | None, ...]] | None:
+def head_joint(*args: Any) -> Joint | None:
     """Forward and backward of chunks of tokens, whose logits are kept in between: 6 products instead of 8 for K = 1.
 
     Args:
-        expected: from q ``[K, t]`` of the tokens of a slice to the cotangents of q and nll.
+        args: the operands of `head_fwd`, a function from q ``[K, t]`` of the tokens of a slice to the cotangents of q
+            and nll, and which results are needed: of h, the weight, the bias.
 
     Returns:
-        What `head_fwd` returns, and ``(q_bar, nll_bar, h_bar, weight_bar, bias_bar)``; None where it would not pay or
-        is not supported: many words, a soft cap, low dtypes (they cannot hold the sum over chunks), metric l2.
+        The results of `head_fwd`, and ``(q_bar, nll_bar, h_bar, weight_bar, bias_bar)``; None where it would not pay
+        or is not supported: a large vocabulary, a soft cap, low dtypes (they cannot hold the sum over chunks), metric
+        l2.
     """
-    stacks, tokens, _ = h.shape
-    vocab_size = weight.shape[0]
-    columns = min(_COLUMNS, _BYTES // (4 * vocab_size) - 32)
-    step = columns // stacks
+    p = Problem(*args[:8])
+    expected: Expected = args[8]
+    columns = min(_COLUMNS, _BYTES // (4 * p.vocab_size) - 32)
+    step = columns // p.stacks
     if (
-        metric == "l2"
-        or softcap is not None
-        or h.dtype != torch.float32
-        or tokens == 0
+        p.metric == "l2"
+        or p.softcap is not None
+        or p.h.dtype != torch.float32
+        or p.tokens == 0
         or columns < _LEAST
         or step < 16
     ):
         return None
-    step = -(-tokens // -(-tokens // step))  # equal chunks
-    kept = h.new_empty(vocab_size * (stacks * (step + 16) + 64))
-    outputs = _outputs(h, weight, need_h, need_weight, need_bias)
-    results, cotangents = [], []
-    for start in range(0, tokens, step):
-        rows = slice(start, min(start + step, tokens))
-        here = None if labels is None else labels[rows]
-        results.append(_forward(h[:, rows], weight, bias, here, metric, scale, softcap, ignore_index, kept))
-        cotangents.append(_cotangents(*expected(results[-1][0], rows)))
-        part = h.new_empty(h[:, rows].shape) if need_h else None
-        native.call(
-            "head_bwd",
-            (
-                *_operands(h[:, rows], weight, bias, here),
-                results[-1][2],
-                *cotangents[-1],
-                part,
-                *outputs[1:],
-                kept,
-            ),
-            (_METRICS[metric], ignore_index, int(start > 0)),
-            (scale, 0.0),
-        )
-        if outputs[0] is not None and part is not None:
-            outputs[0][:, rows] = part
-    q, stats = _joined([q for q, _, _ in results]), _joined([stats for _, _, stats in results])
-    assert q is not None and stats is not None
-    nll = _joined([nll for _, nll, _ in results])
-    q_bar, nll_bar = (
-        _joined([q_bar for q_bar, _ in cotangents]),
-        _joined([nll_bar for _, nll_bar in cotangents]),
+    step = -(-p.tokens // -(-p.tokens // step))  # equal chunks
+    logits = p.h.new_empty(p.vocab_size * (p.stacks * (step + 16) + 64))
+    h_bar, weight_bar, bias_bar = _outputs(p, *args[9:])
+
+    def backward(block: Problem, rows: slice, stats: Tensor, q_bar: Optional, nll_bar: Optional) -> None:
+        part = None if h_bar is None else block.h.new_empty(block.h.shape)
+        _backward(block, stats, q_bar, nll_bar, (part, weight_bar, bias_bar), logits, rows.start > 0)
+        if h_bar is not None and part is not None:
+            h_bar[:, rows] = part
+
+    results, bars = blockwise(p, step, expected, lambda block: _forward(block, logits), backward)
+    return results, (*bars, h_bar, weight_bar, bias_bar)
+
+
+def _forward(p: Problem, logits: Optional) -> Forward:
+    """The forward, which also leaves its logits in `logits`."""
+    k = p.stacks - 1
+    stats = p.h.new_empty((2 + 4 * k, p.tokens), dtype=torch.float32)
+    nll = None if p.labels is None else stats.new_empty(p.tokens)
+    native.call(
+        "head_fwd",
+        (*_operands(p), stats, nll, logits),
+        (_METRICS[p.metric], p.ignore_index),
+        (p.scale, p.softcap or 0.0),
     )
-    return (q, nll, stats), (q_bar, nll_bar, *outputs)
+    return stats[2 + 2 * k : 2 + 3 * k].clone(), nll, stats
 
 
-def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """The chunks along the tokens, None if they are."""
-    present = [part for part in parts if part is not None]
-    return torch.cat(present, -1) if present else None
+def _backward(
+    p: Problem,
+    stats: Tensor,
+    q_bar: Optional,
+    nll_bar: Optional,
+    outputs: tuple[Optional, ...],
+    logits: Optional,
+    accumulate: bool,
+) -> None:
+    """Writes the cotangents of h, weight and bias, or adds to the latter two; `logits` as the forward left them."""
+    q_bar, nll_bar = (None if bar is None else bar.float().contiguous() for bar in (q_bar, nll_bar))
+    native.call(
+        "head_bwd",
+        (*_operands(p), stats, q_bar, nll_bar, *outputs, logits),
+        (_METRICS[p.metric], p.ignore_index, accumulate),
+        (p.scale, p.softcap or 0.0),
+    )
 
 
 def _outputs(
-    h: torch.Tensor, weight: torch.Tensor, need_h: bool, need_weight: bool, need_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    p: Problem, need_h: bool, need_weight: bool, need_bias: bool
+) -> tuple[Optional, Optional, Optional]:
     return (
-        torch.empty(h.shape, dtype=h.dtype) if need_h else None,
-        torch.empty(weight.shape, dtype=weight.dtype) if need_weight else None,
-        torch.empty(weight.shape[0], dtype=torch.float32) if need_bias else None,
+        torch.empty(p.h.shape, dtype=p.h.dtype) if need_h else None,
+        torch.empty(p.weight.shape, dtype=p.weight.dtype) if need_weight else None,
+        torch.empty(p.vocab_size, dtype=torch.float32) if need_bias else None,
     )
 
 
-def _cotangents(*bars: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if bar is None else bar.float().contiguous() for bar in bars)
-
-
-def _operands(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
+def _operands(p: Problem) -> tuple[Optional, ...]:
     return (
-        native.row_dense(h),
-        native.row_dense(weight),
-        None if bias is None else bias.contiguous(),
-        None if labels is None else labels.contiguous(),
+        native.row_dense(p.h),
+        native.row_dense(p.weight),
+        None if p.bias is None else p.bias.contiguous(),
+        None if p.labels is None else p.labels.contiguous(),
     )

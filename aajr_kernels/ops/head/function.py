@@ -62,7 +62,7 @@ class HeadFunction(torch.autograd.Function):
         h, weight, bias, labels, stats = ctx.saved_tensors
         with no_autocast(h.device.type):
             h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
-                q_bar, nll_bar, h, weight, bias, labels, stats, *ctx.options, *ctx.needs_input_grad[:3]
+                h, weight, bias, labels, *ctx.options, q_bar, nll_bar, stats, *ctx.needs_input_grad[:3]
             )
         if bias_bar is not None:
             bias_bar = bias_bar.to(bias.dtype)

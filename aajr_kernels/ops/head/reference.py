@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 #: Elements of a tile, its rows (tokens times 1 + K) and its least columns; 4 MB of float32.
 _TILE, _TILE_ROWS, _TILE_COLUMNS = 1 << 20, 1024, 1024
 
 
-@dataclass
-class Logits:
-    """How hidden states become logits."""
+_P = TypeVar("_P", bound="Problem")
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+
+@dataclass
+class Problem:
+    """The operands of every launcher, in the order of their schemas.
+
+    Attributes:
+        h: hidden states ``[1 + K, T, C]``.
+        weight: ``[V, C]``.
+        bias: ``[V]`` or None.
+        labels: int64 ``[T]`` or None.
+        metric: ``l2``, ``logits``, ``fisher`` or ``probs``.
+        scale: logits multiplier.
+        softcap: c of c tanh(x/c), or None.
+        ignore_index: label whose token has loss 0.
+    """
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor | None
+    metric: str
     scale: float
     softcap: float | None
+    ignore_index: int
 
-    def tile(self, rows: torch.Tensor, stacks: int, columns: slice) -> torch.Tensor:
+    @property
+    def stacks(self) -> int:
+        return self.h.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.h.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def block(self: _P, rows: slice) -> _P:
+        """The same of some of the tokens."""
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, h=self.h[:, rows], labels=labels)
+
+    def logits(self, rows: Tensor, columns: slice) -> Tensor:
         """Logits and their tangents ``[1 + K, t, v]`` in float32 (float64) for hidden states ``[(1 + K) t, C]``."""
         weight = self.weight[columns]
-        z = _wide(rows @ weight.t()).view(stacks, rows.shape[0] // stacks, weight.shape[0])
+        z = _wide(rows @ weight.t()).view(self.stacks, rows.shape[0] // self.stacks, weight.shape[0])
         if self.bias is not None:
             z[0] += self.bias[columns]
         if self.scale != 1.0:
@@ -33,7 +70,7 @@ class Logits:
             tau.mul_(self.softcap)
         return z
 
-    def pull(self, z_bar: torch.Tensor, z: torch.Tensor, z_tan: torch.Tensor) -> None:
+    def pull(self, z_bar: Tensor, z: Tensor, z_tan: Tensor) -> None:
         """Turn the cotangents ``[1 + K, t, v]`` of a tile into those of ``W h + b``, in place."""
         if self.softcap is not None:
             slope = 1.0 - (z / self.softcap).square_()
@@ -51,15 +88,15 @@ class Statistics:
     ``lse`` is log Σ e^z; ``reference + mean`` is μ ``[K, T]``; ``q`` ``[K, T]``; ``kappa`` ``[K, T]`` for ``probs``.
     """
 
-    lse: torch.Tensor
-    reference: torch.Tensor
-    mean: torch.Tensor
-    q: torch.Tensor
-    kappa: torch.Tensor
-    nll: torch.Tensor | None = None
+    lse: Tensor
+    reference: Tensor
+    mean: Tensor
+    q: Tensor
+    kappa: Tensor
+    nll: Tensor | None = None
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -67,22 +104,23 @@ def _blocks(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _tiles(stacks: int, tokens: int, vocabulary: int) -> tuple[list[slice], list[slice]]:
+def _tiles(p: Problem) -> tuple[list[slice], list[slice]]:
     """Blocks of tokens and of the vocabulary; a tile has at most half as many elements as [tokens, vocabulary]."""
-    step = max(1, min(tokens, _TILE_ROWS // stacks))
-    columns = max(_TILE_COLUMNS, _TILE // (stacks * step))
-    return _blocks(tokens, step), _blocks(vocabulary, max(1, min(columns, vocabulary // (2 * stacks))))
+    step = max(1, min(p.tokens, _TILE_ROWS // p.stacks))
+    columns = max(_TILE_COLUMNS, _TILE // (p.stacks * step))
+    width = max(1, min(columns, p.vocab_size // (2 * p.stacks)))
+    return _blocks(p.tokens, step), _blocks(p.vocab_size, width)
 
 
 @dataclass
 class _Moments:
     """Weighted mean and sum of squares about it, merged chunk by chunk; total weight in ``weight``."""
 
-    weight: torch.Tensor
-    mean: torch.Tensor
-    square: torch.Tensor
+    weight: Tensor
+    mean: Tensor
+    square: Tensor
 
-    def merge(self, w: torch.Tensor, shifted: torch.Tensor, decay: torch.Tensor) -> None:
+    def merge(self, w: Tensor, shifted: Tensor, decay: Tensor) -> None:
         """Take in a chunk with weights `w` ``[t, v]`` of values ``[K, t, v]``; `decay` rescales what is there."""
         total = w.sum(-1)
         safe = total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -101,9 +139,9 @@ class _Moments:
 class _Stream:
     """Running statistics of one block of tokens; `like` ``[K, t]`` gives shape, dtype and device."""
 
-    def __init__(self, metric: str, labels: torch.Tensor | None, like: torch.Tensor) -> None:
+    def __init__(self, metric: str, labels: Tensor | None, like: Tensor) -> None:
         self.metric, self.labels = metric, labels
-        self.reference: torch.Tensor | None = None
+        self.reference: Tensor | None = None
         row, per_tangent = like.new_zeros(like.shape[1:]), torch.zeros_like(like)
         self.peak = torch.full_like(row, -torch.inf)
         self.at_label = row
@@ -111,7 +149,7 @@ class _Stream:
         self.second = _Moments(row.clone(), per_tangent.clone(), per_tangent.clone())  # under p²
         self.norm = per_tangent
 
-    def add(self, z: torch.Tensor, columns: slice) -> None:
+    def add(self, z: Tensor, columns: slice) -> None:
         """Take in a tile ``[1 + K, t, v]``, which is overwritten."""
         primal, tangents = z[0], z[1:]
         if self.labels is not None:
@@ -154,89 +192,54 @@ class _Stream:
         return Statistics(lse, reference, mean, q, kappa, nll)
 
 
-def head_fwd(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """Sensitivities and token losses from one pass over the vocabulary.
 
     Args:
-        h: ``[1 + K, T, C]``.
-        weight: ``[V, C]``.
-        bias: ``[V]`` or None.
-        labels: int64 ``[T]`` or None.
-        metric: ``l2``, ``logits``, ``fisher`` or ``probs``.
-        scale: logits multiplier.
-        softcap: c of c tanh(x/c), or None.
-        ignore_index: label whose token has loss 0.
+        operands: the fields of a :class:`Problem`.
 
     Returns:
         q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[1 + 4K, T]`` that the backward needs (lse, then
         reference, mean, q and kappa per tangent), all float32 (float64).
     """
-    stacks, tokens, _ = h.shape
-    k = stacks - 1
-    stats = _wide(h[:0]).new_empty((1 + 4 * k, tokens))
-    nll = None if labels is None else stats.new_empty(tokens)
-    logits = Logits(weight, bias, scale, softcap)
-    token_blocks, column_blocks = _tiles(stacks, tokens, weight.shape[0])
-    if metric == "l2" and labels is None:
+    p = Problem(*operands)
+    k, labels = p.stacks - 1, p.labels
+    stats = _wide(p.h[:0]).new_empty((1 + 4 * k, p.tokens))
+    nll = None if labels is None else stats.new_empty(p.tokens)
+    token_blocks, column_blocks = _tiles(p)
+    if p.metric == "l2" and labels is None:
         column_blocks = []
     for rows in token_blocks:
-        hs = h[:, rows].flatten(0, 1)
-        stream = _Stream(metric, None if labels is None else labels[rows], stats[1 : 1 + k, rows])
-        if metric == "l2":
-            stream.norm = _wide(h[1:, rows]).square().sum(-1)
+        hs = p.h[:, rows].flatten(0, 1)
+        stream = _Stream(p.metric, None if labels is None else labels[rows], stats[1 : 1 + k, rows])
+        if p.metric == "l2":
+            stream.norm = _wide(p.h[1:, rows]).square().sum(-1)
         for columns in column_blocks:
-            stream.add(logits.tile(hs, stacks, columns), columns)
+            stream.add(p.logits(hs, columns), columns)
         result = stream.finish()
         stats[0, rows] = result.lse
         stats[1:, rows] = torch.cat([result.reference, result.mean, result.q, result.kappa])
         if labels is not None and nll is not None and result.nll is not None:
-            nll[rows] = result.nll.masked_fill(labels[rows] == ignore_index, 0.0)
+            nll[rows] = result.nll.masked_fill(labels[rows] == p.ignore_index, 0.0)
     return stats[1 + 2 * k : 1 + 3 * k].clone(), nll, stats
 
 
-def head_bwd(
-    q_bar: torch.Tensor | None,
-    nll_bar: torch.Tensor | None,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    stats: torch.Tensor,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    need_h: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+def head_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of h ``[1 + K, T, C]``, weight ``[V, C]`` and bias ``[V]``; None where not needed.
 
     Args:
-        q_bar: ``[K, T]`` or None.
-        nll_bar: ``[T]`` or None.
-        need_h, need_weight, need_bias: which cotangents to compute.
-
-    The other arguments are those of :func:`head_fwd`, and the statistics it returned.
+        args: the operands of :func:`head_fwd`, the cotangents of q ``[K, T]`` and nll ``[T]`` (each or None), the
+            statistics that it returned, and which results are needed: of h, the weight, the bias.
     """
-    stacks, tokens, size = h.shape
-    wide = stats.dtype
-    logits = Logits(weight, bias, scale, softcap)
-    token_blocks, column_blocks = _tiles(stacks, tokens, weight.shape[0])
-    tile_q_bar = None if metric == "l2" else q_bar
+    p = Problem(*args[:8])
+    q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[8:]
+    h, weight, labels, wide = p.h, p.weight, p.labels, stats.dtype
+    token_blocks, column_blocks = _tiles(p)
+    tile_q_bar = None if p.metric == "l2" else q_bar
     if tile_q_bar is None and nll_bar is None:
         column_blocks = []
     if nll_bar is not None and labels is not None:
-        nll_bar = nll_bar.masked_fill(labels == ignore_index, 0.0)
+        nll_bar = nll_bar.masked_fill(labels == p.ignore_index, 0.0)
     inputs = [h[:, rows].flatten(0, 1) for rows in token_blocks]
     sums = [torch.zeros_like(hs, dtype=wide) for hs in inputs] if need_h else []
     w_bar = torch.zeros_like(weight) if need_weight else None
@@ -245,16 +248,16 @@ def head_bwd(
         chunk = weight[columns]
         chunk_bar = torch.zeros_like(chunk, dtype=wide) if need_weight else None
         for i, rows in enumerate(token_blocks):
-            z = logits.tile(inputs[i], stacks, columns)
+            z = p.logits(inputs[i], columns)
             z_bar = _tile_cotangents(
                 z,
                 stats[:, rows],
-                metric,
+                p.metric,
                 None if tile_q_bar is None else tile_q_bar[:, rows],
                 None if nll_bar is None else nll_bar[rows],
                 None if labels is None else labels[rows] - columns.start,
             )
-            logits.pull(z_bar, z[0], z[1:])
+            p.pull(z_bar, z[0], z[1:])
             if b_bar is not None:
                 b_bar[columns] += z_bar[0].sum(0)
             flat = z_bar.flatten(0, 1).to(chunk.dtype)
@@ -268,14 +271,14 @@ def head_bwd(
     if need_h:
         h_bar = torch.empty_like(h, memory_format=torch.contiguous_format)
         for rows, total in zip(token_blocks, sums):
-            total = total.view(stacks, total.shape[0] // stacks, size)
-            if metric == "l2" and q_bar is not None:
+            total = total.view(h[:, rows].shape)
+            if p.metric == "l2" and q_bar is not None:
                 total[1:] += 2.0 * q_bar[:, rows].unsqueeze(-1) * h[1:, rows]
             h_bar[:, rows] = total
     return h_bar, w_bar, b_bar
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a b`` with the sum in float32 also where the product is in a low dtype."""
     if total.dtype == b.dtype:
         total.addmm_(a, b)
@@ -284,13 +287,13 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _tile_cotangents(
-    z: torch.Tensor,
-    stats: torch.Tensor,
+    z: Tensor,
+    stats: Tensor,
     metric: str,
-    q_bar: torch.Tensor | None,
-    nll_bar: torch.Tensor | None,
-    labels: torch.Tensor | None,
-) -> torch.Tensor:
+    q_bar: Tensor | None,
+    nll_bar: Tensor | None,
+    labels: Tensor | None,
+) -> Tensor:
     """Cotangents ``[1 + K, t, v]`` of a tile of logits and their tangents; `labels` count from the tile's start."""
     k = z.shape[0] - 1
     lse = stats[0].unsqueeze(-1)

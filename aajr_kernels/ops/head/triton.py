@@ -20,15 +20,16 @@ weight's gradient and logits of `_KEPT_LEAST` to `_KEPT_MOST` bytes. Never token
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from ...backends.triton.launch import operator
 from . import operators
-from .triton_launch import TANGENTS, Optional, backward, forward, problem
+from .joint import Expected, Forward, Joint, Optional, blockwise
+from .triton_launch import TANGENTS, DenseProblem, backward, forward
 
 #: bytes of the logits kept by the joint form: with the sum of the weight's gradient, 8 per element of the weight
 #: within these bounds, so that the sum is read and written every C tokens at most
@@ -40,165 +41,95 @@ _JOINT_SIZE_LOW = 1024
 _LOADED: set[tuple[Any, ...]] = set()
 
 
-def head_fwd(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    labels: Optional,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[torch.Tensor, Optional, torch.Tensor]:
-    """q ``[K, T]``, nll ``[T]`` or None, and statistics ``[1 + 4K, T]``; float32."""
-    q, nll, stats = _head_fwd(h, weight, bias, labels, metric, scale, softcap, ignore_index)
-    return q, nll, stats
-
-
 @operator(operators.HEAD_FWD)
-def _head_fwd(*operands: Any) -> tuple[torch.Tensor, Optional, torch.Tensor]:
-    return forward(problem(*operands))
-
-
-def head_bwd(
-    q_bar: Optional,
-    nll_bar: Optional,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    labels: Optional,
-    stats: torch.Tensor,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    need_h: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Optional, Optional, Optional]:
-    """Cotangents of h ``[1 + K, T, C]``, weight ``[V, C]`` and bias ``[V]`` (float32); None where not needed."""
-    operands = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
-    h_bar, w_bar, b_bar = _head_bwd(*operands, q_bar, nll_bar, stats, need_h, need_weight, need_bias)
-    return h_bar, w_bar, b_bar
+def head_fwd(*operands: Any) -> Forward:
+    return forward(DenseProblem(*operands))
 
 
 @operator(operators.HEAD_BWD)
-def _head_bwd(*args: Any) -> tuple[Optional, Optional, Optional]:
-    h, weight, *_ = args
+def head_bwd(*args: Any) -> tuple[Optional, Optional, Optional]:
+    """As the reference's; the cotangent of the bias in float32."""
+    p = DenseProblem(*args[:8])
     q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[8:]
-    h_bar = torch.empty(h.shape, dtype=h.dtype, device=h.device) if need_h else None
-    w_bar = torch.empty(weight.shape, dtype=h.dtype, device=h.device) if need_weight else None
-    b_bar = torch.zeros(weight.shape[0], dtype=torch.float32, device=h.device) if need_bias else None
-    backward(problem(*args[:8]), stats, q_bar, nll_bar, None, h_bar, w_bar, None, b_bar)
+    h_bar = torch.empty(p.h.shape, dtype=p.h.dtype, device=p.h.device) if need_h else None
+    w_bar = torch.empty(p.weight.shape, dtype=p.h.dtype, device=p.h.device) if need_weight else None
+    b_bar = torch.zeros(p.vocab_size, dtype=torch.float32, device=p.h.device) if need_bias else None
+    backward(p, stats, q_bar, nll_bar, None, h_bar, w_bar, None, b_bar)
     return h_bar, w_bar, b_bar
 
 
-def head_joint(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    labels: Optional,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    expected: Callable[[torch.Tensor, slice], tuple[Optional, Optional]],
-    need_h: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[tuple[torch.Tensor, Optional, torch.Tensor], tuple[Optional, ...]] | None:
+def head_joint(*args: Any) -> Joint | None:
     """Forward and backward of blocks of tokens, whose logits are kept in between: 6 products instead of 8 for K = 1.
 
     Args:
-        expected: from q ``[K, t]`` of the tokens of a slice to the cotangents of q and nll.
+        args: as for the joint form on CPUs.
 
     Returns:
-        What `head_fwd` returns, and ``(q_bar, nll_bar, h_bar, weight_bar, bias_bar)``; None where it would not pay or
-        cannot be used: metric l2, float16, few hidden units, many tangents, a CUDA graph that is being captured (the
-        backward compares what arrives with what was expected, on the host).
+        As on CPUs; None where it would not pay or cannot be used: metric l2, float16, few hidden units, many tangents,
+        a CUDA graph that is being captured (the backward compares what arrives with what was expected, on the host).
     """
-    stacks, tokens, size = h.shape
-    step = _tokens_of_a_block(stacks, tokens, weight, need_weight)
-    least = _JOINT_SIZE.get(h.dtype, _JOINT_SIZE_LOW)
-    capturing = h.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    p = DenseProblem(*args[:8])
+    expected: Expected = args[8]
+    need_h, need_weight, need_bias = args[9:]
+    dtype, device = p.h.dtype, p.h.device
+    step = _tokens_of_a_block(p.stacks, p.tokens, p.weight, need_weight)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     # float16 gradients are scaled against underflow; here they would be formed before the scale is known
     if (
-        metric == "l2"
-        or h.dtype == torch.float16
-        or size < least
-        or stacks - 1 > TANGENTS
+        p.metric == "l2"
+        or dtype == torch.float16
+        or p.size < _JOINT_SIZE.get(dtype, _JOINT_SIZE_LOW)
+        or p.stacks - 1 > TANGENTS
         or step == 0
         or capturing
     ):
         return None
-    device, vocab_size = h.device, weight.shape[0]
-    room = (stacks, triton.cdiv(step, 128) * 128, triton.cdiv(vocab_size, 128) * 128)  # whole tiles
-    kept = torch.empty(room, dtype=torch.float32, device=device)
-    h_bar = torch.empty(h.shape, dtype=h.dtype, device=device) if need_h else None
+    whole_tiles = (p.stacks, triton.cdiv(step, 128) * 128, triton.cdiv(p.vocab_size, 128) * 128)
+    logits = torch.empty(whole_tiles, dtype=torch.float32, device=device)
+    h_bar = torch.empty(p.h.shape, dtype=dtype, device=device) if need_h else None
     w_bar, w_sum = None, None
-    if need_weight and (step >= tokens or h.dtype == torch.float32):
-        w_bar = torch.empty(weight.shape, dtype=h.dtype, device=device)
-    if need_weight and step < tokens:
-        w_sum = torch.zeros(weight.shape, dtype=torch.float32, device=device)
-    b_bar = torch.zeros(vocab_size, dtype=torch.float32, device=device) if need_bias else None
-    results, cotangents = [], []
-    for start in range(0, tokens, step):
-        rows = slice(start, min(start + step, tokens))
-        here = None if labels is None else labels[rows]
-        p = problem(h[:, rows], weight, bias, here, metric, scale, softcap, ignore_index)
-        results.append(forward(p, kept))
-        cotangents.append(expected(results[-1][0], rows))
-        if start == 0 and _may_be_captured(device):
-            operands = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
-            _load_two_passes(*operands, *cotangents[0], need_bias)
+    if need_weight and (step >= p.tokens or dtype == torch.float32):
+        w_bar = torch.empty(p.weight.shape, dtype=dtype, device=device)
+    if need_weight and step < p.tokens:
+        w_sum = torch.zeros(p.weight.shape, dtype=torch.float32, device=device)
+    b_bar = torch.zeros(p.vocab_size, dtype=torch.float32, device=device) if need_bias else None
+
+    def block_backward(block: Any, rows: slice, stats: Tensor, q_bar: Optional, nll_bar: Optional) -> None:
+        if rows.start == 0 and _may_be_captured(device):
+            _load_two_passes(p, q_bar, nll_bar, need_bias)
         part = None if h_bar is None else h_bar[:, rows]
-        backward(p, results[-1][2], *cotangents[-1], kept, part, w_bar, w_sum, b_bar)
-    q, nll, stats = (_joined([r[i] for r in results]) for i in range(3))
-    bars = (_joined([bar[i] for bar in cotangents]) for i in range(2))
+        backward(block, stats, q_bar, nll_bar, logits, part, w_bar, w_sum, b_bar)
+
+    results, bars = blockwise(p, step, expected, lambda block: forward(block, logits), block_backward)
     if w_sum is not None:
-        w_bar = w_sum.to(h.dtype)
-    assert q is not None and stats is not None
-    return (q, nll, stats), (*bars, h_bar, w_bar, b_bar)
+        w_bar = w_sum.to(dtype)
+    return results, (*bars, h_bar, w_bar, b_bar)
 
 
 def _may_be_captured(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _load_two_passes(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    labels: Optional,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    q_bar: Optional,
-    nll_bar: Optional,
-    need_bias: bool,
-) -> None:
+def _load_two_passes(p: DenseProblem, q_bar: Optional, nll_bar: Optional, need_bias: bool) -> None:
     """Run the two passes once on a few tokens.
 
     A CUDA graph may load no kernel while it is captured, and takes the two passes, of which the steps before that
     warm a model up would have seen nothing.
     """
-    present = tuple(x is None for x in (bias, labels, softcap, q_bar, nll_bar))
-    key = (h.device, h.dtype, h.shape[0], weight.shape, metric, *present, need_bias)
+    present = tuple(x is None for x in (p.bias, p.labels, p.softcap, q_bar, nll_bar))
+    key = (p.h.device, p.h.dtype, p.stacks, p.weight.shape, p.metric, *present, need_bias)
     if key in _LOADED:
         return
-    few = slice(0, min(h.shape[1], 128))
+    few = slice(0, min(p.tokens, 128))
+    block = p.block(few)
     q_bar, nll_bar = (None if x is None else x[..., few] for x in (q_bar, nll_bar))
-    p = problem(
-        h[:, few], weight, bias, None if labels is None else labels[few], metric, scale, softcap, ignore_index
-    )
-    h_bar = torch.empty(h[:, few].shape, dtype=h.dtype, device=h.device)
-    b_bar = torch.zeros(len(weight), dtype=torch.float32, device=h.device) if need_bias else None
-    backward(p, forward(p)[2], q_bar, nll_bar, None, h_bar, None, None, b_bar)
+    h_bar = torch.empty(block.h.shape, dtype=p.h.dtype, device=p.h.device)
+    b_bar = torch.zeros(p.vocab_size, dtype=torch.float32, device=p.h.device) if need_bias else None
+    backward(block, forward(block)[2], q_bar, nll_bar, None, h_bar, None, None, b_bar)
     _LOADED.add(key)
 
 
-def _tokens_of_a_block(stacks: int, tokens: int, weight: torch.Tensor, need_weight: bool) -> int:
+def _tokens_of_a_block(stacks: int, tokens: int, weight: Tensor, need_weight: bool) -> int:
     """Tokens whose logits are kept at once, equal blocks; 0 where the memory holds too few."""
     budget = _KEPT_LEAST
     if need_weight:
@@ -208,9 +139,3 @@ def _tokens_of_a_block(stacks: int, tokens: int, weight: torch.Tensor, need_weig
         return 0
     blocks = triton.cdiv(tokens, step)
     return min(triton.cdiv(triton.cdiv(tokens, blocks), 128) * 128, tokens)
-
-
-def _joined(parts: list[Any]) -> Optional:
-    """The blocks along the tokens, None if they are."""
-    present = [part for part in parts if part is not None]
-    return torch.cat(present, -1) if present else None

@@ -9,10 +9,10 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens, words and depth of a step; `descriptors`: the copy engine fills shared memory."""
+    """Tokens, columns of the vocabulary and depth of a step; `descriptors`: the copy engine fills shared memory."""
 
     tokens: int
-    words: int
+    columns: int
     depth: int
     warps: int
     stages: int
@@ -24,7 +24,7 @@ ELEMENTWISE = Tile(32, 128, 32, 8, 1)
 
 
 def tile(architecture: str, stacks: int, dtype: torch.dtype, precision: str) -> Tile:
-    """The float32 sums of all stacks share the registers: `stacks` blocks of tokens by words."""
+    """The float32 sums of all stacks share the registers: `stacks` blocks of tokens by columns."""
     if architecture == "interpreter":
         return Tile(64, 64, 32, 4, 1)
     few = stacks <= 2

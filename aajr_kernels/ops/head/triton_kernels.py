@@ -284,28 +284,28 @@ def _cotangents(
 
 
 @triton.jit(
-    do_not_specialize=["T", "h_rows", "kept_tokens", "ignore_index", "first_word", "stacks", "tangent"]
+    do_not_specialize=["T", "h_rows", "kept_tokens", "ignore_index", "first_column", "stacks", "tangent"]
 )
 def _head_bwd_kernel(
     h, weight, bias, labels, stats, q_bar, nll_bar, kept, z_bar, b_partial, T, V, C, h_rows, h_stride, w_stride,
-    kept_tokens, kept_stride, z_stride, stacks, tangent, first_word, words, ignore_index, scale, softcap,
+    kept_tokens, kept_stride, z_stride, stacks, tangent, first_column, width, ignore_index, scale, softcap,
     METRIC: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NLL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, NEED_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Cotangents ``z_bar [S, T, words]`` of ``W h + b`` and its tangents for `words` words from `first_word` on.
+    """Cotangents ``z_bar [S, T, width]`` of ``W h + b`` and its tangents, from the column `first_column` on.
 
     The logits are formed again, or read from `kept`. Rows of `z_bar` have room for whole tiles.
-    ``b_partial [blocks of tokens, words]`` takes the sums over a block of tokens.
+    ``b_partial [blocks of tokens, width]`` takes the sums over a block of tokens.
     """
     K: tl.constexpr = S - 1
     BC: tl.constexpr = BV // PARTS
-    block, other = _place(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(words, BV), GROUP)
+    block, other = _place(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(width, BV), GROUP)
     tokens = block * BT + tl.arange(0, BT)
     inside = tokens < T
     store = inside[:, None]
-    word = first_word + other * BV
+    word = first_column + other * BV
     if KEPT:
         raw = ()
         for s in tl.static_range(S):
@@ -329,7 +329,7 @@ def _head_bwd_kernel(
             label = _local_labels(labels, tokens, inside, V, ignore_index)
             # a label that is ignored has no gradient, whatever arrives there
             n = tl.load(nll_bar + tokens, mask=inside & (label != -1), other=0.0)[:, None]
-            columns = first_word + local + tl.arange(0, BC)
+            columns = first_column + local + tl.arange(0, BC)
             x_bar = n * tl.exp(z - lse) - tl.where(columns[None, :] == label[:, None], n, 0.0)
             if HAS_SOFTCAP:
                 x_bar *= slope
@@ -362,6 +362,6 @@ def _head_bwd_kernel(
         to = (z_bar + (tokens.to(tl.int64) * z_stride + local))[:, None] + tl.arange(0, BC)[None, :]
         tl.store(to, x_bar.to(z_bar.dtype.element_ty), mask=store)
         if NEED_BIAS:
-            words_here = local + tl.arange(0, BC)
+            here = local + tl.arange(0, BC)
             sums = tl.sum(tl.where(store, x_bar, 0.0), 0)
-            tl.store(b_partial + block.to(tl.int64) * words + words_here, sums, mask=words_here < words)
+            tl.store(b_partial + block.to(tl.int64) * width + here, sums, mask=here < width)

@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...backends.triton import launch as gpu
+from .joint import Forward, Optional
+from .reference import Problem
 from .triton_config import ELEMENTWISE, Tile, tile
 from .triton_kernels import METRICS, _head_bwd_kernel, _head_fwd_kernel
 from .triton_merge import _head_merge_kernel
 from .triton_products import add_product, product
 
-#: bytes of the cotangents of a block of words; and its words
-_CHUNK, _LEAST_WORDS, _MOST_WORDS = 256 << 20, 1024, 16384
-#: programs wanted of the forward, and bounds of the shares of the vocabulary
+#: bytes of the cotangents of a chunk of the vocabulary; and its columns
+_CHUNK, _LEAST_COLUMNS, _MOST_COLUMNS = 256 << 20, 1024, 16384
+#: programs that the forward aims at, and bounds of the shares of the vocabulary
 _PROGRAMS, _LEAST_SPLITS, _MOST_SPLITS = 4096, 16, 512
 #: tokens and shares of a step of the merging kernel: constants, since another number is another kernel
 _MERGED_TOKENS, _MERGED_SHARES = 16, 32
 #: tangents that share one tile's primal; more come in groups, which form the primal again
 TANGENTS = 7
 
-Optional = torch.Tensor | None
-
 
 @dataclass
-class Problem:
-    """Hidden states as a matrix ``[(1 + K) T, C]``, the weight ``[V, C]`` and what turns their product into logits."""
+class DenseProblem(Problem):
+    """A problem whose tensors the kernels can read: rows and vectors are dense."""
 
-    h: torch.Tensor
-    weight: torch.Tensor
-    bias: Optional
-    labels: Optional
-    metric: str
-    scale: float
-    softcap: float | None
-    ignore_index: int
-    stacks: int
-    tokens: int
+    def __post_init__(self) -> None:
+        self.h, self.weight = _dense_rows(self.h), _dense_rows(self.weight)
+        self.bias, self.labels = (None if t is None else t.contiguous() for t in (self.bias, self.labels))
+        if self.stacks == 1:  # without tangents only the loss is left, which l2 takes from the vocabulary
+            self.metric = "l2"
 
-    @property
-    def words(self) -> int:
-        return self.weight.shape[0]
+    @functools.cached_property
+    def hidden(self) -> Tensor:
+        """``[(1 + K) T, C]``, one matrix for products over all stacks: a view where they follow each other."""
+        return self.h.flatten(0, 1)
 
     @property
     def size(self) -> int:
@@ -57,22 +55,30 @@ class Problem:
         return [(k, min(TANGENTS, self.stacks - k)) for k in range(1, self.stacks, TANGENTS)]
 
     def tile(self, stacks: int) -> Tile:
-        chosen = tile(gpu.architecture(self.h.device), stacks, self.h.dtype, gpu.float32_products(self.h))
-        described = chosen.descriptors and all(_describable(x) for x in (self.h, self.weight))
-        return replace(chosen, descriptors=described)
+        sizes = tile(gpu.architecture(self.h.device), stacks, self.h.dtype, gpu.float32_products(self.h))
+        described = sizes.descriptors and all(_describable(x) for x in (self.hidden, self.weight))
+        return replace(sizes, descriptors=described)
 
     def operands(self, t: Tile) -> tuple[Any, Any]:
         if not t.descriptors:
-            return self.h, self.weight
+            return self.hidden, self.weight
         return (
-            TensorDescriptor.from_tensor(self.h, [t.tokens, t.depth]),
-            TensorDescriptor.from_tensor(self.weight, [t.words, t.depth]),
+            TensorDescriptor.from_tensor(self.hidden, [t.tokens, t.depth]),
+            TensorDescriptor.from_tensor(self.weight, [t.columns, t.depth]),
         )
 
-    def constants(self, t: Tile) -> dict[str, Any]:
+    def sizes(self, logits: Optional) -> tuple[int, ...]:
+        """Sizes and strides as both kernels take them; `logits`: room for whole tiles of them, or None."""
+        rows = (self.tokens, self.vocab_size, self.size, self.hidden.shape[0])
+        room = (0, 0) if logits is None else logits.shape[1:]
+        return *rows, self.hidden.stride(0), self.weight.stride(0), *room
+
+    def constants(self, t: Tile, stacks: int) -> dict[str, Any]:
         return dict(
+            METRIC=METRICS[self.metric],
+            S=stacks,
             BT=t.tokens,
-            BV=t.words,
+            BV=t.columns,
             BK=t.depth,
             DESCRIPTOR=t.descriptors,
             EVEN=self.size % t.depth == 0,
@@ -85,46 +91,18 @@ class Problem:
         )
 
 
-def _describable(x: torch.Tensor) -> bool:
+def _describable(x: Tensor) -> bool:
     """Whether the copy engine takes the matrix: rows that start at multiples of 16 bytes."""
     row = x.stride(0) * x.element_size()
     return x.numel() > 0 and row % 16 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def problem(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    labels: Optional,
-    metric: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-) -> Problem:
-    stacks, tokens, _ = h.shape
-    h = _dense_rows(h)
-    return Problem(
-        h.flatten(0, 1),  # one matrix for products over all stacks: a view where they follow each other
-        _dense_rows(weight),
-        None if bias is None else bias.contiguous(),
-        None if labels is None else labels.contiguous(),
-        metric
-        if stacks > 1
-        else "l2",  # without tangents only the loss is left, which l2 takes from the vocabulary
-        scale,
-        softcap,
-        ignore_index,
-        stacks,
-        tokens,
-    )
-
-
-def forward(p: Problem, kept: Optional = None) -> tuple[torch.Tensor, Optional, torch.Tensor]:
-    """q, nll and statistics; `kept`, where given, takes the logits before the soft cap, whole tiles of them."""
+def forward(p: DenseProblem, logits: Optional = None) -> Forward:
+    """q, nll and statistics; `logits`, where given, takes the logits before the soft cap, whole tiles of them."""
     k, device = p.stacks - 1, p.h.device
     stats = torch.empty((1 + 4 * k, p.tokens), dtype=torch.float32, device=device)
     nll = None if p.labels is None else stats.new_empty(p.tokens)
@@ -133,18 +111,18 @@ def forward(p: Problem, kept: Optional = None) -> tuple[torch.Tensor, Optional, 
         return q.clone(), nll, stats
     if p.metric == "l2":
         stats.zero_()
-        torch.linalg.vector_norm(p.h[p.tokens :], dim=-1, dtype=torch.float32, out=q.view(-1)).square_()
+        torch.linalg.vector_norm(p.h[1:], dim=-1, dtype=torch.float32, out=q).square_()
     if p.tokens > 0 and (p.metric != "l2" or p.labels is not None):
         for first, count in p.groups(p.metric != "l2"):
-            _statistics(p, first, count, stats, nll, kept)
+            _statistics(p, first, count, stats, nll, logits)
     return q.clone(), nll, stats
 
 
 def _statistics(
-    p: Problem, first: int, count: int, stats: torch.Tensor, nll: Optional, kept: Optional
+    p: DenseProblem, first: int, count: int, stats: Tensor, nll: Optional, logits: Optional
 ) -> None:
     t, metric, device = p.tile(1 + count), METRICS[p.metric], p.h.device
-    blocks, token_blocks = triton.cdiv(p.words, t.words), triton.cdiv(p.tokens, t.tokens)
+    blocks, token_blocks = triton.cdiv(p.vocab_size, t.columns), triton.cdiv(p.tokens, t.tokens)
     splits = min(max(_LEAST_SPLITS, triton.cdiv(_PROGRAMS, token_blocks)), _MOST_SPLITS, blocks)
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
@@ -152,7 +130,6 @@ def _statistics(
     fields = softmax + (metric == 3) + count * (0, 1, 3, 5)[metric]
     partial = stats.new_empty((fields, splits, p.tokens))
     at_label = None if nll is None else torch.zeros_like(nll)  # 0 where a label is ignored
-    sizes = (p.tokens, p.words, p.size, p.h.shape[0], p.h.stride(0), p.weight.stride(0))
     gpu.launch(
         _head_fwd_kernel,
         (token_blocks * splits,),
@@ -162,21 +139,18 @@ def _statistics(
         p.labels,
         partial,
         at_label,
-        kept,
-        *sizes,
-        *(0, 0) if kept is None else kept.shape[1:],
+        logits,
+        *p.sizes(logits),
         first,
         splits,
         per_split,
         p.ignore_index,
         p.scale,
         float(p.softcap or 0.0),
-        METRIC=metric,
-        S=1 + count,
         PARTS=1 if p.softcap is None else 4,
         HAS_LABELS=nll is not None,
-        KEEP=kept is not None,
-        **p.constants(t),
+        KEEP=logits is not None,
+        **p.constants(t, 1 + count),
     )
     gpu.launch(
         _head_merge_kernel,
@@ -202,11 +176,11 @@ def _statistics(
 
 
 def backward(
-    p: Problem,
-    stats: torch.Tensor,
+    p: DenseProblem,
+    stats: Tensor,
     q_bar: Optional,
     nll_bar: Optional,
-    kept: Optional,
+    logits: Optional,
     h_bar: Optional,
     w_bar: Optional,
     w_sum: Optional,
@@ -220,42 +194,42 @@ def backward(
     runs = p.tokens > 0 and (tangents or nll_bar is not None)
     h_sum = None
     if h_bar is not None:
-        h_sum = torch.zeros(p.h.shape, dtype=torch.float32, device=p.h.device)
+        h_sum = torch.zeros(p.hidden.shape, dtype=torch.float32, device=p.h.device)
     if not runs and w_bar is not None:
         w_bar.zero_()
     groups = p.groups(tangents)
-    width = _words_of_a_chunk(p, 1 + groups[0][1])
+    width = _chunk_width(p, 1 + groups[0][1])
     scratch = p.h.new_empty(((1 + groups[0][1]) * p.tokens, width)) if runs else p.h
-    for start in range(0, p.words, width) if runs else ():
-        words = slice(start, min(start + width, p.words))
-        rows = None if w_sum is None else w_sum[words]
+    for start in range(0, p.vocab_size, width) if runs else ():
+        columns = slice(start, min(start + width, p.vocab_size))
+        rows = None if w_sum is None else w_sum[columns]
         for first, count in groups:
             loss_bar = nll_bar if first == 1 else None
-            z_bar = _cotangents(p, stats, q_bar, loss_bar, kept, first, count, words, scratch, b_bar)
+            z_bar = _cotangents(p, stats, q_bar, loss_bar, logits, first, count, columns, scratch, b_bar)
             primal = loss_bar is not None or p.softcap is not None or p.metric != "logits"
             for here, there in _matrices(p.tokens, first, count, primal):
-                part, hidden = z_bar[here], p.h[there]
+                part, hidden = z_bar[here], p.hidden[there]
                 if h_sum is not None:
-                    add_product(h_sum[there], part, p.weight[words])
+                    add_product(h_sum[there], part, p.weight[columns])
                 if rows is not None:
                     add_product(rows, part.t(), hidden)
                 elif w_bar is not None:
                     rows = product(part.t(), hidden)
         if w_bar is not None and w_sum is None and rows is not None:
-            w_bar[words] = rows
+            w_bar[columns] = rows
     if h_bar is not None and h_sum is not None:
         total = h_sum.view(h_bar.shape)
         if p.metric == "l2" and q_bar is not None:
-            total[1:].addcmul_(2.0 * q_bar.unsqueeze(-1), p.h[p.tokens :].view(total[1:].shape))
+            total[1:].addcmul_(2.0 * q_bar.unsqueeze(-1), p.h[1:])
         h_bar.copy_(total)
 
 
-def _words_of_a_chunk(p: Problem, stacks: int) -> int:
-    """Words whose cotangents are formed at once: the bytes of `_CHUNK` or of h, whichever are more."""
+def _chunk_width(p: DenseProblem, stacks: int) -> int:
+    """Columns of the logits whose cotangents are formed at once: bytes of `_CHUNK` or of h, whichever are more."""
     row = stacks * max(p.tokens, 1) * p.h.element_size()
-    width = min(max(_CHUNK // row, p.size, _LEAST_WORDS), _MOST_WORDS) // 128 * 128
-    chunks = triton.cdiv(p.words, width)
-    return triton.cdiv(triton.cdiv(p.words, chunks), 128) * 128  # equal chunks, rows aligned
+    width = min(max(_CHUNK // row, p.size, _LEAST_COLUMNS), _MOST_COLUMNS) // 128 * 128
+    chunks = triton.cdiv(p.vocab_size, width)
+    return triton.cdiv(triton.cdiv(p.vocab_size, chunks), 128) * 128  # equal chunks, rows aligned
 
 
 def _matrices(tokens: int, first: int, count: int, primal: bool) -> list[tuple[slice, slice]]:
@@ -267,57 +241,49 @@ def _matrices(tokens: int, first: int, count: int, primal: bool) -> list[tuple[s
 
 
 def _cotangents(
-    p: Problem,
-    stats: torch.Tensor,
+    p: DenseProblem,
+    stats: Tensor,
     q_bar: Optional,
     nll_bar: Optional,
-    kept: Optional,
+    logits: Optional,
     first: int,
     count: int,
-    words: slice,
-    scratch: torch.Tensor,
+    columns: slice,
+    scratch: Tensor,
     b_bar: Optional,
-) -> torch.Tensor:
-    """Cotangents ``[(1 + count) T, words]`` in `scratch`; their sums over the tokens are added to `b_bar`."""
-    t, number = p.tile(1 + count) if kept is None else ELEMENTWISE, words.stop - words.start
+) -> Tensor:
+    """Cotangents ``[(1 + count) T, columns]`` in `scratch`; their sums over the tokens are added to `b_bar`."""
+    t, width = p.tile(1 + count) if logits is None else ELEMENTWISE, columns.stop - columns.start
     token_blocks = triton.cdiv(p.tokens, t.tokens)
-    b_partial = None if b_bar is None else b_bar.new_empty((token_blocks, number))
+    b_partial = None if b_bar is None else b_bar.new_empty((token_blocks, width))
     gpu.launch(
         _head_bwd_kernel,
-        (token_blocks * triton.cdiv(number, t.words),),
+        (token_blocks * triton.cdiv(width, t.columns),),
         p.h.device,
-        *((p.h, p.weight) if kept is not None else p.operands(t)),
+        *((p.hidden, p.weight) if logits is not None else p.operands(t)),
         p.bias,
         p.labels,
         stats,
         q_bar,
         nll_bar,
-        kept,
+        logits,
         scratch,
         b_partial,
-        p.tokens,
-        p.words,
-        p.size,
-        p.h.shape[0],
-        p.h.stride(0),
-        p.weight.stride(0),
-        *(0, 0) if kept is None else kept.shape[1:],
+        *p.sizes(logits),
         scratch.stride(0),
         p.stacks,
         first,
-        words.start,
-        number,
+        columns.start,
+        width,
         p.ignore_index,
         p.scale,
         float(p.softcap or 0.0),
-        METRIC=METRICS[p.metric],
-        S=1 + count,
-        PARTS=1 if kept is not None else 2 if p.softcap is None else 4,
+        PARTS=1 if logits is not None else 2 if p.softcap is None else 4,
         HAS_NLL=nll_bar is not None,
-        KEPT=kept is not None,
+        KEPT=logits is not None,
         NEED_BIAS=b_bar is not None,
-        **p.constants(t),
+        **p.constants(t, 1 + count),
     )
     if b_bar is not None and b_partial is not None:
-        b_bar[words] += b_partial.sum(0)
-    return scratch[: (1 + count) * p.tokens, :number]
+        b_bar[columns] += b_partial.sum(0)
+    return scratch[: (1 + count) * p.tokens, :width]

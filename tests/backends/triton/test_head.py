@@ -33,7 +33,7 @@ T, V, C = 70, 130, 40
 @pytest.fixture
 def small(monkeypatch):
     """Several blocks of words in a share of the vocabulary, several chunks of cotangents, small blocks kept."""
-    for name, value in (("_MOST_SPLITS", 2), ("_CHUNK", 1), ("_LEAST_WORDS", 128)):
+    for name, value in (("_MOST_SPLITS", 2), ("_CHUNK", 1), ("_LEAST_COLUMNS", 128)):
         monkeypatch.setattr(triton_launch, name, value)
     for name, value in (("_KEPT_LEAST", 1), ("_KEPT_MOST", 1 << 20), ("_JOINT_SIZE_LOW", 1)):
         monkeypatch.setattr(kernels, name, value)
@@ -321,8 +321,8 @@ def test_the_joint_form_loads_what_a_captured_graph_will_launch(small, need_bias
 
     def two_passes():
         _, _, stats = kernels.head_fwd(*operands)
-        kernels.head_bwd(*(torch.ones(n, 200, device=DEVICE)[i] for n, i in ((1, ...), (1, 0))), *operands[:4], stats,
-                         *operands[4:], *needs)  # fmt: skip
+        q_bar, nll_bar = torch.ones(1, 200, device=DEVICE), torch.ones(200, device=DEVICE)
+        kernels.head_bwd(*operands, q_bar, nll_bar, stats, *needs)
 
     assert launched(two_passes) <= launched(joint)
     assert not launched(two_passes) <= launched(joint)  # loaded once
@@ -414,7 +414,7 @@ def test_memory_beside_the_results(monkeypatch, tokens, size, form):
     with Largest((h, w, labels), {tuple(h.shape), tuple(w.shape), (2 * tokens, size)}) as largest:
         if form == "two passes":
             q, nll, stats = kernels.head_fwd(*arguments)
-            kernels.head_bwd(q, nll, h, w, None, labels, stats, *arguments[4:], *needs)
+            kernels.head_bwd(*arguments, q, nll, stats, *needs)
         else:
             joint = kernels.head_joint(*arguments, lambda q, rows: (q, labels[rows].float()), *needs)
             assert joint is not None
