@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from common import pages
-from common.command import fail, run
+from common.command import run
 
 from .roofline import DEVICES, PRODUCT_SHARE, Device
 
@@ -273,7 +273,7 @@ def saved_in_a_layer(shape: Shape, layout: Layout, stacks: int) -> float:
     )
 
 
-def seconds(shape: Shape, layout: Layout, device: Device) -> float:
+def seconds(shape: Shape, layout: Layout, device: Device = DEVICES["h100"]) -> float:
     """Modelled: arithmetic and the sums within a layer follow each other, parameters travel meanwhile."""
     tensor_link = NODE if layout.tensor <= DEVICES_OF_A_NODE else NETWORK
     data_link = NODE if layout.processes <= DEVICES_OF_A_NODE else NETWORK
@@ -284,58 +284,47 @@ def seconds(shape: Shape, layout: Layout, device: Device) -> float:
 
 
 def scaling(
-    model: Annotated[str | None, typer.Option(help="8B, 32B, 70B or 405B; all of them without.")] = None,
-    devices: Annotated[int | None, typer.Option(min=1, help="One number of devices.")] = None,
-    tensor: Annotated[int | None, typer.Option(min=1, help="Processes that share every layer.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a data-parallel process.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 4096,
     tangents: Annotated[int, typer.Option(min=1, help="Directions of the penalty.")] = 1,
     attack: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 3,
-    device: Annotated[str, typer.Option(help="Whose arithmetic and links: h100.")] = "h100",
 ) -> None:
     """Communication, operations and memory per device: a plain step, an adversarial one, and one with the penalty.
 
-    All numbers are modelled: bytes and operations are counted (tests compare the bytes with
-    those of real steps in two and four processes), seconds rest on assumed rates. Exit code 2: bad arguments.
+    All numbers are modelled, for 8B to 405B on 8 to 4,096 H100s: bytes and operations are counted (tests compare the
+    bytes with those of real steps in two and four processes), seconds rest on assumed rates.
     """
-    if model is not None and model not in MODELS:
-        fail(f"--model must be one of {', '.join(MODELS)}, got {model!r}.")
-    if device not in DEVICES:
-        fail(f"--device must be one of {', '.join(DEVICES)}, got {device!r}.")
-    layouts = []
-    for name, shared, counts in (row for row in ROWS if model in (None, row[0])):
-        share = tensor or shared
-        for count in (devices,) if devices else counts:
-            if count % share or MODELS[name].kv_heads % share:
-                fail(f"--tensor must divide the devices ({count}) and the heads of {name}, got {share}.")
-            layout = Layout(count // share, share, batch, length, tangents, attack, sequence=share > 1)
-            layouts.append((MODELS[name], layout))
-    Console().print(table(layouts, DEVICES[device]), markup=False, highlight=False, soft_wrap=True)
-
-
-def table(layouts: list[tuple[Shape, Layout]], device: Device) -> str:
-    """Numbers of a plain step, an adversarial one, and one with the penalty, in Markdown."""
     head = "model|devices|data × tensor|parameters, GB|tensor, GB|ratio|PFLOP|ratio|memory, GB|seconds"
+    lines = [
+        _line(
+            MODELS[name],
+            Layout(count // shared, shared, batch, length, tangents, attack, sequence=shared > 1),
+        )
+        for name, shared, counts in ROWS
+        for count in counts
+    ]
+    table = pages.table(head.split("|"), lines)
+    Console().print(table, markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(shape: Shape, layout: Layout) -> tuple[object, ...]:
+    """Numbers of a plain step, an adversarial one, and one with the penalty."""
     three = lambda values, form: " / ".join(format(value, form) for value in values)
-    lines = []
-    for shape, layout in layouts:
-        steps = (replace(layout, attack=0, tangents=0), replace(layout, tangents=0), layout)
-        data, over = (
-            [sent(collectives(shape, one), one, group) / 1e9 for one in steps] for group in ("data", "tensor")
-        )
-        work = [operations(shape, one) / 1e15 for one in steps]
-        cells = (
-            *(shape.name, layout.processes, f"{layout.data} × {layout.tensor}"),
-            three(data, ".0f"),
-            three(over, ".0f"),
-            f"{over[2] / over[1]:.2f}" if over[1] else "–",
-            three(work, ".2f"),
-            f"{work[2] / work[1]:.2f}",
-            three([sum(memory(shape, one).values()) / 1e9 for one in steps], ".0f"),
-            three([seconds(shape, one, device) for one in steps], ".2f"),
-        )
-        lines.append(cells)
-    return pages.table(head.split("|"), lines)
+    steps = (replace(layout, attack=0, tangents=0), replace(layout, tangents=0), layout)
+    data, over = (
+        [sent(collectives(shape, one), one, group) / 1e9 for one in steps] for group in ("data", "tensor")
+    )
+    work = [operations(shape, one) / 1e15 for one in steps]
+    return (
+        *(shape.name, layout.processes, f"{layout.data} × {layout.tensor}"),
+        three(data, ".0f"),
+        three(over, ".0f"),
+        f"{over[2] / over[1]:.2f}" if over[1] else "–",
+        three(work, ".2f"),
+        f"{work[2] / work[1]:.2f}",
+        three([sum(memory(shape, one).values()) / 1e9 for one in steps], ".0f"),
+        three([seconds(shape, one) for one in steps], ".2f"),
+    )
 
 
 if __name__ == "__main__":

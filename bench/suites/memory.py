@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Files(torch.autograd.graph.saved_tensors_hooks):
-    """Context in which tensors that autograd saves wait in files of a folder, as bytes; parameters stay.
+    """Context in which tensors that autograd saves wait in files of a folder; parameters stay.
 
     ``torch.autograd.graph.save_on_cpu`` is this for the memory of the host. Here the device is the host.
 
@@ -63,38 +64,26 @@ class Files(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, folder: Path, parameters: Iterable[Tensor], small: int = SMALL) -> None:
-        self.folder, self.small, self.written, self._count = folder, small, 0, 0
-        self._resident = {p.untyped_storage().data_ptr() for p in parameters}
-        super().__init__(self._pack, self._unpack)
+        self.written = 0
+        names = itertools.count()
+        resident = {p.untyped_storage().data_ptr() for p in parameters}
+
+        def pack(t: Tensor) -> Tensor | Path:
+            if t.nbytes < small or t.untyped_storage().data_ptr() in resident:
+                return t
+            self.written += t.nbytes
+            path = folder / str(next(names))
+            whole = (
+                t.untyped_storage().nbytes() == t.nbytes
+            )  # else a view, whose other numbers are not wanted
+            torch.save(t.detach() if whole else t.detach().clone(), path)
+            return path
+
+        super().__init__(pack, lambda packed: packed if isinstance(packed, Tensor) else torch.load(packed))
 
     def __enter__(self) -> Files:  # type: ignore[override]
         super().__enter__()
         return self
-
-    def _pack(self, t: Tensor) -> Any:
-        if t.nbytes < self.small or t.untyped_storage().data_ptr() in self._resident:
-            return t
-        path = self.folder / str(self._count)
-        self._count += 1
-        self.written += t.nbytes
-        # with its strides, if its numbers lie side by side: kernels then see the same layout
-        strides = t.stride()
-        order = sorted(range(t.dim()), key=lambda axis: -strides[axis])
-        dense = t.detach().permute(order).contiguous()
-        dense.view(torch.uint8).numpy().tofile(path)
-        return path, dense.shape, order, t.dtype
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        path, shape, order, dtype = packed
-        size = torch.Size(shape).numel()
-        # into memory of its own: pages of a mapped file would count as resident
-        t = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
-        with path.open("rb") as file:
-            file.readinto(t.numpy())
-        inverse = [order.index(axis) for axis in range(len(order))]
-        return t.view(dtype).view(shape).permute(inverse)
 
 
 def cases(selection: Selection) -> list[Case]:
@@ -104,12 +93,9 @@ def cases(selection: Selection) -> list[Case]:
 
 
 def _case(dtype: str, length: int, selection: Selection) -> Case:
-    task = functools.partial(step.Task, model="llama", dtype=dtype, device=selection.device)
+    task = step.tasks(selection, model="llama", dtype=dtype)
     tasks = {name: task(**{"kind": "penalty", **fields}) for name, fields in WAYS.items()}
-    variants = [
-        dataclasses.replace(step.variant(name, one), make=functools.partial(make, one))
-        for name, one in tasks.items()
-    ]
+    variants = [step.variant(name, one, make) for name, one in tasks.items()]
     why = "peak memory of the exact step ÷ the plain step's"
     config = {"freed memory": "returned"} if selection.device == "cpu" else {}
     options = {"timed": False, "peak": True}

@@ -13,7 +13,6 @@ Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aajr_kernels.method import LMHead, ascend, lm_loss, trajectory_penalty
+from aajr_kernels.testing import oracle
 
-from ..case import Case, Gradients, Run, Selection, Suite, Variant, compiled, step_run
+from ..case import Case, Gradients, Run, Selection, Suite, compiled, step_run
 from . import models, step
 
 STEPS, RADIUS, LENGTH = 3, 1.0, 0.5
@@ -55,10 +54,13 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
     bounded = selection.bounded and (family, dtype, length) == ("step", "float32", 512)
     bounds = {"ratio": BOUND} if bounded else {}
     variants = [
-        _variant("adversarial", task("adversarial")),
-        _variant("adversarial, compiled", task("adversarial", form="compiled"), optional=True),
-        _variant("adversarial, our kernels", task("adversarial", form="fused")),
-        _variant("with penalty", task("penalty", form="fused"), bounds=bounds),
+        step.variant(name, task(kind, form=form), make, true_gradients, **options)
+        for name, kind, form, options in (
+            ("adversarial", "adversarial", "sdpa", {}),
+            ("adversarial, compiled", "adversarial", "compiled", {"optional": True}),
+            ("adversarial, our kernels", "adversarial", "fused", {}),
+            ("with penalty", "penalty", "fused", {"bounds": bounds}),
+        )
     ]
     if family != "step":
         del variants[1]
@@ -84,29 +86,11 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
     )
 
 
-def _variant(name: str, task: step.Task, **options: Any) -> Variant:
-    # PyTorch's forward mode does not go through its checkpoints
-    exact = dataclasses.replace(task, form="sdpa", checkpoint=False, device="cpu")
-    make_, truth = functools.partial(make, task), functools.partial(true_gradients, exact)
-    return Variant(name, make_, truth, key=task, compiled=task.form == "compiled", **options)
-
-
-def problem(task: step.Task, length: int) -> tuple[nn.Module, nn.Linear, Tensor, Tensor]:
-    """Model, head, embeddings ``[1, S, C]`` and labels ``[1, S]``."""
-    model, head, x, _, labels = step.problem(task, length)
-    assert head is not None
-    return model, head, x, labels
-
-
-def trained(*modules: nn.Module) -> list[nn.Parameter]:
-    """The parameters that get gradients."""
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-
 def make(task: step.Task, length: int) -> Run:
     """A step with its gradients in ``.grad``."""
-    model, head, x, labels = problem(task, length)
-    parameters = trained(model, head)
+    model, head, x, _, labels = step.problem(task, length)
+    assert head is not None
+    parameters = step.trained(model, head)
     loss = plain_loss(model, head, labels)
     if task.form == "compiled":
         loss = compiled(loss)
@@ -172,18 +156,19 @@ def plain_ascent(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[Tens
 
 @functools.lru_cache(maxsize=2)
 def true_gradients(task: step.Task, length: int) -> Gradients:
-    """All gradients in float64, by PyTorch's forward mode on exact layers, for weights rounded to the dtype."""
-    model, head, x, labels = problem(task, length)
-    model, head, x = models.make_exact(model), head.double(), x.double()
+    """All gradients in float64 on the oracle's layers, for weights rounded to the dtype."""
+    model, head, x, _, labels = step.problem(task, length)
+    assert head is not None
+    model, head, x = model.double(), head.double(), x.double()
     loss = plain_loss(model, head, labels)
-    with sdpa_kernel(SDPBackend.MATH):
+    with oracle.oracle_mode():
         points, directions = plain_ascent(loss, x)
         total = loss(points[-1])
         if task.kind == "penalty":
-            pair = torch.func.jvp(models.outputs(model, head)[1], (points[-1],), (directions[-1],))
+            pair = oracle.jvp(models.outputs(model, head)[1], points[-1], directions[-1].unsqueeze(0))
             total = total + WEIGHT * step.size(head, *pair)
-        total.backward()
-    return [p.grad for p in trained(model, head)]
+    total.backward()
+    return [p.grad for p in step.trained(model, head)]
 
 
 SUITE = Suite(

@@ -1,9 +1,8 @@
-"""The models of suite `step`: Llama, GPT-2 and BERT stacks, plain, or exact in float64."""
+"""The models of suite `step`: Llama, GPT-2 and BERT stacks."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from aajr_kernels.testing import oracle
 
 from ..case import DTYPES, SEED
 from ..roofline import Decoder
@@ -105,28 +102,9 @@ def adapted(model: nn.Module, rank: int) -> nn.Module:
     return model_
 
 
-def make_exact(model: nn.Module) -> nn.Module:
-    """The model in float64, with norms that stay there and that PyTorch's forward mode differentiates rightly."""
-    model = model.double()
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.__dict__["forward"] = functools.partial(_rms_norm, module)
-        elif isinstance(module, nn.LayerNorm):
-            module.__dict__["forward"] = functools.partial(_layer_norm, module)
-    return model
-
-
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
-    return oracle.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-
-
-def _layer_norm(module: Any, x: Tensor) -> Tensor:
-    return oracle.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-
-
 def crossentropy(z: Tensor, labels: Tensor) -> Tensor:
-    """The mean over tokens, in float32 at least."""
-    return F.cross_entropy((z if z.dtype == torch.float64 else z.float()).flatten(0, 1), labels.flatten())
+    """The mean over tokens, in float32 as models compute it."""
+    return F.cross_entropy(z.float().flatten(0, 1), labels.flatten())
 
 
 def head(hidden: int, vocab_size: int, dtype: str) -> nn.Linear:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aajr_kernels.dual import Dual
+from aajr_kernels.testing.cases.case import forward_mode
 
 from ..case import Gradients, Run, portion, true_portion
 
@@ -85,8 +85,7 @@ class Op:
 
 def _jvp(function: Function) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
     def both(inputs: list[Tensor], rest: list[Tensor]) -> Tensor:
-        primals, tangents = (tuple(x[i] for x in inputs) for i in (0, 1))
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.stack(torch.func.jvp(lambda *xs: function(*xs, *rest), primals, tangents))
+        with sdpa_kernel(SDPBackend.MATH):  # no fused attention has a JVP
+            return forward_mode(function, inputs, rest)
 
     return both

@@ -6,6 +6,7 @@ cross-entropy where there is a head; the penalty is ``l2`` on the hidden states,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.method import LMHead, aligned_penalty, normalize
-from aajr_kernels.testing import formulas
+from aajr_kernels.testing import formulas, oracle
 
 from .. import peers
 from ..case import Case, Gradients, Run, Selection, Suite, Variant, compiled, draw, portion, step_run
@@ -104,13 +105,20 @@ def held_to_avx2() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
 
 
-def variant(name: str, task: Task, **options: Any) -> Variant:
-    truth = {"plain": "plain", "both": "both"}.get(task.kind, "penalty")
-    exact = Task(truth, task.model, task.dtype, head=task.head, directions=task.directions, part=task.part)
+def variant(
+    name: str,
+    task: Task,
+    run: Callable[[Task, int], Run] | None = None,
+    truth: Callable[[Task, int], Gradients] | None = None,
+    **options: Any,
+) -> Variant:
+    """A variant of the step, or of a step whose `run` and `truth` are given."""
+    kind = task.kind if task.kind in ("plain", "both", "adversarial") else "penalty"
+    exact = dataclasses.replace(task, kind=kind, form="sdpa", device="cpu")
+    exact = dataclasses.replace(exact, recompute=False, checkpoint=False, offload=False)
     options.setdefault("compiled", task.form == "compiled")
-    return Variant(
-        name, functools.partial(make, task), functools.partial(true_gradients, exact), key=task, **options
-    )
+    made = functools.partial(run or make, task), functools.partial(truth or true_gradients, exact)
+    return Variant(name, *made, key=task, **options)
 
 
 def step_case(
@@ -248,7 +256,7 @@ def make(
 ) -> Run:
     """A step, in a context of the parameters, or a part of it."""
     model, head, x, v, labels = problem(task, length)
-    parameters = [*model.parameters(), *(head.parameters() if head else ())]
+    parameters = trained(model, head)
     scalar: Callable[..., Tensor] = functools.partial(loss, task, model, head)
     if task.form == "compiled":
         scalar = compiled(scalar)
@@ -268,7 +276,8 @@ def loss(
         y = output(x)
         return size(head, y, (output(x + DIFFERENCE * v[0]) - y) / DIFFERENCE)
     if task.kind in ("forward mode", peers.JVP_FLASH):
-        with peers.jvp_flash_attention(task.kind == peers.JVP_FLASH), sdpa_kernel(SDPBackend.MATH):
+        flash = peers.JVPFlashAttention() if task.kind == peers.JVP_FLASH else nullcontext()
+        with flash, sdpa_kernel(SDPBackend.MATH):
             return size(head, *torch.func.jvp(output, (x,), (v[0],)))
     if task.kind == "double backward":
         with sdpa_kernel(SDPBackend.MATH):  # no fused attention has a second derivative
@@ -295,6 +304,12 @@ def plain_loss(y: Tensor, head: nn.Linear | None, labels: Tensor) -> Tensor:
     return y.square().mean() if head is None else models.crossentropy(y, labels)
 
 
+def trained(model: nn.Module, head: nn.Linear | None) -> list[nn.Parameter]:
+    """The parameters that get gradients."""
+    parameters = [*model.parameters(), *(head.parameters() if head else ())]
+    return [p for p in parameters if p.requires_grad]
+
+
 def size(head: nn.Linear | None, y: Tensor, y_tan: Tensor) -> Tensor:
     """The metric, averaged over the tokens, from elementary operations."""
     return (y_tan.square().sum(-1) if head is None else formulas.fisher(y, y_tan)).mean()
@@ -302,24 +317,21 @@ def size(head: nn.Linear | None, y: Tensor, y_tan: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=3)
 def true_gradients(task: Task, length: int) -> Gradients:
-    """All gradients in float64 by PyTorch's forward mode on exact layers, for the weights rounded to the dtype."""
+    """All gradients in float64 on the oracle's layers, for the weights rounded to the dtype."""
     model, head, x, v, labels = problem(task, length)
-    model = models.make_exact(model)
-    head = None if head is None else head.double()
-    x, v = x.double(), v.double()
+    for module in (model, *([head] if head else [])):
+        module.double()
     _, output = models.outputs(model, head)
-    with sdpa_kernel(SDPBackend.MATH):
-        total = x.new_zeros(())
+    with oracle.oracle_mode():
+        total = torch.zeros(())
         if task.kind != "plain":
-            for direction in v:
-                total = total + size(head, *torch.func.jvp(output, (x,), (direction,))) / len(v)
+            total = total + size(head, *oracle.jvp(output, x.double(), v.double()))
         if task.kind != "penalty":
-            total = total + plain_loss(output(x), head, labels)
-        if task.part == "forward":
-            return [total.detach()]
-        total.backward()
-    parameters = [*model.parameters(), *(head.parameters() if head else ())]
-    return [p.grad for p in parameters]
+            total = total + plain_loss(output(x.double()), head, labels)
+    if task.part == "forward":
+        return [total.detach()]
+    total.backward()
+    return [p.grad for p in trained(model, head)]
 
 
 SUITE = Suite(

@@ -106,17 +106,15 @@ def test_the_page_has_the_numbers_of_the_model():
     assert "modelled" in PAGE.read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "9B"], "--model must be one of"),
-        (["--device", "abacus"], "--device must be one of"),
-        (["--model", "8B", "--devices", "8", "--tensor", "3"], "--tensor must divide"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    result = CliRunner().invoke(application(command), [*arguments])
-    assert result.exit_code == 2 and message in " ".join(result.output.split())
+def test_longer_rows_send_and_compute_more():
+    result = CliRunner().invoke(
+        application(command), ["--length", "8192", "--attack", "1", "--tangents", "2"]
+    )
+    assert result.exit_code == 0
+    line = next(line for line in result.output.splitlines() if line.startswith("| 70B | 8 |"))
+    layout = Layout(1, 8, 1, 8192, 2, 1)
+    over = sent(collectives(MODELS["70B"], layout), layout, "tensor") / 1e9
+    assert f"/ {over:.0f} |" in line and f"/ {operations(MODELS['70B'], layout) / 1e15:.2f} |" in line
 
 
 def test_the_operations_of_a_plain_step_are_six_a_parameter_and_token():
