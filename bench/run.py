@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
@@ -122,10 +121,12 @@ def _interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of every variant; the order changes from round to round. One without memory is left out."""
     runs: dict[str, Run] = {}
+    stream = torch.cuda.Stream() if case.graph and case.device != "cpu" else None
     for variant in variants:
         progress(f"warm-up of {variant.name}")
         try:
-            runs[variant.name] = _warmed_up(case, variant, outcome)
+            with torch.cuda.stream(stream):
+                runs[variant.name] = _warmed_up(case, variant, outcome)
         except Exception as error:
             if not gate.out_of_memory(error):
                 raise
@@ -133,15 +134,15 @@ def _interleaved(
             gc.collect()
     if outcome.failures:
         return {}
+    for variant in [v for v in variants if v.name in runs and stream is not None]:
+        try:
+            with gate.on_backend(variant):
+                runs[variant.name] = captured(runs[variant.name], stream)
+            outcome.graphed.add(variant.name)
+        except RuntimeError as error:  # calls from Python instead would be the host's time
+            outcome.broken[variant.name] = f"its graph could not be captured: {error}"
+            del runs[variant.name]
     variants = [variant for variant in variants if variant.name in runs]
-    if case.graph and case.device != "cpu":
-        for variant in variants:
-            with (
-                gate.on_backend(variant),
-                contextlib.suppress(RuntimeError),
-            ):  # torch's own op may not allow it
-                runs[variant.name] = captured(runs[variant.name])
-                outcome.graphed.add(variant.name)
     numbers = dict.fromkeys(runs, 1)
     if not any(run.reset for run in runs.values()):
         for v in variants:
@@ -179,14 +180,18 @@ def _warmed_up(case: Case, variant: Variant, outcome: Outcome) -> Run:
     return run
 
 
-def captured(run: Run) -> Run:
-    """The same call, replayed from a CUDA graph: the time of the device, without Python."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run.call()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+def captured(run: Run, stream: torch.cuda.Stream | None) -> Run:
+    """The same call, replayed from a CUDA graph: the time of the device, without Python.
+
+    Args:
+        run: made and called before on `stream`, on which it is captured: a backward runs on the stream of its forward.
+        stream: not the default one.
+
+    Raises:
+        RuntimeError: the call does something that a graph cannot hold.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
         results = run.call()
 
     def replay() -> Gradients:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -14,7 +16,7 @@ from toy_bench import invoke
 from aajr_kernels.backends import cuda
 from bench import gate, roofline, row
 from bench.__main__ import Model
-from bench.case import Selection
+from bench.case import Run, Selection
 from bench.roofline import DEVICES, Attention, Ceilings, Decoder
 from bench.row import Row
 from bench.run import run_case
@@ -138,6 +140,77 @@ def test_the_cases_of_the_suite_are_those_that_were_promised(monkeypatch):
     monkeypatch.setattr(gpu, "on_h100", lambda: False)
     (case,) = gpu.cases(Selection(None, None, ("full-forward",)))
     assert not any(v.bounds for v in case.variants)  # milliseconds mean nothing elsewhere
+
+
+class Streams:
+    """The streams and graphs of a device that is not there: what runs on a stream, and what a graph captures."""
+
+    def __init__(self, monkeypatch, refused: str = "") -> None:
+        self.current, self.seen, self.refused = "default", [], refused
+        for name in ("Stream", "CUDAGraph"):
+            monkeypatch.setattr(
+                torch.cuda, name, lambda name=name: SimpleNamespace(name=name, replay=self.replay)
+            )
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr("bench.run._wait", lambda device: None)
+
+    def replay(self) -> None:
+        self.seen.append(("replay", self.current))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, id(stream)
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        with self.stream(stream):
+            yield
+        if self.refused and self.refused in self.seen[-1]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def variant(self, variant):
+        """Its inputs and forward, and every call, are seen with their streams."""
+
+        def make(length):
+            self.seen.append((variant.name, "made", self.current))
+            run = variant.make(length)
+            return Run(lambda: self.seen.append((variant.name, "called", self.current)) or run.call())
+
+        return dataclasses.replace(variant, make=make)
+
+
+def on_pretended_device(monkeypatch, refused: str = ""):
+    """Streams, and the outcome of a backward of rows."""
+    streams = Streams(monkeypatch, refused)
+    (case,) = gpu.cases(Selection(("float32",), (9,), ("gelu-backward",)))
+    variants = tuple(streams.variant(v) for v in case.variants)
+    monkeypatch.setattr(gate, "check", lambda case: gate.Verdict())
+    outcome = run_case(
+        dataclasses.replace(case, variants=variants, device="pretended"), row.environment(), repeats=2
+    )
+    return streams, outcome
+
+
+def test_forward_and_backward_run_on_the_stream_that_captures_them(tiny, monkeypatch):
+    streams, outcome = on_pretended_device(monkeypatch)
+    runs = [seen for seen in streams.seen if seen[0] != "replay"]
+    assert [seen[:2] for seen in runs[:2]] == [("plain", "made"), ("plain", "called")]
+    (stream,) = {seen[-1] for seen in runs}
+    assert stream != "default" and ("dual", "made", stream) in runs
+    assert {seen[1] for seen in streams.seen if seen[0] == "replay"} == {"default"}
+    assert {one.timing for one in outcome.rows} == {"graph"} and all(one.min_ms for one in outcome.rows)
+
+
+def test_a_capture_that_fails_is_a_failure_and_no_time_of_the_host(tiny, monkeypatch):
+    _, outcome = on_pretended_device(monkeypatch, refused="dual")
+    plain, dual = outcome.rows
+    assert plain.timing == "graph" and plain.min_ms
+    assert dual.min_ms is None and "could not be captured: operation not permitted" in dual.failure
+    _, outcome = on_pretended_device(monkeypatch, refused="plain")
+    assert not outcome.rows and "could not be captured" in outcome.failures[0]
 
 
 @pytest.mark.slow
