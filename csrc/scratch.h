@@ -11,7 +11,7 @@ namespace aajr {
 void* take_scratch(size_t bytes);
 void give_scratch(void* block, size_t bytes) noexcept;
 
-// Ask the system to back memory that is about to be written for the first time with large pages. A wish: systems without
+// Ask the system to back memory that is about to be written for the first time with large pages. A hint: systems without
 // them ignore it.
 void prefer_large_pages(void* memory, size_t bytes) noexcept;
 

@@ -1,4 +1,4 @@
-// What crosses from Python: views of tensors, and the checks every entry point makes before it touches memory.
+// Arguments from Python: views of tensors, and the checks that every entry point makes before it touches memory.
 #pragma once
 
 #include <cstddef>

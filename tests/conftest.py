@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.patch()
 
 
-#: files of tests/backends/triton that need no device: they compile, or look at who gets the kernels
+#: files of tests/backends/triton that need no device: they compile, or look at the choice of the kernels
 DEVICELESS = ("test_compile.py", "test_loops.py", "test_choice.py")
 
 
@@ -98,7 +98,7 @@ def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what torch.empty and its relatives return with NaN, so that an element nobody wrote is seen.
+    """Fills what torch.empty and its relatives return with NaN, so that an element that was not written is seen.
 
     An explicit patch: ``torch.use_deterministic_algorithms``, the only way to make torch fill it, would also change
     which kernels run, and a TorchFunctionMode would switch off fast paths and change what torch.compile traces.

@@ -1,4 +1,4 @@
-"""What the repository promises about itself: metadata, house rules, and a wheel that works in a clean environment."""
+"""Promises of the repository about itself: metadata, house rules, and a wheel that works in a clean environment."""
 
 from __future__ import annotations
 

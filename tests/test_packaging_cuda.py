@@ -1,4 +1,4 @@
-"""What becomes of the CUDA module at installation, and the resources of its kernels; no device is needed."""
+"""The CUDA module at installation, and the resources of its kernels; no device is needed."""
 
 from __future__ import annotations
 

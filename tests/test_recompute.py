@@ -30,7 +30,7 @@ OPS = {
 
 
 class Kept(saved_tensors_hooks):
-    """What autograd keeps: bytes of every block of memory once, and of every time something is saved."""
+    """Count what autograd keeps: bytes of every block of memory once, and of every time something is saved."""
 
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
@@ -135,7 +135,7 @@ def gradients_retained(total: torch.Tensor, leaves: list[torch.Tensor]) -> list[
 
 
 def test_parts_of_a_backward():
-    """One consumer alone, then everything: nobody is left waiting for the other."""
+    """One consumer only, then everything: neither is left waiting for the other."""
     leaves = problem(torch.float32, 1)
     wanted = gradients(step("layer_norm", leaves, False), leaves)
     total = step("layer_norm", leaves, True)
@@ -230,7 +230,7 @@ def mlp() -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def offloaded(saves: list[int]) -> Iterator[None]:
-    """What `save_on_cpu` does where the host is the device: a copy of everything, counted."""
+    """Copy and count everything, as `save_on_cpu` does where the host is the device."""
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         saves.append(t.nbytes)

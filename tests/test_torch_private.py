@@ -46,7 +46,7 @@ def _root(node: ast.AST) -> str:
 
 
 def private_names(source: str) -> Iterator[str]:
-    """What a source names of torch that is private: in imports, attributes, and attributes by string."""
+    """Private names of torch in a source: in imports, attributes, and attributes by string."""
     tree = ast.parse(source)
     aliases = _aliases(tree)
     for node in ast.walk(tree):

@@ -52,7 +52,7 @@ class Subject:
         return self.to(torch.float64)
 
     def output(self, x: Any) -> Any:
-        """What the model returns for ``x``."""
+        """Result of the model for ``x``."""
         return self.call(self.model, x)
 
     def tensor(self, x: Any) -> Any:

@@ -1,4 +1,4 @@
-// What attention's forward and backward share: which keys a block of queries sees, packed operands, masked scores.
+// Shared by attention's forward and backward: which keys a block of queries sees, packed operands, masked scores.
 #pragma once
 
 #include <cmath>
@@ -153,7 +153,7 @@ inline void pack(const Rows& x, const Sequence& s, int64_t head, int64_t first, 
     to.pack(at<const T>(x, j, s.batch, head, s.k0 + first), x.row, j, first, count);
 }
 
-// What is left to multiply scores with: float32 queries carry the scale, bfloat16 ones would lose digits by it.
+// Factor that is left to multiply scores with: float32 queries carry the scale, bfloat16 ones would lose digits by it.
 AAJR_INLINE float scale_of_products(const AttentionProblem& p) { return kRounded ? p.scale : 1.0f; }
 
 AAJR_INLINE void scale_tile(float scale, int64_t mb, int64_t padded, float* tile) {

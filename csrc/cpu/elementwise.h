@@ -1,4 +1,4 @@
-// What elementwise kernels share: the loop over rows, and the group of elements that one step works on.
+// Shared by elementwise kernels: the loop over rows, and the group of elements that one step works on.
 #pragma once
 
 #include "activation.h"

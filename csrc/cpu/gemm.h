@@ -47,7 +47,7 @@ AAJR_INLINE Term transposed(const float* a, int64_t lda, const float* b, int64_t
   return {a, 1, lda, b, ldb, NR, k};
 }
 
-// What a product needs not form: the rows of a panel before first_row, the depths outside [from, to).
+// Parts of a product that need not be formed: the rows of a panel before first_row, the depths outside [from, to).
 struct Whole {
   int64_t first_row(int64_t) const { return 0; }
   int64_t from(int64_t) const { return 0; }

@@ -54,7 +54,7 @@ struct State {
 
 constexpr float kTiny = 0x1p-126f;
 
-// What a merge shares between tangents: the weights before it, decayed, and the shares of both sides in the sum.
+// Shared between the tangents of a merge: the weights before it, decayed, and the shares of both sides in the sum.
 struct Mix { vf decay, before, rest, share; };
 
 AAJR_INLINE Mix mix(float* weight, vf decay, vf total) {
@@ -203,7 +203,7 @@ inline void merge_states(const State& s, const State& other, Metric metric, bool
 
 // ---- Cotangents ----------------------------------------------------------------------------------------------------
 
-// What the backward knows of the tokens of a chunk: arrays over padded tokens.
+// Tokens of a chunk, for the backward: arrays over padded tokens.
 struct Known {
   float* memory;
   int64_t tokens;

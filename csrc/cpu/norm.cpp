@@ -122,7 +122,7 @@ void forward(const NormForward& p) {
   else forward_of<f16>(p, scale.get(), added);
 }
 
-// What one tangent brings to a row.
+// Statistics of a tangent in a row.
 struct Tangent {
   float beta, mean_b, c, mean_x;
 };

@@ -76,7 +76,7 @@ float largest(const T* z, int64_t n, int64_t& at) {
   return best;
 }
 
-// What a row of softmax needs. `e` holds e^(z − largest) and p = e * inverse; c_k = (ż_k − reference[k]) − mean[k].
+// Terms of a row of softmax. `e` holds e^(z − largest) and p = e * inverse; c_k = (ż_k − reference[k]) − mean[k].
 struct Row {
   int64_t n, tangents;
   float* e;

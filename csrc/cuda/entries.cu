@@ -9,7 +9,7 @@
 namespace aajr::cuda {
 namespace {
 
-// A dynamic share of a block's memory beyond this has to be asked for, and nobody has so many tangents.
+// With more tangents a block's dynamic share of memory would have to be requested.
 constexpr int64_t kMostTangents = 2048;
 
 struct Where {

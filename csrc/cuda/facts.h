@@ -1,4 +1,4 @@
-// What a build of the CUDA module is.
+// Facts of a build of the CUDA module.
 #pragma once
 
 #include <cstdint>

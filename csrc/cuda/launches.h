@@ -1,4 +1,4 @@
-// What entries.cu starts.
+// Launches that entries.cu starts.
 #pragma once
 
 #include <type_traits>

@@ -119,7 +119,7 @@ AAJR_GLOBAL(kMostThreads) void norm_fwd_kernel(const NormForward p) {
 template <int N, int Packs>
 class Share {
  public:
-  // parts: [blocks, size], or null where nobody needs the gradient
+  // parts: [blocks, size], or null where the gradient is not needed
   AAJR_DEVICE Share(float* parts, int64_t size) : memory_(parts == nullptr ? nullptr : parts + blockIdx.x * size) {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) held_[j] = Pack<N>{};
@@ -152,7 +152,7 @@ class Share {
 // flight cover the latency of memory as those of more threads would.
 constexpr int kNormBackwardThreads = kMostThreads / 2;
 
-// What a tangent brings to a row.
+// Statistics of a tangent in a row.
 struct Tangent {
   float beta, c, mean_x, mean_b;
 };

@@ -22,7 +22,7 @@ AAJR_ANYWHERE int64_t tile_fields(Metric metric, int64_t tangents) {
   return metric == Metric::squares ? tangents : kTileRow + kTileTangent * tangents;
 }
 
-// What the backward needs of a row: the peak, 1 / Σ e^(z − peak), and for every k: reference, mean, q, κ.
+// Statistics of a row for the backward: the peak, 1 / Σ e^(z − peak), and for every k: reference, mean, q, κ.
 constexpr int kMomentsRow = 2, kMomentsTangent = 4;
 
 struct Sensitivity {

@@ -98,7 +98,7 @@ void norm_bwd(const Args& a) {
   p.x_bar = x_bar.data, p.w_bar = w_bar.as<float>(), p.b_bar = b_bar.as<float>();
   p.offset = static_cast<float>(a.floats[0]);
   p.centred = centred, p.threads = threads_for(a.threads, x.numel());
-  // without rows the parameter gradients are zero, and somebody has to write them
+  // also without rows: the parameter gradients are zero then, and the kernel writes them
   if (s > 0 && size > 0) AAJR_SELECT(norm_kernels).backward(p);
 }
 

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on the host, beyond the shared suite: who gets them, odd memory, sizes, barriers, tracing."""
+"""The CUDA C++ kernels on the host, beyond the shared suite: their choice, odd memory, sizes, barriers, tracing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def host():
         yield module
 
 
-# ------------------------------------------------------------------------------------------------- who gets them
+# --------------------------------------------------------------------------------------------------- the choice
 @pytest.mark.skipif(cuda.missing() is None, reason="the CUDA module can run here")
 def test_without_the_module_the_name_is_refused_with_the_reason():
     reason = choice.backends()["cuda"]

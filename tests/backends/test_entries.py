@@ -51,7 +51,7 @@ ANY_TYPE = {("attention_fwd", 3), ("attention_bwd", 3)}
 
 @dataclass
 class Call:
-    """A valid call whose tensors lie, dense, in the middle of memory that nobody else uses."""
+    """A valid call whose tensors lie, dense, in the middle of memory of their own."""
 
     module: ModuleType
     name: str

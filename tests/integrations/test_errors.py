@@ -1,4 +1,4 @@
-"""What does not work together: one sentence with its remedy, and an entry of docs/troubleshooting.md."""
+"""Combinations that do not work: one sentence with its remedy, and an entry of docs/troubleshooting.md."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DeepSpeedEngine(nn.Module):
 
 
 class Stage:
-    """What ``torch.distributed.pipelining`` gives."""
+    """A stage as ``torch.distributed.pipelining`` makes it."""
 
     __module__ = "torch.distributed.pipelining.stage"
 

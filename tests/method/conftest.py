@@ -1,4 +1,4 @@
-"""What tests of the method share."""
+"""Fixtures of the method's tests."""
 
 from __future__ import annotations
 

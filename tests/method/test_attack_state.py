@@ -1,4 +1,4 @@
-"""What an attack leaves as it was: parameters, random states, training flags, statistics; and what it computes."""
+"""State that an attack leaves as it was: parameters, random states, training flags, statistics; and its results."""
 
 from __future__ import annotations
 

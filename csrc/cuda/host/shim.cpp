@@ -25,7 +25,7 @@ bool backwards = false;
 namespace {
 
 constexpr size_t kStack = 64 << 10;
-// What a launch may ask for on a device: a grid's axes, and shared memory beside what kernels declare themselves.
+// Limits of a launch on a device: a grid's axes, and shared memory beside that which kernels declare themselves.
 constexpr unsigned kMostBlocks = 0x7fffffffu, kMostOthers = 65535;
 constexpr size_t kSharedBytes = 48 << 10, kStaticBytes = 2 << 10;
 constexpr int kLanes = 32;
@@ -120,7 +120,7 @@ float exchange(float value, int mask) {
   block->fibers[me].given = value;
   leave(Waits::warp, __builtin_return_address(0));
   const float taken = block->fibers[me ^ mask].given;
-  leave(Waits::warp);  // nobody brings the next number before all have taken this one
+  leave(Waits::warp);  // no thread brings the next number before all have taken this one
   return taken;
 }
 

@@ -1,4 +1,4 @@
-"""What is particular to the native activations: every storage type and vectors, strides, tails, missing parts."""
+"""Native activations beyond the shared suite: every storage type and vectors, strides, tails, missing parts."""
 
 from __future__ import annotations
 

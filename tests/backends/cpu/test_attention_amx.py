@@ -1,4 +1,4 @@
-"""Attention on matrix tiles: what rounding a tile to bfloat16 could spoil, block edges, and who takes which problem."""
+"""Attention on matrix tiles: what rounding a tile to bfloat16 could spoil, block edges, the choice of the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input that nobody should send: a clear error or the documented value, never a crash or a read out of bounds."""
+"""Invalid input: a clear error or the documented value, never a crash or a read out of bounds."""
 
 from __future__ import annotations
 

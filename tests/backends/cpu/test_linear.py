@@ -1,4 +1,4 @@
-"""What is particular to the native linear layer: the bias of the primal, its gradient, products of low dtypes."""
+"""The native linear layer beyond the shared suite: the bias of the primal, its gradient, products of low dtypes."""
 
 from __future__ import annotations
 

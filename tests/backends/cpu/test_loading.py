@@ -1,4 +1,4 @@
-"""The door to the native module: what is said where it is missing, and wishes that cannot be granted."""
+"""Loading of the native module: the message where it is missing, and settings that it cannot follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the native norms: strides, tails, partial sums, offsets that cancel."""
+"""Native norms beyond the shared suite: strides, tails, partial sums, offsets that cancel."""
 
 from __future__ import annotations
 

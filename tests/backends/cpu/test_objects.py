@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels: no function is shared between capabilities, none uses what it may not.
+"""Compiled objects of the kernels: no function is shared between capabilities, none uses what it may not.
 
 Every kernel file is compiled once per capability. A function that two of them emit under one name (an instance of a
 standard container, an inline function outside the capability's namespace) is merged by the linker, which may keep

@@ -1,4 +1,4 @@
-"""What is particular to the native rotary embedding: layouts, broadcast tables, tails, sums over broadcast axes."""
+"""The native rotary embedding beyond the shared suite: layouts, broadcast tables, tails, sums over broadcast axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the native reductions: storage types, capabilities, strides, tails, offsets, huge rows."""
+"""Native reductions beyond the shared suite: storage types, capabilities, strides, tails, offsets, huge rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every compiled kernel has to obey, and the committed budgets it may not exceed.
+"""Rules that every compiled kernel has to obey, and the committed budgets it may not exceed.
 
 ``budgets.json`` is keyed by Triton's version family, configuration, kernel and architecture.
 ``python scripts/kernel_budgets.py --write`` makes it.
@@ -60,7 +60,7 @@ def save(table: Table, path: Path = PATH) -> None:
 
 
 def broken_rules(config: Config, architecture: str, kernel: str, row: Row) -> list[str]:
-    """What holds whatever the budget says."""
+    """Rules that hold whatever the budget says."""
     low = config.dtype in (torch.bfloat16, torch.float16)
     matrix = row["matrix"]
     rules = {

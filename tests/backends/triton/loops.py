@@ -1,6 +1,6 @@
 """Loops of a disassembled kernel, and how often instructions occur in them.
 
-The basic blocks, who follows whom, who dominates whom, and the natural loop of every branch back to a dominator. Text
+The basic blocks, their successors, their dominators, and the natural loop of every branch back to a dominator. Text
 order is not enough: waits are moved to the end of a kernel and jump back into the middle of a loop.
 """
 

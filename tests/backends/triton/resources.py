@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of the processor, read from its machine code; no device is needed.
+"""Resources of a compiled kernel, read from its machine code; no device is needed.
 
 Registers, shared and tensor memory, matrix instructions, and spills: in the whole kernel, and in the innermost loops
 that hold matrix instructions, where they cost time.
@@ -35,7 +35,7 @@ _SPILLS = re.compile(r"\b(LDL|STL)\b|^scratch_(load|store)")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one kernel takes.
+    """Resources of one kernel.
 
     Attributes:
         registers: per thread; on AMD vector registers, the accumulation registers included.
@@ -96,7 +96,7 @@ def _path(tool: str) -> str:
 
 
 def machine_code(kernel: Any, tool: str = "nvdisasm", option: str = "-c") -> str:
-    """What a tool for NVIDIA's binaries says of a kernel; the disassembly, where none is named."""
+    """Output of a tool for NVIDIA's binaries on a kernel; the disassembly, where none is named."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -125,7 +125,7 @@ def _nvidia(kernel: Any) -> Resources:
 
 
 def _assembler_log(kernel: Any) -> str:
-    """What ptxas said: kept by offline.py where it compiled the kernel; otherwise ptxas runs again."""
+    """Messages of ptxas: kept by offline.py where it compiled the kernel; otherwise ptxas runs again."""
     log: str | None = getattr(kernel, "assembler_log", None)
     if log:
         return log

@@ -1,4 +1,4 @@
-"""What is particular to the Triton activations: strides, missing parts, numbers that are not finite."""
+"""Triton activations beyond the shared suite: strides, missing parts, numbers that are not finite."""
 
 from __future__ import annotations
 

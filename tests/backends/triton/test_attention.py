@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels of attention; the shared suite checks them against float64."""
+"""Triton kernels of attention beyond the shared suite, which checks them against float64."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_head_sizes_above_the_limit():
 
 @pytest.mark.parametrize(("room", "limit"), [(101_376, 128), (166_912, 256), (None, 256)])
 def test_float32_heads_that_do_not_fit_into_the_memory_of_a_processor(room, limit, monkeypatch):
-    """What the device has is read from torch; where torch does not say, the kernels are tried."""
+    """The memory of the device is read from torch; where torch does not say, the kernels are tried."""
     properties = SimpleNamespace() if room is None else SimpleNamespace(shared_memory_per_block_optin=room)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for dtype, most in ((torch.float32, limit), (torch.bfloat16, 256)):

@@ -1,4 +1,4 @@
-"""Who gets the Triton kernels, and what is said to those who do not.
+"""When the Triton kernels are chosen, and the message where they are not.
 
 Run in processes of their own without Triton's interpreter, where a device is only pretended.
 """

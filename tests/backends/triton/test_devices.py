@@ -1,4 +1,4 @@
-"""What neither the interpreter nor a compiler shows by itself: threads, settings, odd strides, scaled gradients."""
+"""Faults that neither the interpreter nor a compiler shows: threads, settings, odd strides, scaled gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the Triton norms: tiles of rows, long rows, partial sums, strides."""
+"""Triton norms beyond the shared suite: tiles of rows, long rows, partial sums, strides."""
 
 from __future__ import annotations
 

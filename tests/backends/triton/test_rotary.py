@@ -1,4 +1,4 @@
-"""What is particular to the Triton rotary embedding: layouts, broadcast tables, tails, sums over broadcast axes."""
+"""The Triton rotary embedding beyond the shared suite: layouts, broadcast tables, tails, sums over broadcast axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels of rows share, and the linear layer: functions of one number, axes that merge, sums, the bias."""
+"""Shared by the kernels of rows, and the linear layer: functions of one number, axes that merge, sums, the bias."""
 
 from __future__ import annotations
 

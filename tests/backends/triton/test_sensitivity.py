@@ -1,4 +1,4 @@
-"""What is particular to the Triton reductions: blocks of a row and their merging, offsets, strides, infinities."""
+"""Triton reductions beyond the shared suite: blocks of a row and their merging, offsets, strides, infinities."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_what_is_no_module_has_no_such_hooks():
 
 
 def test_the_private_names_that_rules_hang_on_exist():
-    """A rule that hangs on a name nobody has would leave the guard's refusal in its place."""
+    """A rule for a name that does not exist would leave the guard's refusal in its place."""
     from torch.distributed.nn import functional
     from torch.distributed.tensor import _api
 

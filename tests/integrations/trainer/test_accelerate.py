@@ -142,7 +142,7 @@ def loop_of(accelerator, wrapped, plain, rank: int) -> dict[str, torch.Tensor]:
 
 
 def in_two_processes(kind: str, folder: Path) -> list[dict]:
-    """What two workers with gloo saved."""
+    """Files that two workers with gloo saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

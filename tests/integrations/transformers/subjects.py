@@ -35,7 +35,7 @@ def tiny(name: str, attention: str = "sdpa", **options: Any) -> nn.Module:
 
 @cache
 def cache_name() -> str:
-    """What models call their cache: ``past_key_values`` until transformers 5.23, ``cache`` since."""
+    """Name of the cache in models: ``past_key_values`` until transformers 5.23, ``cache`` since."""
     import transformers
 
     taken = inspect.signature(transformers.LlamaForCausalLM.forward).parameters

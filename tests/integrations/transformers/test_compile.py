@@ -241,7 +241,7 @@ def test_lengths_of_unmodified_models(name):
 
 @slow
 def test_parts_of_a_wider_projection_in_any_length():
-    """What these ops save of them has gaps, which inductor may close (Phi-3's gate and up come so)."""
+    """Saved tensors of these ops have gaps, which inductor may close (Phi-3's gate and up come so)."""
     weight = torch.nn.Parameter(torch.randn(3 * 32, 32) / 6)
 
     def policy(d):

@@ -25,7 +25,7 @@ CALLS: list[str] = []
 
 
 def scaled(args):
-    """What the decorators below do to their call: the first tensor arrives larger."""
+    """Change a call as the decorators below do: the first tensor arrives larger."""
     CALLS.append("call")
     at = 0 if isinstance(args[0], (torch.Tensor, aajr.Dual)) else 1
     return (*args[:at], 1.25 * args[at], *args[at + 1 :])
@@ -109,7 +109,7 @@ DECORATORS = (wrapped, unnamed, twice, partially, Decorated, by_name)
 
 
 def as_module(function):
-    """What the kernels library makes of a decorated function."""
+    """Wrap a function as the kernels library does."""
 
     class Func(nn.Module):
         def forward(self, *args, **kwargs):
@@ -182,7 +182,7 @@ REGISTRY = {}
 
 
 def test_a_decorator_that_does_not_hold_what_it_decorates_is_left(monkeypatch):
-    """What is declared is called through a table: nothing can be put inside, and the listing says so."""
+    """A declared function is called through a table: nothing can be put inside, and the listing says so."""
     original = llama.LlamaRMSNorm.forward
     REGISTRY["norm"] = original
     norm = functools.wraps(original)(lambda *args: REGISTRY["norm"](*scaled(args)))

@@ -1,4 +1,4 @@
-"""What must raise, and with which words, in two processes."""
+"""Calls that must raise, and their messages, in two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the workers share: the process group, small models, the step of the method, and how gradients are compared."""
+"""Shared by the workers: the process group, small models, the step of the method, and how gradients are compared."""
 
 from __future__ import annotations
 
