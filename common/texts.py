@@ -193,6 +193,26 @@ def smollm2(cache: Path = CACHE, dtype: torch.dtype = torch.float32) -> tuple[An
     return model.eval(), AutoTokenizer.from_pretrained(cache)
 
 
+def small_llama(seed: int | None, **sizes: Any) -> Any:
+    """An unmodified Llama of Hugging Face with random weights.
+
+    Args:
+        seed: of the weights; None takes the next draws of torch's generator.
+        sizes: of its configuration.
+
+    Raises:
+        MissingPackage: ``transformers`` is not installed.
+    """
+    require("transformers")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if seed is None:
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
 def with_lora(model: Any, rank: int, targets: Sequence[str] = ("q_proj", "v_proj")) -> Any:
     """The model under peft, with fresh LoRA adapters on the layers called `targets`; torch's seed decides them.
 

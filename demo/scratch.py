@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import aajr_kernels as aajr
-from common.texts import Corpus, require
+from common.texts import Corpus, small_llama
 
 from .embeddings import ascent_direction, loss_of, streamed_penalty
 
@@ -80,16 +80,17 @@ class ScratchRun:
 
 def build(config: ScratchConfig, seed: int) -> Any:
     """An unmodified Hugging Face Llama over 256 byte values, initialised from `seed`."""
-    require("transformers")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    heads = dict(num_attention_heads=config.heads, num_key_value_heads=config.kv_heads)
-    sizes = dict(
-        hidden_size=config.hidden, intermediate_size=config.intermediate, max_position_embeddings=256
+    return small_llama(
+        seed,
+        vocab_size=256,
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
     )
-    options = dict(vocab_size=256, num_hidden_layers=config.layers, tie_word_embeddings=False)
-    return LlamaForCausalLM(LlamaConfig(**options, **heads, **sizes))
 
 
 def embedding_norm(model: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The evidence for the method: experiments with fixed seeds, their rows, figures and pages.
 
-``python -m experiments NAME`` runs one. To add one, write a module with the parts of :class:`Experiment`, with the text
-of its page in ``page.md`` beside it, and enter it below.
+``python -m experiments NAME`` runs one. To add one, write a module with the parts of :class:`Experiment`, with its
+configuration in ``config.json`` and the text of its page in ``page.md`` beside it, and enter it below.
 
 ==================  ====================================================================================
 module              what it holds

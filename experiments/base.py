@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +27,28 @@ class Task:
 
     key: str
     arguments: dict[str, Any]
+
+
+def configured(module: str) -> Callable[[bool], dict[str, Any]]:
+    """Configurations from ``config.json`` beside a module: ``full``, and for a quick run what ``quick`` changes in it.
+
+    Args:
+        module: ``__file__`` of the caller.
+    """
+
+    def config(quick: bool) -> dict[str, Any]:
+        parts = json.loads(Path(module).with_name("config.json").read_text(encoding="utf-8"))
+        return _changed(parts["full"], parts["quick"] if quick else {})
+
+    return config
+
+
+def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """With other values, in dictionaries of dictionaries too."""
+    return values | {
+        name: _changed(values[name], value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
 
 
 @dataclass(frozen=True)

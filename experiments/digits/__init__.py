@@ -8,36 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import Experiment, Task
+from ..base import Experiment, Task, configured
 from ..search import bisected, search
 from ..store import Row
 from .data import load
 from .report import report
 from .training import METHODS, evaluate, inner_ascent, train, unit_weight
-
-
-def config(quick: bool) -> dict[str, Any]:
-    """Seeds from 0; the pilot that set radius, target and range of λ used seeds from 100."""
-    full: dict[str, Any] = {
-        "seeds": 10,
-        "sizes": [897, 400, 500],
-        "width": 64,
-        "epochs": 25,
-        "batch": 128,
-        "learning_rate": 0.01,
-        "radius": 0.5,
-        "inner": {"steps": 3, "step": 0.5},
-        "power_iterations": 3,
-        "budget": 6,
-        "middle": 0.0,
-        "half_range": 2.0,
-        "target": 0.6,
-        "attack": {"steps": 20, "step": [0.25, 0.1], "restarts": 2, "losses": ["cross-entropy", "margin"]},
-    }
-    if quick:
-        small = {"seeds": 2, "sizes": [64, 32, 32], "width": 8, "epochs": 1, "batch": 32, "budget": 2}
-        full |= small | {"attack": full["attack"] | {"steps": 2, "step": [0.5], "restarts": 1}}
-    return full
 
 
 def tasks(config: dict[str, Any]) -> list[Task]:
@@ -85,4 +61,4 @@ def rank(row: Row, target: float) -> tuple[bool, float]:
     return reached, -result["nominal"] if reached else result["robust_accuracy"]
 
 
-EXPERIMENT = Experiment("digits", config, tasks, work, report)
+EXPERIMENT = Experiment("digits", configured(__file__), tasks, work, report)

@@ -9,19 +9,9 @@ import numpy as np
 
 from common.plots import figure, save
 
+from .. import summaries
 from ..store import Row
-from ..summaries import (
-    Comparison,
-    Quantity,
-    bootstrap_interval,
-    by_method,
-    chosen_runs,
-    entry,
-    geometric_mean,
-    interval_text,
-    page,
-    share_of,
-)
+from ..summaries import Comparison, Quantity, chosen_runs, entry
 
 #: the global penalties in the Fisher metric tell direction and metric apart
 BASELINES = {
@@ -57,18 +47,20 @@ def _means(config: dict[str, Any], rows: list[Row]) -> str:
     cost = {seed: row["test"]["nominal"] for seed, (row,) in chosen_runs(rows)["none"].items()}
 
     def reached(own: list[Row], _: list[Row]) -> str:
-        return share_of(own, lambda row: row["validation"]["robust_accuracy"] >= config["target"])
+        return summaries.share_of(own, lambda row: row["validation"]["robust_accuracy"] >= config["target"])
 
     def price(own: list[Row], _: list[Row]) -> str:
-        return interval_text(bootstrap_interval([row["test"]["nominal"] - cost[row["seed"]] for row in own]))
+        return summaries.interval_text(
+            summaries.bootstrap_interval([row["test"]["nominal"] - cost[row["seed"]] for row in own])
+        )
 
     columns = {
-        "λ (units)": lambda own, _: geometric_mean(own, "weight", ".2f"),
+        "λ (units)": lambda own, _: summaries.geometric_mean(own, "weight", ".2f"),
         "target reached": lambda own, every: "-" if own[0]["method"] == "none" else reached(own, every),
         **{quantity.heading: quantity.mean for quantity in COMPARISON.quantities.values()},
         "price of robustness": lambda own, every: "0" if own[0]["method"] == "none" else price(own, every),
     }
-    return by_method(COMPARISON.names, rows, columns)
+    return summaries.by_method(COMPARISON.names, rows, columns)
 
 
 def _picture(config: dict[str, Any], rows: list[Row], path: Path) -> None:
@@ -93,7 +85,7 @@ def _picture(config: dict[str, Any], rows: list[Row], path: Path) -> None:
 def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     """The page; draws ``digits.png`` into the folder."""
     _picture(header["config"], rows, folder / "digits.png")
-    return page(
+    return summaries.page(
         *(__file__, header, rows),
         means=_means(header["config"], rows),
         differences=COMPARISON.differences(rows),

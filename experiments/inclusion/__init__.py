@@ -12,7 +12,7 @@ from aajr_kernels.method import baseline_penalty
 from common.pages import table
 from common.plots import COLOURS, figure, save
 
-from ..base import Experiment, Task
+from ..base import Experiment, Task, configured
 from ..store import Row
 from ..summaries import page
 from . import problem
@@ -21,11 +21,6 @@ TWO = torch.diag(torch.tensor([1.0, 5.0], dtype=torch.float64))
 #: a policy with one output: the adversary's direction is the only one it has
 ONE = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
 SOLVERS = (("aligned", problem.solve_aligned), ("global", problem.solve_global))
-
-
-def config(quick: bool) -> dict[str, Any]:
-    gammas = [1.0] if quick else [0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0]
-    return {"gammas": gammas, "iterations": 200 if quick else 300, "networks": 5 if quick else 100}
 
 
 def tasks(config: dict[str, Any]) -> list[Task]:
@@ -150,4 +145,4 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     return page(__file__, header, rows, worst=errors(rows), table=table(heads, lines))
 
 
-EXPERIMENT = Experiment("inclusion", config, tasks, work, report)
+EXPERIMENT = Experiment("inclusion", configured(__file__), tasks, work, report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ def adapted(config: dict[str, Any], seed: int) -> tuple[nn.Module, Text]:
     Raises:
         MissingPackage: peft, transformers, gguf or the package with the weights is not installed.
     """
-    texts.require("transformers", "peft")
     if config["model"] == "smollm2":
         base, tokenizer = texts.smollm2()
         text = encoded(tokenizer, config["characters"])
@@ -51,20 +49,14 @@ def adapted(config: dict[str, Any], seed: int) -> tuple[nn.Module, Text]:
 
 
 def _llama(config: dict[str, Any], seed: int) -> nn.Module:
-    texts.require("transformers")
-    library = importlib.import_module("transformers")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        width = config["width"]
-        model: nn.Module = library.LlamaForCausalLM(
-            library.LlamaConfig(
-                vocab_size=BYTES,
-                hidden_size=width,
-                intermediate_size=5 * width // 2,
-                num_hidden_layers=config["layers"],
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=config["length"],
-            )
-        )
+    model: nn.Module = texts.small_llama(
+        seed,
+        vocab_size=BYTES,
+        hidden_size=config["width"],
+        intermediate_size=5 * config["width"] // 2,
+        num_hidden_layers=config["layers"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=config["length"],
+    )
     return model

@@ -10,19 +10,9 @@ import numpy as np
 from common.pages import table
 from common.plots import figure, save
 
+from .. import summaries
 from ..store import Row
-from ..summaries import (
-    Cell,
-    Comparison,
-    Quantity,
-    bootstrap_interval,
-    by_method,
-    chosen_runs,
-    entry,
-    geometric_mean,
-    interval_text,
-    page,
-)
+from ..summaries import Cell, Comparison, Quantity, chosen_runs, entry
 
 NAMES = {
     "untouched": "not trained",
@@ -91,7 +81,7 @@ def _means(config: dict[str, Any], rows: list[Row]) -> str:
         "η_max": eta_max,
         "non-monotone, %": Quantity("", entry("test", "falls", factor=100), 1).mean,
     }
-    return by_method(NAMES, rows, columns)
+    return summaries.by_method(NAMES, rows, columns)
 
 
 def _step_seconds(rows: list[Row]) -> dict[int, float]:
@@ -117,16 +107,16 @@ def _runs(rows: list[Row]) -> str:
         if own[0]["method"] == "adversarial":
             return "1"
         ratios = [seconds / base[seed] for seed, seconds in _step_seconds(every).items()]
-        return interval_text(bootstrap_interval(ratios), 2, sign=False)
+        return summaries.interval_text(summaries.bootstrap_interval(ratios), 2, sign=False)
 
     columns = {
-        "w or λ": matched(lambda own, _: geometric_mean(own, "knob")),
+        "w or λ": matched(lambda own, _: summaries.geometric_mean(own, "knob")),
         "off the target": matched(lambda own, _: f"{np.mean(away(own)):.1%}"),
         "furthest off": matched(lambda own, _: f"{max(away(own)):.1%}"),
         "time per step": cost,
         "steps skipped": lambda _, every: sum(row["skipped"] for row in every),
     }
-    return by_method(NAMES, rows, columns)
+    return summaries.by_method(NAMES, rows, columns)
 
 
 def _adapted(rows: list[Row]) -> str:
@@ -183,7 +173,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     scratch, adapted = ([row for row in rows if row["part"] == name] for name in ("scratch", "adapted"))
     _picture(config, scratch, adapted, folder / "language-model.png")
     compared = comparison(part)
-    return page(
+    return summaries.page(
         *(__file__, header, rows),
         open_places=(part["length"] // part["turn"] + 1) // 2 * part["turn"],
         means=_means(part, scratch),

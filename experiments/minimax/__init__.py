@@ -10,42 +10,13 @@ import itertools
 import math
 from typing import Any
 
-from ..base import Experiment, Task
+from ..base import Experiment, Task, configured
 from ..digits.data import load
 from ..digits.training import nominal, unit_weight
 from ..search import interpolated, search
 from ..store import Row
 from .report import report
 from .training import METHODS, curvature, evaluate, inner_ascent, pretrain, tune
-
-
-def config(quick: bool) -> dict[str, Any]:
-    """Seeds from 0; the pilot that set radius, frequencies, price and search used seeds from 100."""
-    full: dict[str, Any] = {
-        "seeds": 10,
-        "factors": [0.5, 1.0, 2.0, 4.0, 8.0],
-        "sizes": [897, 400, 500],
-        "width": 64,
-        "gain": 8.0,
-        "batch": 128,
-        "pretraining": {"epochs": 15, "learning_rate": 0.01},
-        "epochs": 8,
-        "learning_rate": 0.003,
-        "radius": 0.85,
-        "inner_steps": 6,
-        "curvature_steps": 10,
-        "power_iterations": 3,
-        "price": 1.1,
-        "budget": 4,
-        "search": {method: [0.5 if method == "none" else -0.5, 0.5] for method in METHODS},
-        "attack": {"steps": 20, "step": [0.25, 0.1], "restarts": 1, "losses": ["cross-entropy", "margin"]},
-    }
-    if quick:
-        small = {"seeds": 2, "factors": [1.0, 8.0], "sizes": [64, 32, 32], "width": 8, "batch": 32}
-        small |= {"epochs": 2, "inner_steps": 2, "curvature_steps": 2, "budget": 1}
-        short = {"attack": full["attack"] | {"steps": 2, "step": [0.5]}}
-        full |= small | short | {"pretraining": full["pretraining"] | {"epochs": 2}}
-    return full
 
 
 def tasks(config: dict[str, Any]) -> list[Task]:
@@ -100,4 +71,4 @@ def rank(row: Row, target: float) -> tuple[bool, float]:
     return row["finite"], -abs(math.log(row["validation"]["nominal"] / target))
 
 
-EXPERIMENT = Experiment("minimax", config, tasks, work, report)
+EXPERIMENT = Experiment("minimax", configured(__file__), tasks, work, report)

@@ -10,18 +10,9 @@ import numpy as np
 from common.pages import table
 from common.plots import figure, save
 
+from .. import summaries
 from ..store import Row
-from ..summaries import (
-    Comparison,
-    Quantity,
-    bootstrap_interval,
-    by_method,
-    chosen_runs,
-    entry,
-    geometric_mean,
-    page,
-    share_of,
-)
+from ..summaries import Comparison, Quantity, chosen_runs, entry
 
 BASELINES = ("none", "frobenius", "spectral", "random")
 COMPARISON = Comparison(
@@ -80,16 +71,20 @@ def _matching(rows: list[Row], factors: list[float]) -> str:
         return "-" if own[0]["method"] == "plain" else cell
 
     columns: dict[str, Any] = {
-        f"knob at {factor:g}": lambda own, _, factor=factor: geometric_mean(_at(own, factor), "knob")
+        f"knob at {factor:g}": lambda own, _, factor=factor: summaries.geometric_mean(
+            _at(own, factor), "knob"
+        )
         for factor in factors
     }
     columns |= {
-        "within 2 % of the target": lambda own, _: matched(own, share_of(own, lambda row: away(row) <= 0.02)),
+        "within 2 % of the target": lambda own, _: matched(
+            own, summaries.share_of(own, lambda row: away(row) <= 0.02)
+        ),
         "furthest off": lambda own, _: matched(own, f"{max(map(away, own)):.1%}"),
-        "diverged (chosen)": lambda own, _: share_of(own, lambda row: row["diverged"]),
-        "diverged (all runs)": lambda _, every: share_of(every, lambda row: row["diverged"]),
+        "diverged (chosen)": lambda own, _: summaries.share_of(own, lambda row: row["diverged"]),
+        "diverged (all runs)": lambda _, every: summaries.share_of(every, lambda row: row["diverged"]),
     }
-    return by_method(COMPARISON.names, rows, columns)
+    return summaries.by_method(COMPARISON.names, rows, columns)
 
 
 def _picture(rows: list[Row], factors: list[float], path: Path) -> None:
@@ -100,7 +95,7 @@ def _picture(rows: list[Row], factors: list[float], path: Path) -> None:
             by_factor = [
                 (f, list(COMPARISON.values(_at(rows, f), method, quantity).values())) for f in factors
             ]
-            points = [(f * shift, *bootstrap_interval(v)) for f, v in by_factor if len(v) > 1]
+            points = [(f * shift, *summaries.bootstrap_interval(v)) for f, v in by_factor if len(v) > 1]
             if points:
                 at, mean, low, high = np.asarray(points).T
                 error, label = [mean - low, high - mean], name if axis is axes[0] else None
@@ -129,7 +124,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
         return COMPARISON.differences(rows, columns=columns)
 
     kappas = [row["kappa_0"] for row in rows]
-    return page(
+    return summaries.page(
         *(__file__, header, rows),
         kappas=(min(kappas), max(kappas)),
         listed="\n\n".join(_by_factor(rows, quantity, factors) for quantity in LISTED),

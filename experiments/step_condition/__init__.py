@@ -4,28 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import Experiment, Task
+from ..base import Experiment, Task, configured
 from ..store import Row
 from .closed import FAMILIES, trials
 from .networks import network_rows
 from .report import report
-
-
-def config(quick: bool) -> dict[str, Any]:
-    networks = {
-        "width": 32,
-        "epochs": 15,
-        "steps": 6,
-        "samples": 9,
-        "factors": [0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64],
-        "shares": [0.05, 0.1, 0.25, 0.5, 1.0, 2.0],
-    }
-    if quick:
-        networks |= {"epochs": 2, "steps": 2, "samples": 3, "factors": [1, 64], "shares": [1.0]}
-    return {
-        "closed": {"seeds": 1 if quick else 2, "rows": 32 if quick else 256, "steps": 2 if quick else 4},
-        "networks": {"seeds": 1 if quick else 5, **networks},
-    }
 
 
 def tasks(config: dict[str, Any]) -> list[Task]:
@@ -46,4 +29,4 @@ def work(family: str, **arguments: Any) -> list[Row]:
     return trials(family, **arguments)
 
 
-EXPERIMENT = Experiment("step-condition", config, tasks, work, report)
+EXPERIMENT = Experiment("step-condition", configured(__file__), tasks, work, report)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.texts import smollm2, with_lora
+from common.texts import small_llama, smollm2, with_lora
 
 from .game import Games, Heads, marginal, observations
 
@@ -117,8 +117,6 @@ def from_scratch(game: dict[str, Any], model: dict[str, int], seed: int) -> Pair
         model: width and layers.
         seed: of the start.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     lots = game["lots"]
     # words of its own for every lot's sizes and values, then the prompt, then the lots
     words, prompt = game["counts"] + game["values"] + 1, lots * (game["counts"] + game["values"] + 1)
@@ -133,17 +131,16 @@ def from_scratch(game: dict[str, Any], model: dict[str, int], seed: int) -> Pair
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(2):
-            made = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=prompt + 1 + lots,
-                    hidden_size=model["width"],
-                    intermediate_size=2 * model["width"],
-                    num_hidden_layers=model["layers"],
-                    num_attention_heads=2,
-                    max_position_embeddings=length + lots,
-                    initializer_range=model["width"] ** -0.5,
-                    tie_word_embeddings=False,
-                )
+            made = small_llama(
+                None,
+                vocab_size=prompt + 1 + lots,
+                hidden_size=model["width"],
+                intermediate_size=2 * model["width"],
+                num_hidden_layers=model["layers"],
+                num_attention_heads=2,
+                max_position_embeddings=length + lots,
+                initializer_range=model["width"] ** -0.5,
+                tie_word_embeddings=False,
             )
             with torch.no_grad():
                 made.get_input_embeddings().weight.normal_()
@@ -211,12 +208,7 @@ def text(counts: list[int], values: list[int]) -> tuple[str, str, str]:
 
 def tiny_text_model() -> tuple[Any, Callable[[str], list[int]]]:
     """A random Llama on characters: the path of the pretrained model without its weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = dict(vocab_size=128, hidden_size=16, intermediate_size=32, max_position_embeddings=256)
-        config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
-        model = LlamaForCausalLM(config)
+    sizes = dict(vocab_size=128, hidden_size=16, intermediate_size=32, max_position_embeddings=256)
+    model = small_llama(0, **sizes, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
     # a letter after a space is one token, as in the pretrained model's vocabulary
     return model.eval(), lambda words: [ord(c) for c in words] if len(words) != 2 else [ord(words[1])]
