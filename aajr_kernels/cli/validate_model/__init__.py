@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from dataclasses import asdict
 
 import typer
 from rich.console import Console
@@ -11,7 +13,7 @@ from rich.markup import escape
 from ...training.progress import Progress
 from ..info import package_version
 from ..printing import RESULTS, print_json, say, table
-from .checks import CONFIRMED, Report, as_json, validate_model
+from .checks import CONFIRMED, Report, validate_model
 from .loading import CannotValidate, load, prepare
 
 BATCH = 2
@@ -46,7 +48,8 @@ def run(
         packages = ("aajr_kernels", "torch", "transformers", "triton")
         settings = {"spec": spec, "batch": BATCH, "length": length, "layers": layers, "seed": seed}
         versions = {name: package_version(name) for name in packages}
-        print_json({**as_json(report), **settings, "seconds": round(seconds, 2), "versions": versions})
+        facts = settings | {"seconds": round(seconds, 2), "versions": versions}
+        print_json({"passed": not report.failures, "failures": report.failures, **asdict(report), **facts})
     else:
         console = Console()
         _show(report, length, seconds, console if console.is_terminal else Console(width=140))
@@ -77,17 +80,22 @@ def _show(report: Report, length: int, seconds: float, console: Console) -> None
         if check.result == "fail" or (check.result == "shown" and check.share != check.share):
             lines.append(f"[yellow]{check.name} {check.dtype}:[/] {escape(check.failure)}")
     lines.append(
-        f"Finite differences of the oracle's penalty confirm its gradient to {report.confirmed:.1e}."
-        if report.confirmed <= CONFIRMED
-        else f"Finite differences do not confirm the oracle: {report.confirmed:.1e}."
+        f"Finite differences of the oracle's penalty confirm its gradient to {report.finite_differences:.1e}."
+        if report.finite_differences <= CONFIRMED
+        else f"Finite differences do not confirm the oracle: {report.finite_differences:.1e}."
     )
-    lines += [f"[dim]Fused:[/] {what}, {count} x {modules}" for what, count, modules in report.fused]
-    lines += [f"[yellow]Not fused:[/] {module}: {escape(reason)}" for module, reason in report.left.items()]
+    lines += ["[dim]Fused:[/] {what}, {count} x {modules}".format_map(row) for row in report.fused]
+    lines += [
+        f"[yellow]Not fused:[/] {module}: {escape(reason)}" for module, reason in report.not_fused.items()
+    ]
     judged = [check for check in report.checks if check.judged]
     last = judged[-1]
-    shares = {backend: last.coverage.share(backend) for _, backend, *_ in last.coverage.rows()}
+    shares: dict[str, float] = defaultdict(float)
+    for operation in last.operations:
+        shares[operation["backend"]] += operation["share"]
     parts = ", ".join(f"{share:.1%} {backend}" for backend, share in shares.items() if share > 0)
-    lines.append(f"Arithmetic of the {last.name} step in {last.dtype}: {parts}.")
+    if parts:
+        lines.append(f"Arithmetic of the {last.name} step in {last.dtype}: {parts}.")
     if report.fallbacks:
         names = ", ".join(map(escape, report.fallbacks))
         lines.append(f"[yellow]By the generic fallback (exact, slower):[/] {names}.")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...backends.errors import UnsupportedOperation
-from ...coverage import Coverage, coverage
+from ...coverage import coverage
 from ...dual import Dual
 from ...method import aligned_penalty
 from ...testing import oracle
@@ -52,20 +52,20 @@ class Check:
 
     Attributes:
         name: ``"unmodified"``, ``"fused"``, or a peer.
-        judged: whether errors above the budget fail; peers are only shown.
+        result: ``"pass"``, ``"fail"``, or ``"shown"`` for a peer, whose errors fail nothing.
         penalty_error, output_error: relative.
         gradient_error: relative, of all parameters together; the larger one of penalty and output.
         worst: the tensor whose error takes the largest share of its budget.
         share: that share; above 1 is a failure.
         failure: one sentence, empty if it passed.
         seconds: of forward and backward.
-        coverage: what ran on which backend.
+        operations: what ran on which backend: op, backend, count, share of the arithmetic.
     """
 
     name: str
     dtype: str
     device: str
-    judged: bool = True
+    result: str = "pass"
     penalty_error: float = math.nan
     output_error: float = math.nan
     gradient_error: float = math.nan
@@ -73,12 +73,17 @@ class Check:
     share: float = math.nan
     failure: str = ""
     seconds: float = 0.0
-    coverage: Coverage = field(default_factory=Coverage)
+    operations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def result(self) -> str:
-        """``"pass"``, ``"fail"``, or ``"shown"`` for a peer."""
-        return "fail" if self.failure and self.judged else "pass" if self.judged else "shown"
+    def judged(self) -> bool:
+        """Whether it is one of ours."""
+        return self.result != "shown"
+
+    def fail(self, sentence: str) -> None:
+        """Note why its errors are too large, or why there is nothing to compare."""
+        self.failure = sentence
+        self.result = "fail" if self.judged else self.result
 
     def compare(self, ours: Results, truth: Results, eager: Results | None) -> None:
         """Fill in the errors of `ours`; `eager`: the written-out model in the low dtype, None in float64."""
@@ -90,12 +95,12 @@ class Check:
         self.worst = max(shares, key=lambda name: shares[name])
         self.share = shares[self.worst]
         if self.share > 1:
-            self.failure = f"{self.worst} is {self.share:.1f} times as wrong as its budget allows."
+            self.fail(f"{self.worst} is {self.share:.1f} times as wrong as its budget allows.")
 
 
 @dataclass
 class Report:
-    """Of one model.
+    """Of one model; as a dictionary it is what ``--json`` prints.
 
     Attributes:
         model: its class.
@@ -103,9 +108,9 @@ class Report:
         metric: of the penalty.
         padded: whether the last row of the batch is padded, with an attention mask.
         checks: rows.
-        confirmed: relative difference of the oracle's gradient from finite differences of its penalty.
-        fused: (what, how many, modules) that ran on fused operations.
-        left: module -> why not; of a whole model under its class name.
+        finite_differences: relative difference of the oracle's gradient from those of its penalty.
+        fused: what ran on fused operations, how many, and the class of the modules.
+        not_fused: module -> why not; of a whole model under its class name.
         fallbacks: operations without a rule of their own, which torch's forward mode computed.
     """
 
@@ -114,19 +119,19 @@ class Report:
     metric: str
     padded: bool
     checks: list[Check] = field(default_factory=list)
-    confirmed: float = math.nan
-    fused: list[tuple[str, int, str]] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    finite_differences: float = math.nan
+    fused: list[dict[str, Any]] = field(default_factory=list)
+    not_fused: dict[str, str] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
         """Sentences; empty if the model passed."""
         sentences = [f"{c.name} {c.dtype}: {c.failure}" for c in self.checks if c.result == "fail"]
-        if not self.confirmed <= CONFIRMED:
+        if not self.finite_differences <= CONFIRMED:
             sentences.append(
-                f"the oracle's gradient differs from finite differences of its penalty by {self.confirmed:.1e}: the "
-                "model is not smooth here, or not deterministic."
+                "the oracle's gradient differs from finite differences of its penalty by "
+                f"{self.finite_differences:.1e}: the model is not smooth here, or not deterministic."
             )
         return sentences
 
@@ -163,27 +168,30 @@ def validate_model(
                 ) from error
             if len(truths) == 1:
                 advance("finite differences of the oracle")
-                report.confirmed = _confirm(exact, truths[weights])
+                report.finite_differences = _confirm(exact, truths[weights])
             del exact
         advance(f"eager {name}")
         eager = None if dtype == torch.float64 else _oracle(subject.placed("cpu", dtype))
         peers = PEERS if dtype == torch.float32 else {}
         for way, compute in {"unmodified": _ours, "fused": _ours, **peers}.items():
             advance(f"{way} {name}")
-            check = Check(way, name, "cpu" if way in peers else device, judged=way not in peers)
+            check = Check(way, name, *(("cpu", "shown") if way in peers else (device, "pass")))
             placed = subject.placed(check.device, dtype, weights)
             try:
                 if way == "fused" and not _fuse(placed, report):
                     continue
-                with coverage() as check.coverage:
+                with coverage() as seen:
                     results = _timed(check, compute, placed)
                 check.compare(results, truths[weights], eager)
             except UnsupportedOperation as error:
-                check.failure = str(error)
+                check.fail(str(error))
             except Exception as error:  # any error of the user's model on our ops, or of a peer
-                check.failure = _first_line(error)
+                check.fail(_first_line(error))
+            else:
+                names = ("op", "backend", "count", "share")
+                check.operations = [dict(zip(names, row)) for row in seen.rows()]
+                report.fallbacks = sorted({*report.fallbacks, *seen.fallbacks})
             report.checks.append(check)
-            report.fallbacks = sorted({*report.fallbacks, *check.coverage.fallbacks})
     return report
 
 
@@ -201,9 +209,10 @@ def _fuse(subject: Subject, report: Report) -> bool:
     except (ImportError, TypeError, ValueError) as error:
         if kind in KNOWN:
             raise
-        report.left[type(subject.model).__name__] = str(error)
+        report.not_fused[type(subject.model).__name__] = str(error)
         return False
-    report.fused, report.left = fusion.rows(), dict(fusion.left)
+    report.fused = [dict(zip(("what", "count", "modules"), row)) for row in fusion.rows()]
+    report.not_fused = dict(fusion.left)
     return True
 
 
@@ -376,26 +385,3 @@ def _confirm(subject: Subject, truth: Results) -> float:
         if error <= CONFIRMED:
             break
     return error
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON values."""
-    checks = []
-    for check in report.checks:
-        row = {name: value for name, value in vars(check).items() if name not in ("judged", "coverage")}
-        if check.judged:
-            names = ("op", "backend", "count", "share")
-            row["operations"] = [dict(zip(names, operation)) for operation in check.coverage.rows()]
-        checks.append(row | {"result": check.result})
-    return {
-        "passed": not report.failures,
-        "failures": report.failures,
-        "model": report.model,
-        "parameters": report.parameters,
-        "metric": report.metric,
-        "finite_differences": report.confirmed,
-        "checks": checks,
-        "fused": [dict(zip(("what", "count", "modules"), row)) for row in report.fused],
-        "not_fused": report.left,
-        "fallbacks": report.fallbacks,
-    }
