@@ -126,7 +126,7 @@ def test_every_page_with_python_runs():
 
 def test_commands_of_the_pages_exist():
     """`aajr ...` and `python -m bench ...` in blocks of commands: the command, and every option that it is given."""
-    from aajr_kernels.cli.main import COMMANDS, load
+    from aajr_kernels.cli.main import app
     from bench.__main__ import bench
     from bench.compare import files
     from bench.report import report
@@ -136,7 +136,7 @@ def test_commands_of_the_pages_exist():
     from demo.__main__ import demo
     from experiments.__main__ import experiment
 
-    commands = {f"aajr {name}": load(name) for name in COMMANDS}
+    commands = {f"aajr {name}": one for name, one in typer.main.get_group(app).commands.items()}
     programs = {"bench": bench, "bench.compare": files, "bench.report": report, "bench.scaling": scaling}
     programs |= {"bench.tune": tune, "demo": demo}
     for name, function in {**programs, "experiments": experiment}.items():

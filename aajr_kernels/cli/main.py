@@ -1,29 +1,17 @@
-"""The `aajr` command: its sub-commands, each imported only when it is used.
-
-A sub-command is a function with typer-annotated parameters in a module of its own, called like the sub-command;
-`COMMANDS` is the one place that lists them. So `aajr info` starts quickly and works where the packages that another
-sub-command needs are missing.
-"""
+"""The `aajr` command: `info` and `validate`, functions with typer-annotated parameters."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
 
 from ..backends.errors import BackendUnavailable, UnsupportedOperation
-
-#: sub-command -> (module, its line in the overview)
-COMMANDS: dict[str, tuple[str, str]] = {
-    "info": ("aajr_kernels.cli.info", "Versions, devices, backends and why one is missing."),
-    "validate": ("aajr_kernels.cli.validate", "Check every op against a float64 oracle."),
-}
-
+from .info import info
+from .validate import validate
 
 #: of every command
 OPTIONS: dict[str, Any] = dict(
@@ -33,36 +21,21 @@ OPTIONS: dict[str, Any] = dict(
 )
 
 
-class LazyGroup(TyperGroup):
-    """A command group whose overview needs no sub-command's module; the one that is called gets imported."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        name, placeholder, rest = super().resolve_command(ctx, args)
-        return name, load(name) if name in COMMANDS else placeholder, rest
-
-
-def application(function: Callable[..., Any], name: str | None = None) -> typer.Typer:
+def application(function: Callable[..., Any]) -> typer.Typer:
     """A function with typer-annotated parameters as a command of its own."""
     single = typer.Typer(**OPTIONS)
-    single.command(name)(function)
+    single.command()(function)
     return single
-
-
-def load(name: str) -> Any:
-    """The sub-command `name`, imported, as the command object that typer makes of it."""
-    module, _ = COMMANDS[name]
-    return typer.main.get_command(application(getattr(importlib.import_module(module), name), name))
 
 
 app = typer.Typer(
     name="aajr",
-    cls=LazyGroup,
     help="Exact gradients of a transformer's sensitivity along adversarial directions.",
     no_args_is_help=True,
     **OPTIONS,
 )
-for _name, (_module, _summary) in COMMANDS.items():
-    app.command(_name, help=_summary)(lambda: None)
+app.command()(info)
+app.command()(validate)
 
 
 def fail(message: str) -> NoReturn:

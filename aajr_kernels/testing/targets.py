@@ -17,7 +17,6 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from rich.markup import escape
 from ...training.progress import Progress
 from ..info import package_version
 from ..printing import RESULTS, print_json, say, table
-from .checks import CONFIRMED, Report, validate_model
+from .checks import CONFIRMED, DTYPES, Report, validate_model
 from .loading import CannotValidate, load, prepare
+
+__all__ = ["DTYPES", "run"]
 
 BATCH = 2
 
