@@ -138,7 +138,9 @@ def attention(
     _add("attention", f"attention {label}", dtype, function, pinned, strict, D <= 128, tf32, processors)
 
 
-attention("D128 causal GQA", BF16, 128, heads=(8, 2), causal=True, pinned=("sm_90", "sm_100", "gfx942"))
+attention(
+    "D128 causal GQA", BF16, 128, heads=(32, 8), N=4096, causal=True, pinned=("sm_90", "sm_100", "gfx942")
+)
 attention("D128 full", BF16, 128, pinned=("sm_90",))
 attention("D64 causal", BF16, 64, causal=True, pinned=("sm_80", "sm_90"))
 attention("D64 full", BF16, 64)
@@ -149,7 +151,9 @@ attention("D128 causal", FP32, 128, causal=True)
 attention("D128 padding causal GQA", BF16, 128, heads=(8, 2), mask="padding", causal=True, spills=STRICT)
 attention("D64 padding", BF16, 64, mask="padding")
 # what transformers makes of padding: a mask per query, causality within
-attention("D128 mask GQA", BF16, 128, heads=(8, 2), mask="pairs", spills=("sm_90",), pinned=("sm_90",))
+attention(
+    "D128 mask GQA", BF16, 128, heads=(32, 8), N=4096, mask="pairs", spills=("sm_90",), pinned=("sm_90",)
+)
 attention("D64 mask", BF16, 64, mask="pairs")
 attention("D64 bias", BF16, 64, mask="bias")
 attention("D128 bias causal", BF16, 128, mask="bias", causal=True, spills=STRICT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +21,11 @@ from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.configs import Tile
 from aajr_kernels.ops.attention.options import Options, lacks_in_triton
 from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, relative_error
+from bench import schedule as simulation
 
 triton_module = pytest.importorskip("aajr_kernels.ops.attention.triton", reason="triton is not installed")
 triton_problem = pytest.importorskip("aajr_kernels.ops.attention.triton.problem")
+schedule = pytest.importorskip("aajr_kernels.ops.attention.triton.schedule")
 
 DEVICE = DEVICES["triton"]
 pytestmark = [
@@ -278,16 +281,60 @@ def test_two_runs_are_bitwise_equal():
 @pytest.mark.parametrize(
     "bias", [None, pytest.param((2, 1, 2, 9, 11), marks=pytest.mark.slow), (2, 4, 1, 1, 11)], ids=str
 )
-def test_more_heads_than_a_grid_takes_are_launched_in_parts(bias, monkeypatch):
-    monkeypatch.setattr(triton_problem, "GRID_LIMIT", 5)  # two batch rows of two heads at a time
+def test_sections_of_heads(bias, monkeypatch):
+    monkeypatch.setattr(schedule, "SECTION_PROGRAMS", 4)
+    assert schedule.grid(4, 2, 1) == (4, 1, 2)
     mask = None if bias is None else torch.randn(bias)
     both(leaves((4, 2, 1, 9, 11, 16, 16)), mask, Options(0.3))
 
 
-def test_parts_draw_masks_of_their_own(monkeypatch):
-    monkeypatch.setattr(triton_problem, "GRID_LIMIT", 5)
-    mask = drawn(torch.tensor(5, device=DEVICE), 0.5, (4, 2, 9, 16))
-    assert not torch.equal(mask[0], mask[2]) and ((mask == 0) | (mask == 2)).all()
+@pytest.mark.parametrize("kernels", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("programs", [0, 3, 200], ids=["whole", "halves", "heads"])
+def test_programs_that_share_the_query_heads_of_a_key_head(programs, kernels, monkeypatch):
+    monkeypatch.setattr(schedule, "SPLIT_PROGRAMS", programs)
+    assert schedule.parts(2, 4) == {0: 1, 3: 2, 200: 4}[programs]
+    both(leaves((1, 4, 1, 37, 40, 16, 16 if kernels == 1 else 80), k=2), None, Options(0.3, offset=0))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter tells which program runs")
+def test_programs_take_the_places_that_the_simulation_has(monkeypatch):
+    shape = simulation.Shape(3, 4, 2, 100, head_size=16)
+    expected = {launch.name: launch for launch in simulation.launches(shape, "interpreter")}
+    names = {
+        "_attention_fwd_kernel": "forward",
+        "_attention_bwd_kv_kernel": "keys and values",
+        "_attention_bwd_q_kernel": "queries",
+    }
+    from triton.runtime.interpreter import interpreter_builder
+
+    places = {name: {} for name in (*names, "_attention_rows_kernel")}
+    own_place = schedule.own_place
+
+    def recorded(last_first):
+        head, block = own_place(last_first)
+        kernel = sys._getframe(1).f_code.co_name
+        x, y, z = interpreter_builder.grid_idx
+        places[kernel][z, y, x] = int(head), int(block)
+        return head, block
+
+    for kernel in (triton_module._attention_fwd_kernel, triton_module._attention_bwd_q_kernel):
+        monkeypatch.setitem(kernel.fn.__globals__, "own_place", recorded)
+    both(leaves((3, 4, 2, 100, 100, 16, 16)), None, Options(0.3, offset=0))
+    for kernel, name in names.items():
+        in_order = [place for _, place in sorted(places[kernel].items())]
+        assert in_order == [(program.head, program.block) for program in expected[name].programs]
+
+
+def test_grids():
+    for batch, heads, blocks in itertools.product((1, 2, 6, 7, 64, 65537, 70000), (1, 4, 32), (1, 3, 32)):
+        width, height, depth = schedule.grid(batch, heads, blocks)
+        assert (width * depth, height) == (batch * heads, blocks) and width % heads == 0
+        assert depth == 1 or (depth <= schedule.GRID_LIMIT and width * blocks >= schedule.SECTION_PROGRAMS)
+    assert schedule.grid(0, 4, 3) == (0, 3, 0)
+    with pytest.raises(
+        ValueError, match=r"65535 blocks on the triton backend, got 65536: choose backend 'ref"
+    ):
+        schedule.grid(1, 1, 65536)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ....backends.triton.launch import architecture, launch, operator
 from .. import operators
 from ..configs import Tile
 from ..options import Options
+from . import schedule
 from .backward import (
     _attention_bwd_bias_kernel,
     _attention_bwd_kv_kernel,
@@ -19,18 +20,7 @@ from .backward import (
     _attention_rows_kernel,
 )
 from .forward import _attention_fwd_kernel
-from .problem import (
-    Problem,
-    batch_parts,
-    block_size,
-    descriptors_fit,
-    like,
-    mask_part,
-    reseeded,
-    row_dense,
-    rows,
-    stack,
-)
+from .problem import Problem, block_size, descriptors_fit, like, row_dense, rows, stack
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -48,15 +38,7 @@ def attention_fwd(
     float32, otherwise ``[1, B, H, NP]``: the log2 of the sum of the exponentials; +inf where a query sees nothing.
     The means are ``[K, B, H, NP]``.
     """
-    parts = batch_parts(q)
-    if len(parts) == 1:
-        result: tuple[Tensor, Tensor, Tensor] = _attention_fwd(q, k, v, mask, *options)
-        return result
-    results = [
-        _attention_fwd(q[:, at], k[:, at], v[:, at], mask_part(mask, at), *reseeded(options, i))
-        for i, at in enumerate(parts)
-    ]
-    out, stats, mu = (torch.cat(x, 1) for x in zip(*results))
+    out, stats, mu = _attention_fwd(q, k, v, mask, *options)
     return out, stats, mu
 
 
@@ -74,27 +56,8 @@ def attention_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and the bias, None where not needed."""
     needs = (*needs[:3], needs[3] and mask is not None)
-    parts = batch_parts(q)
-    if len(parts) == 1:
-        result: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = _attention_bwd(
-            out_bar, q, k, v, mask, out, stats, mu, *needs, *options
-        )
-        return result
-    results = []
-    for i, at in enumerate(parts):
-        inputs = (x[:, at] for x in (out_bar, q, k, v))
-        saved = (x[:, at].contiguous() for x in (stats, mu))
-        flat = reseeded(options, i)
-        results.append(_attention_bwd(*inputs, mask_part(mask, at), out[:, at], *saved, *needs, *flat))
-    q_bar, k_bar, v_bar = (
-        torch.cat(x, 1) if need else None for x, need in zip(list(zip(*results))[:3], needs)
-    )
-    if not needs[3] or mask is None:
-        return q_bar, k_bar, v_bar, None
-    bias_bars = [bars[3] for bars in results]
-    if mask.shape[1] > 1:
-        return q_bar, k_bar, v_bar, torch.cat(bias_bars, 1)
-    return q_bar, k_bar, v_bar, torch.stack(bias_bars).sum(0, dtype=torch.float32).to(mask.dtype)
+    q_bar, k_bar, v_bar, bias_bar = _attention_bwd(out_bar, q, k, v, mask, out, stats, mu, *needs, *options)
+    return q_bar, k_bar, v_bar, bias_bar
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[Any, ...]) -> Problem:
@@ -149,8 +112,9 @@ def _attention_bwd(
     v_bar = like(v) if need_v else None
     bias_bar = None
     if need_bias and mask is not None:
-        parts = p.bias_grid(mask.shape[1:])[2]
-        bias_bar = torch.empty((parts, *mask.shape), dtype=torch.float32, device=q.device)
+        bias_bar = torch.empty(
+            (p.bias_grid(mask.shape[1:])[1], *mask.shape), dtype=torch.float32, device=q.device
+        )
     if 0 in (*q.shape[1:4], k.shape[3]):
         for bar in (q_bar, k_bar, v_bar, bias_bar):
             if bar is not None:
@@ -176,20 +140,36 @@ def _launch_bwd(
 ) -> None:
     K = p.tangents
     delta = torch.empty((2, *stats.shape[1:]), dtype=torch.float32, device=stats.device)
+    key_kernels = p.key_kernels(k_bar is not None, v_bar is not None)
+    k_parts, v_parts = (
+        None if bar is None else _parts(p, bar, next(x for x in key_kernels if name in x))
+        for name, bar in (("k", k_bar), ("v", v_bar))
+    )
     # the primal's gradients are summed over several tangents in float32
     sums = [
         torch.empty(x.shape[1:], dtype=torch.float32, device=x.device) if x is not None and K > 1 else None
-        for x in (q_bar, k_bar, v_bar)
+        for x in (q_bar, k_parts, v_parts)
     ]
     for index in range(min(K - 1, 0), K):
         launch_rows(p, index, out, out_bar, delta)
         context = Backward(p, index, out_bar, stats, mu, delta)
-        if v_bar is not None or k_bar is not None:
-            context.launch_kv(k_bar, v_bar, *sums[1:])
+        for kernel in key_kernels:
+            context.launch_kv(kernel, k_parts, v_parts, *sums[1:])
         if q_bar is not None:
             context.launch_q(q_bar, sums[0])
         if bias_bar is not None:
             context.launch_bias(bias_bar)
+    for bar, parts in ((k_bar, k_parts), (v_bar, v_parts)):
+        if bar is not None and parts is not None and parts is not bar:
+            bar.copy_(parts.unflatten(2, (bar.shape[2], -1)).sum(3))
+
+
+def _parts(p: Problem, bar: Tensor, kernel: str) -> Tensor:
+    """Where a kernel of keys stores gradients: `bar`, or float32 memory for those of more heads, to be added."""
+    heads = p.shared_heads(kernel)
+    if heads == bar.shape[2]:
+        return bar
+    return torch.empty((*bar.shape[:2], heads, *bar.shape[3:]), dtype=torch.float32, device=bar.device)
 
 
 def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -> None:
@@ -227,12 +207,12 @@ def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -
 
 
 def launch_rows(p: Problem, index: int, out: Tensor, out_bar: Tensor, delta: Tensor) -> None:
-    H, N = p.q.shape[2:4]
+    B, H, N = p.q.shape[1:4]
     V = out.shape[-1]
     block = 32
     launch(
         _attention_rows_kernel,
-        (-(-p.padded // block), p.q.shape[1] * H),
+        schedule.grid(B, H, -(-p.padded // block)),
         p.q.device,
         out[0],
         stack(out, index),
@@ -300,35 +280,40 @@ class Backward:
         return self.stats, mu, self.delta[0], self.delta[1]
 
     def launch_kv(
-        self, k_bar: Tensor | None, v_bar: Tensor | None, k_sum: Tensor | None, v_sum: Tensor | None
+        self,
+        kernel: str,
+        k_bar: Tensor | None,
+        v_bar: Tensor | None,
+        k_sum: Tensor | None,
+        v_sum: Tensor | None,
     ) -> None:
-        """Both pairs in one kernel where the accumulators of both fit into the registers, otherwise in two."""
         p = self.p
-        both = k_bar is not None and v_bar is not None
-        fused = both and max(block_size(p.q.shape[-1]), block_size(p.v.shape[-1])) <= 64
-        passes = [(k_bar, v_bar)] if fused or not both else [(None, v_bar), (k_bar, None)]
-        for k_out, v_out in passes:
-            kernel = "dkv" if k_out is not None and v_out is not None else "dv" if k_out is None else "dk"
-            tile, arguments, strides, constants = self.shared(kernel)
-            launch(
-                _attention_bwd_kv_kernel,
-                (p.blocks(p.k.shape[3], tile.n), p.k.shape[1] * p.k.shape[2]),
-                p.q.device,
-                *arguments,
-                *(p.options.starts or (None, None)),
-                *((k_out[0], stack(k_out, self.index)) if k_out is not None else (None, None)),
-                *((v_out[0], stack(v_out, self.index)) if v_out is not None else (None, None)),
-                k_sum if k_out is not None else None,
-                v_sum if v_out is not None else None,
-                *self.statistics(),
-                *strides,
-                k_out.stride()[1:4] if k_out is not None else (0, 0, 0),
-                v_out.stride()[1:4] if v_out is not None else (0, 0, 0),
-                *p.scalars(),
-                NEED_K=k_out is not None,
-                NEED_V=v_out is not None,
-                **constants,
-            )
+        if "k" not in kernel:
+            k_bar = k_sum = None
+        if "v" not in kernel:
+            v_bar = v_sum = None
+        heads = p.shared_heads(kernel)
+        tile, arguments, strides, constants = self.shared(kernel)
+        launch(
+            _attention_bwd_kv_kernel,
+            schedule.grid(p.k.shape[1], heads, p.blocks(p.k.shape[3], tile.n)),
+            p.q.device,
+            *arguments,
+            *(p.options.starts or (None, None)),
+            *((k_bar[0], stack(k_bar, self.index)) if k_bar is not None else (None, None)),
+            *((v_bar[0], stack(v_bar, self.index)) if v_bar is not None else (None, None)),
+            k_sum,
+            v_sum,
+            *self.statistics(),
+            *strides,
+            k_bar.stride()[1:4] if k_bar is not None else (0, 0, 0),
+            v_bar.stride()[1:4] if v_bar is not None else (0, 0, 0),
+            *p.scalars(),
+            SHARE=p.q.shape[2] // heads,
+            NEED_K=k_bar is not None,
+            NEED_V=v_bar is not None,
+            **constants,
+        )
 
     def launch_q(self, q_bar: Tensor, q_sum: Tensor | None) -> None:
         p = self.p

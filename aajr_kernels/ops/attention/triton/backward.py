@@ -27,6 +27,7 @@ from .device import (
     store_rows,
     weights,
 )
+from .schedule import own_place, visible_keys, visible_queries
 
 
 @triton.jit(do_not_specialize=["N", "NP"])
@@ -34,13 +35,14 @@ def _attention_rows_kernel(
     out, out_tan, out_bar, out_tan_bar, delta, delta_tan, out_strides, bar_strides, H, N, NP,
     V: tl.constexpr, BLOCK_V: tl.constexpr, TANGENT: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """D0 = rowsum(G O) + rowsum(H O') and D1 = rowsum(H O), ``[B, H, NP]``; the first term of D0 in FIRST alone."""
-    b = tl.program_id(1) // H
-    h = tl.program_id(1) % H
-    start = tl.program_id(0) * BLOCK_M
+    """D0 = rowsum(G O) + rowsum(H O') and D1 = rowsum(H O), ``[B, H, NP]``; the first term of D0 in FIRST only."""
+    head, block = own_place(False)
+    b = head // H
+    h = head % H
+    start = block * BLOCK_M
     o = load_rows(out, out_strides, b, h, start, N, BLOCK_M, BLOCK_V, V, False).to(tl.float32)
     d0 = tl.zeros([BLOCK_M], tl.float32)
-    at = tl.program_id(1).to(tl.int64) * NP + start + tl.arange(0, BLOCK_M)
+    at = head.to(tl.int64) * NP + start + tl.arange(0, BLOCK_M)
     present = start + tl.arange(0, BLOCK_M) < NP
     if FIRST:
         g = load_rows(out_bar, bar_strides, b, h, start, N, BLOCK_M, BLOCK_V, V, False).to(tl.float32)
@@ -146,9 +148,9 @@ def _attention_bwd_q_kernel(
     """A block of queries: gradients of the queries and their tangent; programs as in the forward."""
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
     EARLY: tl.constexpr = SOFTCAP or not LATE
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(1) // H
-    h = tl.program_id(1) % H
+    head, block = own_place(True)
+    b = head // H
+    h = head % H
     hk = h // GROUP
     q_first, k_first, n, m, block, offset = sequence(
         q_start, k_start, block, N, M, offset, BLOCK_M, PACKED, ALIGN_RIGHT
@@ -167,12 +169,13 @@ def _attention_bwd_q_kernel(
     g_tans = gs
     if TANGENT:
         g_tans = load_rows(g_tan, g_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_V, V, TMA)
-    at = tl.program_id(1).to(tl.int64) * NP + q_first + i0 + tl.arange(0, BLOCK_M)
+    at = head.to(tl.int64) * NP + q_first + i0 + tl.arange(0, BLOCK_M)
     here = i0 + tl.arange(0, BLOCK_M) < n
     shift = tl.load(stats + at, mask=here, other=float("inf"))
     lnorm = shift
     if SPLIT:
-        lnorm = tl.load(stats + tl.num_programs(1).to(tl.int64) * NP + at, mask=here, other=0.0)
+        heads = (tl.num_programs(0) * tl.num_programs(2)).to(tl.int64)
+        lnorm = tl.load(stats + heads * NP + at, mask=here, other=0.0)
     d0 = tl.load(delta + at, mask=here, other=0.0)
     d1 = d0
     center = d0
@@ -180,12 +183,7 @@ def _attention_bwd_q_kernel(
         d1 = tl.load(delta_tan + at, mask=here, other=0.0)
         center = tl.load(mu + at, mask=here, other=0.0)
 
-    low = 0
-    high = m
-    if CAUSAL:
-        high = tl.maximum(tl.minimum(m, i0 + BLOCK_M + offset), 0)
-        if WINDOW:
-            low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
+    low, high = visible_keys(i0, m, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     last, before = seen(i, m, offset, window, CAUSAL)
     q_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     q_tan_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -297,24 +295,26 @@ def _attention_bwd_kv_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
-    SPLIT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    SPLIT: tl.constexpr, SHARE: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     TMA: tl.constexpr, LATE: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of keys: gradients of the keys and their tangent (NEED_K), of the values and theirs (NEED_V).
 
-    Programs: (blocks of keys, see `sequence` if packed; batch rows times key heads). One loop runs over the query
-    heads of the group and the blocks of queries. TANGENT: the output has a tangent; with several, one launch each
-    adds to the primal's gradients in `k_sum` and `v_sum` (float32), from the FIRST to the LAST.
+    Programs: see :mod:`.schedule`, and `sequence` if packed. One loop runs over SHARE query heads of the group and
+    the blocks of queries; where these are not all, the gradients are those of as many more key heads, to be added.
+    TANGENT: the output has a tangent; with several, one launch each adds to the primal's gradients
+    in `k_sum` and `v_sum` (float32), from the FIRST to the LAST.
     """
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
     EARLY: tl.constexpr = SOFTCAP or not LATE
-    HK = H // GROUP
-    b = tl.program_id(1) // HK
-    hk = tl.program_id(1) % HK
-    k_first, q_first, m, n, block, _ = sequence(
-        k_start, q_start, tl.program_id(0), M, N, offset, BLOCK_N, PACKED, False
-    )
+    # the first keys are seen by the most queries
+    head, block = own_place(False)
+    heads = H // SHARE
+    b = head // heads
+    own_h = head % heads
+    hk = own_h // (GROUP // SHARE)
+    k_first, q_first, m, n, block, _ = sequence(k_start, q_start, block, M, N, offset, BLOCK_N, PACKED, False)
     if ALIGN_RIGHT:
         offset = m - n
     j0 = block * BLOCK_N
@@ -334,28 +334,23 @@ def _attention_bwd_kv_kernel(
         if V_TAN:
             value_tans = load_rows(v_tan, v_strides, b, hk, k_first + j0, k_end, BLOCK_N, BLOCK_V, V, TMA)
 
-    low = 0
-    high = n
-    if CAUSAL:
-        low = (tl.maximum(j0 - offset, 0) // BLOCK_M) * BLOCK_M
-        if WINDOW:
-            high = tl.maximum(tl.minimum(n, j0 + BLOCK_N - 1 - offset + window), 0)
+    low, high = visible_queries(j0, n, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     blocks = tl.maximum((high - low + BLOCK_M - 1) // BLOCK_M, 0)
 
-    lnorms = (tl.num_programs(1) * GROUP).to(tl.int64) * NP
+    lnorms = (tl.num_programs(0) * tl.num_programs(2) * SHARE).to(tl.int64) * NP
     k_acc = pin(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), PIN)
     k_tan_acc = pin(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), PIN)
     v_acc = pin(tl.zeros([BLOCK_N, BLOCK_V], tl.float32), PIN)
     v_tan_acc = pin(tl.zeros([BLOCK_N, BLOCK_V], tl.float32), PIN)
     start = settle(low, PIN)
-    h = hk * GROUP
-    for _ in tl.range(0, GROUP * blocks, num_stages=STAGES):
+    h = own_h * SHARE
+    for _ in tl.range(0, SHARE * blocks, num_stages=STAGES):
         i = (start + tl.arange(0, BLOCK_M))[None, :]
         qs = load_rows(q, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
         q_tans = qs
         if Q_TAN:
             q_tans = load_rows(q_tan, q_strides, b, h, q_first + start, q_end, BLOCK_M, BLOCK_D, D, TMA)
-        head = (b * H + h).to(tl.int64) * NP
+        row = (b * H + h).to(tl.int64) * NP
         at = q_first + start + tl.arange(0, BLOCK_M)
         here = at < q_end
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -365,12 +360,12 @@ def _attention_bwd_kv_kernel(
         p, tau = zeros, 0.0
         if EARLY:
             p, tau = _weights(
-                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, j0, start, n, m, offset,
+                qs, keys, stats, row, lnorms, at, here, mask, mask_strides, b, h, i, j, j0, start, n, m, offset,
                 window, scale, softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
             )  # fmt: skip
         if MOVES and TANGENT:
             t = add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, True, PRECISION)
-            center = row_statistic(mu + head, at, here, 0.0, PACKED)
+            center = row_statistic(mu + row, at, here, 0.0, PACKED)
             t, c = tile_tangent(
                 t, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, True
             )  # fmt: skip
@@ -382,7 +377,7 @@ def _attention_bwd_kv_kernel(
         if NEED_K:
             if MOVES and TANGENT:
                 t_bar = add_product(zeros, g_tans, values, True, PRECISION)
-                d1 = row_statistic(delta_tan + head, at, here, 0.0, PACKED)
+                d1 = row_statistic(delta_tan + row, at, here, 0.0, PACKED)
                 t_bar = t_bar * keep - d1[None, :]
                 if not DROPOUT:
                     s_bar = pin(t_bar * c, PIN)
@@ -390,13 +385,13 @@ def _attention_bwd_kv_kernel(
                 s_bar = add_product(s_bar, gs, values, True, PRECISION)
             if V_TAN:
                 s_bar = add_product(s_bar, g_tans, value_tans, True, PRECISION)
-            d0 = row_statistic(delta + head, at, here, 0.0, PACKED)
+            d0 = row_statistic(delta + row, at, here, 0.0, PACKED)
             s_bar = s_bar * keep - d0[None, :]
             if MOVES and TANGENT and DROPOUT:
                 s_bar += t_bar * c
         if not EARLY:
             p, tau = _weights(
-                qs, keys, stats, head, lnorms, at, here, mask, mask_strides, b, h, i, j, j0, start, n, m, offset,
+                qs, keys, stats, row, lnorms, at, here, mask, mask_strides, b, h, i, j, j0, start, n, m, offset,
                 window, scale, softcap, CAUSAL, WINDOW, MASK, SOFTCAP, SPLIT, PACKED, PRECISION,
             )  # fmt: skip
         if NEED_V:
@@ -423,25 +418,31 @@ def _attention_bwd_kv_kernel(
                 s_bar, _ = bend(s_bar, s_bar, s_bar, tau, softcap, False)
             k_acc = tl.dot(pin(s_bar.to(qs.dtype), PIN), qs, k_acc, input_precision=PRECISION)
         start += BLOCK_M
-        if GROUP > 1:
+        if SHARE > 1:
             # the next head of the group
             h = tl.where(start < high, h, h + 1)
             start = tl.where(start < high, start, low)
 
     if NEED_V:
         finish(
-            v_bar, v_bar_strides, v_sum, b, hk, HK, M, k_first + j0, k_end, v_acc, BLOCK_N, BLOCK_V, V, FIRST, LAST
+            v_bar, v_bar_strides, v_sum, b, own_h, heads, M, k_first + j0, k_end, v_acc,
+            BLOCK_N, BLOCK_V, V, FIRST, LAST,
         )  # fmt: skip
         if TANGENT and V_TAN:
-            store_rows(v_tan_bar, v_bar_strides, b, hk, k_first + j0, k_end, v_tan_acc, BLOCK_N, BLOCK_V, V)
+            store_rows(
+                v_tan_bar, v_bar_strides, b, own_h, k_first + j0, k_end, v_tan_acc, BLOCK_N, BLOCK_V, V
+            )
     if NEED_K:
         k_acc *= scale
         finish(
-            k_bar, k_bar_strides, k_sum, b, hk, HK, M, k_first + j0, k_end, k_acc, BLOCK_N, BLOCK_D, D, FIRST, LAST
+            k_bar, k_bar_strides, k_sum, b, own_h, heads, M, k_first + j0, k_end, k_acc,
+            BLOCK_N, BLOCK_D, D, FIRST, LAST,
         )  # fmt: skip
         if K_TAN:
             k_tan_acc *= scale
-            store_rows(k_tan_bar, k_bar_strides, b, hk, k_first + j0, k_end, k_tan_acc, BLOCK_N, BLOCK_D, D)
+            store_rows(
+                k_tan_bar, k_bar_strides, b, own_h, k_first + j0, k_end, k_tan_acc, BLOCK_N, BLOCK_D, D
+            )
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "offset", "window", "NP"])
@@ -458,7 +459,7 @@ def _attention_bwd_bias_kernel(
 ):  # fmt: skip
     """One tile of the bias, or of what it was broadcast from: PER_* name the axes it has.
 
-    Programs: (blocks of queries times blocks of keys, batch rows times heads, parts), 1 along the axes that were
+    Programs: (blocks of queries times blocks of keys times batch rows times heads, parts), 1 along the axes that were
     broadcast; the tiles of those are added in a fixed order, every part some of them into memory of its own. float32
     outputs; a later tangent adds to the primal's.
     """
@@ -467,19 +468,22 @@ def _attention_bwd_bias_kernel(
     m_blocks = (M + BLOCK_N - 1) // BLOCK_N
     own_m = m_blocks if PER_M else 1
     own_h = H if PER_H else 1
+    own_heads = B * own_h if PER_B else own_h
     loop_b = 1 if PER_B else B
     loop_h = 1 if PER_H else H
     loop_n = 1 if PER_N else n_blocks
     loop_m = 1 if PER_M else m_blocks
-    first_n = tl.program_id(0) // own_m
-    first_m = tl.program_id(0) % own_m
-    first_b = tl.program_id(1) // own_h
-    first_h = tl.program_id(1) % own_h
+    head = tl.program_id(0) % own_heads
+    tile = tl.program_id(0) // own_heads
+    first_n = tile // own_m
+    first_m = tile % own_m
+    first_b = head // own_h
+    first_h = head % own_h
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total_tan = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     steps = loop_b * loop_h * loop_n * loop_m
-    share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2)
-    low = tl.program_id(2) * share
+    share = (steps + tl.num_programs(1) - 1) // tl.num_programs(1)
+    low = tl.program_id(1) * share
     for step in range(low, tl.minimum(low + share, steps)):
         j0 = (first_m + step % loop_m) * BLOCK_N
         rest = step // loop_m
@@ -536,7 +540,7 @@ def _attention_bwd_bias_kernel(
         total += s_bar
 
     base = first_b.to(tl.int64) * bar_strides[1] + first_h.to(tl.int64) * bar_strides[2]
-    base += tl.program_id(2).to(tl.int64) * bar_strides[0]
+    base += tl.program_id(1).to(tl.int64) * bar_strides[0]
     row = first_n * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_m * BLOCK_N + tl.arange(0, BLOCK_N)
     if not PER_N:

@@ -60,12 +60,12 @@ def sequence(
 ):
     """First query and key, sizes, block within the sequence and diagonal of the sequence a program works on.
 
-    Packed sequences have ``N // BLOCK + sequences`` programs, whatever their lengths, which a launch need not
-    know: sequence i owns the programs from ``start_i // BLOCK + i`` on, at least as many as it has blocks.
+    Packed sequences have ``N // BLOCK + sequences`` blocks, whatever their lengths, which a launch need not
+    know: sequence i owns the blocks from ``start_i // BLOCK + i`` on, at least as many as it has blocks.
     """
     if PACKED:
         index = block * 0
-        last = tl.num_programs(0) - N // BLOCK - 1
+        last = tl.num_programs(1) - N // BLOCK - 1
         while index < last:
             middle = (index + last + 1) // 2
             if tl.load(q_start + middle).to(tl.int32) // BLOCK + middle <= block:
@@ -148,12 +148,12 @@ def _pack_mask_kernel(
 ):
     """Words of a block of rows: bit k of word w is position 32 w + k; zero beyond the mask.
 
-    Programs: (blocks of rows, blocks of words, batch rows times heads).
+    Programs: (batch rows times heads, blocks of rows, blocks of words).
     """
-    b = (tl.program_id(2) // H).to(tl.int64)
-    h = (tl.program_id(2) % H).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    b = (tl.program_id(0) // H).to(tl.int64)
+    h = (tl.program_id(0) % H).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
     col = word[:, None] * 32 + bit[None, :]
     pointers = mask + b * mask_strides[0] + h * mask_strides[1]

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .device import add_product, kept, load_rows, mask_tile, pin, scores, seen, sequence, settle, store_rows
+from .schedule import own_place, visible_keys
 
 
 @triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
@@ -20,14 +21,15 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     """A block of queries: output and one tangent of it.
 
-    Programs: (blocks of queries, see `sequence` if packed; batch rows times heads). FIRST stores the primal, the
-    statistics ``[1 | 2, B, H, NP]`` (shift, and if SPLIT -log2 of the normaliser) and mu ``[B, H, NP]``.
+    Programs: see :mod:`.schedule`, and `sequence` if packed. FIRST stores the primal, the statistics
+    ``[1 | 2, B, H, NP]`` (shift, and if SPLIT -log2 of the normaliser) and mu ``[B, H, NP]``.
     """
     MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
     # the last blocks see the most keys: they go first
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(1) // H
-    h = tl.program_id(1) % H
+    head, block = own_place(True)
+    heads = (tl.num_programs(0) * tl.num_programs(2)).to(tl.int64)
+    b = head // H
+    h = head % H
     hk = h // GROUP
     q_first, k_first, n, m, block, offset = sequence(
         q_start, k_start, block, N, M, offset, BLOCK_M, PACKED, ALIGN_RIGHT
@@ -35,12 +37,12 @@ def _attention_fwd_kernel(
     i0 = block * BLOCK_M
     if i0 >= n:
         if not PACKED:  # the padding of the statistics, which larger blocks of other kernels read
-            beyond = tl.program_id(1).to(tl.int64) * NP + i0 + tl.arange(0, BLOCK_M)
+            beyond = head.to(tl.int64) * NP + i0 + tl.arange(0, BLOCK_M)
             there = i0 + tl.arange(0, BLOCK_M) < NP
             if FIRST:
                 tl.store(stats + beyond, tl.full([BLOCK_M], float("inf"), tl.float32), mask=there)
                 if SPLIT:
-                    beyond_all = tl.num_programs(1).to(tl.int64) * NP + beyond
+                    beyond_all = heads * NP + beyond
                     tl.store(stats + beyond_all, tl.zeros([BLOCK_M], tl.float32), mask=there)
             if MOVES:
                 tl.store(mu + beyond, tl.zeros([BLOCK_M], tl.float32), mask=there)
@@ -54,12 +56,7 @@ def _attention_fwd_kernel(
     if Q_TAN:
         q_tans = load_rows(q_tan, q_strides, b, h, q_first + i0, q_end, BLOCK_M, BLOCK_D, D, TMA)
 
-    low = 0
-    high = m
-    if CAUSAL:
-        high = tl.maximum(tl.minimum(m, i0 + BLOCK_M + offset), 0)
-        if WINDOW:
-            low = (tl.maximum(i0 + offset - window + 1, 0) // BLOCK_N) * BLOCK_N
+    low, high = visible_keys(i0, m, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     last, before = seen(i, m, offset, window, CAUSAL)
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -129,7 +126,7 @@ def _attention_fwd_kernel(
     total = tl.where(empty, 1.0, total)
     inverse = tl.where(empty, 0.0, 1.0 / total)
     acc = acc * inverse[:, None]
-    at = tl.program_id(1).to(tl.int64) * NP + q_first + rows
+    at = head.to(tl.int64) * NP + q_first + rows
     if FIRST:
         store_rows(out, out_strides, b, h, q_first + i0, q_end, acc, BLOCK_M, BLOCK_V, V)
         # beyond the last query shift is +inf, so that weights vanish there; packed rows belong to the next sequence
@@ -138,9 +135,7 @@ def _attention_fwd_kernel(
         if SPLIT:
             shift = top
             lnorm = -tl.log2(total)
-            tl.store(
-                stats + tl.num_programs(1).to(tl.int64) * NP + at, tl.where(real, lnorm, 0.0), mask=present
-            )
+            tl.store(stats + heads * NP + at, tl.where(real, lnorm, 0.0), mask=present)
         else:
             shift = top + tl.log2(total)
         tl.store(stats + at, tl.where(empty | (rows >= n), float("inf"), shift), mask=present)

@@ -14,9 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ....backends.triton.launch import architecture, float32_products, launch
 from ..configs import Tile, tile
 from ..options import Options
+from . import schedule
 from .device import _pack_mask_kernel
 
-GRID_LIMIT = 65535
 # a gradient of a bias is shared among programs until there are this many: a constant, so that the order of its sums
 # depends on nothing but the sizes
 _BIAS_PROGRAMS = 1024
@@ -152,10 +152,22 @@ class Problem:
         b, h, i, j = (s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
         return self.mask[0], stack(self.mask, index), (b, h, i or None, j)
 
-    def grid(self, tile: int, padded: bool = False) -> tuple[int, int]:
-        """Blocks of queries by batch rows and heads."""
+    def grid(self, tile: int, padded: bool = False) -> tuple[int, int, int]:
+        """Programs of blocks of queries."""
         blocks = self.blocks(self.padded if padded and self.options.starts is None else self.q.shape[3], tile)
-        return blocks, self.q.shape[1] * self.q.shape[2]
+        return schedule.grid(*self.q.shape[1:3], blocks)
+
+    def key_kernels(self, need_k: bool, need_v: bool) -> list[str]:
+        """One kernel for both gradients where the accumulators of both fit into the registers, otherwise two."""
+        if need_k and need_v and max(block_size(self.q.shape[-1]), block_size(self.v.shape[-1])) <= 64:
+            return ["dkv"]
+        return ["dv"] * need_v + ["dk"] * need_k
+
+    def shared_heads(self, kernel: str) -> int:
+        """Key heads and, where their programs are few, the parts of their groups of query heads."""
+        batch, heads, keys = self.k.shape[1:4]
+        programs = batch * heads * self.blocks(keys, self.tile(kernel).n)
+        return heads * schedule.parts(programs, self.q.shape[2] // heads)
 
     def blocks(self, size: int, tile: int) -> int:
         """Programs along positions; of packed sequences as many as those of any lengths can have blocks."""
@@ -167,16 +179,15 @@ class Problem:
         arch, causal = architecture(self.q.device), self.options.offset is not None
         return tile(kernel, arch, self.q.dtype, self.q.shape[-1], self.v.shape[-1], causal, self.busy)
 
-    def bias_grid(self, bias: tuple[int, ...]) -> tuple[int, int, int]:
-        """Tiles of a bias ``[B|1, H|1, N|1, M|1]``, its batch rows and heads, and the programs that share a tile.
+    def bias_grid(self, bias: tuple[int, ...]) -> tuple[int, int]:
+        """Tiles of a bias ``[B|1, H|1, N|1, M|1]`` and the programs that share one.
 
         Several do where few tiles add up many others.
         """
         chosen = self.tile("bias")
         sizes = (*self.q.shape[1:3], -(-self.q.shape[3] // chosen.m), -(-self.k.shape[3] // chosen.n))
-        b, h, n, m = (size if kept > 1 else 1 for size, kept in zip(sizes, bias))
-        tiles = b * h * n * m
-        return n * m, b * h, max(1, min(math.prod(sizes), _BIAS_PROGRAMS) // tiles)
+        tiles = math.prod(size for size, kept in zip(sizes, bias) if kept > 1)
+        return tiles, max(1, min(math.prod(sizes), _BIAS_PROGRAMS) // tiles)
 
 
 def stack(x: Tensor, index: int) -> Tensor:
@@ -221,15 +232,6 @@ def rows(x: Tensor, block: tuple[int, int], tma: bool) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, *block]) if tma else x
 
 
-def batch_parts(q: Tensor) -> list[slice]:
-    """Batch rows that one launch takes: a grid has at most 65,535 programs along its second axis, one for a head."""
-    batch, heads = q.shape[1:3]
-    if batch * heads <= GRID_LIMIT:
-        return [slice(None)]
-    step = GRID_LIMIT // heads
-    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
-
-
 def packed_mask(mask: Tensor, transposed: bool) -> tuple[Tensor, tuple[int | None, ...]]:
     """A mask ``[B|1, H|1, N|1, M|1]`` in words along the keys, or transposed, along the queries.
 
@@ -249,7 +251,7 @@ def packed_mask(mask: Tensor, transposed: bool) -> tuple[Tensor, tuple[int | Non
     block = 1 if rows == 1 else _ROWS
     launch(
         _pack_mask_kernel,
-        (size[0] // block, size[1] // _WORDS, batch * heads),
+        (batch * heads, size[0] // block, size[1] // _WORDS),
         mask.device,
         mask,
         bits,
@@ -269,13 +271,3 @@ def packed_mask(mask: Tensor, transposed: bool) -> tuple[Tensor, tuple[int | Non
         None if shared else 1,
     )
     return bits, strides
-
-
-def mask_part(mask: Tensor | None, at: slice) -> Tensor | None:
-    """The mask of some batch rows."""
-    return mask if mask is None or mask.shape[1] == 1 else mask[:, at]
-
-
-def reseeded(options: Options, part: int) -> Options:
-    """A dropout mask of its own for every part: the kernels count batch rows from its first."""
-    return options if options.drawn is None else options._replace(drawn=options.drawn + part)
