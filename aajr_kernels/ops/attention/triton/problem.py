@@ -154,8 +154,9 @@ class Problem:
 
     def grid(self, tile: int, padded: bool = False) -> tuple[int, int, int]:
         """Programs of blocks of queries."""
-        blocks = self.blocks(self.padded if padded and self.options.starts is None else self.q.shape[3], tile)
-        return schedule.grid(*self.q.shape[1:3], blocks)
+        batch, heads, positions = self.q.shape[1:4]
+        size = self.padded if padded and self.options.starts is None else positions
+        return schedule.grid(batch, heads, self.blocks(size, tile))
 
     def key_kernels(self, need_k: bool, need_v: bool) -> list[str]:
         """One kernel for both gradients where the accumulators of both fit into the registers, otherwise two."""
