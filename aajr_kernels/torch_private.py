@@ -104,6 +104,14 @@ def has_memory(t: torch.Tensor) -> bool:
     return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
+def has_dispatch_modes() -> bool:
+    """Whether a ``TorchDispatchMode`` sees the operators of torch that run now.
+
+    Relies on, in torch 2.11-2.15: ``torch._C._len_torch_dispatch_stack()``.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 # -- autograd ---------------------------------------------------------------------------------------------------------
 
 

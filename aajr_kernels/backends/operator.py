@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..torch_private import has_dispatch_modes
 from ..torch_private import mark_constant as constant
 
 __all__ = ["Operator", "Registry", "constant"]
@@ -53,6 +54,7 @@ class Registry:
         backend: its name, with which the names of its operators begin.
         devices: dispatch keys of the tensors that the launchers take.
         dry_run: context in which launchers allocate their results and launch nothing; tensors have no memory there.
+        eager: decorator of the launchers where they are called straight.
 
     Attributes:
         names: ``"aajr::name"`` of every operator that was registered.
@@ -63,8 +65,9 @@ class Registry:
         backend: str,
         devices: tuple[str, ...],
         dry_run: Callable[[], contextlib.AbstractContextManager[Any]],
+        eager: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda launcher: launcher,
     ) -> None:
-        self.backend, self.devices, self.dry_run = backend, devices, dry_run
+        self.backend, self.devices, self.dry_run, self.eager = backend, devices, dry_run, eager
         self.names: list[str] = []
 
     def __call__(self, op: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -89,11 +92,12 @@ class Registry:
             torch.library.register_fake(f"aajr::{name}", fake, lib=_LIBRARY)
             self.names.append(f"aajr::{name}")
             opaque = getattr(torch.ops.aajr, name).default
+            eager = self.eager(launcher)
 
             @functools.wraps(launcher)
             def call(*args: Any) -> Any:
-                if not torch.compiler.is_compiling():
-                    return launcher(*args)
+                if not torch.compiler.is_compiling() and not has_dispatch_modes():
+                    return eager(*args)
                 return op.masked(opaque(*args), args)
 
             return call

@@ -17,18 +17,20 @@ from typing import Any
 
 import torch
 
-from ..operator import Registry, constant
+from ..operator import constant
 
 #: dtypes the kernels compute with; float64 is the reference's
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _State(threading.local):
-    """State of `recording`, per thread: other threads launch while one compiles."""
+    """State of `recording` and `traced`, per thread: other threads launch while one compiles."""
 
     #: takes (kernel, grid, arguments, options) instead of the device
     recorder: Callable[..., None] | None = None
     architecture = ""
+    #: takes (kernel, compiled kernel, grid, arguments, options) after a launch
+    trace: Callable[..., None] | None = None
 
 
 _state = _State()
@@ -52,16 +54,33 @@ def _not_installed() -> str | None:
     return f"triton is not installed{why}: pip install triton"
 
 
+@functools.cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
 @constant  # torch.compile does not see changes of the environment
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    """Whether kernels run in Triton's interpreter, on the CPU; the environment is read once."""
+    return _interpreted()
+
+
+_forgotten = 0
+
+
+def forget() -> None:
+    """Read the environment again, and record calls anew (:mod:`.replay`): tables of tiles may have changed."""
+    global _forgotten
+    _interpreted.cache_clear()
+    _forgotten += 1
 
 
 def missing() -> str | None:
     """None where Triton kernels can run, or one sentence saying why they cannot."""
     reason = _not_installed()
-    if reason is None and not (interpreted() or is_recorded() or torch.cuda.is_available()):
+    if reason is None and not (
+        _state.architecture or interpreted() or is_recorded() or torch.cuda.is_available()
+    ):
         reason = (
             f"torch {torch.__version__} sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on a CPU, "
             "for tests)"
@@ -71,7 +90,7 @@ def missing() -> str | None:
 
 def why_not(t: torch.Tensor) -> str | None:
     """None where the kernels take the tensor, or what it is and what it should be."""
-    device = "meta" if is_recorded() else "cpu" if interpreted() else "cuda"
+    device = "meta" if is_recorded() else "cpu" if _state.architecture or interpreted() else "cuda"
     if t.device.type != device:
         return f"a tensor on {t.device}: move it to a {'CUDA or ROCm' if device == 'cuda' else device} device"
     if t.is_floating_point() and t.dtype not in FLOATS:
@@ -92,8 +111,11 @@ def dry_run(architecture: str = "") -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def recording(recorder: Callable[..., None], architecture: str) -> Iterator[None]:
-    """Every launch inside the block goes to `recorder` instead of a device."""
+def recording(recorder: Callable[..., None] | None, architecture: str) -> Iterator[None]:
+    """Every launch inside the block goes to `recorder` instead of a device; None: to a driver that emulates one.
+
+    With an emulated device tensors are on the CPU.
+    """
     before = _state.recorder, _state.architecture
     _state.recorder, _state.architecture = recorder, architecture
     try:
@@ -102,14 +124,35 @@ def recording(recorder: Callable[..., None], architecture: str) -> Iterator[None
         _state.recorder, _state.architecture = before
 
 
-#: decorator of the launchers; CPU: Triton's interpreter; ROCm calls itself CUDA
-operator = Registry("triton", ("CPU", "CUDA"), dry_run)
-
-
 def float32_products(x: torch.Tensor) -> str:
     """How products of float32 rows are formed, as torch forms them: ``"tf32"`` or ``"ieee"``, also for low dtypes."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 and torch.version.hip is None else "ieee"
+
+
+@contextlib.contextmanager
+def traced(trace: Callable[..., None]) -> Iterator[None]:
+    """Every launch inside the block is made, and then given to `trace` with the compiled kernel."""
+    before, _state.trace = _state.trace, trace
+    try:
+        yield
+    finally:
+        _state.trace = before
+
+
+def is_launched() -> bool:
+    """Whether launches of this thread go to a device and are not traced."""
+    return _state.recorder is None and _state.trace is None and not _interpreted()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph of launches there is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def settings() -> tuple[str, int]:
+    """What a recorded call depends on beside its arguments: an emulated architecture, and how often was forgotten."""
+    return _state.architecture, _forgotten
 
 
 @functools.cache
@@ -122,14 +165,14 @@ def _architecture(index: int) -> str:
 
 def architecture(device: torch.device) -> str:
     """``"sm_90"``, ``"gfx942"``...; ``"interpreter"`` where there is no device."""
-    if is_recorded():
+    if _state.architecture or is_recorded():
         return _state.architecture
     if interpreted():
         return "interpreter"
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return contextlib.nullcontext()
@@ -156,5 +199,7 @@ def launch(
     if _state.recorder is not None:
         _state.recorder(kernel, grid, args, options)
         return
-    with _guard(device):
-        kernel[grid](*args, **options)
+    with guard(device):
+        compiled = kernel[grid](*args, **options)
+    if _state.trace is not None:
+        _state.trace(kernel, compiled, grid, args, options)

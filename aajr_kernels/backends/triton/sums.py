@@ -7,11 +7,13 @@ import triton
 
 from . import launch as gpu
 from .layout import row_axes
+from .replay import replayed
 from .rows import column_sum_kernel
 
 _PARTS = 256  # of the rows, at most; a constant, so that the order depends on nothing but the sizes
 
 
+@replayed
 def column_sums(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``[C]`` sums of the rows of ``[*batch, C]``, added in float32 in an order that depends only on the sizes.
 

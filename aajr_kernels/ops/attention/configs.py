@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...backends.triton.launch import forget
+
 
 class Tile(NamedTuple):
     """Queries, keys, warps and pipeline stages of a program."""
@@ -150,10 +152,12 @@ def lookup(name: str) -> Sizes | None:
 def trial(name: str, sizes: Sizes) -> Iterator[None]:
     """Kernels of that line are launched with these sizes inside the block."""
     _trial[name] = sizes
+    forget()
     try:
         yield
     finally:
         del _trial[name]
+        forget()
 
 
 def write(measured: dict[str, Sizes], path: Path | None = None) -> Path:
@@ -163,4 +167,5 @@ def write(measured: dict[str, Sizes], path: Path | None = None) -> Path:
     lines = [f"  {json.dumps(name)}: {json.dumps(list(sizes))}" for name, sizes in sorted(merged.items())]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     table.cache_clear()
+    forget()
     return path

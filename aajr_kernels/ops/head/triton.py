@@ -26,7 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...backends.triton.launch import operator
+from ...backends.triton.replay import operator
 from . import operators
 from .joint import Expected, Forward, Joint, Optional, blockwise
 from .triton_launch import TANGENTS, DenseProblem, backward, forward

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes, within_reach
+from ...backends.triton.replay import operator
 from ...backends.triton.sums import column_sums
 from . import operators
 from .triton_long import _norm_bwd_long_kernel, _norm_fwd_long_kernel, _norm_weight_bwd_kernel
@@ -34,7 +35,7 @@ def _tile(rows: int, size: int, architecture: str, per_thread: int) -> tuple[int
     return triton.cdiv(rows, block_r), {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
 
 
-@gpu.operator(operators.NORM_FWD)
+@operator(operators.NORM_FWD)
 def norm_fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -77,7 +78,7 @@ def norm_fwd(
     return y, stats, summed
 
 
-@gpu.operator(operators.NORM_BWD)
+@operator(operators.NORM_BWD)
 def norm_bwd(
     y_bar: Tensor,
     x: Tensor,

@@ -14,6 +14,7 @@ import triton
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.layout import Strides, row_axes
+from ...backends.triton.replay import operator
 from ...backends.triton.sums import column_sums
 from . import operators
 from .triton_kernels import _rotary_kernel, _rotary_tables_bwd_kernel
@@ -29,12 +30,12 @@ def _tile(half: int, rows: int, architecture: str) -> dict[str, int]:
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
 
 
-@gpu.operator(operators.ROTARY_FWD)
+@operator(operators.ROTARY_FWD)
 def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(x, cos, sin, interleaved, False)
 
 
-@gpu.operator(operators.ROTARY_BWD)
+@operator(operators.ROTARY_BWD)
 def rotary_bwd(y_bar: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return _rotate(y_bar, cos, sin, interleaved, True)
 
@@ -74,7 +75,7 @@ def _rotate(
     return y
 
 
-@gpu.operator(operators.ROTARY_TABLES_BWD)
+@operator(operators.ROTARY_TABLES_BWD)
 def rotary_tables_bwd(
     y_bar: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import triton
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes, within_reach
+from ...backends.triton.replay import operator
 from . import operators
 from .triton_kernels import (
     _sensitivity_bwd_kernel,
@@ -32,7 +33,7 @@ def _tile(k: int, size: int, device: torch.device) -> dict[str, int]:
     return {"K": k, "KP": kp, "BLOCK": block, "num_warps": warps}
 
 
-@gpu.operator(operators.SENSITIVITY_FWD)
+@operator(operators.SENSITIVITY_FWD)
 def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     y = within_reach(y)
@@ -56,7 +57,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     return q
 
 
-@gpu.operator(operators.SENSITIVITY_BWD)
+@operator(operators.SENSITIVITY_BWD)
 def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     y = within_reach(y)
@@ -80,7 +81,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     return y_bar
 
 
-@gpu.operator(operators.SOFTMAX_FWD)
+@operator(operators.SOFTMAX_FWD)
 def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     x = within_reach(x)
@@ -93,7 +94,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@gpu.operator(operators.SOFTMAX_BWD)
+@operator(operators.SOFTMAX_BWD)
 def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Stacked cotangent of x."""
     y_bar, x = within_reach(y_bar), within_reach(x)

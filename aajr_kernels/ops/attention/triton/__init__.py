@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....backends.triton.launch import architecture, launch, operator
+from ....backends.triton.launch import architecture, launch
+from ....backends.triton.replay import operator
 from .. import operators
 from ..configs import Tile
 from ..options import Options
