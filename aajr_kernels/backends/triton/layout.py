@@ -38,8 +38,9 @@ def row_axes(
             order is that of the axes. The first tensor, or the guide, must not be None.
 
     Returns:
-        Number of rows, sizes of the axes (at least one), and for every tensor its strides: stack, axes, last. None
-        has strides of zero. The first size is not needed and given as 0: Triton would specialise on what divides it.
+        Number of rows, sizes of the axes (at least one) as kernels take them, and for every tensor its strides: stack,
+        axes, last. None has strides of zero. The size n is given as 2n + 1, because Triton compiles another kernel for
+        another divisibility by 16 of a number in a tuple; the first size is not needed and given as 0.
     """
     first = tensors[guide or 0]
     assert first is not None  # the launcher's choice
@@ -68,4 +69,4 @@ def row_axes(
         (0, *m, 0) if t is None else (t.stride(0), *m, t.stride(-1) if t.shape[-1] > 1 else 1)
         for t, m in zip(tensors, merged)
     ]
-    return count, (0, *sizes[1:]), strides
+    return count, (0, *(2 * size + 1 for size in sizes[1:])), strides

@@ -8,11 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def row_offsets(row, sizes, strides):
-    """Offsets of rows within the first of the stacked tensors; `strides` as :func:`row_axes` gives them."""
+    """Offsets of rows within the first of the stacked tensors; `sizes`, `strides` as :func:`row_axes` gives them."""
     offset = row.to(tl.int64) * 0
     for i in tl.static_range(len(sizes) - 1, 0, -1):
-        offset += (row % sizes[i]).to(tl.int64) * strides[i + 1]
-        row = row // sizes[i]
+        size = sizes[i] >> 1
+        offset += (row % size).to(tl.int64) * strides[i + 1]
+        row = row // size
     return offset + row.to(tl.int64) * strides[1]
 
 
@@ -22,7 +23,7 @@ def read(pointer, offset, mask):
     return tl.load(pointer + offset, mask, 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows", "rows_per_part"])
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
 def column_sum_kernel(
     x,
     out,

@@ -27,7 +27,7 @@ def _run(kernel: Any, tensors: Sequence[torch.Tensor | None], guide: torch.Tenso
     if count == 0:
         return
     strides = [(s[0], *(s[1:-2] or (0,)), s[-2]) for s in strides]
-    cols = sizes[-1] if len(sizes) > 1 else count
+    cols = sizes[-1] >> 1 if len(sizes) > 1 else count
     rows, sizes = count // cols, sizes[:-1] or (0,)
     block_c = min(1024, max(16, triton.next_power_of_2(cols)))
     block_r = 1024 // block_c

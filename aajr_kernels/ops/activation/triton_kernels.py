@@ -70,7 +70,7 @@ def _write(pointer, offset, value, mask):
     tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _pointwise_fwd_kernel(
     x,
     y,
@@ -94,7 +94,7 @@ def _pointwise_fwd_kernel(
         _write(y, y_at, f1 * read(x, x_at, inside), inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _pointwise_bwd_kernel(
     y_bar,
     x,
@@ -126,7 +126,7 @@ def _pointwise_bwd_kernel(
     _write(x_bar, first_at, primal, inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _gated_fwd_kernel(
     gate,
     up,
@@ -162,7 +162,7 @@ def _gated_fwd_kernel(
         _write(h, h_at, tangent, inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _gated_bwd_kernel(
     h_bar,
     gate,

@@ -284,7 +284,16 @@ def _cotangents(
 
 
 @triton.jit(
-    do_not_specialize=["T", "h_rows", "kept_tokens", "ignore_index", "first_column", "stacks", "tangent"]
+    do_not_specialize=[
+        "T",
+        "h_rows",
+        "kept_tokens",
+        "ignore_index",
+        "first_column",
+        "width",
+        "stacks",
+        "tangent",
+    ]
 )
 def _head_bwd_kernel(
     h, weight, bias, labels, stats, q_bar, nll_bar, kept, z_bar, b_partial, T, V, C, h_rows, h_stride, w_stride,

@@ -38,7 +38,7 @@ def _row_mean(
     return tl.sum(total, 0) / size
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _norm_fwd_long_kernel(
     x,
     residual,
@@ -127,7 +127,7 @@ def _norm_fwd_long_kernel(
             tl.store(y + col, out.to(y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _norm_bwd_long_kernel(
     y_bar,
     x,
@@ -241,7 +241,7 @@ def _norm_bwd_long_kernel(
         tl.store(w_parts + part, w_sum, col < size)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows", "rows_per_part"])
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
 def _norm_weight_bwd_kernel(
     y_bar,
     x,

@@ -9,7 +9,7 @@ from ...backends.triton.rows import read, row_offsets
 from .triton_long import read_sum
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _norm_fwd_kernel(
     x,
     residual,
@@ -88,7 +88,7 @@ def _norm_fwd_kernel(
         tl.store(y + at, out.to(y.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _norm_bwd_kernel(
     y_bar,
     x,

@@ -36,7 +36,7 @@ def _write_pair(
         tl.store(pointer + row_at + (d + half) * step, second.to(pointer.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _rotary_kernel(
     x,
     y,

@@ -107,7 +107,7 @@ def _row_moments(
     return top, mass, reference, mean, second, mass2, mean2, second2
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _sensitivity_fwd_kernel(
     y,
     q,
@@ -143,7 +143,7 @@ def _sensitivity_fwd_kernel(
     tl.store(q + ks.to(tl.int64) * rows + row, out, ks < K)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _sensitivity_bwd_kernel(
     q_bar,
     y,
@@ -201,7 +201,7 @@ def _sensitivity_bwd_kernel(
             tl.store(tan_out + col * out_step, tan_bar.to(low), tan_inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _softmax_fwd_kernel(
     x,
     y,
@@ -233,7 +233,7 @@ def _softmax_fwd_kernel(
         tl.store(tan_out + col * out_step, (p * e).to(low), tan_inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _softmax_bwd_kernel(
     y_bar,
     x,

@@ -48,6 +48,17 @@ class _NoDevice:
 
 
 @contextlib.contextmanager
+def no_device(architecture: str) -> Iterator[None]:
+    """Triton takes a processor that is not there for the current device."""
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_NoDevice(architecture))
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = before
+
+
+@contextlib.contextmanager
 def offline(architecture: str) -> Iterator[list[Any]]:
     """Launches inside the block compile for `architecture` and run nothing.
 
@@ -73,10 +84,5 @@ def offline(architecture: str) -> Iterator[list[Any]]:
             binary.assembler_log = log.getvalue()
         compiled.append(binary)
 
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_NoDevice(architecture))
-    try:
-        with gpu.recording(record, architecture):
-            yield compiled
-    finally:
-        triton.runtime.driver._active = before
+    with no_device(architecture), gpu.recording(record, architecture):
+        yield compiled

@@ -127,11 +127,11 @@ def test_axes_merge():
     x = torch.empty(2, 3, 4, 5, 8)
     assert layout.row_axes((x,)) == (60, (0,), [(480, 8, 1)])
     heads = x.transpose(2, 3)
-    assert layout.row_axes((heads,)) == (60, (0, 5, 4), [(480, 160, 8, 40, 1)])
+    assert layout.row_axes((heads,)) == (60, (0, 11, 9), [(480, 160, 8, 40, 1)])
     assert layout.row_axes((heads,), 0) == (60, (0,), [(480, 8, 1)])
     assert layout.row_axes((x, None, x[:, :1].expand_as(x))) == (
         60,
-        (0, 20),
+        (0, 41),
         [(480, 160, 8, 1), (0, 0, 0, 0), (480, 0, 8, 1)],
     )
     assert layout.row_axes((torch.empty(2, 7),)) == (1, (0,), [(7, 0, 1)])

@@ -21,7 +21,7 @@ from .backward import (
     _attention_rows_kernel,
 )
 from .forward import _attention_fwd_kernel
-from .problem import Problem, block_size, descriptors_fit, like, row_dense, rows, stack
+from .problem import Problem, block_size, descriptors_fit, like, padded_rows, row_dense, rows, stack
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -113,9 +113,8 @@ def _attention_bwd(
     v_bar = like(v) if need_v else None
     bias_bar = None
     if need_bias and mask is not None:
-        bias_bar = torch.empty(
-            (p.bias_grid(mask.shape[1:])[1], *mask.shape), dtype=torch.float32, device=q.device
-        )
+        parts = p.bias_grid(mask.shape[1:])[1]
+        bias_bar = padded_rows((parts, *mask.shape), torch.float32, q.device)
     if 0 in (*q.shape[1:4], k.shape[3]):
         for bar in (q_bar, k_bar, v_bar, bias_bar):
             if bar is not None:
@@ -125,7 +124,7 @@ def _attention_bwd(
     if bias_bar is None or mask is None:
         return q_bar, k_bar, v_bar, None
     total = bias_bar[0] if len(bias_bar) == 1 else bias_bar.sum(0)
-    return q_bar, k_bar, v_bar, total.to(mask.dtype)
+    return q_bar, k_bar, v_bar, torch.empty(mask.shape, dtype=mask.dtype, device=q.device).copy_(total)
 
 
 def _launch_bwd(

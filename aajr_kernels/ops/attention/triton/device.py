@@ -142,11 +142,12 @@ def seen(i, m, offset, window, CAUSAL: tl.constexpr):
     return last, i + offset - window
 
 
-@triton.jit(do_not_specialize=["H", "rows", "cols"])
+@triton.jit(do_not_specialize=["b_stride", "h_stride", "row_stride", "col_stride", "H", "rows", "cols"])
 def _pack_mask_kernel(
-    mask, bits, mask_strides, bit_strides, H, rows, cols, ROWS: tl.constexpr, WORDS: tl.constexpr
-):
-    """Words of a block of rows: bit k of word w is position 32 w + k; zero beyond the mask.
+    mask, bits, b_stride, h_stride, row_stride, col_stride, bit_strides, H, rows, cols,
+    ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Words of a block of rows: bit k of word w is position 32 w + k; zero beyond the mask. A stride of None is 1.
 
     Programs: (batch rows times heads, blocks of rows, blocks of words).
     """
@@ -156,9 +157,9 @@ def _pack_mask_kernel(
     word = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
     col = word[:, None] * 32 + bit[None, :]
-    pointers = mask + b * mask_strides[0] + h * mask_strides[1]
-    pointers = pointers + row.to(tl.int64)[:, None, None] * mask_strides[2]
-    pointers = pointers + col.to(tl.int64)[None, :, :] * mask_strides[3]
+    row_at = row.to(tl.int64) if row_stride is None else row.to(tl.int64) * row_stride
+    col_at = col.to(tl.int64) if col_stride is None else col.to(tl.int64) * col_stride
+    pointers = mask + b * b_stride + h * h_stride + row_at[:, None, None] + col_at[None, :, :]
     inside = (row < rows)[:, None, None] & (col < cols)[None, :, :]
     set_bits = (tl.load(pointers, mask=inside, other=0) != 0).to(tl.int32)
     words = tl.sum(set_bits << bit[None, None, :], 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ _BIAS_PROGRAMS = 1024
 # statistics, and rows and columns of packed masks, are padded to a multiple of it: tiles read them without a mask
 _PADDING = 128
 _ROWS, _WORDS = 32, _PADDING // 32  # of a mask, packed by one program
+# Triton compiles for whether 16 divides a stride: those of masks are its multiples, so that no length is another kernel
+_ALIGNED = 16
 
 
 def block_size(features: int) -> int:
@@ -135,6 +138,11 @@ class Problem:
         """A boolean mask in words along the keys and, transposed, along the queries, once they are asked for."""
         return {}
 
+    @functools.cached_property
+    def _bias(self) -> Tensor:
+        assert self.mask is not None
+        return self.mask if architecture(self.q.device) == "" else aligned(self.mask)  # "": a dry run
+
     def masks(
         self, index: int, transposed: bool = False
     ) -> tuple[Tensor | None, Tensor | None, tuple[int | None, ...]]:
@@ -149,8 +157,9 @@ class Problem:
                 self._bits[transposed] = packed_mask(self.mask[0], transposed)
             bits, strides = self._bits[transposed]
             return bits, None, strides
-        b, h, i, j = (s if n > 1 else 0 for n, s in zip(self.mask.shape[1:], self.mask.stride()[1:]))
-        return self.mask[0], stack(self.mask, index), (b, h, i or None, j)
+        bias = self._bias
+        b, h, i, j = (s if n > 1 else 0 for n, s in zip(bias.shape[1:], bias.stride()[1:]))
+        return bias[0], stack(bias, index), (b, h, i or None, j)
 
     def grid(self, tile: int, padded: bool = False) -> tuple[int, int, int]:
         """Programs of blocks of queries."""
@@ -200,6 +209,22 @@ def row_dense(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """`x`, copied with padded rows unless its strides are 1 or multiples of 16."""
+    if all(s == 1 or s % _ALIGNED == 0 for n, s in zip(x.shape, x.stride()) if n > 1):
+        return x
+    distinct = x[tuple(slice(0, None if stride else 1) for stride in x.stride())]
+    return padded_rows(distinct.shape, x.dtype, x.device).copy_(distinct).expand(x.shape)
+
+
+def padded_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor whose strides are multiples of 16, but for the 1 of the last axis that has a length."""
+    last = max((axis for axis, n in enumerate(shape) if n > 1), default=len(shape) - 1)
+    padded = list(shape)
+    padded[last] = -(-shape[last] // _ALIGNED) * _ALIGNED
+    return torch.empty(padded, dtype=dtype, device=device).narrow(last, 0, shape[last])
+
+
 def descriptors_fit(arch: str, *tensors: Tensor) -> bool:
     """Whether the tensor memory accelerator loads them: it wants rows of whole 16 bytes.
 
@@ -247,7 +272,7 @@ def packed_mask(mask: Tensor, transposed: bool) -> tuple[Tensor, tuple[int | Non
     if shared:  # all bits of a word the same
         mask, cols = mask.expand(batch, heads, rows, 32), 32
     pad = 1 if rows == 1 else _PADDING
-    size = (-(-rows // pad) * pad, _WORDS * (-(-cols // _PADDING)))
+    size = (-(-rows // pad) * pad, _ALIGNED * (-(-cols // (32 * _ALIGNED))))
     bits = torch.empty((batch, heads, *size), dtype=torch.int32, device=mask.device)
     block = 1 if rows == 1 else _ROWS
     launch(
@@ -256,7 +281,8 @@ def packed_mask(mask: Tensor, transposed: bool) -> tuple[Tensor, tuple[int | Non
         mask.device,
         mask,
         bits,
-        mask.stride(),
+        *mask.stride()[:2],
+        *(None if stride == 1 else stride for stride in mask.stride()[2:]),
         bits.stride()[:3],
         heads,
         rows,
