@@ -97,9 +97,9 @@ def test_a_script_becomes_ours_in_five_lines(tmp_path, monkeypatch, capsys):
         if mark == "+":
             made.append(text)
             continue
-        found = script.index(text, place)  # raises where the diff does not fit
-        made += script[place:found] + ([text] if mark == " " else [])
-        place = found + 1
+        index = script.index(text, place)  # raises where the diff does not fit
+        made += script[place:index] + ([text] if mark == " " else [])
+        place = index + 1
     names: dict = {}
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(made + script[place:]), "trainer.md, changed", "exec"), names)
@@ -115,10 +115,10 @@ def test_relative_links_lead_somewhere(page):
 
 
 def test_every_page_with_python_runs():
-    found = {
+    pages = {
         path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if "```python\n" in path.read_text()
     }
-    assert found == set(PAGES)
+    assert pages == set(PAGES)
     others = [path for path in ROOT.glob("*.md") if "```python\n" in path.read_text()]
     others += [path for path in ROOT.glob("*/README.md") if "```python\n" in path.read_text()]
     assert others == [ROOT / "README.md"]
@@ -256,7 +256,7 @@ def test_the_table_of_integrations_is_that_of_its_rows(integrations, tmp_path):
         file, _, name = row["test"].partition("::")
         assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), row["test"]
         assert 0 <= row["error"] < 1e-2
-    wanted = {
+    expected = {
         "Trainer",
         "accelerate",
         "PEFT",
@@ -267,7 +267,7 @@ def test_the_table_of_integrations_is_that_of_its_rows(integrations, tmp_path):
         "tensor parallel",
         "checkpointing",
     }
-    assert {name for name in wanted if any(name in row["integration"] for row in rows)} == wanted
+    assert {name for name in expected if any(name in row["integration"] for row in rows)} == expected
 
 
 def test_rows_of_integrations_are_checked(integrations, monkeypatch, tmp_path):

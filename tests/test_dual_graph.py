@@ -42,9 +42,9 @@ def tree_inputs():
 def test_jvp_has_the_convention_of_torch():
     primals, tangents = tree_inputs()
     expected = torch.func.jvp(tree_function, primals, tangents)
-    found = aajr.jvp(tree_function, primals, tangents)
-    assert pytree.tree_structure(found) == pytree.tree_structure(expected)
-    for got, want in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected)):
+    actual = aajr.jvp(tree_function, primals, tangents)
+    assert pytree.tree_structure(actual) == pytree.tree_structure(expected)
+    for got, want in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected)):
         assert type(got) is torch.Tensor
         assert_exact(got, want)
 
@@ -319,10 +319,10 @@ def test_gradients_flow_through_writes_to_views():
 
     y, tangent = torch.func.jvp(function, (x,), (v[0],))
     want = torch.autograd.grad(tangent.square().sum() + y.sum(), (x, v))
-    found = function(dual(x, v))
-    assert_exact(found.primal, y)
-    assert_exact(found.tangent, tangent)
-    for a, b in zip(torch.autograd.grad(found.tangent.square().sum() + found.primal.sum(), (x, v)), want):
+    result = function(dual(x, v))
+    assert_exact(result.primal, y)
+    assert_exact(result.tangent, tangent)
+    for a, b in zip(torch.autograd.grad(result.tangent.square().sum() + result.primal.sum(), (x, v)), want):
         assert_exact(a, b)
 
 
@@ -367,9 +367,9 @@ def test_compiled_in_one_graph(backend):
     expected = composed(*leaves)  # installs the guards and imports the ops, which cannot be traced
     gradients = torch.autograd.grad(expected, leaves)
     torch._dynamo.reset()
-    found = torch.compile(composed, fullgraph=True, backend=backend)(*leaves)
-    assert_exact(found, expected)
-    for got, want in zip(torch.autograd.grad(found, leaves), gradients):
+    actual = torch.compile(composed, fullgraph=True, backend=backend)(*leaves)
+    assert_exact(actual, expected)
+    for got, want in zip(torch.autograd.grad(actual, leaves), gradients):
         assert_exact(got, want)
     torch._dynamo.reset()
 

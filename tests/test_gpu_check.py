@@ -135,10 +135,10 @@ def test_every_family_of_the_suite_is_measured():
 def test_tests_of_the_kernels_get_the_marker_where_there_is_a_device():
     def item(file: str, **parameters):
         marks = set()
-        found = SimpleNamespace(path=ROOT / "tests" / file, keywords=marks, add_marker=marks.add)
+        collected = SimpleNamespace(path=ROOT / "tests" / file, keywords=marks, add_marker=marks.add)
         if parameters:
-            found.callspec = SimpleNamespace(params=parameters)
-        return found
+            collected.callspec = SimpleNamespace(params=parameters)
+        return collected
 
     case = SimpleNamespace(op="norm")
     suite = [
@@ -175,7 +175,7 @@ def test_the_marker_is_there_before_it_chooses(tmp_path):
     environment = {**kept, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    chosen = [line for line in done.stdout.splitlines() if "::" in line]
-    assert 10 < len(chosen) < 60
-    assert any(line.endswith("-cuda]") for line in chosen)
-    assert all(line.endswith(("-triton]", "-cuda]")) or "test_gpu.py" in line for line in chosen)
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    assert 10 < len(tests) < 60
+    assert any(line.endswith("-cuda]") for line in tests)
+    assert all(line.endswith(("-triton]", "-cuda]")) or "test_gpu.py" in line for line in tests)

@@ -76,11 +76,11 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 def imports_of(module: str, root: Path = PACKAGE) -> set[str]:
     """Absolute names of the modules that a file below `root` imports, at any depth."""
-    found: set[str] = set()
+    names: set[str] = set()
     package = [*(root.relative_to(PACKAGE.parent).parts), *module.split("/")[:-1]]
     for node in _nodes(ast.parse((root / module).read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             source = ".".join(part for part in (base, node.module) if part)
@@ -88,8 +88,8 @@ def imports_of(module: str, root: Path = PACKAGE) -> set[str]:
                 name = f"{source}.{alias.name}"
                 inside = PACKAGE.parent / name.replace(".", "/")
                 is_module = inside.is_dir() or inside.with_suffix(".py").exists()
-                found.add(name if is_module or name == "aajr_kernels._native" else source)
-    return found
+                names.add(name if is_module or name == "aajr_kernels._native" else source)
+    return names
 
 
 def inside_package(module: str) -> set[str]:

@@ -116,11 +116,11 @@ def test_the_oracle_agrees_with_finite_differences(subject, directions, exact):
         for name, p in double.parameters.items()
         if exact.gradients[name] is not None
     }
-    found = oracle.finite_difference(
+    slope = oracle.finite_difference(
         lambda: oracle.loss_of(double.tensor, double.x, v, metric="l2", probe=probe, mask=subject.mask).loss,
         double.parameters,
         steps,
         step=1e-4,
     )
     expected = sum((exact.gradients[name] * step).sum().item() for name, step in steps.items())
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert slope == pytest.approx(expected, rel=1e-6)

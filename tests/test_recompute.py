@@ -72,8 +72,8 @@ def gradients(total: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Ten
     return list(torch.autograd.grad(total, leaves, allow_unused=True))
 
 
-def same(got: list[torch.Tensor | None], wanted: list[torch.Tensor | None]) -> bool:
-    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(got, wanted))
+def same(got: list[torch.Tensor | None], expected: list[torch.Tensor | None]) -> bool:
+    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(got, expected))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -83,13 +83,13 @@ def test_gradients_are_bitwise_equal_and_the_result_is_not_kept(op, k, dtype):
     leaves = problem(dtype, k)
     with Kept() as plain:
         total = step(op, leaves, False)
-    wanted = gradients(total, leaves)
+    expected = gradients(total, leaves)
     with Kept() as less:
         total = step(op, leaves, True)
-    assert same(gradients(total, leaves), wanted)
+    assert same(gradients(total, leaves), expected)
     bias = C * dtype.itemsize if op.endswith("layer_norm") else 0  # for the second computation
     assert plain.bytes - less.bytes == (1 + k) * B * N * C * dtype.itemsize - bias
-    assert any(g is not None and g.any() for g in wanted)
+    assert any(g is not None and g.any() for g in expected)
 
 
 def test_the_context_chooses_and_an_argument_overrules_it():
@@ -101,16 +101,16 @@ def test_the_context_chooses_and_an_argument_overrules_it():
         ("activations", aajr.recompute(norms=False), "rms_norm", None),
         ("overruled", aajr.recompute(), "rms_norm", False),
     ]:
-        with context, Kept() as found:
+        with context, Kept() as saved:
             step(op, leaves, again)
-        kept[name] = found.bytes
+        kept[name] = saved.bytes
     assert kept["norms"] < kept["nothing"] == kept["activations"]
     assert kept["overruled"] == kept["nothing"]
-    with aajr.recompute(norms=False), Kept() as found:
+    with aajr.recompute(norms=False), Kept() as saved:
         step("swiglu", leaves, None)
     with Kept() as nothing:
         step("swiglu", leaves, None)
-    assert found.bytes < nothing.bytes
+    assert saved.bytes < nothing.bytes
     assert _context == {"norms": False, "activations": False}
     with pytest.raises(TypeError, match="recompute: norms must be True or False, got 'all'"):
         aajr.recompute(norms="all")
@@ -137,25 +137,25 @@ def gradients_retained(total: torch.Tensor, leaves: list[torch.Tensor]) -> list[
 def test_parts_of_a_backward():
     """One consumer only, then everything: neither is left waiting for the other."""
     leaves = problem(torch.float32, 1)
-    wanted = gradients(step("layer_norm", leaves, False), leaves)
+    expected = gradients(step("layer_norm", leaves, False), leaves)
     total = step("layer_norm", leaves, True)
     for i in (4, 6, 4):
         (one,) = torch.autograd.grad(total, leaves[i], retain_graph=True)
-        assert torch.equal(one, wanted[i])
-    assert same(gradients(total, leaves), wanted)
+        assert torch.equal(one, expected[i])
+    assert same(gradients(total, leaves), expected)
 
 
 def test_frozen_weights_keep_nothing_and_ask_nothing():
     leaves = problem(torch.float32, 1)
     for leaf in leaves[4:]:
         leaf.requires_grad_(False)
-    wanted = torch.autograd.grad(step("rms_norm", leaves, False), leaves[0])
+    expected = torch.autograd.grad(step("rms_norm", leaves, False), leaves[0])
     with Kept() as plain:
         step("rms_norm", leaves, False)
     with Kept() as less:
         total = step("rms_norm", leaves, True)
     assert plain.bytes == less.bytes
-    assert torch.equal(torch.autograd.grad(total, leaves[0])[0], wanted[0])
+    assert torch.equal(torch.autograd.grad(total, leaves[0])[0], expected[0])
 
 
 def test_a_reshaped_result_is_found_and_a_part_of_it_is_kept():
@@ -171,8 +171,8 @@ def test_a_reshaped_result_is_found_and_a_part_of_it_is_kept():
         for again in (False, True):
             with Kept() as kept:
                 y = aajr.linear(cut(aajr.rms_norm(aajr.Dual(x * 1), C, w, recompute=again)), weight)
-            found = torch.autograd.grad(y.stacked.square().sum(), (x, w, weight))
-            results[name, again] = kept.bytes, found
+            grads = torch.autograd.grad(y.stacked.square().sum(), (x, w, weight))
+            results[name, again] = kept.bytes, grads
         assert same(list(results[name, True][1]), list(results[name, False][1]))
     size = 2 * B * N * C * 4
     for name in ("view", "reshape"):
@@ -183,13 +183,13 @@ def test_a_reshaped_result_is_found_and_a_part_of_it_is_kept():
 def test_a_result_that_was_written_to_is_kept_as_it_is():
     leaves = problem(torch.float32, 1)
     x, _, w, _, weight, *_ = leaves
-    found = []
+    weight_grads = []
     for again in (False, True):
         y = aajr.rms_norm(aajr.Dual(x * 1), C, w, recompute=again)
         with torch.no_grad():
             y.stacked.mul_(3)
-        found.append(torch.autograd.grad(aajr.linear(y, weight).stacked.sum(), weight)[0])
-    assert torch.equal(*found)
+        weight_grads.append(torch.autograd.grad(aajr.linear(y, weight).stacked.sum(), weight)[0])
+    assert torch.equal(*weight_grads)
 
 
 def test_an_input_that_was_written_to_raises():
@@ -259,21 +259,21 @@ def test_offloading_moves_fewer_bytes():
 
 def test_with_save_on_cpu():
     x, leaves = mlp()
-    wanted = gradients(block(aajr.Dual(x * 1), leaves, False).stacked.square().sum(), [x, *leaves])
+    expected = gradients(block(aajr.Dual(x * 1), leaves, False).stacked.square().sum(), [x, *leaves])
     for first, second in ((save_on_cpu, aajr.recompute), (aajr.recompute, save_on_cpu)):
         with first(), second():
             total = block(aajr.Dual(x * 1), leaves, None).stacked.square().sum()
-        assert same(gradients(total, [x, *leaves]), wanted)
+        assert same(gradients(total, [x, *leaves]), expected)
 
 
 def test_files_of_the_benchmark(tmp_path):
     x, leaves = mlp()
-    wanted = gradients(block(aajr.Dual(x * 1), leaves, False).stacked.square().sum(), [x, *leaves])
+    expected = gradients(block(aajr.Dual(x * 1), leaves, False).stacked.square().sum(), [x, *leaves])
     written = []
     for again in (False, True):
         with Files(tmp_path, leaves, small=1) as files:
             total = block(aajr.Dual(x * 1), leaves, again).stacked.square().sum()
-        assert same(gradients(total, [x, *leaves]), wanted)
+        assert same(gradients(total, [x, *leaves]), expected)
         written.append(files.written)
     assert written[0] - written[1] == 2 * B * N * (C + H) * 4
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 0
@@ -281,12 +281,12 @@ def test_files_of_the_benchmark(tmp_path):
 
 def test_with_checkpoints():
     x, leaves = mlp()
-    wanted = gradients(block(aajr.Dual(x * 1), leaves, False).stacked.square().sum(), [x, *leaves])
+    expected = gradients(block(aajr.Dual(x * 1), leaves, False).stacked.square().sum(), [x, *leaves])
     run = lambda again: checkpoint(block, aajr.Dual(x * 1), leaves, again, use_reentrant=False)
-    assert same(gradients(run(True).stacked.square().sum(), [x, *leaves]), wanted)
+    assert same(gradients(run(True).stacked.square().sum(), [x, *leaves]), expected)
     with aajr.recompute():
         total = run(None).stacked.square().sum()
-        assert same(gradients(total, [x, *leaves]), wanted)
+        assert same(gradients(total, [x, *leaves]), expected)
 
 
 def test_a_checkpoint_whose_second_forward_keeps_something_else_raises():

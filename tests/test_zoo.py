@@ -112,14 +112,14 @@ def eagerly(subject: Subject, v: torch.Tensor, probe: torch.Tensor, moved: bool 
 @every_model
 def test_float64_is_exact(name, k, record_property):
     subject, v, exact, probe = problem(name, k)
-    found = through_the_dual(subject.double(), v.double(), probe.double())
+    actual = through_the_dual(subject.double(), v.double(), probe.double())
     errors = [
-        assert_exact(found.primal, exact.primal, "primal"),
-        assert_exact(found.tangents, exact.tangents, "tangents"),
-        assert_exact(found.loss, exact.loss, "loss"),
-        assert_exact_gradients(found.gradients, exact.gradients),
+        assert_exact(actual.primal, exact.primal, "primal"),
+        assert_exact(actual.tangents, exact.tangents, "tangents"),
+        assert_exact(actual.loss, exact.loss, "loss"),
+        assert_exact_gradients(actual.gradients, exact.gradients),
     ]
-    assert (found.tangents.flatten(1).norm(dim=1) > 0.01).all()
+    assert (actual.tangents.flatten(1).norm(dim=1) > 0.01).all()
     assert {key for key, gradient in exact.gradients.items() if gradient is None} == set(ENTRIES[name].idle)
     record_property("error", max(errors))
 
@@ -128,12 +128,12 @@ def test_float64_is_exact(name, k, record_property):
 @every_model
 def test_aligned_penalty_is_exact_in_float64(name, k, record_property):
     subject, v, exact, probe = problem(name, k)
-    found = through_the_penalty(subject.double(), v.double(), probe.double())
-    assert found.penalty > 1e-4
+    actual = through_the_penalty(subject.double(), v.double(), probe.double())
+    assert actual.penalty > 1e-4
     errors = [
-        assert_exact(found.penalty, exact.penalty, "penalty"),
-        assert_exact(found.primal, exact.primal, "primal"),
-        assert_exact_gradients(found.gradients, exact.gradients),
+        assert_exact(actual.penalty, exact.penalty, "penalty"),
+        assert_exact(actual.primal, exact.primal, "primal"),
+        assert_exact_gradients(actual.gradients, exact.gradients),
     ]
     record_property("error", max(errors))
 
@@ -144,13 +144,13 @@ def test_float32_is_within_the_budget(name, k, record_property):
     subject, v, exact, probe = problem(name, k)
     eager = eagerly(subject, v, probe)
     for run in (through_the_dual, through_the_penalty):
-        found = run(subject, v, probe)
-        assert found.loss.dtype == torch.float32
+        actual = run(subject, v, probe)
+        assert actual.loss.dtype == torch.float32
         shares = [
-            assert_within_budget(found.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS),
-            assert_within_budget(found.primal, eager.primal, exact.primal, "primal"),
+            assert_within_budget(actual.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS),
+            assert_within_budget(actual.primal, eager.primal, exact.primal, "primal"),
             assert_gradients_within_budget(
-                found.gradients,
+                actual.gradients,
                 eager.gradients,
                 exact.gradients,
                 ulps=MODEL_ULPS,
@@ -158,7 +158,7 @@ def test_float32_is_within_the_budget(name, k, record_property):
             ),
         ]
         if run is through_the_dual:
-            shares.append(assert_within_budget(found.tangents, eager.tangents, exact.tangents, "tangents"))
+            shares.append(assert_within_budget(actual.tangents, eager.tangents, exact.tangents, "tangents"))
         record_property(f"budget used {run.__name__}", max(shares))
 
 
@@ -173,10 +173,10 @@ def test_bfloat16_is_within_the_budget(name):
         exact.tensor, exact.x, v.double(), exact.parameters, probe=probe.double(), **options
     )
     eager = oracle.loss_and_gradients(low.tensor, low.x, v, low.parameters, probe=probe, **options)
-    found = through_the_penalty(low, v, probe)
-    assert found.primal.dtype == torch.bfloat16
-    assert_within_budget(found.primal, eager.primal, expected.primal, "primal", ulps=1)
-    assert_gradients_within_budget(found.gradients, eager.gradients, expected.gradients, ulps=1)
+    actual = through_the_penalty(low, v, probe)
+    assert actual.primal.dtype == torch.bfloat16
+    assert_within_budget(actual.primal, eager.primal, expected.primal, "primal", ulps=1)
+    assert_gradients_within_budget(actual.gradients, eager.gradients, expected.gradients, ulps=1)
 
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name.startswith("nn.")])

@@ -84,7 +84,7 @@ def module() -> ModuleType:
 @contextlib.contextmanager
 def loaded() -> Iterator[ModuleType]:
     """The package's CUDA module is the one for the CPU."""
-    found = module()
+    emulated = module()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "module", lambda: found)
-        yield found
+        patch.setattr(cuda, "module", lambda: emulated)
+        yield emulated

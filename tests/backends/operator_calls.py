@@ -36,11 +36,11 @@ class Recorder(TorchDispatchMode):
 
 def first_cases(ops: Sequence[str] = OPS) -> list[Case]:
     """The smallest case of every kind: the first and the last of every op, and those with a bias or residual."""
-    chosen = []
+    cases = []
     for op in ops:
         mine = [case for case in CASES.values() if case.op == op]
-        chosen += [mine[0], mine[-1], *(c for c in mine[1:-1] if any(word in c.name for word in _WORDS))]
-    return list({str(case): case for case in chosen}.values())
+        cases += [mine[0], mine[-1], *(c for c in mine[1:-1] if any(word in c.name for word in _WORDS))]
+    return list({str(case): case for case in cases}.values())
 
 
 def calls_on(backend: str, dtype: torch.dtype = torch.float32, ops: Sequence[str] = OPS) -> list[Call]:
@@ -61,11 +61,11 @@ def calls_on(backend: str, dtype: torch.dtype = torch.float32, ops: Sequence[str
                 (y.stacked.sum() + softmax(total).stacked.square().sum()).backward()
         finally:
             patch.undo()
-    found: dict[Any, Call] = {}
+    calls: dict[Any, Call] = {}
     for func, args in recorder.calls:
         pattern = tuple("tensor" if isinstance(a, torch.Tensor) else a for a in args)
-        found.setdefault((func, pattern), (func, args))
-    return list(found.values())
+        calls.setdefault((func, pattern), (func, args))
+    return list(calls.values())
 
 
 def name_of(func: Any) -> str:
@@ -90,5 +90,5 @@ def permuted(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def results(found: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+def results(result: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)

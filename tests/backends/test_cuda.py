@@ -150,9 +150,9 @@ def test_memory_that_is_not_aligned_to_sixteen_bytes(host, dtype):
     assert crooked(x).data_ptr() % 16 and crooked(w).data_ptr() % 16
     y, stats, _ = norm.norm_fwd(x, w, None, 1e-5, 0.0, True)
     for inputs in ((crooked(x), w), (x, crooked(w)), (crooked(x), crooked(w))):
-        found = norm.norm_fwd(*inputs, None, 1e-5, 0.0, True)
-        torch.testing.assert_close(found[0], y, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
-        torch.testing.assert_close(found[1], stats, rtol=1e-5, atol=1e-5)
+        actual = norm.norm_fwd(*inputs, None, 1e-5, 0.0, True)
+        torch.testing.assert_close(actual[0], y, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
+        torch.testing.assert_close(actual[1], stats, rtol=1e-5, atol=1e-5)
     q = reduce.sensitivity_fwd(x, "fisher")
     torch.testing.assert_close(reduce.sensitivity_fwd(crooked(x), "fisher"), q, rtol=1e-5, atol=1e-6)
 
@@ -276,10 +276,10 @@ def test_every_operator_passes_opcheck(host, dtype):
     assert {operator_calls.name_of(func) for func, _ in calls} == set(cuda.operator.names)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for func, args in calls:
-        found = torch.library.opcheck(
+        report = torch.library.opcheck(
             func, operator_calls.plain(args), test_utils=checks, raise_exception=False
         )
-        assert found == dict.fromkeys(checks, "SUCCESS"), (str(func), found)
+        assert report == dict.fromkeys(checks, "SUCCESS"), (str(func), report)
 
 
 @on_host
@@ -367,7 +367,7 @@ def test_a_residual_of_one_stack(host):
     """x or the residual may be a constant beside the other's tangents."""
     x, r, w = torch.randn(3, 2, 40), torch.randn(3, 2, 40), torch.randn(40)
     for a, b in ((x, r[:1]), (x[:1], r)):
-        found = norm.norm_fwd(a, w, None, 1e-5, 0.0, False, b)
+        actual = norm.norm_fwd(a, w, None, 1e-5, 0.0, False, b)
         wide = norm_reference.norm_fwd(a.double(), w.double(), None, 1e-5, 0.0, False, b.double())
-        for got, exact in zip(found, wide):
+        for got, exact in zip(actual, wide):
             torch.testing.assert_close(got.double(), exact.view(got.shape), rtol=1e-5, atol=1e-5)

@@ -93,7 +93,7 @@ def tensor_of(view) -> torch.Tensor | None:
 def recorded(backend: str) -> tuple[Call, ...]:
     """One valid call of every entry with every combination of dtypes and missing tensors."""
     door = {"native": native, "cuda": cuda}[backend]
-    found: dict[tuple, Call] = {}
+    by_key: dict[tuple, Call] = {}
 
     class Recorder:
         """The module, whose entries are recorded."""
@@ -112,10 +112,10 @@ def recorded(backend: str) -> tuple[Call, ...]:
         def call(self, name, entry, tensors, ints, floats, threads):
             entry(tensors, ints, floats, threads)
             key = (name, *(None if t is None else (t[1], len(t[2])) for t in tensors), ints)
-            if key not in found:
+            if key not in by_key:
                 keep: list = []
                 copies = [placed(tensor_of(t), keep) for t in tensors]
-                found[key] = Call(self.module, name, copies, tuple(ints), tuple(floats), keep)
+                by_key[key] = Call(self.module, name, copies, tuple(ints), tuple(floats), keep)
 
     for case in RECORDED:
         target = Target(backend)
@@ -126,7 +126,7 @@ def recorded(backend: str) -> tuple[Call, ...]:
                 recorder = Recorder(door.module())
                 patch.setattr(door, "module", lambda recorder=recorder: recorder)
                 outcome(case.ours, inputs, params, torch.ones(case.ours(inputs, params).shape))
-    return tuple(found.values())
+    return tuple(by_key.values())
 
 
 @pytest.fixture(params=["native", "cuda"])
@@ -134,9 +134,9 @@ def calls(request) -> tuple[Call, ...]:
     reason = Target("native").why_not("norm") if request.param == "native" else cuda_host.why_not()
     if reason is not None:
         pytest.skip(reason)
-    found = recorded(request.param)
-    assert found
-    return found
+    recorded_calls = recorded(request.param)
+    assert recorded_calls
+    return recorded_calls
 
 
 def must_raise(call: Call, what: str, **changed) -> None:

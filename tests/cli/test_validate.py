@@ -85,26 +85,26 @@ def test_every_public_op_is_validated():
 
 @pytest.mark.slow
 def test_low_dtypes_pass_within_their_budget():
-    found = report("--op", "linear")
-    assert found["passed"]
-    for backend in {row["backend"] for row in found["rows"]}:
+    result = report("--op", "linear")
+    assert result["passed"]
+    for backend in {row["backend"] for row in result["rows"]}:
         dtypes = [dtype for dtype in DTYPES if backend == "reference" or dtype != "float64"]
-        assert [row["dtype"] for row in found["rows"] if row["backend"] == backend] == dtypes
-    for row in found["rows"]:
+        assert [row["dtype"] for row in result["rows"] if row["backend"] == backend] == dtypes
+    for row in result["rows"]:
         assert row["result"] == "pass" and row["budget_share"] <= 1 and row["worst"]
         assert row["worst_error"] <= 64 * torch.finfo(DTYPES[row["dtype"]]).eps
     available = {name for name, reason in choice.backends().items() if reason is None}
-    assert {row["backend"] for row in found["rows"]} == available
-    refused = {f"float64 on {row['backend']} on {row['device']}" for row in found["rows"]}
+    assert {row["backend"] for row in result["rows"]} == available
+    refused = {f"float64 on {row['backend']} on {row['device']}" for row in result["rows"]}
     refused -= {name for name in refused if "reference" in name}
-    assert set(found["left_out"]) == set(choice.backends()) - available | refused
+    assert set(result["left_out"]) == set(choice.backends()) - available | refused
     # two minutes on Triton's interpreter, which tests/ops/test_suite.py has at smaller sizes
     named = [word for name in sorted(available - {"triton"}) for word in ("--backend", name)]
     dtypes = [word for name in DTYPES if name != "float64" for word in ("--dtype", name)]
-    found = report("--op", "layer_norm", "--op", "sensitivity", *named, *dtypes)
-    assert {row["backend"] for row in found["rows"]} == available - {"triton"}
-    assert len(found["rows"]) == 2 * 3 * len(available - {"triton"}) and found["passed"]
-    for row in found["rows"]:
+    result = report("--op", "layer_norm", "--op", "sensitivity", *named, *dtypes)
+    assert {row["backend"] for row in result["rows"]} == available - {"triton"}
+    assert len(result["rows"]) == 2 * 3 * len(available - {"triton"}) and result["passed"]
+    for row in result["rows"]:
         assert row["result"] == "pass" and row["worst_error"] <= 64 * torch.finfo(DTYPES[row["dtype"]]).eps
 
 
@@ -173,12 +173,12 @@ def test_forgotten_second_derivative(monkeypatch):
         return y_bar * slope
 
     monkeypatch.setattr(activation, "pointwise_bwd", forgetful)
-    found = report(
+    result = report(
         "--op", "tanh", "--op", "linear", "--dtype", "float32", "--backend", "reference", exit_code=1
     )
-    assert not found["passed"]
-    assert {row["op"]: row["result"] for row in found["rows"]} == {"linear": "pass", "tanh": "fail"}
-    failures = next(row["failures"] for row in found["rows"] if row["op"] == "tanh")
+    assert not result["passed"]
+    assert {row["op"]: row["result"] for row in result["rows"]} == {"linear": "pass", "tanh": "fail"}
+    failures = next(row["failures"] for row in result["rows"] if row["op"] == "tanh")
     assert failures and all(
         "gradient of x, primal:" in failure for failure in failures
     )  # that of its tangents is right
@@ -281,10 +281,10 @@ def test_bfloat16_on_the_interpreter_is_validated_only_where_it_computes_it():
 @pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
 def test_a_backend_of_some_ops_skips_the_others(monkeypatch):
     with cuda_host.loaded():
-        found = report(
+        result = report(
             "--op", "rms_norm", "--op", "silu", "--backend", "cuda", "--dtype", "float32", "--device", "cpu"
         )
-    assert {(row["op"], row["result"]) for row in found["rows"]} == {
+    assert {(row["op"], row["result"]) for row in result["rows"]} == {
         ("rms_norm", "pass"),
         ("silu", "skipped"),
     }
@@ -314,8 +314,8 @@ def native(monkeypatch):
 
 
 def test_every_available_backend_gets_rows(native):
-    found = report("--op", "linear", "--op", "silu", "--dtype", "float64", "--dtype", "float32")
-    rows = {(row["op"], row["dtype"], row["backend"]): row["result"] for row in found["rows"]}
+    result = report("--op", "linear", "--op", "silu", "--dtype", "float64", "--dtype", "float32")
+    rows = {(row["op"], row["dtype"], row["backend"]): row["result"] for row in result["rows"]}
     assert rows == {
         ("linear", "float64", "reference"): "pass",  # the only one that computes it
         ("linear", "float32", "reference"): "pass",
@@ -324,10 +324,10 @@ def test_every_available_backend_gets_rows(native):
         ("silu", "float32", "reference"): "pass",
         ("silu", "float32", "native"): "skipped",
     }
-    assert set(found["left_out"]) == {"triton", "cuda", "float64 on native on cpu"}
+    assert set(result["left_out"]) == {"triton", "cuda", "float64 on native on cpu"}
     native.linear_bwd = perturbed(native.linear_bwd, 1, lambda g: g * 1.01)
-    found = report("--op", "linear", "--dtype", "float32", exit_code=1)
-    assert [(row["backend"], row["result"]) for row in found["rows"]] == [
+    result = report("--op", "linear", "--dtype", "float32", exit_code=1)
+    assert [(row["backend"], row["result"]) for row in result["rows"]] == [
         ("reference", "pass"),
         ("native", "fail"),
     ]

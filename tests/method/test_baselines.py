@@ -111,9 +111,9 @@ def test_value_and_gradients_are_those_of_the_stated_penalty(method, metric, pol
     grads = torch.autograd.grad(mean, parameters, allow_unused=True)
     with torch.no_grad():
         for p, g in zip(parameters, grads):
-            wanted = difference_gradient(lambda: truth(method, policy, x, u, metric).mean(), p)
+            by_differences = difference_gradient(lambda: truth(method, policy, x, u, metric).mean(), p)
             got = torch.zeros_like(p) if g is None else g
-            assert_exact(got, wanted, f"gradient of {method}", tolerance=1e-7, floor=1e-3)
+            assert_exact(got, by_differences, f"gradient of {method}", tolerance=1e-7, floor=1e-3)
     assert max(g.abs().max() for g in grads if g is not None) > 1e-3
 
 

@@ -91,8 +91,8 @@ def check(case: Case, **options: Any) -> None:
     actual = case.ours(**options)
     budgets.assert_exact(actual, expected, "output", tolerance=1e-12, floor=1.0)
     out_bar = torch.randn_like(expected)
-    wanted, got = case.gradients(expected, out_bar), case.gradients(actual, out_bar)
-    for name, gradient in wanted.items():
+    expected_gradients, got = case.gradients(expected, out_bar), case.gradients(actual, out_bar)
+    for name, gradient in expected_gradients.items():
         assert gradient is not None and got[name] is not None, name
         budgets.assert_exact(got[name], gradient, name, tolerance=1e-11, floor=1.0)
 

@@ -76,8 +76,8 @@ def test_dropout_is_the_formula_with_the_mask_that_was_drawn(monkeypatch, rows):
     expected = case.oracle(dropped=dropped, **options)
     budgets.assert_exact(actual, expected, tolerance=1e-12)
     out_bar = torch.randn_like(expected)
-    wanted, got = case.gradients(expected, out_bar), case.gradients(actual, out_bar)
-    for name, gradient in wanted.items():
+    expected_gradients, got = case.gradients(expected, out_bar), case.gradients(actual, out_bar)
+    for name, gradient in expected_gradients.items():
         budgets.assert_exact(got[name], gradient, name, tolerance=1e-11)
 
 
@@ -94,8 +94,8 @@ def test_dropout_under_checkpoint_draws_the_same_mask():
     replayed = checkpoint(call, *case.leaves.values(), use_reentrant=False)
     assert torch.randint(1 << 30, ()) == after
     out_bar = torch.randn_like(plain)
-    wanted, got = case.gradients(plain, out_bar), case.gradients(replayed, out_bar)
-    assert all(torch.equal(wanted[n], got[n]) for n in wanted)
+    expected_gradients, got = case.gradients(plain, out_bar), case.gradients(replayed, out_bar)
+    assert all(torch.equal(expected_gradients[n], got[n]) for n in expected_gradients)
     assert not torch.equal(call(*case.leaves.values()), call(*case.leaves.values()))
     assert not attention(
         Dual(case.leaves["q"]), case.leaves["k"][0], case.leaves["v"][0], dropout=1.0
@@ -146,9 +146,9 @@ def test_a_row_of_large_negative_bias_is_an_ordinary_row(low):
     out_bar = torch.zeros_like(out)
     out_bar[0] = torch.randn_like(plain)
     got = case.gradients(out, out_bar)
-    wanted = case.gradients(plain, out_bar[0])
+    exact_gradients = case.gradients(plain, out_bar[0])
     for name in "qkv":
-        budgets.assert_exact(got[name][0], wanted[name][0], name, tolerance=2e-3)
+        budgets.assert_exact(got[name][0], exact_gradients[name][0], name, tolerance=2e-3)
         assert not got[name][1:].any()
 
 
@@ -165,12 +165,14 @@ def test_low_dtypes_within_the_error_budget(dtype, size, options):
     for j in range(3):
         budgets.assert_within_budget(actual[j], eager[j], expected[j], f"output {j}")
     out_bar = torch.randn_like(expected).to(dtype)
-    wanted = exact.gradients(expected, out_bar.double())
+    exact_gradients = exact.gradients(expected, out_bar.double())
     poor, got = low.gradients(eager, out_bar), low.gradients(actual, out_bar)
-    for name in wanted:
+    for name in exact_gradients:
         assert got[name].dtype == dtype
-        budgets.assert_within_budget(got[name][0], poor[name][0], wanted[name][0], name)
-        budgets.assert_within_budget(got[name][1:], poor[name][1:], wanted[name][1:], name + " tangents")
+        budgets.assert_within_budget(got[name][0], poor[name][0], exact_gradients[name][0], name)
+        budgets.assert_within_budget(
+            got[name][1:], poor[name][1:], exact_gradients[name][1:], name + " tangents"
+        )
 
 
 def test_large_scores_and_a_common_offset_stay_within_the_budget():
@@ -182,10 +184,12 @@ def test_large_scores_and_a_common_offset_stay_within_the_budget():
         expected, eager, actual = exact.oracle(), low.oracle(), low.ours()
         out_bar = torch.randn_like(expected)
         budgets.assert_within_budget(actual, eager, expected, "output")
-        wanted = exact.gradients(expected, out_bar)
+        exact_gradients = exact.gradients(expected, out_bar)
         poor, got = low.gradients(eager, out_bar.float()), low.gradients(actual, out_bar.float())
-        for name in wanted:
-            budgets.assert_within_budget(got[name], poor[name], wanted[name], f"{name} at offset {shift}")
+        for name in exact_gradients:
+            budgets.assert_within_budget(
+                got[name], poor[name], exact_gradients[name], f"{name} at offset {shift}"
+            )
 
 
 def test_linear_in_the_tangents_and_adjoint():
@@ -209,11 +213,11 @@ def test_gradients_nobody_needs_are_skipped():
         case = make((2, 2, 2), (4, 13, 11))
         full = case.ours(softcap=2.0)
         out_bar = torch.randn_like(full)
-        wanted = case.gradients(full, out_bar)[name]
+        expected_gradient = case.gradients(full, out_bar)[name]
         for other, leaf in case.leaves.items():
             leaf.requires_grad_(other == name)
         (got,) = torch.autograd.grad(case.ours(softcap=2.0), [case.leaves[name]], out_bar)
-        budgets.assert_exact(got, wanted, name, tolerance=1e-12)
+        budgets.assert_exact(got, expected_gradient, name, tolerance=1e-12)
     case = make()
     stacks = [case.leaves[n].detach() for n in "qkv"]
     options = Options(1.0)

@@ -37,12 +37,12 @@ def test_plain_tensors_in_plain_tensors_out(options):
     budgets.assert_exact(out, expected, tolerance=1e-12)
     assert torch.allclose(attention(Dual(case.leaves["q"]), k, v, **options).primal, out)
     out_bar = torch.randn_like(out)
-    for got, wanted in zip(
+    for got, expected_gradient in zip(
         torch.autograd.grad(out, (q, k, v), out_bar),
         torch.autograd.grad(expected, (q, k, v), out_bar),
         strict=True,
     ):
-        budgets.assert_exact(got, wanted, tolerance=1e-11)
+        budgets.assert_exact(got, expected_gradient, tolerance=1e-11)
 
 
 def test_plain_tensors_with_bias_and_no_keys():
@@ -134,12 +134,12 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     out, expected = compiled(*leaves), call(*leaves)
     budgets.assert_exact(out, expected)
-    for got, wanted in zip(
+    for got, expected_gradient in zip(
         torch.autograd.grad(out, leaves, out.detach()),
         torch.autograd.grad(expected, leaves, out.detach()),
         strict=True,
     ):
-        budgets.assert_exact(got, wanted)
+        budgets.assert_exact(got, expected_gradient)
 
 
 def _bad() -> list[tuple[str, type[Exception], dict[str, Any], str]]:

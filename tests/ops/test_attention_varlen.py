@@ -89,8 +89,11 @@ def oracle(
 def compare(case: Case, ours: Case, actual: Tensor, expected: Tensor, tolerance: float) -> None:
     budgets.assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
     out_bar = torch.randn_like(expected)
-    wanted, got = case.gradients(expected, out_bar), ours.gradients(actual, out_bar.to(actual.dtype))
-    for name, gradient in wanted.items():
+    expected_gradients, got = (
+        case.gradients(expected, out_bar),
+        ours.gradients(actual, out_bar.to(actual.dtype)),
+    )
+    for name, gradient in expected_gradients.items():
         assert gradient is not None and got[name] is not None, name
         budgets.assert_exact(got[name], gradient, name, tolerance=10 * tolerance, floor=1.0)
 
@@ -125,12 +128,14 @@ def test_low_dtypes_within_the_error_budget(target, dtype, options):
     actual = low.ours(cu_seqlens=BOTH, **options)
     assert actual.dtype == dtype
     out_bar = torch.randn_like(expected).to(dtype)
-    wanted = exact.gradients(expected, out_bar.double())
+    exact_gradients = exact.gradients(expected, out_bar.double())
     poor, got = low.gradients(eager, out_bar), low.gradients(actual, out_bar)
     for index in (slice(0, 1), slice(1, None)):
         budgets.assert_within_budget(actual[index], eager[index], expected[index], "output")
-        for name in wanted:
-            budgets.assert_within_budget(got[name][index], poor[name][index], wanted[name][index], name)
+        for name in exact_gradients:
+            budgets.assert_within_budget(
+                got[name][index], poor[name][index], exact_gradients[name][index], name
+            )
 
 
 def test_one_tensor_for_queries_and_keys_is_self_attention(target):
@@ -163,9 +168,9 @@ def test_nobody_waits_for_offsets_while_a_graph_is_captured(monkeypatch):
     expected = oracle(exact, causal=True)
     budgets.assert_exact(plain.cpu(), expected[0], "plain", tolerance=2e-5, floor=1.0)
     out_bar = torch.randn_like(expected)
-    wanted, got = exact.gradients(expected, out_bar), on.gradients(actual, out_bar.to(actual))
+    exact_gradients, got = exact.gradients(expected, out_bar), on.gradients(actual, out_bar.to(actual))
     budgets.assert_exact(actual.cpu(), expected, "output", tolerance=2e-5, floor=1.0)
-    for name, gradient in wanted.items():
+    for name, gradient in exact_gradients.items():
         budgets.assert_exact(got[name].cpu(), gradient, name, tolerance=2e-4, floor=1.0)
 
 
@@ -274,15 +279,15 @@ def test_gradients_nobody_needs_and_strided_inputs(target):
     case = packed((1, 1, 1)).to(torch.float32)
     full = case.ours(causal=True, cu_seqlens=BOTH)
     out_bar = torch.randn_like(full)
-    wanted = case.gradients(full, out_bar)
-    for name in wanted:
+    expected_gradients = case.gradients(full, out_bar)
+    for name in expected_gradients:
         # positions before heads in memory, as a projection leaves them
         leaves = {n: x.detach().transpose(2, 3).contiguous().transpose(2, 3) for n, x in case.leaves.items()}
         leaves[name].requires_grad_()
         out = Case(leaves).ours(causal=True, cu_seqlens=BOTH)
         budgets.assert_exact(out, full, tolerance=1e-6)
         (got,) = torch.autograd.grad(out, leaves[name], out_bar)
-        budgets.assert_exact(got, wanted[name], name, tolerance=1e-5)
+        budgets.assert_exact(got, expected_gradients[name], name, tolerance=1e-5)
 
 
 def test_work_is_counted_per_sequence():

@@ -156,8 +156,8 @@ def check(
     tangents2 = [d.clone().requires_grad_() for d in directions]
 
     def of_duals(*values: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(dualled, values))
-        return tuple(plain([given.get(i, x) for i, x in zip(places, leaves2)]))
+        replaced = dict(zip(dualled, values))
+        return tuple(plain([replaced.get(i, x) for i, x in zip(places, leaves2)]))
 
     primal_in = tuple(x for i, x in zip(places, leaves2) if i in dualled)
     with sdpa_kernel(SDPBackend.MATH):
@@ -166,7 +166,9 @@ def check(
     tangents = [torch.stack([run[1][i] for run in runs]) for i in range(len(primals))]
     for y, want in zip(outputs, tangents):
         _close("tangent against torch.func.jvp", y.tangents, want, 1e-11)
-    wanted = torch.autograd.grad(functional(primals, tangents), [*leaves2, *tangents2], allow_unused=True)
-    for index, (grad, want) in enumerate(zip(grads, wanted)):
+    expected_grads = torch.autograd.grad(
+        functional(primals, tangents), [*leaves2, *tangents2], allow_unused=True
+    )
+    for index, (grad, want) in enumerate(zip(grads, expected_grads)):
         want = torch.zeros_like(grad) if want is None else want
         _close(f"gradient {index} against upstream", grad, want, 1e-10, scale=size * 1e-2)

@@ -240,8 +240,8 @@ def _gradient(f: Callable[..., Tensor], values: list[Tensor], places: list[int])
     phi = f(filled)
     if not phi.requires_grad:
         return [torch.zeros_like(v) for v in leaves]
-    found = torch.autograd.grad(phi, leaves, allow_unused=True)
-    return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found)]
+    gradients = torch.autograd.grad(phi, leaves, allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, gradients)]
 
 
 def _takes_gradients(call: Call) -> bool:

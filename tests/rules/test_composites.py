@@ -136,24 +136,26 @@ def test_rows_of_multi_head_attention_without_keys_give_zeros(form: str, need_we
     pairs = [y, weights] if need_weights else [y]
 
     def oracle(*moved: Tensor) -> tuple[Tensor, ...]:
-        given = [*leaves]
+        arguments = [*leaves]
         for i, z in zip(moves, moved):
-            given[i] = z
-        return _formula(*given[:4], given[4] if len(given) == 5 else full)[: len(pairs)]
+            arguments[i] = z
+        return _formula(*arguments[:4], arguments[4] if len(arguments) == 5 else full)[: len(pairs)]
 
     runs = [
         torch.func.jvp(oracle, tuple(leaves[i] for i in moves), tuple(tangents[i][k] for i in moves))
         for k in range(2)
     ]
-    total, wanted = torch.zeros(()), torch.zeros(())
+    total, expected_total = torch.zeros(()), torch.zeros(())
     for i, got in enumerate(pairs):
         expected = torch.stack([runs[0][0][i], *(run[1][i] for run in runs)])
         torch.testing.assert_close(got.stacked, expected, rtol=1e-12, atol=1e-12)
         assert (got.stacked == 0).any() and got.tangents.any()
         cotangent = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
         total = total + (got.stacked * (cotangent + got.stacked.detach())).sum()
-        wanted = wanted + (expected * (cotangent + expected.detach())).sum()
-    for got, want in zip(*(torch.autograd.grad(z, variables, allow_unused=True) for z in (total, wanted))):
+        expected_total = expected_total + (expected * (cotangent + expected.detach())).sum()
+    for got, want in zip(
+        *(torch.autograd.grad(z, variables, allow_unused=True) for z in (total, expected_total))
+    ):
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)

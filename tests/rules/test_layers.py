@@ -180,8 +180,8 @@ def test_in_place_forms_write_their_input(function: object) -> None:
     assert y is x
     torch.testing.assert_close(y.stacked, expected.stacked)
     (gradient,) = torch.autograd.grad(y.stacked.square().sum(), source, retain_graph=True)
-    (wanted,) = torch.autograd.grad(expected.stacked.square().sum(), source)
-    torch.testing.assert_close(gradient, wanted)
+    (expected_gradient,) = torch.autograd.grad(expected.stacked.square().sum(), source)
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_activation_modules_are_exact() -> None:
@@ -238,8 +238,8 @@ def test_vision_stem_is_exact() -> None:
 def test_max_pool_returns_plain_indices() -> None:
     x = made(2, 3, 6)
     y, indices = F.max_pool1d(x, 2, return_indices=True)
-    expected, wanted = F.max_pool1d(x.primal, 2, return_indices=True)
-    assert torch.equal(indices, wanted) and torch.equal(y.primal, expected)
+    expected, expected_indices = F.max_pool1d(x.primal, 2, return_indices=True)
+    assert torch.equal(indices, expected_indices) and torch.equal(y.primal, expected)
     torch.testing.assert_close(y.tangents, x.tangents.gather(-1, indices.expand(2, *indices.shape)))
 
 

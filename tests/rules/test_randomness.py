@@ -125,7 +125,7 @@ def test_attention_draws_torchs_mask_on_every_backend_of_the_cpu(dtype: torch.dt
 
 def test_a_checkpoint_draws_the_mask_again() -> None:
     """The gradients of a plain call agree too, with and without a recomputed forward."""
-    x, found = torch.randn(SEQUENCE).double(), []
+    x, gradients = torch.randn(SEQUENCE).double(), []
     for recomputed in (False, True):
         for dual in (False, True):
             leaf = x.clone().requires_grad_()
@@ -136,9 +136,9 @@ def test_a_checkpoint_draws_the_mask_again() -> None:
 
             torch.manual_seed(SEED)
             y = checkpoint(call, leaf, use_reentrant=False) if recomputed else call(leaf)
-            found += torch.autograd.grad(y.square().sum(), leaf)
-    for gradient in found[1:]:
-        torch.testing.assert_close(gradient, found[0])
+            gradients += torch.autograd.grad(y.square().sum(), leaf)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])
 
 
 def test_where_kernels_draw_for_themselves_plain_calls_go_to_them(monkeypatch: pytest.MonkeyPatch) -> None:

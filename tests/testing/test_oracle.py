@@ -49,11 +49,11 @@ def test_gradients_agree_with_finite_differences_of_the_loss(name):
         key: scales[key] * normal(*leaf.shape, seed=i) for i, (key, leaf) in enumerate(leaves.items())
     }
     # a small step: two of the models have kinks (ReLU) that a larger one crosses
-    found = oracle.finite_difference(
+    slope = oracle.finite_difference(
         lambda: oracle.loss_of(subject.tensor, subject.x, v, **options).loss, leaves, directions, step=1e-5
     )
     expected = sum((g * directions[key]).sum().item() for key, g in gradients.items() if g is not None)
-    assert found == pytest.approx(expected, rel=1e-7)
+    assert slope == pytest.approx(expected, rel=1e-7)
     assert {key for key, g in gradients.items() if g is None} == set(ENTRIES[name].idle)
 
 
@@ -65,8 +65,8 @@ def test_tangents_agree_with_finite_differences_of_the_values(name):
     v = normal(3, *subject.x.shape)
     outcome = oracle.loss_of(subject.tensor, subject.x, v, metric="l2")
     for direction, tangent in zip(v, outcome.tangents, strict=True):
-        found = oracle.tangent_by_differences(subject.tensor, subject.x, direction, step=1e-4)
-        assert_exact(found, tangent, tolerance=1e-8)
+        difference = oracle.tangent_by_differences(subject.tensor, subject.x, direction, step=1e-4)
+        assert_exact(difference, tangent, tolerance=1e-8)
 
 
 # --------------------------------------------------------------------------------------- the metrics' meaning
@@ -128,9 +128,9 @@ def test_hand_written_layers_agree_with_torch(name):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = torch.func.jvp(layer, (x,), (v,))
     with oracle.oracle_mode():
-        found = torch.func.jvp(layer, (x,), (v,))
-    assert_exact(found[0], expected[0], "value", tolerance=1e-13)
-    assert_exact(found[1], expected[1], "tangent", tolerance=1e-13)
+        actual = torch.func.jvp(layer, (x,), (v,))
+    assert_exact(actual[0], expected[0], "value", tolerance=1e-13)
+    assert_exact(actual[1], expected[1], "tangent", tolerance=1e-13)
     assert expected[1].norm() > 0.01
 
 
@@ -144,10 +144,10 @@ def test_an_empty_attention_row_is_zero_with_zero_gradients(kind):
     def layer(x):
         return F.scaled_dot_product_attention(x, x, x, mask)
 
-    found = oracle.loss_and_gradients(layer, normal(1, 2, 5, 4), normal(1, 1, 2, 5, 4), {}, metric="l2")
-    assert found.primal[..., 1, :].eq(0).all()
-    assert found.tangents[..., 1, :].eq(0).all()
-    assert all(gradient.isfinite().all() for gradient in found.gradients.values())
+    outcome = oracle.loss_and_gradients(layer, normal(1, 2, 5, 4), normal(1, 1, 2, 5, 4), {}, metric="l2")
+    assert outcome.primal[..., 1, :].eq(0).all()
+    assert outcome.tangents[..., 1, :].eq(0).all()
+    assert all(gradient.isfinite().all() for gradient in outcome.gradients.values())
 
 
 def test_grouped_mm_agrees_with_torch():
@@ -279,9 +279,9 @@ def test_the_package_is_right(norm_problem):
     func, x, v, leaves, slope, by_differences = norm_problem
     exact = oracle.loss_and_gradients(func, x, v[None], leaves, metric="l2").gradients
     y = func(aajr.dual(x, v))
-    found = oracle.gradients_of(y.tangent.square().sum(-1).mean(), leaves)
-    assert_exact_gradients(found, {name: exact[name] for name in leaves}, tolerance=1e-12)
-    assert slope(found) == pytest.approx(by_differences, rel=1e-6)
+    gradients = oracle.gradients_of(y.tangent.square().sum(-1).mean(), leaves)
+    assert_exact_gradients(gradients, {name: exact[name] for name in leaves}, tolerance=1e-12)
+    assert slope(gradients) == pytest.approx(by_differences, rel=1e-6)
 
 
 def test_running_statistics_of_batch_norm_are_updated_by_the_primal_alone():

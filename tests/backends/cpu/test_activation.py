@@ -51,8 +51,8 @@ def test_gated(kind, dtype, vectors):
         gate, up = (2.0 * torch.randn(1 + gates, 3, size)).to(dtype), torch.randn(1 + ups, 3, size).to(dtype)
         compare("gated_fwd", (gate, up, kind))
         h_bar = torch.randn(1 + max(gates, ups), 3, size).to(dtype)
-        for wanted in ((True, True), (True, False), (False, True), (False, False)):
-            compare("gated_bwd", (h_bar, gate, up, kind, *wanted))
+        for needs in ((True, True), (True, False), (False, True), (False, False)):
+            compare("gated_bwd", (h_bar, gate, up, kind, *needs))
 
 
 def views(dtype: torch.dtype):

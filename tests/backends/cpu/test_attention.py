@@ -37,8 +37,9 @@ def compare(case: Case, tolerance: float = 2e-5, expected: Tensor | None = None,
         options["dropout"] = 1 - 1 / dropped.max().item()
     actual = case.ours(**options)
     budgets.assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
-    wanted, got = exact.gradients(expected, out_bar), case.gradients(actual, out_bar.to(actual.dtype))
-    for name, gradient in wanted.items():
+    exact_gradients = exact.gradients(expected, out_bar)
+    got = case.gradients(actual, out_bar.to(actual.dtype))
+    for name, gradient in exact_gradients.items():
         assert gradient is not None and got[name] is not None, name
         assert got[name].dtype == case.leaves[name].dtype
         scale = max(1.0, gradient[torch.isfinite(gradient)].abs().max().item()) if gradient.numel() else 1.0
@@ -122,10 +123,10 @@ def test_a_bias_of_another_dtype(capability, dtype, bias_dtype):
     exact = case.to(torch.float64)
     expected, actual = exact.oracle(softcap=2.0), case.ours(softcap=2.0)
     out_bar = torch.randn_like(expected).to(dtype)
-    wanted, got = exact.gradients(expected, out_bar.double()), case.gradients(actual, out_bar)
+    exact_gradients, got = exact.gradients(expected, out_bar.double()), case.gradients(actual, out_bar)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     budgets.assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
-    for name, gradient in wanted.items():
+    for name, gradient in exact_gradients.items():
         assert got[name].dtype == case.leaves[name].dtype
         rounding = max(tolerance, torch.finfo(got[name].dtype).eps)
         budgets.assert_exact(got[name], gradient, name, tolerance=rounding, floor=1.0)
@@ -151,9 +152,9 @@ def test_masks_of_any_strides(capability, layout, boolean):
     expected, actual = exact.oracle(), case.ours()
     budgets.assert_exact(actual, expected, tolerance=2e-5, floor=1.0)
     out_bar = torch.randn_like(expected)
-    wanted, got = exact.gradients(expected, out_bar), case.gradients(actual, out_bar.float())
-    for name in wanted:
-        budgets.assert_exact(got[name], wanted[name], name, tolerance=2e-5, floor=1.0)
+    exact_gradients, got = exact.gradients(expected, out_bar), case.gradients(actual, out_bar.float())
+    for name in exact_gradients:
+        budgets.assert_exact(got[name], exact_gradients[name], name, tolerance=2e-5, floor=1.0)
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -244,11 +245,11 @@ def test_strides(capability, layout, dtype):
     case = make((1, 1, 1), sizes=(2, 4, 2, 50, 21, 10, 6)).to(dtype)
     views = {name: layout(x) for name, x in case.leaves.items()}
     dense = {name: x.detach().clone().contiguous().requires_grad_() for name, x in views.items()}
-    out, wanted = Case(views).ours(causal=True), Case(dense).ours(causal=True)
-    assert torch.equal(out, wanted)
+    out, dense_out = Case(views).ours(causal=True), Case(dense).ours(causal=True)
+    assert torch.equal(out, dense_out)
     out_bar = layout(torch.randn_like(out))
     got = Case(views).gradients(out, out_bar)
-    expected = Case(dense).gradients(wanted, out_bar.contiguous())
+    expected = Case(dense).gradients(dense_out, out_bar.contiguous())
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 

@@ -67,10 +67,10 @@ def test_scores_whose_tangents_have_a_large_mean(name, size, causal):
     wide = [t.double().requires_grad_() for t in leaves]
     primals, tangents = tuple(t[0] for t in wide), tuple(t[1] for t in wide)
     exact = torch.stack(torch.func.jvp(lambda *a: formula(*a, causal=causal), primals, tangents))
-    wanted = torch.autograd.grad(exact, wide, out_bar.double())
+    exact_gradients = torch.autograd.grad(exact, wide, out_bar.double())
     for i, label in enumerate(("primal", "tangent")):
         budgets.assert_exact(out[i].detach(), exact[i].detach(), label, tolerance=6e-3)
-    for label, got, exact_gradient in zip("qkv", gradients, wanted):
+    for label, got, exact_gradient in zip("qkv", gradients, exact_gradients):
         for i in range(2):
             budgets.assert_exact(got[i], exact_gradient[i], f"gradient of {label}, {i}", tolerance=1e-2)
 

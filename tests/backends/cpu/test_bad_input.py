@@ -186,7 +186,7 @@ def empty_outcome(backend: str, call) -> object:
         except (ValueError, RuntimeError) as error:
             return type(error)
         y = y.stacked if isinstance(y, Dual) else y
-        found = {}
+        results = {}
         node = y.grad_fn
         seen = [node] if node is not None else []
         leaves = []
@@ -196,8 +196,8 @@ def empty_outcome(backend: str, call) -> object:
                 leaves.append(n.variable)
             seen += [f for f, _ in n.next_functions if f is not None]
         y.sum().backward()
-        found["grads"] = [t.grad for t in leaves]
-        return y.detach(), found["grads"]
+        results["grads"] = [t.grad for t in leaves]
+        return y.detach(), results["grads"]
 
 
 @pytest.mark.parametrize(("op", "index"), [(op, i) for op, calls in EMPTY.items() for i in range(len(calls))])

@@ -57,9 +57,9 @@ def results(run, tensors, cotangent, *options):
     """Output and gradients, the tensors' strides kept."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     y = run(*leaves, *options)
-    wanted = [t for t in leaves if t is not None]
-    gradients = torch.autograd.grad(y, wanted, cotangent.to(y.dtype), allow_unused=True)
-    return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients))]
+    differentiated = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad(y, differentiated, cotangent.to(y.dtype), allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(differentiated, gradients))]
 
 
 def compare(tensors, metric, scale=1.0, softcap=None, labels=None, ulps=8.0):
@@ -184,10 +184,10 @@ def test_what_is_not_finite_stays_in_its_row(vectors, value):
 def test_gradients_nobody_asks_for(vectors, metric):
     tensors, labels = problem(19, 61, 8, 2), torch.randint(61, (19,))
     everything = results(ours, tensors, torch.ones(3, 19), metric, 1.0, 3.0, labels)[1:]
-    for wanted in ((True, False, False), (False, True, False), (False, False, True), (True, True, False)):
-        leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, wanted)]
+    for needs in ((True, False, False), (False, True, False), (False, False, True), (True, True, False)):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs)]
         ours(*leaves, metric, 1.0, 3.0, labels).sum().backward()
-        for leaf, need, want in zip(leaves, wanted, everything):
+        for leaf, need, want in zip(leaves, needs, everything):
             assert (leaf.grad is not None) == need and (not need or torch.equal(leaf.grad, want))
     for used in (slice(0, 2), slice(2, 3)):  # q alone, nll alone
         leaves = [t.clone().requires_grad_() for t in tensors]

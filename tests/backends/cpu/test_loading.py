@@ -137,10 +137,10 @@ print(json.dumps(sorted({l.split()[-1] for l in open("/proc/self/maps") if "libg
 """
     done = start(code)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    if any("libgomp-" in name for name in found):
+    libraries = json.loads(done.stdout)
+    if any("libgomp-" in name for name in libraries):
         pytest.skip("this torch brings an OpenMP library under a name of its own")
-    assert len(found) <= 1, found
+    assert len(libraries) <= 1, libraries
 
 
 @pytest.mark.slow

@@ -193,6 +193,6 @@ def test_sum_and_norm(vectors, dtype, counts):
     ],
 )
 def test_errors(arguments, words):
-    given = {"x": draw(2, 3, 4), "y": draw(2, 3, 4), "stats": draw(2, 3), "weight": draw(4)} | arguments
+    tensors = {"x": draw(2, 3, 4), "y": draw(2, 3, 4), "stats": draw(2, 3), "weight": draw(4)} | arguments
     with pytest.raises(ValueError, match=words):
-        native.call("norm_fwd", (*given.values(), None, None, None), (False,), (1e-5, 0.0))
+        native.call("norm_fwd", (*tensors.values(), None, None, None), (False,), (1e-5, 0.0))

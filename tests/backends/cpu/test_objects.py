@@ -21,21 +21,21 @@ ALLOWED = re.compile(r"^(DW\.ref\.|__clang_call_terminate)")  # data and functio
 
 def builds() -> list[Path]:
     """Build folders under build/, the newest first."""
-    found = (path.parent.parent for path in ROOT.glob("build/*/CMakeFiles/kernels_baseline.dir"))
-    folders = [path for path in found if path.name.startswith("native")]
+    folders_of_builds = (path.parent.parent for path in ROOT.glob("build/*/CMakeFiles/kernels_baseline.dir"))
+    folders = [path for path in folders_of_builds if path.name.startswith("native")]
     return sorted(folders, key=lambda path: (path / "build.ninja").stat().st_mtime, reverse=True)
 
 
 def objects(target: str) -> list[Path]:
-    found = builds()
-    if not found:
+    built = builds()
+    if not built:
         pytest.skip("no build folder under build/: the package was not built from this tree")
-    wanted = f"CMakeFiles/{target}.dir/"
+    folder = f"CMakeFiles/{target}.dir/"
     # ninja's file, since objects of deleted sources stay in the folder
-    names = re.findall(rf"^build ({re.escape(wanted)}\S+\.o):", (found[0] / "build.ninja").read_text(), re.M)
-    paths = [found[0] / name for name in names]
+    names = re.findall(rf"^build ({re.escape(folder)}\S+\.o):", (built[0] / "build.ninja").read_text(), re.M)
+    paths = [built[0] / name for name in names]
     if not paths or not all(path.exists() for path in paths):
-        pytest.skip(f"{target} is not part of the build in {found[0].name}, or unfinished")
+        pytest.skip(f"{target} is not part of the build in {built[0].name}, or unfinished")
     return paths
 
 
@@ -68,13 +68,13 @@ def test_no_function_is_shared_between_capabilities(capability):
 def instructions(path: Path) -> tuple[set[str], str]:
     """Mnemonics in an object file, and the registers in it as one string."""
     text = output("objdump", "-d", "--no-show-raw-insn", path)
-    found = re.findall(r"^\s+[0-9a-f]+:\t(\S+)(.*)$", text, re.M)
-    return {name for name, _ in found}, " ".join(sorted(set(re.findall(r"%([xyz]mm|k[1-7]|tmm)", text))))
+    parsed = re.findall(r"^\s+[0-9a-f]+:\t(\S+)(.*)$", text, re.M)
+    return {name for name, _ in parsed}, " ".join(sorted(set(re.findall(r"%([xyz]mm|k[1-7]|tmm)", text))))
 
 
 def is_x86() -> bool:
-    found = builds()
-    return bool(found) and "AAJR_X86" in (found[0] / "build.ninja").read_text()
+    built = builds()
+    return bool(built) and "AAJR_X86" in (built[0] / "build.ninja").read_text()
 
 
 @pytest.mark.parametrize("target", ["_native", "ops", "kernels_baseline"])

@@ -34,19 +34,19 @@ def test_every_operator_passes_opcheck(calls, checks):
     """Schemas and fake results; all: and the same results from what torch.compile makes of one call, with symbols for
     sizes."""
     for func, args in calls:
-        found = torch.library.opcheck(
+        outcome = torch.library.opcheck(
             func, operator_calls.plain(args), test_utils=checks, raise_exception=False
         )
-        assert found == dict.fromkeys(checks, "SUCCESS"), (str(func), found)
+        assert outcome == dict.fromkeys(checks, "SUCCESS"), (str(func), outcome)
 
 
 @pytest.mark.parametrize("layout", [operator_calls.plain, operator_calls.permuted])
 def test_fake_results_have_the_strides_of_real_ones(calls, layout):
     for func, args in calls:
-        given = layout(args)
-        real = func(*given)
+        arguments = layout(args)
+        real = func(*arguments)
         with FakeTensorMode() as mode:
-            fake = func(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given))
+            fake = func(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
         for r, f in zip(operator_calls.results(real), operator_calls.results(fake)):
             assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), str(func)
 
@@ -54,8 +54,10 @@ def test_fake_results_have_the_strides_of_real_ones(calls, layout):
 def test_results_share_no_memory(calls):
     """Neither with what went in nor with each other: an operator of torch that says so must keep it."""
     for func, args in calls:
-        given = operator_calls.plain(args)
-        tensors = [t for t in (*given, *operator_calls.results(func(*given))) if isinstance(t, torch.Tensor)]
+        arguments = operator_calls.plain(args)
+        tensors = [
+            t for t in (*arguments, *operator_calls.results(func(*arguments))) if isinstance(t, torch.Tensor)
+        ]
         owners = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
         assert len(owners) == len(set(owners)), str(func)
 

@@ -135,6 +135,6 @@ def test_bitwise_repeatable(vectors, threads):
     ],
 )
 def test_errors(arguments, words):
-    given = {"x": draw(2, 3, 8), "y": draw(2, 3, 8), "cos": draw(3, 8), "sin": draw(3, 8)} | arguments
+    tensors = {"x": draw(2, 3, 8), "y": draw(2, 3, 8), "cos": draw(3, 8), "sin": draw(3, 8)} | arguments
     with pytest.raises(ValueError, match=words):
-        native.call("rotary", tuple(given.values()), (False, False))
+        native.call("rotary", tuple(tensors.values()), (False, False))

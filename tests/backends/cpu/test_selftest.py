@@ -34,8 +34,8 @@ def test_every_kernel_on_every_capability():
     run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options, *python)
     run("cmake", "--build", build, "--target", "aajr_selftest", "--parallel", "2")
     text = run(build / "aajr_selftest")
-    chosen, names = re.match(r"chosen: (\w+); runs here: (.*)\n", text).groups()
-    assert chosen in names.split() and "emulated" not in chosen
+    capability, names = re.match(r"chosen: (\w+); runs here: (.*)\n", text).groups()
+    assert capability in names.split() and "emulated" not in capability
     assert "avx512_emulated" in names or platform.machine() not in ("x86_64", "AMD64")
     for name in names.split():
         assert name == "default" or re.search(rf"^pass {name} ", text, re.M), f"nothing ran on {name}"

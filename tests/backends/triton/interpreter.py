@@ -44,9 +44,9 @@ def _patch_calls() -> None:
         if package not in names:
             members = inspect.getmembers(package)
             names[package] = [name for name, member in members if tl.core.is_builtin(member)]
-        found = names[package]
-        if found and tl.core.is_builtin(getattr(package, found[0])):  # otherwise it was replaced before
-            for name in found:
+        builtins = names[package]
+        if builtins and tl.core.is_builtin(getattr(package, builtins[0])):  # otherwise it was replaced before
+            for name in builtins:
                 interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
 
     interpreter._patch_builtin = patch_builtin
@@ -77,11 +77,11 @@ def _patch_numbers() -> None:
         return np.where(np.isnan(x), 0x7FC0, nearest_even).astype(np.uint16).reshape(x.shape)
 
     def cast_impl(self, src, dst_type):
-        source, wanted = src.dtype.scalar, dst_type.scalar
-        if source == tl.bfloat16 and wanted != tl.bfloat16:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target != tl.bfloat16:
             wide = TensorHandle(widened(src.data).reshape(src.data.shape), tl.float32)
-            return wide if wanted == tl.float32 else cast(self, wide, dst_type)
-        if wanted == tl.bfloat16 and source != tl.bfloat16:
+            return wide if target == tl.float32 else cast(self, wide, dst_type)
+        if target == tl.bfloat16 and source != tl.bfloat16:
             wide = src if source == tl.float32 else cast(self, src, tl.float32)
             return TensorHandle(rounded(wide.data), tl.bfloat16)
         return cast(self, src, dst_type)

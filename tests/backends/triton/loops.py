@@ -52,23 +52,23 @@ class Block:
 
 def blocks(text: str, dialect: Dialect) -> list[Block]:
     """The basic blocks in the order of the text, the entry first."""
-    found = [Block()]
+    graph = [Block()]
     for line in text.splitlines():
         if label := dialect.label.match(line):
-            if found[-1].instructions:
-                found.append(Block())
-            found[-1].labels.append(label[1])
+            if graph[-1].instructions:
+                graph.append(Block())
+            graph[-1].labels.append(label[1])
         elif instruction := dialect.instruction.match(line):
-            found[-1].instructions.append(instruction[1])
+            graph[-1].instructions.append(instruction[1])
             if dialect.target.search(line) or dialect.jump.match(instruction[1]):
-                found.append(Block())
-    where = {label: i for i, block in enumerate(found) for label in block.labels}
-    for i, block in enumerate(found):
+                graph.append(Block())
+    where = {label: i for i, block in enumerate(graph) for label in block.labels}
+    for i, block in enumerate(graph):
         last = block.instructions[-1] if block.instructions else ""
         block.after = {where[name] for name in dialect.target.findall(last) if name in where}
-        if i + 1 < len(found) and not dialect.jump.match(last):
+        if i + 1 < len(graph) and not dialect.jump.match(last):
             block.after.add(i + 1)
-    return found
+    return graph
 
 
 def _dominators(graph: list[Block]) -> list[int]:
@@ -98,27 +98,27 @@ def loops(graph: list[Block]) -> list[frozenset[int]]:
     for i, block in enumerate(graph):
         for j in block.after:
             before[j].append(i)
-    found: dict[int, set[int]] = {}
+    members_of: dict[int, set[int]] = {}
     reachable = (1 << len(graph)) - 1
     for i, block in enumerate(graph):
         for header in block.after:
             if dominators[i] == reachable or not dominators[i] >> header & 1:
                 continue
-            members, stack = found.setdefault(header, {header}), [i]
+            members, stack = members_of.setdefault(header, {header}), [i]
             while stack:
                 j = stack.pop()
                 if j not in members:
                     members.add(j)
                     stack.extend(before[j])
-    return [frozenset(members) for members in found.values()]
+    return [frozenset(members) for members in members_of.values()]
 
 
-def hot(graph: list[Block], wanted: Callable[[str], bool]) -> Iterator[str]:
+def hot(graph: list[Block], holds: Callable[[str], bool]) -> Iterator[str]:
     """Instructions of the innermost loops that hold a wanted instruction; of every loop where none does."""
     every = loops(graph)
     holding = [
-        loop for loop in every if any(wanted(text) for block in loop for text in graph[block].instructions)
+        loop for loop in every if any(holds(text) for block in loop for text in graph[block].instructions)
     ]
-    chosen = [loop for loop in holding if not any(other < loop for other in holding)] or every
-    for i in sorted(frozenset().union(*chosen)):
+    innermost = [loop for loop in holding if not any(other < loop for other in holding)] or every
+    for i in sorted(frozenset().union(*innermost)):
         yield from graph[i].instructions

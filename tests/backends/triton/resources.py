@@ -67,16 +67,16 @@ def resources(kernel: Any) -> Resources:
     known = cache.get_file(name)
     if known is not None:
         return Resources(**json.loads(Path(known).read_text()))
-    found = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
-    found = dataclasses.replace(found, products=kernel.asm["ttir"].count("tt.dot "))
-    cache.put(json.dumps(dataclasses.asdict(found)), name, binary=False)
-    return found
+    usage = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
+    usage = dataclasses.replace(usage, products=kernel.asm["ttir"].count("tt.dot "))
+    cache.put(json.dumps(dataclasses.asdict(usage)), name, binary=False)
+    return usage
 
 
 def _matrix(text: str) -> dict[str, int]:
     lines = text.splitlines()
-    found = {kind: sum(bool(pattern.search(line)) for line in lines) for kind, pattern in _KINDS.items()}
-    return {kind: count for kind, count in found.items() if count}
+    counts = {kind: sum(bool(pattern.search(line)) for line in lines) for kind, pattern in _KINDS.items()}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def _spills(text: str, dialect: loops.Dialect) -> tuple[int, int]:

@@ -40,8 +40,8 @@ def test_gated(kind, dtype, counts):
     gate, up = (draw(1 + k, 3, 37, dtype=dtype, scale=1.5) for k in counts)
     check("gated_fwd", (gate, up, kind))
     h_bar = draw(1 + max(counts), 3, 37, dtype=dtype)
-    for wanted in itertools.product((True, False), repeat=2):
-        check("gated_bwd", (h_bar, gate, up, kind, *wanted))
+    for needs in itertools.product((True, False), repeat=2):
+        check("gated_bwd", (h_bar, gate, up, kind, *needs))
 
 
 def views(dtype: torch.dtype):

@@ -50,19 +50,19 @@ def both(
     got = triton_module.attention_fwd(*on, put, there)
     wide = [x.double() for x in inputs]
     wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
-    wanted = reference.attention_fwd(*wide, wide_mask, options)
-    assert_exact(got[0].cpu(), wanted[0], "output", tolerance=tolerance, floor=1.0)
-    out_bar = torch.randn(wanted[0].shape, dtype=torch.float64).float()
+    expected = reference.attention_fwd(*wide, wide_mask, options)
+    assert_exact(got[0].cpu(), expected[0], "output", tolerance=tolerance, floor=1.0)
+    out_bar = torch.randn(expected[0].shape, dtype=torch.float64).float()
     needs = (True, True, True, mask is not None and mask.dtype != torch.bool)
     bars = triton_module.attention_bwd(out_bar.to(DEVICE), *on, put, *got, options=there, needs=needs)
-    wanted_bars = reference.attention_bwd(
-        out_bar.double(), *wide, wide_mask, *wanted, options=options, needs=needs
+    expected_bars = reference.attention_bwd(
+        out_bar.double(), *wide, wide_mask, *expected, options=options, needs=needs
     )
-    for name, mine, theirs in zip(("q", "k", "v", "bias"), bars, wanted_bars):
+    for name, mine, theirs in zip(("q", "k", "v", "bias"), bars, expected_bars):
         assert (mine is None) == (theirs is None), name
         if mine is not None:
             assert_exact(mine.cpu(), theirs, f"gradient of {name}", tolerance=tolerance, floor=1.0)
-    return (got, bars), (wanted, wanted_bars)
+    return (got, bars), (expected, expected_bars)
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------

@@ -65,9 +65,9 @@ def ours(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None, expecte
 def results(run, tensors, cotangent, **options):
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     y = run(*leaves, **options)
-    wanted = [t for t in leaves if t is not None]
-    gradients = torch.autograd.grad(y, wanted, cotangent.to(y.dtype), allow_unused=True)
-    return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients))]
+    differentiated = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad(y, differentiated, cotangent.to(y.dtype), allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(differentiated, gradients))]
 
 
 def problem(tokens=T, words=V, size=C, k=1, dtype=torch.float32, bias=True):
@@ -126,16 +126,16 @@ def test_descriptors_read_what_pointers_read(small, labelled):
     tensors, cotangent = problem(dtype=torch.bfloat16, bias=False), torch.randn(1 + labelled, T).to(DEVICE)
     runs = []
     for described in (False, True):
-        chosen = triton_config.Tile(64, 64, 16, 4, 2, described)
-        small.setattr(triton_launch, "tile", lambda *_, chosen=chosen: chosen)
+        tile = triton_config.Tile(64, 64, 16, 4, 2, described)
+        small.setattr(triton_launch, "tile", lambda *_, tile=tile: tile)
         runs.append(results(ours, tensors, cotangent, **options))
     for name, a, b in zip(("output", "hidden", "weight"), *runs):
         assert torch.equal(a, b), name
 
 
 def test_rows_that_no_descriptor_can_read(small):
-    chosen = triton_config.Tile(64, 64, 16, 4, 2, True)
-    small.setattr(triton_launch, "tile", lambda *_: chosen)
+    tile = triton_config.Tile(64, 64, 16, 4, 2, True)
+    small.setattr(triton_launch, "tile", lambda *_: tile)
     compare(problem(size=37))
     h, w, b = problem()
     compare([torch.randn(T, 2, C + 5, device=DEVICE).transpose(0, 1)[..., 3 : 3 + C], w, b])
@@ -158,10 +158,10 @@ def test_gradients_nobody_asks_for(small):
     cotangent = torch.randn(2, 9, device=DEVICE)
     options = dict(labels=labels)
     everything = results(ours, tensors, cotangent, **options)[1:]
-    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
-        leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, wanted)]
+    for needs in ((True, False, False), (False, True, False), (False, False, True)):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs)]
         ours(*leaves, **options).backward(cotangent)
-        for leaf, need, want in zip(leaves, wanted, everything):
+        for leaf, need, want in zip(leaves, needs, everything):
             assert (leaf.grad is not None) == need and (not need or torch.equal(leaf.grad, want))
     for used in (slice(0, 1), slice(1, 2)):  # q alone, nll alone
         leaves = [t.clone().requires_grad_() for t in tensors]
@@ -384,18 +384,18 @@ def test_common_factor_reads_the_device_once(monkeypatch):
 class Largest(TorchDispatchMode):
     """Bytes of the tensors that operations made."""
 
-    def __init__(self, given: tuple[torch.Tensor, ...], apart: set[tuple[int, ...]]) -> None:
+    def __init__(self, known: tuple[torch.Tensor, ...], apart: set[tuple[int, ...]]) -> None:
         super().__init__()
         self.bytes, self.apart = 0, apart
-        self.given = {t.untyped_storage()._cdata for t in given}
+        self.known = {t.untyped_storage()._cdata for t in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
-            if not isinstance(t, torch.Tensor) or t.untyped_storage()._cdata in self.given:
+            if not isinstance(t, torch.Tensor) or t.untyped_storage()._cdata in self.known:
                 continue
             if tuple(t.shape) in self.apart:
-                self.given.add(t.untyped_storage()._cdata)
+                self.known.add(t.untyped_storage()._cdata)
             else:
                 self.bytes = max(self.bytes, t.untyped_storage().nbytes())
         return out

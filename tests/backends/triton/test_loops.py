@@ -48,20 +48,24 @@ kernel:                                 ; @kernel
 """
 
 
-def hot(text: str, dialect: loops.Dialect, wanted: str) -> list[str]:
-    return [line.split()[0] for line in loops.hot(loops.blocks(text, dialect), lambda line: wanted in line)]
+def hot(text: str, dialect: loops.Dialect, instruction: str) -> list[str]:
+    return [
+        line.split()[0] for line in loops.hot(loops.blocks(text, dialect), lambda line: instruction in line)
+    ]
 
 
 def test_the_innermost_loop_with_products_and_its_wait():
-    found = hot(SASS, loops.SASS, "HGMMA")
-    assert found.count("HGMMA.64x128x16.F32.BF16") == 1 and found.count("LDL.LU") == 1
-    assert found.count("SYNCS.PHASECHK.TRANS64.TRYWAIT") == 2  # the one at the end belongs to it
-    assert "LDL" not in found and "STL" not in found  # around the loop, and after it
+    opcodes = hot(SASS, loops.SASS, "HGMMA")
+    assert opcodes.count("HGMMA.64x128x16.F32.BF16") == 1 and opcodes.count("LDL.LU") == 1
+    assert opcodes.count("SYNCS.PHASECHK.TRANS64.TRYWAIT") == 2  # the one at the end belongs to it
+    assert "LDL" not in opcodes and "STL" not in opcodes  # around the loop, and after it
 
 
 def test_without_products_every_loop_counts():
-    found = hot(SASS, loops.SASS, "DMMA")
-    assert found.count("LDL") == 1 and "LDL.LU" in found and "STL" not in found  # after the loops it does not
+    opcodes = hot(SASS, loops.SASS, "DMMA")
+    assert (
+        opcodes.count("LDL") == 1 and "LDL.LU" in opcodes and "STL" not in opcodes
+    )  # after the loops it does not
 
 
 def test_amd():

@@ -42,11 +42,11 @@ def test_float32_gradients_of_unmodified_models(name):
     subject, v, exact, probe = problem(name, 1)
     eager = eagerly(subject, v, probe)
     with triton_alone():
-        found = through_the_dual(subject, v, probe)
-    assert_within_budget(found.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS)
-    assert_within_budget(found.primal, eager.primal, exact.primal, "primal")
-    assert_within_budget(found.tangents, eager.tangents, exact.tangents, "tangents")
-    assert_gradients_within_budget(found.gradients, eager.gradients, exact.gradients, ulps=MODEL_ULPS)
+        actual = through_the_dual(subject, v, probe)
+    assert_within_budget(actual.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS)
+    assert_within_budget(actual.primal, eager.primal, exact.primal, "primal")
+    assert_within_budget(actual.tangents, eager.tangents, exact.tangents, "tangents")
+    assert_gradients_within_budget(actual.gradients, eager.gradients, exact.gradients, ulps=MODEL_ULPS)
 
 
 @pytest.mark.slow
@@ -60,9 +60,9 @@ def test_bfloat16_gradients_of_a_llama():
     )
     eager = oracle.loss_and_gradients(low.tensor, low.x, v, low.parameters, probe=probe, **options)
     with triton_alone():
-        found = through_the_dual(low, v, probe)
-    assert_within_budget(found.primal, eager.primal, expected.primal, "primal", ulps=1)
-    assert_gradients_within_budget(found.gradients, eager.gradients, expected.gradients, ulps=1)
+        actual = through_the_dual(low, v, probe)
+    assert_within_budget(actual.primal, eager.primal, expected.primal, "primal", ulps=1)
+    assert_gradients_within_budget(actual.gradients, eager.gradients, expected.gradients, ulps=1)
 
 
 def llama_loss(model: torch.nn.Module, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -96,9 +96,9 @@ def test_a_fused_model_compiles_in_one_graph():
         expected = loss(x, v)
         gradients = oracle.gradients_of(expected, leaves)
         torch._dynamo.reset()
-        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, v)
-        assert_exact(found, expected, tolerance=1e-5)
-        for name, gradient in oracle.gradients_of(found, leaves).items():
+        actual = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, v)
+        assert_exact(actual, expected, tolerance=1e-5)
+        for name, gradient in oracle.gradients_of(actual, leaves).items():
             if gradients[name] is not None:
                 assert_exact(gradient, gradients[name], name, tolerance=1e-5)
     torch._dynamo.reset()

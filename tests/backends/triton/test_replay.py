@@ -117,12 +117,12 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
 
 def agree(log: Log, launcher: Any, args: tuple[Any, ...]) -> int:
     """Number of launches, after comparing what the decorated launcher starts with what it starts itself."""
-    expected, wanted = log.of(lambda: launcher.__wrapped__(*args))
+    expected, expected_results = log.of(lambda: launcher.__wrapped__(*args))
     launched, results = log.of(lambda: launcher(*args))
-    assert len(launched) == len(expected) and len(results) == len(wanted)
+    assert len(launched) == len(expected) and len(results) == len(expected_results)
     moved: dict[int, int] = {}  # address of an output -> address in its place
     spans = []
-    for a, b in zip(wanted, results):
+    for a, b in zip(expected_results, results):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
@@ -149,9 +149,9 @@ def launcher_of(func: Any) -> Any:
     name = operator_calls.name_of(func).removeprefix("aajr::triton_")
     for op in operator_calls.OPS:
         module = choice.implementation(op, "triton")
-        for found in (getattr(module, name, None), getattr(module, f"_{name}", None)):
-            if hasattr(found, "__wrapped__"):
-                return found
+        for launcher in (getattr(module, name, None), getattr(module, f"_{name}", None)):
+            if hasattr(launcher, "__wrapped__"):
+                return launcher
     raise AssertionError(name)
 
 

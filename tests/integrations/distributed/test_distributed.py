@@ -131,16 +131,17 @@ def test_a_frozen_attack_computes_no_gradients_of_leaves():
 
     leaf, x = torch.randn(4, 3, requires_grad=True), torch.randn(2, 5, 3, requires_grad=True)
     made = leaf * 2
-    for weight, wanted in ((leaf, False), (made, True)):  # what is made of something may depend on the input
+    # what is made of something may depend on the input
+    for weight, has_gradient in ((leaf, False), (made, True)):
         for call in (
             lambda w: aajr.linear(aajr.Dual(x), w).stacked.sum(),
             lambda w: aajr.lm_head_sensitivity(aajr.Dual(x), w).sum(),
             lambda w: aajr.rms_norm(
-                aajr.Dual(x), 3, w[0] if wanted else leaf[0].detach().requires_grad_()
+                aajr.Dual(x), 3, w[0] if has_gradient else leaf[0].detach().requires_grad_()
             ).stacked.sum(),
         ):
             with sharding.frozen_parameters():
-                found = call(weight)
-            grads = torch.autograd.grad(found, (x, leaf), allow_unused=True, retain_graph=True)
-            assert grads[0] is not None and (grads[1] is not None) == wanted
+                y = call(weight)
+            grads = torch.autograd.grad(y, (x, leaf), allow_unused=True, retain_graph=True)
+            assert grads[0] is not None and (grads[1] is not None) == has_gradient
     assert sharding.detach_frozen(leaf) == (leaf,)

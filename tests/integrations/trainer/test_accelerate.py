@@ -117,8 +117,8 @@ else:
     if kind == "checkpointing":
         options["gradient_checkpointing"] = True
     cls = Extra if kind == "penalty" else AAJRTrainer
-    given = dict(train_dataset=Rows(8), data_collator=collate, callbacks=[seen], objective=CONFIG)
-    trainer = quiet(cls, model(), arguments(folder, ddp_backend="gloo", **options), **given)
+    shared = dict(train_dataset=Rows(8), data_collator=collate, callbacks=[seen], objective=CONFIG)
+    trainer = quiet(cls, model(), arguments(folder, ddp_backend="gloo", **options), **shared)
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     out["gradients"], out["rows"] = seen.gradients, rows_of(trainer)
@@ -201,6 +201,6 @@ def test_two_processes_are_one(kind, tmp_path, record_property):
             assert {n: other[n] for n in names} == pytest.approx({n: row[n] for n in names}, rel=1e-9)
             assert other["loss"] == pytest.approx(row["loss"], rel=1e-6)  # added up in float32
             assert other["active"] == pytest.approx(row["active"]) and len(names) >= 4
-    for ours, theirs, wanted in zip(first["gradients"], second["gradients"], expected, strict=True):
-        record_property("error", assert_exact_gradients(ours, wanted, tolerance=1e-11))
+    for ours, theirs, exact in zip(first["gradients"], second["gradients"], expected, strict=True):
+        record_property("error", assert_exact_gradients(ours, exact, tolerance=1e-11))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

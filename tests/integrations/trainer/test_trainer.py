@@ -128,7 +128,7 @@ def test_labels_that_are_targets_already(tmp_path):
 def test_mixed_precision_of_accelerate(tmp_path):
     model, dtypes = llama(), []
     layer = model.model.layers[0].self_attn.q_proj
-    layer.register_forward_hook(lambda module, given, output: dtypes.append(output.dtype))
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     trainer, (actual,) = ours(model, tmp_path, bf16=True, data=Rows(1))
     assert set(dtypes) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -296,8 +296,8 @@ def test_adapters_and_a_policy_of_ones_own(tmp_path):
     _, (actual,) = ours(adapted(), tmp_path, **whole)
     assert actual and all("lora_" in name for name in actual)
     model = adapted()
-    given = Policy(lambda x, **inputs: model(inputs_embeds=x, **inputs), model.get_input_embeddings())
-    _, (other,) = ours(model, tmp_path, policy=given, **whole)
+    wrapped = Policy(lambda x, **inputs: model(inputs_embeds=x, **inputs), model.get_input_embeddings())
+    _, (other,) = ours(model, tmp_path, policy=wrapped, **whole)
     assert_exact_gradients(other, actual, tolerance=1e-5)
 
 

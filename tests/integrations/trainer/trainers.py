@@ -122,11 +122,11 @@ def recorder() -> Any:
     return Recorder()
 
 
-def quiet(cls: type, *given: Any, **options: Any) -> Any:
+def quiet(cls: type, *positional: Any, **options: Any) -> Any:
     """A trainer that prints nothing."""
     import transformers
 
-    made = cls(*given, **options)
+    made = cls(*positional, **options)
     made.remove_callback(transformers.PrinterCallback)
     return made
 

@@ -73,9 +73,9 @@ def test_masks_under_compilation(padded):
 
     x = embeddings(2, LENGTH, 4)
     torch._dynamo.reset()
-    found = torch.compile(masks, fullgraph=True, backend="eager")(x)[1:]
+    compiled = torch.compile(masks, fullgraph=True, backend="eager")(x)[1:]
     torch._dynamo.reset()
-    for got, want in zip(found, masks(x)[1:]):
+    for got, want in zip(compiled, masks(x)[1:]):
         assert (got.causal, got.window) == (want.causal, want.window)
         assert (got.mask is None) == (want.mask is None)
         assert want.mask is None or torch.equal(got.mask, want.mask)
@@ -89,24 +89,26 @@ def test_padding_stays_one_row(side):
         ("create_sliding_window_causal_mask", WINDOW),
         ("create_bidirectional_mask", None),
     ):
-        found = created(name, mask, window)
-        assert found.mask.shape == (2, 1, 1, LENGTH) and torch.equal(found.mask[:, 0, 0], mask)
-        assert found.window == window
-        assert found.causal == (False if "bidirectional" in name else "lower_right")
+        declared = created(name, mask, window)
+        assert declared.mask.shape == (2, 1, 1, LENGTH) and torch.equal(declared.mask[:, 0, 0], mask)
+        assert declared.window == window
+        assert declared.causal == (False if "bidirectional" in name else "lower_right")
 
 
 def test_what_has_no_structure_is_written_out_small():
-    found = created("create_bidirectional_sliding_window_mask", None, WINDOW)
-    assert found.mask.shape == (1, 1, LENGTH, LENGTH) and found.causal is False and found.window is None
+    declared = created("create_bidirectional_sliding_window_mask", None, WINDOW)
+    assert (
+        declared.mask.shape == (1, 1, LENGTH, LENGTH) and declared.causal is False and declared.window is None
+    )
     distance = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs()
-    assert torch.equal(found.mask[0, 0], distance <= WINDOW)
+    assert torch.equal(declared.mask[0, 0], distance <= WINDOW)
     padded = created("create_bidirectional_sliding_window_mask", padding((LENGTH, 9)), WINDOW)
     assert padded.mask.shape == (2, 1, LENGTH, LENGTH)
     packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4]])
-    found = created("create_causal_mask", None, position_ids=packed)
+    declared = created("create_causal_mask", None, position_ids=packed)
     group = torch.tensor([0] * 5 + [1] * 3 + [2] * 5)
     expected = (group[:, None] == group) & torch.ones(LENGTH, LENGTH).tril().bool()
-    assert torch.equal(found.mask.expand(2, 1, -1, -1)[1, 0], expected)
+    assert torch.equal(declared.mask.expand(2, 1, -1, -1)[1, 0], expected)
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
@@ -122,13 +124,13 @@ def test_offsets_of_caches_mean_what_transformers_writes_out(window, offsets, pa
         options = dict(batch_size=2, q_length=n, kv_length=m, q_offset=q_offset, kv_offset=kv_offset)
         options |= dict(mask_function=function, attention_mask=mask)
         expected = masking.sdpa_mask(**options, allow_is_causal_skip=False)
-        found = written_out(build(**options), n, m).expand(2, 1, n, m)
-        assert torch.equal(found, expected)
+        allowed = written_out(build(**options), n, m).expand(2, 1, n, m)
+        assert torch.equal(allowed, expected)
 
 
 def test_a_static_cache_is_written_out():
-    found = build(batch_size=1, q_length=2, kv_length=6, q_offset=torch.tensor(3))
-    assert torch.equal(found.mask[0, 0], torch.arange(6) <= torch.tensor([[3], [4]]))
+    built = build(batch_size=1, q_length=2, kv_length=6, q_offset=torch.tensor(3))
+    assert torch.equal(built.mask[0, 0], torch.arange(6) <= torch.tensor([[3], [4]]))
 
 
 # -- the model's calls ------------------------------------------------------------------------------------------------
@@ -156,10 +158,10 @@ def test_a_cache_filled_in_steps(name, padded):
 
     expected = outputs()
     with fuse(model):
-        found = outputs()
+        actual = outputs()
         whole = model(inputs_embeds=x, attention_mask=mask).logits[seen]
-    assert_exact(found, expected, tolerance=3e-6)
-    assert_exact(found, whole, tolerance=3e-6)
+    assert_exact(actual, expected, tolerance=3e-6)
+    assert_exact(actual, whole, tolerance=3e-6)
 
 
 def test_a_dual_goes_through_a_cache():
@@ -192,9 +194,9 @@ def test_a_mask_prepared_by_the_user(kind):
     mask = allowed if kind == "bool" else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
     expected = model(inputs_embeds=x, attention_mask=mask).logits
     with fuse(model):
-        found = model(inputs_embeds=x, attention_mask=mask).logits
+        logits = model(inputs_embeds=x, attention_mask=mask).logits
         dual = model(inputs_embeds=aajr.dual(x, x), attention_mask=mask).logits
-    assert_exact(found, expected, tolerance=2e-6)
+    assert_exact(logits, expected, tolerance=2e-6)
     assert_exact(dual.primal, expected, tolerance=2e-6)
 
 
@@ -203,8 +205,8 @@ def test_the_implementation_alone_by_name():
     mask = padding((LENGTH, 9), "left")
     expected = model(inputs_embeds=x, attention_mask=mask.long()).logits
     model.set_attn_implementation("aajr")
-    found = model(inputs_embeds=x, attention_mask=mask.long()).logits
-    assert_exact(found[mask], expected[mask], tolerance=2e-6)
+    logits = model(inputs_embeds=x, attention_mask=mask.long()).logits
+    assert_exact(logits[mask], expected[mask], tolerance=2e-6)
 
 
 def test_attention_never_holds_a_score_matrix(monkeypatch):
@@ -282,10 +284,10 @@ def test_values_tangents_and_gradients(causal, window, options, padded):
         loss = (tangent**2).sum() + (y * torch.linspace(-1, 1, 6, dtype=torch.float64)).sum()
         gradients = oracle.gradients_of(loss, dict(zip("qkvb", inputs)))
         outcomes.append((y, tangent, gradients))
-    (y, tangent, gradients), (found, found_tangent, found_gradients) = outcomes
-    assert_exact(found, y)
-    assert_exact(found_tangent, tangent)
-    assert_exact_gradients(found_gradients, gradients)
+    (y, tangent, gradients), (fused_y, fused_tangent, fused_gradients) = outcomes
+    assert_exact(fused_y, y)
+    assert_exact(fused_tangent, tangent)
+    assert_exact_gradients(fused_gradients, gradients)
 
 
 def test_without_a_mask_the_module_decides():
@@ -297,8 +299,8 @@ def test_without_a_mask_the_module_decides():
         (SimpleNamespace(is_causal=True), False, None),
         (SimpleNamespace(), None, causal),
     ):
-        found = attention_forward(module, aajr.dual(q, q), k, v, None, is_causal=is_causal)[0]
-        assert_exact(found.primal, plain_attention(q, k, v, allowed))
+        actual = attention_forward(module, aajr.dual(q, q), k, v, None, is_causal=is_causal)[0]
+        assert_exact(actual.primal, plain_attention(q, k, v, allowed))
     one = attention_forward(SimpleNamespace(is_causal=True), q[:, :, :1], k, v, None)[0]
     assert_exact(one, plain_attention(q[:, :, :1], k, v))
 
@@ -307,15 +309,15 @@ def test_a_longer_prepared_mask_is_cut():
     q, k, v = tensors()
     allowed = torch.rand(2, 1, 5, 9) > 0.3
     allowed[..., 0] = True
-    found = attention_forward(None, aajr.dual(q, q), k, v, allowed)[0]
-    assert_exact(found.primal, plain_attention(q, k, v, allowed[..., :7]))
+    actual = attention_forward(None, aajr.dual(q, q), k, v, allowed)[0]
+    assert_exact(actual.primal, plain_attention(q, k, v, allowed[..., :7]))
 
 
 def test_bias_with_an_additive_mask():
     q, k, v = tensors()
     bias, mask = torch.randn(1, 4, 5, 7, dtype=torch.float64), torch.randn(2, 1, 5, 7, dtype=torch.float64)
-    found = attention_forward(None, q, k, v, mask, position_bias=bias)[0]
-    assert_exact(found, plain_attention(q, k, v, bias=bias + mask))
+    actual = attention_forward(None, q, k, v, mask, position_bias=bias)[0]
+    assert_exact(actual, plain_attention(q, k, v, bias=bias + mask))
 
 
 def test_dropout_has_one_mask_for_primal_and_tangents():

@@ -77,32 +77,32 @@ def check_float32(name: str, fuse_it: bool, backend: str) -> float:
     subject, v, exact, probe = problem(name, 1)
     eager = eagerly(subject, v, probe)
     with fused(subject, fuse_it), aajr.coverage() as seen:
-        found, counter = outcome(subject, v[0], probe, backend)
+        actual, counter = outcome(subject, v[0], probe, backend)
     single = lambda gradients: {k: g[0] if k == "v" and g is not None else g for k, g in gradients.items()}
     expected, reference = single(exact.gradients), single(eager.gradients)
-    assert_within_budget(found.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS)
-    assert_within_budget(found.primal, eager.primal, exact.primal, "primal")
+    assert_within_budget(actual.penalty, eager.penalty, exact.penalty, "penalty", ulps=SCALAR_ULPS)
+    assert_within_budget(actual.primal, eager.primal, exact.primal, "primal")
     again = lambda: single(eagerly(subject, v, probe, moved=True).gradients)
-    assert_gradients_within_budget(found.gradients, reference, expected, ulps=MODEL_ULPS, redraw=again)
+    assert_gradients_within_budget(actual.gradients, reference, expected, ulps=MODEL_ULPS, redraw=again)
     assert counter.frame_count == 1
     ran = {backend for op, backend in seen.entries if op in ("attention", "linear", "layer_norm", "rms_norm")}
     assert ran == {"native" if aajr.backends()["native"] is None else "reference"}
     known = [k for k, g in expected.items() if g is not None]
     off, size = (
         torch.cat([f(k).double().flatten() for k in known]).norm()
-        for f in (lambda k: found.gradients[k] - expected[k], expected.__getitem__)
+        for f in (lambda k: actual.gradients[k] - expected[k], expected.__getitem__)
     )
     return float(off / size)
 
 
 def operators(counter: CompileCounterWithBackend) -> set[str]:
     """Names of our operators in the graphs."""
-    found = set()
+    names = set()
     for graph in counter.graphs:
         for module in graph.modules():
             if isinstance(module, torch.fx.GraphModule):
-                found |= {str(n.target) for n in module.graph.nodes if str(n.target).startswith("aajr.")}
-    return found
+                names |= {str(n.target) for n in module.graph.nodes if str(n.target).startswith("aajr.")}
+    return names
 
 
 def step_of(model: torch.nn.Module, streamed: bool = False) -> Callable[..., torch.Tensor]:
@@ -138,15 +138,18 @@ def agrees(
 ) -> None:
     """The compiled step gives the loss and all gradients of the eager one."""
     leaves = {"x": arguments[0], "v": arguments[1], **dict(model.named_parameters())}
-    expected, found = eager(*arguments), step(*arguments)
-    assert_exact(found, expected, tolerance=tolerance)
-    wanted, got = oracle.gradients_of(expected, leaves), oracle.gradients_of(found, leaves)
-    assert wanted["x"].any() and wanted["v"].any()
+    expected, actual = eager(*arguments), step(*arguments)
+    assert_exact(actual, expected, tolerance=tolerance)
+    expected_gradients, got = oracle.gradients_of(expected, leaves), oracle.gradients_of(actual, leaves)
+    assert expected_gradients["x"].any() and expected_gradients["v"].any()
     # the bias of the keys shifts every score of a row alike: its gradient is zero but for rounding
-    for name in [name for name in wanted if name.endswith("self.key.bias")]:
-        residue, _ = got.pop(name), wanted.pop(name)
-        assert residue.norm() < 10 * tolerance * wanted[name.replace("self.key", "self.query")].norm()
-    assert_exact_gradients(got, wanted, tolerance=tolerance)
+    for name in [name for name in expected_gradients if name.endswith("self.key.bias")]:
+        residue, _ = got.pop(name), expected_gradients.pop(name)
+        assert (
+            residue.norm()
+            < 10 * tolerance * expected_gradients[name.replace("self.key", "self.query")].norm()
+        )
+    assert_exact_gradients(got, expected_gradients, tolerance=tolerance)
 
 
 def test_our_ops_are_operators_of_one_graph():
@@ -164,10 +167,10 @@ def test_our_ops_are_operators_of_one_graph():
     x, v = (t.requires_grad_() for t in torch.randn(2, 2, 5, 8).unbind())
     leaves = dict(x=x, v=v, q=q, up=up, down=down, head=head)
     step, counter = compiled(loss, "aot_eager")
-    expected, found = loss(x, v), step(x, v)
-    assert_exact(found, expected, tolerance=1e-6)
-    wanted = oracle.gradients_of(expected, leaves)
-    assert_exact_gradients(oracle.gradients_of(found, leaves), wanted, tolerance=1e-5)
+    expected, actual = loss(x, v), step(x, v)
+    assert_exact(actual, expected, tolerance=1e-6)
+    expected_gradients = oracle.gradients_of(expected, leaves)
+    assert_exact_gradients(oracle.gradients_of(actual, leaves), expected_gradients, tolerance=1e-5)
     assert counter.frame_count == 1
     if aajr.backends()["native"] is None:
         names = {name.removeprefix("aajr.native_").removesuffix(".default") for name in operators(counter)}
@@ -299,9 +302,9 @@ def test_a_checkpoint_by_hand():
 
     x, v = torch.randn(2, 4, 6).unbind()
     step, _ = compiled(loss, "aot_eager")
-    found, expected = step(x, v), loss(x, v)
-    assert_exact(found, expected, tolerance=1e-6)
-    assert_exact(*(torch.autograd.grad(y, weight)[0] for y in (found, expected)), tolerance=1e-6)
+    actual, expected = step(x, v), loss(x, v)
+    assert_exact(actual, expected, tolerance=1e-6)
+    assert_exact(*(torch.autograd.grad(y, weight)[0] for y in (actual, expected)), tolerance=1e-6)
 
 
 # -- tuples -----------------------------------------------------------------------------------------------------------

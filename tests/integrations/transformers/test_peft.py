@@ -86,8 +86,8 @@ def directions(like: Tensor) -> Tensor:
 @functools.cache
 def exact(kind: str, name: str) -> tuple[Adapted, Tensor, oracle.Outcome]:
     """The subject in float64, a direction, and what the oracle says."""
-    found = subject(kind, name)
-    wide = Adapted(found.model.double(), found.x.double(), found.call)
+    single = subject(kind, name)
+    wide = Adapted(single.model.double(), single.x.double(), single.call)
     v = directions(wide.x)
     return wide, v, oracle.loss_and_gradients(wide.tensor, wide.x, v, wide.parameters, metric="fisher")
 
@@ -194,8 +194,8 @@ def test_the_norm_of_dora_follows_the_weights(monkeypatch):
 @every_kind
 @pytest.mark.parametrize("name", TARGETS)
 def test_merged_and_unmerged_give_the_same_penalty(kind, name, record_property):
-    found = subject(kind, name)
-    wide = Adapted(found.model.double(), found.x.double(), found.call)
+    single = subject(kind, name)
+    wide = Adapted(single.model.double(), single.x.double(), single.call)
     v = directions(wide.x)[0]
     values = []
     with oracle.KeepFloat64(aajr.Dual):
@@ -232,10 +232,10 @@ class Products(TorchDispatchMode):
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.shapes.append(tuple(found.shape))
-        return found
+            self.shapes.append(tuple(result.shape))
+        return result
 
 
 def backward_of(model: nn.Module, x: Tensor, v: Tensor) -> tuple[int, list[tuple[int, ...]]]:

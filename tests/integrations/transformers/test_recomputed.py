@@ -31,8 +31,8 @@ def step(subject: Subject, checkpointed: bool = False) -> tuple[torch.Tensor, li
     with Kept() as kept:
         penalty = aajr.aligned_penalty(subject.output, x, v, metric=subject.metric, mask=subject.mask)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-    found = torch.autograd.grad(penalty, leaves, allow_unused=True)
-    return penalty, [torch.zeros(()) if g is None else g for g in found], kept
+    gradients = torch.autograd.grad(penalty, leaves, allow_unused=True)
+    return penalty, [torch.zeros(()) if g is None else g for g in gradients], kept
 
 
 @pytest.mark.parametrize("name", ["llama-sdpa", "gpt2-sdpa", "bert-sdpa"])
@@ -40,11 +40,11 @@ def test_gradients_are_bitwise_equal_and_less_is_kept(name):
     kind = name.partition("-")[0]
     subject = SUBJECTS[name]()
     with fuse(subject.model):
-        _, wanted, plain = step(subject)
+        _, expected, plain = step(subject)
     with fuse(subject.model, recompute=True) as fusion:
-        _, found, less = step(subject)
+        _, gradients, less = step(subject)
         assert any("recomputed" in what for what, _, _ in fusion.rows())
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected))
     rows = 2 * subject.x.shape[0] * subject.x.shape[1]
     # of every layer the results of two norms and of the activation; in BERT that of the norm before the layers, too
     results = LAYERS * (2 * WIDTH + INNER[kind]) + (WIDTH if kind == "bert" else 0)
@@ -56,8 +56,8 @@ def test_gradients_are_bitwise_equal_and_less_is_kept(name):
 def test_with_checkpoints_of_transformers():
     subject = SUBJECTS["llama-sdpa"]()
     with fuse(subject.model):
-        _, wanted, plain = step(subject)
+        _, expected, plain = step(subject)
     with fuse(subject.model, recompute=True):
-        _, found, kept = step(subject, checkpointed=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+        _, gradients, kept = step(subject, checkpointed=True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected))
     assert kept.bytes < 0.5 * plain.bytes

@@ -71,18 +71,18 @@ THREE = (
 def test_fused_is_exact(name, k, record_property):
     subject, v, probe, exact = problem(name, k)
     with fuse(subject.model) as fusion, aajr.coverage() as coverage:
-        found = through_the_dual(subject, v, probe)
+        actual = through_the_dual(subject, v, probe)
     assert fusion.replaced
     assert coverage.unsupported == [] and coverage.fallbacks == []
     errors = [
-        assert_exact(found.penalty, exact.penalty, "penalty"),
-        assert_exact(found.loss, exact.loss, "loss"),
-        assert_exact_gradients(found.gradients, exact.gradients),
+        assert_exact(actual.penalty, exact.penalty, "penalty"),
+        assert_exact(actual.loss, exact.loss, "loss"),
+        assert_exact_gradients(actual.gradients, exact.gradients),
     ]
     plain = through_the_dual(subject, v, probe)  # undone: the unfused model
     errors += [
-        assert_exact(found.penalty, plain.penalty, "penalty"),
-        assert_exact_gradients(found.gradients, plain.gradients),
+        assert_exact(actual.penalty, plain.penalty, "penalty"),
+        assert_exact_gradients(actual.gradients, plain.gradients),
     ]
     record_property("error", max(errors))
     assert EXACT == 1e-10
@@ -292,10 +292,10 @@ def test_peft_lora(order):
 
     expected, expected_gradients = gradients(plain)
     with aajr.coverage() as coverage:
-        found, found_gradients = gradients(model)
+        actual, gradients_of_fused = gradients(model)
     assert {"swiglu", "rms_norm", "rotary", "attention"} <= {op for op, _ in coverage.entries}
-    assert_exact(found, expected, "penalty", tolerance=1e-5)
-    assert_exact_gradients(found_gradients, expected_gradients, tolerance=1e-4)
+    assert_exact(actual, expected, "penalty", tolerance=1e-5)
+    assert_exact_gradients(gradients_of_fused, expected_gradients, tolerance=1e-4)
     fusion.undo()
     assert_exact(gradients(model)[0], expected, "penalty", tolerance=1e-6)
 
@@ -323,11 +323,11 @@ def test_gradient_checkpointing_is_exact(name):
                     setattr(module, attribute, 0.0)
         try:
             checkpointed(subject.model, use_reentrant=False)
-            found = through_the_dual(subject, v, probe)
+            actual = through_the_dual(subject, v, probe)
         finally:
             problem.cache_clear()  # the model is changed
-    assert_exact(found.loss, expected.loss, "loss")
-    assert_exact_gradients(found.gradients, expected.gradients)
+    assert_exact(actual.loss, expected.loss, "loss")
+    assert_exact_gradients(actual.gradients, expected.gradients)
 
 
 def test_reentrant_checkpointing_raises():
@@ -350,8 +350,8 @@ def test_token_ids_and_a_seeded_embedding():
 
     expected = run()
     with fuse(model):
-        found = run()
-    for got, want in zip(found, expected):
+        actual = run()
+    for got, want in zip(actual, expected):
         assert_exact(got, want, tolerance=1e-5)
 
 
@@ -374,7 +374,7 @@ def test_a_fused_model_compiles_in_one_graph(backend):
         expected = loss(x, v)
         gradients = oracle.gradients_of(expected, leaves)
         torch._dynamo.reset()
-        found = torch.compile(loss, fullgraph=True, backend=backend)(x, v)
-        assert_exact(found, expected, tolerance=1e-5)
-        assert_exact_gradients(oracle.gradients_of(found, leaves), gradients, tolerance=1e-4)
+        actual = torch.compile(loss, fullgraph=True, backend=backend)(x, v)
+        assert_exact(actual, expected, tolerance=1e-5)
+        assert_exact_gradients(oracle.gradients_of(actual, leaves), gradients, tolerance=1e-4)
     torch._dynamo.reset()

@@ -363,9 +363,9 @@ def test_a_last_weight_in_float32_is_followed():
     mlp, x = t5.T5DenseGatedActDense(config).bfloat16().eval(), torch.randn(2, 5, 32).bfloat16()
     mlp.wo.float()
     replacement = forms.find(mlp, torch.bfloat16)
-    found, expected = replacement.function(mlp, x), mlp(x)
-    assert found.dtype == expected.dtype == torch.float32
-    assert_exact(found, expected, tolerance=1e-2)
+    actual, expected = replacement.function(mlp, x), mlp(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert_exact(actual, expected, tolerance=1e-2)
     other = llama.LlamaMLP(tiny("llama").config).bfloat16()
     other.down_proj.float()
     with pytest.raises(RuntimeError, match="dtype"):

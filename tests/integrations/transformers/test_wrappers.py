@@ -301,11 +301,11 @@ def test_a_renamed_argument_keeps_its_old_name():
     with fuse(model):
         expected = model(inputs_embeds=x, cache=transformers.DynamicCache(), use_cache=True)
         with pytest.warns(FutureWarning, match="past_key_values"):
-            found = model(inputs_embeds=x, past_key_values=transformers.DynamicCache(), use_cache=True)
+            actual = model(inputs_embeds=x, past_key_values=transformers.DynamicCache(), use_cache=True)
         layer, cache = model.model.layers[0].self_attn, transformers.DynamicCache()
         with pytest.warns(FutureWarning, match="past_key_values"):
             layer(x, model.model.rotary_emb(x, torch.arange(5)[None]), None, past_key_values=cache)
-    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(actual.logits, expected.logits)
     assert cache.get_seq_length() == 5
 
 
@@ -318,6 +318,6 @@ def test_generation_goes_on_as_before(name, options):
     options = options | dict(attention_mask=mask, max_new_tokens=6, do_sample=False, output_scores=True)
     expected = model.generate(tokens, return_dict_in_generate=True, **options)
     with fuse(model):
-        found = model.generate(tokens, return_dict_in_generate=True, **options)
-    assert torch.equal(found.sequences, expected.sequences)
-    assert_exact(torch.stack(found.scores), torch.stack(expected.scores), tolerance=5e-6)
+        actual = model.generate(tokens, return_dict_in_generate=True, **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert_exact(torch.stack(actual.scores), torch.stack(expected.scores), tolerance=5e-6)

@@ -30,7 +30,7 @@ def run(model: nn.Module) -> float:
 
 plain, model = (model_of("llama", torch.float32) for _ in range(2))
 tensor_parallel(model, init_device_mesh("cpu", (world,)))
-expected, found = run(plain), run(model)
-assert abs(found - expected) <= 1e-6 * abs(expected)
+expected, actual = run(plain), run(model)
+assert abs(actual - expected) <= 1e-6 * abs(expected)
 say("objective llama", difference(gradients(model), gradients(plain)), torch.float32)
 end()

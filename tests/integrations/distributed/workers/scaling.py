@@ -74,11 +74,11 @@ fuse(model)
 if int(tensor) > 1:
     parallelize_module(model, mesh["tensor"], plan_of("llama", "sequence" in more))
 if "recompute" in more:
-    chosen = tuple(layers_of(model))
+    layers = tuple(layers_of(model))
     apply_activation_checkpointing(
         model,
         checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, CheckpointImpl.NO_REENTRANT),
-        check_fn=lambda m: m in chosen,
+        check_fn=lambda m: m in layers,
     )
 if int(data) > 1:
     for layer in layers_of(model):

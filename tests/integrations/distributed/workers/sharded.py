@@ -21,11 +21,11 @@ resting = {torch.float32: torch.float64, torch.bfloat16: torch.float32}[dtype] i
 
 def wrapped(model: nn.Module) -> nn.Module:
     if "checkpoint" in more:
-        chosen = tuple(layers_of(model))
+        layers = tuple(layers_of(model))
         apply_activation_checkpointing(
             model,
             checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, CheckpointImpl.NO_REENTRANT),
-            check_fn=lambda m: m in chosen,
+            check_fn=lambda m: m in layers,
         )
     if kind == "ddp":
         # the attack and the penalty begin at embeddings: the table is not used
@@ -59,14 +59,14 @@ for _ in range(2):  # once more: nothing is left over in the wrapper
     model.zero_grad()
     hooked = [model, head_of(model)] if "head" in more else model
     ours, _ = step(model, x[rows], labels[rows], which=which, modules=hooked)
-    found = gradients(model)
+    actual = gradients(model)
     if truth is not None:  # as close to float32 as one process in this dtype is
-        error, own = difference(found, truth), difference(expected, truth)
+        error, own = difference(actual, truth), difference(expected, truth)
         if rank == 0:
             print(f"{kind} {name} bfloat16: {error:.1e}, one process {own:.1e}")
         assert error <= 2 * own
         continue
     # a row does not depend on the others, so the attack is that of one process
     assert (ours.points - traj.points[:, rows]).abs().max() <= 1e-5 * traj.points.abs().max()
-    say(" ".join([kind, name, *more]), difference(found, expected), dtype)
+    say(" ".join([kind, name, *more]), difference(actual, expected), dtype)
 end()

@@ -123,10 +123,10 @@ def model_of(kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    found = getattr(model, "layers", None)
-    if found is None:
-        found = model.model.layers if hasattr(model, "model") else model.transformer.h  # type: ignore[union-attr]
-    return found  # type: ignore[return-value]
+    layers = getattr(model, "layers", None)
+    if layers is None:
+        layers = model.model.layers if hasattr(model, "model") else model.transformer.h  # type: ignore[union-attr]
+    return layers  # type: ignore[return-value]
 
 
 def hidden_of(model: nn.Module, mask: Tensor | None = None) -> Callable[[Any], Any]:
@@ -164,20 +164,20 @@ def whole(value: Tensor) -> Tensor:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Whole gradients by the names of the unwrapped model."""
-    found = {}
+    by_name = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
             name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
-            found[name] = whole(p.grad.detach())
-    return found
+            by_name[name] = whole(p.grad.detach())
+    return by_name
 
 
-def difference(found: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-3) -> float:
+def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-3) -> float:
     """The largest ‖a − b‖ / ‖b‖ over the parameters; a norm below `floor` of the largest counts as that."""
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
     largest = max(float(b.double().norm()) for b in expected.values())
     errors = {
-        name: float((found[name].double() - b.double()).norm())
+        name: float((actual[name].double() - b.double()).norm())
         / max(float(b.double().norm()), floor * largest)
         for name, b in expected.items()
     }

@@ -38,11 +38,11 @@ if "library" in more:
 else:
     parallelize_module(model, mesh["tensor"], plan_of(name, "sequence" in more))
 if "checkpoint" in more:
-    chosen = tuple(layers_of(model))
+    layers = tuple(layers_of(model))
     apply_activation_checkpointing(
         model,
         checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, CheckpointImpl.NO_REENTRANT),
-        check_fn=lambda m: m in chosen,
+        check_fn=lambda m: m in layers,
     )
 rows = slice(None)
 if copies > 1:
