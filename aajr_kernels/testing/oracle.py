@@ -126,25 +126,13 @@ def batch_norm(
     return _channel_norm(x, running_mean, running_var, weight, bias, training, dims, eps)
 
 
-# torch.batch_norm and torch.instance_norm order their arguments differently from their F. wrappers.
-def _torch_batch_norm(
-    x: Tensor,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *rest: Any,
-) -> Tensor:
-    return batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+def _affine_first(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For ``torch.batch_norm`` and ``torch.instance_norm``: weight and bias stand before the statistics."""
 
+    def reordered(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Tensor:
+        return norm(x, mean, var, weight, bias, *rest[:3])  # without cudnn_enabled
 
-def _torch_instance_norm(
-    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, own: bool, momentum: float, eps: float, *rest: Any
-) -> Tensor:
-    return instance_norm(x, mean, var, weight, bias, own, momentum, eps)
+    return reordered
 
 
 def attention(
@@ -198,9 +186,9 @@ _LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.instance_norm: instance_norm,
-    torch.instance_norm: _torch_instance_norm,
+    torch.instance_norm: _affine_first(instance_norm),
     F.batch_norm: batch_norm,
-    torch.batch_norm: _torch_batch_norm,
+    torch.batch_norm: _affine_first(batch_norm),
     F.scaled_dot_product_attention: attention,
 }
 #: the builtin behind F.grouped_mm, which has no gate for torch functions
