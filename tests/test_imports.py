@@ -175,8 +175,9 @@ def test_a_reference_imports_torch_alone(module):
 
 @pytest.mark.parametrize("module", ["testing/oracle.py", "testing/formulas.py", "testing/budgets.py"])
 def test_the_measure_imports_nothing_of_ours(module):
-    """A mistake that it shared with the package would not be seen."""
-    assert not inside_package(module)
+    """A mistake that it shared with the package would not be seen; the oracle is no part of what is measured."""
+    measure = {"aajr_kernels.testing.oracle"} if module == "testing/formulas.py" else set()
+    assert inside_package(module) <= measure
 
 
 def test_the_schema_of_an_operator_is_written_once():

@@ -1,9 +1,8 @@
-"""The oracle: every op as the plain formula of a textbook, on plain tensors, in their own dtype.
+"""Ops as the plain formulas of a textbook, on plain tensors, in their own dtype; :mod:`.oracle` has the norms.
 
 Nothing here calls our ops or PyTorch's fused layers. Derivatives come only from PyTorch's forward mode and from
 ordinary autograd through it. In float64 that is the truth an op is measured against; in a low dtype it is the eager
-computation whose error an op may not much exceed. Norms are written out because PyTorch's reverse-over-forward through
-``torch.nn.functional.layer_norm`` gives wrong gradients without a warning.
+computation whose error an op may not much exceed.
 """
 
 from __future__ import annotations
@@ -11,32 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = x @ weight.t()
-    return y if bias is None else y + bias
-
-
-def rms_norm(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float = 1e-6, offset: float = 0.0
-) -> Tensor:
-    axes = tuple(range(-len(shape), 0))
-    y = x * ((x * x).mean(axes, keepdim=True) + eps).pow(-0.5)
-    return y if weight is None else y * (weight + offset)
-
-
-def layer_norm(
-    x: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    axes = tuple(range(-len(shape), 0))
-    y = rms_norm(x - x.mean(axes, keepdim=True), shape, weight, eps)
-    return y if bias is None else y + bias
+from .oracle import masked_softmax
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -103,16 +80,7 @@ def attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     allowed = allowed_positions(q.shape[2], k.shape[2], causal, window).to(q.device)
-    if mask is not None and mask.dtype == torch.bool:
-        allowed = allowed & mask
-    elif mask is not None:
-        allowed = allowed & (mask != -math.inf)
-        scores = scores + torch.where(mask == -math.inf, torch.zeros_like(mask), mask)
-    # disallowed scores are replaced before and their weights zeroed after exp, so that nothing is ever inf - inf
-    top = scores.detach().masked_fill(~allowed, -3e4).amax(-1, keepdim=True)
-    weights = torch.exp(torch.where(allowed, scores - top, 0.0)) * allowed
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
+    weights = masked_softmax(scores, allowed, mask)
     return (weights if dropped is None else weights * dropped) @ v
 
 
@@ -124,7 +92,7 @@ def logits(
     softcap: float | None = None,
 ) -> Tensor:
     """Output of a language-model head, ``cap(scale (W h + b))``."""
-    z = scale * linear(hidden, weight, bias)
+    z = scale * F.linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 

@@ -153,18 +153,21 @@ def attention(
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
     scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
-    if is_causal:
-        allowed = allowed.tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed = allowed & attn_mask
-    elif attn_mask is not None:
-        allowed = allowed & (attn_mask != -math.inf)
-        scores = scores + torch.where(attn_mask == -math.inf, torch.zeros_like(attn_mask), attn_mask)
-    # exp(-inf - 0) = 0 without a NaN anywhere: disallowed scores are replaced before and weights zeroed after exp.
-    scores = torch.where(allowed, scores, torch.full_like(scores, -1e30))
-    weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * allowed.to(scores.dtype)
+    return masked_softmax(scores, allowed.tril() if is_causal else allowed, attn_mask) @ v
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the last axis of what `allowed` and a boolean or additive mask leave; an empty row gives zeros."""
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        allowed = allowed & (mask != -math.inf)
+        scores = scores + torch.where(mask == -math.inf, torch.zeros_like(mask), mask)
+    # disallowed scores are replaced before exp and their weights zeroed after it, so that nothing is ever inf - inf
+    top = scores.detach().masked_fill(~allowed, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
+    weights = torch.exp(torch.where(allowed, scores - top, 0.0)) * allowed
     total = weights.sum(-1, keepdim=True)
-    return (weights / torch.where(total == 0, torch.ones_like(total), total)) @ v
+    return weights / torch.where(total == 0, 1.0, total)
 
 
 def grouped_mm(

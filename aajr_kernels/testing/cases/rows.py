@@ -15,7 +15,7 @@ from ...ops.linear import linear as linear_op
 from ...ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from ...ops.rotary import rotary as rotary_op
 from ...ops.sensitivity import METRICS, sensitivity
-from .. import formulas
+from .. import formulas, oracle
 from ..oracle import metric_values
 from .case import Case, flipped, gap, stacked, stacks, swapped
 
@@ -29,11 +29,11 @@ def randn(*shape: int) -> Tensor:
 
 # -- norms ----------------------------------------------------------------------------------------------------------
 def rms_formula(dims: int = 1, offset: float = 0.0) -> Formula:
-    return lambda x, w=None: formulas.rms_norm(x, x.shape[-dims:], w, EPS, offset)
+    return lambda x, w=None: oracle.rms_norm(x, x.shape[-dims:], None if w is None else w + offset, EPS)
 
 
 def layer_formula(dims: int = 1) -> Formula:
-    return lambda x, w=None, b=None: formulas.layer_norm(x, x.shape[-dims:], w, b, EPS)
+    return lambda x, w=None, b=None: oracle.layer_norm(x, x.shape[-dims:], w, b, EPS)
 
 
 def in_float32(formula: Formula) -> Formula:
