@@ -148,7 +148,11 @@ attention("D128 causal", FP16, 128, causal=True)
 attention("D64 causal", FP16, 64, causal=True)
 attention("D64 causal", FP32, 64, causal=True)
 attention("D128 causal", FP32, 128, causal=True)
-attention("D128 padding causal GQA", BF16, 128, heads=(8, 2), mask="padding", causal=True, spills=STRICT)
+attention(
+    "D128 padding causal GQA", BF16, 128, heads=(32, 8), N=4096, mask="padding", causal=True, spills=STRICT
+)
+# few programs: each has a query head, and the parts of a key head are added
+attention("D128 causal GQA short", BF16, 128, heads=(8, 2), causal=True)
 attention("D64 padding", BF16, 64, mask="padding")
 # what transformers makes of padding: a mask per query, causality within
 attention(

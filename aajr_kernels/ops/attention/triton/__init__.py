@@ -19,6 +19,7 @@ from .backward import (
     _attention_bwd_kv_kernel,
     _attention_bwd_q_kernel,
     _attention_rows_kernel,
+    _attention_sum_kernel,
 )
 from .forward import _attention_fwd_kernel
 from .problem import Problem, block_size, descriptors_fit, like, padded_rows, row_dense, rows, stack
@@ -161,7 +162,7 @@ def _launch_bwd(
             context.launch_bias(bias_bar)
     for bar, parts in ((k_bar, k_parts), (v_bar, v_parts)):
         if bar is not None and parts is not None and parts is not bar:
-            bar.copy_(parts.unflatten(2, (bar.shape[2], -1)).sum(3))
+            _launch_sum(parts, bar)
 
 
 def _parts(p: Problem, bar: Tensor, kernel: str) -> Tensor:
@@ -170,6 +171,29 @@ def _parts(p: Problem, bar: Tensor, kernel: str) -> Tensor:
     if heads == bar.shape[2]:
         return bar
     return torch.empty((*bar.shape[:2], heads, *bar.shape[3:]), dtype=torch.float32, device=bar.device)
+
+
+def _launch_sum(parts: Tensor, bar: Tensor) -> None:
+    stacks, B, HK, M, D = bar.shape
+    block = 32
+    launch(
+        _attention_sum_kernel,
+        (B * HK, -(-M // block), stacks),
+        bar.device,
+        parts,
+        bar,
+        parts.stride(0),
+        parts.stride()[1:4],
+        bar.stride(0),
+        bar.stride()[1:4],
+        HK,
+        M,
+        parts.shape[2] // HK,
+        D=D,
+        BLOCK_D=block_size(D),
+        BLOCK_N=block,
+        num_warps=4,
+    )
 
 
 def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -> None:

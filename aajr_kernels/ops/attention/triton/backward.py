@@ -558,3 +558,23 @@ def _attention_bwd_bias_kernel(
     tl.store(bias_bar + pointers, total, mask=inside)
     if MASK_TAN:
         tl.store(bias_tan_bar + pointers, total_tan, mask=inside)
+
+
+@triton.jit(do_not_specialize=["HK", "M", "parts"])
+def _attention_sum_kernel(
+    part_bars, bar, part_stack, part_strides, bar_stack, bar_strides, HK, M, parts,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a stack of keys or values: the sum of `parts` consecutive heads each, in their order.
+
+    Programs: (batch rows times key heads, blocks of keys, stacks).
+    """
+    b = tl.program_id(0) // HK
+    h = tl.program_id(0) % HK
+    start = tl.program_id(1) * BLOCK_N
+    stack = tl.program_id(2).to(tl.int64)
+    part_bars += stack * part_stack
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for part in range(parts):
+        total += load_rows(part_bars, part_strides, b, h * parts + part, start, M, BLOCK_N, BLOCK_D, D, False)
+    store_rows(bar + stack * bar_stack, bar_strides, b, h, start, M, total, BLOCK_N, BLOCK_D, D)
