@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -63,10 +64,9 @@ def why_not_native() -> str | None:
     if os.name == "nt":
         return "its kernels use the vector types of g++ and clang++, which the Windows compiler does not have"
     if find_compiler() is None:
-        wanted = (
-            f"CXX={os.environ['CXX']} was not found" if os.environ.get("CXX") else "no C++ compiler was found"
-        )
-        return f"{wanted} at installation: install g++ or clang++ and reinstall the package"
+        named = os.environ.get("CXX")
+        missing = f"CXX={named} was not found" if named else "no C++ compiler was found"
+        return f"{missing} at installation: install g++ or clang++ and reinstall the package"
     return None
 
 
@@ -84,12 +84,10 @@ def why_not_cuda() -> str | None:
     version = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
     if version is None or not version.exists():  # an isolated build: it may be any
         return None
-    text = version.read_text()
-    if re.search(r"^cuda\b.*= None$", text, re.MULTILINE):
-        found = re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE)
-        name = f"torch {found[1]}" if found else "torch"
-        return f"{name} is built without CUDA (AAJR_CUDA=ON builds it all the same)"
-    return None
+    facts = runpy.run_path(str(version))
+    if facts.get("cuda", "") is not None:
+        return None
+    return f"torch {facts['__version__']} is built without CUDA (AAJR_CUDA=ON builds it all the same)"
 
 
 if CUDA not in ("AUTO", "ON", "OFF"):
@@ -107,10 +105,10 @@ def build_requirements() -> list[str]:
                 [find(tool) or tool, "--version"], capture_output=True, text=True, check=True
             )
             version = re.search(r"(\d+)\.(\d+)", answer.stdout)
-            found = version is not None and (int(version[1]), int(version[2])) >= minimum
+            new_enough = version is not None and (int(version[1]), int(version[2])) >= minimum
         except (OSError, subprocess.CalledProcessError):
-            found = False
-        if not found:
+            new_enough = False
+        if not new_enough:
             missing.append(requirement)
     return ["pybind11>=2.13", *missing]
 

@@ -200,7 +200,7 @@ def read_stamp() -> dict[str, Any]:
     return entries if VENV.python.exists() and (VENV.bin / "aajr").exists() else {}
 
 
-def wanted_stamp(groups: set[str]) -> dict[str, Any]:
+def current_stamp(groups: set[str]) -> dict[str, Any]:
     """State of what the environment depends on; the build apart, so that a new kernel does not reinstall packages."""
     names = ("AAJR_NATIVE", "AAJR_CUDA", "AAJR_CUDA_ARCHITECTURES", "AAJR_CMAKE_ARGS", "CXX")
     settings = [os.environ.get(name, "") for name in names]
@@ -234,12 +234,12 @@ def refresh(groups: set[str], force: bool) -> None:
     """Bring the environment to where all of `groups`, and those that it already serves, are served."""
     stamp = {} if force else read_stamp()
     groups = groups | set(stamp.get("groups", ())) & set(GROUPS)
-    wanted = wanted_stamp(groups)
-    if stamp == wanted:
+    current = current_stamp(groups)
+    if stamp == current:
         return
     begin = time.monotonic()
     STAMP.unlink(missing_ok=True)
-    if {**stamp, "build": wanted["build"]} == wanted:
+    if {**stamp, "build": current["build"]} == current:
         with building(bool(groups & WITH_EMULATED)):
             pass
     else:
@@ -249,7 +249,7 @@ def refresh(groups: set[str], force: bool) -> None:
             VENV.pip(*BUILD_TOOLS, *dependencies())
         with building(bool(groups & WITH_EMULATED)):
             install(groups, version)
-    STAMP.write_text(json.dumps(wanted, indent=1))
+    STAMP.write_text(json.dumps(current, indent=1))
     say(f"ready in {time.monotonic() - begin:.0f} s; {VENV.folder.name} holds {VENV.size():,.0f} MB")
 
 
