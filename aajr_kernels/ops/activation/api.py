@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ... import sharding
 from ...dual import Dual, num_tangents, stack_of
@@ -13,7 +14,7 @@ from ...recompute import is_recomputed
 from ..prepare import SHARDS, prepare
 from .function import GatedFunction, PointwiseFunction
 
-_T = TypeVar("_T", torch.Tensor, Dual)
+_T = TypeVar("_T", Tensor, Dual)
 
 
 def _pointwise(kind: str, x: Dual, recompute: bool | None) -> Dual:
@@ -85,9 +86,7 @@ def sigmoid(x: _T, *, recompute: bool | None = None) -> _T:
     return _pointwise("sigmoid", x, recompute) if isinstance(x, Dual) else torch.sigmoid(x)
 
 
-def _gated(
-    op: str, kind: str, gate: torch.Tensor | Dual, up: torch.Tensor | Dual, recompute: bool | None
-) -> Dual:
+def _gated(op: str, kind: str, gate: Tensor | Dual, up: Tensor | Dual, recompute: bool | None) -> Dual:
     if gate.shape != up.shape:
         raise ValueError(f"{op}: up must have the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}.")
     num_tangents(gate, up)
@@ -109,9 +108,7 @@ def _gated(
     return Dual(GatedFunction.apply(*operands, kind, backend, is_recomputed("activations", recompute)))
 
 
-def swiglu(
-    gate: torch.Tensor | Dual, up: torch.Tensor | Dual, *, recompute: bool | None = None
-) -> torch.Tensor | Dual:
+def swiglu(gate: Tensor | Dual, up: Tensor | Dual, *, recompute: bool | None = None) -> Tensor | Dual:
     """Gated product ``silu(gate) ∘ up``.
 
     Args:
@@ -131,12 +128,12 @@ def swiglu(
 
 
 def geglu(
-    gate: torch.Tensor | Dual,
-    up: torch.Tensor | Dual,
+    gate: Tensor | Dual,
+    up: Tensor | Dual,
     approximate: str = "none",
     *,
     recompute: bool | None = None,
-) -> torch.Tensor | Dual:
+) -> Tensor | Dual:
     """Gated product ``gelu(gate) ∘ up``; arguments and errors as in :func:`swiglu` and :func:`gelu`."""
     kind = _gelu_kind("geglu", approximate)
     if not isinstance(gate, Dual) and not isinstance(up, Dual):

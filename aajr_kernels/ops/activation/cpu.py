@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ...backends import cpu as native
 from . import operators
@@ -17,15 +17,13 @@ from .reference import POINTWISE
 _CODES = {kind: code for code, kind in enumerate(POINTWISE)}
 
 
-def _dense_rows(t: torch.Tensor | None) -> bool:
+def _dense_rows(t: Tensor | None) -> bool:
     return (
         t is None or t.dim() < 2 or ((t.stride(-1) == 1 or t.shape[-1] == 1) and t.dim() <= native.MAX_AXES)
     )
 
 
-def _call(
-    name: str, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor | None, ...], code: int
-) -> None:
+def _call(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, ...], code: int) -> None:
     """Run `name` on tensors whose last axis is dense in all of them; a copy of an input is the last resort."""
     if all(map(_dense_rows, inputs)) and all(map(_dense_rows, outputs)):
         native.call(name, (*inputs, *outputs), (code,))
@@ -48,7 +46,7 @@ def _call(
 
 
 @native.operator(operators.POINTWISE_FWD)
-def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
+def pointwise_fwd(x: Tensor, kind: str) -> Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = native.empty_like(x)
     _call("pointwise_fwd", (x,), (y,), _CODES[kind])
@@ -56,7 +54,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @native.operator(operators.POINTWISE_BWD)
-def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+def pointwise_bwd(y_bar: Tensor, x: Tensor, kind: str) -> Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = native.empty_like(x)
     _call("pointwise_bwd", (x, y_bar), (x_bar,), _CODES[kind])
@@ -64,7 +62,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
 
 
 @native.operator(operators.GATED_FWD)
-def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+def gated_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = native.empty_like(gate if gate.shape[0] > 1 else up)
     _call("gated_fwd", (gate, up), (h,), _CODES[kind])
@@ -73,8 +71,8 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
 
 @native.operator(operators.GATED_BWD)
 def gated_bwd(
-    h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    h_bar: Tensor, gate: Tensor, up: Tensor, kind: str, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Stacked cotangents of gate and up, shaped like them; None where not needed."""
     gate_bar = native.empty_like(gate) if need_gate else None
     up_bar = native.empty_like(up) if need_up else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...backends import choice
 from ...backends.errors import first_order
@@ -19,10 +20,10 @@ class PointwiseFunction(torch.autograd.Function):
     """``[1 + K, *shape] -> [1 + K, *shape]``; with `recompute` consumers do not keep the result."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kind: str, backend: str, recompute: bool = False) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, kind: str, backend: str, recompute: bool = False) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.backend = kind, backend
-        y: torch.Tensor = choice.implementation("activation", backend).pointwise_fwd(x, kind)
+        y: Tensor = choice.implementation("activation", backend).pointwise_fwd(x, kind)
         ctx.save_for_backward(snapshot(x, ctx.needs_input_grad[0]) if kind in _TORCH_SAVES_RESULT else x)
         if recompute:
             make_recomputable(ctx, y, _pointwise_again)
@@ -30,7 +31,7 @@ class PointwiseFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, y_bar: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if y_bar is None:
             return None, None, None, None
         (x,) = saved_tensors(ctx)
@@ -44,19 +45,19 @@ class GatedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, kind: str, backend: str, recompute: bool = False
-    ) -> torch.Tensor:
+        ctx: Any, gate: Tensor, up: Tensor, kind: str, backend: str, recompute: bool = False
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.backend = kind, backend
         ctx.save_for_backward(gate, up)
-        h: torch.Tensor = choice.implementation("activation", backend).gated_fwd(gate, up, kind)
+        h: Tensor = choice.implementation("activation", backend).gated_fwd(gate, up, kind)
         if recompute:
             make_recomputable(ctx, h, _gated_again)
         return h
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, h_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, h_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         if h_bar is None:
             return (None,) * 5
         gate, up = saved_tensors(ctx)
@@ -67,15 +68,15 @@ class GatedFunction(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _pointwise_again(ctx: Any) -> torch.Tensor:
+def _pointwise_again(ctx: Any) -> Tensor:
     (x,) = saved_tensors(ctx)
-    y: torch.Tensor = choice.implementation("activation", ctx.backend).pointwise_fwd(x, ctx.kind)
+    y: Tensor = choice.implementation("activation", ctx.backend).pointwise_fwd(x, ctx.kind)
     return y
 
 
-def _gated_again(ctx: Any) -> torch.Tensor:
+def _gated_again(ctx: Any) -> Tensor:
     gate, up = saved_tensors(ctx)
-    h: torch.Tensor = choice.implementation("activation", ctx.backend).gated_fwd(gate, up, ctx.kind)
+    h: Tensor = choice.implementation("activation", ctx.backend).gated_fwd(gate, up, ctx.kind)
     return h
 
 

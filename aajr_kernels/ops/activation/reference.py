@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 POINTWISE = ("gelu", "gelu_tanh", "silu", "quick_gelu", "relu", "relu2", "tanh", "sigmoid")
 GATES = ("silu", "gelu", "gelu_tanh")
@@ -20,9 +21,9 @@ _GELU_SCALE = math.sqrt(2.0 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
-def derivatives(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ...]:
+def derivatives(kind: str, x: Tensor, order: int) -> tuple[Tensor, ...]:
     """``(f, f')`` or, for order 2, ``(f, f', f'')`` of an activation at x, float32 or float64."""
-    result: tuple[torch.Tensor, ...]
+    result: tuple[Tensor, ...]
     if kind in ("relu", "relu2"):
         step = (x > 0).to(x.dtype)
         if kind == "relu":
@@ -50,7 +51,7 @@ def derivatives(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, .
     return result[: order + 1]
 
 
-def _x_sigmoid(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ...]:
+def _x_sigmoid(kind: str, x: Tensor, order: int) -> tuple[Tensor, ...]:
     """f = xσ(w(x)): silu with w = x, quick_gelu with w = βx, gelu's tanh form with (1 + tanh v)/2 = σ(2v).
 
     f' = σ + w' xs and f'' = 2w's + (w'' + (1−2σ)w'²) xs, with s = σ(1−σ). s is σ(w)σ(−w), because xw'² would enlarge
@@ -81,16 +82,16 @@ def _x_sigmoid(kind: str, x: torch.Tensor, order: int) -> tuple[torch.Tensor, ..
     return x * p, first, slope.mul_(2.0 * beta).addcmul_(x_slope, rest.sub_(p), value=beta * beta)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _over_tangents(x: torch.Tensor) -> torch.Tensor:
+def _over_tangents(x: Tensor) -> Tensor:
     """Sum over the leading axis of K; a view where K is 1."""
     return x[0] if x.shape[0] == 1 else x.sum(0)
 
 
-def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors ``[S, *shape]`` in blocks of rows: views, and one block where that needs a copy or gains nothing."""
     first = tensors[0]
     if first.device.type == "cpu" and first.dim() > 2 and not torch.compiler.is_compiling():
@@ -109,7 +110,7 @@ def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     yield tensors
 
 
-def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
+def pointwise_fwd(x: Tensor, kind: str) -> Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = torch.empty_like(x)
     for xs, ys in _blocks(x, y):
@@ -119,7 +120,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
     return y
 
 
-def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+def pointwise_bwd(y_bar: Tensor, x: Tensor, kind: str) -> Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = torch.empty_like(x)
     for gs, xs, out in _blocks(y_bar, x, x_bar):
@@ -133,7 +134,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
     return x_bar
 
 
-def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+def gated_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """Stacked ``f(g)∘u`` and its tangents.
 
     Args:
@@ -158,8 +159,8 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def gated_bwd(
-    h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    h_bar: Tensor, gate: Tensor, up: Tensor, kind: str, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Stacked cotangents of gate and up, shaped like them; None where not needed."""
     gate_bar = torch.empty_like(gate) if need_gate else None
     up_bar = torch.empty_like(up) if need_up else None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes
@@ -19,7 +20,7 @@ from . import operators
 from .triton_kernels import _gated_bwd_kernel, _gated_fwd_kernel, _pointwise_bwd_kernel, _pointwise_fwd_kernel
 
 
-def _run(kernel: Any, tensors: Sequence[torch.Tensor | None], guide: torch.Tensor, **constants: Any) -> None:
+def _run(kernel: Any, tensors: Sequence[Tensor | None], guide: Tensor, **constants: Any) -> None:
     """Launch on tensors ``[S, *shape]``; the guide, one of them, decides what is neighbouring."""
     place = next(i for i, t in enumerate(tensors) if t is guide)
     # with an axis of one at the end all of the shape counts as batch
@@ -48,7 +49,7 @@ def _run(kernel: Any, tensors: Sequence[torch.Tensor | None], guide: torch.Tenso
 
 
 @operator(operators.POINTWISE_FWD)
-def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
+def pointwise_fwd(x: Tensor, kind: str) -> Tensor:
     """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = torch.empty_like(x)
     _run(_pointwise_fwd_kernel, (x, y), y, KIND=kind, K=x.shape[0] - 1)
@@ -56,7 +57,7 @@ def pointwise_fwd(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @operator(operators.POINTWISE_BWD)
-def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+def pointwise_bwd(y_bar: Tensor, x: Tensor, kind: str) -> Tensor:
     """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = torch.empty_like(x)
     _run(_pointwise_bwd_kernel, (y_bar, x, x_bar), x_bar, KIND=kind, K=x.shape[0] - 1)
@@ -64,7 +65,7 @@ def pointwise_bwd(y_bar: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tens
 
 
 @operator(operators.GATED_FWD)
-def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+def gated_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = torch.empty_like(gate if gate.shape[0] > 1 else up)
     _run(_gated_fwd_kernel, (gate, up, h), h, KIND=kind, **_tangents(gate, up))
@@ -73,8 +74,8 @@ def gated_fwd(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
 
 @operator(operators.GATED_BWD)
 def gated_bwd(
-    h_bar: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, need_gate: bool, need_up: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    h_bar: Tensor, gate: Tensor, up: Tensor, kind: str, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Stacked cotangents of gate and up, shaped like them; None where not needed."""
     gate_bar = torch.empty_like(gate) if need_gate else None
     up_bar = torch.empty_like(up) if need_up else None
@@ -85,6 +86,6 @@ def gated_bwd(
     return gate_bar, up_bar
 
 
-def _tangents(gate: torch.Tensor, up: torch.Tensor) -> dict[str, int | bool]:
+def _tangents(gate: Tensor, up: Tensor) -> dict[str, int | bool]:
     k = max(gate.shape[0], up.shape[0]) - 1
     return {"K": k, "GATE_TAN": gate.shape[0] > 1, "UP_TAN": up.shape[0] > 1}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_low
@@ -20,16 +21,16 @@ METRICS = ("l2", "logits", "fisher", "probs")
 
 def lm_head_sensitivity(
     hidden: Dual,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
     metric: str = "fisher",
     scale: float = 1.0,
     softcap: float | None = None,
-    labels: torch.Tensor | None = None,
+    labels: Tensor | None = None,
     ignore_index: int = -100,
-    expected: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor | None]] | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    expected: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sensitivity of a language model's output per token, without ever holding the logits.
 
     The logits are ``z = cap(scale · (W h + b))`` and their tangents ``ż = cap'(·) ∘ scale · W ḣ``; they are formed in
@@ -84,9 +85,7 @@ def lm_head_sensitivity(
         labels = labels.reshape(-1).long()
     options = (metric, float(scale), softcap, int(ignore_index))
 
-    def on_shards(
-        weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def on_shards(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         operands = autocast_low(hidden.stacked, weight, bias)
         _check_dtypes(*operands)
         return sharding.OPS["head"](*operands, labels, *options)
@@ -118,7 +117,7 @@ def lm_head_sensitivity(
     return q if nll is None else (q, nll.reshape(batch))
 
 
-def _check_dtypes(stacked: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_dtypes(stacked: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != stacked.dtype:
             raise RuntimeError(
@@ -127,7 +126,7 @@ def _check_dtypes(stacked: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
             )
 
 
-def _check_shapes(hidden: Dual, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_shapes(hidden: Dual, weight: Tensor, bias: Tensor | None) -> None:
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"lm_head_sensitivity: weight must be [V, C] with V > 0 and C the last axis of hidden "
@@ -139,7 +138,7 @@ def _check_shapes(hidden: Dual, weight: torch.Tensor, bias: torch.Tensor | None)
         )
 
 
-def _check_labels(labels: torch.Tensor, batch: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
+def _check_labels(labels: Tensor, batch: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"lm_head_sensitivity: labels must be integers, got {labels.dtype}: pass token ids.")
     if tuple(labels.shape) != batch:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...autocast import no_autocast
 from ...backends import choice
@@ -20,17 +21,17 @@ class HeadFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        h: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor | None,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
         metric: str,
         scale: float,
         softcap: float | None,
         ignore_index: int,
         backend: str,
-        expected: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor | None]] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        expected: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]] | None,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend, ctx.ready = (metric, scale, softcap, ignore_index), backend, None
         arguments = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
@@ -48,9 +49,7 @@ class HeadFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(
-        ctx: Any, q_bar: torch.Tensor | None, nll_bar: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, q_bar: Tensor | None, nll_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         if q_bar is None and nll_bar is None:
             return (None,) * 10
         ready, ctx.ready = ctx.ready, None  # handed out once, since it is scaled in place
@@ -69,9 +68,7 @@ class HeadFunction(torch.autograd.Function):
         return h_bar, weight_bar, bias_bar, None, None, None, None, None, None, None
 
 
-def common_factor(
-    got: tuple[torch.Tensor | None, ...], expected: tuple[torch.Tensor | None, ...]
-) -> float | None:
+def common_factor(got: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> float | None:
     """The number c with got = c expected up to the rounding of a few operations, or None; None stands for zeros."""
     given, wanted = [], []
     for g, e in zip(got, expected):
@@ -83,7 +80,7 @@ def common_factor(
     return _ratio(torch.cat(given).double(), torch.cat(wanted).double())
 
 
-def _ratio(given: torch.Tensor, wanted: torch.Tensor) -> float | None:
+def _ratio(given: Tensor, wanted: Tensor) -> float | None:
     if given.is_meta:  # nothing is computed
         return 1.0
     largest = wanted.abs().argmax().unsqueeze(0)
@@ -114,13 +111,13 @@ def trial(
     labels = torch.arange(tokens, device=operands["hidden"].device) if labelled else None
     options = metric, 0.5 if scaled else 1.0, 3.0 if capped else None, 3  # the label 3 is ignored
 
-    def expected(q: torch.Tensor, at: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def expected(q: Tensor, at: slice) -> tuple[Tensor, Tensor | None]:
         shapes = (stacks - 1, tokens), (tokens,)
         q_bar, nll_bar = (cotangent(torch.Size(s), q.device).to(q.dtype)[..., at] for s in shapes)
         return q_bar, nll_bar if labelled else None
 
-    def run(backend: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        results: tuple[torch.Tensor | None, ...] = HeadFunction.apply(
+    def run(backend: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        results: tuple[Tensor | None, ...] = HeadFunction.apply(
             *tensors, labels, *options, backend, expected if joint else None
         )
         return results

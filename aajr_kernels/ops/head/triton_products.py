@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` in float32.
 
     Asking for float32 results also keeps the library from adding parts of a long sum in the low dtype.
@@ -21,7 +22,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b).float()
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a b`` for a float32 `total`, in one kernel where the library can."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_low
@@ -16,14 +16,12 @@ from .function import LinearFunction
 
 
 @overload
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 @overload
-def linear(x: Dual, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Dual: ...
+def linear(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Dual: ...
 
 
-def linear(
-    x: torch.Tensor | Dual, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor | Dual:
+def linear(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tensor | Dual:
     """Affine map ``y = x Wᵀ + b`` with tangent ``ẏ = ẋ Wᵀ``, as one matrix product over the stacked rows.
 
     Args:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from ...backends.cpu import call, empty, few_axes, row_dense
 from ...backends.operator import constant
 from . import reference
 
 
-def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         wide = _wide(x.dtype, x, weight, bias)
         return reference.linear_fwd(*wide).to(x.dtype)  # type: ignore[arg-type]
@@ -35,8 +36,8 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 def linear_bwd(
-    y_bar: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None, need_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if torch.compiler.is_compiling():
         g, wide_x, wide_weight = _wide(y_bar.dtype, y_bar, x, weight)
         assert g is not None
@@ -57,14 +58,14 @@ def linear_bwd(
     return x_bar, weight_bar, bias_bar
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The product of two matrices, seen in that shape."""
     out = empty(shape, dtype=a.dtype)
     torch.mm(a, b, out=out.view(a.shape[0], b.shape[1]))
     return out
 
 
-def _wide(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in float32 where products are faster there."""
     return tuple(None if t is None else t.float() for t in tensors) if _widen(dtype) else tensors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...autocast import no_autocast
 from ...backends import choice
@@ -18,9 +19,7 @@ class LinearFunction(torch.autograd.Function):
     """``[1 + K, *batch, in] -> [1 + K, *batch, out]``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -30,7 +29,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, y_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         if y_bar is None:
             return None, None, None, None
         x, weight = ctx.saved_tensors

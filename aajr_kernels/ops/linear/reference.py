@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 LOW = (torch.bfloat16, torch.float16)
 
 
-def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Stacked output of a linear layer.
 
     Args:
@@ -28,7 +29,7 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return y
 
 
-def affine_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def affine_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """:func:`linear_fwd` of low dtypes into contiguous memory `y`, outside autograd and torch.compile."""
     rows, out = x.flatten(0, -2), y.flatten(0, -2)
     primal = rows.shape[0] // x.shape[0]
@@ -38,8 +39,8 @@ def affine_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.
 
 
 def linear_bwd(
-    y_bar: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None, need_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of the stacked input, the weight and the bias.
 
     Args:
@@ -61,5 +62,5 @@ def linear_bwd(
     return x_bar, weight_bar, bias_bar
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from torch import Tensor
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.sums import column_sums
@@ -18,7 +19,7 @@ from . import reference
 from .triton_kernels import _linear_bias_kernel
 
 
-def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if (
         torch.compiler.is_compiling()
     ):  # the compiler knows how to add a bias; no kernel of ours would be quicker
@@ -50,8 +51,8 @@ def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 def linear_bwd(
-    y_bar: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None, need_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if torch.compiler.is_compiling():
         return reference.linear_bwd(y_bar, x, weight, need_bias)
     x_bar = weight_bar = None

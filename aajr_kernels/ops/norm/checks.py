@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ...backends.errors import UnsupportedOperation
 from ...dual import Dual, is_dual
@@ -15,7 +16,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def trailing_shape(op: str, x: torch.Tensor | Dual, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+def trailing_shape(op: str, x: Tensor | Dual, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
         raise ValueError(
@@ -33,13 +34,13 @@ def refuse_dual_weights(op: str, **weights: object) -> None:
             )
 
 
-def check_shapes(op: str, shape: tuple[int, ...], **weights: torch.Tensor | None) -> None:
+def check_shapes(op: str, shape: tuple[int, ...], **weights: Tensor | None) -> None:
     for name, value in weights.items():
         if value is not None and value.shape != shape:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(value.shape)}.")
 
 
-def check_dtypes(op: str, dtype: torch.dtype, **weights: torch.Tensor | None) -> None:
+def check_dtypes(op: str, dtype: torch.dtype, **weights: Tensor | None) -> None:
     for name, value in weights.items():
         if value is not None and value.dtype not in (dtype, wide_dtype(dtype)):
             raise RuntimeError(
@@ -47,6 +48,6 @@ def check_dtypes(op: str, dtype: torch.dtype, **weights: torch.Tensor | None) ->
             )
 
 
-def check_offset(op: str, weight: torch.Tensor | None, offset: float) -> None:
+def check_offset(op: str, weight: Tensor | None, offset: float) -> None:
     if weight is None and offset != 0.0:
         raise ValueError(f"{op}: offset is {offset} but weight is None: an offset is added to a weight.")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 from typing import TypeVar
 
-import torch
+from torch import Tensor
 
 from ... import sharding
 from ...backends.errors import UnsupportedOperation
 from ...dual import Dual, is_dual
 from ..prepare import SHARDS, prepare
+from . import reference
 from .function import RotaryFunction
 
-_T = TypeVar("_T", torch.Tensor, Dual)
+_T = TypeVar("_T", Tensor, Dual)
 
 
 def rotary(
-    x: _T, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False, unsqueeze_dim: int | None = 1
+    x: _T, cos: Tensor, sin: Tensor, *, interleaved: bool = False, unsqueeze_dim: int | None = 1
 ) -> _T:
     """Rotary position embedding ``y = x∘cos + rot(x)∘sin`` of the first ``cos.shape[-1]`` features.
 
@@ -49,7 +50,7 @@ def rotary(
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     _check(x, cos, sin)
     if not isinstance(x, Dual):
-        return _plain(x, cos, sin, interleaved)
+        return reference.rotate(x, cos, sin, interleaved, False)
     backend, operands = prepare(
         "rotary",
         (x.stacked, cos, sin),
@@ -62,7 +63,7 @@ def rotary(
     return operands if backend == SHARDS else Dual(RotaryFunction.apply(*operands, interleaved, backend))
 
 
-def _check(x: torch.Tensor | Dual, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _check(x: Tensor | Dual, cos: Tensor, sin: Tensor) -> None:
     size = cos.shape[-1]
     if cos.shape != sin.shape:
         raise ValueError(
@@ -80,16 +81,3 @@ def _check(x: torch.Tensor | Dual, cos: torch.Tensor, sin: torch.Tensor) -> None
             f"rotary: cos must broadcast to {target} for x of shape {tuple(x.shape)}, got {aligned} after "
             "unsqueeze_dim: choose unsqueeze_dim so that its new axis is the one of the heads."
         )
-
-
-def _plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """The same map on a plain tensor, out of place, so that every torch transform differentiates it."""
-    size = cos.shape[-1]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    head = x[..., :size].to(wide)
-    if interleaved:
-        turned = torch.stack([-head[..., 1::2], head[..., 0::2]], dim=-1).flatten(-2)
-    else:
-        turned = torch.cat([-head[..., size // 2 :], head[..., : size // 2]], dim=-1)
-    y = (head * cos.to(wide) + turned * sin.to(wide)).to(x.dtype)
-    return torch.cat([y, x[..., size:]], dim=-1) if size < x.shape[-1] else y

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...backends.cpu import MAX_AXES, call, empty_like, operator, row_dense
 from . import operators
 
 
-@operator(operators.ROTARY_FWD)
-def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    return _rotate(x, cos, sin, interleaved, False)
-
-
-@operator(operators.ROTARY_BWD)
-def rotary_bwd(y_bar: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    return _rotate(y_bar, cos, sin, interleaved, True)
-
-
 @operator(operators.ROTARY_TABLES_BWD)
 def rotary_tables_bwd(
-    y_bar: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    y_bar: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
     if x.dim() > MAX_AXES:
         shape = (*x.shape[1:-1], cos.shape[-1])
         rows_cos, rows_sin = (t.expand(shape).flatten(0, -2) for t in (cos, sin))
@@ -33,9 +24,8 @@ def rotary_tables_bwd(
     return cos_bar.sum_to_size(cos.shape).to(cos.dtype), sin_bar.sum_to_size(sin.shape).to(sin.dtype)
 
 
-def _rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transposed: bool
-) -> torch.Tensor:
+@operator(operators.ROTATE)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
     x = row_dense(x)
     y = empty_like(x)  # x is mostly [1 + K, B, N, H, D] seen as [1 + K, B, H, N, D], and so is the result
     if y.shape[-1] > 1 and y.stride(-1) != 1:  # heads of stride 0, for instance

@@ -2,8 +2,7 @@
 
 from ...backends.operator import Operator
 
-ROTARY_FWD = Operator("rotary_fwd(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
-ROTARY_BWD = Operator("rotary_bwd(Tensor y_bar, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
+ROTATE = Operator("rotate(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool transposed) -> Tensor")
 ROTARY_TABLES_BWD = Operator(
     "rotary_tables_bwd(Tensor y_bar, Tensor x, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)"
 )

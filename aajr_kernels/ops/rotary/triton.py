@@ -11,6 +11,7 @@ import math
 
 import torch
 import triton
+from torch import Tensor
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.layout import Strides, row_axes
@@ -30,19 +31,8 @@ def _tile(half: int, rows: int, architecture: str) -> dict[str, int]:
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
 
 
-@operator(operators.ROTARY_FWD)
-def rotary_fwd(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    return _rotate(x, cos, sin, interleaved, False)
-
-
-@operator(operators.ROTARY_BWD)
-def rotary_bwd(y_bar: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    return _rotate(y_bar, cos, sin, interleaved, True)
-
-
-def _rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transposed: bool
-) -> torch.Tensor:
+@operator(operators.ROTATE)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
     y = torch.empty_like(
         x
     )  # x is mostly [1 + K, B, N, H, D] seen as [1 + K, B, H, N, D], and so is the result
@@ -77,8 +67,8 @@ def _rotate(
 
 @operator(operators.ROTARY_TABLES_BWD)
 def rotary_tables_bwd(
-    y_bar: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    y_bar: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
     batch, turned = x.shape[1:-1], cos.shape[-1]
     shapes = [(1,) * (len(batch) + 1 - t.dim()) + tuple(t.shape[:-1]) for t in (cos, sin)]
     # axes along which one of the tables varies are kept, the kernel sums over the others
@@ -119,7 +109,7 @@ def rotary_tables_bwd(
     return _shaped(bars[0], cos), _shaped(bars[1], sin)
 
 
-def _axes(tensors: tuple[torch.Tensor, ...], left_out: list[int]) -> tuple[Strides, list[Strides]]:
+def _axes(tensors: tuple[Tensor, ...], left_out: list[int]) -> tuple[Strides, list[Strides]]:
     """Sizes and strides of the batch axes but some, merged where they follow each other in memory."""
     for axis in reversed(left_out):
         tensors = tuple(t.select(1 + axis, 0) for t in tensors)
@@ -127,5 +117,5 @@ def _axes(tensors: tuple[torch.Tensor, ...], left_out: list[int]) -> tuple[Strid
     return sizes, [s[1:-1] for s in strides]
 
 
-def _shaped(bar: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def _shaped(bar: Tensor, table: Tensor) -> Tensor:
     return bar.sum_to_size(table.shape).to(table.dtype)

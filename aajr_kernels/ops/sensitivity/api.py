@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_float32
@@ -13,7 +13,7 @@ from .function import SensitivityFunction, SoftmaxFunction
 METRICS = ("l2", "logits", "fisher", "probs")
 
 
-def sensitivity(y: Dual, metric: str = "fisher") -> torch.Tensor:
+def sensitivity(y: Dual, metric: str = "fisher") -> Tensor:
     """Squared size of the tangents of an output, per tangent and token.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from ...backends import cpu as native
 from . import operators
@@ -14,7 +15,7 @@ CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
 
 
 @native.operator(operators.SENSITIVITY_FWD)
-def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32)
     native.call(
@@ -24,7 +25,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
 
 
 @native.operator(operators.SENSITIVITY_BWD)
-def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = native.rows(y)
     y_bar = native.empty_like(rows)
@@ -34,7 +35,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
 
 
 @native.operator(operators.SOFTMAX_FWD)
-def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
+def softmax_fwd(x: Tensor) -> Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     rows = native.rows(x)
     y = native.empty_like(rows)
@@ -43,7 +44,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
 
 
 @native.operator(operators.SOFTMAX_BWD)
-def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def softmax_bwd(y_bar: Tensor, x: Tensor) -> Tensor:
     """Stacked cotangent of x."""
     rows = native.rows(x)
     x_bar = native.empty_like(rows)

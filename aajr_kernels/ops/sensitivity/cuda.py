@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from ...backends import cpu as native
 from ...backends import cuda
@@ -16,7 +17,7 @@ _TILE, _MOMENTS = (3, 4), (2, 4)
 
 
 @cuda.operator(operators.SENSITIVITY_FWD)
-def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32, device=y.device)
     flat = q.view(q.shape[0], math.prod(q.shape[1:]))
@@ -25,7 +26,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
 
 
 @cuda.operator(operators.SENSITIVITY_BWD)
-def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = native.rows(y)
     y_bar = torch.empty(rows.shape, dtype=y.dtype, device=y.device)
@@ -39,7 +40,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     return y_bar.reshape(y.shape)
 
 
-def _parts(y: torch.Tensor, metric: str) -> torch.Tensor:
+def _parts(y: Tensor, metric: str) -> Tensor:
     """Room for what the tiles of the rows find, ``[tiles, fields, rows]``."""
     k = y.shape[0] - 1
     tiles = max(1, -(-y.shape[-1] // cuda.module().tile))

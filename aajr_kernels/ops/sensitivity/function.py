@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...autocast import no_autocast
 from ...backends import choice
@@ -18,7 +19,7 @@ class SensitivityFunction(torch.autograd.Function):
     """Stacked output ``[1 + K, *batch, V]`` to q ``[K, *batch]``."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, metric: str, backend: str) -> torch.Tensor:
+    def forward(ctx: Any, y: Tensor, metric: str, backend: str) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.metric, ctx.backend = metric, backend
         ctx.save_for_backward(y)
@@ -27,7 +28,7 @@ class SensitivityFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, q_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, q_bar: Tensor | None) -> tuple[Tensor | None, None, None]:
         if q_bar is None:
             return None, None, None
         (y,) = ctx.saved_tensors
@@ -40,17 +41,17 @@ class SoftmaxFunction(torch.autograd.Function):
     """``[1 + K, ..., V] -> [1 + K, ..., V]``, along the last axis."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, backend: str) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         with no_autocast(x.device.type):
-            y: torch.Tensor = choice.implementation("sensitivity", backend).softmax_fwd(x)
+            y: Tensor = choice.implementation("sensitivity", backend).softmax_fwd(x)
         ctx.save_for_backward(snapshot(x, ctx.needs_input_grad[0]))
         return y
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, y_bar: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+    def backward(ctx: Any, y_bar: Tensor | None) -> tuple[Tensor | None, None]:
         if y_bar is None:
             return None, None
         (x,) = ctx.saved_tensors
@@ -64,7 +65,7 @@ def trial(
     """A small problem for the first-use check; sizes: stacks, words; the metric is empty for the softmax."""
     stacks, words = sizes or (2, 300)
 
-    def run(backend: str, y: torch.Tensor) -> tuple[torch.Tensor]:
+    def run(backend: str, y: Tensor) -> tuple[Tensor]:
         if metric:
             return (SensitivityFunction.apply(y, metric, backend),)
         return (SoftmaxFunction.apply(y, backend),)

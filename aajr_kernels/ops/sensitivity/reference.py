@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """p ``[*batch, V]`` and e = ż − μ ``[K, *batch, V]``."""
     z, z_tan = y[0], y[1:]
     p = z.softmax(-1)
@@ -21,7 +22,7 @@ def _moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return p, e - (p * e).sum(-1, keepdim=True)
 
 
-def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
     """q ``[K, *batch]`` in float32 (float64 for float64) of a stacked output ``[1 + K, *batch, V]``."""
     if metric in ("l2", "logits"):
         return _wide(y[1:]).square().sum(-1)
@@ -30,7 +31,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
     return (weight * e * e).sum(-1)
 
 
-def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     g = q_bar.unsqueeze(-1)
     y_bar = torch.empty_like(y)
@@ -52,7 +53,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
     return y_bar
 
 
-def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
+def softmax_fwd(x: Tensor) -> Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     p, e = _moments(_wide(x))
     y = torch.empty_like(x)
@@ -61,7 +62,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def softmax_bwd(y_bar: Tensor, x: Tensor) -> Tensor:
     """Stacked cotangent of x.
 
     With e = ẋ − μ and ν_k = Σ p ẏ̄_k: ``ẋ̄_k = p∘(ẏ̄_k − ν_k)`` and ``x̄ = p∘(a − Σ p a)``, where

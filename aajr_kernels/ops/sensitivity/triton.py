@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from torch import Tensor
 
 from ...backends.triton import launch as gpu
 from ...backends.triton.layout import row_axes, within_reach
@@ -34,7 +35,7 @@ def _tile(k: int, size: int, device: torch.device) -> dict[str, int]:
 
 
 @operator(operators.SENSITIVITY_FWD)
-def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
     """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     y = within_reach(y)
     k, size = y.shape[0] - 1, y.shape[-1]
@@ -58,7 +59,7 @@ def sensitivity_fwd(y: torch.Tensor, metric: str) -> torch.Tensor:
 
 
 @operator(operators.SENSITIVITY_BWD)
-def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
     """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     y = within_reach(y)
     y_bar = torch.empty_like(y)
@@ -82,7 +83,7 @@ def sensitivity_bwd(q_bar: torch.Tensor, y: torch.Tensor, metric: str) -> torch.
 
 
 @operator(operators.SOFTMAX_FWD)
-def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
+def softmax_fwd(x: Tensor) -> Tensor:
     """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     x = within_reach(x)
     y = torch.empty_like(x)
@@ -95,7 +96,7 @@ def softmax_fwd(x: torch.Tensor) -> torch.Tensor:
 
 
 @operator(operators.SOFTMAX_BWD)
-def softmax_bwd(y_bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def softmax_bwd(y_bar: Tensor, x: Tensor) -> Tensor:
     """Stacked cotangent of x."""
     y_bar, x = within_reach(y_bar), within_reach(x)
     x_bar = torch.empty_like(x)

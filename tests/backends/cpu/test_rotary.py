@@ -26,14 +26,15 @@ def heads(k, batch, count, length, size, dtype=torch.float32):
 
 def compare(x, g, cos, sin, interleaved):
     wide = [t.double() for t in (x, g, cos, sin)]
-    for ours_, theirs, truth, name in (
-        (ours.rotary_fwd(x, cos, sin, interleaved), reference.rotary_fwd, (0, 2, 3), "y"),
-        (ours.rotary_bwd(g, cos, sin, interleaved), reference.rotary_bwd, (1, 2, 3), "x_bar"),
+    for t, wide_t, transposed, name in (
+        (x, wide[0], False, "y"),
+        (g, wide[1], True, "x_bar"),
     ):
-        eager = theirs(*((x, g, cos, sin)[i] for i in truth), interleaved)
-        exact = theirs(*(wide[i] for i in truth), interleaved)
-        assert ours_.dtype == x.dtype and ours_.shape == x.shape
-        assert_within_budget(ours_, eager, exact, name)
+        mine = ours.rotate(t, cos, sin, interleaved, transposed)
+        eager = reference.rotate(t, cos, sin, interleaved, transposed)
+        exact = reference.rotate(wide_t, *wide[2:], interleaved, transposed)
+        assert mine.dtype == x.dtype and mine.shape == x.shape
+        assert_within_budget(mine, eager, exact, name)
     mine = ours.rotary_tables_bwd(g, x, cos, sin, interleaved)
     eager = reference.rotary_tables_bwd(g, x, cos, sin, interleaved)
     exact = reference.rotary_tables_bwd(wide[1], wide[0], wide[2], wide[3], interleaved)
@@ -69,10 +70,10 @@ def test_tables_of_two_dtypes_and_strides(vectors):
 def test_layouts_are_read_in_place_and_kept(vectors, dtype, monkeypatch):
     fused = draw(2, 2, 5, 9, 24, dtype=dtype)  # queries and keys of one product
     cos, sin = draw(2, 1, 5, 24, dtype=dtype), draw(2, 1, 5, 24, dtype=dtype)
-    expected = ours.rotary_fwd(fused[..., 2:5, :].transpose(2, 3).contiguous(), cos, sin, False)
+    expected = ours.rotate(fused[..., 2:5, :].transpose(2, 3).contiguous(), cos, sin, False, False)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: pytest.fail("copied"))
     for x in (fused[..., 2:5, :].transpose(2, 3), fused[..., 2:5, :].clone().transpose(2, 3)):
-        y = ours.rotary_fwd(x, cos, sin, False)
+        y = ours.rotate(x, cos, sin, False, False)
         assert torch.equal(y, expected)
         assert y.transpose(2, 3).is_contiguous()
 
@@ -84,8 +85,8 @@ def test_strides_of_zero_and_a_last_axis_that_is_not_dense(vectors):
         draw(1).expand(2, 2, 3, 5, 6),
         draw(2, 2, 3, 6, 5).mT,
     ):
-        expected = reference.rotary_bwd(g.contiguous(), cos, sin, False)
-        torch.testing.assert_close(ours.rotary_bwd(g, cos, sin, False), expected)
+        expected = reference.rotate(g.contiguous(), cos, sin, False, True)
+        torch.testing.assert_close(ours.rotate(g, cos, sin, False, True), expected)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -98,7 +99,7 @@ def test_more_axes_than_the_module_takes(vectors, interleaved):
 def test_empty(vectors, shape):
     x = draw(*shape)
     cos = draw(shape[1], 1, shape[3], 8)
-    assert ours.rotary_fwd(x, cos, cos, False).shape == shape
+    assert ours.rotate(x, cos, cos, False, False).shape == shape
     cos_bar, sin_bar = ours.rotary_tables_bwd(x, x, cos, cos, False)
     assert cos_bar.shape == sin_bar.shape == cos.shape and not cos_bar.any() and not sin_bar.any()
 
@@ -115,8 +116,8 @@ def test_bitwise_repeatable(vectors, threads):
     try:
         x, g, cos, sin = heads(1, 2, 4, 101, 64), heads(1, 2, 4, 101, 64), draw(1, 101, 64), draw(1, 101, 64)
         compare(x, g, cos, sin, False)
-        first = (ours.rotary_fwd(x, cos, sin, True), *ours.rotary_tables_bwd(g, x, cos, sin, True))
-        again = (ours.rotary_fwd(x, cos, sin, True), *ours.rotary_tables_bwd(g, x, cos, sin, True))
+        first = (ours.rotate(x, cos, sin, True, False), *ours.rotary_tables_bwd(g, x, cos, sin, True))
+        again = (ours.rotate(x, cos, sin, True, False), *ours.rotary_tables_bwd(g, x, cos, sin, True))
         assert all(torch.equal(a, b) for a, b in zip(first, again))
     finally:
         torch.set_num_threads(before)

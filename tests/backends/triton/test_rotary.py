@@ -18,8 +18,8 @@ def heads(k, batch, count, length, size, dtype=torch.float32):
 
 
 def check(x, g, cos, sin, interleaved):
-    got = compare(ours, reference, "rotary_fwd", (x, cos, sin, interleaved))
-    got += compare(ours, reference, "rotary_bwd", (g, cos, sin, interleaved))
+    got = compare(ours, reference, "rotate", (x, cos, sin, interleaved, False))
+    got += compare(ours, reference, "rotate", (g, cos, sin, interleaved, True))
     return got + compare(ours, reference, "rotary_tables_bwd", (g, x, cos, sin, interleaved))
 
 
@@ -53,10 +53,10 @@ def test_tables_of_two_dtypes_shapes_and_strides():
 def test_layouts_are_read_in_place_and_kept(interleaved, monkeypatch):
     fused = draw(2, 2, 5, 9, 24)  # queries and keys of one product
     cos, sin = draw(2, 1, 5, 24), draw(2, 1, 5, 24)
-    expected = ours.rotary_fwd(fused[..., 2:5, :].transpose(2, 3).contiguous(), cos, sin, interleaved)
+    expected = ours.rotate(fused[..., 2:5, :].transpose(2, 3).contiguous(), cos, sin, interleaved, False)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: pytest.fail("copied"))
     for x in (fused[..., 2:5, :].transpose(2, 3), fused[..., 2:5, :].clone().transpose(2, 3)):
-        y = ours.rotary_fwd(x, cos, sin, interleaved)
+        y = ours.rotate(x, cos, sin, interleaved, False)
         assert torch.equal(y, expected)
         assert y.transpose(2, 3).is_contiguous()
 
@@ -83,6 +83,6 @@ def test_many_axes_and_many_rows_in_one_table():
 def test_empty(shape):
     x = draw(*shape)
     cos = draw(shape[1], 1, shape[3], 8)
-    assert ours.rotary_fwd(x, cos, cos, False).shape == shape
+    assert ours.rotate(x, cos, cos, False, False).shape == shape
     cos_bar, sin_bar = ours.rotary_tables_bwd(x, x, cos, cos, False)
     assert cos_bar.shape == sin_bar.shape == cos.shape and not cos_bar.any() and not sin_bar.any()

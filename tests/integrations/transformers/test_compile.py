@@ -186,7 +186,7 @@ def test_a_fused_llama_is_one_graph_of_our_kernels():
     assert counter.frame_count == 1
     if aajr.backends()["native"] is None:
         names = {name.removeprefix("aajr.native_").removesuffix(".default") for name in operators(counter)}
-        assert {"attention_fwd", "norm_fwd", "rotary_fwd", "gated_fwd", "sensitivity_fwd"} <= names
+        assert {"attention_fwd", "norm_fwd", "rotate", "gated_fwd", "sensitivity_fwd"} <= names
 
 
 @pytest.mark.integration(
