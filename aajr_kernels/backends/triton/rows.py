@@ -25,16 +25,10 @@ def read(pointer, offset, mask):
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part"])
 def column_sum_kernel(
-    x,
-    out,
-    strides,
-    sizes,
-    rows,
-    cols,
-    rows_per_part,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, out,
+    strides, sizes, rows, cols, rows_per_part,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     part = tl.program_id(1)
     col = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     first = part * rows_per_part

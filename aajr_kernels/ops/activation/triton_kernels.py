@@ -72,18 +72,10 @@ def _write(pointer, offset, value, mask):
 
 @triton.jit(do_not_specialize=["rows"])
 def _pointwise_fwd_kernel(
-    x,
-    y,
-    x_strides,
-    y_strides,
-    sizes,
-    rows,
-    cols,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, y,
+    x_strides, y_strides, sizes, rows, cols,
+    KIND: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     row, col, inside = _tile(rows, cols, BLOCK_R, BLOCK_C)
     x_at, y_at = _at(row, col, sizes, x_strides), _at(row, col, sizes, y_strides)
     f, f1, _ = _derivatives(read(x, x_at, inside), KIND)
@@ -96,20 +88,10 @@ def _pointwise_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _pointwise_bwd_kernel(
-    y_bar,
-    x,
-    x_bar,
-    y_bar_strides,
-    x_strides,
-    x_bar_strides,
-    sizes,
-    rows,
-    cols,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    y_bar, x, x_bar,
+    y_bar_strides, x_strides, x_bar_strides, sizes, rows, cols,
+    KIND: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     row, col, inside = _tile(rows, cols, BLOCK_R, BLOCK_C)
     x_at, y_bar_at = _at(row, col, sizes, x_strides), _at(row, col, sizes, y_bar_strides)
     x_bar_at = _at(row, col, sizes, x_bar_strides)
@@ -128,22 +110,11 @@ def _pointwise_bwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gated_fwd_kernel(
-    gate,
-    up,
-    h,
-    gate_strides,
-    up_strides,
-    h_strides,
-    sizes,
-    rows,
-    cols,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    GATE_TAN: tl.constexpr,
-    UP_TAN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    gate, up, h,
+    gate_strides, up_strides, h_strides, sizes, rows, cols,
+    KIND: tl.constexpr, K: tl.constexpr, GATE_TAN: tl.constexpr, UP_TAN: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     row, col, inside = _tile(rows, cols, BLOCK_R, BLOCK_C)
     gate_at, up_at = _at(row, col, sizes, gate_strides), _at(row, col, sizes, up_strides)
     h_at = _at(row, col, sizes, h_strides)
@@ -164,26 +135,11 @@ def _gated_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gated_bwd_kernel(
-    h_bar,
-    gate,
-    up,
-    gate_bar,
-    up_bar,
-    h_bar_strides,
-    gate_strides,
-    up_strides,
-    gate_bar_strides,
-    up_bar_strides,
-    sizes,
-    rows,
-    cols,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    GATE_TAN: tl.constexpr,
-    UP_TAN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    h_bar, gate, up, gate_bar, up_bar,
+    h_bar_strides, gate_strides, up_strides, gate_bar_strides, up_bar_strides, sizes, rows, cols,
+    KIND: tl.constexpr, K: tl.constexpr, GATE_TAN: tl.constexpr, UP_TAN: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     row, col, inside = _tile(rows, cols, BLOCK_R, BLOCK_C)
     h_bar_at = _at(row, col, sizes, h_bar_strides)
     gate_at, up_at = _at(row, col, sizes, gate_strides), _at(row, col, sizes, up_strides)

@@ -11,22 +11,9 @@ from .triton_kernels import _merge, _moments
 
 @triton.jit(do_not_specialize=["T", "splits", "ignore_index", "stacks", "tangent"])
 def _head_merge_kernel(
-    partial,
-    labels,
-    at_label,
-    stats,
-    nll,
-    T,
-    splits,
-    ignore_index,
-    stacks,
-    tangent,
-    METRIC: tl.constexpr,
-    K: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
-    BT: tl.constexpr,
-    BS: tl.constexpr,
-):
+    partial, labels, at_label, stats, nll, T, splits, ignore_index, stacks, tangent,
+    METRIC: tl.constexpr, K: tl.constexpr, HAS_LABELS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
     """The shares of the vocabulary become the statistics ``[1 + 4K, T]``, in a fixed order; and the token losses."""
     SOFTMAX: tl.constexpr = HAS_LABELS or METRIC >= 2
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)

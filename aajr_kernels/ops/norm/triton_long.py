@@ -22,15 +22,9 @@ def read_sum(x, residual, x_offset, residual_offset, mask, HAS_X: tl.constexpr, 
 
 @triton.jit
 def _row_mean(
-    x,
-    residual,
-    x_step,
-    residual_step,
-    size,
-    HAS_X: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, residual, x_step, residual_step, size,
+    HAS_X: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         col = start + tl.arange(0, BLOCK)
@@ -40,26 +34,11 @@ def _row_mean(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_fwd_long_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    summed,
-    stats,
-    x_strides,
-    residual_strides,
-    sizes,
-    rows,
-    size,
-    eps,
-    offset,
-    K: tl.constexpr,
-    CENTRED: tl.constexpr,
-    X_TAN: tl.constexpr,
-    RESIDUAL_TAN: tl.constexpr,
+    x, residual, weight, bias, y, summed, stats,
+    x_strides, residual_strides, sizes, rows, size, eps, offset,
+    K: tl.constexpr, CENTRED: tl.constexpr, X_TAN: tl.constexpr, RESIDUAL_TAN: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     HAS_RESIDUAL: tl.constexpr = residual is not None
     row = tl.program_id(0)
     per_stack = rows.to(tl.int64)
@@ -129,24 +108,10 @@ def _norm_fwd_long_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_bwd_long_kernel(
-    y_bar,
-    x,
-    weight,
-    stats,
-    sum_bar,
-    x_bar,
-    w_parts,
-    y_bar_strides,
-    x_strides,
-    sum_bar_strides,
-    sizes,
-    rows,
-    size,
-    offset,
-    K: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    y_bar, x, weight, stats, sum_bar, x_bar, w_parts,
+    y_bar_strides, x_strides, sum_bar_strides, sizes, rows, size, offset,
+    K: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """With w_parts a row must be one block."""
     program = tl.program_id(0)
     per_stack = rows.to(tl.int64)
@@ -243,21 +208,10 @@ def _norm_bwd_long_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part"])
 def _norm_weight_bwd_kernel(
-    y_bar,
-    x,
-    stats,
-    w_parts,
-    y_bar_strides,
-    x_strides,
-    sizes,
-    rows,
-    size,
-    rows_per_part,
-    K: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    y_bar, x, stats, w_parts,
+    y_bar_strides, x_strides, sizes, rows, size, rows_per_part,
+    K: tl.constexpr, CENTRED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     part = tl.program_id(1)
     per_stack = rows.to(tl.int64)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]

@@ -11,27 +11,11 @@ from .triton_long import read_sum
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_fwd_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    summed,
-    stats,
-    x_strides,
-    residual_strides,
-    sizes,
-    rows,
-    size,
-    eps,
-    offset,
-    K: tl.constexpr,
-    CENTRED: tl.constexpr,
-    X_TAN: tl.constexpr,
-    RESIDUAL_TAN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, residual, weight, bias, y, summed, stats,
+    x_strides, residual_strides, sizes, rows, size, eps, offset,
+    K: tl.constexpr, CENTRED: tl.constexpr, X_TAN: tl.constexpr, RESIDUAL_TAN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     HAS_RESIDUAL: tl.constexpr = residual is not None
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     col = tl.arange(0, BLOCK_C)[None, :]
@@ -90,26 +74,10 @@ def _norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_bwd_kernel(
-    y_bar,
-    x,
-    weight,
-    stats,
-    sum_bar,
-    x_bar,
-    w_parts,
-    b_parts,
-    y_bar_strides,
-    x_strides,
-    sum_bar_strides,
-    sizes,
-    rows,
-    size,
-    offset,
-    K: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    y_bar, x, weight, stats, sum_bar, x_bar, w_parts, b_parts,
+    y_bar_strides, x_strides, sum_bar_strides, sizes, rows, size, offset,
+    K: tl.constexpr, CENTRED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_C)[None, :]
     rows_of_stats, stack = rows.to(tl.int64), rows.to(tl.int64) * size

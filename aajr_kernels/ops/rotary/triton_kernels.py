@@ -38,25 +38,11 @@ def _write_pair(
 
 @triton.jit(do_not_specialize=["rows"])
 def _rotary_kernel(
-    x,
-    y,
-    cos,
-    sin,
-    x_strides,
-    y_strides,
-    cos_strides,
-    sin_strides,
-    sizes,
-    rows,
-    size,
-    half,
-    S: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    x, y, cos, sin,
+    x_strides, y_strides, cos_strides, sin_strides, sizes, rows, size, half,
+    S: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     """`size` features, the first ``2 half`` of them turned; BLOCK_REST is 0 where these are all."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     known, turned = row < rows, 2 * half
@@ -81,24 +67,11 @@ def _rotary_kernel(
 
 @triton.jit(do_not_specialize=["kept", "summed", "per_part"])
 def _rotary_tables_bwd_kernel(
-    y_bar,
-    x,
-    cos_parts,
-    sin_parts,
-    y_bar_strides,
-    x_strides,
-    kept_sizes,
-    summed_sizes,
-    kept,
-    summed,
-    per_part,
-    half,
-    S: tl.constexpr,
-    KEPT: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    y_bar, x, cos_parts, sin_parts,
+    y_bar_strides, x_strides, kept_sizes, summed_sizes, kept, summed, per_part, half,
+    S: tl.constexpr, KEPT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """Sums over one part of the rows that a tile of table rows served; strides: stack, KEPT axes, summed axes, last."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     known, turned = row < kept, 2 * half

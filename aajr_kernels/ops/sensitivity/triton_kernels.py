@@ -109,17 +109,10 @@ def _row_moments(
 
 @triton.jit(do_not_specialize=["rows"])
 def _sensitivity_fwd_kernel(
-    y,
-    q,
-    y_strides,
-    sizes,
-    rows,
-    size,
-    METRIC: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    y, q,
+    y_strides, sizes, rows, size,
+    METRIC: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     ks = tl.arange(0, KP)[:, None]
     z_at = y + row_offsets(row, sizes, y_strides)
@@ -145,19 +138,10 @@ def _sensitivity_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _sensitivity_bwd_kernel(
-    q_bar,
-    y,
-    y_bar,
-    y_strides,
-    y_bar_strides,
-    sizes,
-    rows,
-    size,
-    METRIC: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    q_bar, y, y_bar,
+    y_strides, y_bar_strides, sizes, rows, size,
+    METRIC: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     ks = tl.arange(0, KP)[:, None]
     z_at = y + row_offsets(row, sizes, y_strides)
@@ -203,17 +187,10 @@ def _sensitivity_bwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _softmax_fwd_kernel(
-    x,
-    y,
-    x_strides,
-    y_strides,
-    sizes,
-    rows,
-    size,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, y,
+    x_strides, y_strides, sizes, rows, size,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     ks = tl.arange(0, KP)[:, None]
     z_at = x + row_offsets(row, sizes, x_strides)
@@ -235,19 +212,10 @@ def _softmax_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _softmax_bwd_kernel(
-    y_bar,
-    x,
-    x_bar,
-    y_bar_strides,
-    x_strides,
-    x_bar_strides,
-    sizes,
-    rows,
-    size,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    y_bar, x, x_bar,
+    y_bar_strides, x_strides, x_bar_strides, sizes, rows, size,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     ks = tl.arange(0, KP)[:, None]
     z_at = x + row_offsets(row, sizes, x_strides)
