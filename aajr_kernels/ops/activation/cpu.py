@@ -47,7 +47,6 @@ def _call(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor | None, .
 
 @native.operator(operators.POINTWISE_FWD)
 def pointwise_fwd(x: Tensor, kind: str) -> Tensor:
-    """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = native.empty_like(x)
     _call("pointwise_fwd", (x,), (y,), _CODES[kind])
     return y
@@ -55,7 +54,6 @@ def pointwise_fwd(x: Tensor, kind: str) -> Tensor:
 
 @native.operator(operators.POINTWISE_BWD)
 def pointwise_bwd(y_bar: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = native.empty_like(x)
     _call("pointwise_bwd", (x, y_bar), (x_bar,), _CODES[kind])
     return x_bar
@@ -63,7 +61,6 @@ def pointwise_bwd(y_bar: Tensor, x: Tensor, kind: str) -> Tensor:
 
 @native.operator(operators.GATED_FWD)
 def gated_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = native.empty_like(gate if gate.shape[0] > 1 else up)
     _call("gated_fwd", (gate, up), (h,), _CODES[kind])
     return h
@@ -73,7 +70,6 @@ def gated_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 def gated_bwd(
     h_bar: Tensor, gate: Tensor, up: Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Stacked cotangents of gate and up, shaped like them; None where not needed."""
     gate_bar = native.empty_like(gate) if need_gate else None
     up_bar = native.empty_like(up) if need_up else None
     if need_gate or need_up:

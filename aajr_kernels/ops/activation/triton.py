@@ -50,7 +50,6 @@ def _run(kernel: Any, tensors: Sequence[Tensor | None], guide: Tensor, **constan
 
 @operator(operators.POINTWISE_FWD)
 def pointwise_fwd(x: Tensor, kind: str) -> Tensor:
-    """Stacked ``f(x)`` and ``f'(x)∘ẋ_k`` of ``[1 + K, *shape]``."""
     y = torch.empty_like(x)
     _run(_pointwise_fwd_kernel, (x, y), y, KIND=kind, K=x.shape[0] - 1)
     return y
@@ -58,7 +57,6 @@ def pointwise_fwd(x: Tensor, kind: str) -> Tensor:
 
 @operator(operators.POINTWISE_BWD)
 def pointwise_bwd(y_bar: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Stacked cotangent of x, ``[1 + K, *shape]``."""
     x_bar = torch.empty_like(x)
     _run(_pointwise_bwd_kernel, (y_bar, x, x_bar), x_bar, KIND=kind, K=x.shape[0] - 1)
     return x_bar
@@ -66,7 +64,6 @@ def pointwise_bwd(y_bar: Tensor, x: Tensor, kind: str) -> Tensor:
 
 @operator(operators.GATED_FWD)
 def gated_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """Stacked ``f(g)∘u`` and its tangents; either factor may lack tangents."""
     h = torch.empty_like(gate if gate.shape[0] > 1 else up)
     _run(_gated_fwd_kernel, (gate, up, h), h, KIND=kind, **_tangents(gate, up))
     return h
@@ -76,7 +73,6 @@ def gated_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 def gated_bwd(
     h_bar: Tensor, gate: Tensor, up: Tensor, kind: str, need_gate: bool, need_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Stacked cotangents of gate and up, shaped like them; None where not needed."""
     gate_bar = torch.empty_like(gate) if need_gate else None
     up_bar = torch.empty_like(up) if need_up else None
     guide = up_bar if gate_bar is None else gate_bar

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_low
-from ...backends.errors import UnsupportedOperation
-from ...dual import Dual, is_dual
+from ...dual import Dual
 from ...torch_private import assert_async
+from ..checks import check_dtypes, refuse_duals
 from ..prepare import SHARDS, prepare
 from .function import HeadFunction
 
@@ -70,12 +70,12 @@ def lm_head_sensitivity(
             f"lm_head_sensitivity: hidden must be a Dual, got {type(hidden).__name__} without tangents: compute it "
             "from aajr_kernels.dual(x, v)."
         )
-    for name, value in (("weight", weight), ("bias", bias)):
-        if is_dual(value):
-            raise UnsupportedOperation(
-                f"lm_head_sensitivity: {name} is a Dual, and the head takes plain weights: pass {name}.primal where no "
-                "tangent is wanted."
-            )
+    refuse_duals(
+        "lm_head_sensitivity",
+        "compute the logits with torch.matmul and call sensitivity",
+        weight=weight,
+        bias=bias,
+    )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"lm_head_sensitivity: softcap must be positive or None, got {softcap}.")
     _check_shapes(hidden, weight, bias)
@@ -118,12 +118,7 @@ def lm_head_sensitivity(
 
 
 def _check_dtypes(stacked: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != stacked.dtype:
-            raise RuntimeError(
-                f"lm_head_sensitivity: {name} must have the dtype of hidden ({stacked.dtype}), got {value.dtype}: cast "
-                "one of them."
-            )
+    check_dtypes("lm_head_sensitivity", "hidden", (stacked.dtype,), weight=weight, bias=bias)
 
 
 def _check_shapes(hidden: Dual, weight: Tensor, bias: Tensor | None) -> None:

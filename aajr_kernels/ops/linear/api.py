@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_low
-from ...backends.errors import UnsupportedOperation
-from ...dual import Dual, is_dual
+from ...dual import Dual
+from ..checks import check_dtypes, refuse_duals
 from ..prepare import SHARDS, prepare
 from .function import LinearFunction
 
@@ -38,12 +38,7 @@ def linear(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tens
         ValueError: shapes do not agree.
         RuntimeError: dtypes do not agree (under autocast all are cast to its low dtype first).
     """
-    for name, value in (("weight", weight), ("bias", bias)):
-        if is_dual(value):
-            raise UnsupportedOperation(
-                f"linear: {name} is a Dual, and this op takes plain weights: write it as torch.matmul and +, or pass "
-                f"{name}.primal where no tangent is wanted."
-            )
+    refuse_duals("linear", "write it as torch.matmul and +", weight=weight, bias=bias)
     if not isinstance(x, Dual):
         return F.linear(x, weight, bias)
     if x.dim() < 1 or weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
@@ -68,11 +63,7 @@ def linear(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tens
     if backend == SHARDS:
         return operands
     stacked, weight, bias = operands
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != stacked.dtype:
-            raise RuntimeError(
-                f"linear: {name} must have the dtype of x ({stacked.dtype}), got {value.dtype}: cast one of them."
-            )
+    check_dtypes("linear", "x", (stacked.dtype,), weight=weight, bias=bias)
     if weight.dim() == 1:
         rows = None if bias is None else bias.unsqueeze(0)
         return Dual(LinearFunction.apply(stacked, weight.unsqueeze(0), rows, backend).squeeze(-1))

@@ -14,11 +14,13 @@ from ... import sharding
 from ...autocast import autocast_float32, autocasting
 from ...dual import Dual, is_dual, num_tangents, stack_of
 from ...recompute import is_recomputed
+from ..checks import check_dtypes, refuse_duals
 from ..prepare import SHARDS, prepare
-from .checks import check_dtypes, check_offset, check_shapes, refuse_dual_weights, trailing_shape, wide_dtype
+from .checks import check_offset, check_shapes, trailing_shape, wide_dtype
 from .function import NormFunction
 
 _T = TypeVar("_T", Tensor, Dual)
+_INSTEAD = "call it without {name} and apply {name} with * or +"
 
 
 def rms_norm(
@@ -52,7 +54,7 @@ def rms_norm(
         UnsupportedOperation: `weight` is a Dual.
         ValueError: shapes do not agree, or an offset comes without a weight.
     """
-    refuse_dual_weights("rms_norm", weight=weight)
+    refuse_duals("rms_norm", _INSTEAD, weight=weight)
     shape = trailing_shape("rms_norm", x, normalized_shape)
     check_offset("rms_norm", weight, offset)
     if isinstance(x, Dual):
@@ -98,12 +100,12 @@ def layer_norm(
         ValueError: shapes do not agree.
         RuntimeError: dtypes do not agree.
     """
-    refuse_dual_weights("layer_norm", weight=weight, bias=bias)
+    refuse_duals("layer_norm", _INSTEAD, weight=weight, bias=bias)
     shape = trailing_shape("layer_norm", x, normalized_shape)
     if not isinstance(x, Dual):
         return F.layer_norm(x, shape, weight, bias, eps)
     if not autocasting(x.stacked.device.type):
-        check_dtypes("layer_norm", x.stacked.dtype, weight=weight, bias=bias)
+        check_dtypes("layer_norm", "x", (x.dtype, wide_dtype(x.dtype)), weight=weight, bias=bias)
     return _norm("layer_norm", x, None, shape, weight, bias, eps, 0.0, True, recompute)[0]
 
 
@@ -132,7 +134,7 @@ def add_rms_norm(
         UnsupportedOperation: `weight` is a Dual.
         ValueError: shapes do not agree, or an offset comes without a weight.
     """
-    refuse_dual_weights("add_rms_norm", weight=weight)
+    refuse_duals("add_rms_norm", _INSTEAD, weight=weight)
     shape = _common_shape("add_rms_norm", x, residual, normalized_shape)
     check_offset("add_rms_norm", weight, offset)
     if not _fusible(x, residual, shape):
@@ -169,12 +171,12 @@ def add_layer_norm(
         ValueError: shapes do not agree.
         RuntimeError: dtypes do not agree.
     """
-    refuse_dual_weights("add_layer_norm", weight=weight, bias=bias)
+    refuse_duals("add_layer_norm", _INSTEAD, weight=weight, bias=bias)
     shape = _common_shape("add_layer_norm", x, residual, normalized_shape)
     if not _fusible(x, residual, shape):
         summed: Any = x + residual  # type: ignore[operator]
         return layer_norm(summed, normalized_shape, weight, bias, eps, recompute=recompute), summed
-    check_dtypes("add_layer_norm", x.dtype, weight=weight, bias=bias)
+    check_dtypes("add_layer_norm", "x", (x.dtype, wide_dtype(x.dtype)), weight=weight, bias=bias)
     return _norm("add_layer_norm", x, residual, shape, weight, bias, eps, 0.0, True, recompute)
 
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from ... import sharding
-from ...backends.errors import UnsupportedOperation
-from ...dual import Dual, is_dual
+from ...dual import Dual
+from ..checks import refuse_duals
 from ..prepare import SHARDS, prepare
 from . import reference
 from .function import RotaryFunction
@@ -40,12 +40,7 @@ def rotary(
         UnsupportedOperation: `cos` or `sin` is a Dual.
         ValueError: R is odd or larger than D, or the tables do not broadcast to `x`.
     """
-    for name, value in (("cos", cos), ("sin", sin)):
-        if is_dual(value):
-            raise UnsupportedOperation(
-                f"rotary: {name} is a Dual, and this op takes plain tables: write x * cos + rotate(x) * sin, or pass "
-                f"{name}.primal where no tangent is wanted."
-            )
+    refuse_duals("rotary", "write x * cos + rotate(x) * sin", cos=cos, sin=sin)
     if unsqueeze_dim is not None:
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     _check(x, cos, sin)

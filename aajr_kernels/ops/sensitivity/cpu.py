@@ -16,7 +16,6 @@ CODES = {"l2": 0, "logits": 0, "fisher": 1, "probs": 2}
 
 @native.operator(operators.SENSITIVITY_FWD)
 def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
-    """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32)
     native.call(
         "sensitivity_fwd", (native.rows(y), q.view(q.shape[0], math.prod(q.shape[1:]))), (CODES[metric],)
@@ -26,7 +25,6 @@ def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
 
 @native.operator(operators.SENSITIVITY_BWD)
 def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
-    """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = native.rows(y)
     y_bar = native.empty_like(rows)
     q_bar = q_bar.reshape(q_bar.shape[0], math.prod(q_bar.shape[1:])).contiguous()
@@ -36,7 +34,6 @@ def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
 
 @native.operator(operators.SOFTMAX_FWD)
 def softmax_fwd(x: Tensor) -> Tensor:
-    """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     rows = native.rows(x)
     y = native.empty_like(rows)
     native.call("softmax_fwd", (rows, y))
@@ -45,7 +42,6 @@ def softmax_fwd(x: Tensor) -> Tensor:
 
 @native.operator(operators.SOFTMAX_BWD)
 def softmax_bwd(y_bar: Tensor, x: Tensor) -> Tensor:
-    """Stacked cotangent of x."""
     rows = native.rows(x)
     x_bar = native.empty_like(rows)
     native.call("softmax_bwd", (rows, native.rows(y_bar), x_bar))

@@ -18,7 +18,6 @@ _TILE, _MOMENTS = (3, 4), (2, 4)
 
 @cuda.operator(operators.SENSITIVITY_FWD)
 def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
-    """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     q = torch.empty((y.shape[0] - 1, *y.shape[1:-1]), dtype=torch.float32, device=y.device)
     flat = q.view(q.shape[0], math.prod(q.shape[1:]))
     cuda.call("sensitivity_fwd", (native.rows(y), flat, _parts(y, metric)), (CODES[metric],))
@@ -27,7 +26,6 @@ def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
 
 @cuda.operator(operators.SENSITIVITY_BWD)
 def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
-    """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     rows = native.rows(y)
     y_bar = torch.empty(rows.shape, dtype=y.dtype, device=y.device)
     k, count = q_bar.shape[0], math.prod(q_bar.shape[1:])

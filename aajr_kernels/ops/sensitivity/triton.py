@@ -6,6 +6,8 @@ moments of ż under softmax; a backward and softmax itself read the row again, m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -34,76 +36,47 @@ def _tile(k: int, size: int, device: torch.device) -> dict[str, int]:
     return {"K": k, "KP": kp, "BLOCK": block, "num_warps": warps}
 
 
+def _launch(
+    kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], needed: int, **constants: Any
+) -> None:
+    """One program a row of the stacked tensors `strided`, whose strides follow the tensors; none if not `needed`."""
+    rows, sizes, strides = row_axes(strided)
+    (stacks, *_, size), device = strided[0].shape, strided[0].device
+    tile = _tile(stacks - 1, size, device)
+    grid = (rows if needed else 0,)
+    gpu.launch(kernel, grid, device, *tensors, *strides, sizes, rows, size, **tile, **constants)
+
+
 @operator(operators.SENSITIVITY_FWD)
 def sensitivity_fwd(y: Tensor, metric: str) -> Tensor:
-    """q ``[K, *batch]`` in float32 of a stacked output ``[1 + K, *batch, V]``."""
     y = within_reach(y)
-    k, size = y.shape[0] - 1, y.shape[-1]
+    k = y.shape[0] - 1
     q = torch.empty((k, *y.shape[1:-1]), dtype=torch.float32, device=y.device)
-    rows, sizes, strides = row_axes((y,))
-    tile = _tile(k, size, y.device)
-    gpu.launch(
-        _sensitivity_fwd_kernel,
-        (rows if k else 0,),
-        y.device,
-        y,
-        q,
-        *strides,
-        sizes,
-        rows,
-        size,
-        METRIC=_METRICS[metric],
-        **tile,
-    )
+    _launch(_sensitivity_fwd_kernel, (y, q), (y,), k, METRIC=_METRICS[metric])
     return q
 
 
 @operator(operators.SENSITIVITY_BWD)
 def sensitivity_bwd(q_bar: Tensor, y: Tensor, metric: str) -> Tensor:
-    """Stacked cotangent of y; q_bar is ``[K, *batch]``."""
     y = within_reach(y)
     y_bar = torch.empty_like(y)
-    k, size = y.shape[0] - 1, y.shape[-1]
-    rows, sizes, strides = row_axes((y, y_bar))
-    gpu.launch(
-        _sensitivity_bwd_kernel,
-        (rows if size else 0,),
-        y.device,
-        q_bar.contiguous(),
-        y,
-        y_bar,
-        *strides,
-        sizes,
-        rows,
-        size,
-        METRIC=_METRICS[metric],
-        **_tile(k, size, y.device),
-    )
+    tensors = (q_bar.contiguous(), y, y_bar)
+    _launch(_sensitivity_bwd_kernel, tensors, (y, y_bar), y.shape[-1], METRIC=_METRICS[metric])
     return y_bar
 
 
 @operator(operators.SOFTMAX_FWD)
 def softmax_fwd(x: Tensor) -> Tensor:
-    """Stacked p and ``p∘(ẋ_k − Σ p ẋ_k)`` of ``[1 + K, ..., V]``, along the last axis."""
     x = within_reach(x)
     y = torch.empty_like(x)
-    size = x.shape[-1]
-    rows, sizes, strides = row_axes((x, y))
-    tile = _tile(x.shape[0] - 1, size, x.device)
-    grid = (rows if size else 0,)
-    gpu.launch(_softmax_fwd_kernel, grid, x.device, x, y, *strides, sizes, rows, size, **tile)
+    _launch(_softmax_fwd_kernel, (x, y), (x, y), x.shape[-1])
     return y
 
 
 @operator(operators.SOFTMAX_BWD)
 def softmax_bwd(y_bar: Tensor, x: Tensor) -> Tensor:
-    """Stacked cotangent of x."""
     y_bar, x = within_reach(y_bar), within_reach(x)
     x_bar = torch.empty_like(x)
-    size = x.shape[-1]
-    rows, sizes, strides = row_axes((y_bar, x, x_bar))
-    tile = _tile(x.shape[0] - 1, size, x.device)
-    grid = (rows if size else 0,)
     tensors = (y_bar, x, x_bar)
-    gpu.launch(_softmax_bwd_kernel, grid, x.device, *tensors, *strides, sizes, rows, size, **tile)
+    _launch(_softmax_bwd_kernel, tensors, tensors, x.shape[-1])
     return x_bar
