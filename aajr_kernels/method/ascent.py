@@ -28,7 +28,7 @@ from .attack_state import frozen_parameters, modules_of, ranks_of
 from .checks import check_choices, check_integers, kind_of
 from .evaluate import Evaluator
 from .projection import NORMS, Ball, checked_radius
-from .scopes import SCOPES, Groups, attackable, checked_agents
+from .scopes import SCOPES, Groups, attackable, checked_agents, widened
 from .stepsize import AutoStep, GivenStep, checked_step_size
 from .trajectory import Trajectory
 
@@ -143,8 +143,7 @@ def ascend(
                 "covers the set of project."
             )
         # before the random state is taken: draws advance the generator
-        wide = clean if clean.dtype in (torch.float32, torch.float64) else clean.float()
-        zero = torch.zeros_like(wide)
+        zero = torch.zeros_like(widened(clean))
         starts = [ball.draw(keep, zero, generator) if is_drawn else zero for is_drawn in drawn]
         evaluator = Evaluator(loss_fn, clean, ball, keep, project, ranks_of(modules))
         run = functools.partial(

@@ -37,7 +37,7 @@ from ..ops.sensitivity import sensitivity
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
 from .checks import check_choices, check_integers, check_number
-from .head import LMHead, as_head
+from .head import LMHead
 from .options import Metric, PenaltyOptions
 from .penalty import measure
 from .scopes import SCOPES, Groups, unit_of
@@ -140,7 +140,7 @@ def baseline_penalty(
     if method in NEEDS_LOSS:
         assert loss_fn is not None
         options = replace(options, mask=None, unit="token")
-        loss = probes.repeatable(loss_fn, random)
+        loss = functools.partial(random.replay, loss_fn)
         with frozen_parameters(modules, evaluate=False):
             _, g = probes.gradient(loss, x)
             if method == "cure":
@@ -153,7 +153,7 @@ def baseline_penalty(
         q = slope.square().unsqueeze(0)
     else:
         assert func is not None
-        policy = probes.repeatable(func, random)
+        policy = functools.partial(random.replay, func)
         assert v is not None
         if method == "spectral":
             with frozen_parameters(modules, evaluate=False):
@@ -273,7 +273,7 @@ def _difference(
 ) -> torch.Tensor:
     """The same of (f(x + hu) − f(x)) / h."""
     metric = options.metric
-    logits = probes.logits_func(policy, None if options.head is None else as_head(options.head))
+    logits = probes.logits_func(policy, options.head)
     y = logits(x)
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"func must return a tensor or a model output with .logits, got {type(y).__name__}.")

@@ -11,7 +11,16 @@ import torch
 
 from ..dual import Dual
 
-__all__ = ["check_choices", "check_integers", "check_number", "check_scalar", "is_number", "kind_of"]
+__all__ = [
+    "as_mask",
+    "check_choices",
+    "check_integers",
+    "check_number",
+    "check_scalar",
+    "included",
+    "is_number",
+    "kind_of",
+]
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -75,6 +84,31 @@ def check_choices(choices: Iterable[str], **values: Any) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def as_mask(mask: object, name: str, meaning: str = "included") -> torch.Tensor:
+    """`mask` as bool: True (or nonzero) has the `meaning`.
+
+    Raises:
+        TypeError: the mask is floating point (it might be additive, with the opposite meaning).
+    """
+    if not isinstance(mask, torch.Tensor) or mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"{name} must be a bool or integer tensor (nonzero = {meaning}), got {kind_of(mask)}."
+        )
+    return mask != 0
+
+
+def included(mask: object, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """:func:`as_mask` of this shape.
+
+    Raises:
+        TypeError, ValueError: its kind or its shape is another one.
+    """
+    included = as_mask(mask, name)
+    if tuple(included.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(included.shape)}.")
+    return included
 
 
 def kind_of(value: object) -> str:

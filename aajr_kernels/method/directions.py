@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..dual import Dual, dual
-from .checks import check_choices, kind_of
+from .checks import check_choices, included, kind_of
+from .scopes import Groups, kept
 
 __all__ = ["inject", "normalize"]
 
@@ -43,31 +44,12 @@ def normalize(g: torch.Tensor, scope: str = "token", mask: torch.Tensor | None =
     if g.dim() == 0:
         raise ValueError("g must have at least one axis, got a 0-dimensional tensor.")
     if mask is not None:
-        mask = included(mask, tuple(g.shape[-1 - mask.dim() : -1]), "mask").to(g.device)
-        g = torch.where(mask.unsqueeze(-1), g, 0.0)
-    work = g if g.dtype in (torch.float32, torch.float64) else g.float()
-    dims = [-1] if scope == "token" or g.dim() <= 2 else [-2, -1]
-    if work.numel() == 0:
+        keep = included(mask, tuple(g.shape[-1 - mask.dim() : -1]), "mask").to(g.device)
+        g = kept(g, keep.unsqueeze(-1))
+    if g.numel() == 0:
         return g
-    largest = work.detach().abs().amax(dims, keepdim=True)
-    safe = torch.where(largest == 0, 1.0, largest)
-    scaled = work / safe
-    norm = torch.linalg.vector_norm(scaled, 2, dims, keepdim=True)
-    return (scaled / torch.where(norm == 0, 1.0, norm)).to(g.dtype)
-
-
-def included(mask: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
-    """`mask` as bool, checked: True (or nonzero) means included.
-
-    Raises:
-        TypeError: the mask is floating point (it might be additive, with the opposite meaning).
-        ValueError: its shape is not `shape`.
-    """
-    if not isinstance(mask, torch.Tensor) or mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"{name} must be a bool or integer tensor (nonzero = included), got {kind_of(mask)}.")
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(mask.shape)}.")
-    return mask != 0
+    rows = g.reshape(-1, *g.shape[-1 if scope == "token" or g.dim() <= 2 else -2 :])
+    return Groups("sequence", rows.shape).unit(rows).reshape(g.shape)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from ..dual import Dual
 from .attack_state import RandomState
 from .checks import kind_of
 from .projection import Ball
+from .scopes import kept, widened
 
 __all__ = ["Evaluator", "checked_losses", "input_gradient"]
 
@@ -77,7 +78,7 @@ class Evaluator:
     ) -> None:
         self.loss_fn, self.x, self.ball, self.keep = loss_fn, x, ball, keep
         self.project, self.ranks = project, ranks
-        self.wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        self.wide = widened(x)
         self.random = RandomState(x.device)
         self.calls = (0, 0)
 
@@ -93,7 +94,7 @@ class Evaluator:
         losses = self._losses(point.clone())
         with torch.autocast(self.x.device.type, enabled=False):
             gradient = input_gradient(losses, point)
-        return losses.detach(), self._masked(gradient.to(self.wide.dtype))
+        return losses.detach(), kept(gradient.to(self.wide.dtype), self.keep)
 
     def loss(self, delta: Tensor) -> Tensor:
         """Losses ``[B]`` only."""
@@ -142,7 +143,4 @@ class Evaluator:
         if not isinstance(projected, Tensor) or projected.shape != delta.shape:
             got = tuple(projected.shape) if isinstance(projected, Tensor) else type(projected).__name__
             raise ValueError(f"project must return a perturbation of shape {tuple(delta.shape)}, got {got}.")
-        return self._masked(projected.to(delta))
-
-    def _masked(self, values: Tensor) -> Tensor:
-        return values if self.keep is None else torch.where(self.keep, values, 0.0)
+        return kept(projected.to(delta), self.keep)

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..dual import Dual
-from .checks import check_choices, check_number, check_scalar
-from .directions import included
+from .checks import check_choices, check_number, check_scalar, included
 from .head import LMHead
+from .scopes import UNITS, kept
 
-__all__ = ["FORMS", "METRICS", "UNITS", "Metric", "PenaltyOptions"]
+__all__ = ["FORMS", "METRICS", "Metric", "PenaltyOptions"]
 
 METRICS = ("l2", "logits", "fisher", "probs")
 FORMS = ("squared", "hinge", "hinge2")
-UNITS = ("token", "sequence")
 REDUCTIONS = ("mean", "sum", "none")
 
 Metric = str | Callable[[Dual], Tensor]
@@ -70,7 +69,7 @@ class PenaltyOptions:
         """q ``[K, *units]`` that the form is applied to, from q ``[K, *batch]``, and the included units (None: all)."""
         keep = self.included(tuple(q.shape[1:]), q.device)
         if self.unit == "sequence" and q.dim() > 1:
-            masked = q if keep is None else torch.where(keep, q, 0.0)
+            masked = kept(q, keep)
             q = masked.flatten(2).sum(-1) if q.dim() > 2 else masked
             keep = keep.flatten(1).any(-1) if keep is not None and keep.dim() > 1 else keep
         return q, keep
@@ -82,9 +81,7 @@ class PenaltyOptions:
     def reduce(self, q: Tensor) -> Tensor:
         """The penalty of q ``[K, *batch]``."""
         q, keep = self.units(q)
-        values = self.shaped(q)
-        if keep is not None:
-            values = torch.where(keep, values, 0.0)
+        values = kept(self.shaped(q), keep)
         if self.reduction == "none":
             return values
         total = values.sum()

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..dual import Dual, dual
 from ..ops.sensitivity import sensitivity
-from .attack_state import RandomState
 from .evaluate import checked_losses, input_gradient
-from .head import LMHead
-from .scopes import Groups, attackable
+from .head import LMHead, as_head
+from .scopes import Groups, attackable, kept, widened
 
 __all__ = [
     "curvature_along",
@@ -26,7 +26,6 @@ __all__ = [
     "logits_func",
     "output_probe",
     "power_iteration",
-    "repeatable",
     "restrict",
     "row_dot",
     "row_norm",
@@ -39,40 +38,22 @@ __all__ = [
 Loss = Callable[[Any], Any]
 
 
-def repeatable(call: Callable[[Any], Any], random: RandomState) -> Callable[[Any], Any]:
-    """`call` from the same random state every time: dropout draws the same mask at every point of one measurement."""
-
-    return lambda x: random.replay(call, x)
-
-
 # -- one number per batch row ------------------------------------------------------------------------------------------
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """``[B, n]`` in float32 or float64: dot products in lower dtypes lose the digits that are looked for."""
-    return (t if t.dtype in (torch.float32, torch.float64) else t.float()).flatten(1)
-
-
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """⟨a, b⟩ per batch row: ``[B, ...]`` and ``[B, ...]`` to ``[B]``."""
-    return (_rows(a) * _rows(b)).sum(1)
+    """⟨a, b⟩ per batch row: ``[B, ...]`` and ``[B, ...]`` to ``[B]``; in float32 for lower dtypes."""
+    return (widened(a) * widened(b)).flatten(1).sum(1)
 
 
 def row_norm(a: torch.Tensor) -> torch.Tensor:
     """‖a‖ per batch row, ``[B]``; neither overflows nor underflows."""
-    rows = _rows(a)
-    return Groups("sequence", rows.shape).norm(rows).squeeze(1)
+    return Groups("sequence", a.shape).norm(a).squeeze(1)
 
 
 def row_unit(a: torch.Tensor) -> torch.Tensor:
     """`a` with every batch row scaled to unit Euclidean norm; a zero row stays zero."""
-    rows = _rows(a)
-    return Groups("sequence", rows.shape).unit(rows).reshape(a.shape).to(a.dtype)
-
-
-def row_scale(a: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Row b of `a` times ``factor[b]``, in the dtype of `a`."""
-    return a * factor.to(a.dtype).reshape(-1, *[1] * (a.dim() - 1))
+    return Groups("sequence", a.shape).unit(a)
 
 
 def restrict(t: torch.Tensor, mask: torch.Tensor | None, agents: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,8 +67,7 @@ def restrict(t: torch.Tensor, mask: torch.Tensor | None, agents: torch.Tensor | 
     Raises:
         TypeError, ValueError: the mask is of another type or shape, or leaves nothing.
     """
-    keep = attackable(mask, agents, t)
-    return t if keep is None else torch.where(keep, t, 0.0)
+    return kept(t, attackable(mask, agents, t))
 
 
 # -- the loss along a segment ------------------------------------------------------------------------------------------
@@ -166,13 +146,14 @@ def difference_curvature(
 # -- the policy ------------------------------------------------------------------------------------------
 
 
-def logits_func(func: Callable[[Any], Any], head: LMHead | None) -> Callable[[Any], Any]:
+def logits_func(func: Callable[[Any], Any], head: LMHead | nn.Linear | None) -> Callable[[Any], Any]:
     """`func` followed by the head, whose logits are formed: diagnostics look at them one by one."""
+    described = None if head is None else as_head(head)
 
     def call(x: Any) -> Any:
         y = func(x)
-        if head is not None:
-            return head.logits(y)
+        if described is not None:
+            return described.logits(y)
         return y if isinstance(y, (torch.Tensor, Dual)) else getattr(y, "logits", y)
 
     return call

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import is_number, kind_of
-from .scopes import Groups
+from .scopes import Groups, kept
 
 __all__ = ["NORMS", "Ball", "checked_radius"]
 
@@ -68,23 +68,18 @@ class Ball:
         radius = self._per_group(self.table(like))
         if self.norm == "linf":
             noise = torch.rand(like.shape, **options).to(like.device) * 2 - 1
-            return self._kept(noise, keep) * self.groups.broadcast(radius)
+            return kept(noise, keep) * self.groups.broadcast(radius)
         noise = torch.randn(like.shape, **options).to(like.device)
         share = torch.rand(radius.shape, **options).to(like.device)
         # the volume inside radius r grows with r to the number of dimensions
         length = radius * share ** (1.0 / self._sizes(keep, like).clamp(min=1))
-        return self.project(self.groups.unit(self._kept(noise, keep)) * self.groups.broadcast(length))
+        return self.project(self.groups.unit(kept(noise, keep)) * self.groups.broadcast(length))
 
     def _per_group(self, radius: Tensor) -> Tensor:
         return radius.expand(self.groups.batch, self.groups.count)
 
     def _sizes(self, keep: Tensor | None, like: Tensor) -> Tensor:
-        ones = torch.ones_like(like)
-        return self.groups.sum(ones if keep is None else ones * keep)
-
-    @staticmethod
-    def _kept(values: Tensor, keep: Tensor | None) -> Tensor:
-        return values if keep is None else torch.where(keep, values, 0.0)
+        return self.groups.sum(kept(torch.ones_like(like), keep))
 
 
 def checked_radius(radius: object, groups: Groups) -> float | Tensor:

@@ -19,12 +19,22 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_choices, kind_of
-from .options import UNITS
+from .checks import as_mask, check_choices, kind_of
 
-__all__ = ["SCOPES", "Groups", "agent_labels", "attackable", "checked_agents", "unit_of"]
+__all__ = [
+    "SCOPES",
+    "UNITS",
+    "Groups",
+    "agent_labels",
+    "attackable",
+    "checked_agents",
+    "kept",
+    "unit_of",
+    "widened",
+]
 
 SCOPES = ("sequence", "token", "agent")
+UNITS = ("token", "sequence")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -78,24 +88,36 @@ class Groups:
         return numbers.reshape(*self.shape[:-1], 1)
 
     def norm(self, values: Tensor) -> Tensor:
-        """Euclidean norm of every group, ``[B, G]``, also where squares would underflow."""
-        return self._scaled(values)[1]
+        """Euclidean norm of every group, ``[B, G]``, also where squares would underflow; float32 for lower dtypes."""
+        _, square, largest = self._scaled(values)
+        return largest * square.sqrt()
 
     def unit(self, values: Tensor) -> Tensor:
         """`values` with every group scaled to Euclidean norm 1; zero stays zero."""
-        scaled, norm, largest = self._scaled(values)
-        ratio = torch.where(norm == 0, 1.0, norm / torch.where(largest == 0, 1.0, largest))
-        return scaled / self._divisor(ratio)
+        scaled, square, _ = self._scaled(values)
+        return (scaled / self._divisor(square).sqrt()).to(values.dtype)
 
     def _scaled(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        largest = self.largest(values.abs())
-        scaled = values / self._divisor(torch.where(largest == 0, 1.0, largest))
-        return scaled, largest * self.sum(scaled.square()).sqrt(), largest
+        """`values` over the largest magnitude of their group, the squared norm of that, and the largest magnitude."""
+        wide = widened(values)
+        largest = self.largest(wide.detach().abs())
+        scaled = wide / self._divisor(largest)
+        return scaled, self.sum(scaled.square()), largest
 
     def _divisor(self, numbers: Tensor) -> Tensor:
-        """`numbers` where the entries are, 1 for entries of no group."""
+        """`numbers` where the entries are; 1 in place of 0, and for entries of no group."""
         wide = self.broadcast(numbers)
-        return wide if self._member is None else torch.where(wide == 0, 1.0, wide)
+        return torch.where(wide == 0, 1.0, wide)
+
+
+def widened(values: Tensor) -> Tensor:
+    """`values` in float32 where their dtype is lower."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def kept(values: Tensor, keep: Tensor | None) -> Tensor:
+    """`values`, zero where `keep` is False; None keeps all."""
+    return values if keep is None else torch.where(keep, values, 0.0)
 
 
 def unit_of(scope: str, unit: str | None = None, scope_is_default: bool = False, of: str = "ascend") -> str:
@@ -164,12 +186,9 @@ def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
     """
     keep = None if agents is None else (agents >= 0).unsqueeze(-1)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
-            raise TypeError(
-                f"mask must be a bool or integer tensor (nonzero = may be attacked), got {kind_of(mask)}."
-            )
-        wide = (mask != 0).to(x.device)
-        if mask.shape == x.shape[:-1]:
+        wide = as_mask(mask, "mask", "may be attacked").to(x.device)
+        shape = tuple(wide.shape)
+        if wide.shape == x.shape[:-1]:
             wide = wide.unsqueeze(-1)
         try:
             fits = torch.broadcast_shapes(wide.shape, x.shape) == x.shape
@@ -178,7 +197,7 @@ def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
         if not fits:
             raise ValueError(
                 f"mask must have shape {tuple(x.shape[:-1])}, x without its last axis, or be broadcastable to x "
-                f"{tuple(x.shape)}, got {tuple(mask.shape)}."
+                f"{tuple(x.shape)}, got {shape}."
             )
         keep = wide if keep is None else keep & wide
     if keep is not None and not bool(keep.any()):

@@ -25,6 +25,7 @@ their sum is the effective smoothness ``smoothness`` of the trajectory, and with
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -36,8 +37,7 @@ from torch import nn
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
 from .checks import check_choices, check_integers, check_number
-from .head import LMHead, as_head
-from .options import UNITS
+from .head import LMHead
 from .report import StabilityReport
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ def stability_report(
     """
     _check(x, traj, curvature, samples, func, output_loss, metric, gamma, power_iterations, tolerance)
     unit = traj.unit(unit)
-    check_choices(UNITS, unit=unit)
     modules, random = modules_of(module), RandomState(x.device)
-    loss_fn = probes.repeatable(loss_fn, random)
+    loss_fn = functools.partial(random.replay, loss_fn)
     try:
         with frozen_parameters(modules, evaluate=False):
             fields = _measure_path(traj, tolerance)
@@ -149,9 +148,7 @@ def stability_report(
                 )
                 fields["eta_max"] = _largest_step(traj, fields["kappa"], lengths, fields["slopes"])
             if func is not None:
-                policy = probes.repeatable(
-                    probes.logits_func(func, None if head is None else as_head(head)), random
-                )
+                policy = functools.partial(random.replay, probes.logits_func(func, head))
                 bounds = OUTPUT_BOUNDS[metric] if output_bounds is None else output_bounds
                 output = (metric, output_mask)
                 fields.update(_smoothness(policy, traj, units, lengths, samples, *output, bounds, gamma))

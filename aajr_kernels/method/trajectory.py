@@ -281,19 +281,13 @@ def _tangents(traj: Trajectory, index: Tensor, direction: str, per_agent: bool) 
     if direction == "sign":
         along = along.sign()
     if direction != "ascent" or groups.scope != traj.scope:
-        along = torch.stack([_unit(v, groups) for v in along])
+        along = torch.stack([groups.unit(v) for v in along])
     if not per_agent:
         return along.unsqueeze(0)
     assert traj.agents is not None
     return torch.stack(
         [torch.where((traj.agents == a).unsqueeze(-1), along, 0.0) for a in agent_labels(traj.agents)]
     )
-
-
-def _unit(v: Tensor, groups: Groups) -> Tensor:
-    """Norm 1 in every group, in float32 for lower dtypes."""
-    wide = v if v.dtype == torch.float64 else v.float()
-    return groups.unit(wide).to(v.dtype)
 
 
 def gathered(values: Tensor, index: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from ..method.ascent import INITS
 from ..method.ascent import STEPS as KINDS
 from ..method.baselines import METHODS, PER_SEQUENCE
 from ..method.checks import check_choices, check_integers, check_number
-from ..method.options import FORMS, METRICS, UNITS
+from ..method.options import FORMS, METRICS
 from ..method.projection import NORMS
-from ..method.scopes import SCOPES, unit_of
+from ..method.scopes import SCOPES, UNITS, unit_of
 from ..method.trajectory import DIRECTIONS
 from .schedules import Schedule, checked_schedule
 
