@@ -31,25 +31,33 @@ class Progress:
     """
 
     def __init__(self, file: IO[str] | None = None, *, shown: bool = True, keep: bool = False) -> None:
+        from rich import progress
+        from rich.console import Console
+
         self._file = file or sys.stderr
-        self._shown = shown
-        self._display: Any = _Bars(self._file, keep) if shown and draws(self._file) else None
+        # one bar per stage, the current one at the bottom; without a terminal it counts only
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description:34}", markup=False),
+            progress.BarColumn(bar_width=28),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[text]}", style="dim", markup=False),
+            console=Console(file=self._file),
+            transient=not keep,
+            get_time=lambda: time.monotonic(),
+            disable=not (shown and draws(self._file)),
+        )
+        self._writes_lines = shown and self._bars.disable
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._begun = self._written = time.monotonic()
-        self._name = ""
-        self._clear()
-
-    def _clear(self) -> None:
-        self._total: int | None = None
-        self._done = self._started = self._first = 0
-        self._text = ""
-        self._since = time.monotonic()
+        self._stage: Any = None
+        self._started = 0
 
     def __enter__(self) -> Progress:
-        if self._display is not None:
-            self._display.start()
-        elif self._shown:
+        self._bars.start()
+        if self._writes_lines:
             threading.Thread(target=self._beat, name="aajr-progress", daemon=True).start()
         return self
 
@@ -61,20 +69,16 @@ class Progress:
     def stop(self) -> None:
         """End the display; the current stage stays unfinished."""
         self._stopped.set()
-        if self._display is not None:
-            self._display.stop()
+        if not self._bars.disable:
+            self._bars.stop()
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a stage of `total` steps, `done` of which an earlier run did; the one before is finished."""
         with self._lock:
             self._finish()
-            self._clear()
-            self._name, self._total = name, total
-            self._done = self._started = self._first = done
-            if self._display is not None:
-                self._display.add(name, total, done)
-            else:
-                self._write()
+            self._bars.add_task(name, total=total, completed=done, text="", first=done)
+            self._stage, self._started = self._bars.tasks[-1], done
+            self._write()
 
     def begin(self, text: str) -> None:
         """The next step begins, which `text` names: those begun before are done."""
@@ -85,40 +89,34 @@ class Progress:
     def step(self, text: str = "") -> None:
         """One step is done; `text` says how it went."""
         with self._lock:
-            self._started = self._done + 1
-            self.reach(self._done + 1, text)
+            self._started = self._stage.completed + 1
+            self.reach(self._started, text)
 
     def note(self, text: str) -> None:
         """The current step has come to `text`."""
-        self.reach(self._done, text)
+        self.reach(self._stage.completed, text)
 
-    def reach(self, done: int, text: str = "", total: int | None = None) -> None:
-        """So many steps are done, of so many."""
+    def reach(self, done: int, text: str = "") -> None:
+        """So many steps are done."""
         with self._lock:
-            self._done, self._text = done, text
             self._started = max(self._started, done)
-            self._total = self._total if total is None else total
-            if self._display is not None:
-                self._display.update(done, text, self._total)
-            else:
-                self._write_if_due()
+            self._bars.update(self._stage.id, completed=done, text=text)
+            self._write_if_due()
 
     def _finish(self) -> None:
-        if self._name and self._total is not None:
-            self._done = self._total
-        if self._display is not None:
-            self._display.finish()
-        elif self._name:
-            self._text = ""
+        if self._stage is not None:
+            total = self._stage.total or 1
+            self._bars.update(self._stage.id, completed=total, total=total, text="")
+            self._bars.stop_task(self._stage.id)
             self._write(last=True)
-        self._name = ""
+        self._stage = None
 
     # ------------------------------------------------------------------------------------------------ plain lines
 
     def _beat(self) -> None:
         while not self._stopped.wait(0.5):
             with self._lock:
-                if self._stopped.is_set() or not self._name:
+                if self._stopped.is_set() or self._stage is None:
                     continue
                 try:
                     self._write_if_due()
@@ -131,22 +129,21 @@ class Progress:
             self._write()
 
     def _write(self, last: bool = False) -> None:
-        if not self._shown:
-            return
-        self._written = time.monotonic()
-        print(self._line(self._written - self._since, last), file=self._file, flush=True)
+        if self._writes_lines:
+            self._written = time.monotonic()
+            print(self._line(last), file=self._file, flush=True)
 
-    def _line(self, seconds: float, last: bool) -> str:
-        count = "" if self._total in (None, 1) else f" {self._done}/{self._total}"
+    def _line(self, last: bool) -> str:
+        stage = self._stage
+        seconds, total, done, text = stage.elapsed, stage.total, stage.completed, stage.fields["text"]
+        count = "" if total in (None, 1) else f" {done}/{total}"
         if last:
-            return f"{self._name}{count}: done in {in_words(seconds)}"
+            return f"{stage.description}{count}: done in {in_words(seconds)}"
         facts = [in_words(seconds)] if seconds >= 1 else []
-        steps = self._done - self._first
-        if self._total is not None and steps > 0 and self._done < self._total:
-            facts.append(f"about {in_words(seconds / steps * (self._total - self._done))} left")
-        return (
-            f"{self._name}{count}: {', '.join([*facts, *([self._text] if self._text else [])]) or 'begins'}"
-        )
+        steps = done - stage.fields["first"]
+        if total is not None and steps > 0 and done < total:
+            facts.append(f"about {in_words(seconds / steps * (total - done))} left")
+        return f"{stage.description}{count}: {', '.join([*facts, *([text] if text else [])]) or 'begins'}"
 
 
 def in_words(seconds: float) -> str:
@@ -154,38 +151,3 @@ def in_words(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
-
-
-class _Bars:
-    """One rich bar per stage, the current one at the bottom."""
-
-    def __init__(self, file: IO[str], keep: bool) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        columns = (
-            progress.TextColumn("{task.description:34}", markup=False),
-            progress.BarColumn(bar_width=28),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[text]}", style="dim", markup=False),
-        )
-        self._progress = progress.Progress(*columns, console=Console(file=file), transient=not keep)
-        self._task: Any = None
-        self.start, self.stop = self._progress.start, self._progress.stop
-
-    def add(self, name: str, total: int | None, done: int) -> None:
-        self._task = self._progress.add_task(name, total=total, completed=done, text="")
-
-    def update(self, done: int, text: str, total: int | None) -> None:
-        self._progress.update(self._task, completed=done, text=text, total=total)
-
-    def finish(self) -> None:
-        if self._task is not None:
-            total = self._progress.tasks[self._task].total
-            self._progress.update(
-                self._task, completed=total if total is not None else 1, total=total or 1, text=""
-            )
-            self._progress.stop_task(self._task)
-        self._task = None
