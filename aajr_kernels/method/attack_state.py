@@ -67,8 +67,8 @@ class RandomState:
             return call(x)
 
 
-def modules_of(module: object) -> tuple[nn.Module, ...]:
-    """`module`, one, several or None, as a tuple.
+def modules_of(module: object, check: Callable[[object], None] | None = None) -> tuple[nn.Module, ...]:
+    """`module`, one, several or None, as a tuple; each goes through `check` first.
 
     Raises:
         TypeError: something in it is no nn.Module.
@@ -79,6 +79,8 @@ def modules_of(module: object) -> tuple[nn.Module, ...]:
         (module,) if isinstance(module, nn.Module) or not isinstance(module, Iterable) else tuple(module)
     )
     for one in modules:
+        if check is not None:
+            check(one)
         if not isinstance(one, nn.Module):
             raise TypeError(f"module must be an nn.Module or several of them, got {type(one).__name__}.")
     return modules

@@ -6,7 +6,6 @@ backward compares them with what arrives.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +40,7 @@ def expected_cotangents(hidden: Dual, options: PenaltyOptions, count: Any) -> Ex
     ):
         return None
     keep = options.included(batch, hidden.device)
-    factor = _factor(options, hidden.num_tangents, batch, keep)
+    factor = _factor(options, hidden.stacked[1:, ..., 0].detach())
     flat_keep = None if keep is None else keep.reshape(-1)
     loss_bar = None
     if labels is not None and weight is not None:
@@ -58,16 +57,12 @@ def expected_cotangents(hidden: Dual, options: PenaltyOptions, count: Any) -> Ex
     return expected
 
 
-def _factor(
-    options: PenaltyOptions, num_tangents: int, batch: tuple[int, ...], keep: Tensor | None
-) -> float | Tensor:
-    """The factor on the sum over units; on the device of `keep` if it is counted there."""
+def _factor(options: PenaltyOptions, q: Tensor) -> float | Tensor:
+    """The factor on the sum over units of any q ``[K, *batch]``; on its device if they are counted there."""
     if options.reduction == "sum":
         return 1.0
-    count = math.prod(batch)
-    if options.unit == "sequence" and len(batch) > 1:
-        count, keep = batch[0], None if keep is None else keep.flatten(1).any(-1)
-    return 1.0 / (num_tangents * _number(options.divisor(count, keep)))
+    units, keep = options.units(q)
+    return 1.0 / (len(q) * _number(options.divisor(units[0].numel(), keep)))
 
 
 def _number(x: Any) -> float | Tensor:

@@ -7,7 +7,7 @@ independent: row b of the loss depends only on row b of the input, so one backwa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from .scopes import Groups, attackable, kept, widened
 
 __all__ = [
     "curvature_along",
-    "difference_curvature",
     "gradient",
     "logits_func",
     "output_probe",
@@ -119,28 +118,6 @@ def gradient(loss_fn: Loss, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         point = x.detach().requires_grad_()
         y = checked_losses(loss_fn(point), x.shape[0])
         return y.detach(), input_gradient(y, point)
-
-
-def difference_curvature(
-    gradients: Sequence[torch.Tensor], d: torch.Tensor, spacing: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slope at the first point and the lowest mean curvature between neighbours, from plain gradients.
-
-    ⟨∇L(p_{j+1}) − ∇L(p_j), d⟩ / spacing is the mean of dᵀ∇²L d over the sub-segment, so its minimum never lies below
-    that of the curvature itself. The subtraction costs digits: the absolute error is about eps ‖∇L‖ / spacing.
-
-    Args:
-        gradients: at two or more points, evenly spaced along `d`; like `d`.
-        d: unit direction per batch row, ``[B, ...]``.
-        spacing: distance of neighbours, ``[B]``; 0 gives a curvature of 0.
-
-    Returns:
-        Two tensors ``[B]``.
-    """
-    along = torch.stack([row_dot(g, d) for g in gradients])
-    safe = torch.where(spacing == 0, 1.0, spacing)
-    curvatures = torch.where(spacing == 0, 0.0, (along[1:] - along[:-1]) / safe)
-    return along[0], curvatures.amin(0)
 
 
 # -- the policy ------------------------------------------------------------------------------------------

@@ -194,17 +194,19 @@ def _curvature(
 ) -> dict[str, torch.Tensor]:
     """κ, ⟨∇g, Δ⟩ and the curvature at the start of every step."""
     kappas, slopes = [], []
-    gradients: dict[int, torch.Tensor] = {}
+    at_end: torch.Tensor | None = None
     for t, (d, length) in enumerate(zip(units, lengths)):
         points = _segment(traj, t, samples)
         if kind == "exact":
             measured = [probes.curvature_along(loss_fn, p, d) for p in points]
             slope, lowest = measured[0][1], torch.stack([curvature for _, _, curvature in measured]).amin(0)
         else:
-            first = gradients.pop(t) if t in gradients else probes.gradient(loss_fn, points[0])[1]
-            rest = [probes.gradient(loss_fn, p)[1] for p in points[1:]]
-            gradients[t + 1] = rest[-1]
-            slope, lowest = probes.difference_curvature([first, *rest], d, length / (samples - 1))
+            first = probes.gradient(loss_fn, points[0])[1] if at_end is None else at_end
+            gradients = [first, *(probes.gradient(loss_fn, p)[1] for p in points[1:])]
+            along, at_end = torch.stack([probes.row_dot(g, d) for g in gradients]), gradients[-1]
+            # a mean of the curvature between neighbours, never below its minimum; off by eps ‖∇L‖ / spacing
+            spacing = torch.where(length > 0, length / (samples - 1), 1.0)
+            slope, lowest = along[0], (along.diff(dim=0) / spacing).amin(0)
         kappas.append(torch.where(length > 0, (-lowest).clamp(min=0), 0.0))
         slopes.append(slope * length)
     return {"kappa": torch.stack(kappas), "slopes": torch.stack(slopes)}

@@ -16,9 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attack_state import modules_of
+
 __all__ = ["inside"]
 
 _ABSENT = object()
+#: kinds of modules that have no such hooks -> the remedy
+REMEDIES = {
+    "FullyShardedDataParallel": "FSDP1 is not supported: use torch.distributed.fsdp.fully_shard",
+    "DataParallel": "DataParallel is not supported: use DistributedDataParallel",
+    "OptimizedModule": "it is compiled: give the module before torch.compile, and compile its layers",
+}
+_NO_STAGES = "pipeline parallelism is not supported, stages send plain tensors: shard the layers instead"
 
 
 def inside(module: nn.Module | Iterable[nn.Module], func: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,11 +50,7 @@ def inside(module: nn.Module | Iterable[nn.Module], func: Callable[..., Any]) ->
         TypeError: a module is of a kind that has no such hooks (FullyShardedDataParallel of FSDP1, DataParallel, a
             compiled module, a stage of a pipeline).
     """
-    modules = (
-        (module,) if isinstance(module, nn.Module) or not isinstance(module, Iterable) else tuple(module)
-    )
-    for one in modules:
-        _check(one)
+    modules = modules_of(module, _check)
 
     @functools.wraps(func)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -95,22 +100,11 @@ def _forward(module: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
         put_back()
 
 
-def _check(module: Any) -> None:
-    name, remedy = type(module).__name__, None
-    if not isinstance(module, nn.Module):
-        package = type(module).__module__
-        if package.startswith("torch.distributed.pipelining"):
-            remedy = (
-                "pipeline parallelism is not supported, stages send plain tensors: shard the layers instead"
-            )
-        else:
-            raise TypeError(f"module must be an nn.Module or several of them, got {name}.")
-    elif name == "FullyShardedDataParallel":
-        remedy = "FSDP1 is not supported: use torch.distributed.fsdp.fully_shard"
-    elif isinstance(module, nn.DataParallel):
-        remedy = "DataParallel is not supported: use DistributedDataParallel"
-    elif name == "OptimizedModule":
-        remedy = "it is compiled: give the module before torch.compile, and compile its layers"
+def _check(module: object) -> None:
+    name = type(module).__name__
+    is_stage = type(module).__module__.startswith("torch.distributed.pipelining")
+    known = [REMEDIES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in REMEDIES]
+    remedy = _NO_STAGES if is_stage else next(iter(known), None)
     if remedy is not None:
         raise TypeError(
             f"module must be wrapped by fully_shard or DistributedDataParallel, got {name}: {remedy}."

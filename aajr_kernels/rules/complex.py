@@ -231,9 +231,11 @@ _transform("fftshift")
 _transform("ifftshift")
 
 
-def _short_time(function: Callable[..., Any]) -> None:
+def _short_time(function: Callable[..., Any], takes_dual_window: bool) -> None:
+    """Linear in the signal, and ``stft`` in the window: a product rule of the two."""
+
     @both(function)
-    def stft(
+    def transform(
         input: Any,
         n_fft: int,
         hop_length: int | None = None,
@@ -242,34 +244,22 @@ def _short_time(function: Callable[..., Any]) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Linear in the signal and in the window: a product rule of the two."""
-
         def transformed(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
             return function(x, n_fft, hop_length, win_length, w, *args, **kwargs)
 
-        if window is None:
-            return per_slice(lambda x: transformed(x, None), input)
+        if window is None or not takes_dual_window:
+            if is_dual(window):
+                raise UnsupportedOperation(
+                    "window of istft must be a plain tensor, got a Dual: pass window.primal."
+                )
+            return per_slice(lambda x: transformed(x, window), input)
         return bilinear(transformed)(input, window)
 
 
 # the builtin behind the wrapper takes other arguments after the window
-for _function in functions_named("stft"):
-    _short_time(_function)
-
-
-@both("istft")
-def _istft(
-    input: Any,
-    n_fft: int,
-    hop_length: int | None = None,
-    win_length: int | None = None,
-    window: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    if is_dual(window):
-        raise UnsupportedOperation("window of istft must be a plain tensor, got a Dual: pass window.primal.")
-    return per_slice(lambda x: torch.istft(x, n_fft, hop_length, win_length, window, *args, **kwargs), input)
+for _name in ("stft", "istft"):
+    for _function in functions_named(_name):
+        _short_time(_function, takes_dual_window=_name == "stft")
 
 
 def register() -> None:

@@ -45,7 +45,7 @@ class Progress:
             progress.TextColumn("{task.fields[text]}", style="dim", markup=False),
             console=Console(file=self._file),
             transient=not keep,
-            get_time=lambda: time.monotonic(),
+            get_time=time.monotonic,
             disable=not (shown and draws(self._file)),
         )
         self._writes_lines = shown and self._bars.disable

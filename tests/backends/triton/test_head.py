@@ -365,11 +365,11 @@ def test_what_is_expected_is_counted_without_waiting_for_the_device():
     from aajr_kernels.method.expected import _factor
     from aajr_kernels.method.options import PenaltyOptions
 
-    keep = torch.empty(4, 5, dtype=torch.bool, device="meta")
+    q, keep = torch.empty(2, 4, 5, device="meta"), torch.empty(4, 5, dtype=torch.bool, device="meta")
     for unit in ("token", "sequence"):
-        assert isinstance(_factor(PenaltyOptions(mask=keep, unit=unit), 2, (4, 5), keep), torch.Tensor)
+        assert isinstance(_factor(PenaltyOptions(mask=keep, unit=unit), q), torch.Tensor)
     options = PenaltyOptions(denominator=torch.empty((), device="meta"))
-    assert isinstance(_factor(options, 2, (4, 5), None), torch.Tensor)
+    assert isinstance(_factor(options, q), torch.Tensor)
 
 
 def test_common_factor_reads_the_device_once(monkeypatch):
