@@ -41,16 +41,7 @@ __all__ = ["FitResult", "NonFiniteLossError", "fit"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 #: fields that a resumed training may change without a warning
-FREE = (
-    "steps",
-    "keep",
-    "log_every",
-    "checkpoint_every",
-    "evaluate_every",
-    "tensorboard",
-    "diagnostics",
-    "objective",
-)
+FREE = "steps keep log_every checkpoint_every evaluate_every tensorboard diagnostics objective".split()
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -76,16 +76,16 @@ class Counts:
         cls,
         batches: Sequence[Prepared],
         config: ObjectiveConfig,
-        summed: Callable[[list[int]], list[int]] | None = None,
-        processes: int = 1,
+        group: Any = None,
+        device: torch.device | None = None,
     ) -> Counts:
         """Count.
 
         Args:
             batches: the micro-batches of this process.
             config: says what the units are.
-            summed: adds numbers up over `processes`; all of them call it.
-            processes: as above.
+            group: of processes whose batches are counted too, all of which call this; None for this one.
+            device: for their sum.
 
         Raises:
             ValueError: there is nothing to learn.
@@ -93,14 +93,16 @@ class Counts:
         tokens = int(sum((b.labels != IGNORED).sum() for b in batches))
         rows = sum(b.labels.shape[0] for b in batches)
         units = rows if config.penalty.method in NEEDS_LOSS else sum(_units(b, config) for b in batches)
-        if summed is not None:
-            tokens, units, rows = summed([tokens, units, rows])
+        if group is not None:
+            total = torch.tensor([tokens, units, rows], device=device)
+            torch.distributed.all_reduce(total, group=group)
+            tokens, units, rows = map(int, total.tolist())
         if tokens == 0:
             raise ValueError(
                 "labels must name at least one token to be learnt in every step, got none: check the attention mask "
                 "and the labels, and that sequences are longer than one token."
             )
-        return cls(tokens, max(units, 1), rows, processes)
+        return cls(tokens, max(units, 1), rows, 1 if group is None else group.size())
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def terms_of(
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=x.device)
     if scheduled.attacks:
-        adversary = _weighted(policy.loss_fn(batch.inputs, batch.labels, "mean"), row_weights)
+        row_losses = policy.loss_fn(batch.inputs, batch.labels, "mean")
+        adversary = row_losses if row_weights is None else lambda x: row_losses(x) * row_weights
         unit = _unit(x, batch.attended, config)
         size = float(unit.detach())
         work = _Work(model, policy, batch, config, counts, generator, adversary, x)
@@ -278,13 +281,6 @@ class _Work:
 def _entries(config: Any, *names: str) -> dict[str, Any]:
     """Entries of a configuration that are arguments of the same names."""
     return {name: getattr(config, name) for name in names}
-
-
-def _weighted(loss_fn: Callable[[Any], Any], weights: Tensor | None) -> Callable[[Any], Any]:
-    """Losses ``[B]`` times the weights of their rows."""
-    if weights is None:
-        return loss_fn
-    return lambda x: loss_fn(x) * weights
 
 
 def _unit(x: Tensor, attended: Tensor | None, config: ObjectiveConfig) -> Tensor:

@@ -19,6 +19,8 @@ PANELS = (
     ("attack", "gain in nats", ("gain",)),
     ("gradient", "norm", ("gradient_norm",)),
 )
+#: numbers of the first table
+NUMBERS = "loss clean_loss attack_start adversarial_loss gain penalty active q_max".split()
 
 
 def write_report(folder: Path, rows: list[Row], config: Mapping[str, Any]) -> Path:
@@ -34,12 +36,8 @@ def write_report(folder: Path, rows: list[Row], config: Mapping[str, Any]) -> Pa
             lines += ["", "No figure: `pip install 'aajr_kernels[train]'` brings matplotlib."]
     if evaluations:
         names = sorted({name for row in evaluations for name in row if name.startswith("eval/")})
-        lines += ["", "## Evaluations", "", "| step | " + " | ".join(n[5:] for n in names) + " |"]
-        lines += ["|---" * (len(names) + 1) + "|"]
-        lines += [
-            f"| {row['step']} | " + " | ".join(_short(row.get(n)) for n in names) + " |"
-            for row in evaluations
-        ]
+        table = [[str(row["step"]), *(_short(row.get(name)) for name in names)] for row in evaluations]
+        lines += ["", "## Evaluations", "", *_table(["step", *(name[5:] for name in names)], table)]
     lines += ["", "## Configuration", "", "```json", json.dumps(config, indent=1), "```", ""]
     page = folder / "report.md"
     page.write_text("\n".join(lines), encoding="utf-8")
@@ -50,27 +48,22 @@ def _numbers(train: list[Row]) -> list[str]:
     """First, last and mean of what is worth a line; the tenth at either end, for single steps are noisy."""
     tenth = max(len(train) // 10, 1)
     seconds = [row["seconds"] for row in train]
-    lines = [
+    table = [
+        [name, _mean(train[:tenth], name), _mean(train[-tenth:], name)]
+        for name in NUMBERS
+        if any(row.get(name) is not None for row in train)
+    ]
+    return [
         f"{train[-1]['step']} steps, {train[-1]['skipped']} of them skipped because something was not finite; "
         f"{sorted(seconds)[len(seconds) // 2]:.3g} seconds per step (median), {sum(r['tokens'] for r in train)} tokens "
         f"in {len(train)} logged steps.",
         "",
-        f"| | first {tenth} | last {tenth} |",
-        "|---|---|---|",
+        *_table(["", f"first {tenth}", f"last {tenth}"], table),
     ]
-    for name in (
-        "loss",
-        "clean_loss",
-        "attack_start",
-        "adversarial_loss",
-        "gain",
-        "penalty",
-        "active",
-        "q_max",
-    ):
-        if any(row.get(name) is not None for row in train):
-            lines.append(f"| {name} | {_mean(train[:tenth], name)} | {_mean(train[-tenth:], name)} |")
-    return lines
+
+
+def _table(names: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows)]
 
 
 def _figure(train: list[Row], path: Path) -> bool:

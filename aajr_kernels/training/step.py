@@ -94,12 +94,8 @@ class Objective:
         Raises:
             ValueError: there is nothing to learn in them.
         """
-        group = self.group if across else None
         ours = [self.prepared(batch) for batch in batches]
-        if group is None:
-            return Counts.of(ours, self.config)
-        summed = functools.partial(_summed, group=group, device=self.device)
-        return Counts.of(ours, self.config, summed, group.size())
+        return Counts.of(ours, self.config, self.group if across else None, self.device)
 
     def __call__(
         self,
@@ -242,9 +238,3 @@ class Objective:
                 **more,
             )
         on_report(report)
-
-
-def _summed(numbers: list[int], group: Any, device: torch.device) -> list[int]:
-    total = torch.tensor(numbers, dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(total, group=group)
-    return [int(number) for number in total.tolist()]

@@ -127,7 +127,7 @@ def language_model(model: nn.Module, config: ObjectiveConfig) -> None:
 
 
 def loss_divisor(trainer: Any, num_items_in_batch: Any) -> int:
-    """By what Trainer divides the loss that it gets from ``compute_loss``."""
+    """The divisor of the loss that Trainer gets from ``compute_loss``; a loss of a whole step is multiplied by it."""
     scaled = None
     if hasattr(trainer_class(), "loss_is_scaled_for_ga"):  # not in older versions
         scaled = trainer.loss_is_scaled_for_ga

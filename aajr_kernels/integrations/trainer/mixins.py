@@ -88,10 +88,6 @@ class _Mixin(_Base):
         """Whether a loss is wanted that is trained on, not one of an evaluation."""
         return model.training and torch.is_grad_enabled()
 
-    def _aajr_scale(self, total: Tensor, num_items_in_batch: Any) -> Tensor:
-        """A loss for a whole step, such that what Trainer does to it leaves it as it is."""
-        return total * checks.loss_divisor(self, num_items_in_batch)
-
     # -- what Trainer calls -------------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -198,7 +194,7 @@ class AAJRTrainerMixin(_Mixin):
                 on_report=self._aajr_meter.report,
             )
         self._aajr_logged(terms, step)
-        return self._aajr_scale(terms.total, num_items_in_batch)
+        return terms.total * checks.loss_divisor(self, num_items_in_batch)
 
 
 class AAJRPenaltyMixin(_Mixin):
@@ -256,7 +252,7 @@ class AAJRPenaltyMixin(_Mixin):
         number = max(self._aajr_parts, 1)
         shares = {name: value if name.endswith("_max") else value / number for name, value in parts.items()}
         self._aajr_logged(Terms(total, shares), step)
-        share = self._aajr_scale(total, num_items_in_batch) / number
+        share = total * checks.loss_divisor(self, num_items_in_batch) / number
         if return_outputs:
             return loss[0] + share, loss[1]
         return loss + share
