@@ -131,14 +131,10 @@ def _max_unpool(spatial: int) -> Callable[..., Any]:
     function = getattr(NN, f"max_unpool{spatial}d")
 
     def unpool(x: Dual, indices: torch.Tensor, *args: Any, **kwargs: Any) -> Dual:
-        slices = x.stacked.shape[0]
-        if x.dim() == spatial + 1:
-            many = indices.expand(slices, *indices.shape)
-            return Dual(function(x.stacked, many.contiguous(), *args, **kwargs))
-        many = indices.expand(slices, *indices.shape).flatten(0, 1)
-        return Dual(
-            function(x.stacked.flatten(0, 1), many, *args, **kwargs).unflatten(0, (slices, x.shape[0]))
-        )
+        unbatched = x.dim() == spatial + 1
+        many = indices.expand(x.stacked.shape[0], *indices.shape)
+        many = many.contiguous() if unbatched else many.flatten(0, 1)
+        return Dual(folded(lambda part: function(part, many, *args, **kwargs), x.stacked, unbatched))
 
     return unpool
 

@@ -143,16 +143,12 @@ def _eigh(A: Dual, UPLO: str = "L") -> Any:
     return _types.linalg_eigh((join(values, values_tan), join(vectors, vectors @ turn)))
 
 
-def _eigen(A: Dual) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    a, tangents = split(A)
-    values, vectors = torch.linalg.eig(a)
-    return values, vectors, torch.linalg.solve(vectors, tangents.to(vectors.dtype) @ vectors)
-
-
 @rule(torch.linalg.eig)
 def _eig(A: Dual) -> Any:
     """With P = V⁻¹ Ȧ V: λ̇ = diag P and V̇ = V (P_ij / (λ_j − λ_i)), less what would change the norm of a column."""
-    values, vectors, change = _eigen(A)
+    a, tangents = split(A)
+    values, vectors = torch.linalg.eig(a)
+    change = torch.linalg.solve(vectors, tangents.to(vectors.dtype) @ vectors)
     gaps, diagonal = _gaps(values)
     turned = vectors @ torch.where(diagonal, 0.0, change / gaps)
     turned = turned - vectors * (vectors.conj() * turned).sum(-2, keepdim=True).real
@@ -160,10 +156,7 @@ def _eig(A: Dual) -> Any:
     return _types.linalg_eig((join(values, values_tan), join(vectors, turned)))
 
 
-@rule(torch.linalg.eigvals)
-def _eigvals(A: Dual) -> Dual:
-    values, _, change = _eigen(A)
-    return join(values, change.diagonal(dim1=-2, dim2=-1))
+rule(torch.linalg.eigvals)(lambda A: _eig(A).eigenvalues)
 
 
 def _singular(A: Dual) -> tuple[Dual, Dual, Dual]:
