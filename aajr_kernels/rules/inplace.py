@@ -7,14 +7,17 @@ would break torch.compile.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..backends.errors import UnsupportedOperation
+from ..torch_private import NN
 from .common import Dual, as_now, is_dual, num_tangents
-from .registry import COMPLEX, KINDS, RULES
+from .registry import COMPLEX, KINDS, RULES, functions_named
 from .registry import register as enter
 
 _RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "as_strided_"}
@@ -93,21 +96,22 @@ def register() -> None:
     """Give every in-place method whose out-of-place form has a rule its own; called after all rules are registered."""
     for name in "bernoulli_ normal_ uniform_ exponential_ random_ log_normal_ cauchy_ geometric_".split():
         enter(getattr(torch.Tensor, name), _drawn(name), "view")
-    for name in dir(torch.Tensor):
+    for name in sorted({*dir(torch.Tensor), *dir(torch), *dir(F), *dir(NN)}):
         if not name.endswith("_") or name.endswith("__"):
             continue
-        base = getattr(torch.Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
-        method, rule = getattr(torch.Tensor, name), RULES.get(base)  # type: ignore[arg-type]
-        if rule is None:
+        # wrappers of torch.nn.functional have other arguments than the builtins behind them: those come first
+        bases = sorted(functions_named(name[:-1]), key=inspect.isfunction)
+        base = next((function for function in bases if function in RULES), None)
+        if base is None:
             continue
-        forms = {method, getattr(torch, name, method), getattr(torch.nn.functional, name, method)}
-        if method not in RULES:
+        rule, forms = RULES[base], functions_named(name)
+        if not any(form in RULES for form in forms):
             made = _reshaping(rule) if name in _RESHAPING else _in_place(name, rule)
             for form in forms:
-                enter(form, made, KINDS[base])  # type: ignore[index]
-        if (of_complex := COMPLEX.get(base)) is not None:  # type: ignore[arg-type]
+                enter(form, made, KINDS[base])
+        if (of_complex := COMPLEX.get(base)) is not None:
             for form in forms:
-                COMPLEX[form] = RULES[method] if of_complex is rule else _in_place(name, of_complex)
+                COMPLEX[form] = RULES[form] if of_complex is rule else _in_place(name, of_complex)
     for name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv"):
         method = getattr(torch.Tensor, f"__i{name}__", None)
         out_of_place = RULES.get(getattr(torch.Tensor, f"__{name}__"))

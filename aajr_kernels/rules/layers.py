@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from ..backends.errors import UnsupportedOperation
 from ..ops import activation
 from ..torch_private import NN
 from .common import Dual, as_now, elementwise, is_dual, join, once_rounded, per_slice, primal_of, split
-from .registry import functions_named, rule
+from .registry import KINDS, RULES, rule
 
 # -- embedding --------------------------------------------------------------------------------------------------------
 
@@ -83,29 +84,24 @@ def _embedding_bag(
 # -- dropout: one mask for primal and tangents ------------------------------------------------------------------------
 
 
-def _masked(draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool, inplace: bool) -> Dual:
+def _masked(draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool) -> Dual:
     """`x` times the mask (zeros and 1/(1-p)) that `draw` makes of ones, with the generator torch itself would use."""
     if not training:
         return x
     with torch.no_grad():
         mask = draw(torch.ones_like(x.stacked[0]), p, True)
-    if inplace:
-        x.stacked.mul_(mask)
-        return x
     return Dual(x.stacked * mask)
 
 
 @rule(F.dropout)
-def _dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
+def _dropout(x: Dual, p: float = 0.5, training: bool = True) -> Dual:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    return _masked(torch.dropout, x, p, training, inplace)
+    return _masked(torch.dropout, x, p, training)
 
 
 rule(torch.dropout)(lambda x, p, train: _dropout(x, p, training=train))
-rule(torch.dropout_)(lambda x, p, train: _dropout(x, p, train, inplace=True))
-rule(torch.feature_dropout)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, False))
-rule(torch.feature_dropout_)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train, True))
+rule(torch.feature_dropout)(lambda x, p, train: _masked(torch.feature_dropout, x, p, train))
 
 
 @rule(torch.native_dropout)
@@ -120,55 +116,27 @@ def _native_dropout(x: Dual, p: float, train: bool | None) -> tuple[Dual, torch.
 _ALPHA = 1.7580993408473766  # the negative saturation of SELU
 
 
-def _alpha_masked(
-    draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool, inplace: bool
-) -> Dual:
+def _alpha_masked(draw: Callable[..., torch.Tensor], x: Dual, p: float, training: bool) -> Dual:
     """Alpha dropout is affine, a·m∘x + b(m): the image of zeros gives the mask m; the tangent gets only a·m."""
     if not training or p == 0:
         return x
     if p == 1:
-        result = Dual(x.stacked * 0)
-    else:
-        with torch.no_grad():
-            offset = draw(torch.zeros_like(x.stacked[0]), p, True)
-            kept = (offset > 0).to(offset.dtype) * ((_ALPHA**2 * p + 1) * (1 - p)) ** -0.5
-        primal, tangents = split(x)
-        result = join(primal * kept + offset, tangents * kept)
-    if inplace:
-        x.stacked.copy_(result.stacked)
-        return x
-    return result
+        return Dual(x.stacked * 0)
+    with torch.no_grad():
+        offset = draw(torch.zeros_like(x.stacked[0]), p, True)
+        kept = (offset > 0).to(offset.dtype) * ((_ALPHA**2 * p + 1) * (1 - p)) ** -0.5
+    primal, tangents = split(x)
+    return join(primal * kept + offset, tangents * kept)
 
 
-for _name in ("alpha_dropout", "feature_alpha_dropout"):
-    _draw = getattr(torch, _name)
-    rule(_draw)(lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train, False))
-    rule(getattr(torch, _name + "_"))(
-        lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train, True)
-    )
+for _draw in (torch.alpha_dropout, torch.feature_alpha_dropout):
+    rule(_draw)(lambda x, p, train, _draw=_draw: _alpha_masked(_draw, x, p, train))
 
 # -- activations with a fused op --------------------------------------------------------------------------------------
 
-
-def write_back(x: Dual, function: Callable[[Dual], Dual]) -> Dual:
-    """`function` in place: computed from a clone, because its backward needs the values that are overwritten."""
-    x.stacked.copy_(function(Dual(x.stacked.clone())).stacked)
-    return x
-
-
 rule("gelu", kind="op")(lambda x, approximate="none": activation.gelu(x, approximate))
-rule("gelu_", kind="op")(
-    lambda x, approximate="none": write_back(x, lambda z: activation.gelu(z, approximate))
-)
 for _name in ("silu", "relu", "tanh", "sigmoid"):
-
-    def _fused(x: Dual, inplace: bool = False, _name: str = _name) -> Dual:
-        function = getattr(activation, _name)
-        return write_back(x, function) if inplace else function(x)
-
-    rule(_name, kind="op")(_fused)
-    for _function in functions_named(_name + "_"):
-        rule(_function, kind="op")(lambda x, _fused=_fused: _fused(x, inplace=True))
+    rule(_name, kind="op")(lambda x, _name=_name: getattr(activation, _name)(x))
 
 # -- activations by their derivative ----------------------------------------------------------------------------------
 
@@ -198,6 +166,12 @@ def _between(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return ((x > low) & (x < high)).to(x.dtype)
 
 
+def _hardtanh_slope(x: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0) -> torch.Tensor:
+    if min_val > max_val:
+        raise ValueError(f"min_val of hardtanh must not be above max_val ({max_val}), got {min_val}.")
+    return _between(x, min_val, max_val)
+
+
 _SELU_SCALE = 1.0507009873554805
 _SLOPES: dict[str, Callable[..., torch.Tensor]] = {
     "celu": lambda x, alpha=1.0: _elu_slope(x, alpha, 1.0, 1.0 / alpha),
@@ -205,7 +179,7 @@ _SLOPES: dict[str, Callable[..., torch.Tensor]] = {
     "hardshrink": lambda x, lambd=0.5: (x.abs() > lambd).to(x.dtype),
     "hardsigmoid": lambda x: _between(x, -3, 3) / 6,
     "hardswish": _hardswish_slope,
-    "hardtanh": lambda x, min_val=-1.0, max_val=1.0: _between(x, min_val, max_val),
+    "hardtanh": _hardtanh_slope,
     "leaky_relu": lambda x, negative_slope=0.01: torch.where(x > 0, torch.ones_like(x), negative_slope),
     "mish": _mish_slope,
     "relu6": lambda x: _between(x, 0, 6),
@@ -221,39 +195,23 @@ assert math.isclose(_ALPHA, _SELU_SCALE * 1.6732632423543772, rel_tol=1e-12)
 def _activation(
     function: Callable[..., torch.Tensor], slope: Callable[..., torch.Tensor]
 ) -> Callable[..., Dual]:
-    def act(x: Dual, *args: Any, inplace: bool = False, **kwargs: Any) -> Dual:
-        pointwise = elementwise(
-            lambda p: function(p, *args, **kwargs), lambda out, p: slope(p, *args, **kwargs)
+    def act(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+        return elementwise(lambda p: function(p, *args, **kwargs), lambda out, p: slope(p, *args, **kwargs))(
+            x
         )
-        return write_back(x, pointwise) if inplace else pointwise(x)
 
     return act
-
-
-def _hardtanh(x: Dual, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Dual:
-    if min_val > max_val:
-        raise ValueError(f"min_val of hardtanh must not be above max_val ({max_val}), got {min_val}.")
-    act = _activation(NN.hardtanh, _SLOPES["hardtanh"])
-    return act(x, min_val, max_val, inplace=inplace)
 
 
 for _name, _slope in _SLOPES.items():
     # the builtin behind the wrapper has arguments that the wrapper lacks (elu: scale, input_scale)
     _plain = getattr(NN, _name, None) or getattr(torch, _name, None) or getattr(F, _name)
-    _act = _activation(_plain, _slope)
-    rule(_name)(_act)
-    for _function in functions_named(_name + "_"):
-        rule(_function)(lambda x, *args, _act=_act, **kwargs: _act(x, *args, inplace=True, **kwargs))
+    rule(_name)(_activation(_plain, _slope))
 
 
 rule("tanhshrink")(
     lambda x: elementwise(torch.nn.functional.tanhshrink, lambda out, p: p.tanh().square())(as_now(x))
 )
-
-
-rule("hardtanh")(_hardtanh)
-for _function in functions_named("hardtanh_"):
-    rule(_function)(lambda x, min_val=-1.0, max_val=1.0: _hardtanh(x, min_val, max_val, True))
 
 
 @rule("glu", kind="op")
@@ -285,7 +243,6 @@ def _rrelu(
     lower: float = 1 / 8,
     upper: float = 1 / 3,
     training: bool = False,
-    inplace: bool = False,
     generator: torch.Generator | None = None,
 ) -> Dual:
     """The slopes are drawn once, where the primal is not positive as torch does, and shared with the tangents."""
@@ -297,10 +254,31 @@ def _rrelu(
         torch.ops.aten.rrelu_with_noise(primal, slopes, lower, upper, True, generator)
     else:
         slopes = torch.full_like(primal, (lower + upper) / 2).masked_fill_(primal > 0, 1.0)
-    if inplace:
-        x.stacked.mul_(slopes)
-        return x
     return Dual(x.stacked * slopes)
 
 
-rule(torch.rrelu_)(lambda x, *args, **kwargs: _rrelu(x, *args, **kwargs, inplace=True))
+# -- the argument ``inplace`` -----------------------------------------------------------------------------------------
+
+
+def _with_inplace(function: Callable[..., Any]) -> None:
+    """Let the rule of a function of ``torch.nn.functional`` take its argument ``inplace``, by position too."""
+    outside, kind = RULES[function], KINDS[function]
+    place = list(inspect.signature(function).parameters).index("inplace") - 1
+
+    def either(x: Dual, *args: Any, inplace: bool = False, **kwargs: Any) -> Dual:
+        if len(args) > place:
+            args, inplace = args[:place], args[place]
+        if not inplace:
+            return outside(x, *args, **kwargs)
+        # from a clone, because the backward needs the values that are overwritten
+        x.stacked.copy_(outside(Dual(x.stacked.clone()), *args, **kwargs).stacked)
+        return x
+
+    rule(function, kind=kind)(either)
+
+
+_INPLACE = """
+celu dropout elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 rrelu selu silu threshold
+""".split()
+for _name in _INPLACE:
+    _with_inplace(getattr(F, _name))

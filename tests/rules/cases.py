@@ -107,6 +107,7 @@ softplus softshrink softsign tanhshrink""".split():
     )
 case("F.gelu(tanh)", lambda x: F.gelu(x, approximate="tanh"), X)
 case("F.threshold", lambda x: F.threshold(x, 0.1, 20.0), X)
+case("torch.threshold", lambda x: torch.threshold(x, 0.1, 20.0), X)
 case("F.glu", F.glu, X, up=False)
 case("F.prelu", F.prelu, X, rand(4), duals=BOTH)
 case("F.rrelu", lambda x: F.rrelu(x, 0.2, 0.2, training=True), X)

@@ -264,3 +264,27 @@ def test_linear_cross_entropy_is_exact() -> None:
     target = torch.tensor([1, 0, 4])
     args = (torch.randn(3, 4).double(), torch.randn(5, 4).double())
     check(lambda x, w: F.linear_cross_entropy(x, w, target), args, 2, duals=(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ELU(0.7),
+        nn.CELU(0.7, inplace=True),
+        nn.LeakyReLU(0.2),
+        nn.Hardtanh(-0.5, 0.5),
+        nn.RReLU(inplace=True).eval(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_torch_compile_gives_the_argument_inplace_by_position(layer: nn.Module) -> None:
+    """The builtins have another argument in its place: the scale of ELU, for example."""
+
+    def parts(x: Tensor, v: Tensor) -> Tensor:
+        return layer(dual(x, v) * 1).stacked
+
+    x, v = torch.randn(2, 5), torch.randn(2, 5)
+    torch.compiler.reset()
+    compiled = torch.compile(parts, backend="eager", fullgraph=True)(x, v)
+    torch.testing.assert_close(compiled, parts(x, v))
