@@ -30,7 +30,6 @@ import torch._lowrank
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
-from torch.nn import _reduction
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils.hooks import BackwardHook
@@ -93,10 +92,6 @@ ALL_REDUCE = "torch.distributed.nn.functional._AllReduce"
 
 #: ``(condition, message)``: an assertion on a device, without waiting for it
 assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
-
-#: string of ``size_average`` and ``reduce``; number of ``reduction`` as torch's builtins take it
-reduction_name: Callable[[bool | None, bool | None], str] = _reduction.legacy_get_string
-reduction_kind: Callable[[str], int] = _reduction.get_enum
 
 
 def has_memory(t: torch.Tensor) -> bool:

@@ -261,3 +261,9 @@ def recast(stacked: torch.Tensor) -> Any:
 def lift(x: torch.Tensor, k: int) -> Dual:
     """A Dual with zero tangents."""
     return Dual(torch.cat([x.unsqueeze(0), x.new_zeros((k, *x.shape))]))
+
+
+def stacks(*values: Any) -> list[torch.Tensor]:
+    """The stacks of Duals, and of tensors beside them, whose tangents are zero."""
+    k = num_tangents(*values)
+    return [x.stacked if is_dual(x) else lift(x, k).stacked for x in values]

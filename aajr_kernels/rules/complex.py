@@ -22,12 +22,11 @@ from .common import (
     elementwise,
     is_dual,
     join,
-    lift,
     ndim_of,
-    num_tangents,
     once_rounded,
     per_slice,
     split,
+    stacks,
 )
 from .matmul import bilinear
 from .pointwise import UNARY
@@ -109,9 +108,7 @@ def _view_as_complex(x: Dual) -> Dual:
 
 @both("complex")
 def _complex(real: Any, imag: Any) -> Dual:
-    k = num_tangents(real, imag)
-    a, b = ((x if is_dual(x) else lift(x, k)).stacked for x in (real, imag))
-    n = ndim_of(real, imag)
+    (a, b), n = stacks(real, imag), ndim_of(real, imag)
     return Dual(torch.complex(align(a, n), align(b, n)))
 
 

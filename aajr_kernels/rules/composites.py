@@ -42,7 +42,7 @@ def ungated(function: types.FunctionType, **instead: Any) -> Callable[..., Any]:
 
 
 COMPOSITES = """
-alpha_dropout binary_cross_entropy binary_cross_entropy_with_logits dropout1d dropout2d dropout3d
+alpha_dropout binary_cross_entropy binary_cross_entropy_with_logits cross_entropy dropout1d dropout2d dropout3d
 feature_alpha_dropout gaussian_nll_loss gumbel_softmax huber_loss kl_div l1_loss linear_cross_entropy?
 local_response_norm lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d mse_loss
 multilabel_soft_margin_loss nll_loss normalize smooth_l1_loss soft_margin_loss
@@ -90,12 +90,13 @@ def _sdpa(
     return out.reshape(*(*lead, heads)[len(lead) + 3 - dims :], *out.shape[-2:])
 
 
-def _attention_weights(scores: Any, dim: int) -> Any:
+@rule(torch.ops.aten._safe_softmax, torch.ops.aten._safe_softmax.default)
+def _attention_weights(scores: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
     """Softmax of masked scores over the keys `dim`, where a row without any visible key gives zeros."""
     if scores.shape[dim] == 0:
         return scores
     empty = (primal_of(scores) == -math.inf).all(dim, keepdim=True)
-    return F.softmax(scores.masked_fill(empty, 0.0), dim).masked_fill(empty, 0.0)
+    return torch.softmax(scores.masked_fill(empty, 0.0), dim, dtype).masked_fill(empty, 0.0)
 
 
 def dtype_of_mask(mask: Any) -> torch.dtype | None:

@@ -101,11 +101,8 @@ def _max_pool(name: str, spatial: int) -> None:
         kwargs["return_indices"] = True
         with torch.no_grad():
             indices = pool(x.stacked[0], *args, **kwargs)[1]
-        flat = indices.flatten(-spatial).expand(
-            x.stacked.shape[0], *indices.shape[: indices.dim() - spatial], -1
-        )
-        values = x.stacked.flatten(-spatial).gather(-1, flat)
-        return Dual(values.unflatten(-1, indices.shape[-spatial:])), indices
+        values = x.flatten(-spatial).gather(-1, indices.flatten(-spatial))
+        return values.unflatten(-1, indices.shape[-spatial:]), indices
 
     def values(x: Dual, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
         result = with_indices(x, *args, **kwargs)

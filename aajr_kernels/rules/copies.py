@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..backends.errors import UnsupportedOperation
 from ..torch_private import MASKED_INDEX, MASKED_INDEX_PUT
-from .common import Dual, axis, is_dual, join, lift, num_tangents, per_slice, primal_of, split
+from .common import Dual, axis, is_dual, join, lift, num_tangents, per_slice, primal_of, split, stacks
 from .registry import KINDS, RULES, functions_named, rule
 
 # -- splits by axis ---------------------------------------------------------------------------------------------------
@@ -65,8 +65,7 @@ def _as_strided(x: Dual, size: Any, stride: Any, storage_offset: int | None = No
 @rule("as_strided_scatter", kind="view")
 def _as_strided_scatter(x: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None) -> Dual:
     """Written by position: torch's own gradient of it is wrong for a part of a larger storage."""
-    k = num_tangents(x, src)
-    x, src = ((v if is_dual(v) else lift(v, k)) for v in (x, src))
+    x, src = (Dual(stack) for stack in stacks(x, src))
     if tuple(src.shape) != tuple(size):
         raise RuntimeError(
             f"src of as_strided_scatter must be of shape {tuple(size)}, got {tuple(src.shape)}."
@@ -78,8 +77,8 @@ def _as_strided_scatter(x: Any, src: Any, size: Any, stride: Any, storage_offset
     offset = storage_offset or 0
     _strides(Dual(x.stacked.detach().clone()), size, stride, offset)  # raises for elements beyond the primal
     places = torch.arange(max(x.numel(), 1), device=x.device).as_strided(tuple(size), tuple(stride), offset)
-    flat = x.stacked.reshape(k + 1, -1)
-    written = flat.index_copy(1, places.reshape(-1), src.stacked.clone().reshape(k + 1, -1))
+    flat = x.stacked.flatten(1)
+    written = flat.index_copy(1, places.reshape(-1), src.stacked.clone().flatten(1))
     return Dual(written.reshape(x.stacked.shape))
 
 
@@ -163,8 +162,7 @@ def _masked_index(x: Dual, mask: torch.Tensor, indices: Any, fill: Any) -> Dual:
 
 @rule(MASKED_INDEX_PUT)
 def _masked_index_put(x: Any, mask: torch.Tensor, indices: Any, values: Any) -> Dual:
-    k = num_tangents(x, values)
-    pairs = zip(*((v if is_dual(v) else lift(v, k)).stacked.unbind(0) for v in (x, values)))
+    pairs = zip(*(stack.unbind(0) for stack in stacks(x, values)))
     return Dual(torch.stack([MASKED_INDEX_PUT(p, mask, indices, v) for p, v in pairs]))
 
 
@@ -180,13 +178,6 @@ def _aten(name: str) -> tuple[Callable[..., Any], ...]:
 def _softmax_backward(grad_output: Any, output: Any, dim: int, input_dtype: torch.dtype) -> Any:
     weighted = grad_output * output
     return (weighted - output * weighted.sum(dim, keepdim=True)).to(input_dtype)
-
-
-@rule(*_aten("_safe_softmax"))
-def _safe_softmax(x: Dual, dim: int, dtype: torch.dtype | None = None) -> Any:
-    """Softmax that is zero along rows of −∞ only."""
-    masked = (x.primal.detach() == float("-inf")).all(dim, keepdim=True)
-    return torch.softmax(x.masked_fill(masked, 0.0), dim, dtype).masked_fill(masked, 0.0)
 
 
 @rule(*_aten("max_pool2d_with_indices_backward"))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backends.errors import UnsupportedOperation
-from ..torch_private import NN, reduction_kind, reduction_name
+from ..torch_private import NN
 from .common import Dual, any_low, elementwise, is_dual, once_rounded, per_slice, primal_of
 from .registry import rule
 
@@ -108,23 +108,6 @@ def _against_probabilities(
     if weight is not None:
         target = target * weight.reshape(-1, *(1,) * (logits.dim() - 1 - axis))
     return _reduced(-(torch.log_softmax(logits, axis) * target).sum(axis), reduction)
-
-
-@rule(F.cross_entropy, kind="op")
-def _functional_cross_entropy(
-    input: Any,
-    target: Any,
-    weight: torch.Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    if size_average is not None or reduce is not None:
-        reduction = reduction_name(size_average, reduce)
-    kind = reduction_kind(reduction)
-    return _cross_entropy(input, target, weight, kind, ignore_index, label_smoothing)
 
 
 # -- pointwise losses -------------------------------------------------------------------------------------------------

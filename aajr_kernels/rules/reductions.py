@@ -124,11 +124,6 @@ def _cumprod(x: Dual, dim: int) -> Dual:
 # -- extrema ----------------------------------------------------------------------------------------------------------
 
 
-def _pick(x: Dual, index: torch.Tensor, dim: int) -> Dual:
-    index = index.unsqueeze(0).expand(x.stacked.shape[0], *index.shape)
-    return Dual(as_now(x).stacked.gather(axis(x, dim), index))
-
-
 def _extremum(name: str, shared: Callable[[Any], Any], pairwise: Callable[[Any, Any], Any]) -> None:
     """max and min: of all values `shared` by ties, along an axis, or of two operands."""
     function = getattr(torch, name)
@@ -143,7 +138,7 @@ def _extremum(name: str, shared: Callable[[Any], Any], pairwise: Callable[[Any, 
         if x.dim() == 0:
             return named((x, torch.zeros((), dtype=torch.long, device=x.device)))
         index = function(x.primal.detach(), dim, True).indices
-        values = _pick(x, index, dim)
+        values = as_now(x).gather(dim, index)
         if not keepdim:
             values, index = values.squeeze(dim), index.squeeze(dim)
         return named((values, index))
@@ -198,7 +193,7 @@ def _ordered(name: str) -> None:
         if x.dim() == 0:
             return type(result)((x, index))
         squeezed = index.dim() < x.dim()
-        values = _pick(x, index.unsqueeze(dim) if squeezed else index, dim)
+        values = as_now(x).gather(dim, index.unsqueeze(dim) if squeezed else index)
         return type(result)((values.squeeze(dim) if squeezed else values, index))
 
     rule(name)(rule_)

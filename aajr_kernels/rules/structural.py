@@ -29,6 +29,7 @@ from .common import (
     settled,
     sizes_of,
     split,
+    stacks,
 )
 from .registry import rule
 
@@ -257,26 +258,23 @@ def _pad(x: Dual, pad: Sequence[int], mode: str = "constant", value: float | Non
 # -- joins ------------------------------------------------------------------------------------------------------------
 
 
-def _lifted(tensors: Sequence[Any], k: int) -> list[torch.Tensor]:
-    return [t.stacked if is_dual(t) else lift(t, k).stacked for t in tensors]
-
-
 @rule("cat", "concat", "concatenate", kind="view")
 def _cat(tensors: Sequence[Any], dim: int = 0) -> Dual:
     # torch ignores the shapeless empty tensor that key-value caches start from
+    k = num_tangents(*tensors)
     kept = [t for t in tensors if tuple(t.shape) != (0,)] or list(tensors)[:1]
-    stacks = _lifted(kept, num_tangents(*tensors))
-    if not -stacks[0].dim() < dim < stacks[0].dim() - 1:
-        raise IndexError(f"dim must be in [{1 - stacks[0].dim()}, {stacks[0].dim() - 2}], got {dim}.")
-    return Dual(torch.cat(stacks, dim + 1 if dim >= 0 else dim))
+    joined = [t.stacked if is_dual(t) else lift(t, k).stacked for t in kept]
+    if not -joined[0].dim() < dim < joined[0].dim() - 1:
+        raise IndexError(f"dim must be in [{1 - joined[0].dim()}, {joined[0].dim() - 2}], got {dim}.")
+    return Dual(torch.cat(joined, dim + 1 if dim >= 0 else dim))
 
 
 @rule("stack", kind="view")
 def _stack(tensors: Sequence[Any], dim: int = 0) -> Dual:
-    stacks = _lifted(tensors, num_tangents(*tensors))
-    if not -stacks[0].dim() <= dim < stacks[0].dim():
-        raise IndexError(f"dim must be in [{-stacks[0].dim()}, {stacks[0].dim() - 1}], got {dim}.")
-    return Dual(torch.stack(stacks, dim + 1 if dim >= 0 else dim))
+    joined = stacks(*tensors)
+    if not -joined[0].dim() <= dim < joined[0].dim():
+        raise IndexError(f"dim must be in [{-joined[0].dim()}, {joined[0].dim() - 1}], got {dim}.")
+    return Dual(torch.stack(joined, dim + 1 if dim >= 0 else dim))
 
 
 def _with_axes(x: Any, n: int) -> Any:
