@@ -53,7 +53,7 @@ def device(monkeypatch, tmp_path):
     return commands
 
 
-#: the kernels in Triton, which synchronise by themselves, go through memcheck alone
+#: the kernels in Triton, which synchronise by themselves, go through memcheck only
 SANITIZED = [
     f"compute-sanitizer {tool}" for tool in ("memcheck, 2 tests", "racecheck, 1 tests", "initcheck, 1 tests")
 ]

@@ -1,4 +1,4 @@
-"""The import graph: which layer may import which, what stays lazy, and that the package stands on torch alone.
+"""The import graph: which layer may import which, what stays lazy, and that the package needs only torch.
 
 Read from the syntax trees, so an import inside a function counts too; only those under TYPE_CHECKING do not.
 """

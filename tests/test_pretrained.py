@@ -107,7 +107,7 @@ def test_float32_is_within_the_budget(subject, directions, exact):
 
 @pytest.mark.slow
 def test_the_oracle_agrees_with_finite_differences(subject, directions, exact):
-    """The penalty of the real model along a random change of all weights, from values alone."""
+    """The penalty of the real model along a random change of all weights, from values only."""
     double = subject.double()
     v, probe = (t.double() for t in directions)
     generator = torch.Generator().manual_seed(6)

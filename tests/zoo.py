@@ -1,4 +1,4 @@
-"""The zoo: tiny models of every family, built from their configurations alone (nothing is downloaded).
+"""The zoo: tiny models of every family, built from their configurations (nothing is downloaded).
 
 Every parameter is random and non-constant, norm weights and biases included; sequences are of odd length and longer
 than the sliding window. The models are the unmodified classes of transformers and torch, in eval mode.

@@ -17,7 +17,7 @@ struct Pointwise {
   DType dtype;
   int64_t tangents;
   RowLayout layout;
-  Stream x, y_bar;  // y_bar in the backward alone
+  Stream x, y_bar;  // y_bar only in the backward
   Stream out;       // y, or x_bar
   int threads;
 };

@@ -238,7 +238,7 @@ struct BackwardChunk {
   }
 };
 
-// h_bar[1 + k] = 2 q_bar ḣ, added to what is there where the loss has written the primal alone
+// h_bar[1 + k] = 2 q_bar ḣ, added to what is there where the loss has written only the primal
 void pull_norms(const HeadBackward& p) {
   Scratch<float> row(round_up(p.size, W));
   for (int64_t s = 1; s < p.stacks; ++s)

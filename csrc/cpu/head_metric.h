@@ -288,7 +288,7 @@ inline void to_cotangents(const Layout& l, Metric metric, float* tile, int64_t w
     run(cotangents_of_tile<Metric::logits, true, false>, cotangents_of_tile<Metric::logits, true, true>);
   else if (metric == Metric::probs)
     run(cotangents_of_tile<Metric::probs, true, false>, cotangents_of_tile<Metric::probs, true, true>);
-  else  // without tangents, as for l2, the loss alone
+  else  // without tangents, as for l2, only the loss
     run(cotangents_of_tile<Metric::fisher, true, false>, cotangents_of_tile<Metric::fisher, true, true>);
   // what is left of the columns pads them to whole panels; their products are zero, or NaN where a weight is not finite
   for (int64_t j = l.active.count() * l.block; j < l.columns; j += W)

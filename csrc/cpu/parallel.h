@@ -46,7 +46,7 @@ inline void parallel_dynamic(int64_t n, int threads, const Body& body) {
 }
 
 // body(first, last, part) for `parts` contiguous shares of [0, n), parts <= threads; a share may be empty only if n is
-// smaller than parts. The shares depend on n and the thread count alone.
+// smaller than parts. The shares depend only on n and the thread count.
 template <class Body>
 inline void parallel_ranges(int64_t n, int threads, const Body& body) {
   const int64_t parts = threads > n ? (n > 0 ? n : 1) : threads;

@@ -17,7 +17,7 @@ struct Sensitivity {
   DType dtype;
   int64_t tangents;
   RowLayout layout;
-  Stream y, y_bar;     // y_bar in the backward alone
+  Stream y, y_bar;     // y_bar only in the backward
   float* q;            // [K, rows], dense; forward
   const float* q_bar;  // the same; backward
   int threads;
@@ -27,7 +27,7 @@ struct Softmax {
   DType dtype;
   int64_t tangents;
   RowLayout layout;
-  Stream x, y, x_bar;  // y is its cotangent in the backward, x_bar in the backward alone
+  Stream x, y, x_bar;  // y is its cotangent in the backward, x_bar only there
   int threads;
 };
 

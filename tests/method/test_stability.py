@@ -155,7 +155,7 @@ def test_rows_that_do_not_move_are_left_out():
     assert not report.moved[:, 1].any() and not report.violated[:, 1].any()
     assert (report.kappa[:, 1] == 0).all() and torch.isinf(report.eta_max[:, 1]).all()
     assert torch.isnan(report.alignment[:, 1]).all()
-    assert report.summary()["violated_fraction"] == 1.0  # of row 0 alone
+    assert report.summary()["violated_fraction"] == 1.0  # of row 0 only
 
 
 def jacobian(policy, p):

@@ -200,7 +200,7 @@ def test_linear_in_the_tangents_and_adjoint():
     cotangent = torch.randn_like(out[0])
     out_bar = torch.zeros_like(out)
     out_bar[0] = (
-        cotangent  # the primal's cotangent alone is ordinary reverse mode, the transpose of forward mode
+        cotangent  # only the primal's cotangent: ordinary reverse mode, the transpose of forward mode
     )
     grads = case.gradients(out, out_bar)
     pulled = sum((grads[n][0] * x[1]).sum() for n, x in case.leaves.items())

@@ -2,7 +2,7 @@
 
 Inputs are float64 tensors; values keep clear of kinks (|x| > 0.1, no ties) so that differences mean something.
 `duals` says which inputs become Duals (default the first), `up=False` that upstream's own reverse-over-forward is
-wrong, missing or imprecise, so that finite differences alone are the oracle, `low=False` that torch has too few kernels
+wrong, missing or imprecise, so that only finite differences are the oracle, `low=False` that torch has too few kernels
 of complex32 for a comparison in low precision.
 """
 

@@ -1,4 +1,4 @@
-"""A Dual whose stack holds the primal alone: every rule gives the plain result, as a Dual without tangents."""
+"""A Dual whose stack holds only the primal: every rule gives the plain result, as a Dual without tangents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels of one call of attention share: sizes, constants, scalars, descriptors."""
+"""Shared by the kernels of one call of attention: sizes, constants, scalars, descriptors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def block_size(features: int) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """What all kernels of one call share."""
+    """Arguments that all kernels of one call share."""
 
     q: Tensor
     k: Tensor
@@ -60,7 +60,7 @@ class Problem:
 
     @property
     def busy(self) -> str:
-        """What stands between the products and the weights and takes most registers, or nothing."""
+        """Step between the products and the weights that takes most registers, or an empty string."""
         options = self.options
         present = {
             "bias": self.mask_kind == 2,
