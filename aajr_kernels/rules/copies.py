@@ -77,8 +77,9 @@ def _as_strided_scatter(x: Any, src: Any, size: Any, stride: Any, storage_offset
     offset = storage_offset or 0
     _strides(Dual(x.stacked.detach().clone()), size, stride, offset)  # raises for elements beyond the primal
     places = torch.arange(max(x.numel(), 1), device=x.device).as_strided(tuple(size), tuple(stride), offset)
-    flat = x.stacked.flatten(1)
-    written = flat.index_copy(1, places.reshape(-1), src.stacked.clone().flatten(1))
+    count = len(x.stacked)
+    flat = x.stacked.reshape(count, -1)
+    written = flat.index_copy(1, places.reshape(-1), src.stacked.clone().reshape(count, -1))
     return Dual(written.reshape(x.stacked.shape))
 
 

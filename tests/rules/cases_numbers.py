@@ -256,6 +256,11 @@ case(
     X, Y[:2, :2].contiguous(), duals=BOTH, up=False,
 )  # fmt: skip
 case(
+    "as_strided_scatter(no axes)",
+    lambda x, y: torch.as_strided_scatter(x.sum(), y.sum(), (), ()),
+    X, Y, duals=BOTH, up=False,
+)  # fmt: skip
+case(
     "_batch_norm_with_update",
     lambda x: torch.ops.aten._batch_norm_with_update(x, W, V, P[0] * 0, P[0] * 1, 0.1, 1e-5),
     IMG, up=False,
