@@ -51,13 +51,13 @@ def page(title: str, sections: Sequence[Section], facts: str) -> str:
 
 def _sheet(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> Table:
     """A table with a title, a first column of text, others of numbers, and one or two sentences below it."""
-    made = table(
+    sheet = table(
         columns[:1], columns[1:], title=title, title_justify="left", title_style="bold", caption=note
     )
-    made.caption_justify, made.caption_style = "left", "dim"
+    sheet.caption_justify, sheet.caption_style = "left", "dim"
     for row in rows:
-        made.add_row(*row)
-    return made
+        sheet.add_row(*row)
+    return sheet
 
 
 def _above(share: float | None) -> str:

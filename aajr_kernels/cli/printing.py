@@ -22,12 +22,12 @@ RESULTS = {
 
 def table(texts: Sequence[str], numbers: Sequence[str], **options: Any) -> Table:
     """An empty table: columns of text, then columns of numbers; options of :class:`rich.table.Table`."""
-    made = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1), **options)
+    sheet = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 1), **options)
     for column in texts:
-        made.add_column(column, no_wrap=True)
+        sheet.add_column(column, no_wrap=True)
     for column in numbers:
-        made.add_column(column, no_wrap=True, justify="right")
-    return made
+        sheet.add_column(column, no_wrap=True, justify="right")
+    return sheet
 
 
 def say(console: Console, text: str) -> None:

@@ -175,7 +175,7 @@ def validate_model(
         peers = PEERS if dtype == torch.float32 else {}
         for way, compute in {"unmodified": _ours, "fused": _ours, **peers}.items():
             advance(f"{way} {name}")
-            check = Check(way, name, *(("cpu", "shown") if way in peers else (device, "pass")))
+            check = Check(way, name, "cpu", "shown") if way in peers else Check(way, name, device)
             placed = subject.placed(check.device, dtype, weights)
             try:
                 if way == "fused" and not _fuse(placed, report):
