@@ -70,25 +70,21 @@ class HeadFunction(torch.autograd.Function):
 
 def common_factor(got: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> float | None:
     """The number c with got = c expected up to the rounding of a few operations, or None; None stands for zeros."""
-    given, wanted = [], []
-    for g, e in zip(got, expected):
-        present = g if e is None else e
-        if present is not None:
-            zeros = torch.zeros_like(present)
-            given.append((zeros if g is None else g).flatten())
-            wanted.append((zeros if e is None else e).flatten())
-    return _ratio(torch.cat(given).double(), torch.cat(wanted).double())
-
-
-def _ratio(given: Tensor, wanted: Tensor) -> float | None:
-    if given.is_meta:  # nothing is computed
+    present = [(g, e) for g, e in zip(got, expected) if g is not None or e is not None]
+    actual = torch.cat([_or_zeros(g, e) for g, e in present]).double()
+    target = torch.cat([_or_zeros(e, g) for g, e in present]).double()
+    if actual.is_meta:  # nothing is computed
         return 1.0
-    largest = wanted.abs().argmax().unsqueeze(0)
-    factor = given.gather(0, largest) / wanted.gather(0, largest)
-    scaled = factor * wanted
-    same = ((given - scaled).abs() <= 2.0**-21 * scaled.abs()).all() & factor.isfinite()  # false for NaN
+    largest = target.abs().argmax().unsqueeze(0)
+    factor = actual.gather(0, largest) / target.gather(0, largest)
+    scaled = factor * target
+    same = ((actual - scaled).abs() <= 2.0**-21 * scaled.abs()).all() & factor.isfinite()  # false for NaN
     number, proportional = torch.cat([factor, same.double()]).tolist()  # the one wait for the device
     return number if proportional else None
+
+
+def _or_zeros(t: Tensor | None, like: Tensor | None) -> Tensor:
+    return (torch.zeros_like(like) if t is None and like is not None else t).flatten()  # type: ignore[union-attr]
 
 
 def trial(
@@ -105,9 +101,12 @@ def trial(
 ) -> Trial:
     """A small problem for the first-use check; sizes: stacks, hidden features. The dtypes are equal."""
     stacks, size = sizes or (2, 128)
-    dtype, tokens, words = dtypes[0], 37, 301
-    operands = {"hidden": draw(dtype, stacks, tokens, size), "weight": draw(dtype, words, size) * size**-0.5}
-    operands["bias"] = draw(dtype if biased else None, words)
+    dtype, tokens, vocab_size = dtypes[0], 37, 301
+    operands = {
+        "hidden": draw(dtype, stacks, tokens, size),
+        "weight": draw(dtype, vocab_size, size) * size**-0.5,
+    }
+    operands["bias"] = draw(dtype if biased else None, vocab_size)
     labels = torch.arange(tokens, device=operands["hidden"].device) if labelled else None
     options = metric, 0.5 if scaled else 1.0, 3.0 if capped else None, 3  # the label 3 is ignored
 

@@ -81,21 +81,6 @@ class Problem:
             z_bar *= self.scale
 
 
-@dataclass
-class Statistics:
-    """Per-row results of the stream; ``[T]`` unless said otherwise.
-
-    ``lse`` is log Σ e^z; ``reference + mean`` is μ ``[K, T]``; ``q`` ``[K, T]``; ``kappa`` ``[K, T]`` for ``probs``.
-    """
-
-    lse: Tensor
-    reference: Tensor
-    mean: Tensor
-    q: Tensor
-    kappa: Tensor
-    nll: Tensor | None = None
-
-
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -176,7 +161,8 @@ class _Stream:
         if self.metric == "probs":
             self.second.merge(w.square_(), shifted, decay * decay)
 
-    def finish(self) -> Statistics:
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Statistics ``[1 + 4K, t]``, see :func:`head_fwd`, and the loss of every token."""
         total, mean = self.first.weight, self.first.mean
         lse = self.peak + total.log()
         q, kappa = self.norm, torch.zeros_like(self.norm)
@@ -189,7 +175,7 @@ class _Stream:
             kappa = mass * gap
         reference = self.reference if self.reference is not None else torch.zeros_like(mean)
         nll = None if self.labels is None else lse - self.at_label
-        return Statistics(lse, reference, mean, q, kappa, nll)
+        return torch.cat([lse.unsqueeze(0), reference, mean, q, kappa]), nll
 
 
 def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -199,8 +185,8 @@ def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         operands: the fields of a :class:`Problem`.
 
     Returns:
-        q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[1 + 4K, T]`` that the backward needs (lse, then
-        reference, mean, q and kappa per tangent), all float32 (float64).
+        q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[1 + 4K, T]`` that the backward needs: lse = log Σ e^z,
+        then per tangent the reference, the mean (their sum is μ), q and, for ``probs``, κ; all float32 (float64).
     """
     p = Problem(*operands)
     k, labels = p.stacks - 1, p.labels
@@ -216,11 +202,9 @@ def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
             stream.norm = _wide(p.h[1:, rows]).square().sum(-1)
         for columns in column_blocks:
             stream.add(p.logits(hs, columns), columns)
-        result = stream.finish()
-        stats[0, rows] = result.lse
-        stats[1:, rows] = torch.cat([result.reference, result.mean, result.q, result.kappa])
-        if labels is not None and nll is not None and result.nll is not None:
-            nll[rows] = result.nll.masked_fill(labels[rows] == p.ignore_index, 0.0)
+        stats[:, rows], loss = stream.finish()
+        if labels is not None and nll is not None and loss is not None:
+            nll[rows] = loss.masked_fill(labels[rows] == p.ignore_index, 0.0)
     return stats[1 + 2 * k : 1 + 3 * k].clone(), nll, stats
 
 

@@ -1,19 +1,19 @@
 """The streamed head on GPUs: tiles of logits in registers; contracts are those of :mod:`.reference`.
 
-What is chosen, and why (K = 1, C hidden, V words; bf16 at 600 TFLOP/s and 3 TB/s, where a plain head forms 3 products
+Forms of the passes (K = 1, C hidden, V words; bf16 at 600 TFLOP/s and 3 TB/s, where a plain head forms 3 products
 and moves some 16 bytes per token and word):
 
 - *Forward*: a fused kernel, 2 products (logits, their tangents) and no traffic but statistics per token and share of
   the vocabulary, merged by a second kernel in a fixed order. Logits written out by a library's product would cost
   16 bytes per token and word at the least, as much time as a product with C = 1600.
-- *Backward* over blocks of words: a fused kernel forms the tile again (2 products) and writes the cotangents in the
-  dtype of the inputs; cuBLAS takes the other 4 products from there, with float32 sums. A block of words gives its rows
-  of the weight's gradient whole, so that only the gradient of h, linear in the tokens, is summed in memory. 8 products.
+- *Backward* over blocks of columns: a fused kernel forms the tile again (2 products) and writes the cotangents in the
+  dtype of the inputs; cuBLAS takes the other 4 products from there, with float32 sums. A block gives its rows of the
+  weight's gradient whole, so that only the gradient of h, linear in the tokens, is summed in memory. 8 products.
 - *Joint* (the cotangents are expected): over blocks of tokens, the float32 logits of a block are kept between the two
   halves: 6 products, for 8 bytes per token, word and stack and for the weight's gradient, which is then summed in
   float32 once per block of tokens. Pays from C of about 1000 on, and with large blocks.
 
-Memory beside the results: cotangents of a block of words take `_CHUNK` bytes or as many as h, the sum of h's gradient
+Memory beside the results: cotangents of a block of columns take `_CHUNK` bytes or as many as h, the sum of h's gradient
 4 bytes an element, statistics at most 512 shares of a few numbers per token; the joint form adds the float32 sum of the
 weight's gradient and logits of `_KEPT_LEAST` to `_KEPT_MOST` bytes. Never tokens times vocabulary.
 """

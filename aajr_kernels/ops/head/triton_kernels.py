@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, assignment"
 """Device code of the streamed head (MATH.md section 6): tiles of logits, their statistics and their cotangents.
 
-A tile is ``[BT tokens, BV words]`` of the logits and of S - 1 of their tangents: S products that share the weight, in
+A tile is ``[BT tokens, BV columns]`` of the logits and of S - 1 of their tangents: S products that share the weight, in
 float32 registers. The forward reduces tiles to statistics per token and share of the vocabulary, the backward turns
 tiles into cotangents, which leave in the dtype of the inputs for the products that follow. What comes after the
 products works on halves or quarters of the columns, one after the other: a whole tile and its intermediate results
@@ -56,7 +56,7 @@ def _raw(
 ):  # fmt: skip
     """``scale · (W h + b)`` and the tangents from `tangent` on: S blocks ``[BT, BV]``.
 
-    Rows beyond the last token hold those of the next stack, words beyond the last any numbers.
+    Rows beyond the last token hold those of the next stack, columns beyond the last any numbers.
     """
     sums = ()
     for _i in tl.static_range(S):
@@ -101,7 +101,7 @@ def _cap(x, softcap):
 
 @triton.jit
 def _local_labels(labels, tokens, inside, V, ignore_index):
-    """Labels as int32, -1 where there is none, -2 where it is none of these words but of another process."""
+    """Labels as int32, -1 where there is none, -2 where it is none of these columns but of another process."""
     label = tl.load(labels + tokens, mask=inside, other=-1)
     known = tl.where((label >= 0) & (label < V), label, -2)
     return tl.where(label == ignore_index, -1, known).to(tl.int32)
@@ -131,7 +131,7 @@ def _take(
     """Statistics of columns taken in: `state` (peak, total, total under p², logit of the label), and per tangent
     `first` (reference, mean, square) and `second` (mean, square under p²)."""
     SOFTMAX: tl.constexpr = HAS_LABELS or METRIC >= 2
-    peak, total, second_total, found = state
+    peak, total, second_total, label_logit = state
     valid = (columns < V)[None, :]
     z = raw[0]
     if HAS_SOFTCAP:
@@ -141,7 +141,7 @@ def _take(
     if SOFTMAX:
         z = tl.where(valid, z, float("-inf"))
         if HAS_LABELS:
-            found += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
+            label_logit += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
         higher = tl.maximum(peak, tl.max(z, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # only -inf so far
         decay = tl.exp(peak - finite)
@@ -177,7 +177,7 @@ def _take(
                     _merge(second_before, second_mean, second_square * decay * decay, second_here, m, s),
                 )
         new_first = new_first + ((reference, mean, square),)
-    return (peak, total, second_total, found), new_first, new_second
+    return (peak, total, second_total, label_logit), new_first, new_second
 
 
 @triton.jit(

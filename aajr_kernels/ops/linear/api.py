@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,14 +14,10 @@ from ..checks import check_dtypes, refuse_duals
 from ..prepare import SHARDS, prepare
 from .function import LinearFunction
 
-
-@overload
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
-@overload
-def linear(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Dual: ...
+_T = TypeVar("_T", Tensor, Dual)
 
 
-def linear(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tensor | Dual:
+def linear(x: _T, weight: Tensor, bias: Tensor | None = None) -> _T:
     """Affine map ``y = x Wᵀ + b`` with tangent ``ẏ = ẋ Wᵀ``, as one matrix product over the stacked rows.
 
     Args:

@@ -111,8 +111,8 @@ def norm_bwd(
     if sum_weight or sum_bias:
         programs = min(programs, _PROGRAMS.get(arch, _PROGRAMS["sm_90"]))
     w_parts, b_parts = (
-        torch.empty((programs, size), dtype=torch.float32, device=x.device) if held else None
-        for held in (sum_weight, sum_bias)
+        torch.empty((programs, size), dtype=torch.float32, device=x.device) if summed else None
+        for summed in (sum_weight, sum_bias)
     )
     if need_x or sum_weight:
         gpu.launch(

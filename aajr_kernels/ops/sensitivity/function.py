@@ -62,12 +62,12 @@ class SoftmaxFunction(torch.autograd.Function):
 def trial(
     draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], metric: str
 ) -> Trial:
-    """A small problem for the first-use check; sizes: stacks, words; the metric is empty for the softmax."""
-    stacks, words = sizes or (2, 300)
+    """A small problem for the first-use check; sizes: stacks, classes; the metric is empty for the softmax."""
+    stacks, classes = sizes or (2, 300)
 
     def run(backend: str, y: Tensor) -> tuple[Tensor]:
         if metric:
             return (SensitivityFunction.apply(y, metric, backend),)
         return (SoftmaxFunction.apply(y, backend),)
 
-    return {"y": draw(dtypes[0], stacks, 5, words)}, run
+    return {"y": draw(dtypes[0], stacks, 5, classes)}, run
