@@ -171,7 +171,6 @@ def sandwich(
     output_loss: Loss,
     x: torch.Tensor,
     mask: torch.Tensor | None,
-    agents: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """‖Jᵀ∇L‖/‖∇L‖ and ‖Ju‖ per batch row, u the unit direction of the (masked) gradient over the whole row.
 
@@ -183,7 +182,7 @@ def sandwich(
         losses = checked_losses(output_loss(y), x.shape[0], "output_loss")
         assert isinstance(losses, torch.Tensor)
         g, y_bar = torch.autograd.grad(losses.sum(), [point, y])
-    g = restrict(g, mask, agents)
+    g = restrict(g, mask)
     outer = row_norm(y_bar)
     lower = torch.where(outer == 0, 0.0, row_norm(g) / torch.where(outer == 0, 1.0, outer))
     _, y_tan = output_probe(func, x, row_unit(g), "l2")
@@ -222,7 +221,6 @@ def spectral_norm(
     start: torch.Tensor,
     iterations: int,
     mask: torch.Tensor | None = None,
-    agents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """‖J‖₂ per batch row from below by power iteration, and the direction that attains it.
 
@@ -231,12 +229,12 @@ def spectral_norm(
         x: the point, ``[B, ...]``.
         start: first direction, like `x`; random in general, the last result as a warm start.
         iterations: at least 1.
-        mask, agents: as in :func:`restrict`.
+        mask: as in :func:`restrict`.
 
     Returns:
         ‖Jv‖ ``[B]`` at the last v, and v like `x` with unit rows.
     """
-    allowed = functools.partial(restrict, mask=mask, agents=agents)
+    allowed = functools.partial(restrict, mask=mask)
     q_of = lambda v: sensitivity(_output(func(dual(x.detach(), v)), Dual), "l2")
     v = power_iteration(q_of, row_unit(allowed(start)), iterations, allowed)
     return row_norm(output_probe(func, x, v, "l2")[1]), v

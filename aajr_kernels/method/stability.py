@@ -298,13 +298,13 @@ def _sandwich(
     v: torch.Tensor | None = None
     for point in traj.points[:-1]:
         if output_loss is not None:
-            lower, middle = probes.sandwich(policy, output_loss, point, traj.mask, traj.agents)
+            lower, middle = probes.sandwich(policy, output_loss, point, traj.mask)
             fields.setdefault("sandwich_lower", []).append(lower)
             fields.setdefault("sandwich_middle", []).append(middle)
         if iterations:
             if v is None:  # later steps start from the direction of the one before
                 v = torch.randn(point.shape, generator=generator, dtype=point.dtype, device=point.device)
-            norm, v = probes.spectral_norm(policy, point, v, iterations, traj.mask, traj.agents)
+            norm, v = probes.spectral_norm(policy, point, v, iterations, traj.mask)
             fields.setdefault("spectral_norm", []).append(norm)
     return {name: torch.stack(values) for name, values in fields.items()}
 
