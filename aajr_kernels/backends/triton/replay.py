@@ -8,9 +8,9 @@ The signature has everything that launchers and Triton's compiler look at: of te
 and address modulo 16, of other arguments type and value, and how float32 is multiplied. What may change beside, tables
 of tiles and variables of the environment, takes effect after :func:`.launch.forget`.
 
-A signature is recorded at its second call, so that lengths which never come back cost no recording. Calls that a
-recorder cannot follow are never replayed: those with operations of torch other than allocations, views and fillings of
-new memory, and launches that Triton does not let be taken apart (:mod:`.direct`).
+A signature is recorded at its second call, so that lengths which never come back cost no recording. Operations of torch
+are repeated, one by one. Calls are never replayed in which a result depends on numbers in tensors, or whose launches
+Triton does not let be taken apart (:mod:`.direct`).
 """
 
 from __future__ import annotations
@@ -35,33 +35,101 @@ LIMIT = 2048
 _ALIGNMENT = 16
 _SCALARS = (bool, int, float, str, torch.dtype)
 _aten = torch.ops.aten
-#: operators that allocate -> what they fill the memory with
-_ALLOCATIONS: dict[Any, float | None] = {
-    _aten.empty.memory_format: None,
-    _aten.empty_like.default: None,
-    _aten.empty_strided.default: None,
-    _aten.new_empty.default: None,
-    _aten.new_empty_strided.default: None,
-    _aten.zeros.default: 0.0,
-    _aten.zeros_like.default: 0.0,
-    _aten.new_zeros.default: 0.0,
-}
-#: sizes, strides, dtype, and the number that fills it
-Memory = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, float | None]
-#: number of a tensor, among the arguments and then the allocations, and distance from its start in bytes
-Place = tuple[int, int]
+_ALLOCATIONS = (
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+)
+_UNFORESEEN = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+@dataclass
+class Memory:
+    """The tensors of a call that is replayed, the arguments first, by number; None once they are not needed."""
+
+    tensors: list[Tensor | None]
+    addresses: list[int]
+    device: torch.device
+    stream: Any
+
+    def add(self, x: Tensor) -> None:
+        self.tensors.append(x)
+        self.addresses.append(x.data_ptr())
+
+
+@dataclass
+class Part:
+    """A tensor as a part of another one, at an offset from its beginning in elements."""
+
+    number: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def __call__(self, memory: Memory) -> Tensor:
+        x = memory.tensors[self.number]
+        assert x is not None  # needed, and kept for that
+        return x.as_strided(self.size, self.strides, x.storage_offset() + self.offset)
+
+
+@dataclass
+class Allocation:
+    """Memory for results and for what passes between kernels."""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self, memory: Memory) -> None:
+        memory.add(torch.empty_strided(self.size, self.strides, dtype=self.dtype, device=memory.device))
+
+
+@dataclass
+class Operation:
+    """An operator of torch; with Parts in place of tensors. What it allocates is added to the memory."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    allocates: bool
+
+    def __call__(self, memory: Memory) -> None:
+        with torch.no_grad():
+            result = self.func(*_filled(self.args, memory), **self.kwargs)
+        if self.allocates:
+            memory.add(result)
+
+
+def _filled(args: Iterable[Any], memory: Memory) -> list[Any]:
+    return [
+        x(memory) if isinstance(x, Part) else _filled(x, memory) if isinstance(x, (list, tuple)) else x
+        for x in args
+    ]
 
 
 @dataclass
 class Launch:
-    """A compiled kernel, its arguments, and the places in memory of those that are addresses or tensor maps."""
+    """A compiled kernel, and the places among its arguments of addresses and tensor maps: tensor, offset in bytes."""
 
     run: Callable[..., None]
     grid: tuple[int, ...]
     kernel: tuple[Any, ...]
     arguments: list[Any]
-    pointers: list[tuple[int, Place]]
-    maps: list[tuple[int, Place, Any]]
+    pointers: list[tuple[int, int, int]]
+    maps: list[tuple[int, int, int, Any]]
+
+    def __call__(self, memory: Memory) -> None:
+        arguments, addresses = self.arguments.copy(), memory.addresses
+        for i, number, offset in self.pointers:
+            arguments[i] = addresses[number] + offset
+        for i, number, offset, maps in self.maps:
+            arguments[i] = maps[addresses[number] + offset]
+        self.run(*self.grid, memory.stream, *self.kernel, *arguments)
+
+
+Step = Allocation | Operation | Launch
 
 
 @dataclass
@@ -69,41 +137,28 @@ class Call:
     """A recorded call of a launcher.
 
     Attributes:
-        allocations: memory for results and for what passes between kernels.
-        launches: in order.
-        results: of each, None or the number of a tensor, and its sizes, strides and offset where it is a part of that.
+        steps: in order, with the numbers of the tensors that no later one needs.
+        results: of each, None, the number of a tensor, or a part of one.
         many: whether the launcher returns a tuple.
     """
 
-    allocations: list[Memory]
-    launches: list[Launch]
-    results: list[tuple[int, tuple[Any, ...] | None] | None]
+    steps: list[tuple[Step, list[int]]]
+    results: list[int | Part | None]
     many: bool
 
     def __call__(self, inputs: list[Tensor], addresses: list[int]) -> Any:
-        """Allocate and launch; the lists of tensors and addresses are extended."""
-        device, tensors = inputs[0].device, inputs
-        for size, strides, dtype, value in self.allocations:
-            memory = torch.empty_strided(size, strides, dtype=dtype, device=device)
-            if value is not None:
-                memory.fill_(value)
-            tensors.append(memory)
-            addresses.append(memory.data_ptr())
+        device = inputs[0].device
         with gpu.guard(device):
-            current = stream(device.index or 0)
-            for launch in self.launches:
-                arguments = launch.arguments.copy()
-                for i, (number, offset) in launch.pointers:
-                    arguments[i] = addresses[number] + offset
-                for i, (number, offset), maps in launch.maps:
-                    arguments[i] = maps[addresses[number] + offset]
-                launch.run(*launch.grid, current, *launch.kernel, *arguments)
-        results = [None if x is None else _part(tensors[x[0]], x[1]) for x in self.results]
+            memory = Memory([*inputs], addresses, device, stream(device.index or 0))
+            for step, done in self.steps:
+                step(memory)
+                for number in done:
+                    memory.tensors[number] = None
+        results = [
+            x(memory) if isinstance(x, Part) else None if x is None else memory.tensors[x]
+            for x in self.results
+        ]
         return tuple(results) if self.many else results[0]
-
-
-def _part(x: Tensor, part: tuple[Any, ...] | None) -> Tensor:
-    return x if part is None else x.as_strided(*part)
 
 
 _lock = threading.Lock()
@@ -165,7 +220,7 @@ def _record(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Call |
     if apart is None:
         return False, launcher(*args)
     recorder = _Recorder([x for x in apart if isinstance(x, Tensor)])
-    with recorder, gpu.traced(recorder.add):
+    with recorder, gpu.traced(recorder.launch):
         results = launcher(*apart)
     return recorder.call(results), results
 
@@ -198,79 +253,109 @@ def _storage(x: Tensor) -> int:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees allocations and launches of a launcher."""
+    """Sees allocations, operations and launches of a launcher."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
         self.inputs = len(inputs)
         self.tensors = list(inputs)  # kept, lest memory be used twice
         self.numbers = {_storage(x): number for number, x in enumerate(inputs)}
-        self.launches: list[Launch] = []
-        self.values: dict[int, float | None] = {}  # that fill allocations
-        self.reached: set[int] = set()  # by launches
+        self.steps: list[Step] = []
+        self.allocations: dict[int, Allocation] = {}
+        self.last: dict[int, int] = {}  # step that needs a tensor
         self.follows = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS:
-            self.values[self._allocated(result)] = _ALLOCATIONS[func]
-        elif func in (_aten.fill_.Scalar, _aten.zero_.default):
-            number = self.numbers.get(_storage(result), 0)
-            whole = result.untyped_storage().nbytes() == result.nbytes
-            self.follows &= number >= self.inputs and whole and number not in self.reached
-            self.values[number] = args[1] if len(args) > 1 else 0.0
-        else:
-            views: Iterable[Any] = result if isinstance(result, (list, tuple)) else (result,)
-            known = all(isinstance(x, Tensor) and _storage(x) in self.numbers for x in views)
-            self.follows &= known and not func._schema.is_mutable
+        if not isinstance(result, Tensor) or _UNFORESEEN.intersection(func.tags):
+            # several views, such as those of `unbind`, are seen where they are used
+            views = isinstance(result, (list, tuple)) and all(_storage(x) in self.numbers for x in result)
+            self.follows &= views and not func._schema.is_mutable
+        elif func in _ALLOCATIONS:
+            self._allocate(result)
+        elif _storage(result) not in self.numbers or func._schema.is_mutable:
+            self._operate(func, args, kwargs or {}, result)
         return result
 
-    def _allocated(self, x: Tensor) -> int:
+    def _add(self, x: Tensor) -> int:
         self.numbers[_storage(x)] = number = len(self.tensors)
         self.tensors.append(x)
+        self.last[number] = len(self.steps)
         return number
 
-    def add(self, *launch: Any) -> None:
+    def _allocate(self, x: Tensor) -> int:
+        number = self._add(x)
+        self.allocations[number] = Allocation(tuple(x.shape), x.stride(), x.dtype)
+        self.steps.append(self.allocations[number])
+        return number
+
+    def _operate(self, func: Any, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
+        try:
+            parts = tuple(self._parts(args))
+        except KeyError:  # memory from elsewhere
+            self.follows = False
+            return
+        self.follows &= not any(isinstance(x, Tensor) for x in kwargs.values())
+        allocates = _storage(result) not in self.numbers
+        if allocates:
+            self._add(result)
+        self.steps.append(Operation(func, parts, kwargs, allocates))
+
+    def _parts(self, args: Any) -> Iterable[Any]:
+        for x in args:
+            if isinstance(x, Tensor):
+                yield self._part(x)
+            else:
+                yield tuple(self._parts(x)) if isinstance(x, (list, tuple)) else x
+
+    def _part(self, x: Tensor) -> Part:
+        number, offset = self._place(x)
+        if x.dtype != self.tensors[number].dtype:
+            raise KeyError("memory seen as another dtype")
+        return Part(number, tuple(x.shape), x.stride(), offset // x.element_size())
+
+    def _place(self, x: Tensor) -> tuple[int, int]:
+        """The number of the tensor that `x` is a part of, and how many bytes after its beginning."""
+        number = self.numbers[_storage(x)]
+        self.last[number] = len(self.steps)
+        return number, x.data_ptr() - self.tensors[number].data_ptr() if x.numel() else 0
+
+    def launch(self, *launch: Any) -> None:
         """A launch: the arguments of :func:`.direct.direct`."""
         apart = direct(*launch)
         if apart is None or any(_storage(x) not in self.numbers for _, x, *_ in apart.tensors + apart.maps):
             self.follows = False  # Triton lacks a part, or there is memory from elsewhere
             return
-        pointers = [(i, self._place(x)) for i, x in apart.tensors]
-        maps = [(i, self._place(x), tensor_maps) for i, x, tensor_maps in apart.maps]
+        pointers = [(i, *self._place(x)) for i, x in apart.tensors]
+        maps = [(i, *self._place(x), tensor_maps) for i, x, tensor_maps in apart.maps]
         arguments = [None if isinstance(x, Tensor) else x for x in apart.arguments]
-        self.launches.append(Launch(apart.run, apart.grid, apart.kernel, arguments, pointers, maps))
-
-    def _place(self, x: Tensor) -> Place:
-        number = self.numbers[_storage(x)]
-        self.reached.add(number)
-        return number, x.data_ptr() - self.tensors[number].data_ptr() if x.numel() else 0
+        self.steps.append(Launch(apart.run, apart.grid, apart.kernel, arguments, pointers, maps))
 
     def call(self, results: Any) -> Call | bool:
         """The recorded call, False where it cannot be replayed."""
         many = isinstance(results, tuple)
-        described: list[tuple[int, tuple[Any, ...] | None] | None] = []
-        geometry: dict[int, Tensor] = {}  # of an allocation: a result, where that is all of it
-        for x in results if many else (results,):
-            if x is None:
-                described.append(None)
-                continue
-            number = self.numbers.get(_storage(x), -1) if x.numel() else self._allocated(x)
-            if number < self.inputs or x.dtype != self.tensors[number].dtype:
-                return False
-            whole = x.untyped_storage().nbytes() == x.nbytes == x.element_size() * _extent(x)
-            if (whole or not x.numel()) and number not in geometry:
-                geometry[number] = x
-                described.append((number, None))
-            else:
-                described.append((number, (tuple(x.shape), x.stride(), x.storage_offset())))
+        described = [None if x is None else self._result(x) for x in (results if many else (results,))]
         if not self.follows:
             return False
-        allocations = []
-        for number, memory in enumerate(self.tensors[self.inputs :], self.inputs):
-            x = geometry.get(number, memory)
-            allocations.append((tuple(x.shape), x.stride(), x.dtype, self.values.get(number)))
-        return Call(allocations, self.launches, described, many)
+        done: list[list[int]] = [[] for _ in self.steps]
+        kept = {x.number if isinstance(x, Part) else x for x in described}
+        for number, step in self.last.items():
+            if number >= self.inputs and number not in kept:
+                done[step].append(number)
+        return Call(list(zip(self.steps, done)), described, many)
+
+    def _result(self, x: Tensor) -> int | Part:
+        """A result: all of an allocation, which then gets its axes, or a part of one."""
+        number = self.numbers.get(_storage(x), -1) if x.numel() else self._allocate(x)
+        if number < self.inputs or x.dtype != self.tensors[number].dtype:
+            self.follows = False
+            return number
+        whole = x.untyped_storage().nbytes() == x.nbytes == x.element_size() * _extent(x)
+        allocation = self.allocations.pop(number, None) if whole or not x.numel() else None
+        if allocation is None:
+            return Part(number, tuple(x.shape), x.stride(), int(x.storage_offset()))
+        allocation.size, allocation.strides = tuple(x.shape), x.stride()
+        return number
 
 
 #: decorator of the launchers; CPU: Triton's interpreter; ROCm calls itself CUDA

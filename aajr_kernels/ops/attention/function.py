@@ -57,7 +57,7 @@ def run(
     if options.dropout > 0:
         options = options._replace(drawn=_draw(backend, q, k, options.dropout, sizes))
     out = AttentionFunction.apply(q, k, v, mask, backend, tuple(options[:6]), *options[6:])
-    return out.reshape(out.shape[0], *batch, *out.shape[2:])
+    return out if len(batch) == 1 else out.reshape(out.shape[0], *batch, *out.shape[2:])
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -133,7 +133,8 @@ def _draw(backend: str, q: Tensor, k: Tensor, p: float, sizes: list[tuple[int, i
 
 def _five_axes(x: Tensor) -> Tensor:
     """``[J, *batch, heads, positions, features]`` with one batch axis."""
-    return x.unsqueeze(1) if x.dim() == 4 else x.flatten(1, -4)
+    axes = x.dim()
+    return x if axes == 5 else x.unsqueeze(1) if axes == 4 else x.flatten(1, -4)
 
 
 def _mask_five_axes(mask: Tensor, batch: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -355,17 +356,12 @@ def test_modes_of_torch_see_the_operator():
     assert y.shape == (2, 8, 64) and stats.shape == (2, 8) and summed is None
 
 
+def _values(x: Tensor) -> Tensor:
+    return torch.full((int(x[0].item()),), 1.0)
+
+
 @elsewhere
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        lambda x: torch.empty_like(x).copy_(x),
-        lambda x: x.sum(),
-        lambda x: x.clone(),
-        lambda x: torch.full((int(x[0].item()),), 1.0),
-        lambda x: x,
-    ],
-)
+@pytest.mark.parametrize("launcher", [_values, lambda x: x[x > 1], lambda x: x, lambda x: x + _ONES])
 def test_what_a_recorder_cannot_follow_runs_itself(launcher):
     from aajr_kernels.backends.triton import replay
 
@@ -373,6 +369,64 @@ def test_what_a_recorder_cannot_follow_runs_itself(launcher):
     for value in range(4):
         assert torch.equal(call(torch.full((3,), float(value))), launcher(torch.full((3,), float(value))))
     assert list(replay._calls.values()) == [False]
+
+
+_ONES = torch.ones(3)
+
+
+def _in_place(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.empty_like(x)
+    total.copy_(x)
+    total[1:] += y[1:]
+    return total, torch.zeros_like(x).add_(total.sum())
+
+
+def _views(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    (a, b), wide = torch.stack([x, y]).unbind(0), torch.cat([x, 2 * y]).view(2, -1)
+    return torch.cat([a, wide[1], b]), wide.t().to(torch.float64)
+
+
+@elsewhere
+@pytest.mark.parametrize("launcher", [_in_place, _views])
+def test_operations_of_torch_are_repeated(launcher):
+    from aajr_kernels.backends.triton import replay
+
+    call = replay.replayed(launcher)
+    for value in range(5):
+        args = [torch.arange(4.0) + value, torch.arange(4.0) * value]
+        for ours, own in zip(call(*args), launcher(*args)):
+            assert torch.equal(ours, own) and ours.stride() == own.stride() and ours.dtype == own.dtype
+    assert isinstance(next(iter(replay._calls.values())), replay.Call)
+
+
+@elsewhere
+def test_memory_is_freed_when_the_last_step_is_done_that_needs_it():
+    from aajr_kernels.backends.triton import replay
+
+    seen: list[weakref.ref[Tensor]] = []
+
+    def launcher(x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for _ in range(3):
+            total += torch.mul(x, 2.0)
+        return total
+
+    call, mul = replay.replayed(launcher), torch.ops.aten.mul.Tensor
+    for _ in range(3):
+        call(torch.ones(4))
+    (recorded,) = (call for call in replay._calls.values() if isinstance(call, replay.Call))
+    alive = []
+    for step, _ in recorded.steps:
+        if isinstance(step, replay.Operation) and step.func is mul:
+
+            def counted(*args: Any) -> Tensor:
+                alive.append(sum(one() is not None for one in seen))
+                result = mul(*args)
+                seen.append(weakref.ref(result))
+                return result
+
+            step.func = counted
+    assert torch.equal(call(torch.ones(4)), torch.full((4,), 6.0)) and alive == [0, 0, 0]
 
 
 @elsewhere
@@ -420,7 +474,8 @@ def test_threads_keep_their_addresses(monkeypatch):
     args = [norm_args(rows(2, 8, 64)) for _ in range(4)]
     replays(norm(), args[0])
     (call,) = (call for call in replay._calls.values() if isinstance(call, replay.Call))
-    run, seen, start = call.launches[0].run, set(), threading.Barrier(len(args))
+    (launch,) = (step for step, _ in call.steps if isinstance(step, replay.Launch))
+    run, seen, start = launch.run, set(), threading.Barrier(len(args))
 
     def watched(*values: Any) -> None:
         seen.add((threading.current_thread().name, values[9]))
@@ -432,7 +487,7 @@ def test_threads_keep_their_addresses(monkeypatch):
             for _ in range(200):
                 norm()(*mine)
 
-    monkeypatch.setattr(call.launches[0], "run", watched)
+    monkeypatch.setattr(launch, "run", watched)
     threads = [threading.Thread(target=work, args=(mine,), name=str(i)) for i, mine in enumerate(args)]
     for thread in threads:
         thread.start()
