@@ -94,6 +94,7 @@ class Case:
         timed: False for a case that only measures memory.
         peak: whether the peak of memory is measured by default.
         warm_length: run once before the peak is taken, so that code and small buffers are in place.
+        seconds: a sample of a short variant repeats it until it lasts about this long.
         graph: on a device, calls are replayed from a captured graph, so that short kernels do not wait for Python.
         large: takes minutes; ``--quick`` leaves it out.
         part: of :data:`PARTS`.
@@ -113,6 +114,7 @@ class Case:
     peak: bool = False
     warm_length: int = 64
     device: str = "cpu"
+    seconds: float = 0.02
     graph: bool = False
     large: bool = False
     part: str = "both"

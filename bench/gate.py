@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -91,9 +92,9 @@ def _judge(
     return *errors(gradients, truth(variant.truth)), ops
 
 
-def on_backend(variant: Variant) -> use_backend:
+def on_backend(variant: Variant) -> contextlib.AbstractContextManager[object]:
     """The backend of a variant, or the one in use."""
-    return use_backend(variant.backend or choice.current_backend())
+    return contextlib.nullcontext() if variant.backend is None else use_backend(variant.backend)
 
 
 def errors(gradients: Gradients, exact: Gradients) -> tuple[float, float]:

@@ -22,9 +22,6 @@ from .case import SEED, Case, Gradients, Run, Variant
 from .roofline import Ceilings, measured
 from .row import Row
 
-#: a timed sample of a short variant repeats it until it lasts about this long
-SAMPLE_SECONDS = 0.02
-
 
 @dataclass
 class Outcome:
@@ -147,7 +144,7 @@ def _interleaved(
     if not any(run.reset for run in runs.values()):
         for v in variants:
             seconds = _sample(case, v, runs[v.name], 1)
-            numbers[v.name] = min(1000, max(1, math.ceil(SAMPLE_SECONDS / seconds)))
+            numbers[v.name] = min(1000, max(1, math.ceil(case.seconds / seconds)))
     samples: dict[str, list[float]] = {v.name: [] for v in variants}
     gc.collect()
     gc.freeze()  # objects that live by now need not be searched before every sample

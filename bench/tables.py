@@ -86,11 +86,12 @@ def measured(rows: Sequence[Row]) -> Table:
         values = [number(row) for row in rows]
         return ["" if value is None else format(value * scale, form) for value in values]
 
+    digits = ".4f" if all((row.min_ms or 0.0) < 1.0 for row in rows) else ".2f"
     columns = {
         "variant": [row.variant for row in rows],
         "backend": [row.backend for row in rows],
-        "min ms": column(".2f", lambda row: row.min_ms),
-        "median": column(".2f", lambda row: row.median_ms),
+        "min ms": column(digits, lambda row: row.min_ms),
+        "median": column(digits, lambda row: row.median_ms),
         "ratio": column(".2f", lambda row: row.ratio),
         "GFLOP/s": column(".0f", lambda row: row.gflop_per_s),
         "GB/s": column(".1f", lambda row: row.gb_per_s),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..case import Case, Suite
-from . import attention, gpu, head, memory, method, pointwise, step
+from . import attention, gpu, head, launch, memory, method, pointwise, step
 
 #: in the order in which they run
 SUITES: dict[str, Suite] = {
@@ -21,6 +21,7 @@ SUITES: dict[str, Suite] = {
         method.SUITE,
         memory.SUITE,
         gpu.SUITE,
+        launch.SUITE,
     )
 }
 
