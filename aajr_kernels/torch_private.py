@@ -107,6 +107,21 @@ def has_dispatch_modes() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than its forward: hooks of it or of all modules, or compiled code.
+
+    Torch 2.11-2.15: dictionaries of hooks by these names, ``torch.nn.modules.module._has_any_global_hook``.
+    """
+    own = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    compiled = module._compiled_call_impl is not None
+    return any(own) or compiled or torch.nn.modules.module._has_any_global_hook()
+
+
 # -- autograd ---------------------------------------------------------------------------------------------------------
 
 

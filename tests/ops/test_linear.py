@@ -9,7 +9,7 @@ from ops.op_checks import check, check_low, stacks
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
-from aajr_kernels.ops.linear import linear
+from aajr_kernels.ops.linear import linear, projections
 from aajr_kernels.testing.budgets import assert_within_budget
 
 
@@ -92,6 +92,46 @@ def test_gradients_nobody_needs_are_skipped():
         assert len(saved) == ("x" in names) + ("w" in names)
         y.square().sum().backward()
         assert {n for n, t in leaves.items() if t.grad is not None} == names
+
+
+def together(x, w1, b1, w2, w3):
+    return Dual(torch.cat([y.stacked for y in projections(x, [(w1, b1), (w2, None), (w3, None)])], -1))
+
+
+def apart(x, w1, b1, w2, w3):
+    return torch.cat([affine(x, w1, b1), affine(x, w2), affine(x, w3)], -1)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_projections_of_one_input(k, batch):
+    params = [torch.randn(*shape).double() for shape in ((4, 7), (4,), (37, 7), (1, 7))]
+    check(together, apart, [stacks(*batch, 7, k=k)], params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projections_in_low_dtypes(dtype):
+    params = [torch.randn(*shape).double() for shape in ((14, 37), (14,), (20, 37), (9, 37))]
+    eager = lambda x, *p: torch.cat([F.linear(x, *p[:2]), F.linear(x, p[2]), F.linear(x, p[3])], -1)
+    check_low(together, eager, [stacks(31, 37, k=2)], params, dtype, apart)
+
+
+def test_projections_that_are_frozen_or_not_used():
+    x, *weights = stacks(3, 5), *(torch.randn(4, 5).double() for _ in range(3))
+    outcomes = []
+    for run in (projections, lambda x, layers: [linear(x, *layer) for layer in layers]):
+        leaves = [t.clone().requires_grad_(i != 1) for i, t in enumerate((x, *weights))]
+        first, _, third = run(Dual(leaves[0]), [(w, None) for w in leaves[1:]])
+        (first.stacked.square().sum() + third.stacked.cos().sum()).backward()
+        outcomes.append([t.grad for t in leaves])
+    assert [g is None for g in outcomes[0]] == [False, True, True, False]
+    for ours, theirs in zip(*outcomes):
+        assert ours is theirs is None or torch.allclose(ours, theirs, 1e-12, 1e-12)
+
+
+def test_plain_projections_give_what_torch_gives():
+    x, w, b = torch.randn(2, 5), torch.randn(4, 5), torch.randn(4)
+    assert all(map(torch.equal, projections(x, [(w, b), (w, None)]), [F.linear(x, w, b), F.linear(x, w)]))
 
 
 def test_plain_tensors_give_what_torch_gives():

@@ -286,6 +286,35 @@ def test_add_norms(stacks_of, size):
     )
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("size", [2, 37])
+def test_norms_that_pass_their_input_on(k, size):
+    """Without a residual the second result is the input, and both cotangents meet in one backward."""
+
+    def with_input(formula):
+        return lambda x, *w: torch.cat([formula(x, *w), x], -1)
+
+    op = lambda x, w: one_stack(add_rms_norm(x, None, size, w, EPS, offset=1.0))
+    check(op, with_input(rms_formula(offset=1.0)), [stacks(2, 3, size, k=k)], weights(size))
+    op = lambda x, *w: one_stack(add_layer_norm(x, None, (size,), *w, EPS))
+    check(op, with_input(layer_formula()), [stacks(2, 3, size, k=k)], weights(size, count=2))
+    op = lambda x, w: one_stack(add_rms_norm(x, None, (3, size), w, EPS))
+    check(op, with_input(rms_formula(2)), [stacks(2, 3, size, k=k)], weights(3, size))
+
+
+@pytest.mark.parametrize("used", [(True, False), (False, True)])
+def test_norms_that_pass_their_input_on_with_one_cotangent(used):
+    x, w = stacks(4, 6), weights(6)[0]
+    leaves = [t.clone().requires_grad_() for t in (x, w, x, w)]
+    pair = add_rms_norm(Dual(leaves[0]), None, 6, leaves[1], EPS)
+    other = rms_norm(Dual(leaves[2]), 6, leaves[3], EPS), Dual(leaves[2])
+    for results in (pair, other):
+        sum((y.stacked.square()).sum() for y, use in zip(results, used) if use).backward()
+    assert torch.equal(pair[1].stacked, x)
+    for ours, theirs in zip(leaves[:2], leaves[2:]):
+        assert theirs.grad is None if ours.grad is None else torch.equal(ours.grad, theirs.grad)
+
+
 def test_add_norms_of_several_axes():
     x, residual = stacks(3, 4, 5), stacks(3, 4, 5, k=0)
     check(

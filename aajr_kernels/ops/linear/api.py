@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,9 +35,49 @@ def linear(x: _T, weight: Tensor, bias: Tensor | None = None) -> _T:
         ValueError: shapes do not agree.
         RuntimeError: dtypes do not agree (under autocast all are cast to its low dtype first).
     """
-    refuse_duals("linear", "write it as torch.matmul and +", weight=weight, bias=bias)
+    return projections(x, [(weight, bias)])[0]
+
+
+def projections(x: Any, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Any]:
+    """Several linear layers of one input, such as queries, keys and values, whose gradient gathers in one buffer.
+
+    Args:
+        x: as for :func:`linear`.
+        layers: the weight and the bias, or None, of each, as for :func:`linear`.
+
+    Returns:
+        What :func:`linear` gives for each. Its errors are the same.
+    """
+    for weight, bias in layers:
+        refuse_duals("linear", "write it as torch.matmul and +", weight=weight, bias=bias)
     if not isinstance(x, Dual):
-        return F.linear(x, weight, bias)
+        return [F.linear(x, weight, bias) for weight, bias in layers]
+    for weight, bias in layers:
+        _check_shapes(x, weight, bias)
+    backend, operands = prepare(
+        "linear",
+        (x.stacked,),
+        tuple(parameter for layer in layers for parameter in layer),
+        flops=lambda x, *p: 2.0 * x.numel() * sum(w.shape[0] if w.dim() == 2 else 1 for w in p[::2]),
+        shards=lambda *p: [sharding.OPS["linear"](linear, x, w, b) for w, b in zip(p[::2], p[1::2])],
+        cast=autocast_low,
+        kind=lambda x, *p: ((x.shape[0], p[0].shape[0]), (any(bias is not None for bias in p[1::2]),)),
+    )
+    if backend == SHARDS:
+        return operands
+    stacked, *parameters = operands
+    rows: list[Tensor | None] = []
+    for weight, bias in zip(parameters[::2], parameters[1::2]):
+        check_dtypes("linear", "x", (stacked.dtype,), weight=weight, bias=bias)
+        # a weight of one axis is a matrix of one row, whose axis the result does not have
+        vector = weight.dim() == 1
+        rows += [p.unsqueeze(0) if vector and p is not None else p for p in (weight, bias)]
+    results = LinearFunction.apply(stacked, backend, *rows)
+    pairs = zip(results if len(layers) > 1 else (results,), parameters[::2])
+    return [Dual(y.squeeze(-1) if weight.dim() == 1 else y) for y, weight in pairs]
+
+
+def _check_shapes(x: Dual, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() < 1 or weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"linear: weight must be [out, {x.shape[-1] if x.dim() else 'in'}] for x of shape {tuple(x.shape)}, got "
@@ -47,20 +88,3 @@ def linear(x: _T, weight: Tensor, bias: Tensor | None = None) -> _T:
             f"linear: bias must have shape {tuple(weight.shape[:-1])} for weight {tuple(weight.shape)}, got "
             f"{tuple(bias.shape)}."
         )
-    backend, operands = prepare(
-        "linear",
-        (x.stacked,),
-        (weight, bias),
-        flops=lambda x, w, _: 2.0 * x.numel() * (w.shape[0] if w.dim() == 2 else 1),
-        shards=lambda w, b: sharding.OPS["linear"](linear, x, w, b),
-        cast=autocast_low,
-        kind=lambda x, weight, bias: ((x.shape[0], weight.shape[0]), (bias is not None,)),
-    )
-    if backend == SHARDS:
-        return operands
-    stacked, weight, bias = operands
-    check_dtypes("linear", "x", (stacked.dtype,), weight=weight, bias=bias)
-    if weight.dim() == 1:
-        rows = None if bias is None else bias.unsqueeze(0)
-        return Dual(LinearFunction.apply(stacked, weight.unsqueeze(0), rows, backend).squeeze(-1))
-    return Dual(LinearFunction.apply(stacked, weight, bias, backend))

@@ -36,12 +36,12 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_bwd(
-    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
+    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool, x_bar: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if torch.compiler.is_compiling():
         g, wide_x, wide_weight = _wide(y_bar.dtype, y_bar, x, weight)
         assert g is not None
-        bars = reference.linear_bwd(g, wide_x, wide_weight, need_bias)
+        bars = reference.linear_bwd(g, wide_x, wide_weight, need_bias, x_bar)
         return tuple(None if bar is None else bar.to(y_bar.dtype) for bar in bars)  # type: ignore[return-value]
     bias_bar = None
     if need_bias:
@@ -49,11 +49,14 @@ def linear_bwd(
         call("column_sum", (row_dense(few_axes(y_bar)), bias_bar))
     if _widen(y_bar.dtype):
         wide_x, wide_weight = (None if t is None else t.float() for t in (x, weight))
-        x_bar, weight_bar, _ = reference.linear_bwd(y_bar.float(), wide_x, wide_weight, False)
+        x_bar, weight_bar, _ = reference.linear_bwd(y_bar.float(), wide_x, wide_weight, False, x_bar)
         x_bar, weight_bar = (None if t is None else t.to(y_bar.dtype) for t in (x_bar, weight_bar))
         return x_bar, weight_bar, bias_bar
     rows = y_bar.flatten(0, -2)
-    x_bar = None if weight is None else _product(rows, weight, (*y_bar.shape[:-1], weight.shape[1]))
+    if weight is not None and x_bar is not None:
+        x_bar.flatten(0, -2).addmm_(rows, weight)
+    elif weight is not None:
+        x_bar = _product(rows, weight, (*y_bar.shape[:-1], weight.shape[1]))
     weight_bar = None if x is None else rows.t().mm(x.flatten(0, -2))
     return x_bar, weight_bar, bias_bar
 

@@ -1,4 +1,4 @@
-"""The autograd Function of the linear layer."""
+"""The autograd Function of linear layers of one input."""
 
 from __future__ import annotations
 
@@ -16,29 +16,38 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 
 
 class LinearFunction(torch.autograd.Function):
-    """``[1 + K, *batch, in] -> [1 + K, *batch, out]``."""
+    """``[1 + K, *batch, in]`` and weight, bias, weight, bias... to one ``[1 + K, *batch, out]`` for each pair."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, backend: str, *parameters: Tensor | None) -> Any:
         ctx.backend = backend
         ctx.set_materialize_grads(False)
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(save_or_recompute(ctx, x) if need_weight else None, weight if need_x else None)
+        weights, biases = parameters[::2], parameters[1::2]
+        kept = save_or_recompute(ctx, x) if any(ctx.needs_input_grad[2::2]) else None
+        ctx.save_for_backward(kept, *(weights if ctx.needs_input_grad[0] else [None] * len(weights)))
+        linear_fwd = choice.implementation("linear", backend).linear_fwd
         with no_autocast(x.device.type):
-            return choice.implementation("linear", backend).linear_fwd(x, weight, bias)
+            results = tuple(linear_fwd(x, weight, bias) for weight, bias in zip(weights, biases))
+        return results if len(results) > 1 else results[0]
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, y_bar: Tensor | None) -> tuple[Tensor | None, ...]:
-        if y_bar is None:
-            return None, None, None, None
-        x, weight = ctx.saved_tensors
-        x = recomputed(ctx, x)
-        with no_autocast(y_bar.device.type):
-            grads = choice.implementation("linear", ctx.backend).linear_bwd(
-                y_bar, x, weight, ctx.needs_input_grad[2]
-            )
-        return *grads, None
+    def backward(ctx: Any, *y_bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_bar, bars = None, []
+        x, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        if any(y_bar is not None for y_bar in y_bars):
+            x = recomputed(ctx, x)
+        linear_bwd = choice.implementation("linear", ctx.backend).linear_bwd
+        for y_bar, weight, need_weight, need_bias in zip(y_bars, weights, needs[::2], needs[1::2]):
+            weight_bar = bias_bar = None
+            if y_bar is not None:
+                with no_autocast(y_bar.device.type):
+                    x_bar, weight_bar, bias_bar = linear_bwd(
+                        y_bar, x if need_weight else None, weight, need_bias, x_bar
+                    )
+            bars += [weight_bar, bias_bar]
+        return x_bar, None, *bars
 
 
 def trial(
@@ -49,4 +58,4 @@ def trial(
     dtype = dtypes[0]
     operands = {"x": draw(dtype, stacks, 37, 32), "weight": draw(dtype, size, 32)}
     operands["bias"] = draw(dtype if biased else None, size)
-    return operands, lambda backend, *tensors: (LinearFunction.apply(*tensors, backend),)
+    return operands, lambda backend, *tensors: (LinearFunction.apply(tensors[0], backend, *tensors[1:]),)

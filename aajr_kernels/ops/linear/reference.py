@@ -39,7 +39,7 @@ def affine_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_bwd(
-    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
+    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool, x_bar: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of the stacked input, the weight and the bias.
 
@@ -48,13 +48,15 @@ def linear_bwd(
         x: the stacked input, or None where the weight needs no gradient.
         weight: ``[out, in]``, or None where the input needs no gradient.
         need_bias: whether the bias needs a gradient.
+        x_bar: cotangent of the same input by other layers, to be added to; may be written to.
 
     Returns:
         ``(x_bar, weight_bar, bias_bar)``, None where not needed.
     """
-    x_bar = weight_bar = bias_bar = None
+    weight_bar = bias_bar = None
     if weight is not None:
-        x_bar = y_bar.matmul(weight)
+        product = y_bar.matmul(weight)
+        x_bar = product if x_bar is None else x_bar + product
     if x is not None:
         weight_bar = _rows(y_bar).t().mm(_rows(x))
     if need_bias:

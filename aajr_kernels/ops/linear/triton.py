@@ -51,13 +51,15 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_bwd(
-    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
+    y_bar: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool, x_bar: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if torch.compiler.is_compiling():
-        return reference.linear_bwd(y_bar, x, weight, need_bias)
-    x_bar = weight_bar = None
+        return reference.linear_bwd(y_bar, x, weight, need_bias, x_bar)
+    weight_bar = None
     rows = y_bar.flatten(0, -2)
-    if weight is not None:
+    if weight is not None and x_bar is not None:
+        x_bar.flatten(0, -2).addmm_(rows, weight)
+    elif weight is not None:
         x_bar = rows.mm(weight).view(*y_bar.shape[:-1], weight.shape[1])
     if x is not None:
         weight_bar = rows.t().mm(x.flatten(0, -2))

@@ -111,7 +111,7 @@ def layer_norm(
 
 def add_rms_norm(
     x: Tensor | Dual,
-    residual: Tensor | Dual,
+    residual: Tensor | Dual | None,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
@@ -123,7 +123,8 @@ def add_rms_norm(
 
     Args:
         x: ``[*batch, *normalized_shape]``, Tensor or Dual; what a block computed.
-        residual: shape and dtype of `x`, Tensor or Dual; the stream that the block is added to.
+        residual: shape and dtype of `x`, Tensor or Dual; the stream that the block is added to. None adds nothing: the
+            sum is `x`, and in the backward its gradient is added to that of the norm in one pass.
         normalized_shape: as for :func:`rms_norm`, like the arguments after it.
 
     Returns:
@@ -138,16 +139,28 @@ def add_rms_norm(
     shape = _common_shape("add_rms_norm", x, residual, normalized_shape)
     check_offset("add_rms_norm", weight, offset)
     if not _fusible(x, residual, shape):
-        summed: Any = x + residual  # type: ignore[operator]
+        summed: Any = x if residual is None else x + residual  # type: ignore[operator]
         return rms_norm(summed, normalized_shape, weight, eps, offset=offset, recompute=recompute), summed
     if eps is None:
         eps = torch.finfo(wide_dtype(x.dtype)).eps
-    return _norm("add_rms_norm", x, residual, shape, weight, None, eps, offset, False, recompute)
+    return _norm(
+        "add_rms_norm",
+        x,
+        residual,
+        shape,
+        weight,
+        None,
+        eps,
+        offset,
+        False,
+        recompute,
+        passes=residual is None,
+    )
 
 
 def add_layer_norm(
     x: Tensor | Dual,
-    residual: Tensor | Dual,
+    residual: Tensor | Dual | None,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -159,7 +172,8 @@ def add_layer_norm(
 
     Args:
         x: ``[*batch, *normalized_shape]``, Tensor or Dual; what a block computed.
-        residual: shape and dtype of `x`, Tensor or Dual; the stream that the block is added to.
+        residual: shape and dtype of `x`, Tensor or Dual; the stream that the block is added to. None adds nothing: the
+            sum is `x`, and in the backward its gradient is added to that of the norm in one pass.
         normalized_shape: as for :func:`layer_norm`, like the arguments after it.
 
     Returns:
@@ -174,16 +188,18 @@ def add_layer_norm(
     refuse_duals("add_layer_norm", _INSTEAD, weight=weight, bias=bias)
     shape = _common_shape("add_layer_norm", x, residual, normalized_shape)
     if not _fusible(x, residual, shape):
-        summed: Any = x + residual  # type: ignore[operator]
+        summed: Any = x if residual is None else x + residual  # type: ignore[operator]
         return layer_norm(summed, normalized_shape, weight, bias, eps, recompute=recompute), summed
     check_dtypes("add_layer_norm", "x", (x.dtype, wide_dtype(x.dtype)), weight=weight, bias=bias)
-    return _norm("add_layer_norm", x, residual, shape, weight, bias, eps, 0.0, True, recompute)
+    return _norm(
+        "add_layer_norm", x, residual, shape, weight, bias, eps, 0.0, True, recompute, passes=residual is None
+    )
 
 
 def _common_shape(
-    op: str, x: Tensor | Dual, residual: Tensor | Dual, normalized_shape: int | Sequence[int]
+    op: str, x: Tensor | Dual, residual: Tensor | Dual | None, normalized_shape: int | Sequence[int]
 ) -> tuple[int, ...]:
-    if x.shape != residual.shape:
+    if residual is not None and x.shape != residual.shape:
         raise ValueError(
             f"{op}: residual must have the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}: expand it."
         )
@@ -194,7 +210,9 @@ def _fusible(x: Any, residual: Any, shape: tuple[int, ...]) -> bool:
     """Whether the sum and its norm are one kernel; several normalised axes and casts in between are rare."""
     if sharding.is_dtensor(*(t.stacked if is_dual(t) else t for t in (x, residual))):
         return False
-    if len(shape) > 1 or not (is_dual(x) or is_dual(residual)) or x.dtype != residual.dtype:
+    if len(shape) > 1 or not (is_dual(x) or is_dual(residual)):
+        return False
+    if residual is not None and x.dtype != residual.dtype:
         return False
     return not autocasting(x.device.type)
 
@@ -210,8 +228,9 @@ def _norm(
     offset: float,
     centred: bool,
     recompute: bool | None,
+    passes: bool = False,
 ) -> tuple[Dual, Any]:
-    """The norm of x, or of ``x + residual`` and the sum."""
+    """The norm of x, or of ``x + residual`` and the sum; x itself for the sum where it `passes`."""
     check_shapes(op, shape, weight=weight, bias=bias)
 
     def on_shards(weight: Any, bias: Any) -> Any:
@@ -244,7 +263,7 @@ def _norm(
         rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))
         operands = (rows, *(None if t is None else t.reshape(-1) for t in operands[1:]))
     again = is_recomputed("norms", recompute)
-    y, summed = NormFunction.apply(*operands, float(eps), float(offset), centred, backend, again)
+    y, summed = NormFunction.apply(*operands, float(eps), float(offset), centred, backend, again, passes)
     if len(shape) > 1:
         y = y.reshape(stacked.shape)
     return Dual(y), None if summed is None else Dual(summed)

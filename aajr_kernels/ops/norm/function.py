@@ -18,7 +18,8 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 class NormFunction(torch.autograd.Function):
     """The norm of x or, with `residual`, of their sum, and the sum: ``[1 + K, *batch, C]``.
 
-    One of x and `residual` may be ``[1, *batch, C]``. With `recompute` consumers do not keep the norm.
+    One of x and `residual` may be ``[1, *batch, C]``. With `recompute` consumers do not keep the norm. Where x `passes`
+    it is the second result: its other gradients are added in the backward of the norm.
     """
 
     @staticmethod
@@ -33,6 +34,7 @@ class NormFunction(torch.autograd.Function):
         centred: bool,
         backend: str,
         recompute: bool = False,
+        passes: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.offset, ctx.centred, ctx.backend = eps, offset, centred, backend
@@ -45,7 +47,7 @@ class NormFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved, bias if recompute else None)
         if recompute:
             make_recomputable(ctx, y, _again)
-        return y, summed
+        return y, x if passes else summed
 
     @staticmethod
     @first_order
@@ -62,7 +64,7 @@ class NormFunction(torch.autograd.Function):
             None if both is None or not need else both if both.shape[0] == count else both[:count]
             for need, count in zip((need_x, need_residual), ctx.stacks)
         )
-        return x_bar, residual_bar, weight_bar, bias_bar, *(None,) * 5
+        return x_bar, residual_bar, weight_bar, bias_bar, *(None,) * 6
 
 
 def _norm(
