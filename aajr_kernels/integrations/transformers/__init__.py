@@ -6,6 +6,9 @@ module                    what it does
 ``fuse``                  :func:`fuse` and the handle it returns
 ``forms``                 norms, activations and gated products: candidates by structure, and their replacements
 ``registry``              attention modules that ask transformers' registry, and their rotary embedding
+``layers``                layers with a residual stream
+``residual``              that stream, summed inside norms
+``projections``           linear layers of one input, whose gradient gathers in one buffer
 ``verify``                whether a replacement does what a module does, tried on a small twin of it
 ``wrappers``              decorators of their methods: unwrapping, and wrapping a replacement
 ``kinds``                 attention, rotary, norms and MLPs by their names: a line for what is no candidate

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from ...ops.activation import geglu, gelu, quick_gelu, relu2, swiglu
-from ...ops.norm import rms_norm
 from ...torch_private import DROPOUT
+from .projections import of_one_input, one_by_one
+from .residual import rms_norm_of
 from .verify import Case, Method, Trial, linear_sizes, undisturbed
 from .wrappers import around, ways
 
@@ -37,6 +38,7 @@ class Replacement:
         attribute: the method it replaces.
         reason: why the module is left, where `function` is None.
         inside: attributes of the module that the replacement no longer calls.
+        runs_own: whether the module's own forward runs in it.
     """
 
     what: str
@@ -44,6 +46,7 @@ class Replacement:
     attribute: str = "forward"
     reason: str = ""
     inside: tuple[str, ...] = ()
+    runs_own: bool = False
 
 
 def verified(
@@ -122,11 +125,11 @@ def _rms_norm_forward(eps_name: str, offset: float, out_dtype: str) -> Callable[
         (x,) = (*args, *kwargs.values())  # a decorator may pass it by its name
         weight, eps = self.weight, getattr(self, eps_name)
         if out_dtype == "input":
-            return rms_norm(x, weight.shape, weight, eps, offset=offset)
+            return rms_norm_of(x, weight.shape, weight, eps, offset=offset)
         promoted = torch.promote_types(x.dtype, weight.dtype)
         if weight.dtype != x.dtype:
             x, weight = x.to(promoted), weight.to(promoted)
-        y = rms_norm(x, weight.shape, weight, eps, offset=offset)
+        y = rms_norm_of(x, weight.shape, weight, eps, offset=offset)
         half = out_dtype == "weight" and self.weight.dtype in (torch.float16, torch.bfloat16)
         return y.to(self.weight.dtype) if half else y
 
@@ -255,8 +258,11 @@ def _gated_forward(
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         (x,) = (*args, *kwargs.values())
-        first = getattr(self, gate)(x)
-        a, b = (first, getattr(self, up)(x)) if up else first.chunk(2, dim=-1)
+        if up:
+            layers = getattr(self, gate), getattr(self, up)
+            a, b = of_one_input(x, layers) or one_by_one(x, layers)
+        else:
+            a, b = getattr(self, gate)(x).chunk(2, dim=-1)
         h = gated(b, a) if swapped else gated(a, b)
         if dropout:
             h = getattr(self, dropout)(h)

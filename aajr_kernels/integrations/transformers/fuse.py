@@ -16,7 +16,9 @@ from torch import nn
 from ...rules.registry import install_guards
 from .forms import Replacement, find, is_torchs
 from .kinds import kind_of, line_for
+from .layers import residual_sums
 from .library import NAME, pretrained_model_class, register
+from .projections import sharing
 from .recomputed import as_it_is, recomputed
 from .registry import asking
 from .verify import FLOATS, signature
@@ -106,6 +108,10 @@ def _grouped(listing: dict[str, str]) -> Counter[tuple[str, str]]:
 def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     """Run the norms, gated MLPs, rotary embeddings and attention of this model instance on the fused operations.
 
+    Layers add to their residual stream inside the norms that take it, forward and backward; projections of one input,
+    such as queries, keys and values, add their gradients to one buffer. Under autocast and ``torch.compile``, and where
+    a projection has a hook or an adapter, these run as before.
+
     Nothing else is touched: no other instance, no module of transformers, no parameter, no key of the state dict. A
     wrapped model (PEFT) is fine, before or after. Decorators of the replaced methods stay around the replacements.
 
@@ -138,7 +144,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     _check(model, models)
     register()
     install_guards()  # outside the trials, which would silence and undo what these say
-    around.cache_clear()  # it holds copies of the model files' globals, which may have changed since
+    for held in (around, sharing):  # copies of the model files' globals, which may have changed since
+        held.cache_clear()
     fusion = Fusion(type(model).__name__)
     fusion._models = [
         module for part in models for module in part.modules() if isinstance(module, pretrained_model_class())
@@ -156,6 +163,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
             pieces = [] if module in bypassed else attentions[module] or [once(find, module)]
             if recompute and module not in bypassed:
                 pieces = [as_it_is(module) if piece is None else recomputed(piece) for piece in pieces]
+            if module not in bypassed:
+                pieces = [*pieces, once(residual_sums, module)]
             what, why = [], []
             for piece in filter(None, pieces):
                 if piece.reason:
@@ -198,7 +207,7 @@ class _Once:
 
     def __call__(self, finder: Callable[[nn.Module, torch.dtype], Any], module: nn.Module) -> Any:
         # that of an attention names its cache; `asking` makes sure that it does no more
-        key = finder, signature(module, ("layer_idx",) if finder is asking else ())
+        key = finder, signature(module, () if finder is find else ("layer_idx",))
         if key not in self._results:
             self._results[key] = finder(module, self._dtype_of(module, self._dtype))
         return self._results[key]

@@ -19,8 +19,8 @@ _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
 def recomputed(replacement: Replacement) -> Replacement:
-    """The same replacement, inside the context; a rotary embedding has nothing to compute again."""
-    if replacement.function is None or replacement.what == "rotary":
+    """The same replacement, inside the context; where the module's own forward runs, its parts are replaced."""
+    if replacement.function is None or replacement.runs_own:
         return replacement
     what, function = f"{replacement.what}, recomputed", _inside(replacement.function)
     return dataclasses.replace(replacement, what=what, function=function)

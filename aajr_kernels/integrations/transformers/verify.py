@@ -22,11 +22,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...backends.choice import use_backend
-from ...coverage import coverage, paused
+from ...coverage import Coverage, coverage, paused
 from ...dual import Dual, dual
 from ...torch_private import DROPOUT
 
-__all__ = ["FLOATS", "Case", "Method", "Trial", "draw", "first", "linear_sizes", "signature", "undisturbed"]
+__all__ = [
+    "FLOATS",
+    "Case",
+    "LowRank",
+    "Method",
+    "Trial",
+    "draw",
+    "first",
+    "linear_sizes",
+    "signature",
+    "undisturbed",
+]
 
 Method = Callable[[Any, Any], Any]  # of a twin and tokens
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -87,7 +98,7 @@ def draw(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, s
     return numbers.to(torch.bfloat16).to(dtype)
 
 
-class _LowRank(nn.Module):
+class LowRank(nn.Module):
     """In the place of a linear layer."""
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, generator: torch.Generator) -> None:
@@ -112,7 +123,7 @@ class _Mark(nn.Dropout):
 def _twin(module: nn.Module, case: Case, generator: torch.Generator) -> nn.Module:
     sizes = linear_sizes(module)
     if sizes is not None:
-        return _LowRank(*sizes, case.parameters, generator)
+        return LowRank(*sizes, case.parameters, generator)
     if isinstance(module, DROPOUT):
         return _Mark()
     twin: nn.Module = object.__new__(type(module))
@@ -154,7 +165,7 @@ def signature(module: nn.Module, but: tuple[str, ...] = ()) -> Any:
         type(module),
         tuple((name, _setting(value)) for name, value in settings),
         tuple((name, None if t is None else (t.shape, t.dtype)) for name, t in tensors),
-        tuple((name, None if m is None else signature(m)) for name, m in module._modules.items()),
+        tuple((name, None if m is None else signature(m, but)) for name, m in module._modules.items()),
     )
 
 
@@ -186,6 +197,10 @@ def _gradients(run: _Run, parameters: Mapping[str, Tensor], method: Method) -> S
         finally:
             for p in parameters.values():
                 p.requires_grad_(False)
+
+
+def _times(ran: Coverage, op: str) -> int:
+    return sum(int(n) for (name, _), (n, _) in ran.entries.items() if name == op)
 
 
 class _Run(NamedTuple):
@@ -242,6 +257,13 @@ class Trial:
             ulp = max(torch.finfo(d).eps for d in (case.tokens, case.parameters, *case.children.values()))
             self.runs.append(_Run(twin, x, v, y, tangent, ulp))
 
+    def count(self, method: Method, op: str) -> int:
+        """How often `method` runs `op`; 0 where it raises."""
+        run = self.runs[0]
+        with undisturbed(), coverage() as ran, contextlib.suppress(Exception):
+            method(run.twin, dual(run.x, run.v))
+        return _times(ran, op)
+
     def difference(self, method: Method, op: str, count: int = 1) -> tuple[float, str] | None:
         """How far off `method` is, and that in words; or None where it agrees and runs `op` so many times."""
         for run in self.runs:
@@ -252,7 +274,7 @@ class Trial:
                     plain = first(method(run.twin, run.x))
             except Exception as error:
                 return inf, f"the fused one raises {_raised(error)}"
-            times = sum(int(n) for (name, _), (n, _) in ran.entries.items() if name == op)
+            times = _times(ran, op)
             if times != count or not isinstance(y, Dual):
                 return inf, f"{op} ran {times} times instead of {count}"
             wide = run.ulp == torch.finfo(torch.float64).eps

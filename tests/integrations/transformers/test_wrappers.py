@@ -160,6 +160,11 @@ def test_a_decorator_is_looked_through_and_kept(monkeypatch, listing, name, deco
             Decorated, "__get__", lambda s, o, t=None: s if o is None else functools.partial(s, o), False
         )
     monkeypatch.setattr(cls, "forward", decorated)
+    # projections and norms inside take other numbers than the tokens and the stream outside
+    if name == "LlamaAttention":
+        listing = {module: what.removesuffix(" + projections") for module, what in listing.items()}
+    if name == "LlamaRMSNorm":
+        listing = {module: what for module, what in listing.items() if what != "residual sums"}
     assert_fused_alike(tiny("llama"), listing)
 
 
@@ -220,11 +225,15 @@ def test_attention_that_does_not_ask_the_registry_keeps_its_masks():
     model.model.layers[1].self_attn = OwnAttention(model.model.layers[1].self_attn)
     fusion = assert_fused_alike(model, calls=False)
     first, second = (f"model.layers.{i}.self_attn" for i in (0, 1))
+    layer = fusion.left.pop("model.layers.1")  # tried with the masks of those that ask
+    assert layer.startswith(
+        "residual sums: LlamaDecoderLayer.forward cannot be run for a check (TypeError: ~"
+    )
     assert fusion.left == {
         first: f"attention: its masks go to {second}, too, which does not ask the registry",
         second: "attention: OwnAttention does not ask transformers' registry for it",
     }
-    assert fusion.replaced[first] == "rotary"
+    assert fusion.replaced[first] == "rotary + projections"
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -259,7 +268,7 @@ def test_forms_of_every_kind_that_are_not_known_are_left(monkeypatch):
         "body.model.rotary_emb": "OwnRotary.forward has an unknown form",
         "value": "norm: OwnNorm is no part of a transformers model",
     }
-    assert fusion.replaced["body.model.layers.0.self_attn"] == "attention"
+    assert fusion.replaced["body.model.layers.0.self_attn"] == "attention + projections"
     assert fusion.kept == {"attention": "attention: runs on the rules of torch's functions"}
 
 

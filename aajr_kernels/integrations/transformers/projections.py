@@ -1,0 +1,78 @@
+"""Linear layers of one input, such as queries, keys and values, whose input gradient gathers in one buffer.
+
+An attention module runs its own forward on a stand-in of itself: the same class and attributes, with those layers
+computed in advance. Where one of them has a hook, an adapter or another forward than torch's, all run as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...dual import is_dual
+from ...ops.linear import projections
+from ...torch_private import has_hooks
+
+__all__ = ["of_one_input", "one_by_one", "sharing"]
+
+#: arguments that are attended to in the place of the tokens
+_OTHERS = ("encoder_hidden_states", "key_value_states")
+
+_Products = Callable[[Any, Sequence[nn.Module]], "Sequence[Any] | None"]
+
+
+def of_one_input(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any] | None:
+    """What the linear layers give for a Dual, by one op; None where they have to be called one by one."""
+    if torch.compiler.is_compiling() or not is_dual(x) or not all(map(_is_bare, layers)):
+        return None
+    return projections(x, [(layer.weight, layer.bias) for layer in layers])  # type: ignore[misc]
+
+
+def one_by_one(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any]:
+    """The same by calls of any layers."""
+    return [layer(x) for layer in layers]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is torch's linear layer and no more."""
+    own = type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
+    return own and not has_hooks(module)
+
+
+class _Computed:
+    """In the place of a linear layer: what it gives for `x`."""
+
+    def __init__(self, layer: nn.Module, x: Any, y: Any) -> None:
+        self.layer, self.x, self.y = layer, x, y
+
+    def __call__(self, x: Any) -> Any:
+        y, self.y = self.y, None  # not kept any longer than without the stand-in
+        return self.layer(x) if y is None or x is not self.x else y
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+@functools.cache
+def sharing(
+    own: Callable[..., Any], names: tuple[str, ...], products: _Products = of_one_input
+) -> Callable[..., Any]:
+    """The forward `own` of a module, with the layers of these names computed together where `products` can."""
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        layers = [getattr(self, name) for name in names]
+        results = None if any(kwargs.get(name) is not None for name in _OTHERS) else products(x, layers)
+        if results is not None:
+            computed = {name: _Computed(layer, x, y) for name, layer, y in zip(names, layers, results)}
+            twin = object.__new__(type(self))
+            twin.__dict__.update(self.__dict__, _modules={**self._modules, **computed})
+            self = twin
+        return own(self, *args, **kwargs)
+
+    return forward
