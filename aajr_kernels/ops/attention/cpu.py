@@ -38,19 +38,12 @@ def _kernel_mask(mask: Tensor | None) -> Tensor | None:
     return mask.float()
 
 
-def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference: shift and
-    norm ``[2, B, H, N]``, and the means of the tangents of the scores, K or none."""
-    out, stats, means = _attention_fwd(q, k, v, mask, *options)
-    return out, stats, means
-
-
 @native.operator(operators.ATTENTION_FWD)
 def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``) and the row statistics of the reference: shift and
+    norm ``[2, B, H, N]``, and the means of the tangents of the scores, K or none."""
     options = Options(*flat)
     q, k, v = (native.row_dense(x) for x in (q, k, v))
     biased = mask is not None and mask.dtype != torch.bool
@@ -63,26 +56,6 @@ def _attention_fwd(
     operands = (q, k, v, _kernel_mask(mask), options.q_start, options.k_start, *stats, means, out)
     native.call("attention_fwd", operands + _drawn(options), *_numbers(options))
     return out, stats, means
-
-
-def attention_bwd(
-    out_bar: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    stats: Tensor,
-    means: Tensor,
-    options: Options,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v and the bias, None where not needed."""
-    needs = (*needs[:3], needs[3] and mask is not None)
-    q_bar, k_bar, v_bar, bias_bar = _attention_bwd(
-        out_bar, q, k, v, mask, out, stats, means, *needs, *options
-    )
-    return q_bar, k_bar, v_bar, bias_bar
 
 
 @native.operator(operators.ATTENTION_BWD)
@@ -100,7 +73,8 @@ def _attention_bwd(
     need_v: bool,
     need_bias: bool,
     *flat: Any,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> operators.Gradients:
+    """Gradients of q, k, v and the bias, None where not needed."""
     options = Options(*flat)
     q, k, v, out, out_bar = (native.row_dense(x) for x in (q, k, v, out, out_bar))
     needs = zip((q, k, v), (need_q, need_k, need_v))
@@ -111,3 +85,6 @@ def _attention_bwd(
     outputs = (q_bar, k_bar, v_bar, bias_bar)
     native.call("attention_bwd", inputs + outputs + _drawn(options), *_numbers(options))
     return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)
+
+
+attention_fwd, attention_bwd = operators.with_options(_attention_fwd, _attention_bwd)

@@ -1,6 +1,14 @@
-"""Schemas of attention's launchers, the same on every backend."""
+"""Schemas of attention's launchers, the same on every backend, and how its Function calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 from ...backends.operator import Operator
+from .options import Options
 
 #: `Options` as an operator takes them; lengths may be symbols
 _OPTIONS = (
@@ -15,3 +23,35 @@ ATTENTION_BWD = Operator(
     f"bool need_q, bool need_k, bool need_v, bool need_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     present=("need_q", "need_k", "need_v", "need_bias"),
 )
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def with_options(
+    forward: Callable[..., Any], backward: Callable[..., Any]
+) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Gradients]]:
+    """`attention_fwd` and `attention_bwd`, as the reference has them, from launchers that take `Options` flat."""
+
+    def attention_fwd(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, stats, means = forward(q, k, v, mask, *options)
+        return out, stats, means
+
+    def attention_bwd(
+        out_bar: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        stats: Tensor,
+        means: Tensor,
+        options: Options,
+        needs: tuple[bool, bool, bool, bool],
+    ) -> Gradients:
+        needs = (*needs[:3], needs[3] and mask is not None)
+        q_bar, k_bar, v_bar, bias_bar = backward(out_bar, q, k, v, mask, out, stats, means, *needs, *options)
+        return q_bar, k_bar, v_bar, bias_bar
+
+    return attention_fwd, attention_bwd

@@ -27,41 +27,6 @@ from .problem import Problem, block_size, descriptors_fit, like, padded_rows, ro
 __all__ = ["attention_bwd", "attention_fwd"]
 
 
-def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``), statistics of the softmax, means of tangents.
-
-    The statistics are ``[2, B, H, NP]`` with N padded to NP: shift and -log2 of the normaliser, with a bias or in
-    float32, otherwise ``[1, B, H, NP]``: the log2 of the sum of the exponentials; +inf where a query sees nothing.
-    The means are ``[K, B, H, NP]``.
-    """
-    out, stats, mu = _attention_fwd(q, k, v, mask, *options)
-    return out, stats, mu
-
-
-def attention_bwd(
-    out_bar: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    stats: Tensor,
-    mu: Tensor,
-    options: Options,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v and the bias, None where not needed."""
-    needs = (*needs[:3], needs[3] and mask is not None)
-    q_bar, k_bar, v_bar, bias_bar = _attention_bwd(out_bar, q, k, v, mask, out, stats, mu, *needs, *options)
-    return q_bar, k_bar, v_bar, bias_bar
-
-
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[Any, ...]) -> Problem:
     options = Options(*flat)
     if options.dropout and options.drawn is None:
@@ -73,6 +38,12 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: tuple[A
 def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[1+K, B, H, N, V]`` (in memory ``[1+K, B, N, H, V]``), statistics of the softmax, means of tangents.
+
+    The statistics are ``[2, B, H, NP]`` with N padded to NP: shift and -log2 of the normaliser, with a bias or in
+    float32, otherwise ``[1, B, H, NP]``: the log2 of the sum of the exponentials; +inf where a query sees nothing.
+    The means are ``[K, B, H, NP]``.
+    """
     q, k, v = (row_dense(x) for x in (q, k, v))
     p = _problem(q, k, v, mask, flat)
     _, B, H, N, _ = q.shape
@@ -106,7 +77,8 @@ def _attention_bwd(
     need_v: bool,
     need_bias: bool,
     *flat: Any,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> operators.Gradients:
+    """Gradients of q, k, v and the bias, None where not needed."""
     q, k, v, out_bar = (row_dense(x) for x in (q, k, v, out_bar))
     p = _problem(q, k, v, mask, flat)
     q_bar = like(q) if need_q else None
@@ -126,6 +98,9 @@ def _attention_bwd(
         return q_bar, k_bar, v_bar, None
     total = bias_bar[0] if len(bias_bar) == 1 else bias_bar.sum(0)
     return q_bar, k_bar, v_bar, torch.empty(mask.shape, dtype=mask.dtype, device=q.device).copy_(total)
+
+
+attention_fwd, attention_bwd = operators.with_options(_attention_fwd, _attention_bwd)
 
 
 def _launch_bwd(
@@ -197,37 +172,42 @@ def _launch_sum(parts: Tensor, bar: Tensor) -> None:
 
 
 def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -> None:
-    tile, constants = p.tile("fwd"), p.constants(index)
-    arch, size, width = architecture(p.q.device), constants["BLOCK_D"], constants["BLOCK_V"]
-    tensors = [x[0] for x in (p.q, p.k, p.v)] + [stack(x, index) for x in (p.q, p.k, p.v)]
-    tma = p.options.starts is None and descriptors_fit(arch, *tensors)
-    blocks = [(tile.m, size), (tile.n, size), (tile.n, width)] * 2
-    mask, mask_tan, mask_strides = p.masks(index)
+    tile, arguments, strides, constants = _shared(p, "fwd", index, p.q, p.k, p.v)
     launch(
         _attention_fwd_kernel,
         p.grid(tile.m, padded=True),
         p.q.device,
-        *(rows(x, block, tma) for x, block in zip(tensors, blocks)),
-        mask,
-        mask_tan,
+        *arguments,
         *(p.options.starts or (None, None)),
         out[0],
         stack(out, index),
         stats,
         mu[index] if p.moves and index >= 0 else None,
-        *(x.stride()[1:4] for x in (p.q, p.k, p.v)),
-        mask_strides,
+        *strides,
         out.stride()[1:4],
         *p.scalars(),
         **constants,
-        TMA=tma,
-        PIN=p.pinned("fwd"),
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
+
+
+def _shared(
+    p: Problem, kernel: str, index: int, *stacks: Tensor
+) -> tuple[Tile, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """The tile, the first arguments (q, k, v, any cotangents, masks), their strides and the constants of a kernel."""
+    arch, tile, constants = architecture(p.q.device), p.tile(kernel), p.constants(index)
+    tensors = [x[0] for x in stacks] + [stack(x, index) for x in stacks]
+    tma = kernel != "bias" and p.options.starts is None and descriptors_fit(arch, *tensors)
+    size, width = constants["BLOCK_D"], constants["BLOCK_V"]
+    blocks = [(tile.m, size), (tile.n, size), (tile.n, width), (tile.m, width)][: len(stacks)] * 2
+    mask, mask_tan, mask_strides = p.masks(index, transposed=kernel in ("dk", "dv", "dkv"))
+    if kernel == "dq" and p.mask_kind == 1:
+        # fewer registers than words that all threads share
+        mask_strides = tuple(0 if i == 2 and s is None else s for i, s in enumerate(mask_strides))
+    arguments = (*(rows(x, block, tma) for x, block in zip(tensors, blocks)), mask, mask_tan)
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
+    if kernel != "bias":
+        constants |= {"TMA": tma, "STAGES": tile.stages, "PIN": p.pinned(kernel)}
+    return tile, arguments, (*(x.stride()[1:4] for x in stacks), mask_strides), constants
 
 
 def launch_rows(p: Problem, index: int, out: Tensor, out_bar: Tensor, delta: Tensor) -> None:
@@ -270,33 +250,14 @@ class Backward:
     delta: Tensor
 
     def shared(self, kernel: str) -> tuple[Tile, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-        """The tile, the first arguments (inputs, cotangents, masks), their strides and the constants of a kernel."""
         p, index = self.p, self.index
-        arch = architecture(p.q.device)
-        tile = p.tile(kernel)
-        constants = p.constants(index)
-        stacks = (p.q, p.k, p.v, self.out_bar)
-        tensors = [x[0] for x in stacks] + [stack(x, index) for x in stacks]
-        tma = kernel != "bias" and p.options.starts is None and descriptors_fit(arch, *tensors)
-        size, width = constants["BLOCK_D"], constants["BLOCK_V"]
-        blocks = [(tile.m, size), (tile.n, size), (tile.n, width), (tile.m, width)] * 2
-        mask, mask_tan, mask_strides = p.masks(index, transposed=kernel in ("dk", "dv", "dkv"))
-        if kernel == "dq" and p.mask_kind == 1:
-            # fewer registers than words that all threads share
-            mask_strides = tuple(0 if i == 2 and s is None else s for i, s in enumerate(mask_strides))
-        arguments = (*(rows(x, block, tma) for x, block in zip(tensors, blocks)), mask, mask_tan)
-        constants |= {"TANGENT": index >= 0, "BLOCK_M": tile.m, "BLOCK_N": tile.n}
-        constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        tile, arguments, strides, constants = _shared(p, kernel, index, p.q, p.k, p.v, self.out_bar)
+        constants["TANGENT"] = index >= 0
         if kernel != "bias":
-            constants |= {
-                "TMA": tma,
-                "LAST": index >= p.tangents - 1,
-                "STAGES": tile.stages,
-                # where products read shared memory; the interpreter, for tests, does as sm_90 does
-                "LATE": arch in ("sm_90", "interpreter") and p.q.element_size() == 2,
-                "PIN": p.pinned(kernel),
-            }
-        strides = (*(x.stride()[1:4] for x in stacks), mask_strides)
+            constants["LAST"] = index >= p.tangents - 1
+            # where products read shared memory; the interpreter, for tests, does as sm_90 does
+            arch = architecture(p.q.device)
+            constants["LATE"] = arch in ("sm_90", "interpreter") and p.q.element_size() == 2
         return tile, arguments, strides, constants
 
     def statistics(self) -> tuple[Any, ...]:
