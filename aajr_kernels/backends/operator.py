@@ -74,10 +74,10 @@ class Registry:
         """A decorator; the decorated launcher takes positional arguments only."""
 
         def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
-            name = f"{self.backend}_{op.name}"
+            name, eager = f"{self.backend}_{op.name}", self.eager(launcher)
 
             def implementation(*args: Any) -> Any:
-                results = launcher(*args)
+                results = eager(*args)
                 if op.deciding is None:
                     return results
                 return tuple(args[0].new_empty(0) if t is None else t for t in results)
@@ -92,7 +92,6 @@ class Registry:
             torch.library.register_fake(f"aajr::{name}", fake, lib=_LIBRARY)
             self.names.append(f"aajr::{name}")
             opaque = getattr(torch.ops.aajr, name).default
-            eager = self.eager(launcher)
 
             @functools.wraps(launcher)
             def call(*args: Any) -> Any:

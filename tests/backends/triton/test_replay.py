@@ -356,6 +356,15 @@ def test_modes_of_torch_see_the_operator():
     assert y.shape == (2, 8, 64) and stats.shape == (2, 8) and summed is None
 
 
+@elsewhere
+def test_the_operator_of_compiled_code_is_replayed():
+    from aajr_kernels.backends.triton import replay
+
+    for _ in range(3):
+        torch.ops.aajr.triton_norm_fwd(*norm_args(rows(2, 8, 64)))
+    assert isinstance(next(iter(replay._calls.values())), replay.Call)
+
+
 def _values(x: Tensor) -> Tensor:
     return torch.full((int(x[0].item()),), 1.0)
 
