@@ -70,8 +70,8 @@ format: $(call SETUP,lint)  ## apply ruff's format and safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-gpu-check: $(call SETUP,test)  ## what needs a GPU: tests in parts (PART=2/4 runs one), compute-sanitizer, benchmarks (ONLY=bench)
-	$(PY) scripts/gpu_check.py $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
+gpu-check: $(call SETUP,test)  ## all that needs a GPU, in SECONDS=560, to OUT=build/gpu (AGAIN=build/gpu repeats failures)
+	$(PY) scripts/gpu_first.py --seconds $(or $(SECONDS),560) --out $(or $(OUT),build/gpu$(if $(AGAIN),-again)) $(if $(AGAIN),--again $(AGAIN)) $(ARGS)
 
 dist: $(call SETUP,release)  ## source archive and wheel in dist/, checked
 	rm -rf build dist

@@ -243,6 +243,6 @@ def true_portion(
 
 
 def draw(*shape: int, dtype: str, seed: int = SEED) -> torch.Tensor:
-    """Normal numbers, rounded to the dtype."""
-    generator = torch.Generator().manual_seed(seed)
+    """Normal numbers, rounded to the dtype; drawn where ``with torch.device`` says, by default on the CPU."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(DTYPES[dtype])

@@ -157,9 +157,8 @@ def plain_ascent(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[Tens
 @functools.lru_cache(maxsize=2)
 def true_gradients(task: step.Task, length: int) -> Gradients:
     """All gradients in float64 on the oracle's layers, for weights rounded to the dtype."""
-    model, head, x, _, labels = step.problem(task, length)
+    model, head, x, _, labels = step.exact_problem(task, length)
     assert head is not None
-    model, head, x = model.double(), head.double(), x.double()
     loss = plain_loss(model, head, labels)
     with oracle.oracle_mode():
         points, directions = plain_ascent(loss, x)

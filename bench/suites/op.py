@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,7 +24,7 @@ class Op:
 
     Attributes:
         draw: length -> stacked inputs ``[2, ...]``, parameters, and the stacked cotangent (None where the op gives a
-            scalar), rounded to the dtype and on the CPU.
+            scalar), rounded to the dtype, on the device that ``with torch.device`` says.
         part: of :data:`..case.PARTS`.
         device: where it runs.
     """
@@ -72,9 +73,10 @@ class Op:
     def leaves(
         self, length: int, stacked: bool, double: bool = False
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Inputs, parameters and the cotangent, on the device or in float64 on the CPU."""
-        inputs, rest, cotangent = self.draw(length)
-        place: Callable[[Tensor], Tensor] = lambda t: t.double() if double else t.to(self.device)
+        """Inputs, parameters and the cotangent, on the device or in float64 on the CPU: the same numbers."""
+        with torch.device(self.device):
+            inputs, rest, cotangent = self.draw(length)
+        place: Callable[[Tensor], Tensor] = lambda t: t.cpu().double() if double else t.to(self.device)
         cut: Callable[[Tensor], Tensor] = lambda t: t if stacked else t[0].clone()
         return (
             [place(cut(x)).requires_grad_() for x in inputs],

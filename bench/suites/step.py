@@ -114,7 +114,7 @@ def variant(
 ) -> Variant:
     """A variant of the step, or of a step whose `run` and `truth` are given."""
     kind = task.kind if task.kind in ("plain", "both", "adversarial") else "penalty"
-    exact = dataclasses.replace(task, kind=kind, form="sdpa", device="cpu")
+    exact = dataclasses.replace(task, kind=kind, form="sdpa")
     exact = dataclasses.replace(exact, recompute=False, checkpoint=False, offload=False)
     options.setdefault("compiled", task.form == "compiled")
     made = functools.partial(run or make, task), functools.partial(truth or true_gradients, exact)
@@ -232,21 +232,29 @@ def _memory(dtype: str, length: int, selection: Selection) -> Case:
 
 def problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tensor, Tensor, Tensor]:
     """Model, head, embeddings ``[1, S, C]``, unit directions ``[K, 1, S, C]`` and labels ``[1, S]``."""
-    model = models.build(task.model, task.dtype, length, "eager" if task.form == "eager" else "sdpa")
     hidden, vocab_size = models.sizes(task.model, length).hidden, words(task.model)
-    head = models.head(hidden, vocab_size, task.dtype) if task.head else None
+    with torch.device(task.device):  # a billion numbers are drawn in no time there
+        model = models.build(task.model, task.dtype, length, "eager" if task.form == "eager" else "sdpa")
+        head = models.head(hidden, vocab_size, task.dtype) if task.head else None
+        x = draw(1, length, hidden, dtype=task.dtype, seed=1)
+        v = normalize(draw(task.directions, 1, length, hidden, dtype="float32", seed=2)).to(x.dtype)
     if task.lora:
         model = models.adapted(model, task.lora)
     if task.checkpoint:
         models.checkpoint(model)
     if task.form == "fused":
         fuse(model, recompute=task.recompute)
-    x = draw(1, length, hidden, dtype=task.dtype, seed=1)
-    v = normalize(draw(task.directions, 1, length, hidden, dtype="float32", seed=2)).to(x.dtype)
     labels = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(3))
     if head is not None:
         head = head.to(task.device).requires_grad_(not task.lora)
     return model.to(task.device), head, x.to(task.device), v.to(task.device), labels.to(task.device)
+
+
+def exact_problem(task: Task, length: int) -> tuple[nn.Module, nn.Linear | None, Tensor, Tensor, Tensor]:
+    """The numbers of :func:`problem` on the CPU, in float64."""
+    model, head, *tensors = problem(task, length)
+    x, v, labels = (t.cpu() for t in tensors)
+    return model.cpu().double(), None if head is None else head.cpu().double(), x.double(), v.double(), labels
 
 
 def make(
@@ -318,16 +326,14 @@ def size(head: nn.Linear | None, y: Tensor, y_tan: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=3)
 def true_gradients(task: Task, length: int) -> Gradients:
     """All gradients in float64 on the oracle's layers, for the weights rounded to the dtype."""
-    model, head, x, v, labels = problem(task, length)
-    for module in (model, *([head] if head else [])):
-        module.double()
+    model, head, x, v, labels = exact_problem(task, length)
     _, output = models.outputs(model, head)
     with oracle.oracle_mode():
         total = torch.zeros(())
         if task.kind != "plain":
-            total = total + size(head, *oracle.jvp(output, x.double(), v.double()))
+            total = total + size(head, *oracle.jvp(output, x, v))
         if task.kind != "penalty":
-            total = total + plain_loss(output(x.double()), head, labels)
+            total = total + plain_loss(output(x), head, labels)
     if task.part == "forward":
         return [total.detach()]
     total.backward()

@@ -182,7 +182,7 @@ def test_broken_kernels_are_replaced_with_one_warning_and_raise_by_name(fault, m
     monkeypatch.setattr(module, launcher, whole)
     norm(torch.float32)
     forget(monkeypatch)
-    monkeypatch.setattr(selfcheck, "_difference", None)
+    monkeypatch.setattr(selfcheck, "difference", None)
     with aajr.use_backend("triton"), pytest.raises(BackendUnavailable):
         norm()
     norm(torch.float32)
@@ -254,11 +254,11 @@ def test_it_can_be_turned_off_and_leaves_other_backends_alone(monkeypatch):
 
 
 def test_full_memory_is_no_fault_of_the_kernels(monkeypatch):
-    def full(kind):
+    def full(kind, repeats):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(selfcheck, "_difference", full)
+        patch.setattr(selfcheck, "difference", full)
         norm()
     assert [row["state"] for row in rows()] == ["open"]
     norm()
@@ -266,10 +266,10 @@ def test_full_memory_is_no_fault_of_the_kernels(monkeypatch):
 
 
 def test_a_fault_that_takes_the_device_along_is_said_and_kept(monkeypatch):
-    def fault(*_):
+    def fault(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
 
-    monkeypatch.setattr(selfcheck, "_difference", fault)
+    monkeypatch.setattr(selfcheck, "difference", fault)
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
@@ -328,7 +328,7 @@ def test_a_corrupt_file_is_read_as_far_as_it_goes(text, monkeypatch):
     assert [row["state"] for row in rows()] == ["passed"]
     file().write_bytes(text + good)
     forget(monkeypatch)
-    monkeypatch.setattr(selfcheck, "_difference", None)
+    monkeypatch.setattr(selfcheck, "difference", None)
     norm()
 
 

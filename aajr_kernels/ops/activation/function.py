@@ -81,10 +81,15 @@ def _gated_again(ctx: Any) -> Tensor:
 
 
 def trial(
-    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], kind: str
+    draw: Draw,
+    name: str,
+    dtypes: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    kind: str,
+    length: int = 37,
 ) -> Trial:
     """A small problem for the first-use check; sizes: stacks of the operands."""
     stacks = sizes or (2,) * len(dtypes)
     function = PointwiseFunction if len(dtypes) == 1 else GatedFunction
-    operands = {n: draw(d, count, 37, 130) for n, d, count in zip(("gate", "up"), dtypes, stacks)}
+    operands = {n: draw(d, count, length, 130) for n, d, count in zip(("gate", "up"), dtypes, stacks)}
     return operands, lambda backend, *tensors: (function.apply(*tensors, kind, backend),)

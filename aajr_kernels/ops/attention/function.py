@@ -186,6 +186,7 @@ def trial(
     align_right: bool,
     mask_dtype: torch.dtype | None,
     spread: tuple[bool, ...],
+    length: int | None = None,
 ) -> Trial:
     """A small problem for the first-use check.
 
@@ -198,6 +199,8 @@ def trial(
     dropped = dropped and not packed
     # several tiles on a device; the values that show what dropout keeps are no wider than a tile
     queries, keys = (50, 60) if dropped or interpreted() else (200, 333)
+    if length is not None:
+        queries = keys = length
     dtype, shapes = dtypes[0], ((heads * group, queries, size), (heads, keys, size), (heads, keys, width))
     operands = {n: draw(dtype, count, batch, *s) for n, count, s in zip("qkv", stacks, shapes)}
     device = operands["q"].device
@@ -211,7 +214,10 @@ def trial(
     offset = (0 if packed else keys - queries) if causal else None
     options = Options(size**-0.5, 2.0 if capped else None, offset, 20 if windowed else None)
     if packed:
-        starts = [torch.tensor(x, device=device) for x in ([0, 20, 20, queries], [0, 33, 40, keys])]
+        starts = [
+            torch.tensor(x, device=device)
+            for x in ([0, queries // 3, queries // 3, queries], [0, keys // 2, 2 * keys // 3, keys])
+        ]
         options = options._replace(align_right=align_right, q_start=starts[0], k_start=starts[1])
     seed = torch.tensor(11, device=device)
 

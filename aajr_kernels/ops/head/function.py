@@ -98,10 +98,11 @@ def trial(
     scaled: bool,
     capped: bool,
     joint: bool,
+    length: int = 37,
 ) -> Trial:
     """A small problem for the first-use check; sizes: stacks, hidden features. The dtypes are equal."""
     stacks, size = sizes or (2, 128)
-    dtype, tokens, vocab_size = dtypes[0], 37, 301
+    dtype, tokens, vocab_size = dtypes[0], length, max(301, 8 * length + 5)
     operands = {
         "hidden": draw(dtype, stacks, tokens, size),
         "weight": draw(dtype, vocab_size, size) * size**-0.5,

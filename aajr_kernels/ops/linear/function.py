@@ -51,11 +51,22 @@ class LinearFunction(torch.autograd.Function):
 
 
 def trial(
-    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], biased: bool
+    draw: Draw,
+    name: str,
+    dtypes: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    biased: bool,
+    length: int = 37,
 ) -> Trial:
-    """A small problem for the first-use check; sizes: stacks, features of the result. The dtypes are equal."""
+    """A small problem for the first-use check; sizes: stacks, features of the results. The dtypes are equal."""
     stacks, size = sizes or (2, 64)
     dtype = dtypes[0]
-    operands = {"x": draw(dtype, stacks, 37, 32), "weight": draw(dtype, size, 32)}
-    operands["bias"] = draw(dtype if biased else None, size)
-    return operands, lambda backend, *tensors: (LinearFunction.apply(tensors[0], backend, *tensors[1:]),)
+    operands = {"x": draw(dtype, stacks, length, 32)}
+    for i in range(len(dtypes) // 2):
+        operands |= {f"weight {i}": draw(dtype, size, 32), f"bias {i}": draw(dtype if biased else None, size)}
+
+    def run(backend: str, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        results = LinearFunction.apply(x, backend, *parameters)
+        return results if isinstance(results, tuple) else (results,)
+
+    return operands, run

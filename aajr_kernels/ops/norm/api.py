@@ -253,7 +253,7 @@ def _norm(
         name=op,
         kind=lambda x, residual, *_: (
             tuple([t.shape[0] for t in (x, residual) if t is not None]) + (math.prod(shape),),
-            (centred, offset != 0.0),
+            (centred, offset != 0.0, passes),
         ),
     )
     if backend == SHARDS:

@@ -116,11 +116,15 @@ def trial(
     sizes: tuple[int, ...],
     centred: bool,
     shifted: bool,
+    passes: bool,
+    length: int = 37,
 ) -> Trial:
     """A small problem for the first-use check; sizes: stacks of x and, for the sum, of the residual; features."""
     *stacks, size = sizes or (2, 2, 64)
-    operands = {n: draw(d, count, 37, size) for n, d, count in zip(("x", "residual"), dtypes, (*stacks, 1))}
+    operands = {
+        n: draw(d, count, length, size) for n, d, count in zip(("x", "residual"), dtypes, (*stacks, 1))
+    }
     operands |= {n: draw(d, size) for n, d in zip(("weight", "bias"), dtypes[2:])}
     return operands, lambda backend, *tensors: NormFunction.apply(
-        *tensors, 1e-5, float(shifted), centred, backend
+        *tensors, 1e-5, float(shifted), centred, backend, False, passes
     )

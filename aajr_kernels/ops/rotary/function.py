@@ -40,10 +40,15 @@ class RotaryFunction(torch.autograd.Function):
 
 
 def trial(
-    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], interleaved: bool
+    draw: Draw,
+    name: str,
+    dtypes: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    interleaved: bool,
+    length: int = 37,
 ) -> Trial:
     """A small problem for the first-use check; sizes: stacks, features, those that are rotated."""
     stacks, size, rotated = sizes or (2, 64, 64)
-    tables = {name: draw(dtype, 2, 1, 37, rotated) for name, dtype in zip(("cos", "sin"), dtypes[1:])}
-    operands = {"x": draw(dtypes[0], stacks, 2, 3, 37, size)} | tables
+    tables = {name: draw(dtype, 2, 1, length, rotated) for name, dtype in zip(("cos", "sin"), dtypes[1:])}
+    operands = {"x": draw(dtypes[0], stacks, 2, 3, length, size)} | tables
     return operands, lambda backend, *tensors: (RotaryFunction.apply(*tensors, interleaved, backend),)

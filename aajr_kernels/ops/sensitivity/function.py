@@ -60,7 +60,12 @@ class SoftmaxFunction(torch.autograd.Function):
 
 
 def trial(
-    draw: Draw, name: str, dtypes: tuple[torch.dtype | None, ...], sizes: tuple[int, ...], metric: str
+    draw: Draw,
+    name: str,
+    dtypes: tuple[torch.dtype | None, ...],
+    sizes: tuple[int, ...],
+    metric: str,
+    length: int = 5,
 ) -> Trial:
     """A small problem for the first-use check; sizes: stacks, classes; the metric is empty for the softmax."""
     stacks, classes = sizes or (2, 300)
@@ -70,4 +75,4 @@ def trial(
             return (SensitivityFunction.apply(y, metric, backend),)
         return (SoftmaxFunction.apply(y, backend),)
 
-    return {"y": draw(dtypes[0], stacks, 5, classes)}, run
+    return {"y": draw(dtypes[0], stacks, length, classes)}, run
