@@ -134,10 +134,10 @@ def measure(
     metric = options.metric
     if not isinstance(metric, str):
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
-    if options.labels is not None and (options.head is None or not options.return_primal):
-        raise ValueError(
-            "labels need head= and return_primal=True: without a head compute the loss from the returned primal."
-        )
+    if options.labels is not None and not options.return_primal:
+        raise ValueError("labels are for the loss that return_primal=True returns: pass it, or drop labels.")
+    if options.labels is not None and options.head is None:
+        raise ValueError("labels need head=: without a head compute the loss from the returned primal.")
     head = None if options.head is None else as_head(options.head)
     x_dual = dual(x, v)
     is_eager = not torch.compiler.is_compiling()

@@ -148,7 +148,7 @@ def trajectory_penalty(
     generator: torch.Generator | None = None,
     **penalty_options: Any,
 ) -> tuple[Tensor, PenaltyStatistics]:
-    """Penalty on the sensitivity of `func` along the way of an adversary: a weighted mean over its steps.
+    """Penalty on the sensitivity of `func` along the trajectory of an adversary: a weighted mean over its steps.
 
     Args:
         func: as in :func:`aligned_penalty`; called with one Dual, and with `inputs` as keyword arguments.

@@ -266,7 +266,12 @@ def test_gradient_against_finite_differences_of_the_penalty():
         (dict(denominator=0), ValueError, "denominator must be positive"),
         (dict(mask=torch.ones(B, T)), TypeError, "mask must be a bool or integer"),
         (dict(mask=torch.ones(B, T + 1, dtype=torch.bool)), ValueError, "mask must have shape"),
-        (dict(labels=torch.zeros(B, T, dtype=torch.long)), ValueError, "labels need head="),
+        (
+            dict(labels=torch.zeros(B, T, dtype=torch.long), return_primal=True),
+            ValueError,
+            "labels need head=",
+        ),
+        (dict(labels=torch.zeros(B, T, dtype=torch.long)), ValueError, "return_primal=True returns: pass it"),
         (dict(func=lambda d: d.detach()), ValueError, "does not depend on its input x"),
         (dict(func=lambda d: torch.ones(B, T, V)), ValueError, "does not depend on its input x"),
         (dict(func=lambda d: d.sum()), ValueError, "at least one axis"),
