@@ -65,7 +65,7 @@ def model_name(row: Row) -> str:
     kind, _, size = str(row.config.get("model", row.family)).partition("-")
     name = f"{NAMES.get(kind, kind)} {size}".strip()
     words = row.config.get("V")
-    return f"{name}, head of {words:,} words" if isinstance(words, int) else name
+    return f"{name}, vocabulary of {words:,}" if isinstance(words, int) else name
 
 
 def rank(row: Row) -> tuple[int, ...]:
