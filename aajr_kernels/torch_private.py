@@ -71,6 +71,9 @@ UPSAMPLE_BILINEAR_AA: tuple[Any, Any] = (torch.ops.aten._upsample_bilinear2d_aa,
 MASKED_INDEX: Any = torch._unsafe_masked_index
 MASKED_INDEX_PUT: Any = torch._unsafe_masked_index_put_accumulate
 
+#: softmax whose rows of −inf are zeros; ``torch.compile`` makes it of attention's weights
+SAFE_SOFTMAX: Any = torch.ops.aten._safe_softmax
+
 #: training's batch norm as one operator
 BATCH_NORM_WITH_UPDATE: Any = torch.ops.aten._batch_norm_with_update
 

@@ -90,7 +90,7 @@ def _sdpa(
     return out.reshape(*(*lead, heads)[len(lead) + 3 - dims :], *out.shape[-2:])
 
 
-@rule(torch.ops.aten._safe_softmax, torch.ops.aten._safe_softmax.default)
+@rule(torch_private.SAFE_SOFTMAX, torch_private.SAFE_SOFTMAX.default)
 def _attention_weights(scores: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
     """Softmax of masked scores over the keys `dim`, where a row without any visible key gives zeros."""
     if scores.shape[dim] == 0:

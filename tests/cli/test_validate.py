@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import aajr_kernels
 from aajr_kernels import BackendUnavailable
 from aajr_kernels.backends import choice, cuda
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.cli import main
 from aajr_kernels.ops.activation import reference as activation
 from aajr_kernels.ops.attention import reference as attention
@@ -247,7 +248,7 @@ def unwrapped(output: str) -> str:
 
 
 def test_missing_backend(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gpu, "_interpreted", lambda: False)
     monkeypatch.setattr(choice, "_missing", {"native": "no compiler", "cuda": "not built"}.get)
     result = invoke("--backend", "native")
     assert result.exit_code == 2
@@ -255,7 +256,7 @@ def test_missing_backend(monkeypatch):
     targets, left_out = find_targets(None, "cpu")
     assert targets == [REFERENCE]
     assert left_out["native"] == "no compiler" and "need a CUDA" in left_out["triton"]
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "_interpreted", lambda: True)
     targets, _ = find_targets(["triton"], "cpu")
     assert str(targets[0]) == "triton on cpu"
 

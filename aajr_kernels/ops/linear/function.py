@@ -19,7 +19,9 @@ class LinearFunction(torch.autograd.Function):
     """``[1 + K, *batch, in]`` and weight, bias, weight, bias... to one ``[1 + K, *batch, out]`` for each pair."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, backend: str, *parameters: Tensor | None) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        # not (ctx, x, backend, *parameters): as many names as arguments without ctx, and Dynamo passes no ctx
+        x, backend, *parameters = args
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         weights, biases = parameters[::2], parameters[1::2]
