@@ -218,10 +218,19 @@ def test_names_of_failed_tests_are_rows_and_what_a_second_run_repeats(monkeypatc
 def test_tests_that_run_out_of_time_are_interrupted_and_report(tmp_path):
     slow = tmp_path / "test_slow.py"
     slow.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
-    stage = Stage("tests", tmp_path, time.monotonic() + 26)
+    stage = Stage("tests", tmp_path, time.monotonic() + 35)
     commands.pytest(stage, "slow", [*commands.PYTEST, "-c", os.devnull, "-n", "0"], [str(slow)])
     (row,) = stage.rows()
     assert row["complete"] is False and row["state"] == "passed" and row["tests"] >= 1, row
+
+
+def test_tests_that_are_killed_without_a_report_have_failed(tmp_path):
+    deaf = tmp_path / "test_deaf.py"
+    deaf.write_text("import os, signal\ndef test_a(): os.kill(os.getpid(), signal.SIGKILL)\n")
+    stage = Stage("tests", tmp_path, time.monotonic() + 60)
+    commands.pytest(stage, "deaf", [*commands.PYTEST, "-c", os.devnull, "-n", "0"], [str(deaf)])
+    (row,) = stage.rows()
+    assert row["state"] == "failed" and row["status"] == -9 and "tests" not in row
 
 
 def test_every_family_of_the_suite_is_measured():

@@ -76,7 +76,12 @@ def pytest(stage: Stage, name: str, command: list[str], chosen: Sequence[str]) -
     listed.write_text("\n".join(ids))
     arguments = [f"@{listed}"] if ids else list(chosen)
     process = subprocess.Popen(
-        [*command, f"--junitxml={junit}", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE
+        [*command, f"--junitxml={junit}", *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        # a shell has its background jobs ignore the interrupt, and they hand that on; there is one thread here
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     timely = True
     try:
@@ -98,9 +103,8 @@ def pytest(stage: Stage, name: str, command: list[str], chosen: Sequence[str]) -
         suite = ElementTree.parse(junit).getroot().find("testsuite")
         if suite is not None:
             counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    ok = process.returncode in (0, 5) or (
-        not timely and not counts.get("failures") and not counts.get("errors")
-    )
+    interrupted = not timely and counts and not counts["failures"] and not counts["errors"]
+    ok = process.returncode in (0, 5) or interrupted
     state = "passed" if ok else "failed"
     stage.row(name, state, status=process.returncode, complete=timely, **counts)
 
