@@ -342,11 +342,11 @@ for _name in dir(torch.Tensor):
     setattr(Dual, _name, _method(_name))
 
 
-def _flatten(x: Dual) -> tuple[list[Any], int | None]:
+def flatten_dual(x: Dual) -> tuple[list[Any], int | None]:
     return [x.stacked], x.stacked.dim() if isinstance(x.stacked, torch.Tensor) else None
 
 
-def _unflatten(children: Any, ndim: int | None) -> Dual:
+def unflatten_dual(children: Any, ndim: int | None) -> Dual:
     (stacked,) = children
     if ndim is not None and isinstance(stacked, torch.Tensor) and stacked.dim() != ndim:
         raise UnsupportedOperation(
@@ -358,10 +358,10 @@ def _unflatten(children: Any, ndim: int | None) -> Dual:
 
 pytree.register_pytree_node(
     Dual,
-    _flatten,
-    _unflatten,
+    flatten_dual,
+    unflatten_dual,
     serialized_type_name="aajr_kernels.Dual",
-    flatten_with_keys_fn=lambda x: ([(pytree.GetAttrKey("stacked"), x.stacked)], _flatten(x)[1]),
+    flatten_with_keys_fn=lambda x: ([(pytree.GetAttrKey("stacked"), x.stacked)], flatten_dual(x)[1]),
 )
 
 

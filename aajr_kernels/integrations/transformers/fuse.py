@@ -171,6 +171,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
                     why.append(piece.reason)
                 elif piece.what == "attention" and opaque:
                     why.append(f"attention: its masks go to {opaque}")
+                elif any(held is module and other.attribute == piece.attribute for held, other in plan):
+                    why.append(f"{piece.what}: its {piece.attribute} is replaced already")
                 elif piece.attribute in module.__dict__ and piece.function is not None:
                     why.append(f"its {piece.attribute} was replaced on the instance by something else")
                 else:

@@ -36,7 +36,9 @@ def residual_sums(module: nn.Module, dtype: torch.dtype) -> Replacement | None:
     op = "add_layer_norm" if all(layers) else "add_rms_norm"
     configs = (part.__dict__.get("config") for part in module.modules())
     config = next((config for config in configs if hasattr(config, "_attn_implementation")), None)
-    hidden = getattr(module, next(iter(norms))).weight.numel()
+    hidden = next((w.numel() for name in norms if (w := getattr(module, name).weight) is not None), None)
+    if hidden is None:
+        return None
     calls = Calls(module, config, hidden)
     width = next((sizes[0] for child in module.children() if (sizes := linear_sizes(child))), hidden)
     trial = calls.trial(module, dtype, width)

@@ -1,7 +1,8 @@
 """Linear layers of one input, such as queries, keys and values, whose input gradient gathers in one buffer.
 
 An attention module runs its own forward on a stand-in of itself: the same class and attributes, with those layers
-computed in advance. Where one of them has a hook, an adapter or another forward than torch's, all run as they are.
+computed in advance. Where one of them has a hook, an adapter, another forward than torch's or a weight that is a Dual,
+and under autocast, all run as they are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def of_one_input(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any] | None:
     """What the linear layers give for a Dual, by one op; None where they have to be called one by one."""
     if torch.compiler.is_compiling() or not is_dual(x) or not all(map(_is_bare, layers)):
         return None
+    if torch.is_autocast_enabled(x.stacked.device.type):
+        return None
     return projections(x, [(layer.weight, layer.bias) for layer in layers])  # type: ignore[misc]
 
 
@@ -40,18 +43,19 @@ def one_by_one(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any]:
 def _is_bare(module: nn.Module) -> bool:
     """Whether a call of the module is torch's linear layer and no more."""
     own = type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
-    return own and not has_hooks(module)
+    return own and not has_hooks(module) and not is_dual(module.weight) and not is_dual(module.bias)
 
 
 class _Computed:
     """In the place of a linear layer: what it gives for `x`."""
 
     def __init__(self, layer: nn.Module, x: Any, y: Any) -> None:
-        self.layer, self.x, self.y = layer, x, y
+        self.layer, self.x, self.y, self.has_grad = layer, x, y, torch.is_grad_enabled()
 
     def __call__(self, x: Any) -> Any:
         y, self.y = self.y, None  # not kept any longer than without the stand-in
-        return self.layer(x) if y is None or x is not self.x else y
+        as_computed = y is not None and x is self.x and torch.is_grad_enabled() == self.has_grad
+        return y if as_computed else self.layer(x)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -72,7 +76,12 @@ def sharing(
             computed = {name: _Computed(layer, x, y) for name, layer, y in zip(names, layers, results)}
             twin = object.__new__(type(self))
             twin.__dict__.update(self.__dict__, _modules={**self._modules, **computed})
-            self = twin
+            output = own(twin, *args, **kwargs)
+            before = {**self.__dict__, "_modules": twin.__dict__["_modules"]}
+            for name, value in twin.__dict__.items():  # what the forward noted on its module
+                if name not in before or before[name] is not value:
+                    self.__dict__[name] = value
+            return output
         return own(self, *args, **kwargs)
 
     return forward

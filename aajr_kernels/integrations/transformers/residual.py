@@ -3,21 +3,25 @@
 A layer runs its own forward on a :class:`Residual`: a Dual whose sum with the result of a block is left to whoever
 asks for it. Mostly that is the next norm, which forms sum and norm in one pass, and in the backward the gradients of
 both. A norm of the stream as it is passes the stream on, so that its two gradients meet in that norm's backward too.
-This fits pre-norm layers, post-norm layers and those with four norms, with any arguments, caches and hooks.
+This fits pre-norm layers, post-norm layers and those with four norms, with any arguments and caches. A stream changes
+in its norm. Where something else may keep it, a hook of a module inside or the gradient checkpointing of transformers,
+the layer runs on plain Duals.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...dual import Dual
+from ...dual import Dual, flatten_dual, is_dual, unflatten_dual
 from ...ops.norm import add_layer_norm, add_rms_norm, rms_norm
+from ...torch_private import has_hooks, pytree
 
 __all__ = ["Residual", "on_residuals", "rms_norm_of"]
 
@@ -25,16 +29,23 @@ _FUSED: dict[Any, Callable[..., Any]] = {F.layer_norm: add_layer_norm, F.rms_nor
 
 
 class Residual(Dual):
-    """A Dual, or the sum of one and what a block computed, which is formed when it is needed."""
+    """A Dual, or the sum of one and what a block computed, which is formed when it is needed.
+
+    It is formed in the grad mode of the addition, whatever mode its first reader is in.
+    """
 
     def __init__(self, stacked: Tensor, branch: Dual | None = None) -> None:
-        self._sum, self._branch = stacked, branch
+        self._sum, self._branch, self._has_grad = stacked, branch, torch.is_grad_enabled()
 
     @property
     def stacked(self) -> Tensor:
         if self._branch is not None:
-            branch, self._branch = self._branch, None
-            self._sum = torch.add(Dual(self._sum), branch).stacked  # type: ignore[call-overload]
+            with contextlib.ExitStack() as modes:
+                if torch.is_grad_enabled() != self._has_grad:
+                    modes.enter_context(torch.inference_mode(False))
+                    modes.enter_context(torch.set_grad_enabled(self._has_grad))
+                total = torch.add(Dual(self._sum), self._branch).stacked  # type: ignore[call-overload]
+            self._sum, self._branch = total, None
         return self._sum
 
     @stacked.setter
@@ -46,6 +57,8 @@ class Residual(Dual):
 
     def normed(self, add_norm: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The norm of the stream by ``add_rms_norm`` or ``add_layer_norm``, whose sum the stream goes on with."""
+        if torch.is_grad_enabled() != self._has_grad:
+            return add_norm(Dual(self.stacked), None, *args, **options)[0]
         y, total = add_norm(Dual(self._sum), self._branch, *args, **options)
         self.stacked = total.stacked
         return y
@@ -61,9 +74,16 @@ class Residual(Dual):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _FUSED and isinstance(args[0], cls):
+        others = (*args[1:], *(kwargs or {}).values())
+        if func in _FUSED and args and isinstance(args[0], cls) and not any(map(is_dual, others)):
             return args[0].normed(_FUSED[func], *args[1:], **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+
+# trees of streams are trees of Duals afterwards
+pytree.register_pytree_node(
+    Residual, flatten_dual, unflatten_dual, serialized_type_name="aajr_kernels.Residual"
+)
 
 
 def rms_norm_of(x: Any, *args: Any, **options: Any) -> Any:
@@ -79,19 +99,34 @@ def on_residuals(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            args = tuple(map(_stream, args))
-            kwargs = {name: _stream(value) for name, value in kwargs.items()}
+        if torch.compiler.is_compiling() or _is_checkpointed(self) or _is_watched(self):
+            return own(self, *args, **kwargs)
+        streams: dict[int, Residual] = {}  # one for each Dual, however often it is given
+        args = tuple(_stream(value, streams) for value in args)
+        kwargs = {name: _stream(value, streams) for name, value in kwargs.items()}
         return _settled(own(self, *args, **kwargs))
 
     return forward
 
 
-def _stream(value: Any) -> Any:
-    return Residual(value.stacked) if type(value) is Dual else value
+def _is_checkpointed(layer: Any) -> bool:
+    return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return any(has_hooks(part) for part in layer.modules() if part is not layer)
+
+
+def _stream(value: Any, streams: dict[int, Residual]) -> Any:
+    return streams.setdefault(id(value), Residual(value.stacked)) if type(value) is Dual else value
 
 
 def _settled(output: Any) -> Any:
-    if type(output) is tuple:
-        return tuple(map(_settled, output))
+    """`output` with Duals in the place of streams."""
+    if type(output) in (tuple, list):
+        return type(output)(map(_settled, output))
+    if isinstance(output, dict):
+        for name, value in list(output.items()):
+            if isinstance(value, Residual):
+                output[name] = _settled(value)
     return Dual(output.stacked) if isinstance(output, Residual) else output

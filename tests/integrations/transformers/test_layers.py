@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from integrations.transformers.subjects import SUBJECTS, tiny
 from integrations.transformers.test_verification import assert_alike
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from zoo import embeddings
 
 import aajr_kernels as aajr
@@ -72,6 +74,146 @@ def test_hooks_of_a_fused_layer_see_duals():
     layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(type(args[0])))
     counts(model)
     assert seen == [(2, 5, 32), Dual, Dual]
+
+
+def gradients(model, x, loss=lambda y: y.stacked.square().mean()):
+    y = model(inputs_embeds=aajr.dual(x, torch.ones_like(x)), use_cache=False).last_hidden_state
+    return torch.autograd.grad(loss(y), [x, *model.parameters()], allow_unused=True)
+
+
+def assert_unchanged_by_fuse(prepare):
+    """Gradients of a model whose layers `prepare` gave hooks are those without `fuse`."""
+    x = embeddings(2, 5, 32).float().requires_grad_()
+    results = []
+    for fused in (False, True):
+        model = tiny("llama").model
+        fuse(model) if fused else None
+        prepare(model)
+        results.append(gradients(model, x))
+    for ours, theirs in zip(*results):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=1e-6)
+
+
+def test_a_hook_under_no_grad_changes_no_gradient():
+    def watch(module, args):
+        with torch.no_grad():
+            args[0].primal.norm()
+
+    assert_unchanged_by_fuse(
+        lambda model: model.layers[0].post_attention_layernorm.register_forward_pre_hook(watch)
+    )
+
+
+def test_a_hook_that_maps_over_tensors_is_heeded():
+    def shift(module, args):
+        return tree_map_only(torch.Tensor, lambda t: t + 1.0, args)
+
+    assert_unchanged_by_fuse(
+        lambda model: model.layers[0].post_attention_layernorm.register_forward_pre_hook(shift)
+    )
+
+
+def test_what_a_hook_keeps_has_the_whole_gradient():
+    x = embeddings(2, 5, 32).float().requires_grad_()
+    results = []
+    for fused in (False, True):
+        model, kept = tiny("llama").model, []
+        fuse(model) if fused else None
+        model.layers[0].post_attention_layernorm.register_forward_pre_hook(
+            lambda module, args, kept=kept: kept.append(args[0])
+        )
+        y = model(inputs_embeds=aajr.dual(x, torch.ones_like(x)), use_cache=False).last_hidden_state
+        results.append(torch.autograd.grad(y.stacked.square().mean(), kept[0].stacked)[0])
+    torch.testing.assert_close(*results, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_sum_has_the_grad_mode_of_its_addition(inference):
+    x, a = (Dual(torch.randn(2, 3, 5, requires_grad=True)) for _ in range(2))
+    weight = torch.randn(5, requires_grad=True)
+    stream = Residual(x.stacked) + a
+    with torch.inference_mode() if inference else torch.no_grad():
+        F.layer_norm(stream, (5,), weight.detach())
+        stream.primal.norm()
+    bars = torch.autograd.grad(stream.stacked.sum(), [x.stacked, a.stacked])
+    assert all(torch.equal(bar, torch.ones(2, 3, 5)) for bar in bars)
+    with torch.no_grad():
+        stream = Residual(x.stacked) + a
+    assert not stream.stacked.requires_grad
+
+
+def test_a_sum_that_failed_keeps_its_branch(monkeypatch):
+    x, a = (Dual(torch.randn(2, 3, 5)) for _ in range(2))
+    stream = Residual(x.stacked) + a
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "add", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+        with pytest.raises(torch.OutOfMemoryError):
+            stream.stacked
+    assert torch.equal(stream.stacked, (x + a).stacked)
+
+
+def test_forwards_without_a_backward_leave_nothing_under_checkpointing():
+    model = tiny("llama").model
+    fusion = fuse(model)
+    assert "residual sums" in fusion.replaced["layers.0"]
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+
+    def duals():
+        gc.collect()
+        return sum(issubclass(type(o), Dual) for o in gc.get_objects())
+
+    def step():
+        x = embeddings(2, 5, 32).float().requires_grad_()
+        model(inputs_embeds=aajr.dual(x, torch.ones_like(x)), use_cache=False)
+
+    step()
+    before = duals()
+    for _ in range(3):
+        step()
+    assert duals() == before
+
+
+def test_weights_that_are_duals_take_the_ordinary_way():
+    results = []
+    for fused in (False, True):
+        model = tiny("llama").model
+        fuse(model) if fused else None
+        attention = model.layers[0].self_attn
+        for name in ("q_proj", "k_proj"):
+            weight = getattr(attention, name).weight.detach()
+            del getattr(attention, name)._parameters["weight"]
+            getattr(attention, name).weight = aajr.dual(weight, torch.ones_like(weight))
+        x = embeddings(2, 5, 32).float()
+        results.append(model(inputs_embeds=aajr.dual(x, x.cos()), use_cache=False).last_hidden_state)
+    torch.testing.assert_close(results[0].stacked, results[1].stacked, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_without_weight_beside_a_linear_layer():
+    model = tiny("llama").model
+    model.layers[0].extra = torch.nn.Sequential(
+        torch.nn.LayerNorm(32, elementwise_affine=False), torch.nn.Linear(32, 32)
+    )
+    fuse(model)
+
+
+def test_what_a_forward_notes_on_its_module_stays(monkeypatch):
+    own = llama.LlamaAttention.forward
+
+    def forward(self, hidden_states, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return own(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(llama.LlamaAttention, "forward", forward)
+    model = tiny("llama").model
+    fuse(model)
+    model.layers[0].self_attn.__dict__.pop("calls", None)
+    for _ in range(2):
+        model(inputs_embeds=aajr.dual(x := embeddings(2, 5, 32).float(), torch.ones_like(x)), use_cache=False)
+    assert model.layers[0].self_attn.calls == 2
 
 
 def test_autocast_takes_the_ordinary_way():
