@@ -109,8 +109,9 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> Fusion:
     """Run the norms, gated MLPs, rotary embeddings and attention of this model instance on the fused operations.
 
     Layers add to their residual stream inside the norms that take it, forward and backward; projections of one input,
-    such as queries, keys and values, add their gradients to one buffer. Under autocast and ``torch.compile``, and where
-    a projection has a hook or an adapter, these run as before.
+    such as queries, keys and values, add their gradients to one buffer. Under autocast and ``torch.compile``, where a
+    projection has a hook or an adapter, and for residual streams where any module of a layer has a hook or transformers
+    checkpoints the layer, these run as before.
 
     Nothing else is touched: no other instance, no module of transformers, no parameter, no key of the state dict. A
     wrapped model (PEFT) is fine, before or after. Decorators of the replaced methods stay around the replacements.
