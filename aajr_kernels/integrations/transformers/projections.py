@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...autocast import autocasting
 from ...dual import is_dual
 from ...ops.linear import projections
 from ...torch_private import has_hooks
@@ -27,10 +28,10 @@ _Products = Callable[[Any, Sequence[nn.Module]], "Sequence[Any] | None"]
 
 
 def of_one_input(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any] | None:
-    """What the linear layers give for a Dual, by one op; None where they have to be called one by one."""
+    """Results of the linear layers for a Dual, by one op; None where they have to be called one by one."""
     if torch.compiler.is_compiling() or not is_dual(x) or not all(map(_is_bare, layers)):
         return None
-    if torch.is_autocast_enabled(x.stacked.device.type):
+    if autocasting(x.stacked.device.type):
         return None
     return projections(x, [(layer.weight, layer.bias) for layer in layers])  # type: ignore[misc]
 
