@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     names = [name for name in shares if not options.only or name in options.only]
     before, end = len(read_rows(options.out / "rows.jsonl")), time.monotonic() + options.seconds
     if options.dry:
-        groups = [chosen for group in DRY if (chosen := [name for name in group if name in names])]
+        groups = [present for group in DRY if (present := [name for name in group if name in names])]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda group: run_stages(options, group, options.seconds), groups))
     for name in names if not options.dry else ():

@@ -34,16 +34,16 @@ FAMILIES = (
 
 def tests(stage: Stage) -> None:
     """The GPU tests; in a second run those that failed."""
-    chosen = ["-m", "gpu", "tests/backends/test_gpu.py" if stage.dry else "tests"]
+    selected = ["-m", "gpu", "tests/backends/test_gpu.py" if stage.dry else "tests"]
     failed = stage.failed_before()
     if failed is not None:
         if not failed:
             stage.row("tests", "left out", reason="none failed")
             return
-        chosen = [name for name in failed if "::" in name] or chosen
+        selected = [name for name in failed if "::" in name] or selected
     count = 1 if stage.dry else min(16, os.cpu_count() or 1)
     workers = ["-n", str(count)] if count > 1 and importlib.util.find_spec("xdist") else []
-    pytest(stage, "tests", [*PYTEST, *workers], chosen)
+    pytest(stage, "tests", [*PYTEST, *workers], selected)
 
 
 def sanitizer(stage: Stage) -> None:
@@ -62,19 +62,19 @@ def sanitizer(stage: Stage) -> None:
     )
     small = [line for line in collected.stdout.splitlines() if "::" in line]
     ours = [test for test in small if test.endswith("-cuda]")]
-    for kind, chosen in (("memcheck", small), ("racecheck", ours), ("initcheck", ours)):
-        if chosen:
+    for kind, selected in (("memcheck", small), ("racecheck", ours), ("initcheck", ours)):
+        if selected:
             checked = [tool, "--tool", kind, "--target-processes", "all", "--error-exitcode", "9"]
-            pytest(stage, kind, [*checked, *PYTEST], chosen)
+            pytest(stage, kind, [*checked, *PYTEST], selected)
 
 
-def pytest(stage: Stage, name: str, command: list[str], chosen: Sequence[str]) -> None:
+def pytest(stage: Stage, name: str, command: list[str], selected: Sequence[str]) -> None:
     """Run tests with a junit file and a row for every one that failed; they are interrupted in time to report."""
     junit = stage.out / f"junit-{name}.xml"
-    ids = [word for word in chosen if "::" in word]  # too many for a command line
+    ids = [word for word in selected if "::" in word]  # too many for a command line
     listed = stage.out / f"tests-{name}.txt"
     listed.write_text("\n".join(ids))
-    arguments = [f"@{listed}"] if ids else list(chosen)
+    arguments = [f"@{listed}"] if ids else list(selected)
     process = subprocess.Popen(
         [*command, f"--junitxml={junit}", *arguments],
         cwd=ROOT,

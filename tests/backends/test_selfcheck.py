@@ -27,6 +27,16 @@ pytestmark = pytest.mark.skipif(
     gpu.missing() is not None or not gpu.interpreted(), reason="Triton's interpreter is not in use"
 )
 DTYPE = torch.bfloat16
+#: a norm on a device that need not be there, for `admit`
+ON_DEVICE = (
+    "norm",
+    "rms_norm",
+    "triton",
+    torch.device("cuda", 0),
+    (DTYPE, None, None),
+    (2, 40),
+    (False, False),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -229,16 +239,7 @@ def test_no_check_inside_a_backward_or_a_capture(monkeypatch):
     x = torch.randn(3, 40, requires_grad=True)
     Late.apply(x).sum().backward()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    call = (
-        "norm",
-        "rms_norm",
-        "triton",
-        torch.device("cuda", 0),
-        (DTYPE, None, None),
-        (2, 40),
-        (False, False),
-    )
-    assert selfcheck.admit(False, *call) == "triton"
+    assert selfcheck.admit(False, *ON_DEVICE) == "triton"
     assert not rows() and not selfcheck._passed
     aajr.gelu(dual(3, 40, dtype=torch.float32))
     assert len(rows()) == 1
@@ -273,20 +274,11 @@ def test_a_fault_that_takes_the_device_along_is_said_and_kept(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-    call = (
-        "norm",
-        "rms_norm",
-        "triton",
-        torch.device("cuda", 0),
-        (DTYPE, None, None),
-        (2, 40),
-        (False, False),
-    )
     with pytest.raises(RuntimeError, match="device is lost to this process: start it again"):
-        selfcheck.admit(False, *call)
+        selfcheck.admit(False, *ON_DEVICE)
     forget(monkeypatch)
     with pytest.warns(RuntimeWarning, match="an illegal memory access"):
-        assert selfcheck.admit(False, *call) == "reference"
+        assert selfcheck.admit(False, *ON_DEVICE) == "reference"
 
 
 def file() -> Path:

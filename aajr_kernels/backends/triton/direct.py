@@ -1,7 +1,7 @@
 """Compiled kernels started without Triton's look-up: every private part of Triton that the package reaches.
 
 ``kernel[grid](...)`` looks at every argument, at options and at the environment to find the compiled kernel, which
-takes several times as long as starting it. :func:`direct` keeps what was found. It relies on, in triton 3.6-3.8:
+takes several times as long as starting it. :func:`direct` keeps the result. It relies on, in triton 3.6-3.8:
 
 - ``kernel[grid](...)`` returns the compiled kernel, whose ``run(*grid, stream, function, packed_metadata,
   launch_metadata, enter_hook, exit_hook, *arguments)`` starts it and takes addresses for pointers.
@@ -31,7 +31,7 @@ _MAPS = 64
 
 
 class _Address:
-    """In place of a tensor whose address alone is asked for."""
+    """Stands for a tensor of which only the address is needed."""
 
     def __init__(self, address: int) -> None:
         self.address = address
@@ -49,14 +49,14 @@ class TensorMaps:
         self._maps: dict[int, Any] = {}
 
     def __getitem__(self, address: int) -> Any:
-        found = self._maps.get(address)
-        if found is None:
+        tensor_map = self._maps.get(address)
+        if tensor_map is None:
             if len(self._maps) >= _MAPS:
                 self._maps.clear()
             descriptor = copy.copy(self._descriptor)
             descriptor.base = _Address(address)
-            found = self._maps[address] = self._expand(descriptor)[0]
-        return found
+            tensor_map = self._maps[address] = self._expand(descriptor)[0]
+        return tensor_map
 
 
 @dataclass
@@ -90,7 +90,7 @@ def direct(
     """
     try:
         run, maps = compiled.run, []
-        found: list[Any] = []
+        flat: list[Any] = []  # arguments of the launcher in C
         metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         constants = {name: value for name, value in options.items() if name in kernel.arg_names}
         bound = kernel.signature.bind(*args, **constants)
@@ -98,29 +98,29 @@ def direct(
         for argument in bound.arguments.values():
             if hasattr(argument, "block_shape"):
                 expand = _expand(run, next(metadata))
-                maps.append((len(found), argument.base, TensorMaps(argument, expand)))
-                found += expand(argument)
+                maps.append((len(flat), argument.base, TensorMaps(argument, expand)))
+                flat += expand(argument)
             else:
-                found.append(argument)
+                flat.append(argument)
         if maps:
             run = copy.copy(run)
             run.launch = inspect.getclosurevars(run.launch).nonlocals["launcher"]
         parts = compiled.function, compiled.packed_metadata, None, None, None
     except (AttributeError, LookupError, StopIteration, TypeError):
         return None
-    tensors = [(i, x) for i, x in enumerate(found) if isinstance(x, torch.Tensor)]
-    return Direct(run, (*grid, 1, 1)[:3], parts, found, tensors, maps)
+    tensors = [(i, x) for i, x in enumerate(flat) if isinstance(x, torch.Tensor)]
+    return Direct(run, (*grid, 1, 1)[:3], parts, flat, tensors, maps)
 
 
 def _expand(run: Any, metadata: Any) -> Callable[[Any], list[Any]]:
-    """What puts a map, sizes and strides in place of a descriptor."""
+    """A function from a descriptor to the map, sizes and strides that stand in its place."""
     make = sys.modules[type(run).__module__].make_tensordesc_arg
     more = (None,) * (len(inspect.signature(make).parameters) - 2)
     return lambda descriptor: list(make(descriptor, metadata, *more))
 
 
 def is_hooked() -> bool:
-    """Whether a profiler is to hear of every launch."""
+    """Whether a profiler watches launches."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -151,7 +151,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def settings() -> tuple[str, int]:
-    """What a recorded call depends on beside its arguments: an emulated architecture, and how often was forgotten."""
+    """State that a recorded call depends on beside its arguments: an emulated architecture, the number of `forget`."""
     return _state.architecture, _forgotten
 
 
