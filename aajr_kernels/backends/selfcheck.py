@@ -190,6 +190,26 @@ def cotangent(shape: torch.Size, device: torch.device) -> torch.Tensor:
     return torch.arange(1.0, 1.0 + math.prod(shape), dtype=torch.float64, device=device).cos().reshape(shape)
 
 
+def trial_of(kind: Kind, length: int | None = None) -> Trial:
+    """Operands, drawn with a fixed seed on the device of the kind, and what computes their outputs on a backend.
+
+    `length`: see :func:`difference`. On the meta device nothing is drawn.
+    """
+    is_meta = kind.device.type == "meta"
+    generator = None if is_meta else torch.Generator(kind.device).manual_seed(0)
+
+    def draw(dtype: torch.dtype | None, *shape: int) -> torch.Tensor | None:
+        if dtype is None:
+            return None
+        x = torch.randn(shape, generator=generator, dtype=torch.float32, device=kind.device)
+        return x.to(dtype)
+
+    trial = importlib.import_module(f"aajr_kernels.ops.{kind.op}.function").trial
+    lengths = {} if length is None else {"length": length}
+    operands, run = trial(draw, kind.name, kind.dtypes, kind.sizes, *kind.features, **lengths)
+    return operands, run
+
+
 def difference(kind: Kind, length: int | None = None, repeats: int = 1) -> tuple[float, str]:
     """The largest error of an output or gradient of a trial.
 
@@ -201,18 +221,8 @@ def difference(kind: Kind, length: int | None = None, repeats: int = 1) -> tuple
     Returns:
         The error over what is allowed, at most 1 where the kernels are right, and a sentence on it.
     """
-    generator = torch.Generator(kind.device).manual_seed(0)
-
-    def draw(dtype: torch.dtype | None, *shape: int) -> torch.Tensor | None:
-        if dtype is None:
-            return None
-        x = torch.randn(shape, generator=generator, dtype=torch.float32, device=kind.device)
-        return x.to(dtype)
-
-    trial = importlib.import_module(f"aajr_kernels.ops.{kind.op}.function").trial
     with torch.cuda.device(kind.device) if kind.device.type == "cuda" else contextlib.nullcontext():
-        lengths = {} if length is None else {"length": length}
-        operands, run = trial(draw, kind.name, kind.dtypes, kind.sizes, *kind.features, **lengths)
+        operands, run = trial_of(kind, length)
         wide = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in operands.items()}
         exact = _results("reference", wide, run)
         eager = _results("reference", operands, run)

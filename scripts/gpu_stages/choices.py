@@ -5,16 +5,15 @@ A choice is a kind of :mod:`.kinds` and, for every alternative, attributes with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-import torch
+from aajr_kernels.backends.triton import launch
 
-from aajr_kernels.backends import selfcheck
-from aajr_kernels.backends.choice import implementation
-
-from .kernels import kernel_times, replaced
-from .kinds import Sized, kinds
+from .kernels import kernel_times
+from .kinds import both_passes, kinds
 from .stage import Stage
 
 #: name of a kind -> alternative -> attributes: module, name, value
@@ -58,7 +57,7 @@ def run(stage: Stage) -> None:
             try:
                 with replaced(*patches):
                     backend = label if label in others else one.kind.backend
-                    times = kernel_times(stage, both_passes(one, backend))
+                    times = kernel_times(stage, both_passes(one.kind, one.length, backend))
             except Exception as error:
                 stage.row(f"{name}: {label}", "failed", reason=f"{type(error).__name__}: {error}"[:400])
                 continue
@@ -67,29 +66,14 @@ def run(stage: Stage) -> None:
             stage.row(f"{name}: {label}", us=round(total, 1), kernels=kernels)
 
 
-def both_passes(one: Sized, backend: str) -> Callable[[], Any]:
-    """Forward and backward of a trial."""
-    kind = one.kind
-    generator = torch.Generator(kind.device).manual_seed(0)
-
-    def draw(dtype: torch.dtype | None, *shape: int) -> torch.Tensor | None:
-        if dtype is None:
-            return None
-        return torch.randn(shape, generator=generator, device=kind.device).to(dtype)
-
-    trial = implementation(kind.op, "function").trial
-    operands, run = trial(draw, kind.name, kind.dtypes, kind.sizes, *kind.features, length=one.length)
-    leaves = [
-        x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
-        for x in operands.values()
-    ]
-    inputs = [x for x in leaves if x is not None and x.requires_grad]
-    bars: list[torch.Tensor] = []
-
-    def call() -> Any:
-        outputs = [t for t in run(backend, *leaves) if t is not None]
-        if not bars:
-            bars.extend(selfcheck.cotangent(t.shape, t.device).to(t.dtype) for t in outputs)
-        return torch.autograd.grad(outputs, inputs, bars, allow_unused=True)
-
-    return call
+@contextlib.contextmanager
+def replaced(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes with other values inside the block, which calls recorded before do not outlive."""
+    try:
+        with contextlib.ExitStack() as attributes:
+            for patch in patches:
+                attributes.enter_context(mock.patch.object(*patch))
+            launch.forget()
+            yield
+    finally:
+        launch.forget()

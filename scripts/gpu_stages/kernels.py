@@ -6,14 +6,12 @@ The cases are those of the benchmark suite `gpu`, without its gate: the stage be
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from aajr_kernels.backends.triton import launch
 from bench import gate
 from bench.case import Selection
 from bench.roofline import Decoder
@@ -82,18 +80,3 @@ def shrink() -> None:
     gpu.DEVICE = "cpu"
     gpu.FEATURES, gpu.WORDS, gpu.HIDDEN = 32, 61, 24
     models.SIZES["tiny"] = Decoder(16, 1, 2, 1, 24)
-
-
-@contextlib.contextmanager
-def replaced(*patches: tuple[Any, str, Any]) -> Iterator[None]:
-    """Attributes with other values inside the block."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
-    try:
-        for owner, name, value in patches:
-            setattr(owner, name, value)
-        launch.forget()
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-        launch.forget()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from aajr_kernels.backends import cuda
+from aajr_kernels.backends import cuda, selfcheck
 from aajr_kernels.backends.selfcheck import Kind
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -130,3 +131,22 @@ def _tiny(one: Sized) -> Sized:
         sizes=tuple(min(size, 32) for size in one.kind.sizes),
     )
     return Sized(one.name, kind, 9)
+
+
+def both_passes(kind: Kind, length: int, backend: str) -> Callable[[], Any]:
+    """Forward and backward of a trial, on the same operands at every call."""
+    operands, run = selfcheck.trial_of(kind, length)
+    leaves = [
+        x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
+        for x in operands.values()
+    ]
+    inputs = [x for x in leaves if x is not None and x.requires_grad]
+    bars: list[torch.Tensor] = []
+
+    def call() -> Any:
+        outputs = [t for t in run(backend, *leaves) if t is not None]
+        if not bars:
+            bars.extend(selfcheck.cotangent(t.shape, t.device).to(t.dtype) for t in outputs)
+        return torch.autograd.grad(outputs, inputs, bars, allow_unused=True)
+
+    return call

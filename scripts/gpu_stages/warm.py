@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from aajr_kernels.backends.choice import implementation
 from aajr_kernels.backends.triton import launch as gpu
 
-from .kinds import Sized, kinds
+from .kinds import Sized, both_passes, kinds
 from .stage import Stage
 
 
@@ -56,17 +55,5 @@ def compile_share(stage: Stage, share: list[Sized]) -> None:
 
 def launch(one: Sized) -> None:
     """Forward and backward of a trial on the meta device."""
-
-    def draw(dtype: torch.dtype | None, *shape: int) -> torch.Tensor | None:
-        return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
-
-    kind = one.kind
-    trial = implementation(kind.op, "function").trial
-    operands, run = trial(draw, kind.name, kind.dtypes, kind.sizes, *kind.features, length=one.length)
-    leaves = [
-        x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
-        for x in operands.values()
-    ]
-    outputs = [t for t in run(kind.backend, *leaves) if t is not None]
-    inputs = [x for x in leaves if x is not None and x.requires_grad]
-    torch.autograd.grad(outputs, inputs, [torch.empty_like(t) for t in outputs], allow_unused=True)
+    kind = one.kind._replace(device=torch.device("meta"))
+    both_passes(kind, one.length, kind.backend)()
