@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from assertions import assert_exact
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual, dual, is_dual, unpack
 from aajr_kernels.dual import num_tangents, stack_of
-from aajr_kernels.testing.budgets import assert_exact
 
 K = pytest.mark.parametrize("k", [1, 3])
 

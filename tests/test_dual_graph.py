@@ -8,13 +8,13 @@ import operator
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from assertions import assert_exact
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual, dual, is_dual
-from aajr_kernels.testing.budgets import assert_exact
 
 
 def pair(*shape: int, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

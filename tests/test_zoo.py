@@ -10,17 +10,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from zoo import ENTRIES, Subject
-
-import aajr_kernels as aajr
-from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import (
-    EXACT,
+from assertions import (
     assert_exact,
     assert_exact_gradients,
     assert_gradients_within_budget,
     assert_within_budget,
 )
+from zoo import ENTRIES, Subject
+
+import aajr_kernels as aajr
+from aajr_kernels.testing import oracle
+from aajr_kernels.testing.budgets import EXACT
 
 # Eager may be right by luck in a single number, so that twice its error means little there.
 SCALAR_ULPS = 16.0

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from assertions import relative_error
 from typer.testing import CliRunner
 from zoo import ENTRIES
 
 import aajr_kernels as aajr
 from aajr_kernels.cli.main import app
-from aajr_kernels.testing.budgets import relative_error
 
 pytestmark = pytest.mark.gpu
 

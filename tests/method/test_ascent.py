@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from assertions import assert_exact
 from torch import nn
 
 import aajr_kernels as aajr
-from aajr_kernels.testing.budgets import assert_exact
 
 B, N, C = 3, 4, 5
 MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact
 from method.paths import LABELS, B, V, output_loss, small_policy
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
@@ -16,7 +17,6 @@ import aajr_kernels as aajr
 from aajr_kernels.method import baselines
 from aajr_kernels.method.baselines import METHODS, baseline_penalty, trajectory_baseline
 from aajr_kernels.method.trajectory import Trajectory
-from aajr_kernels.testing.budgets import assert_exact
 
 N, H = 4, 0.3
 

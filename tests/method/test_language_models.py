@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from assertions import assert_exact
 from integrations.transformers.subjects import tiny
 from torch.nn import functional as F
 from zoo import ENTRIES
@@ -14,7 +15,6 @@ from zoo import ENTRIES
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact
 
 B, N = 2, 7
 PADDED = torch.tensor([[1] * N, [1] * 5 + [0] * 2])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assertions import assert_exact, assert_within_budget
 from torch import nn
 
 import aajr_kernels as aajr
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 
 B, N, C, V = 3, 5, 6, 17
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from assertions import assert_exact
 from torch import nn
 
 import aajr_kernels as aajr
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact
 
 B, T, C, V, HIDDEN = 2, 5, 6, 11, 7
 MASK = torch.tensor([[True, True, True, False, False], [True, True, True, True, True]])

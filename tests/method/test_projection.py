@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from assertions import assert_exact
 
 from aajr_kernels.method.projection import Ball
 from aajr_kernels.method.scopes import Groups
-from aajr_kernels.testing.budgets import assert_exact
 
 SHAPE = (2, 3, 4)
 AGENTS = torch.tensor([[0, 1, 0], [-1, 2, 2]])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact
 from method.paths import LABELS, B, N, V, output_loss, problem, steps_of
 from torch import nn
 
@@ -15,7 +16,6 @@ import aajr_kernels as aajr
 from aajr_kernels.method import probes
 from aajr_kernels.method.stability import stability_report, step_condition
 from aajr_kernels.method.trajectory import Trajectory
-from aajr_kernels.testing.budgets import assert_exact
 
 
 def hessian(loss_fn, p, row):

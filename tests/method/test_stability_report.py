@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact
 from method.paths import B, N, V, output_loss, problem, steps_of
 from torch import nn
 
 import aajr_kernels as aajr
 from aajr_kernels.method import StabilityReport, Trajectory, probes, stability_report
-from aajr_kernels.testing.budgets import assert_exact
 
 
 def test_dropout_draws_one_mask_and_the_random_state_is_put_back():

@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
+from assertions import assert_exact
 from torch import nn
 
 import aajr_kernels as aajr
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact
 
 B, N, C, V, HIDDEN, T = 2, 4, 6, 9, 7, 3
 MASK = torch.tensor([[True, True, True, False], [True, False, True, True]])

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from assertions import assert_exact
 from torch import Tensor
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
-from aajr_kernels.testing import budgets
 from aajr_kernels.testing.formulas import attention as formula
 
 FULL = (1, 1, 1)
@@ -89,12 +89,12 @@ def make(
 def check(case: Case, **options: Any) -> None:
     expected = case.oracle(**options)
     actual = case.ours(**options)
-    budgets.assert_exact(actual, expected, "output", tolerance=1e-12, floor=1.0)
+    assert_exact(actual, expected, "output", tolerance=1e-12, floor=1.0)
     out_bar = torch.randn_like(expected)
     expected_gradients, got = case.gradients(expected, out_bar), case.gradients(actual, out_bar)
     for name, gradient in expected_gradients.items():
         assert gradient is not None and got[name] is not None, name
-        budgets.assert_exact(got[name], gradient, name, tolerance=1e-11, floor=1.0)
+        assert_exact(got[name], gradient, name, tolerance=1e-11, floor=1.0)
 
 
 TANGENTS = [FULL, (3, 3, 3), (2, 0, 0), (0, 2, 0), (0, 0, 2), (1, 1, 0), (0, 1, 1), (1, 0, 1)]

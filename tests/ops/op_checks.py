@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from assertions import assert_exact, assert_within_budget
 from torch import Tensor
 
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 from aajr_kernels.testing.cases.case import entered, forward_mode, stacks  # noqa: F401  stacks: for the tests
 
 

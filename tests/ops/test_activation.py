@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact
 from ops.op_checks import check, check_low, stacks
 
 import aajr_kernels.ops.activation as ops
 from aajr_kernels import Dual, coverage
 from aajr_kernels.ops.activation import reference
-from aajr_kernels.testing.budgets import assert_exact
 
 
 def gelu_formula(x):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact, assert_within_budget
 from ops.attention_checks import OPTIONS, TANGENTS, Case, check, formula, make
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention, reference, tiling
 from aajr_kernels.ops.attention.options import Options
-from aajr_kernels.testing import budgets
 
 
 @pytest.fixture(params=["whole", "small"])
@@ -74,11 +74,11 @@ def test_dropout_is_the_formula_with_the_mask_that_was_drawn(monkeypatch, rows):
     torch.manual_seed(7)
     actual = case.ours(dropout=0.4, **options)
     expected = case.oracle(dropped=dropped, **options)
-    budgets.assert_exact(actual, expected, tolerance=1e-12)
+    assert_exact(actual, expected, tolerance=1e-12)
     out_bar = torch.randn_like(expected)
     expected_gradients, got = case.gradients(expected, out_bar), case.gradients(actual, out_bar)
     for name, gradient in expected_gradients.items():
-        budgets.assert_exact(got[name], gradient, name, tolerance=1e-11)
+        assert_exact(got[name], gradient, name, tolerance=1e-11)
 
 
 def test_dropout_under_checkpoint_draws_the_same_mask():
@@ -148,7 +148,7 @@ def test_a_row_of_large_negative_bias_is_an_ordinary_row(low):
     got = case.gradients(out, out_bar)
     exact_gradients = case.gradients(plain, out_bar[0])
     for name in "qkv":
-        budgets.assert_exact(got[name][0], exact_gradients[name][0], name, tolerance=2e-3)
+        assert_exact(got[name][0], exact_gradients[name][0], name, tolerance=2e-3)
         assert not got[name][1:].any()
 
 
@@ -163,16 +163,14 @@ def test_low_dtypes_within_the_error_budget(dtype, size, options):
     expected, eager, actual = exact.oracle(**options), low.oracle(**options), low.ours(**options)
     assert actual.dtype == dtype
     for j in range(3):
-        budgets.assert_within_budget(actual[j], eager[j], expected[j], f"output {j}")
+        assert_within_budget(actual[j], eager[j], expected[j], f"output {j}")
     out_bar = torch.randn_like(expected).to(dtype)
     exact_gradients = exact.gradients(expected, out_bar.double())
     poor, got = low.gradients(eager, out_bar), low.gradients(actual, out_bar)
     for name in exact_gradients:
         assert got[name].dtype == dtype
-        budgets.assert_within_budget(got[name][0], poor[name][0], exact_gradients[name][0], name)
-        budgets.assert_within_budget(
-            got[name][1:], poor[name][1:], exact_gradients[name][1:], name + " tangents"
-        )
+        assert_within_budget(got[name][0], poor[name][0], exact_gradients[name][0], name)
+        assert_within_budget(got[name][1:], poor[name][1:], exact_gradients[name][1:], name + " tangents")
 
 
 def test_large_scores_and_a_common_offset_stay_within_the_budget():
@@ -183,20 +181,18 @@ def test_large_scores_and_a_common_offset_stay_within_the_budget():
         exact = low.to(torch.float64)
         expected, eager, actual = exact.oracle(), low.oracle(), low.ours()
         out_bar = torch.randn_like(expected)
-        budgets.assert_within_budget(actual, eager, expected, "output")
+        assert_within_budget(actual, eager, expected, "output")
         exact_gradients = exact.gradients(expected, out_bar)
         poor, got = low.gradients(eager, out_bar.float()), low.gradients(actual, out_bar.float())
         for name in exact_gradients:
-            budgets.assert_within_budget(
-                got[name], poor[name], exact_gradients[name], f"{name} at offset {shift}"
-            )
+            assert_within_budget(got[name], poor[name], exact_gradients[name], f"{name} at offset {shift}")
 
 
 def test_linear_in_the_tangents_and_adjoint():
     case = make((2, 2, 2), "square")
     out = case.ours(causal=True)
     mixed = Case({n: torch.stack([x[0], 2 * x[1] - 3 * x[2]]) for n, x in case.leaves.items()}, case.mask)
-    budgets.assert_exact(mixed.ours(causal=True)[1], 2 * out[1] - 3 * out[2], tolerance=1e-12)
+    assert_exact(mixed.ours(causal=True)[1], 2 * out[1] - 3 * out[2], tolerance=1e-12)
     cotangent = torch.randn_like(out[0])
     out_bar = torch.zeros_like(out)
     out_bar[0] = (
@@ -217,7 +213,7 @@ def test_gradients_nobody_needs_are_skipped():
         for other, leaf in case.leaves.items():
             leaf.requires_grad_(other == name)
         (got,) = torch.autograd.grad(case.ours(softcap=2.0), [case.leaves[name]], out_bar)
-        budgets.assert_exact(got, expected_gradient, name, tolerance=1e-12)
+        assert_exact(got, expected_gradient, name, tolerance=1e-12)
     case = make()
     stacks = [case.leaves[n].detach() for n in "qkv"]
     options = Options(1.0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_exact
 from ops.attention_checks import OPTIONS, formula, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention, tiling
 from aajr_kernels.ops.attention.options import visible_pairs
-from aajr_kernels.testing import budgets
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 1, 3, 3), (1, 2, 1, 0, 3), (1, 2, 1, 3, 0)], ids=str)
@@ -34,7 +34,7 @@ def test_plain_tensors_in_plain_tensors_out(options):
     out = attention(q, k, v, **options)
     assert isinstance(out, Tensor)
     expected = formula(q, k, v, **options)
-    budgets.assert_exact(out, expected, tolerance=1e-12)
+    assert_exact(out, expected, tolerance=1e-12)
     assert torch.allclose(attention(Dual(case.leaves["q"]), k, v, **options).primal, out)
     out_bar = torch.randn_like(out)
     for got, expected_gradient in zip(
@@ -42,13 +42,13 @@ def test_plain_tensors_in_plain_tensors_out(options):
         torch.autograd.grad(expected, (q, k, v), out_bar),
         strict=True,
     ):
-        budgets.assert_exact(got, expected_gradient, tolerance=1e-11)
+        assert_exact(got, expected_gradient, tolerance=1e-11)
 
 
 def test_plain_tensors_with_bias_and_no_keys():
     case = make((0, 0, 0), (4, 13, 11))
     q, k, v, bias = (x[0] for x in case.leaves.values())
-    budgets.assert_exact(attention(q, k, v, mask=bias, causal=True), formula(q, k, v, bias, causal=True))
+    assert_exact(attention(q, k, v, mask=bias, causal=True), formula(q, k, v, bias, causal=True))
     longer = attention(v.repeat_interleave(2, 1), v[:, :, :4], v[:, :, :4], causal="lower_right")
     assert not longer[:, :, :7].any() and longer[:, :, 7:].all()
 
@@ -64,7 +64,7 @@ def test_transforms_of_torch_give_the_right_tangent_or_an_error():
         except (RuntimeError, NotImplementedError):
             continue
         expected = torch.func.jvp(lambda x, o=options: formula(x, k, v, **o), (q,), (torch.ones_like(q),))[1]
-        budgets.assert_exact(tangent, expected)
+        assert_exact(tangent, expected)
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
         with pytest.raises((RuntimeError, NotImplementedError)):
@@ -133,13 +133,13 @@ def test_compiles_without_a_graph_break():
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     out, expected = compiled(*leaves), call(*leaves)
-    budgets.assert_exact(out, expected)
+    assert_exact(out, expected)
     for got, expected_gradient in zip(
         torch.autograd.grad(out, leaves, out.detach()),
         torch.autograd.grad(expected, leaves, out.detach()),
         strict=True,
     ):
-        budgets.assert_exact(got, expected_gradient)
+        assert_exact(got, expected_gradient)
 
 
 def _bad() -> list[tuple[str, type[Exception], dict[str, Any], str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_exact, assert_within_budget
 from ops.attention_checks import Case, formula, make
 from ops.suite import DEVICES, Target, targets
 from torch import Tensor
@@ -16,7 +17,6 @@ import aajr_kernels as aajr
 from aajr_kernels import Dual, coverage
 from aajr_kernels.ops.attention import attention
 from aajr_kernels.ops.attention import packed as packed_module
-from aajr_kernels.testing import budgets
 
 Q_LENGTHS, K_LENGTHS = (3, 0, 50, 1, 7, 0), (5, 4, 61, 1, 0, 0)
 OPTIONS: list[dict[str, Any]] = [
@@ -87,7 +87,7 @@ def oracle(
 
 
 def compare(case: Case, ours: Case, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    budgets.assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
+    assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
     out_bar = torch.randn_like(expected)
     expected_gradients, got = (
         case.gradients(expected, out_bar),
@@ -95,7 +95,7 @@ def compare(case: Case, ours: Case, actual: Tensor, expected: Tensor, tolerance:
     )
     for name, gradient in expected_gradients.items():
         assert gradient is not None and got[name] is not None, name
-        budgets.assert_exact(got[name], gradient, name, tolerance=10 * tolerance, floor=1.0)
+        assert_exact(got[name], gradient, name, tolerance=10 * tolerance, floor=1.0)
 
 
 BOTH = (offsets(Q_LENGTHS), offsets(K_LENGTHS, torch.int64))
@@ -131,11 +131,9 @@ def test_low_dtypes_within_the_error_budget(target, dtype, options):
     exact_gradients = exact.gradients(expected, out_bar.double())
     poor, got = low.gradients(eager, out_bar), low.gradients(actual, out_bar)
     for index in (slice(0, 1), slice(1, None)):
-        budgets.assert_within_budget(actual[index], eager[index], expected[index], "output")
+        assert_within_budget(actual[index], eager[index], expected[index], "output")
         for name in exact_gradients:
-            budgets.assert_within_budget(
-                got[name][index], poor[name][index], exact_gradients[name][index], name
-            )
+            assert_within_budget(got[name][index], poor[name][index], exact_gradients[name][index], name)
 
 
 def test_one_tensor_for_queries_and_keys_is_self_attention(target):
@@ -166,12 +164,12 @@ def test_nobody_waits_for_offsets_while_a_graph_is_captured(monkeypatch):
             actual = on.ours(causal=True, cu_seqlens=there)
         plain = attention(*(x[0].detach() for x in on.leaves.values()), causal=True, cu_seqlens=there)
     expected = oracle(exact, causal=True)
-    budgets.assert_exact(plain.cpu(), expected[0], "plain", tolerance=2e-5, floor=1.0)
+    assert_exact(plain.cpu(), expected[0], "plain", tolerance=2e-5, floor=1.0)
     out_bar = torch.randn_like(expected)
     exact_gradients, got = exact.gradients(expected, out_bar), on.gradients(actual, out_bar.to(actual))
-    budgets.assert_exact(actual.cpu(), expected, "output", tolerance=2e-5, floor=1.0)
+    assert_exact(actual.cpu(), expected, "output", tolerance=2e-5, floor=1.0)
     for name, gradient in exact_gradients.items():
-        budgets.assert_exact(got[name].cpu(), gradient, name, tolerance=2e-4, floor=1.0)
+        assert_exact(got[name].cpu(), gradient, name, tolerance=2e-4, floor=1.0)
 
 
 def test_offsets_elsewhere_cannot_be_captured(monkeypatch):
@@ -285,9 +283,9 @@ def test_gradients_nobody_needs_and_strided_inputs(target):
         leaves = {n: x.detach().transpose(2, 3).contiguous().transpose(2, 3) for n, x in case.leaves.items()}
         leaves[name].requires_grad_()
         out = Case(leaves).ours(causal=True, cu_seqlens=BOTH)
-        budgets.assert_exact(out, full, tolerance=1e-6)
+        assert_exact(out, full, tolerance=1e-6)
         (got,) = torch.autograd.grad(out, leaves[name], out_bar)
-        budgets.assert_exact(got, expected_gradients[name], name, tolerance=1e-5)
+        assert_exact(got, expected_gradients[name], name, tolerance=1e-5)
 
 
 def test_work_is_counted_per_sequence():

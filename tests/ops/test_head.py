@@ -7,13 +7,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact, assert_within_budget
 from ops.op_checks import forward_mode, outcome, stacks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
 from aajr_kernels.ops.head import METRICS, lm_head_sensitivity, reference
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 from aajr_kernels.testing.oracle import metric_values
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_within_budget
 from ops.op_checks import check, check_low, stacks
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
 from aajr_kernels.ops.linear import linear, projections
-from aajr_kernels.testing.budgets import assert_within_budget
 
 
 def affine(x, w, b=None):

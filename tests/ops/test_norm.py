@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact, assert_within_budget, relative_error
 from ops.op_checks import check, check_low, forward_mode, outcome, stacks
 
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
 from aajr_kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, reference, rms_norm
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, relative_error
 
 EPS = 1e-3
 

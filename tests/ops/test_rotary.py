@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assertions import assert_exact
 from ops.op_checks import check, check_low, forward_mode, stacks
 
 from aajr_kernels import Dual, UnsupportedOperation, coverage, dual
 from aajr_kernels.ops.rotary import rotary
-from aajr_kernels.testing.budgets import assert_exact
 
 
 def tables(*shape: int) -> list[torch.Tensor]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assertions import assert_exact, assert_within_budget
 from ops.op_checks import check, check_low, outcome, stacks
 
 from aajr_kernels import Dual, coverage
 from aajr_kernels.ops.sensitivity import METRICS, sensitivity, softmax
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 from aajr_kernels.testing.oracle import metric_values
 
 

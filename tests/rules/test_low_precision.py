@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_within_budget
 from rules import cases, cases_attention, cases_layers, cases_numbers  # noqa: F401  the last three fill the table
 from rules.low import Point, Results
 
 from aajr_kernels import dual, is_dual
 from aajr_kernels.rules import registry
-from aajr_kernels.testing.budgets import assert_within_budget, error_of, gradient_floors
+from aajr_kernels.testing.budgets import error_of, gradient_floors
 
 EVERY_DAY = ((torch.bfloat16, 2), (torch.float16, 1))
 THE_REST = ((torch.bfloat16, 1), (torch.float16, 2))

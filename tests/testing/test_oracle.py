@@ -7,18 +7,13 @@ import warnings
 
 import pytest
 import torch
+from assertions import assert_exact, assert_exact_gradients, assert_within_budget, relative_error
 from torch import nn
 from torch.nn import functional as F
 from zoo import ENTRIES
 
 import aajr_kernels as aajr
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import (
-    assert_exact,
-    assert_exact_gradients,
-    assert_within_budget,
-    relative_error,
-)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

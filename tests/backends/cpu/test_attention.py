@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact
 from ops.attention_checks import Case, make
 from torch import Tensor
 
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention
-from aajr_kernels.testing import budgets
 
 SUBSETS = list(itertools.product([True, False], repeat=4))
 
@@ -36,14 +36,14 @@ def compare(case: Case, tolerance: float = 2e-5, expected: Tensor | None = None,
         torch.manual_seed(7)
         options["dropout"] = 1 - 1 / dropped.max().item()
     actual = case.ours(**options)
-    budgets.assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
+    assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
     exact_gradients = exact.gradients(expected, out_bar)
     got = case.gradients(actual, out_bar.to(actual.dtype))
     for name, gradient in exact_gradients.items():
         assert gradient is not None and got[name] is not None, name
         assert got[name].dtype == case.leaves[name].dtype
         scale = max(1.0, gradient[torch.isfinite(gradient)].abs().max().item()) if gradient.numel() else 1.0
-        budgets.assert_exact(got[name], gradient, name, tolerance=tolerance, floor=scale)
+        assert_exact(got[name], gradient, name, tolerance=tolerance, floor=scale)
 
 
 def low(*args: Any, **kwargs: Any) -> Case:
@@ -125,11 +125,11 @@ def test_a_bias_of_another_dtype(capability, dtype, bias_dtype):
     out_bar = torch.randn_like(expected).to(dtype)
     exact_gradients, got = exact.gradients(expected, out_bar.double()), case.gradients(actual, out_bar)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    budgets.assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
+    assert_exact(actual, expected, "output", tolerance=tolerance, floor=1.0)
     for name, gradient in exact_gradients.items():
         assert got[name].dtype == case.leaves[name].dtype
         rounding = max(tolerance, torch.finfo(got[name].dtype).eps)
-        budgets.assert_exact(got[name], gradient, name, tolerance=rounding, floor=1.0)
+        assert_exact(got[name], gradient, name, tolerance=rounding, floor=1.0)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_masks_of_any_strides(capability, layout, boolean):
     exact = case.to(torch.float64)
     exact.mask = mask if boolean else mask.double()
     expected, actual = exact.oracle(), case.ours()
-    budgets.assert_exact(actual, expected, tolerance=2e-5, floor=1.0)
+    assert_exact(actual, expected, tolerance=2e-5, floor=1.0)
     out_bar = torch.randn_like(expected)
     exact_gradients, got = exact.gradients(expected, out_bar), case.gradients(actual, out_bar.float())
     for name in exact_gradients:
-        budgets.assert_exact(got[name], exact_gradients[name], name, tolerance=2e-5, floor=1.0)
+        assert_exact(got[name], exact_gradients[name], name, tolerance=2e-5, floor=1.0)
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from assertions import assert_exact
 from ops.attention_checks import formula
 from ops.suite import Target, capabilities, check
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
-from aajr_kernels.testing import budgets
 from aajr_kernels.testing.cases.products import attention as attention_case
 
 TILES = [name for name in capabilities() if name.startswith("amx")]
@@ -69,10 +69,10 @@ def test_scores_whose_tangents_have_a_large_mean(name, size, causal):
     exact = torch.stack(torch.func.jvp(lambda *a: formula(*a, causal=causal), primals, tangents))
     exact_gradients = torch.autograd.grad(exact, wide, out_bar.double())
     for i, label in enumerate(("primal", "tangent")):
-        budgets.assert_exact(out[i].detach(), exact[i].detach(), label, tolerance=6e-3)
+        assert_exact(out[i].detach(), exact[i].detach(), label, tolerance=6e-3)
     for label, got, exact_gradient in zip("qkv", gradients, exact_gradients):
         for i in range(2):
-            budgets.assert_exact(got[i], exact_gradient[i], f"gradient of {label}, {i}", tolerance=1e-2)
+            assert_exact(got[i], exact_gradient[i], f"gradient of {label}, {i}", tolerance=1e-2)
 
 
 @needs_tiles

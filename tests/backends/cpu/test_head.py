@@ -12,11 +12,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact, assert_within_budget
 
 from aajr_kernels import Dual, use_backend
 from aajr_kernels.backends import cpu as native
 from aajr_kernels.ops.head import METRICS, lm_head_sensitivity
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget
 from aajr_kernels.testing.oracle import metric_values
 
 pytest.importorskip("aajr_kernels._native")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assertions import assert_within_budget
 
 from aajr_kernels.backends import cpu as native
 from aajr_kernels.ops.rotary import reference
-from aajr_kernels.testing.budgets import assert_within_budget
 
 pytest.importorskip("aajr_kernels._native")
 from aajr_kernels.ops.rotary import cpu as ours

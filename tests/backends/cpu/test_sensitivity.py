@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
+from assertions import assert_within_budget
 
 from aajr_kernels.backends import cpu as native
 from aajr_kernels.ops.sensitivity import METRICS, reference
-from aajr_kernels.testing.budgets import assert_within_budget
 
 pytest.importorskip("aajr_kernels._native")
 from aajr_kernels.ops.sensitivity import cpu as kernels

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from assertions import assert_within_budget
 from ops.suite import DEVICES
-
-from aajr_kernels.testing.budgets import assert_within_budget
 
 DEVICE = DEVICES["triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_exact, assert_within_budget, relative_error
 from ops.attention_checks import formula
 from ops.op_checks import forward_mode, stacks
 from ops.suite import DEVICES, Target
@@ -20,7 +21,6 @@ from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.configs import Tile
 from aajr_kernels.ops.attention.options import Options, lacks_in_triton
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, relative_error
 from bench import schedule as simulation
 
 triton_module = pytest.importorskip("aajr_kernels.ops.attention.triton", reason="triton is not installed")

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from assertions import assert_exact
 from ops.suite import DEVICES, Target
 
 import aajr_kernels as aajr
@@ -16,7 +17,6 @@ from aajr_kernels.backends.triton.layout import within_reach
 from aajr_kernels.ops.attention import reference
 from aajr_kernels.ops.attention.options import Options
 from aajr_kernels.ops.head import triton as head
-from aajr_kernels.testing.budgets import assert_exact
 
 DEVICE = DEVICES["triton"]
 pytestmark = pytest.mark.skipif(

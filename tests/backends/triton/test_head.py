@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact, assert_within_budget
 from ops.op_checks import record_calls
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,7 @@ from aajr_kernels import Dual, LMHead, aligned_penalty, use_backend
 from aajr_kernels.backends import choice
 from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.head import lm_head_sensitivity
-from aajr_kernels.testing.budgets import assert_exact, assert_within_budget, gradient_floors
+from aajr_kernels.testing.budgets import gradient_floors
 from aajr_kernels.testing.oracle import metric_values
 
 pytest.importorskip("triton")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from assertions import assert_exact, assert_gradients_within_budget, assert_within_budget
 from integrations.transformers.subjects import tiny
 from ops.suite import DEVICES, Target
 from test_zoo import MODEL_ULPS, SCALAR_ULPS, eagerly, problem, through_the_dual
@@ -16,7 +17,6 @@ from aajr_kernels import BackendUnavailable
 from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact, assert_gradients_within_budget, assert_within_budget
 
 ON_CPU = DEVICES["triton"] == "cpu"
 pytestmark = pytest.mark.skipif(

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from assertions import assert_within_budget
 from backends.triton.checks import DEVICE, DTYPES, QUIET, draw, same_bits
 
 from aajr_kernels.ops.sensitivity import METRICS, reference
 from aajr_kernels.ops.sensitivity import triton as ours
-from aajr_kernels.testing.budgets import assert_within_budget
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from assertions import assert_exact_gradients
 from integrations.trainer.trainers import CONFIG, Rows, adapted_gpt2, collate, gpt2, llama
 
-from aajr_kernels.testing.budgets import assert_exact_gradients
 from aajr_kernels.training import Objective
 
 accelerate = pytest.importorskip("accelerate")

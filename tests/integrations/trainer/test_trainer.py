@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from assertions import assert_exact_gradients
 from integrations.trainer.trainers import (
     ATTACK,
     CONFIG,
@@ -24,7 +25,6 @@ from integrations.trainer.trainers import (
 )
 
 import aajr_kernels as aajr
-from aajr_kernels.testing.budgets import assert_exact_gradients
 from aajr_kernels.training import Attack, Diagnostics, Linear, Objective, ObjectiveConfig, Penalty, Policy
 
 transformers = pytest.importorskip("transformers")

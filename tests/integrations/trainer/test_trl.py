@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_exact_gradients
 from integrations.trainer.trainers import (
     CONFIG,
     Rows,
@@ -20,7 +21,6 @@ from integrations.trainer.trainers import (
 from torch import nn
 
 from aajr_kernels.integrations.trainer import AAJRPenaltyMixin, AAJRTrainerMixin
-from aajr_kernels.testing.budgets import assert_exact_gradients
 from aajr_kernels.training import Objective, ObjectiveConfig, Penalty
 
 transformers = pytest.importorskip("transformers")

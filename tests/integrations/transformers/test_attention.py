@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from assertions import assert_exact, assert_exact_gradients
 from integrations.transformers.subjects import SUBJECTS, cache_name, tiny
 from torch.nn import functional as F
 from zoo import LENGTH, WINDOW, embeddings, padding
@@ -15,7 +16,6 @@ from aajr_kernels.integrations.transformers import fuse, register
 from aajr_kernels.integrations.transformers.attention import attention_forward
 from aajr_kernels.integrations.transformers.masks import Visibility, mask_builder
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact, assert_exact_gradients
 
 transformers = pytest.importorskip("transformers")
 masking = transformers.masking_utils

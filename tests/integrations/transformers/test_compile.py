@@ -10,6 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import (
+    assert_exact,
+    assert_exact_gradients,
+    assert_gradients_within_budget,
+    assert_within_budget,
+)
 from integrations.transformers.subjects import tiny
 from test_zoo import MODEL_ULPS, SCALAR_ULPS, eagerly, problem
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,12 +25,6 @@ from zoo import Subject
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import (
-    assert_exact,
-    assert_exact_gradients,
-    assert_gradients_within_budget,
-    assert_within_budget,
-)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # raised by Dynamo

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
+from assertions import assert_exact
 from integrations.transformers.subjects import SUBJECTS, tiny
 from torch import nn
 from zoo import embeddings
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
-from aajr_kernels.testing.budgets import assert_exact
 
 pytest.importorskip("transformers")
 

@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import (
+    assert_exact,
+    assert_exact_gradients,
+    assert_gradients_within_budget,
+    assert_within_budget,
+)
 from integrations.trainer.trainers import gpt2
 from integrations.transformers.subjects import tiny
 from torch import Tensor, nn
@@ -18,12 +24,6 @@ from zoo import LENGTH, Subject, embeddings, randomise
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import (
-    assert_exact,
-    assert_exact_gradients,
-    assert_gradients_within_budget,
-    assert_within_budget,
-)
 from aajr_kernels.training import Objective, policy_of
 
 pytest.importorskip("transformers")

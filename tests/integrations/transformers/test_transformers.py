@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from assertions import assert_exact, assert_exact_gradients
 from integrations.transformers.subjects import SUBJECTS, tiny
 from torch import nn
 from zoo import LENGTH, Subject, embeddings, padding
@@ -15,7 +16,7 @@ import aajr_kernels as aajr
 from aajr_kernels.backends import choice
 from aajr_kernels.integrations.transformers import KNOWN, fuse
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import EXACT, assert_exact, assert_exact_gradients
+from aajr_kernels.testing.budgets import EXACT
 
 pytest.importorskip("transformers")
 

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from assertions import assert_exact, assert_exact_gradients
 from integrations.transformers.subjects import tiny
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from zoo import embeddings
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import forms, fuse, residual
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact, assert_exact_gradients
 
 pytest.importorskip("transformers")
 llama = importlib.import_module("transformers.models.llama.modeling_llama")

@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 import torch
+from assertions import assert_exact, assert_exact_gradients
 from integrations.transformers.subjects import SUBJECTS, cache_name, tiny
 from torch import nn
 from zoo import LENGTH, embeddings, padding
@@ -16,7 +17,6 @@ import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.integrations.transformers.wrappers import around, chains
 from aajr_kernels.testing import oracle
-from aajr_kernels.testing.budgets import assert_exact, assert_exact_gradients
 
 transformers = pytest.importorskip("transformers")
 llama = importlib.import_module("transformers.models.llama.modeling_llama")
