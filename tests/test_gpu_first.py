@@ -36,11 +36,13 @@ def states(rows: list[dict], stage: str) -> dict[str, str]:
     return {row["name"]: row["state"] for row in rows if row["stage"] == stage}
 
 
+# 40 s on two idle cores; stages run in processes of their own, which a busy machine slows down most
+@pytest.mark.timeout(900)
 @needs_triton
 def test_a_dry_run_writes_the_rows_of_every_stage(tmp_path):
     pytest.importorskip("transformers")
     command = [sys.executable, str(ROOT / "scripts" / "gpu_first.py"), "--dry", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=870)
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log[-5000:]
     rows = read_rows(tmp_path / "rows.jsonl")
