@@ -50,10 +50,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, unsqueeze_dim
     return torch.cat([turned * cos + partner * sin, rest], -1)
 
 
-def allowed_positions(queries: int, keys: int, causal: bool | str, window: int | None) -> Tensor:
-    """``[N, M]`` bool, True where the query may attend to the key."""
+def allowed_positions(
+    queries: int, keys: int, causal: bool | str, window: int | None, context: int = 0
+) -> Tensor:
+    """``[N, M]`` bool, True where the query may attend to the key; `context` of the keys come before the others."""
     # distance of a key behind its query; the diagonal starts in the upper left or ends in the lower right corner
-    shift = keys - queries if causal == "lower_right" else 0
+    shift = keys - queries if causal == "lower_right" else context
     behind = torch.arange(queries).unsqueeze(1) + shift - torch.arange(keys)
     allowed = torch.ones(queries, keys, dtype=torch.bool) if not causal else behind >= 0
     return allowed if window is None else allowed & (behind < window)
@@ -69,17 +71,21 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     dropped: Tensor | None = None,
+    context: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention with keys repeated over their query heads; a row that may see nothing gives zeros.
 
-    `dropped` multiplies the weights: 0, or 1 / (1 - p), after a dropout.
+    `dropped` multiplies the weights: 0, or 1 / (1 - p), after a dropout. A context is put before keys and values.
     """
+    before = 0 if context is None else context[0].shape[2]
+    if context is not None:
+        k, v = (torch.cat(pair, 2) for pair in zip(context, (k, v)))
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = (q.shape[-1] ** -0.5 if scale is None else scale) * q @ k.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    allowed = allowed_positions(q.shape[2], k.shape[2], causal, window).to(q.device)
+    allowed = allowed_positions(q.shape[2], k.shape[2], causal, window, before).to(q.device)
     weights = masked_softmax(scores, allowed, mask)
     return (weights if dropped is None else weights * dropped) @ v
 

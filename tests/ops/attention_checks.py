@@ -19,7 +19,7 @@ FULL = (1, 1, 1)
 
 @dataclass
 class Case:
-    """Leaves ``[1 | 1+K, ...]``: a leading 1 is a plain tensor."""
+    """Leaves ``[1 | 1+K, ...]``: a leading 1 is a plain tensor, as `context_k` and `context_v` are."""
 
     leaves: dict[str, Tensor]
     mask: Tensor | None = None  # a boolean mask, which has no gradient
@@ -39,6 +39,8 @@ class Case:
         args = {n: Dual(x) if x.shape[0] > 1 else x[0] for n, x in self.leaves.items()}
         if self.mask is not None:
             args["mask"] = self.mask
+        if "context_k" in args:
+            args["context"] = args.pop("context_k"), args.pop("context_v")
         out = attention(**args, **options)
         return out.stacked if isinstance(out, Dual) else out[None]
 
@@ -47,7 +49,9 @@ class Case:
 
         def call(*values: Tensor) -> Tensor:
             args = dict(zip(names, values, strict=True))
-            return formula(args["q"], args["k"], args["v"], args.get("mask", self.mask), **options)
+            before = (args["context_k"], args["context_v"]) if "context_k" in args else None
+            mask = args.get("mask", self.mask)
+            return formula(args["q"], args["k"], args["v"], mask, context=before, **options)
 
         primals = tuple(x[0] for x in self.leaves.values())
         rows = [call(*primals)]
@@ -67,6 +71,7 @@ def make(
     sizes: tuple[int, ...] = (2, 4, 2, 13, 11, 5, 3),
     mask_tangents: int = 0,
     size: float = 1.0,
+    context: int | None = None,
 ) -> Case:
     B, H, HK, N, M, D, V = sizes
     shapes = {"q": (B, H, N, D), "k": (B, HK, M, D), "v": (B, HK, M, V)}
@@ -76,13 +81,16 @@ def make(
     }
     boolean = None
     if isinstance(mask, str):
-        boolean = torch.rand(B, 1, N if mask == "square" else 1, M) > 0.3
+        boolean = torch.rand(B, 1, N if mask == "square" else 1, (context or 0) + M) > 0.3
         boolean[0, 0, 0] = False  # an empty row, or a batch row without keys
     elif mask is not None:
         leaves["mask"] = torch.randn(1 + mask_tangents, *mask, dtype=torch.float64)
         leaves["mask"][0, ..., : M // 3].masked_fill_(
             torch.rand_like(leaves["mask"][0, ..., : M // 3]) > 0.6, -math.inf
         )
+    if context is not None:
+        for name, features in (("context_k", D), ("context_v", V)):
+            leaves[name] = size * torch.randn(1, B, HK, context, features, dtype=torch.float64)
     return Case({n: x.requires_grad_() for n, x in leaves.items()}, boolean)
 
 

@@ -35,6 +35,7 @@ def attention(
     window: int | None = None,
     dropout: float = 0.0,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+    context: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -49,6 +50,7 @@ def attention(
     window: int | None = None,
     dropout: float = 0.0,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+    context: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | Dual: ...
 
 
@@ -64,6 +66,7 @@ def attention(
     window: int | None = None,
     dropout: float = 0.0,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+    context: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | Dual:
     """Attention ``O = P V`` with ``P = softmax(cap(s Q Kᵀ) + bias)`` and its tangents, in memory linear in N and M.
 
@@ -91,6 +94,12 @@ def attention(
             (cu_seqlens_q, cu_seqlens_k) where a sequence has other numbers of queries and keys; either may be 0.
             Their values are checked, for which the host waits if they are on a device; not so while a CUDA graph is
             captured, where they have to be on the device.
+        context: keys ``[*batch, HK, C, D]`` and values ``[*batch, HK, C, V]`` without tangents, before those of `k`
+            and `v`: the result is that of keys ``cat(context_key, k)`` whose tangents are zero for the context, without
+            the copies, and against the context without the products of tangents of keys and values. Plain Tensors;
+            gradients reach them, also through the tangents. Keys count from the context's first one: `window` and
+            "lower_right" as for the longer keys, "upper_left" lets query i see the context and keys j <= i of `k`, and
+            the last axis of `mask` has C + M columns. Not with `cu_seqlens`.
 
     Returns:
         ``[*batch, H, N, V]`` in the dtype of `q`, a Dual if any argument is one. A query that may see no key gives
@@ -100,6 +109,7 @@ def attention(
     Raises:
         TypeError: an argument is no tensor, or a dtype is wrong.
         ValueError: shapes, devices, options or numbers of tangents do not fit.
+        UnsupportedOperation: DTensors with `cu_seqlens` or a context.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, (Tensor, Dual)):
@@ -110,46 +120,73 @@ def attention(
     dual = any(isinstance(x, Dual) for x in tensors)
     tangents = num_tangents(*tensors)
     stacks = (stack_of(q), stack_of(k), stack_of(v), stack_of(mask)) if dual else tensors
-    q_shape, k_shape = check_tensors(*stacks, axes=int(dual))
+    if context is not None:
+        context = _checked_context(context, cu_seqlens)
+    q_shape, k_shape = check_tensors(*stacks, axes=int(dual), context=context)
     check_options(causal, softcap, window, dropout)
     scale = max(q_shape[-1], 1) ** -0.5 if scale is None else float(scale)
     packed = packed_sequences(q_shape, k_shape, stacks[0].device, mask is not None, cu_seqlens)
-    options = Options.of(causal, q_shape[-2], k_shape[-2], packed is not None)
+    before = 0 if context is None else context[0].shape[-2]
+    options = Options.of(causal, q_shape[-2], k_shape[-2], packed is not None, before)
     options = options._replace(scale=scale, softcap=softcap, window=window, dropout=dropout)
     if packed is not None:
         options = options._replace(q_start=packed.starts[0], k_start=packed.starts[1])
     if not dual:
         # torch's attention wants the lengths of packed sequences, which a captured graph cannot tell
         captured = packed is not None and packed.bounds is None
-        if softcap is None and not captured and not (dropout > 0 and draws_apart(q.device)):
+        apart = captured or context is not None or (dropout > 0 and draws_apart(q.device))
+        if softcap is None and not apart:
             return _plain(*tensors, options, None if packed is None else packed.bounds)
         stacks = stack_of(q), stack_of(k), stack_of(v), stack_of(mask)
 
     def on_shards() -> Tensor | Dual:
-        if cu_seqlens is not None:
-            raise UnsupportedOperation("attention: cu_seqlens do not go with DTensors: pass local shards.")
+        for name, argument in (("cu_seqlens", cu_seqlens), ("context", context)):
+            if argument is not None:
+                raise UnsupportedOperation(f"attention: {name} must be None for DTensors: pass local shards.")
         flat = {"causal": causal, "scale": scale, "softcap": softcap, "window": window, "dropout": dropout}
         return sharding.OPS["attention"](functools.partial(attention, **flat), *tensors)
 
+    def counted(q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> float:
+        sizes = None if packed is None else packed.sizes()
+        return flops(q, k, v, options.with_context(context), tangents, sizes)
+
     backend, operands = prepare(
         "attention",
-        stacks[:3],
-        flops=lambda q, k, v: (
-            (1 + 2 * tangents) * flops(q, k, v, options, None if packed is None else packed.sizes())
-        ),
+        (*stacks[:3], *(x.unsqueeze(0) for x in context or ())),
+        flops=counted,
         shards=on_shards if dual else None,
         cast=autocast_low,
         uncast=stacks[3],
         triton_lacks=lacks_in_triton,
-        kind=lambda q, k, v: kind_of(q, k, v, stacks[3], options),
+        kind=lambda q, k, v, *context: kind_of(q, k, v, stacks[3], options.with_context(context)),
     )
     if backend == SHARDS:
         return operands
-    qs, ks, vs = operands
+    qs, ks, vs, *contexts = operands
+    options = options.with_context(contexts)
     # read for the mask of dropout only: compiled code would guard on the number of sequences
     sizes = packed.sizes() if packed is not None and dropout > 0 else None
     out = run(qs, ks, vs, stacks[3], options, backend, sizes)
     return Dual(out) if dual else out[0]
+
+
+def _checked_context(context: Any, cu_seqlens: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(context, (tuple, list)) or len(context) != 2:
+        raise TypeError(
+            f"attention: context must be a pair (keys, values) or None, got {type(context).__name__}."
+        )
+    for name, x in zip(("keys", "values"), context):
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"attention: the context's {name} must be a Tensor, got {type(x).__name__}: those with tangents belong "
+                "into k and v."
+            )
+    if cu_seqlens is not None:
+        raise ValueError(
+            "attention: context must be None with cu_seqlens, whose sequences see their own keys only: put each "
+            "sequence's context before its keys."
+        )
+    return context[0], context[1]
 
 
 def draws_apart(device: torch.device) -> bool:

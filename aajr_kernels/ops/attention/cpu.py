@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends import cpu as native
-from . import operators
+from . import operators, reference
 from .options import Options
 
 __all__ = ["attention_bwd", "attention_fwd"]
@@ -72,6 +72,8 @@ def _attention_bwd(
     need_k: bool,
     need_v: bool,
     need_bias: bool,
+    need_context_k: bool,
+    need_context_v: bool,
     *flat: Any,
 ) -> operators.Gradients:
     """Gradients of q, k, v and the bias, None where not needed."""
@@ -84,7 +86,24 @@ def _attention_bwd(
     inputs = (q, k, v, _kernel_mask(mask), options.q_start, options.k_start, *saved)
     outputs = (q_bar, k_bar, v_bar, bias_bar)
     native.call("attention_bwd", inputs + outputs + _drawn(options), *_numbers(options))
-    return q_bar, k_bar, v_bar, None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)
+    return (
+        q_bar,
+        k_bar,
+        v_bar,
+        None if bias_bar is None or mask is None else bias_bar.to(mask.dtype),
+        None,
+        None,
+    )
 
 
-attention_fwd, attention_bwd = operators.with_options(_attention_fwd, _attention_bwd)
+_fwd, _bwd = operators.with_options(_attention_fwd, _attention_bwd)
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Any:
+    return (_fwd if options.context is None else reference.attention_fwd)(q, k, v, mask, options)
+
+
+def attention_bwd(*args: Any, **named: Any) -> operators.Gradients:
+    backward: Any = _bwd if named["options"].context is None else reference.attention_bwd
+    gradients: operators.Gradients = backward(*args, **named)
+    return gradients

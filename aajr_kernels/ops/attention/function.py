@@ -35,7 +35,7 @@ def run(
     Args:
         q: ``[1|1+K, *batch, H, N, D]``; k and v likewise, and the mask broadcastable to ``[1|1+K, *batch, H, N, M]``.
         mask: None, bool or a bias.
-        options: those of the call, but for the dropout mask.
+        options: those of the call, but for the dropout mask; a context is ``[1, *batch, HK, C, D|V]``.
         backend: that runs it.
         sizes: queries and keys of every packed sequence; None without.
 
@@ -43,19 +43,24 @@ def run(
         ``[1 + K, *batch, H, N, V]``.
 
     Raises:
-        TypeError: k or v has another dtype than q.
+        TypeError: k, v or the context has another dtype than q.
     """
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
+    context = options.context
+    first, second = context or (None, None)
+    for name, x in (("k", k), ("v", v), ("the context's key", first), ("the context's value", second)):
+        if x is not None and x.dtype != q.dtype:
             raise TypeError(
                 f"attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}: cast one of them."
             )
     batch = q.shape[1:-3]
     q, k, v = (_five_axes(x) for x in (q, k, v))
+    if context is not None:
+        options = options._replace(context_k=_five_axes(context[0]), context_v=_five_axes(context[1]))
     if mask is not None:
         mask = _mask_five_axes(mask, batch)
     if options.dropout > 0:
-        options = options._replace(drawn=_draw(backend, q, k, options.dropout, sizes))
+        keys = options.context_length + k.shape[-2]
+        options = options._replace(drawn=_draw(backend, q, keys, options.dropout, sizes))
     out = AttentionFunction.apply(q, k, v, mask, backend, tuple(options[:6]), *options[6:])
     return out if len(batch) == 1 else out.reshape(out.shape[0], *batch, *out.shape[2:])
 
@@ -79,37 +84,39 @@ class AttentionFunction(torch.autograd.Function):
         drawn: Tensor | None,
         q_start: Tensor | None,
         k_start: Tensor | None,
+        context_k: Tensor | None,
+        context_v: Tensor | None,
     ) -> Tensor:
         ctx.backend, ctx.numbers = backend, numbers
         ctx.set_materialize_grads(False)
         q, k, v = _dense(q), _dense(k), _dense(v)
-        options = Options(*numbers, drawn, q_start, k_start)
+        context = tuple(x if x is None else _dense(x) for x in (context_k, context_v))
+        options = Options(*numbers, drawn, q_start, k_start, *context)
         with no_autocast(q.device.type):
             out, *residuals = choice.implementation("attention", backend).attention_fwd(
                 q, k, v, mask, options
             )
-        ctx.save_for_backward(drawn, q_start, k_start, q, k, v, mask, out, *residuals)
+        ctx.save_for_backward(*options[6:], q, k, v, mask, out, *residuals)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, out_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         if out_bar is None:
-            return (None,) * 9
+            return (None,) * 11
         numbers: _Numbers = ctx.numbers
         with no_autocast(out_bar.device.type):
-            drawn, q_start, k_start, *saved = ctx.saved_tensors
+            drawn, q_start, k_start, context_k, context_v, *saved = ctx.saved_tensors
+            options = Options(*numbers, drawn, q_start, k_start, context_k, context_v)
+            of_context = () if options.context is None else ctx.needs_input_grad[9:]
             grads = choice.implementation("attention", ctx.backend).attention_bwd(
-                out_bar,
-                *saved,
-                options=Options(*numbers, drawn, q_start, k_start),
-                needs=ctx.needs_input_grad[:4],
+                out_bar, *saved, options=options, needs=(*ctx.needs_input_grad[:4], *of_context)
             )
-        return *grads, None, None, None, None, None
+        return *grads[:4], None, None, None, None, None, *(grads[4:] or (None, None))
 
 
-def _draw(backend: str, q: Tensor, k: Tensor, p: float, sizes: list[tuple[int, int]] | None) -> Tensor:
-    """The weights that dropout keeps, bool ``[B, H, N, M]``, or the seed for kernels that draw them."""
+def _draw(backend: str, q: Tensor, keys: int, p: float, sizes: list[tuple[int, int]] | None) -> Tensor:
+    """The weights that dropout keeps, bool ``[B, H, N, keys]``, or the seed for kernels that draw them."""
     if backend == "triton":
         # on the device: a kernel reads it there, the host does not wait, and a captured graph draws anew
         return torch.randint(1 << 62, (), device=q.device)
@@ -122,7 +129,7 @@ def _draw(backend: str, q: Tensor, k: Tensor, p: float, sizes: list[tuple[int, i
 
     _, batch, heads, n, _ = q.shape
     if sizes is None:
-        return kept(batch, heads, n, k.shape[-2])
+        return kept(batch, heads, n, keys)
     keep = torch.zeros((1, heads, n, max([0, *(m for _, m in sizes)])), dtype=torch.bool, device=q.device)
     start = 0
     for rows, keys in sizes:
@@ -165,12 +172,14 @@ def kind_of(
     sizes = (*(x.shape[0] for x in (q, k, v)), q.shape[-3] // k.shape[-3], q.shape[-1], v.shape[-1])
     number = options.softcap, options.offset, options.window, options.starts
     present = tuple([x is not None for x in number])
+    has_context = options.context is not None
     if mask is None:
-        return sizes, (*present, options.dropout > 0, options.align_right, None, ())
+        return sizes, (*present, options.dropout > 0, options.align_right, None, (), has_context)
     axes = [n != 1 for n in mask.shape[1:]]
     axes = [False] * (4 - len(axes)) + axes
     spread = (True in axes[:-3], *axes[-3:])
-    return (*sizes, mask.shape[0]), (*present, options.dropout > 0, options.align_right, mask.dtype, spread)
+    features = (*present, options.dropout > 0, options.align_right, mask.dtype, spread, has_context)
+    return (*sizes, mask.shape[0]), features
 
 
 def trial(
@@ -186,13 +195,14 @@ def trial(
     align_right: bool,
     mask_dtype: torch.dtype | None,
     spread: tuple[bool, ...],
+    has_context: bool = False,
     length: int | None = None,
 ) -> Trial:
     """A small problem for the first-use check.
 
     Sizes: stacks of q, k, v, query heads of a key head, features of keys and of values, stacks of the mask. `spread`:
-    the axes of the mask that are not broadcast. The dtypes of q, k and v are equal. Dropout of packed sequences is left
-    out: their reference takes a mask that no kernel shows.
+    the axes of the mask that are not broadcast. A context has a third of the keys. The dtypes of q, k and v are equal.
+    Dropout of packed sequences is left out: their reference takes a mask that no kernel shows.
     """
     *stacks, group, size, width = sizes[:6] or (2, 2, 2, 1, 64, 64)
     batch, heads = 1 if packed else 2, 2 if group < 8 else 1
@@ -201,7 +211,9 @@ def trial(
     queries, keys = (50, 60) if dropped or interpreted() else (200, 333)
     if length is not None:
         queries = keys = length
-    dtype, shapes = dtypes[0], ((heads * group, queries, size), (heads, keys, size), (heads, keys, width))
+    before = keys // 3 if has_context else 0
+    after = keys - before
+    dtype, shapes = dtypes[0], ((heads * group, queries, size), (heads, after, size), (heads, after, width))
     operands = {n: draw(dtype, count, batch, *s) for n, count, s in zip("qkv", stacks, shapes)}
     device = operands["q"].device
     operands["mask"] = None
@@ -211,6 +223,10 @@ def trial(
             operands["mask"] = draw(torch.float32, 1, *axes) > -0.5
         else:
             operands["mask"] = draw(mask_dtype, (*sizes[6:], 2)[0], *axes)
+    if has_context:
+        operands |= {
+            f"context_{n}": draw(dtype, 1, batch, heads, before, s) for n, s in zip("kv", (size, width))
+        }
     offset = (0 if packed else keys - queries) if causal else None
     options = Options(size**-0.5, 2.0 if capped else None, offset, 20 if windowed else None)
     if packed:
@@ -235,8 +251,10 @@ def trial(
 
     def run(backend: str, *tensors: Tensor | None) -> tuple[Tensor]:
         used = options
+        if has_context:
+            used = used._replace(context_k=tensors[4], context_v=tensors[5])
         if dropped:
             used = options._replace(dropout=0.4, drawn=seed if backend == "triton" else kept())
-        return (AttentionFunction.apply(*tensors, backend, tuple(used[:6]), *used[6:]),)
+        return (AttentionFunction.apply(*tensors[:4], backend, tuple(used[:6]), *used[6:]),)
 
     return operands, run

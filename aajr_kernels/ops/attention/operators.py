@@ -13,18 +13,20 @@ from .options import Options
 #: `Options` as an operator takes them; lengths may be symbols
 _OPTIONS = (
     "float scale, float? softcap, SymInt? offset, SymInt? window, float dropout, bool align_right, Tensor? drawn, "
-    "Tensor? q_start, Tensor? k_start"
+    "Tensor? q_start, Tensor? k_start, Tensor? context_k, Tensor? context_v"
 )
 ATTENTION_FWD = Operator(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
 ATTENTION_BWD = Operator(
     "attention_bwd(Tensor out_bar, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor stats, Tensor means, "
-    f"bool need_q, bool need_k, bool need_v, bool need_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    present=("need_q", "need_k", "need_v", "need_bias"),
+    "bool need_q, bool need_k, bool need_v, bool need_bias, bool need_context_k, bool need_context_v, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    present=("need_q", "need_k", "need_v", "need_bias", "need_context_k", "need_context_v"),
 )
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+#: of q, k, v and the mask, and from a launcher, or with a context, of its keys and values
+Gradients = tuple[Tensor | None, ...]
 
 
 def with_options(
@@ -48,10 +50,11 @@ def with_options(
         stats: Tensor,
         means: Tensor,
         options: Options,
-        needs: tuple[bool, bool, bool, bool],
+        needs: tuple[bool, ...],
     ) -> Gradients:
-        needs = (*needs[:3], needs[3] and mask is not None)
-        q_bar, k_bar, v_bar, bias_bar = backward(out_bar, q, k, v, mask, out, stats, means, *needs, *options)
-        return q_bar, k_bar, v_bar, bias_bar
+        of_context = needs[4:] or (False, False)
+        every = (*needs[:3], needs[3] and mask is not None, *of_context)
+        bars: Gradients = backward(out_bar, q, k, v, mask, out, stats, means, *every, *options)
+        return bars[: len(needs)]
 
     return attention_fwd, attention_bwd

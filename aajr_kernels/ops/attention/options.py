@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ _TRITON_ROOM = 131_072
 
 
 class Options(NamedTuple):
-    """Everything beside the operands. It is a tuple: ``*options`` are the flat arguments of an operator of torch.
+    """Everything beside q, k, v and the mask. It is a tuple: ``*options`` are flat arguments of an operator of torch.
+
+    Keys count from the first of the context, if there is one: those of the operand k follow it.
 
     Attributes:
         scale: factor of the scores.
@@ -28,6 +31,8 @@ class Options(NamedTuple):
             ``[1, H, N, longest M]``); for kernels that draw it themselves their seed, int64, on their device.
         q_start: of packed sequences, ascending int64 offsets ``[sequences + 1]`` of their queries; None without.
         k_start: likewise of their keys.
+        context_k: keys without tangents ``[1, B, HK, C, D]`` before those of the call; None without a context.
+        context_v: their values ``[1, B, HK, C, V]``.
     """
 
     scale: float
@@ -39,18 +44,46 @@ class Options(NamedTuple):
     drawn: Tensor | None = None
     q_start: Tensor | None = None
     k_start: Tensor | None = None
+    context_k: Tensor | None = None
+    context_v: Tensor | None = None
 
     @classmethod
-    def of(cls, causal: bool | str, queries: int, keys: int, packed: bool) -> Options:
-        """The options that say which keys a query sees; the others have their defaults."""
+    def of(cls, causal: bool | str, queries: int, keys: int, packed: bool, context: int = 0) -> Options:
+        """The options that say which keys a query sees, `context` keys before the others; the rest is default."""
         right = causal == "lower_right"
-        offset = None if causal is False else keys - queries if right and not packed else 0
+        offset = None if causal is False else context + (keys - queries if right and not packed else 0)
         return cls(1.0, offset=offset, align_right=packed and right)
 
     @property
     def starts(self) -> tuple[Tensor, Tensor] | None:
         """Both offsets of packed sequences."""
         return None if self.q_start is None or self.k_start is None else (self.q_start, self.k_start)
+
+    @property
+    def context(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the context."""
+        return None if self.context_k is None or self.context_v is None else (self.context_k, self.context_v)
+
+    def with_context(self, context: Sequence[Tensor]) -> Options:
+        """The same with keys and values of a context, or as it is without any."""
+        return self._replace(context_k=context[0], context_v=context[1]) if context else self
+
+    @property
+    def context_length(self) -> int:
+        """How many keys the context has."""
+        return 0 if self.context_k is None else self.context_k.shape[-2]
+
+    def parts(self) -> tuple[Options, Options]:
+        """Those of a call with the keys of the context only, and with the other keys only."""
+        length, drawn = self.context_length, self.drawn
+        alone = self._replace(context_k=None, context_v=None)
+        return (
+            alone._replace(drawn=None if drawn is None else drawn[..., :length]),
+            alone._replace(
+                drawn=None if drawn is None else drawn[..., length:],
+                offset=None if self.offset is None else self.offset - length,
+            ),
+        )
 
     def of_sequence(self, rows: slice, keys: slice) -> Options:
         """Those of one of the packed sequences."""
@@ -62,9 +95,12 @@ class Options(NamedTuple):
 
 
 def check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, axes: int
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, axes: int, context: tuple[Tensor, Tensor] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Raise unless the operands fit; returns the shapes of q and k without their first `axes`, 1 for stacks."""
+    """Raise unless the operands fit; returns the shapes of q and k without their first `axes`, 1 for stacks.
+
+    The tensors of the context have no such axes.
+    """
     shapes = []
     for name, x in (("q", q), ("k", k), ("v", v)):
         shape = tuple(x.shape[axes:])
@@ -90,7 +126,19 @@ def check_tensors(
         raise ValueError(f"attention: q and k must have equally many features, got {message}.")
     if ks[-3] == 0 or qs[-3] % ks[-3]:
         raise ValueError(f"attention: the heads of q must be a multiple of those of k and v, got {message}.")
-    for name, other in (("k", k), ("v", v), ("mask", mask)):
+    keys = ks[-2]
+    if context is not None:
+        _check_context(*context, ks, vs)
+        keys += context[0].shape[-2]
+    first, second = context or (None, None)
+    others = (
+        ("k", k),
+        ("v", v),
+        ("mask", mask),
+        ("the context's key", first),
+        ("the context's value", second),
+    )
+    for name, other in others:
         if other is not None and other.device != q.device:
             raise ValueError(
                 f"attention: {name} must be on the device of q ({q.device}), got {other.device}."
@@ -100,13 +148,33 @@ def check_tensors(
             raise TypeError(
                 f"attention: mask must be bool (True = attend) or a floating bias, got {mask.dtype}: use mask.bool()."
             )
-        full, shape = (*qs[:-1], ks[-2]), tuple(mask.shape[axes:])
+        full, shape = (*qs[:-1], keys), tuple(mask.shape[axes:])
         pairs = zip(reversed(shape), reversed(full), strict=False)
         if len(shape) > len(full) or any(n not in (1, size) for n, size in pairs):
             raise ValueError(
                 f"attention: mask must be broadcastable to [*batch, H, N, M] = {full}, got {shape}."
             )
     return qs, ks
+
+
+def _check_context(key: Tensor, value: Tensor, ks: tuple[int, ...], vs: tuple[int, ...]) -> None:
+    for name, x, beside in (("key", key, ks), ("value", value, vs)):
+        if x.dtype not in _FLOATS:
+            raise TypeError(
+                f"attention: the context's {name} must be float64, float32, bfloat16 or float16, got {x.dtype}."
+            )
+        length = x.shape[-2] if x.dim() > 1 else 0
+        expected = (*beside[:-2], length, beside[-1])
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"attention: the context's {name} must have the shape of {name[0]} but for its length, "
+                f"{expected}, got {tuple(x.shape)}."
+            )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            "attention: the context must have equally many keys and values, got "
+            f"{key.shape[-2]} and {value.shape[-2]}."
+        )
 
 
 def check_options(causal: bool | str, softcap: float | None, window: int | None, dropout: float) -> None:
@@ -128,8 +196,13 @@ def check_options(causal: bool | str, softcap: float | None, window: int | None,
         raise ValueError(f"attention: dropout must be a probability between 0 and 1, got {dropout!r}.")
 
 
-def lacks_in_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """None where tiles of the heads fit into the memory of a multiprocessor, or the largest heads that do."""
+def lacks_in_triton(q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> str | None:
+    """None where the kernels have the call, or the part of it that they lack.
+
+    Tiles of heads that are larger do not fit into the memory of a multiprocessor.
+    """
+    if context:
+        return "has no kernels for a context yet"
     largest, limit = max(q.shape[-1], v.shape[-1]), _TRITON_HEAD
     if (
         largest > limit // 2
@@ -158,10 +231,20 @@ def visible_pairs(queries: int, keys: int, offset: int | None, window: int | Non
     return total
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, options: Options, sizes: list[tuple[int, int]] | None) -> float:
-    """Multiplications and additions of one product of the scores and one of the weights, for all heads."""
+def flops(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, tangents: int, sizes: list[tuple[int, int]] | None
+) -> float:
+    """Multiplications and additions of a forward: a product of scores and one of weights, and those of tangents.
+
+    A tangent takes two of each, and one where the keys have none: those of a context.
+    """
+    before, offset = options.context_length, options.offset
     pairs = 0
     for queries, keys in [(q.shape[-2], k.shape[-2])] if sizes is None else sizes:
-        offset = keys - queries if options.align_right else options.offset
-        pairs += visible_pairs(queries, keys, offset, options.window)
+        if options.align_right:
+            offset = keys - queries
+        after = offset if offset is None else offset - before
+        pairs += (1 + 2 * tangents) * visible_pairs(queries, keys, after, options.window)
+        if before:
+            pairs += (1 + tangents) * visible_pairs(queries, before, offset, options.window)
     return 2.0 * pairs * math.prod(q.shape[1:-2]) * (q.shape[-1] + v.shape[-1])

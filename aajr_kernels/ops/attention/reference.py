@@ -23,6 +23,14 @@ rows of all query heads that share a key head form one matrix, so keys are never
 ride along as one more column of a product whose other side is a column of ones, which saves a pass over the
 tile. Tiles are float32 (float64 for float64 inputs).
 
+A context is more keys, before the others and without tangents: against it Q K'_k^T, (P M) V'_k and their reverse are
+left out. The two parts of the keys meet in the softmax of a row only. The forward takes each by itself and merges them:
+with w the share of a part in the sum of the exponentials of both,
+
+    O = sum w O_part,  mu_k = sum w mu_k,part,  O'_k = sum w (O'_k,part + (mu_k,part - mu_k) O_part).
+
+In the backward, which has the statistics of whole rows, nothing is left to merge: dQ and dQ'_k add up.
+
 Saved for the backward: the output and, per row, shift (the largest score), norm (1 / sum of the exponentials) and mu.
 A row without an allowed key has shift +inf and norm 0: its output and all its gradients are zero.
 """
@@ -30,12 +38,13 @@ A row without an allowed key has shift +inf and norm 0: its output and all its g
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .options import Options
-from .tiling import Tiles, sequences
+from .tiling import Tiles, columns, parts, sequences
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -61,16 +70,32 @@ def attention_fwd(
         mu ``[K | 0, B, H, N]`` in float32 (float64 for float64).
     """
     if options.starts is not None:
-        parts = [
+        sequence = [
             attention_fwd(q[..., rows, :], k[..., keys, :], v[..., keys, :], None, each)
             for rows, keys, each in sequences(options)
         ]
-        out, shift, norm, mu = (torch.cat(x, axis) for x, axis in zip(zip(*parts), (-2, -1, -1, -1)))
+        out, shift, norm, mu = (torch.cat(x, axis) for x, axis in zip(zip(*sequence), (-2, -1, -1, -1)))
         return out, shift, norm, mu
-    t = Tiles(q, k, v, mask, options)
+    biased = mask is not None and mask.dtype != torch.bool
+    moving = [x.shape[0] > 1 for x in (q, k, *((mask,) if biased and mask is not None else ()))]
+    tangents = max(x.shape[0] for x in (q, k, v, mask) if x is not None) - 1
+    every = [Tiles(q, *part, tangents, True in moving) for part in parts(k, v, mask, options)]
+    if len(every) == 1:
+        out, shift, norm, mu = _forward(every[0], q.dtype)
+    else:
+        first, second = (_forward(t, t.dtype) for t in every)
+        out, shift, norm, mu = _merged(first, second, torch.exp if biased else torch.exp2)
+    return out.to(q.dtype).flatten(2, 3), shift.flatten(1, 2), norm.flatten(1, 2), mu.flatten(2, 3)
+
+
+_Softened = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(t: Tiles, dtype: torch.dtype) -> _Softened:
+    """Output in that dtype, shift, norm and mu of the keys of `t`, ``[.., HK, G, N, ..]``."""
     B, HK, G, N, V, K = t.B, t.HK, t.G, t.N, t.V, t.K
-    out = q.new_zeros(1 + K, B, HK, G, N, V)
-    shift = torch.full((B, HK, G, N), math.inf, dtype=t.dtype, device=q.device)
+    out = t.q.new_zeros(1 + K, B, HK, G, N, V, dtype=dtype)
+    shift = torch.full((B, HK, G, N), math.inf, dtype=t.dtype, device=t.device)
     norm = torch.zeros_like(shift)
     mu = shift.new_zeros(K if t.has_scores else 0, B, HK, G, N)
     for b, h, blocks in t.plan():
@@ -103,7 +128,27 @@ def attention_fwd(
                     tangent = moved if tangent is None else moved.add_(tangent)
                 if tangent is not None:
                     out[1 + j][at.rows] = at.ungroup(tangent)
-    return out.flatten(2, 3), shift.flatten(1, 2), norm.flatten(1, 2), mu.flatten(2, 3)
+    return out, shift, norm, mu
+
+
+def _merged(first: _Softened, second: _Softened, exp: Callable[[Tensor], Tensor]) -> _Softened:
+    """Output and statistics of two parts of the keys together; `exp` takes the unit of the shifts."""
+    tops = [shift.masked_fill(norm == 0, -math.inf) for _, shift, norm, _ in (first, second)]
+    top = torch.maximum(*tops)
+    flat = top.masked_fill(top == -math.inf, 0.0)
+    totals = [
+        torch.where(norm == 0, 0.0, exp(own - flat) / norm)
+        for own, (_, _, norm, _) in zip(tops, (first, second))
+    ]
+    total = totals[0] + totals[1]
+    norm = total.reciprocal().masked_fill_(total == 0, 0.0)
+    shares = [x * norm for x in totals]
+    mu = shares[0] * first[3] + shares[1] * second[3]
+    out = torch.zeros_like(first[0])
+    for share, (own, _, _, own_mu) in zip(shares, (first, second)):
+        out.addcmul_(share.unsqueeze(-1), own)
+        out[1 : 1 + len(mu)].addcmul_((share * (own_mu - mu)).unsqueeze(-1), own[0])
+    return out, top.masked_fill(total == 0, math.inf), norm, mu
 
 
 def attention_bwd(
@@ -117,38 +162,73 @@ def attention_bwd(
     norm: Tensor,
     mu: Tensor,
     options: Options,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients with respect to q, k, v and the bias.
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to q, k, v and the bias, and with a context to its keys and values.
 
     Args:
         out_bar: ``[1+K, B, H, N, V]``, cotangents of the output and of its tangents.
         q, k, v, mask, options: as passed to :func:`attention_fwd`.
         out, shift, norm, mu: what it returned.
-        needs: which of the four gradients to compute.
+        needs: which of the gradients to compute: four, or six with a context.
 
     Returns:
-        For each of q, k, v, mask a tensor of its shape and dtype, or None where it is not needed.
+        For each of them a tensor of the shape and dtype of its operand, or None where it is not needed.
     """
     if options.starts is not None:
-        parts = []
+        sequence = []
         for mine, theirs, each in sequences(options):
             inputs = (q[..., mine, :], k[..., theirs, :], v[..., theirs, :])
             saved = (out[..., mine, :], shift[..., mine], norm[..., mine], mu[..., mine])
-            parts.append(attention_bwd(out_bar[..., mine, :], *inputs, None, *saved, each, needs))
-        q_bar, k_bar, v_bar, _ = (torch.cat(x, -2) if need else None for x, need in zip(zip(*parts), needs))
+            sequence.append(attention_bwd(out_bar[..., mine, :], *inputs, None, *saved, each, needs))
+        q_bar, k_bar, v_bar, _ = (
+            torch.cat(x, -2) if need else None for x, need in zip(zip(*sequence), needs)
+        )
         return q_bar, k_bar, v_bar, None
-    t = Tiles(q, k, v, mask, options)
-    D, V = t.D, t.V
-    need_q, need_k, need_v, need_bias = needs
-    need_scores = need_q or need_k or need_bias
-    out_bar, out = (x.unflatten(2, (t.HK, t.G)) for x in (out_bar, out))
-    shift, norm, mu = (x.unflatten(-2, (t.HK, t.G)) for x in (shift, norm, mu))
-    empty, dense = q.new_empty(0), torch.contiguous_format
-    q_bar = torch.zeros_like(t.q, memory_format=dense) if need_q else empty
-    k_bar = torch.zeros_like(k, memory_format=dense) if need_k else empty
-    v_bar = torch.zeros_like(v, memory_format=dense) if need_v else empty
-    bias_bar = torch.zeros_like(t.bias, dtype=t.dtype) if need_bias and t.bias is not None else empty
+    every = [Tiles(q, *part, out_bar.shape[0] - 1, mu.shape[0] > 0) for part in parts(k, v, mask, options)]
+    heads, wide = (every[0].HK, every[0].G), every[0].dtype
+    grouped = [x.unflatten(2, heads) for x in (out_bar, out)] + [
+        x.unflatten(-2, heads) for x in (shift, norm, mu)
+    ]
+    # the parts add to both one after another
+    q_bar = q.new_zeros(q.shape, dtype=q.dtype if len(every) == 1 else wide) if needs[0] else None
+    bias_bar = torch.zeros_like(mask, dtype=wide) if needs[3] and mask is not None else None
+    sums: list[Tensor | None] = [None if q_bar is None else q_bar.unflatten(2, heads), None]
+    bars: list[Tensor | None] = []
+    start = 0
+    for t, own_needs in zip(every, (needs[1:3],) if len(every) == 1 else (needs[4:], needs[1:3])):
+        if bias_bar is not None:
+            sums[1] = t.grouped(columns(bias_bar, start, t.M))
+        bars += _backward(t, grouped, own_needs, *sums)
+        start += t.M
+    return (
+        None if q_bar is None else q_bar.to(q.dtype),
+        *bars[-2:],
+        None if bias_bar is None or mask is None else bias_bar.to(mask.dtype),
+        *bars[:-2],
+    )
+
+
+def _backward(
+    t: Tiles,
+    saved: list[Tensor],
+    needs: tuple[bool, ...],
+    q_bar: Tensor | None,
+    bias_bar: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the keys and values of `t`, where needed; what they add to those of q and the bias is added.
+
+    `saved`: out_bar, out, shift, norm and mu, their heads grouped.
+    """
+    options, k, v, D, V = t.options, t.k, t.v, t.D, t.V
+    out_bar, out, shift, norm, mu = saved
+    need_k, need_v = needs
+    need_scores = q_bar is not None or need_k or bias_bar is not None
+    empty, dense = t.q.new_empty(0), torch.contiguous_format
+    k_bar = torch.zeros_like(k, memory_format=dense) if need_k else None
+    v_bar = torch.zeros_like(v, memory_format=dense) if need_v else None
+    if not need_scores and not need_v:
+        return None, None
     for b, h, blocks in t.plan():
         keys, values = t.keys(b, h), t.values(b, h)
         # transposed, [.., features, keys]: the faster shape of product; the values' primal comes last
@@ -185,40 +265,35 @@ def attention_bwd(
                     v_acc[:, -V:, at.keys] += t.product("dv", h_j.mT, c.mul_(kept))
                 if not need_scores:
                     continue
-                if need_bias and t.has_bias:
+                if bias_bar is not None and t.has_bias:
                     at.add_part_(bias_bar[1 + j], t_bar)
                 if slope is not None:
                     t_bar.mul_(slope)
-                if need_q and rows.numel():
+                if q_bar is not None and rows.numel():
                     grad = t.product("dqj", t_bar, t.partner(at, keys, j, rows.shape[-1]))
                     if t.has_k:
                         dq += grad[..., :D]
                     if t.has_q:
-                        q_bar[1 + j][at.rows] = at.ungroup(grad[..., -D:] * options.scale)
+                        q_bar[1 + j][at.rows] += at.ungroup(grad[..., -D:] * options.scale)
                 if need_k and rows.numel():
                     grad = t.product("dkj", rows.mT, t_bar)
                     if t.has_k:
                         k_acc[1 + j][..., at.keys] += grad[:, :D]
                     if t.has_q:
                         k_acc[0][..., at.keys] += grad[:, -D:]
-            if need_bias:
+            if bias_bar is not None:
                 at.add_part_(bias_bar[0], s_bar)
             if need_scores and options.softcap and tau is not None and bend is not None and slope is not None:
                 s_bar.addcmul_(tau, bend, value=-2.0 / options.softcap).mul_(slope)
-            if need_q:
+            if q_bar is not None:
                 dq.baddbmm_(s_bar, keys[0][:, at.keys, -D - 1 : -1])
-                q_bar[0][at.rows] = at.ungroup(dq.mul_(options.scale))
+                q_bar[0][at.rows] += at.ungroup(dq.mul_(options.scale))
             if need_k:
                 rows = t.pack("q", [t.q[0][at.rows]], options.scale)
                 k_acc[0][..., at.keys] += t.product("dk", rows.mT, s_bar)
-        for j in range(k.shape[0] if need_k else 0):
-            k_bar[j, b, h] = k_acc[j].mT.unflatten(0, (-1, h.stop - h.start))
-        for j in range(v.shape[0] if need_v else 0):
+        for j, bar in enumerate(() if k_bar is None else k_bar):
+            bar[b, h] = k_acc[j].mT.unflatten(0, (-1, h.stop - h.start))
+        for j, bar in enumerate(() if v_bar is None else v_bar):
             part = v_acc[:, (j - 1) % v.shape[0] * V :][:, :V]
-            v_bar[j, b, h] = part.mT.unflatten(0, (-1, h.stop - h.start))
-    return (
-        q_bar.flatten(2, 3) if need_q else None,
-        k_bar if need_k else None,
-        v_bar if need_v else None,
-        bias_bar.reshape(mask.shape).to(mask.dtype) if need_bias and mask is not None else None,
-    )
+            bar[b, h] = part.mT.unflatten(0, (-1, h.stop - h.start))
+    return k_bar, v_bar

@@ -61,14 +61,27 @@ class Block:
 
 
 class Tiles:
-    """Grouped views of the inputs, the tiling, and the tiles that forward and backward share."""
+    """Grouped views of the inputs, the tiling, and the tiles that forward and backward share.
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> None:
+    The keys are those of a call without a context, or of one of the two parts of a call with one. `tangents` and
+    `has_scores` (whether the scores of some key have tangents) are those of the call.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        options: Options,
+        tangents: int,
+        has_scores: bool,
+    ) -> None:
         self.options = options
         _, self.B, H, self.N, self.D = q.shape
         self.HK, self.M, self.V = k.shape[2], k.shape[3], v.shape[4]
         self.G = H // self.HK
-        self.K = max(x.shape[0] for x in (q, k, v, mask) if x is not None) - 1
+        self.K = tangents
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
         self.q, self.k, self.v = q.unflatten(2, (self.HK, self.G)), k, v
@@ -78,8 +91,8 @@ class Tiles:
             self.bias, self.allowed = (None, mask[0]) if mask.dtype == torch.bool else (mask, None)
         self.has_q, self.has_k, self.has_v = (x.shape[0] > 1 for x in (q, k, v))
         self.has_bias = self.bias is not None and self.bias.shape[0] > 1
-        # whether the scores have tangents; if not, only the values do, and c_k = 0
-        self.has_scores = self.has_q or self.has_k or self.has_bias
+        # if the scores have no tangents, only the values do, and c_k = 0
+        self.has_scores = has_scores
         # in [K'_k | K | 1] the ones are next to the keys in use if the queries have tangents; a cap acts before mu
         self.rides = self.has_q and options.softcap is None
         # exp2 is cheaper than exp, but a bias near the largest number must not be multiplied by log2(e)
@@ -235,6 +248,25 @@ class Tiles:
         rows = at.part(self.keep).flatten(0, 1).flatten(1, 2)
         mask = self.tile("dropout", *rows.shape).copy_(rows)
         return mask.div_(1.0 - self.options.dropout) if self.options.dropout < 1 else mask
+
+
+Part = tuple[Tensor, Tensor, "Tensor | None", Options]
+
+
+def parts(k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> list[Part]:
+    """Keys, values, mask and options of the context, if there is one, and of what follows it."""
+    if options.context is None:
+        return [(k, v, mask, options)]
+    sizes, masks = (options.context_length, k.shape[-2]), (mask, mask)
+    if mask is not None:
+        masks = columns(mask, 0, sizes[0]), columns(mask, *sizes)
+    first, rest = options.parts()
+    return [(*options.context, masks[0], first), (k, v, masks[1], rest)]
+
+
+def columns(mask: Tensor, start: int, count: int) -> Tensor:
+    """The mask of `count` keys from `start`, a view."""
+    return mask if mask.shape[-1] == 1 else mask.narrow(-1, start, count)
 
 
 def slices(size: int, step: int) -> list[slice]:

@@ -28,10 +28,11 @@ def attention(
     bias: Sequence[int] | None = None,
     bias_moves: bool = False,
     size: float = 1.0,
+    context: int = 0,
     **options: Any,
 ) -> Case:
     """Sizes B, H, HK, N, M, D, V; `moves` tells which of q, k, v have tangents; mask "square" or "padding"; a bias is
-    a fourth leaf of the given shape."""
+    a further leaf of the given shape, as are keys and values of a context of so many positions."""
     B, H, HK, N, M, D, V = sizes
     shapes = [(B, H, N, D), (B, HK, M, D), (B, HK, M, V)]
 
@@ -41,23 +42,27 @@ def attention(
             leaf = stacks(*bias, k=k if bias_moves else 0)
             leaf[0].masked_fill_(torch.rand(tuple(bias)) < 0.2, -math.inf)
             leaves.append(leaf)
+        if context:
+            leaves += [size * stacks(B, HK, context, features, k=0) for features in (D, V)]
         return leaves, []
 
     case_options = {key: options.pop(key) for key in ("layout", "ulps", "large") if key in options}
     allowed: Tensor | None = None
     if mask is not None:
         generator = torch.Generator().manual_seed(1)
-        allowed = torch.rand(B, 1, N if mask == "square" else 1, M, generator=generator) > 0.3
+        allowed = torch.rand(B, 1, N if mask == "square" else 1, context + M, generator=generator) > 0.3
         allowed[0, 0, 0] = False  # an empty row, or a batch row without keys
 
     def with_mask(op: Callable[..., Any]) -> Callable[..., Any]:
-        def call(q: Any, k: Any, v: Any, b: Any = None) -> Any:
+        def call(q: Any, k: Any, v: Any, *more: Any) -> Any:
             permitted = None if allowed is None else allowed.to(q.device)
-            return op(q, k, v, mask=permitted if b is None else b, **options)
+            before = {"context": more[-2:]} if context else {}
+            return op(q, k, v, mask=permitted if bias is None else more[0], **before, **options)
 
         return call
 
-    names = ("attention", name, "attention", "q k v mask")
+    leaves = "q k v" + " mask" * (bias is not None) + " context_k context_v" * (context > 0)
+    names = ("attention", name, "attention", leaves)
     return stacked(*names, with_mask(attention_op), with_mask(formulas.attention), build, **case_options)
 
 
@@ -94,6 +99,33 @@ ATTENTION = [
     attention("211 positions", (1, 2, 1, 211, 211, 16, 16), causal=True, large=True),
     attention("window across blocks", (1, 1, 1, 301, 301, 8, 8), causal=True, window=40, large=True),
 ]
+
+#: two parts of keys and values, of which only the second has tangents
+CONTEXT = [
+    attention("context, causal, D 64", (1, 4, 2, 33, 33, 64, 64), context=70, causal=True),
+    attention("context, full, D 20, V 12", (2, 2, 1, 13, 7, 20, 12), context=29),
+    attention("context, more keys than queries", (1, 2, 2, 5, 40, 16, 16), context=9, causal="lower_right"),
+    attention("context, other keys end before the queries", (1, 2, 1, 11, 4, 16, 16), context=6, causal=True),
+    attention("context, fewer keys than queries", (1, 2, 1, 40, 7, 16, 16), context=9, causal="lower_right"),
+    attention("context of one", (1, 2, 1, 9, 9, 8, 8), context=1, causal=True),
+    attention("context, no other keys", (1, 2, 1, 9, 0, 16, 16), context=21, moves=(1, 0, 0)),
+    attention("context, window", (1, 4, 4, 50, 50, 32, 32), context=31, causal=True, window=9),
+    attention("context, softcap and scale", (1, 2, 1, 30, 30, 16, 16), context=37, softcap=2.0, scale=0.4, causal=True),
+    attention("context, large scores", (1, 2, 2, 33, 40, 32, 32), context=23, size=4.0),
+    attention("context, heads cut out of rows", (2, 4, 2, 19, 19, 24, 24), context=9, causal=True, layout=swapped),
+    attention("context, boolean mask with an empty row", (2, 4, 2, 13, 37, 16, 16), context=21, mask="square"),
+    attention("context, padding", (2, 4, 2, 37, 37, 16, 16), context=30, mask="padding", causal=True),
+    attention("context, bias per pair", (2, 4, 2, 13, 17, 16, 16), context=12, bias=(2, 4, 13, 29)),
+    attention("context, bias per query", (2, 4, 2, 13, 17, 16, 16), context=12, bias=(4, 13, 1)),
+    attention("context, bias per key, softcap", (2, 4, 2, 13, 17, 16, 16), context=5, bias=(4, 1, 22), softcap=3.0),
+    attention("context, bias with tangents", (1, 2, 1, 13, 17, 16, 16), context=6, bias=(2, 13, 23), bias_moves=True),
+    attention("context, q alone moves", (1, 4, 2, 20, 33, 16, 16), context=14, moves=(1, 0, 0), causal="lower_right"),
+    attention("context, k alone moves", (1, 4, 2, 20, 33, 16, 16), context=14, moves=(0, 1, 0)),
+    attention("context, v alone moves", (1, 4, 2, 20, 33, 16, 16), context=14, moves=(0, 0, 1)),
+    attention("context, 211 positions", (1, 2, 1, 111, 111, 16, 16), context=300, causal=True, large=True),
+    attention("context, window across blocks", (1, 1, 1, 201, 201, 8, 8), context=150, causal=True, window=140,
+              large=True),
+]  # fmt: skip
 
 
 # -- head -----------------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def _attention_bwd(
     need_k: bool,
     need_v: bool,
     need_bias: bool,
+    need_context_k: bool,
+    need_context_v: bool,
     *flat: Any,
 ) -> operators.Gradients:
     """Gradients of q, k, v and the bias, None where not needed."""
@@ -95,9 +97,10 @@ def _attention_bwd(
     else:
         _launch_bwd(p, out_bar, out, stats, mu, q_bar, k_bar, v_bar, bias_bar)
     if bias_bar is None or mask is None:
-        return q_bar, k_bar, v_bar, None
+        return q_bar, k_bar, v_bar, None, None, None
     total = bias_bar[0] if len(bias_bar) == 1 else bias_bar.sum(0)
-    return q_bar, k_bar, v_bar, torch.empty(mask.shape, dtype=mask.dtype, device=q.device).copy_(total)
+    mask_bar = torch.empty(mask.shape, dtype=mask.dtype, device=q.device).copy_(total)
+    return q_bar, k_bar, v_bar, mask_bar, None, None
 
 
 attention_fwd, attention_bwd = operators.with_options(_attention_fwd, _attention_bwd)
