@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,16 @@ from ..ops.attention import draws_apart
 from ..rules.registry import RULES
 from ..torch_private import RUNNING_NORMS
 
-__all__ = ["RandomState", "frozen_parameters", "modules_of", "one_dropout_mask", "ranks_of"]
+__all__ = [
+    "RandomState",
+    "frozen_parameters",
+    "modules_of",
+    "one_dropout_mask",
+    "parameters_are_frozen",
+    "ranks_of",
+]
+
+_frozen = contextvars.ContextVar("frozen", default=False)
 
 
 class _DrawnAlike(TorchFunctionMode):
@@ -92,7 +102,8 @@ def frozen_parameters(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterato
 
     Afterwards, also after an exception, every flag and every running statistic is what it was. Sharded parameters
     (DTensor, as under ``fully_shard``) keep their flag: the gathered copies that run were made with it, and our ops
-    leave their gradients out.
+    leave their gradients out. Only the points of an attack are differentiated inside: what was computed before it is
+    constant, see :func:`parameters_are_frozen`.
     """
     submodules = list(dict.fromkeys(m for module in modules for m in module.modules()))
     training = [m.training for m in submodules]
@@ -104,6 +115,7 @@ def frozen_parameters(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterato
     statistics = [] if evaluate else [b for m in submodules for b in _statistics(m)]
     saved = [b.clone() for b in statistics]
     has_sharded = any(_sharded(p) for module in modules for p in module.parameters())
+    token = _frozen.set(True)
     try:
         for p in parameters:
             p.requires_grad_(False)
@@ -113,6 +125,7 @@ def frozen_parameters(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterato
         with sharding.frozen_parameters() if has_sharded else contextlib.nullcontext():
             yield
     finally:
+        _frozen.reset(token)
         for p in parameters:
             p.requires_grad_(True)
         for m, flag in zip(submodules, training):
@@ -120,6 +133,14 @@ def frozen_parameters(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterato
         with torch.no_grad():
             for b, before in zip(statistics, saved):
                 b.copy_(before)
+
+
+def parameters_are_frozen() -> bool:
+    """Whether the caller runs inside :func:`frozen_parameters`: inside an attack, or where a direction is computed.
+
+    A function that an attack calls leaves out the graph of what it computed outside, with the same results.
+    """
+    return _frozen.get()
 
 
 def ranks_of(modules: tuple[nn.Module, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: fused operations on one model instance, reversibly.
+"""Hugging Face transformers: fused operations on one model instance, reversibly, and a context that steps share.
 
 ========================  ==================================================================================
 module                    what it does
@@ -15,11 +15,16 @@ module                    what it does
 ``attention``             the attention implementation ``"aajr"``
 ``masks``                 its masks: structure (causal, window, padding) instead of [B, 1, N, M] tensors
 ``recomputed``            norms and activations whose results are computed again in the backward
+``context``               :func:`shared_context`: one forward of what no attack can change, for a whole training step
+``context_cache``         its keys and values, in transformers' own caches
+``context_checks``        what may be split into context and suffix, and the numerical check of a split
+``context_segments``      activation checkpointing of layers that keep their cache
 ``library``               the one place that imports transformers
 ========================  ==================================================================================
 """
 
+from .context import SharedContext, shared_context
 from .fuse import KNOWN, Fusion, fuse
 from .library import register
 
-__all__ = ["KNOWN", "Fusion", "fuse", "register"]
+__all__ = ["KNOWN", "Fusion", "SharedContext", "fuse", "register", "shared_context"]

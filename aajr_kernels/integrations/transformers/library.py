@@ -9,7 +9,14 @@ from typing import Any
 from .attention import attention_forward
 from .masks import mask_builder
 
-__all__ = ["NAME", "pretrained_model_class", "register", "trainer_class"]
+__all__ = [
+    "NAME",
+    "cache_classes",
+    "checkpointed_layer_class",
+    "pretrained_model_class",
+    "register",
+    "trainer_class",
+]
 
 NAME = "aajr"
 
@@ -29,6 +36,17 @@ def _library() -> Any:
 def pretrained_model_class() -> type:
     """``transformers.PreTrainedModel``."""
     return _library().PreTrainedModel
+
+
+def cache_classes() -> tuple[Any, tuple[type, ...]]:
+    """``transformers.DynamicCache``, and the classes of its layers that hold keys and values and nothing else."""
+    caches = _library().cache_utils
+    return caches.DynamicCache, (caches.DynamicLayer, caches.DynamicSlidingWindowLayer)
+
+
+def checkpointed_layer_class() -> type:
+    """``transformers.modeling_layers.GradientCheckpointingLayer``, which drops the cache it is given."""
+    return _library().modeling_layers.GradientCheckpointingLayer
 
 
 def trainer_class() -> type:

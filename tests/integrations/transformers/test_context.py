@@ -1,0 +1,389 @@
+"""A shared context is the whole sequence: trajectory, loss, penalty and all gradients, in float64, for every family."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from integrations.transformers.subjects import tiny
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from zoo import padding
+
+import aajr_kernels as aajr
+from aajr_kernels.integrations.transformers import SharedContext, fuse, shared_context
+from aajr_kernels.integrations.transformers import context as context_module
+from aajr_kernels.training import policy_of
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing:FutureWarning"
+)  # its name until 5.23
+
+ROWS, LENGTH = 3, 13
+#: attackable from here on in each row: rows start at different tokens
+FIRST = (7, 9, 6)
+START = min(FIRST)
+EXACT = 1e-12
+FAMILIES = ("llama", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "smollm3")
+#: those whose fused form is tried among the quick tests: windows with a soft cap, biases, parallel residuals
+FUSED = ("llama", "gemma2", "gpt2", "gpt_neox")
+
+
+class _Wide(TorchFunctionMode):
+    """float64 where a model rounds to float32 inside: norms, softmax, angles."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        wide = {torch.float32: torch.float64}
+        args = [wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
+        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def family(name: str, fused: bool = False) -> nn.Module:
+    if name in ("gemma", "smollm3"):
+        model = tiny(name)
+    else:
+        model = zoo._decoder(name, "eager" if name == "gemma2" else "sdpa").model
+    model = copy.deepcopy(model).double()
+    if fused:
+        fuse(model)
+    return model
+
+
+@functools.cache
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, attackable tokens and labels, which name tokens behind the first attackable one only."""
+    generator = torch.Generator().manual_seed(5)
+    x = 0.7 * torch.randn(ROWS, LENGTH, 32, generator=generator, dtype=torch.float64)
+    mask = torch.arange(LENGTH) >= torch.tensor(FIRST)[:, None]
+    mask[:, 11] = False
+    labels = torch.randint(zoo.VOCABULARY, (ROWS, LENGTH), generator=generator)
+    labels[:, :START] = -100
+    labels[1, :10] = -100
+    return x, mask, labels
+
+
+def padded(side: str) -> tuple[Tensor | None, Tensor | None]:
+    """A padding and, on the left, the positions that generation would take."""
+    if side == "none":
+        return None, None
+    attended = padding((LENGTH, LENGTH - 3, LENGTH - 1), side, LENGTH)
+    return attended.long(), (attended.long().cumsum(-1) - 1).clamp(min=0) if side == "left" else None
+
+
+def step(func: Any, x: Tensor, model: nn.Module, head: Any, labels: Tensor, mask: Tensor) -> Any:
+    """A training step: its trajectory, loss and penalty, and the penalty of three directions."""
+    loss_fn = aajr.lm_loss(func, head=head, labels=labels)
+    options = dict(radius=0.8, steps=2, step_size=0.3, mask=mask, scope="token")
+    traj = aajr.ascend(loss_fn, x.detach(), module=model, **options)
+    penalty, aux = aajr.trajectory_penalty(
+        func, x, traj, head=head, labels=labels, return_primal=True, mask=labels != -100, batch_steps=2
+    )
+    v = torch.stack([traj.directions[0], traj.directions[1], traj.directions[0].flip(-1) * mask[..., None]])
+    several = aajr.aligned_penalty(func, x, v, head=head, mask=labels != -100, metric="logits")
+    return traj, aux.primal, penalty, several
+
+
+def gradients(model: nn.Module, x: Tensor, total: Tensor) -> dict[str, Tensor]:
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad} | {"x": x}
+    found = torch.autograd.grad(total, list(names.values()), allow_unused=True)
+    return {name: g for name, g in zip(names, found) if g is not None}
+
+
+def assert_close(got: Tensor, expected: Tensor, name: str) -> None:
+    error = float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-30))
+    assert error <= EXACT, f"{name} is off by {error:.1e}"
+
+
+def compare(model: nn.Module, attended: Tensor | None, positions: Tensor | None) -> None:
+    x, mask, labels = batch()
+    policy = policy_of(model)
+    inputs = {"attention_mask": attended, "position_ids": positions}
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if attended is not None:
+        mask, labels = mask & attended.bool(), labels.where(attended.bool(), -100)
+
+    def whole(
+        z: Any,
+    ) -> Any:  # several points of the batch, as trajectory_penalty gives them with batch_steps
+        n = z.shape[0] // ROWS
+        return policy.forward(z, **{name: value.repeat(n, 1) for name, value in inputs.items()})
+
+    results = {}
+    for kind in ("whole", "shared"):
+        leaf = x.clone().requires_grad_()
+        with _Wide():
+            if kind == "whole":
+                traj, *terms = step(whole, leaf, model, policy.head, labels, mask)
+            else:
+                context = shared_context(model.base_model, leaf, mask=mask, **inputs)
+                assert context.start == START
+                cut = context.suffix(labels), context.suffix(mask)
+                assert [t.shape[1] for t in (context.x, *cut)] == [LENGTH - START] * 3
+                traj, *terms = step(context, context.x, model, policy.head, *cut)
+            results[kind] = (
+                traj,
+                terms,
+                gradients(model, leaf, sum(w * t for w, t in zip((1.0, 0.7, 0.3), terms))),
+            )
+    (traj, terms, grads), (near, parts, partial) = results["whole"], results["shared"]
+    assert (traj.points[-1] - traj.points[0]).norm() > 0.1
+    assert_close(near.points, traj.points[:, :, START:], "the trajectory")
+    assert_close(near.losses, traj.losses, "losses of the ascent")
+    for name, got, expected in zip(("loss", "penalty", "penalty of three"), parts, terms):
+        assert expected > 0
+        assert_close(got, expected, name)
+    assert partial.keys() == grads.keys()
+    assert grads["x"][:, :START].norm() > 0
+    for name, expected in grads.items():
+        assert_close(partial[name], expected, f"the gradient of {name}")
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name, side):
+    compare(family(name), *padded(side))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FUSED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_every_fused_family(name):
+    compare(family(name, fused=True), *padded("right" if name == "gemma2" else "none"))
+
+
+def test_padding_on_the_right_and_fused_on_the_left():
+    compare(family("llama"), *padded("right"))
+    compare(family("llama", fused=True), *padded("left"))
+
+
+def test_logits_of_the_whole_model_and_of_the_context():
+    model, (x, _, _) = family("llama"), batch()
+    context = shared_context(model, x, start=5, output=True)
+    with _Wide():
+        expected = model(inputs_embeds=x).logits
+        for got, part in ((context.output, expected[:, :5]), (context(context.x), expected[:, 5:])):
+            assert got.shape == part.shape
+            assert (got - part).norm() <= 1e-6 * part.norm()  # the context was computed outside
+    assert context.output.requires_grad
+    assert shared_context(model, x, start=5).output is None
+
+
+def test_nothing_is_kept_without_a_context():
+    model, (x, _, _) = family("llama"), batch()
+    context = shared_context(model, x, start=0)
+    assert context.output is None and context.x.shape == x.shape
+    assert torch.equal(context(x), model(inputs_embeds=x, use_cache=False).logits)
+
+
+def test_the_last_layer_forms_keys_and_values_only():
+    model, (x, _, _) = family("llama"), batch()
+    ran: list[int] = []
+    products = [layer.mlp for layer in model.model.layers]
+    hooks = [mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, mlp in enumerate(products)]
+    context_module.check_split(SharedContext, model.model, x)
+    ran.clear()
+    try:
+        shared_context(model.model, x, start=5)
+        assert ran == [0]
+        shared_context(model.model, x, start=5, output=True)
+        assert ran == [0, 0, 1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_the_cache_does_not_grow():
+    model, (x, _, _) = family("mistral"), batch()
+    context = shared_context(model.model, x, start=START)
+    with torch.no_grad():
+        first = context(context.x)
+        shapes = [t.shape for t in context._cache.tensors()]
+        assert torch.equal(context(context.x), first)
+    assert [t.shape for t in context._cache.tensors()] == shapes
+
+
+def test_an_attack_sees_constants_and_the_loss_does_not(monkeypatch):
+    model, (x, mask, labels) = family("llama"), batch()
+    context = shared_context(model.model, x, start=START)
+    detached: list[bool] = []
+    own = type(context._cache).for_suffix
+
+    def spy(self: Any, repeats: int, is_detached: bool) -> Any:
+        detached.append(is_detached)
+        return own(self, repeats, is_detached)
+
+    monkeypatch.setattr(type(context._cache), "for_suffix", spy)
+    loss_fn = aajr.lm_loss(context, head=model.lm_head, labels=context.suffix(labels))
+    aajr.ascend(loss_fn, context.x, radius=1.0, steps=2, mask=context.suffix(mask))
+    assert detached and all(detached)
+    detached.clear()
+    loss_fn(context.x)
+    assert detached == [False]
+    with torch.no_grad():
+        loss_fn(context.x)
+    assert detached == [False, True]
+
+
+def test_activation_checkpointing_keeps_the_context():
+    model = copy.deepcopy(family("llama"))
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    x, mask, labels = batch()
+    for one in (model, fused):
+        one.train()
+        results = []
+        for enabled in (False, True):
+            if enabled:
+                one.gradient_checkpointing_enable()
+            leaf = x.clone().requires_grad_()
+            context = shared_context(one.model, leaf, mask=mask)
+            cut = context.suffix(labels), context.suffix(mask)
+            _, *terms = step(context, context.x, one, one.lm_head, *cut)
+            results.append(gradients(one, leaf, sum(terms)))
+            assert one.model.layers[0].gradient_checkpointing is enabled
+            assert "forward" not in one.model.layers[0].__dict__ or one is fused
+        plain, checkpointed = results
+        assert plain.keys() == checkpointed.keys()
+        for name in plain:
+            assert_close(checkpointed[name], plain[name], name)
+
+
+def test_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(family("llama")), config).double().eval()
+    x, mask, labels = batch()
+    base = model.get_base_model()
+    results = []
+    for func in (lambda z: base.model(inputs_embeds=z).last_hidden_state[:, START:], None):
+        with _Wide():
+            cut = labels[:, START:]
+            context = shared_context(base.model, x, mask=mask)
+            point = x if func else context.x
+            v = torch.ones_like(x) * mask[..., None]
+            penalty = aajr.aligned_penalty(
+                func or context, point, v if func else context.suffix(v), head=base.lm_head, mask=cut != -100
+            )
+            results.append(gradients(model, x.clone().requires_grad_(), penalty))
+    assert len(results[0]) == 12 and results[0].keys() == results[1].keys()
+    for name in results[0]:
+        assert_close(results[1][name], results[0][name], name)
+
+
+def test_the_check_leaves_no_trace():
+    model = copy.deepcopy(family("gpt2")).train()
+    x, _, _ = batch()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with aajr.coverage() as ran:
+        context_module.check_split(SharedContext, model.transformer, x)
+    assert torch.equal(torch.get_rng_state(), before) and not ran.entries
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def _llama(**changes: Any) -> Any:
+    x, mask, _ = batch()
+    return shared_context(family("llama").model, changes.pop("x", x), **({"mask": mask} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mask": None, "start": LENGTH}, ValueError, "start must be below the 13 tokens"),
+        ({"mask": None, "start": -1}, ValueError, "start must be an integer >= 0"),
+        ({"start": START + 1}, ValueError, "mask lets token 6 be attacked, inside the context of start=7"),
+        ({"mask": torch.zeros(ROWS, LENGTH, dtype=torch.bool)}, ValueError, "at least one token to attack"),
+        ({"mask": torch.ones(LENGTH, dtype=torch.bool)}, ValueError, "mask must have shape"),
+        ({"mask": None}, TypeError, "needs mask=, the attackable tokens, or start="),
+        ({"past_key_values": object()}, ValueError, "past_key_values must not be given"),
+        ({"cache": object()}, ValueError, "cache must not be given"),
+        ({"token_type_ids": torch.zeros(1)}, TypeError, "has no argument token_type_ids"),
+        (
+            {"attention_mask": torch.ones(ROWS, 1, LENGTH, LENGTH)},
+            ValueError,
+            "let the context see the suffix",
+        ),
+        ({"attention_mask": torch.ones(ROWS, LENGTH)}, TypeError, "attention_mask must be bool or integer"),
+        ({"position_ids": torch.arange(LENGTH)}, ValueError, "position_ids must be"),
+        ({"position_ids": torch.arange(LENGTH).remainder(7)[None]}, ValueError, "packed sequences"),
+        (
+            {"x": torch.ones(ROWS, LENGTH, dtype=torch.long)},
+            TypeError,
+            "x must be a plain tensor of embeddings",
+        ),
+        ({"x": torch.ones(LENGTH, 32)}, ValueError, r"x must be embeddings \[B, S, C\]"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    with pytest.raises(error, match=message) as raised:
+        _llama(**changes)
+    assert str(raised.value).count(". ") == 0
+
+
+def test_values_and_points_of_another_shape():
+    context = _llama()
+    with pytest.raises(ValueError, match="values must be"):
+        context.suffix(torch.zeros(ROWS, LENGTH - 1))
+    with pytest.raises(ValueError, match="x must be the suffix"):
+        context(batch()[0])
+
+
+def test_a_context_without_a_graph_or_of_other_parameters():
+    model, (x, mask, _) = copy.deepcopy(family("llama")), batch()
+    with torch.no_grad():
+        context = shared_context(model.model, x, mask=mask)
+        context(context.x)
+    with pytest.raises(RuntimeError, match="without a graph"):
+        context(context.x)
+    context = shared_context(model.model, x, mask=mask)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="parameters of the model changed"):
+        context(context.x)
+
+
+def _bidirectional() -> nn.Module:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    return model
+
+
+def _recurrent() -> nn.Module:
+    own = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
+    return transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**(zoo.SIZES | own)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_bidirectional, "another value for a suffix after its context than in the whole.* not causal"),
+        (_recurrent, "keeps a LinearAttentionLayer|put no keys and values|keeps a Lfm2"),
+        (lambda: zoo._bert("sdpa").model, "takes no cache"),
+        (lambda: zoo._t5("sdpa", "encoder").model, "has an encoder"),
+    ],
+)
+def test_models_that_cannot_be_split(make, message):
+    x, mask, _ = batch()
+    with pytest.raises(aajr.UnsupportedOperation, match=message):
+        shared_context(make(), x.float(), mask=mask)
+
+
+def test_no_model_of_transformers():
+    x, mask, _ = batch()
+    for model in (nn.Linear(32, 32), nn.DataParallel(nn.Linear(32, 32)), len):
+        with pytest.raises(TypeError, match="model must be a decoder of transformers"):
+            shared_context(model, x, mask=mask)
