@@ -109,6 +109,19 @@ class Trajectory:
         """``[B]``, the loss at `worst`; NaN where it was not evaluated."""
         return self.losses.gather(0, self.worst_index.unsqueeze(0)).squeeze(0)
 
+    def of_rows(self, rows: Tensor) -> Trajectory:
+        """The trajectories of some batch rows, by index; `evaluations` stay those of the whole ascent."""
+        batch = self.x.shape[0]
+
+        def selected(name: str, value: Any) -> Any:
+            axis = 0 if name in ("x", "radius", "mask", "agents") else 1
+            is_shared = name == "mask" and isinstance(value, Tensor) and value.dim() < self.x.dim()
+            if not isinstance(value, Tensor) or is_shared or value.shape[axis] != batch:
+                return value
+            return value.index_select(axis, rows.to(value.device))
+
+        return replace(self, **{f.name: selected(f.name, getattr(self, f.name)) for f in fields(self)})
+
 
 @dataclass(frozen=True, eq=False)
 class PenaltyStatistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -52,6 +52,27 @@ class Prepared:
                 "a batch must hold inputs_embeds, or the policy an embed: this one has input_ids."
             )
         return policy.embed(self.input_ids)  # type: ignore[arg-type]
+
+    def of_rows(self, rows: Tensor) -> Prepared:
+        """Some of the rows, by index.
+
+        Raises:
+            ValueError: a tensor among the model's arguments has another first axis, of more than one entry.
+        """
+        batch = self.labels.shape[0]
+
+        def selected(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] == 1 != batch:
+                return leaf
+            if leaf.shape[0] != batch:
+                raise ValueError(
+                    f"tensors of a batch must have its {batch} rows as their first axis where the penalty draws some, "
+                    f"got shape {tuple(leaf.shape)}: set Penalty(rows=1)."
+                )
+            return leaf[rows]
+
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Prepared(**pytree.tree_map(selected, entries))
 
     def tokens(self, which: str) -> Tensor | None:
         """Bool ``[B, N]``: those with a label (``"loss"``), or all that are attended to; None for all."""

@@ -88,6 +88,13 @@ class Penalty:
         unit: follows the scope of the attack: ``"token"``, or ``"sequence"`` for the scopes ``"sequence"`` and
             ``"agent"``; another one needs ``Attack(scope=)`` too. ``"sequence"`` for ``frobenius`` and ``spectral``.
         samples, iterations, h: of :func:`~aajr_kernels.method.baseline_penalty`.
+        every: k: the penalty is computed on every k-th step (k, 2k, ... of those counted from 1), with weight k·λ, the
+            schedules read there. The other steps have only their losses, and without an adversarial loss no attack.
+        rows: share of a batch's rows, in (0, 1], that the penalty is computed on, drawn anew on every such step; their
+            penalty is divided by it, so that its expectation is that of all rows. Of B rows of a micro-batch
+            ``rows · B`` are drawn, rounded up or down at random (at least one, weighted accordingly, where no loss has
+            a weight). Draws depend on seed, step and micro-batch only. Dropout masks are those of a batch of the rows
+            drawn. Not with `per_agent`, whose mean is over the agents of the whole batch.
     """
 
     method: str = "aligned"
@@ -106,6 +113,8 @@ class Penalty:
     samples: int = 1
     iterations: int = 4
     h: float = 1e-2
+    every: int = 1
+    rows: float = 1.0
 
     def __post_init__(self) -> None:
         check_choices(("none", *METHODS), method=self.method)
@@ -116,9 +125,18 @@ class Penalty:
         if self.unit is not None:
             check_choices(UNITS, unit=self.unit)
         check_choices(DIRECTIONS, direction=self.direction)
-        check_integers(1, batch_steps=self.batch_steps, samples=self.samples)
+        check_integers(1, batch_steps=self.batch_steps, samples=self.samples, every=self.every)
         check_integers(0, iterations=self.iterations)
         check_number("h", self.h)
+        check_number("rows", self.rows)
+        if not 0 < self.rows <= 1:
+            raise ValueError(
+                f"rows must be in (0, 1], got {self.rows}: the share of a batch's rows, 1 for all."
+            )
+        if self.rows < 1 and self.per_agent:
+            raise ValueError(
+                f"rows must be 1 with per_agent=True, whose mean is over all agents, got {self.rows}."
+            )
         checked_schedule(self.weight, "weight")
         if self.gamma is not None:
             checked_schedule(self.gamma, "gamma")

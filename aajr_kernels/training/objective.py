@@ -3,7 +3,8 @@
     c · L(x) + a · L(x + δ*) + λ · P
 
 with δ* where the ascent found the largest loss of every row, and P the penalty along the ascent. L and P are sums over
-the micro-batch divided by the counts of the whole step: gradients then add up to those of one large batch.
+the micro-batch divided by the counts of the whole step: gradients then add up to those of one large batch. P may be
+computed on every k-th step, with k times its weight, and on rows drawn at random, whose sum is divided by their share.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from .schedules import value_at
 
 __all__ = ["Counts", "ScheduledValues", "Terms", "terms_of"]
 
+#: called with a trajectory, the rows that were attacked, what was maximised, and γ
+AfterAttack = Callable[[Trajectory, Prepared, Any, float | None], None]
+
 
 @dataclass(frozen=True)
 class ScheduledValues:
-    """The scheduled numbers at one step."""
+    """The scheduled numbers at one step; `weight` is k·λ on every k-th step and 0 between."""
 
     radius: float
     weight: float
@@ -41,10 +45,11 @@ class ScheduledValues:
     @classmethod
     def at(cls, config: ObjectiveConfig, step: int) -> ScheduledValues:
         """Evaluate the schedules."""
-        gamma = config.penalty.gamma
+        penalty, gamma = config.penalty, config.penalty.gamma
+        is_computed = penalty.method != "none" and (step + 1) % penalty.every == 0
         scheduled = cls(
             value_at(config.attack.radius, step, "radius"),
-            0.0 if config.penalty.method == "none" else value_at(config.penalty.weight, step, "weight"),
+            penalty.every * value_at(penalty.weight, step, "weight") if is_computed else 0.0,
             None if gamma is None else value_at(gamma, step, "gamma"),
             value_at(config.adversarial_weight, step, "adversarial_weight"),
             value_at(config.clean_weight, step, "clean_weight"),
@@ -127,53 +132,64 @@ def terms_of(
     scheduled: ScheduledValues,
     counts: Counts,
     generator: torch.Generator,
-    after_attack: Callable[[Trajectory, Any, float | None], None] | None = None,
+    after_attack: AfterAttack | None = None,
     row_weights: Tensor | None = None,
 ) -> Terms:
     """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
 
-    `after_attack` is called with the trajectory, what was maximised and γ, in the random state of the attack.
-    `row_weights` ``[B]`` multiply the losses that are maximised.
+    `after_attack` is called with the trajectory, the rows that were attacked, what was maximised and γ, in the random
+    state of the attack. `row_weights` ``[B]`` multiply the losses that are maximised.
     """
     x = batch.embedded(policy)
-    token_sum = policy.loss_fn(batch.inputs, batch.labels, "sum")
-    parts: dict[str, Tensor] = {}
+    unit = _unit(x, batch.attended, config)
+    whole = _Work(model, policy, batch, config, counts, generator, row_weights, x, unit)
     total = torch.zeros((), device=x.device)
+    parts: dict[str, Tensor] = {}
     if scheduled.attacks:
-        row_losses = policy.loss_fn(batch.inputs, batch.labels, "mean")
-        adversary = row_losses if row_weights is None else lambda x: row_losses(x) * row_weights
-        unit = _unit(x, batch.attended, config)
-        size = float(unit.detach())
-        work = _Work(model, policy, batch, config, counts, generator, adversary, x)
-        trajectory = work.attack(scheduled.radius, size)
-        parts["attack_start"] = trajectory.losses[0].sum() / counts.rows
-        parts["attack_worst"] = trajectory.worst_loss.sum() / counts.rows
-        if after_attack is not None:
-            after_attack(trajectory, adversary, None if scheduled.gamma is None else scheduled.gamma / size)
-        loss: Tensor | None = None
-        if scheduled.weight > 0:
-            measure = work.aligned if config.penalty.method == "aligned" else work.baseline
-            # a slope of the output in units of c is c times as large; CURE differentiates twice
-            slope = unit**2 if config.penalty.method == "cure" else unit
-            scale = slope if config.penalty.form == "hinge" else slope**2
-            threshold = None if scheduled.gamma is None else scheduled.gamma / float(slope.detach())
-            here = replace(scheduled, weight=scheduled.weight * float(scale.detach()), gamma=threshold)
-            penalty, loss, more = measure(trajectory, here)
-            if "q_max" in more:
-                more["q_max"] = more["q_max"] * slope.detach() ** 2
-            penalty = penalty * scale
-            parts |= {"penalty": penalty.detach(), **more}
-            total = total + scheduled.weight * penalty
-        if scheduled.adversarial > 0:
-            if loss is None:
-                loss = token_sum(trajectory.worst + (x - x.detach())).sum() / counts.tokens
-            parts["adversarial_loss"] = loss.detach()
-            total = total + scheduled.adversarial * loss
+        total, parts = _under_attack(whole, scheduled, after_attack)
     if scheduled.clean > 0:
-        clean = token_sum(x).sum() / counts.tokens
+        clean = whole.loss(x)
         parts["clean_loss"] = clean.detach()
         total = total + scheduled.clean * clean
     return Terms(total * counts.processes if counts.processes > 1 else total, parts)
+
+
+def _under_attack(
+    whole: _Work, scheduled: ScheduledValues, after_attack: AfterAttack | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adversarial loss and penalty with their weights, and the parts."""
+    counts, total = whole.counts, torch.zeros((), device=whole.x.device)
+    drawn, share = whole.drawn(scheduled)
+    penalised = whole.of_rows(drawn)
+    # without an adversarial loss only the rows that the penalty looks at are attacked
+    is_narrow = scheduled.adversarial == 0 and penalised.is_attackable()
+    attacked = penalised if is_narrow else whole
+    if not len(attacked.x):
+        return total, {"penalty": total}
+    trajectory = attacked.attack(scheduled.radius)
+    rows = counts.rows * (share if is_narrow else 1.0)
+    parts = {
+        "attack_start": trajectory.losses[0].sum() / rows,
+        "attack_worst": trajectory.worst_loss.sum() / rows,
+    }
+    if after_attack is not None:
+        gamma = None if scheduled.gamma is None else scheduled.gamma / float(whole.unit.detach())
+        after_attack(trajectory, attacked.batch, attacked.adversary, gamma)
+    loss: Tensor | None = None
+    if scheduled.weight > 0:
+        along = trajectory if is_narrow or drawn is None else trajectory.of_rows(drawn)
+        penalty, loss, more = penalised.penalty(along, scheduled, share)
+        parts |= {"penalty": penalty.detach(), **more}
+        total = total + scheduled.weight * penalty
+    if scheduled.adversarial > 0:
+        if loss is None:
+            loss = whole.loss(trajectory.worst)
+        elif drawn is not None:  # the forward of the penalty had the rows drawn
+            others = _others(drawn, len(whole.x))
+            loss = loss + whole.of_rows(others).loss(trajectory.of_rows(others).worst)
+        parts["adversarial_loss"] = loss.detach()
+        total = total + scheduled.adversarial * loss
+    return total, parts
 
 
 #: penalty, the adversarial loss if it comes from the same forward, statistics
@@ -182,7 +198,11 @@ _Measured = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """A micro-batch under attack: what its ascent and its penalty need, `x` its embedded tokens."""
+    """A micro-batch under attack: what its ascent and its penalty need.
+
+    `x` are its embedded tokens ``[B, N, C]``, `unit` that of perturbations (see :func:`_unit`), `row_weights` those of
+    the losses that are maximised.
+    """
 
     model: nn.Module
     policy: Policy
@@ -190,11 +210,55 @@ class _Work:
     config: ObjectiveConfig
     counts: Counts
     generator: torch.Generator
-    adversary: Any
+    row_weights: Tensor | None
     x: Tensor
+    unit: Tensor
 
-    def attack(self, radius: float, unit: float) -> Trajectory:
-        attack, x = self.config.attack, self.x
+    def drawn(self, scheduled: ScheduledValues) -> tuple[Tensor | None, float]:
+        """Indices of the rows that the penalty is computed on, None for all, and the expectation of their share.
+
+        At least one where nothing else would be differentiated.
+        """
+        count, share = len(self.x), self.config.penalty.rows
+        if share == 1 or not scheduled.weight > 0:
+            return None, 1.0
+        alone = not (scheduled.adversarial or scheduled.clean)
+        expected = max(share * count, 1.0) if alone else share * count
+        options: dict[str, Any] = dict(generator=self.generator, device=self.generator.device)
+        number = int(expected + float(torch.rand((), dtype=torch.float64, **options)))
+        rows = torch.randperm(count, **options)[:number].sort().values.to(self.x.device)
+        return (rows if number < count else None), expected / count
+
+    def of_rows(self, rows: Tensor | None) -> _Work:
+        """The same of some rows; None for all."""
+        if rows is None:
+            return self
+        weights = None if self.row_weights is None else self.row_weights[rows]
+        return replace(self, batch=self.batch.of_rows(rows), row_weights=weights, x=self.x[rows])
+
+    def is_attackable(self) -> bool:
+        """Whether an ascent finds something to move; with no row there is none to be missed."""
+        keep, agents = self.batch.attackable, self.batch.agents
+        if agents is not None:
+            keep = agents >= 0 if keep is None else keep & (agents >= 0)
+        return keep is None or not len(self.x) or bool(keep.any())
+
+    @property
+    def adversary(self) -> Callable[[Any], Any]:
+        """What is maximised, from embeddings to ``[B]``."""
+        losses, weights = self.policy.loss_fn(self.batch.inputs, self.batch.labels, "mean"), self.row_weights
+        return losses if weights is None else lambda x: losses(x) * weights
+
+    def loss(self, point: Tensor) -> Tensor:
+        """Share of these rows in the step's mean cross-entropy at `point`; gradients reach x."""
+        if point is not self.x:
+            point = point + (self.x - self.x.detach())
+        losses = self.policy.loss_fn(self.batch.inputs, self.batch.labels, "sum")(point)
+        share: Tensor = losses.sum() / self.counts.tokens
+        return share
+
+    def attack(self, radius: float) -> Trajectory:
+        attack, x, unit = self.config.attack, self.x, float(self.unit.detach())
         if attack.norm == "linf" and attack.relative:
             unit /= x.shape[-1] ** 0.5
         step_size = attack.step_size if isinstance(attack.step_size, str) else attack.step_size * unit
@@ -210,6 +274,22 @@ class _Work:
             scope=self.config.scope,
             **_entries(attack, "steps", "step", "norm", "init", "restarts", "eval_mode"),
         )
+
+    def penalty(self, trajectory: Trajectory, scheduled: ScheduledValues, share: float) -> _Measured:
+        """The penalty in the unit of perturbations, as an estimate of that of all rows where these are a `share`."""
+        if not len(self.x):
+            return torch.zeros((), device=self.x.device), None, {}
+        config = self.config.penalty
+        # a slope of the output in units of c is c times as large; CURE differentiates twice
+        slope = self.unit**2 if config.method == "cure" else self.unit
+        scale = (slope if config.form == "hinge" else slope**2) / share
+        threshold = None if scheduled.gamma is None else scheduled.gamma / float(slope.detach())
+        here = replace(scheduled, weight=scheduled.weight * float(scale.detach()), gamma=threshold)
+        measure = self.aligned if config.method == "aligned" else self.baseline
+        penalty, loss, more = measure(trajectory, here)
+        if more:
+            more = {"active": more["active"] / share, "q_max": more["q_max"] * slope.detach() ** 2}
+        return penalty * scale, loss, more
 
     def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
         config, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
@@ -258,7 +338,7 @@ class _Work:
             steps=steps,
             generator=self.generator,
             loss_fn=self.adversary if config.method in NEEDS_LOSS else None,
-            h=config.h * float(_unit(x.detach(), batch.attended, self.config)),
+            h=config.h * float(self.unit.detach()),
             module=self.model,
             **_entries(config, "weights", "samples", "iterations"),
             **self.options(scheduled),
@@ -281,6 +361,13 @@ class _Work:
 def _entries(config: Any, *names: str) -> dict[str, Any]:
     """Entries of a configuration that are arguments of the same names."""
     return {name: getattr(config, name) for name in names}
+
+
+def _others(rows: Tensor, count: int) -> Tensor:
+    """Indices of all other rows."""
+    keep = torch.ones(count, dtype=torch.bool, device=rows.device)
+    keep[rows] = False
+    return keep.nonzero().squeeze(-1)
 
 
 def _unit(x: Tensor, attended: Tensor | None, config: ObjectiveConfig) -> Tensor:

@@ -129,8 +129,8 @@ class Objective:
         )
         if not terms.total.requires_grad:
             raise ValueError(
-                "the objective does not depend on any parameter that is trained: check the weights of the losses, and "
-                "that a parameter requires a gradient."
+                "the objective does not depend on any parameter that is trained: check the weights of the losses, that "
+                "a parameter requires a gradient, and that with Penalty(every=) a loss has a weight at every step."
             )
         return terms
 
@@ -153,7 +153,8 @@ class Objective:
                 advantages the surrogate loss −A log π of a policy gradient. By default the cross-entropy.
 
         Returns:
-            Terms: whose total is 0 without a gradient where λ or the radius is 0, or the batch has no labels.
+            Terms: whose total is 0 without a gradient where λ or the radius is 0, on the steps between those of
+            ``Penalty(every=)``, or where the batch has no labels.
         """
         scheduled = replace(ScheduledValues.at(self.config, step), adversarial=0.0, clean=0.0)
         batch = self.prepared(batch)
@@ -181,7 +182,7 @@ class Objective:
         after_attack = None
         diagnostics = self.config.diagnostics
         if on_report is not None and diagnostics and draw == 0 and (step + 1) % diagnostics.every == 0:
-            after_attack = functools.partial(self._diagnose, diagnostics, ours, step, on_report)
+            after_attack = functools.partial(self._diagnose, diagnostics, step, on_report)
         arguments = (self.module, self.policy, ours, self.config, scheduled, counts, generator)
 
         def work() -> tuple[Tensor, dict[str, Tensor]]:
@@ -208,10 +209,10 @@ class Objective:
     def _diagnose(
         self,
         diagnostics: Diagnostics,
-        batch: Prepared,
         step: int,
         on_report: OnReport,
         trajectory: Trajectory,
+        batch: Prepared,
         loss_fn: Any,
         gamma: float | None,
     ) -> None:

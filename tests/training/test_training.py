@@ -118,12 +118,14 @@ def test_the_baselines_measure_where_the_aligned_penalty_does():
     model, config, seen = tiny_lm().double(), plain(penalty=Penalty(gamma=0.1)).objective, []
     policy, batch = policy_of(model), prepared(sequences(1)[0], CPU, True)
     scheduled, counts = objectives.ScheduledValues.at(config, 0), objectives.Counts.of([batch], config)
-    look = lambda traj, loss_fn, gamma: seen.append(traj)
+    look = lambda traj, *_: seen.append(traj)
     objectives.terms_of(model, policy, batch, config, scheduled, counts, torch.Generator(), look)
     actual = []
     for way in ("aligned", "baseline"):
         x = model.embedding(batch.input_ids)
-        work = objectives._Work(model, policy, batch, config, counts, torch.Generator(), None, x)
+        work = objectives._Work(
+            model, policy, batch, config, counts, torch.Generator(), None, x, x.new_ones(())
+        )
         penalty, _, _ = getattr(work, way)(seen[0], scheduled)
         actual.append((penalty, *torch.autograd.grad(penalty, list(model.parameters()))))
     for a, b in zip(*actual):

@@ -49,11 +49,11 @@ class Stop(Exception):
 
 
 def config(**options) -> FitConfig:
-    # everything that draws: dropout, random starts, a random step of the trajectory, shuffled data
+    # everything that draws: dropout, random starts, a random step of the trajectory, random rows, shuffled data
     defaults = dict(
         steps=6,
         attack=Attack(radius=Linear(0.2, 0.6, 5), steps=2, step_size=0.2, init="uniform", restarts=2),
-        penalty=Penalty(weight=0.1, steps="random"),
+        penalty=Penalty(weight=0.1, steps="random", every=2, rows=0.5),
         learning_rate=1e-2,
         weight_decay=0.1,
         accumulate=2,

@@ -123,7 +123,9 @@ class _Mixin(_Base):
 
     def _aajr_logged(self, terms: Terms, step: int) -> None:
         scheduled = ScheduledValues.at(self.aajr_config, step)
-        settings = {"radius": scheduled.radius, "penalty_weight": scheduled.weight}
+        settings = {"radius": scheduled.radius}
+        if scheduled.weight or self.aajr_config.penalty.every == 1:  # 0 between the steps of a penalty
+            settings["penalty_weight"] = scheduled.weight
         if scheduled.gamma is not None:
             settings["gamma"] = scheduled.gamma
         self._aajr_meter.add(step, terms.parts, settings)

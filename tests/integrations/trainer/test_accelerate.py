@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
@@ -22,6 +23,8 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
 
 ROOT = Path(__file__).parents[3]
+#: on the second step, on rows drawn at random
+LAZY = dataclasses.replace(CONFIG, penalty=dataclasses.replace(CONFIG.penalty, every=2, rows=0.5))
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +107,13 @@ def model():
     return (adapted_gpt2() if kind == "lora" else gpt2()).double()
 
 
-if kind == "accelerate":
+if kind in ("accelerate", "lazy"):
     accelerator = Accelerator(cpu=True)
     plain = model()
     wrapped = accelerator.prepare(plain).train()
     rank = accelerator.process_index
     assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel) or accelerator.num_processes == 1
-    out["gradients"] = loop_of(accelerator, wrapped, plain, rank)
+    out["gradients"] = loop_of(accelerator, wrapped, plain, rank, kind)
 else:
     seen = recorder()
     options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2, learning_rate=0.1)
@@ -128,17 +131,33 @@ torch.distributed.destroy_process_group()
 """
 
 
-def loop_of(accelerator, wrapped, plain, rank: int) -> dict[str, torch.Tensor]:
-    """A step of eight rows of unequal length, two micro-batches on each of two processes."""
-    objective = Objective(wrapped, CONFIG)
+def micro_batches(rank: int) -> list[dict[str, torch.Tensor]]:
+    """Of eight rows of unequal length, two on each of two processes."""
     rows = list(Rows(8))[rank::2]
-    micro = [collate(rows[:3]), collate(rows[3:])]
+    return [collate(rows[:3]), collate(rows[3:])]
+
+
+def loop_of(accelerator, wrapped, plain, rank: int, kind: str) -> dict[str, torch.Tensor]:
+    """A step on two processes: the second, on which a lazy penalty is due."""
+    objective = Objective(wrapped, LAZY if kind == "lazy" else CONFIG)
+    micro = micro_batches(rank)
     counts = objective.counts(micro)
     assert counts.processes == 2 and counts.rows == 8
     for part, batch in enumerate(micro):
         with contextlib.nullcontext() if part else accelerator.no_sync(wrapped):
-            accelerator.backward(objective(batch, counts=counts, part=part).total)
+            accelerator.backward(objective(batch, counts=counts, step=1, part=part).total)
     return gradients(plain)
+
+
+def accumulated() -> dict[str, torch.Tensor]:
+    """The lazy step of the two processes in one: their micro-batches in turns."""
+    model = gpt2().double().train()
+    objective, (first, second) = Objective(model, LAZY), (micro_batches(rank) for rank in range(2))
+    micro = [batch for pair in zip(first, second) for batch in pair]
+    counts = objective.counts(micro)
+    for part, batch in enumerate(micro):
+        objective(batch, counts=counts, step=1, part=part).total.backward()
+    return gradients(model)
 
 
 def in_two_processes(kind: str, folder: Path) -> list[dict]:
@@ -174,7 +193,7 @@ def in_two_processes(kind: str, folder: Path) -> list[dict]:
 @pytest.mark.integration("Trainer and accelerate under DDP", "two processes, gloo", "one process, float64")
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-@pytest.mark.parametrize("kind", ["accelerate", "trainer", "lora", "checkpointing", "penalty"])
+@pytest.mark.parametrize("kind", ["accelerate", "lazy", "trainer", "lora", "checkpointing", "penalty"])
 def test_two_processes_are_one(kind, tmp_path, record_property):
     from integrations.trainer.test_trl import Extra
     from integrations.trainer.trainers import rows_of, trained
@@ -182,8 +201,8 @@ def test_two_processes_are_one(kind, tmp_path, record_property):
     from aajr_kernels.integrations.trainer import AAJRTrainer
 
     first, second = in_two_processes(kind, tmp_path)
-    if kind == "accelerate":
-        expected = [loop(gpt2().double(), [8])]
+    if kind in ("accelerate", "lazy"):
+        expected = [accumulated() if kind == "lazy" else loop(gpt2().double(), [8])]
         first["gradients"], second["gradients"] = [first["gradients"]], [second["gradients"]]
     else:
         model = gpt2()
