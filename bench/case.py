@@ -58,7 +58,8 @@ class Variant:
         peak: whether its peak is taken where the case measures memory.
         flops, bytes: arithmetic and memory traffic of one call, for the rates.
         gradient_bytes: size of the gradients, where memory is bounded beside them.
-        bounds: ``ratio``, ``peak_ratio``, ``extra_bytes``, ``ms``, ``copy_ratio`` -> largest value.
+        bounds: ``ratio``, ``peak_ratio``, ``extra_bytes``, ``ms``, ``copy_ratio``, ``over X`` (the ratio to the
+            variant X) -> largest value.
         peer: a variant that this one has to beat.
         key: the same for variants, also of other cases, that compute the same; the gate judges them once.
         compiled: torch compiles it first, which takes long; ``--quick`` leaves it out.
