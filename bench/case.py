@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from aajr_kernels.backends import choice
-from aajr_kernels.torch_private import allow_recompilations
 
 from .roofline import Work
 
@@ -195,7 +194,7 @@ def compiled(scalar: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     A run compiles the same functions of transformers for many models and lengths; past its limit of recompilations
     torch would go on without compiling, in silence but for a line in the log.
     """
-    allow_recompilations(256)
+    torch.compiler.config.recompile_limit = 256
     function: Callable[..., torch.Tensor] = torch.compile(scalar, dynamic=False)
     return function
 
