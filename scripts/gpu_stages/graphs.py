@@ -97,7 +97,7 @@ def _penalty(stage: Stage) -> Case:
 
 def _ascent(stage: Stage) -> Case:
     task, model, head, x, _, labels = _model(stage)
-    call = _with_gradients(functools.partial(method.our_step, task, model, head))
+    call = _with_gradients(functools.partial(method.our_step, task, model, head, mask=None))
     return call, _used(model, head), (x, labels), (x.flip(1), labels.flip(1))
 
 
