@@ -33,11 +33,13 @@ import torch
 from torch import nn
 
 from ..dual import Dual, dual
+from ..ops.head.counted import counted
 from ..ops.sensitivity import sensitivity
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
 from .checks import check_choices, check_integers, check_number
 from .head import LMHead
+from .losses import IGNORED
 from .options import Metric, PenaltyOptions
 from .penalty import measure
 from .scopes import SCOPES, Groups, unit_of
@@ -272,13 +274,24 @@ def _difference(
     policy: Callable[[Any], Any], x: torch.Tensor, u: torch.Tensor, options: PenaltyOptions, h: float
 ) -> torch.Tensor:
     """The same of (f(x + hu) − f(x)) / h."""
-    metric = options.metric
-    logits = probes.logits_func(policy, options.head)
-    y = logits(x)
+    metric, tokens = options.metric, None
+    near, far = policy(x), policy(x + h * u)
+    batch = near.shape[:-1] if isinstance(near, torch.Tensor) else torch.Size()
+    if options.head is not None and options.mask is not None and isinstance(metric, str) and batch:
+        keep = options.included(tuple(batch), near.device)
+        assert keep is not None  # there is a mask
+        tokens = counted(keep.reshape(-1), None, IGNORED, 1)
+        if tokens is not None and tokens.count is None:  # their number is known: logits of these only
+            near, far = (tokens.gather(y.reshape(1, -1, y.shape[-1]))[0] for y in (near, far))
+        else:
+            tokens = None
+    logits = probes.logits_func(lambda y: y, options.head)
+    y = logits(near)
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"func must return a tensor or a model output with .logits, got {type(y).__name__}.")
-    pair = Dual(torch.stack([y, (logits(x + h * u) - y) / h]))
-    return sensitivity(pair, metric) if isinstance(metric, str) else metric(pair)
+    pair = Dual(torch.stack([y, (logits(far) - y) / h]))
+    q = sensitivity(pair, metric) if isinstance(metric, str) else metric(pair)
+    return q if tokens is None else tokens.spread(q, batch.numel()).reshape(len(q), *batch)
 
 
 def _slope(loss: Callable[[Any], Any], x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

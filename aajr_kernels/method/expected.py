@@ -6,22 +6,20 @@ backward compares them with what arrives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dual import Dual
+from ..ops.head.joint import Expected
 from .options import PenaltyOptions
 
 __all__ = ["expected_cotangents"]
 
-Expected = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
-
 
 def expected_cotangents(hidden: Dual, options: PenaltyOptions, count: Any) -> Expected | None:
-    """From q ``[K, t]`` of a slice of the flattened tokens to the cotangents of q and nll, or None if unknown.
+    """The `expected` of the head for this penalty, whose mask the head has too; None if it is unknown.
 
     Args:
         hidden: input of the head, ``[*batch, C]``.
@@ -39,20 +37,15 @@ def expected_cotangents(hidden: Dual, options: PenaltyOptions, count: Any) -> Ex
         or (per_sequence and options.gamma is not None)
     ):
         return None
-    keep = options.included(batch, hidden.device)
     factor = _factor(options, hidden.stacked[1:, ..., 0].detach())
-    flat_keep = None if keep is None else keep.reshape(-1)
     loss_bar = None
     if labels is not None and weight is not None:
         factor *= float(weight)
         # at ignored labels too: the sum takes their zeros
         loss_bar = torch.ones(labels.numel(), device=hidden.device) / _number(count)
 
-    def expected(q: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        bar = options.slope(q) * factor
-        if flat_keep is not None:
-            bar = torch.where(flat_keep[rows], bar, 0.0)
-        return bar, None if loss_bar is None else loss_bar[rows]
+    def expected(q: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        return options.slope(q) * factor, None if loss_bar is None else loss_bar[rows]
 
     return expected
 

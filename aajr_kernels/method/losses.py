@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..dual import Dual
 from ..ops.head import lm_head_sensitivity
+from ..ops.head.counted import counted
 from ..rules import registry
 from .checks import check_choices, kind_of
 from .head import LMHead, as_head
@@ -33,14 +34,14 @@ def lm_loss(
         func: as in :func:`aligned_penalty` with a head: from a Dual to hidden states ``[B, ..., C]``. Here its argument
             carries no tangents.
         head: the language-model head, streamed over the vocabulary without a ``[tokens, V]`` tensor.
-        labels: ``[B, ...]`` class indices aligned with the hidden states, −100 = ignored.
+        labels: ``[B, ...]`` class indices aligned with the hidden states, −100 = ignored, at no cost in the head.
         reduction: over the tokens of a row: ``"mean"`` over those that are not ignored, 0 when there are none, or
             ``"sum"``.
 
     Returns:
         A function from ``[B, ...]`` to losses ``[B]``, float32 (float64 for float64). Name the model with ``module=``
         in :func:`ascend`, or every step computes weight gradients too. Called with a Dual, as by
-        :func:`stability_report`, it returns a Dual; the logits are then formed.
+        :func:`stability_report`, it returns a Dual; the logits are then formed, on the CPU those of labelled tokens.
 
     Raises:
         TypeError: `head` or `labels` has a wrong type; when called: func did not return hidden states.
@@ -57,8 +58,8 @@ def lm_loss(
     # gradient of the sum over rows, which the ascent differentiates, per token
     cotangent = (1.0 / count).reshape(-1, *(1,) * (labels.dim() - 1)).expand(labels.shape).reshape(-1)
 
-    def expected(q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return q, cotangent[rows].to(q.device)
+    def expected(q: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        return q, cotangent.to(q.device)[rows]
 
     def loss(x: Any) -> Any:
         registry.install_guards()
@@ -70,7 +71,7 @@ def lm_loss(
             )
         description = as_head(head)  # a layer's weight is another one while fully_shard has gathered it
         if hidden.num_tangents:  # diagnostics differentiate the loss: by the plain formula
-            nll = token_losses(description.logits(hidden), labels)
+            nll = _formed_losses(description, hidden, labels)
             return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll.dtype)
         _, nll = lm_head_sensitivity(
             hidden,
@@ -84,6 +85,17 @@ def lm_loss(
         return nll.reshape(nll.shape[0], -1).sum(-1) / count.to(nll)
 
     return loss
+
+
+def _formed_losses(head: LMHead, hidden: Dual, labels: Tensor) -> Any:
+    """Cross-entropy of every token, a Dual, from logits in memory: on the CPU those of the tokens with a label."""
+    tokens = counted(None, labels.reshape(-1), IGNORED, 0)
+    batch = tuple(hidden.shape[:-1])
+    if tokens is None or tokens.count is not None or batch != tuple(labels.shape):
+        return token_losses(head.logits(hidden), labels)
+    stacked = hidden.stacked.reshape(-1, labels.numel(), hidden.shape[-1])
+    nll = token_losses(head.logits(Dual(tokens.gather(stacked))), labels.reshape(-1)[tokens.index])
+    return Dual(tokens.spread(nll.stacked, labels.numel())).reshape(batch)
 
 
 def token_losses(logits: Any, labels: Tensor) -> Any:

@@ -178,6 +178,7 @@ def _through_head(
         scale=head.scale,
         softcap=head.softcap,
         labels=labels,
+        mask=options.included(tuple(hidden.shape[:-1]), hidden.device),
         expected=expected_cotangents(hidden, options, count),
     )
     if not isinstance(result, tuple):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aajr_kernels import LMHead, aligned_penalty
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.head import lm_head_sensitivity
 from aajr_kernels.testing.formulas import fisher
@@ -23,17 +24,19 @@ HIDDEN, VOCABULARY = 384, 32000
 RATIO, EXTRA_BYTES = 2.3, 64e6
 #: the same with the loss from one stream, over the penalty
 SHARED = 1.1
+#: loss and penalty on every n-th token only, over those on all
+IGNORED = {2: 0.55, 8: 0.17}
 #: matrix products over the vocabulary: plain, fisher
 PRODUCTS = {"both": (3, 8), "forward": (1, 2), "backward": (2, 6)}
 
 
 def cases(selection: Selection) -> list[Case]:
-    makers = {"fisher": _fisher, "shared": _shared}
+    makers = {"fisher": (_fisher, 512), "shared": (_shared, 512), "ignored": (_ignored, 1024)}
     return [
         maker(dtype, n, selection)
-        for dtype, n in selection.grid(("float32",), (512,))
-        for family, maker in makers.items()
+        for family, (maker, length) in makers.items()
         if selection.wants(family)
+        for dtype, n in selection.grid(("float32",), (length,))
     ]
 
 
@@ -122,11 +125,67 @@ def _shared(dtype: str, length: int, selection: Selection) -> Case:
     )
 
 
-def _bounded(variant: Variant, dtype: str, length: int, selection: Selection, **bounds: float) -> Variant:
-    here = selection.bounded and (dtype, length) == ("float32", 512)
+def _ignored(dtype: str, length: int, selection: Selection) -> Case:
+    """Loss and penalty by the public path, with labels and mask on all tokens and on every n-th."""
+
+    def inputs(n: int) -> tuple[list[Tensor], list[Tensor], None]:
+        weight = draw(VOCABULARY, HIDDEN, dtype="float32", seed=1) * HIDDEN**-0.5
+        states = draw(2, 1, n, HIDDEN, dtype=dtype)
+        return [states], [weight.to(states.dtype)], None
+
+    def variant(name: str, every: int) -> Variant:
+        @functools.cache
+        def counting(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+            keep = torch.arange(n, device=device)[None] % every == 0
+            labels = torch.randint(VOCABULARY, (1, n), generator=torch.Generator().manual_seed(2)).to(device)
+            return keep, labels.masked_fill(~keep, -100)
+
+        def objective(x: Dual, w: Tensor) -> Tensor:
+            keep, labels = counting(x.shape[-2], w.device)
+            penalty, loss = aligned_penalty(
+                *(lambda d: d, x.primal, x.tangent),
+                head=LMHead(w),
+                labels=labels,
+                mask=keep,
+                return_primal=True,
+                penalty_weight=1.0,
+            )
+            total: Tensor = loss + penalty
+            return total
+
+        def exact(x: Tensor, w: Tensor) -> Tensor:
+            keep, labels = counting(x.shape[-2], w.device)
+            z, z_tan = (F.linear(rows[keep], w) for rows in x)
+            return fisher(z, z_tan).mean() + F.cross_entropy(z, labels[keep])
+
+        op = Op(inputs, selection.part, selection.device)
+        costs = _costs(dtype, -(-length // every), HIDDEN, VOCABULARY, selection.part, 1)
+        sizes = (HIDDEN, VOCABULARY, selection.device, selection.part)
+        return Variant(
+            name, op.dual(objective), op.stacked_truth(exact), key=("ignored", name, sizes), **costs
+        )
+
+    every_nth = [
+        _bounded(variant(f"one in {n}", n), dtype, length, selection, at=1024, ratio=ratio)
+        for n, ratio in IGNORED.items()
+    ]
+    return selection.case(
+        *("head", "ignored", dtype, length, [variant("all", 1), *every_nth]),
+        base=("all",),
+        config={"V": VOCABULARY, "C": HIDDEN, "metric": "fisher"},
+        repeats=10,
+        why="loss and penalty on some tokens ÷ on all",
+    )
+
+
+def _bounded(
+    variant: Variant, dtype: str, length: int, selection: Selection, at: int = 512, **bounds: float
+) -> Variant:
+    here = selection.bounded and (dtype, length) == ("float32", at)
     return dataclasses.replace(variant, bounds=bounds) if here else variant
 
 
 SUITE = Suite(
-    "head", "streamed Fisher head, 512 tokens x 32000 words x hidden 384", ("fisher", "shared"), cases
+    *("head", "streamed Fisher head, 512 tokens x 32000 words x hidden 384"),
+    *(("fisher", "shared", "ignored"), cases),
 )

@@ -70,7 +70,12 @@ def kinds(dry: bool) -> list[Sized]:
         _rows("", "activation", "swiglu", (BF16, BF16), (2, 2), ("silu",), 65536),
         _rows("", "rotary", "rotary", (BF16, BF16, BF16), (2, 64, 64), (False,), 4096),
         _rows(
-            "joint", *head, (BF16, BF16, None), (2, 2048), ("fisher", False, True, False, False, True), 1024
+            "joint",
+            *head,
+            (BF16, BF16, None),
+            (2, 2048),
+            ("fisher", False, True, False, False, True, False),
+            1024,
         ),
         _attention("D64 causal", 64),
         _attention("D128 full", group=1, causal=False),
@@ -99,7 +104,12 @@ def kinds(dry: bool) -> list[Sized]:
         _rows("2048 K=3, offset", *rms, (4, 2048), (False, True, False), 2048),
         _rows("", "activation", "gelu", (BF16,), (2,), ("gelu",), 65536),
         _rows(
-            "two passes", *head, (BF16, BF16, BF16), (2, 768), ("probs", True, False, True, True, False), 1024
+            "two passes",
+            *head,
+            (BF16, BF16, BF16),
+            (2, 768),
+            ("probs", True, False, True, True, False, False),
+            1024,
         ),
         *(
             _rows(metric, "sensitivity", "sensitivity", (BF16,), (2, 32000), (metric,), 512)

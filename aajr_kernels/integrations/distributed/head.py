@@ -34,6 +34,7 @@ from ...backends.errors import UnsupportedOperation, first_order
 from ...coverage import record, recording
 from ...dual import Dual
 from ...ops.head import lm_head_sensitivity
+from ...ops.head.counted import counted
 from ...ops.sensitivity import sensitivity
 from ...torch_private import assert_async
 from .ops import local, mesh_of
@@ -51,6 +52,7 @@ def _head(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None,
+    mask: Tensor | None,
     metric: str,
     scale: float,
     softcap: float | None,
@@ -76,10 +78,20 @@ def _head(
     if axis is None:
         plain = Dual(local(stacked, mesh, whole, whole).reshape(rows))
         result = lm_head_sensitivity(
-            plain, w, b, metric=metric, scale=scale, softcap=softcap, labels=labels, ignore_index=ignore_index
+            plain,
+            w,
+            b,
+            metric=metric,
+            scale=scale,
+            softcap=softcap,
+            labels=labels,
+            ignore_index=ignore_index,
+            mask=mask,
         )
         return result if isinstance(result, tuple) else (result, None)
     h, q_l2 = local(stacked, mesh, whole, sums).reshape(rows), None
+    tokens = counted(mask, labels, ignore_index, rows[0] - 1)
+    count = None
     if metric == "l2" or len(h) == 1:  # of the hidden states, which are local: no sum over processes
         q_l2 = h.new_empty((0, rows[1]), dtype=_wide(h))
         if len(h) > 1:
@@ -87,11 +99,16 @@ def _head(
         if labels is None:
             return q_l2, None
         h, metric = h[:1], "l2"
+    if tokens is not None:
+        h, count = tokens.gather(h), tokens.count
+        labels = None if labels is None else labels[tokens.index]
     backend = choice.select_backend("head", h, w, b)
     if recording():
         record("lm_head_sensitivity", backend, 2.0 * h.numel() * w.shape[0])
     place = (mesh.get_group(axis), start)
-    q, nll = SplitHead.apply(h, w, b, labels, metric, scale, softcap, ignore_index, backend, place)
+    q, nll = SplitHead.apply(h, w, b, labels, count, metric, scale, softcap, ignore_index, backend, place)
+    if tokens is not None:
+        q, nll = (None if x is None else tokens.spread(x, rows[1]) for x in (q, nll))
     return (q if q_l2 is None else q_l2), nll
 
 
@@ -131,6 +148,7 @@ class SplitHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor | None,
+        count: Tensor | None,
         metric: str,
         scale: float,
         softcap: float | None,
@@ -153,33 +171,33 @@ class SplitHead(torch.autograd.Function):
                     f"{ignore_index}."
                 )
         with no_autocast(h.device.type):
-            numbers, stats = _statistics(h, weight, bias, own, *options, backend)
-            numbers = torch.cat([_signature(h, labels), numbers])
+            numbers, stats = _statistics(h, weight, bias, own, count, *options, backend)
+            numbers = torch.cat([_signature(h, labels, count), numbers])
             q, nll = _merge(_gathered(numbers, group, h), stats, h.shape[0] - 1, metric, labels is not None)
             if nll is not None and labels is not None:
                 nll = nll.masked_fill(labels == ignore_index, 0.0)
-        ctx.save_for_backward(h, weight, bias, own, stats)
+        ctx.save_for_backward(h, weight, bias, own, count, stats)
         return q, nll
 
     @staticmethod
     @first_order
     def backward(ctx: Any, q_bar: Tensor | None, nll_bar: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, weight, bias, own, stats = ctx.saved_tensors
+        h, weight, bias, own, count, stats = ctx.saved_tensors
         if ctx.options[0] == "l2":  # without tangents; the caller computes q of the hidden states
             q_bar = None
         if q_bar is None and nll_bar is None:
-            return (None,) * 10
+            return (None,) * 11
         needs = ctx.needs_input_grad[:3]
         if weight.shape[0] == 0:
             bars = [torch.zeros_like(t) if need else None for t, need in zip((h, weight, bias), needs)]
-            return (*bars, *(None,) * 7)
+            return (*bars, *(None,) * 8)
         with no_autocast(h.device.type):
             h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
-                h, weight, bias, own, *ctx.options, q_bar, nll_bar, stats, *needs
+                h, weight, bias, own, count, *ctx.options, q_bar, nll_bar, stats, *needs
             )
         if bias_bar is not None:
             bias_bar = bias_bar.to(bias.dtype)
-        return (h_bar, weight_bar, bias_bar, *(None,) * 7)
+        return (h_bar, weight_bar, bias_bar, *(None,) * 8)
 
 
 def _statistics(
@@ -187,6 +205,7 @@ def _statistics(
     weight: Tensor,
     bias: Tensor | None,
     own: Tensor | None,
+    count: Tensor | None,
     metric: str,
     scale: float,
     softcap: float | None,
@@ -201,7 +220,7 @@ def _statistics(
         lse = h.new_full((tokens,), -math.inf, dtype=torch.float64)
         nll = None if own is None else torch.zeros_like(lse)
     else:
-        _, nll, stats = kernels.head_fwd(h, weight, bias, own, metric, scale, softcap, ignore_index)
+        _, nll, stats = kernels.head_fwd(h, weight, bias, own, count, metric, scale, softcap, ignore_index)
         lse = _lse(stats, k, backend)
     reference, mean, q, kappa = stats[_LEAD[backend] :].double().reshape(4, k, tokens)
     numbers = [lse.unsqueeze(0)]
@@ -218,7 +237,7 @@ def _statistics(
             unlabelled = torch.full((tokens,), ignore_index, device=h.device)
             twice = None if softcap is None else 2.0 * softcap
             doubled = kernels.head_fwd(
-                h[:1], weight, bias, unlabelled, "l2", 2.0 * scale, twice, ignore_index
+                h[:1], weight, bias, unlabelled, count, "l2", 2.0 * scale, twice, ignore_index
             )[2]
             mass = (_lse(doubled, 0, backend) - 2.0 * lse).exp()
         numbers += [kappa, mass.unsqueeze(0)]
@@ -279,11 +298,13 @@ def _fields(k: int, metric: str) -> list[int]:
     return {"l2": [], "logits": [k], "fisher": [k, k], "probs": [k, k, k, 1]}[metric]
 
 
-def _signature(h: Tensor, labels: Tensor | None) -> Tensor:
-    """Three numbers per token ``[3, T]`` that identify it: a projection, its tolerance, the label."""
+def _signature(h: Tensor, labels: Tensor | None, count: Tensor | None) -> Tensor:
+    """Three numbers per token ``[3, T]`` that identify it: a projection, its tolerance, the label if it counts."""
     wide = h[0].double()
     direction = torch.arange(h.shape[-1], device=h.device, dtype=torch.float64).cos()
     label = torch.zeros_like(wide[:, 0]) if labels is None else labels.double()
+    if count is not None:
+        label = label.masked_fill(torch.arange(len(label), device=h.device) >= count, -math.inf)
     return torch.stack([wide @ direction, 1e-3 * wide.norm(dim=-1), label])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +13,9 @@ from ...dual import Dual
 from ...torch_private import assert_async
 from ..checks import check_dtypes, refuse_duals
 from ..prepare import SHARDS, prepare
+from .counted import Counted, counted
 from .function import HeadFunction
+from .joint import Expected
 
 METRICS = ("l2", "logits", "fisher", "probs")
 
@@ -29,7 +30,8 @@ def lm_head_sensitivity(
     softcap: float | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
-    expected: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]] | None = None,
+    mask: Tensor | None = None,
+    expected: Expected | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sensitivity of a language model's output per token, without ever holding the logits.
 
@@ -47,8 +49,11 @@ def lm_head_sensitivity(
         softcap: c of ``cap(x) = c·tanh(x/c)``, applied after the scale; None for none.
         labels: int64 ``[*batch]``; also returns the cross-entropy of every token from the same stream.
         ignore_index: label whose token has loss 0 and no gradient from it.
-        expected: from q ``[K, t]`` of the tokens ``[start, stop)`` of the flattened batch, and that slice, to the
-            cotangents of q ``[K, t]`` and of nll ``[t]`` (None for none) which the backward will bring, up to a
+        mask: bool ``[*batch]``, the tokens whose q counts; q of the others is 0. A token with neither mask nor label
+            costs no product, and nothing reaches its hidden states. None: q of every token counts, and without
+            tangents labels decide.
+        expected: from q ``[K, t]`` of some tokens of the flattened batch, and these tokens, a slice or int64 indices,
+            to the cotangents of q ``[K, t]`` and of nll ``[t]`` (None for none) which the backward will bring, up to a
             common factor. A backend may then compute the gradients in the forward, chunk by chunk, and never form the
             logits twice: 6 products instead of 8 for K = 1. Others that arrive cost their own pass and get the exact
             result all the same.
@@ -58,7 +63,7 @@ def lm_head_sensitivity(
         float64). Gradients reach hidden (primal and tangents), weight and bias.
 
     Raises:
-        TypeError: `hidden` carries no tangents, or `labels` are not integers.
+        TypeError: `hidden` carries no tangents, `labels` are not integers, or `mask` is not bool.
         UnsupportedOperation: `weight` or `bias` is a Dual.
         ValueError: the metric is unknown, shapes do not agree, or a label is out of range.
         RuntimeError: dtypes do not agree (under autocast all are cast to its low dtype first).
@@ -83,25 +88,32 @@ def lm_head_sensitivity(
     if labels is not None:
         _check_labels(labels, batch, weight.shape[0], ignore_index)
         labels = labels.reshape(-1).long()
+    if mask is not None:
+        _check_mask(mask, batch, hidden.device)
+        mask = mask.reshape(-1)
     options = (metric, float(scale), softcap, int(ignore_index))
 
     def on_shards(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         operands = autocast_low(hidden.stacked, weight, bias)
         _check_dtypes(*operands)
-        return sharding.OPS["head"](*operands, labels, *options)
+        return sharding.OPS["head"](*operands, labels, mask, *options)
 
+    is_sharded = sharding.is_dtensor(hidden.stacked, weight, bias)
+    tokens = None if is_sharded else counted(mask, labels, ignore_index, k)
+    computed = math.prod(batch) if tokens is None else len(tokens.index)
     joint = expected is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     backend, operands = prepare(
         "head",
         (hidden.stacked,),
         (weight, bias),
-        flops=lambda h, w, _: 2.0 * h.numel() * w.shape[0],
+        flops=lambda h, w, _: 2.0 * h.shape[0] * computed * w.numel(),
         shards=on_shards,
         cast=autocast_low,
         name="lm_head_sensitivity",
         kind=lambda h, _, bias: (
             (h.shape[0], h.shape[-1]),
-            (metric, bias is not None, labels is not None, scale != 1.0, softcap is not None, joint),
+            (metric, bias is not None, labels is not None, scale != 1.0, softcap is not None, joint)
+            + (tokens is not None and tokens.count is not None,),
         ),
     )
     if backend == SHARDS:
@@ -109,12 +121,29 @@ def lm_head_sensitivity(
     else:
         _check_dtypes(*operands)
         stacked, weight, bias = operands
-        rows = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1])
-        q, nll = HeadFunction.apply(
-            rows, weight, bias, labels, *options, backend, expected if joint else None
-        )
+        rows, targets, count = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1]), labels, None
+        if tokens is not None:
+            rows, count = tokens.gather(rows), tokens.count
+            targets = None if labels is None else labels[tokens.index]
+        cotangents = _cotangents(expected, mask, tokens) if joint and expected is not None else None
+        q, nll = HeadFunction.apply(rows, weight, bias, targets, count, *options, backend, cotangents)
+        if tokens is not None:
+            q, nll = (None if x is None else tokens.spread(x, math.prod(batch)) for x in (q, nll))
+    if mask is not None:  # some count for their labels only
+        q = torch.where(mask, q, 0.0)
     q = q.reshape(k, *batch)
     return q if nll is None else (q, nll.reshape(batch))
+
+
+def _cotangents(expected: Expected, mask: Tensor | None, tokens: Counted | None) -> Expected:
+    """What is expected for the tokens that are computed, in their order."""
+
+    def of_computed(q: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        at = rows if tokens is None else tokens.index[rows]
+        q_bar, nll_bar = expected(q, at)
+        return q_bar if mask is None else torch.where(mask[at], q_bar, 0.0), nll_bar
+
+    return of_computed
 
 
 def _check_dtypes(stacked: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -130,6 +159,20 @@ def _check_shapes(hidden: Dual, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"lm_head_sensitivity: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}."
+        )
+
+
+def _check_mask(mask: object, batch: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"lm_head_sensitivity: mask must be a bool tensor, True for tokens whose q counts, got {kind}: pass "
+            "mask != 0."
+        )
+    if tuple(mask.shape) != batch or mask.device != device:
+        raise ValueError(
+            f"lm_head_sensitivity: mask must have shape {batch}, hidden without its last axis, on {device}, got "
+            f"{tuple(mask.shape)} on {mask.device}."
         )
 
 

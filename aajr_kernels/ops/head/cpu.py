@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,17 +22,29 @@ _COLUMNS, _LEAST, _BYTES = 288, 128, 96 << 20
 @native.operator(operators.HEAD_FWD)
 def head_fwd(*operands: Any) -> Forward:
     """q ``[K, T]``, nll ``[T]`` or None, and statistics ``[2 + 4K, T]``; float32."""
-    return _forward(Problem(*operands), None)
+    p = Problem(*operands)
+    if p.count is None or native.is_dry():
+        return _forward(p, None)
+    q, nll, stats = _forward(_front(p), None)
+    return _padded(q, p), None if nll is None else _padded(nll, p), _padded(stats, p)
 
 
 @native.operator(operators.HEAD_BWD)
 def head_bwd(*args: Any) -> tuple[Optional, Optional, Optional]:
     """As the reference's; the cotangent of the bias in float32."""
-    p = Problem(*args[:8])
-    q_bar, nll_bar, stats, *needs = args[8:]
-    outputs = _outputs(p, *needs)
-    _backward(p, stats, q_bar, nll_bar, outputs, None, False)
-    return outputs
+    p = Problem(*args[:9])
+    q_bar, nll_bar, stats, *needs = args[9:]
+    front = p
+    if p.count is not None and not native.is_dry():
+        front = _front(p)
+        q_bar, nll_bar, stats = (
+            None if x is None else x[..., : front.tokens] for x in (q_bar, nll_bar, stats)
+        )
+    outputs = _outputs(front, *needs)
+    _backward(front, stats.contiguous(), q_bar, nll_bar, outputs, None, False)
+    if front is p or outputs[0] is None:
+        return outputs
+    return _padded(outputs[0], p, 1), *outputs[1:]
 
 
 def head_joint(*args: Any) -> Joint | None:
@@ -46,8 +59,8 @@ def head_joint(*args: Any) -> Joint | None:
         or is not supported: a large vocabulary, a soft cap, low dtypes (they cannot hold the sum over chunks), metric
         l2.
     """
-    p = Problem(*args[:8])
-    expected: Expected = args[8]
+    p = Problem(*args[:9])
+    expected: Expected = args[9]
     columns = min(_COLUMNS, _BYTES // (4 * p.vocab_size) - 32)
     step = columns // p.stacks
     if (
@@ -55,13 +68,14 @@ def head_joint(*args: Any) -> Joint | None:
         or p.softcap is not None
         or p.h.dtype != torch.float32
         or p.tokens == 0
+        or p.count is not None
         or columns < _LEAST
         or step < 16
     ):
         return None
     step = -(-p.tokens // -(-p.tokens // step))  # equal chunks
     logits = p.h.new_empty(p.vocab_size * (p.stacks * (step + 16) + 64))
-    h_bar, weight_bar, bias_bar = _outputs(p, *args[9:])
+    h_bar, weight_bar, bias_bar = _outputs(p, *args[10:])
 
     def backward(block: Problem, rows: slice, stats: Tensor, q_bar: Optional, nll_bar: Optional) -> None:
         part = None if h_bar is None else block.h.new_empty(block.h.shape)
@@ -71,6 +85,21 @@ def head_joint(*args: Any) -> Joint | None:
 
     results, bars = blockwise(p, step, expected, lambda block: _forward(block, logits), backward)
     return results, (*bars, h_bar, weight_bar, bias_bar)
+
+
+def _front(p: Problem) -> Problem:
+    """The tokens that count."""
+    assert p.count is not None  # the caller looked
+    return replace(p.block(slice(0, int(p.count))), count=None)
+
+
+def _padded(x: Tensor, p: Problem, axis: int = -1) -> Tensor:
+    """The results of the tokens that count, with zeros for the others."""
+    shape = list(x.shape)
+    shape[axis] = p.tokens
+    padded = x.new_zeros(shape)
+    padded.narrow(axis, 0, x.shape[axis]).copy_(x)
+    return padded
 
 
 def _forward(p: Problem, logits: Optional) -> Forward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial, cotangent
 from ...torch_private import assert_async
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
+from .joint import Expected
 
 #: kinds of calls that got other cotangents than expected
 _UNEXPECTED: set[tuple[Any, ...]] = set()
@@ -33,20 +33,21 @@ class HeadFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor | None,
+        count: Tensor | None,
         metric: str,
         scale: float,
         softcap: float | None,
         ignore_index: int,
         backend: str,
-        expected: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]] | None,
+        expected: Expected | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend, ctx.ready = (metric, scale, softcap, ignore_index), backend, None
-        arguments = (h, weight, bias, labels, metric, scale, softcap, ignore_index)
+        arguments = (h, weight, bias, labels, count, metric, scale, softcap, ignore_index)
         kernels = choice.implementation("head", backend)
         joint = None
         with no_autocast(h.device.type):
-            ctx.kind = (h.device, h.dtype, h.shape, weight.shape, metric, labels is None)
+            ctx.kind = (h.device, h.dtype, h.shape, weight.shape, metric, labels is None, count is None)
             usable = hasattr(kernels, "head_joint") and not _is_unexpected(ctx.kind)
             if expected is not None and usable and any(ctx.needs_input_grad[:3]):
                 joint = kernels.head_joint(*arguments, expected, *ctx.needs_input_grad[:3])
@@ -54,31 +55,31 @@ class HeadFunction(torch.autograd.Function):
                 q, nll, stats = kernels.head_fwd(*arguments)
             else:
                 (q, nll, stats), ctx.ready = joint
-        ctx.save_for_backward(h, weight, bias, labels, stats)
+        ctx.save_for_backward(h, weight, bias, labels, count, stats)
         return q, nll
 
     @staticmethod
     @first_order
     def backward(ctx: Any, q_bar: Tensor | None, nll_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         if q_bar is None and nll_bar is None:
-            return (None,) * 10
+            return (None,) * 11
         ready, ctx.ready = ctx.ready, None  # handed out once, since it is scaled in place
         if ready is not None:
             factor = common_factor((q_bar, nll_bar), ready[:2])
             if factor is not None:
                 unscaled = isinstance(factor, float) and factor == 1.0
                 gradients = (g if g is None or unscaled else g.mul_(factor) for g in ready[2:])
-                return (*gradients, None, None, None, None, None, None, None)
-        h, weight, bias, labels, stats = ctx.saved_tensors
+                return (*gradients, *(None,) * 8)
+        h, weight, bias, labels, count, stats = ctx.saved_tensors
         if ready is not None:
             _UNEXPECTED.add(ctx.kind)
         with no_autocast(h.device.type):
             h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
-                h, weight, bias, labels, *ctx.options, q_bar, nll_bar, stats, *ctx.needs_input_grad[:3]
+                h, weight, bias, labels, count, *ctx.options, q_bar, nll_bar, stats, *ctx.needs_input_grad[:3]
             )
         if bias_bar is not None:
             bias_bar = bias_bar.to(bias.dtype)
-        return h_bar, weight_bar, bias_bar, None, None, None, None, None, None, None
+        return (h_bar, weight_bar, bias_bar, *(None,) * 8)
 
 
 def _is_unexpected(kind: tuple[Any, ...]) -> bool:
@@ -126,11 +127,13 @@ def trial(
     scaled: bool,
     capped: bool,
     joint: bool,
+    counts: bool,
     length: int = 37,
 ) -> Trial:
     """A small problem for the first-use check; sizes: stacks, hidden features. The dtypes are equal."""
     stacks, size = sizes or (2, 128)
-    dtype, tokens, vocab_size = dtypes[0], length, max(301, 8 * length + 5)
+    # with tokens that do not count: a whole block of them at least
+    dtype, tokens, vocab_size = dtypes[0], length + 128 * counts, max(301, 8 * length + 5)
     operands = {
         "hidden": draw(dtype, stacks, tokens, size),
         "weight": draw(dtype, vocab_size, size) * size**-0.5,
@@ -138,15 +141,18 @@ def trial(
     operands["bias"] = draw(dtype if biased else None, vocab_size)
     labels = torch.arange(tokens, device=operands["hidden"].device) if labelled else None
     options = metric, 0.5 if scaled else 1.0, 3.0 if capped else None, 3  # the label 3 is ignored
+    count = None
+    if counts:
+        count = torch.tensor(length, dtype=torch.int32, device=operands["hidden"].device)
 
-    def expected(q: Tensor, at: slice) -> tuple[Tensor, Tensor | None]:
+    def expected(q: Tensor, at: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         shapes = (stacks - 1, tokens), (tokens,)
         q_bar, nll_bar = (cotangent(torch.Size(s), q.device).to(q.dtype)[..., at] for s in shapes)
         return q_bar, nll_bar if labelled else None
 
     def run(backend: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         results: tuple[Tensor | None, ...] = HeadFunction.apply(
-            *tensors, labels, *options, backend, expected if joint else None
+            *tensors, labels, count, *options, backend, expected if joint else None
         )
         return results
 

@@ -13,8 +13,8 @@ from .reference import Problem
 _P = TypeVar("_P", bound=Problem)
 Optional = Tensor | None
 
-#: from q ``[K, t]`` of the tokens of a slice to the cotangents of q and of nll
-Expected = Callable[[Tensor, slice], tuple[Optional, Optional]]
+#: from q ``[K, t]`` of the tokens of a slice, or of these indices, to the cotangents of q and of nll
+Expected = Callable[[Tensor, slice | Tensor], tuple[Tensor, Optional]]
 #: results of the forward: q, nll and statistics; of the joint form also the cotangents of q, nll, h, weight and bias
 Forward = tuple[Tensor, Optional, Tensor]
 Joint = tuple[Forward, tuple[Optional, ...]]

@@ -3,8 +3,8 @@
 from ...backends.operator import Operator
 
 _OPERANDS = (
-    "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, str metric, float scale, float? softcap, "
-    "int ignore_index"
+    "Tensor h, Tensor weight, Tensor? bias, Tensor? labels, Tensor? count, str metric, float scale, "
+    "float? softcap, int ignore_index"
 )
 HEAD_FWD = Operator(f"head_fwd({_OPERANDS}) -> (Tensor, Tensor, Tensor)", present=("h", "labels", "h"))
 HEAD_BWD = Operator(

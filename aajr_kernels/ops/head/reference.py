@@ -24,6 +24,8 @@ class Problem:
         weight: ``[V, C]``.
         bias: ``[V]`` or None.
         labels: int64 ``[T]`` or None.
+        count: int32 ``[]``, on the device: so many tokens count, the first ones; the others have q, nll and gradients
+            0. None: all.
         metric: ``l2``, ``logits``, ``fisher`` or ``probs``.
         scale: logits multiplier.
         softcap: c of c tanh(x/c), or None.
@@ -34,6 +36,7 @@ class Problem:
     weight: Tensor
     bias: Tensor | None
     labels: Tensor | None
+    count: Tensor | None
     metric: str
     scale: float
     softcap: float | None
@@ -54,7 +57,21 @@ class Problem:
     def block(self: _P, rows: slice) -> _P:
         """The same of some of the tokens."""
         labels = None if self.labels is None else self.labels[rows]
-        return replace(self, h=self.h[:, rows], labels=labels)
+        count = None if self.count is None else (self.count - rows.start).clamp(0, rows.stop - rows.start)
+        return replace(self, h=self.h[:, rows], labels=labels, count=count)
+
+    @property
+    def beyond(self) -> Tensor | None:
+        """Tokens that do not count, bool ``[T]``; None if there are none."""
+        return None if self.count is None else torch.arange(self.tokens, device=self.h.device) >= self.count
+
+    def blank(self: _P) -> _P:
+        """The same with zeros and ignored labels in place of the tokens that do not count."""
+        beyond = self.beyond
+        if beyond is None:
+            return self
+        labels = None if self.labels is None else self.labels.masked_fill(beyond, self.ignore_index)
+        return replace(self, h=self.h.masked_fill(beyond.unsqueeze(-1), 0.0), labels=labels)
 
     def logits(self, rows: Tensor, columns: slice) -> Tensor:
         """Logits and their tangents ``[1 + K, t, v]`` in float32 (float64) for hidden states ``[(1 + K) t, C]``."""
@@ -187,8 +204,10 @@ def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     Returns:
         q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[1 + 4K, T]`` that the backward needs: lse = log Σ e^z,
         then per tangent the reference, the mean (their sum is μ), q and, for ``probs``, κ; all float32 (float64).
+        Statistics of tokens that do not count are finite and have no meaning. This backend computes them all the same,
+        from zeros: it serves as specification, and nothing here waits for a device.
     """
-    p = Problem(*operands)
+    p = Problem(*operands).blank()
     k, labels = p.stacks - 1, p.labels
     stats = _wide(p.h[:0]).new_empty((1 + 4 * k, p.tokens))
     nll = None if labels is None else stats.new_empty(p.tokens)
@@ -215,8 +234,11 @@ def head_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         args: the operands of :func:`head_fwd`, the cotangents of q ``[K, T]`` and nll ``[T]`` (each or None), the
             statistics that it returned, and which results are needed: of h, the weight, the bias.
     """
-    p = Problem(*args[:8])
-    q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[8:]
+    p = Problem(*args[:9]).blank()
+    q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[9:]
+    beyond = p.beyond
+    if q_bar is not None and beyond is not None:
+        q_bar = q_bar.masked_fill(beyond, 0.0)
     h, weight, labels, wide = p.h, p.weight, p.labels, stats.dtype
     token_blocks, column_blocks = _tiles(p)
     tile_q_bar = None if p.metric == "l2" else q_bar

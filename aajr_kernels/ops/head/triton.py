@@ -12,6 +12,9 @@ and moves some 16 bytes per token and word):
 - *Joint* (the cotangents are expected): over blocks of tokens, the float32 logits of a block are kept between the two
   halves: 6 products, for 8 bytes per token, word and stack and for the weight's gradient, which is then summed in
   float32 once per block of tokens. Pays from C of about 1000 on, and with large blocks.
+- *Tokens that count*, their number on the device: they come first, blocks of tokens beyond them end at once, and so do
+  the products of the backward, kernels of :mod:`.triton_counted` in place of cuBLAS's, whose sizes the host would
+  have to know. Grids and constants are those of all tokens.
 
 Memory beside the results: cotangents of a block of columns take `_CHUNK` bytes or as many as h, the sum of h's gradient
 4 bytes an element, statistics at most 512 shares of a few numbers per token; the joint form adds the float32 sum of the
@@ -47,8 +50,8 @@ def head_fwd(*operands: Any) -> Forward:
 @operator(operators.HEAD_BWD)
 def head_bwd(*args: Any) -> tuple[Optional, Optional, Optional]:
     """As the reference's; the cotangent of the bias in float32."""
-    p = DenseProblem(*args[:8])
-    q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[8:]
+    p = DenseProblem(*args[:9])
+    q_bar, nll_bar, stats, need_h, need_weight, need_bias = args[9:]
     h_bar = torch.empty(p.h.shape, dtype=p.h.dtype, device=p.h.device) if need_h else None
     w_bar = torch.empty(p.weight.shape, dtype=p.h.dtype, device=p.h.device) if need_weight else None
     b_bar = torch.zeros(p.vocab_size, dtype=torch.float32, device=p.h.device) if need_bias else None
@@ -65,9 +68,9 @@ def head_joint(*args: Any) -> Joint | None:
     Returns:
         As on CPUs; None where it would not pay or cannot be used: metric l2, float16, few hidden units, many tangents.
     """
-    p = DenseProblem(*args[:8])
-    expected: Expected = args[8]
-    need_h, need_weight, need_bias = args[9:]
+    p = DenseProblem(*args[:9])
+    expected: Expected = args[9]
+    need_h, need_weight, need_bias = args[10:]
     dtype, device = p.h.dtype, p.h.device
     step = _tokens_of_a_block(p.stacks, p.tokens, p.weight, need_weight)
     # float16 gradients are scaled against underflow; here they would be formed before the scale is known

@@ -23,6 +23,15 @@ class Tile:
 ELEMENTWISE = Tile(32, 128, 32, 8, 1)
 
 
+def product_tile(architecture: str, dtype: torch.dtype, precision: str) -> Tile:
+    """Of the products over tokens that count: `tokens` rows of the result, `columns`, and `depth` of a step."""
+    if architecture == "interpreter":
+        return Tile(32, 32, 32, 4, 1)
+    if architecture.startswith("gfx") or (dtype == torch.float32 and precision == "ieee"):
+        return Tile(64, 64, 32, 4, 2)
+    return Tile(128, 128, 64 if dtype.itemsize == 2 else 32, 8, 3)
+
+
 def tile(architecture: str, stacks: int, dtype: torch.dtype, precision: str) -> Tile:
     """The float32 sums of all stacks share the registers: `stacks` blocks of tokens by columns."""
     if architecture == "interpreter":

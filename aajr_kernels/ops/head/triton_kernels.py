@@ -184,13 +184,17 @@ def _take(
     do_not_specialize=["T", "h_rows", "kept_tokens", "ignore_index", "splits", "per_split", "tangent"]
 )
 def _head_fwd_kernel(
-    h, weight, bias, labels, partial, at_label, kept, T, V, C, h_rows, h_stride, w_stride, kept_tokens, kept_stride,
+    h, weight, bias, labels, count, partial, at_label, kept,
+    T, V, C, h_rows, h_stride, w_stride, kept_tokens, kept_stride,
     tangent, splits, per_split, ignore_index, scale, softcap,
     METRIC: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_COUNT: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Statistics ``partial [fields, splits, T]`` of a block of tokens over one share of the vocabulary.
+
+    Nothing is computed for tokens from number `count` on.
 
     `kept` ``[S, kept_tokens, kept_stride]`` has room for whole tiles. Fields: peak and total (for a softmax), then the
     total under p² (``probs``), then per tangent the reference, mean and square (``logits``: the square alone), and for
@@ -200,8 +204,13 @@ def _head_fwd_kernel(
     BC: tl.constexpr = BV // PARTS
     SOFTMAX: tl.constexpr = HAS_LABELS or METRIC >= 2
     block, split = _place(tl.program_id(0), tl.cdiv(T, BT), splits, GROUP)
+    counting = T
+    if HAS_COUNT:
+        counting = tl.load(count)
+        if block * BT >= counting:
+            return
     tokens = block * BT + tl.arange(0, BT)
-    inside = tokens < T
+    inside = tokens < counting
     row = tl.zeros((BT,), tl.float32)
     state = (row + float("-inf"), row, row, row)
     first, second = (), ()
@@ -296,23 +305,30 @@ def _cotangents(
     ]
 )
 def _head_bwd_kernel(
-    h, weight, bias, labels, stats, q_bar, nll_bar, kept, z_bar, b_partial, T, V, C, h_rows, h_stride, w_stride,
-    kept_tokens, kept_stride, z_stride, stacks, tangent, first_column, width, ignore_index, scale, softcap,
+    h, weight, bias, labels, count, stats, q_bar, nll_bar, kept, z_bar, b_partial,
+    T, V, C, h_rows, h_stride, w_stride, kept_tokens, kept_stride, z_stride,
+    stacks, tangent, first_column, width, ignore_index, scale, softcap,
     METRIC: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NLL: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, NEED_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_COUNT: tl.constexpr, KEPT: tl.constexpr, NEED_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Cotangents ``z_bar [S, T, width]`` of ``W h + b`` and its tangents, from the column `first_column` on.
 
     The logits are formed again, or read from `kept`. Rows of `z_bar` have room for whole tiles.
-    ``b_partial [blocks of tokens, width]`` takes the sums over a block of tokens.
+    ``b_partial [blocks of tokens, width]`` takes the sums over a block of tokens. Nothing is written for tokens from
+    number `count` on, nor for blocks of them.
     """
     K: tl.constexpr = S - 1
     BC: tl.constexpr = BV // PARTS
     block, other = _place(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(width, BV), GROUP)
+    counting = T
+    if HAS_COUNT:
+        counting = tl.load(count)
+        if block * BT >= counting:
+            return
     tokens = block * BT + tl.arange(0, BT)
-    inside = tokens < T
+    inside = tokens < counting
     store = inside[:, None]
     word = first_column + other * BV
     if KEPT:

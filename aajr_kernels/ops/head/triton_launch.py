@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...backends.triton import launch as gpu
+from . import triton_counted as counted
 from .joint import Forward, Optional
 from .reference import Problem
 from .triton_config import ELEMENTWISE, Tile, tile
@@ -84,11 +85,32 @@ class DenseProblem(Problem):
             EVEN=self.size % t.depth == 0,
             HAS_BIAS=self.bias is not None,
             HAS_SOFTCAP=self.softcap is not None,
+            HAS_COUNT=self.count is not None,
             PRECISION=gpu.float32_products(self.h),
             GROUP=8,
             num_warps=t.warps,
             num_stages=t.stages,
         )
+
+    def add_rows(self, total: Tensor, part: Tensor, weight: Tensor) -> None:
+        """``total += part weight``, of the tokens that count."""
+        if self.count is None:
+            add_product(total, part, weight)
+        else:
+            counted.add_rows(total, part, weight, self.count, self.tokens)
+
+    def add_weight(self, total: Optional, part: Tensor, hidden: Tensor) -> Tensor:
+        """``total + partᵀ hidden`` in float32, in place where there is a total, over the tokens that count."""
+        if self.count is not None:
+            more = total is not None
+            if total is None:
+                total = part.new_empty((part.shape[1], hidden.shape[1]), dtype=torch.float32)
+            counted.add_weight(total, part, hidden, self.count, self.tokens, more)
+        elif total is None:
+            total = product(part.t(), hidden)
+        else:
+            add_product(total, part.t(), hidden)
+        return total
 
 
 def _describable(x: Tensor) -> bool:
@@ -112,6 +134,8 @@ def forward(p: DenseProblem, logits: Optional = None) -> Forward:
     if p.metric == "l2":
         stats.zero_()
         torch.linalg.vector_norm(p.h[1:], dim=-1, dtype=torch.float32, out=q).square_()
+        if p.beyond is not None:
+            q.masked_fill_(p.beyond, 0.0)
     if p.tokens > 0 and (p.metric != "l2" or p.labels is not None):
         for first, count in p.groups(p.metric != "l2"):
             _statistics(p, first, count, stats, nll, logits)
@@ -137,6 +161,7 @@ def _statistics(
         *p.operands(t),
         p.bias,
         p.labels,
+        p.count,
         partial,
         at_label,
         logits,
@@ -158,6 +183,7 @@ def _statistics(
         device,
         partial,
         p.labels,
+        p.count,
         at_label,
         stats,
         nll,
@@ -169,6 +195,7 @@ def _statistics(
         METRIC=metric,
         K=count,
         HAS_LABELS=nll is not None,
+        HAS_COUNT=p.count is not None,
         BT=_MERGED_TOKENS,
         BS=_MERGED_SHARES,
         num_warps=4,
@@ -210,17 +237,16 @@ def backward(
             for here, there in _matrices(p.tokens, first, count, primal):
                 part, hidden = z_bar[here], p.hidden[there]
                 if h_sum is not None:
-                    add_product(h_sum[there], part, p.weight[columns])
-                if rows is not None:
-                    add_product(rows, part.t(), hidden)
-                elif w_bar is not None:
-                    rows = product(part.t(), hidden)
+                    p.add_rows(h_sum[there], part, p.weight[columns])
+                if w_bar is not None or rows is not None:
+                    rows = p.add_weight(rows, part, hidden)
         if w_bar is not None and w_sum is None and rows is not None:
             w_bar[columns] = rows
     if h_bar is not None and h_sum is not None:
         total = h_sum.view(h_bar.shape)
         if p.metric == "l2" and q_bar is not None:
-            total[1:].addcmul_(2.0 * q_bar.unsqueeze(-1), p.h[1:])
+            states = p.h[1:] if p.beyond is None else p.h[1:].masked_fill(p.beyond.unsqueeze(-1), 0.0)
+            total[1:].addcmul_(2.0 * q_bar.unsqueeze(-1), states)
         h_bar.copy_(total)
 
 
@@ -255,7 +281,9 @@ def _cotangents(
     """Cotangents ``[(1 + count) T, columns]`` in `scratch`; their sums over the tokens are added to `b_bar`."""
     t, width = p.tile(1 + count) if logits is None else ELEMENTWISE, columns.stop - columns.start
     token_blocks = triton.cdiv(p.tokens, t.tokens)
-    b_partial = None if b_bar is None else b_bar.new_empty((token_blocks, width))
+    b_partial = None
+    if b_bar is not None:  # with a count some blocks have nothing to add
+        b_partial = (b_bar.new_empty if p.count is None else b_bar.new_zeros)((token_blocks, width))
     gpu.launch(
         _head_bwd_kernel,
         (token_blocks * triton.cdiv(width, t.columns),),
@@ -263,6 +291,7 @@ def _cotangents(
         *((p.hidden, p.weight) if logits is not None else p.operands(t)),
         p.bias,
         p.labels,
+        p.count,
         stats,
         q_bar,
         nll_bar,

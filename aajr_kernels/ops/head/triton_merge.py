@@ -11,13 +11,20 @@ from .triton_kernels import _merge, _moments
 
 @triton.jit(do_not_specialize=["T", "splits", "ignore_index", "stacks", "tangent"])
 def _head_merge_kernel(
-    partial, labels, at_label, stats, nll, T, splits, ignore_index, stacks, tangent,
-    METRIC: tl.constexpr, K: tl.constexpr, HAS_LABELS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    partial, labels, count, at_label, stats, nll, T, splits, ignore_index, stacks, tangent,
+    METRIC: tl.constexpr, K: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """The shares of the vocabulary become the statistics ``[1 + 4K, T]``, in a fixed order; and the token losses."""
+    """The shares of the vocabulary become the statistics ``[1 + 4K, T]``, in a fixed order; and the token losses.
+
+    All are zeros for tokens from number `count` on, whose shares are not read.
+    """
     SOFTMAX: tl.constexpr = HAS_LABELS or METRIC >= 2
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
-    inside = tokens < T
+    exists = tokens < T
+    inside = exists
+    if HAS_COUNT:
+        inside = tokens < tl.load(count)
     row = tl.zeros((BT,), tl.float32)
     field = splits.to(tl.int64) * T
     peak = row + float("-inf")
@@ -86,12 +93,14 @@ def _head_merge_kernel(
                 kappa = mass * gap
             to = stats + (tangent + k).to(tl.int64) * T + tokens
             step = tangents.to(tl.int64) * T
-            tl.store(to, reference, mask=inside)
-            tl.store(to + step, mean, mask=inside)
-            tl.store(to + 2 * step, q, mask=inside)
-            tl.store(to + 3 * step, kappa, mask=inside)
-    tl.store(stats + tokens, lse, mask=inside)
+            tl.store(to, reference, mask=exists)
+            tl.store(to + step, mean, mask=exists)
+            tl.store(to + 2 * step, q, mask=exists)
+            tl.store(to + 3 * step, kappa, mask=exists)
+    if HAS_COUNT:
+        lse = tl.where(inside, lse, 0.0)
+    tl.store(stats + tokens, lse, mask=exists)
     if HAS_LABELS:
         ignored = tl.load(labels + tokens, mask=inside, other=0) == ignore_index
         loss = lse - tl.load(at_label + tokens, mask=inside, other=0.0)
-        tl.store(nll + tokens, tl.where(ignored, 0.0, loss), mask=inside)
+        tl.store(nll + tokens, tl.where(ignored, 0.0, loss), mask=exists)

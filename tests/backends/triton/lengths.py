@@ -76,7 +76,9 @@ def rotary(n: int, leaf: Leaf, trained: bool = False) -> Any:
     return aajr.rotary(Dual(leaf(B, n, H, D, k=1).transpose(2, 3)), make(1, n, D), make(1, n, D))
 
 
-def head(n: int, leaf: Leaf, joint: bool = False, **options: Any) -> Any:
+def head(n: int, leaf: Leaf, joint: bool = False, masked: bool = False, **options: Any) -> Any:
+    if masked:
+        options["mask"] = torch.empty(B, n, dtype=torch.bool, device="meta")
     if joint:
         options["expected"] = lambda q, rows: (torch.empty_like(q), None)
     labels = torch.empty(B, n, dtype=torch.int64, device="meta")
@@ -117,6 +119,7 @@ CALLS: dict[str, Callable[[int, Leaf], Any]] = {
     "head": head,
     "head probs": lambda n, leaf: head(n, leaf, metric="probs", softcap=30.0),
     "head joint": lambda n, leaf: head(n, leaf, joint=True),
+    "head mask": lambda n, leaf: head(n, leaf, masked=True),
     "sensitivity": lambda n, leaf: aajr.sensitivity(Dual(leaf(B, n, 32000, k=1))),
     "softmax": lambda n, leaf: softmax(Dual(leaf(B, n, 64, k=1))),
     "softmax along the tokens": lambda n, leaf: softmax(Dual(leaf(B, n, n, k=1))),

@@ -283,7 +283,8 @@ def head(
     k: int = 1,
     **options,
 ):
-    labelled, bias, joint, tf32 = (options.pop(x, False) for x in ("labelled", "bias", "joint", "tf32"))
+    features = "labelled", "bias", "joint", "tf32", "masked"
+    labelled, bias, joint, tf32, masked = (options.pop(x, False) for x in features)
     if joint:
         options["expected"] = lambda q, rows: (torch.empty_like(q), None)
 
@@ -291,7 +292,8 @@ def head(
         hidden, weight = Dual(leaf(2, 512, C, k=k)), leaf(32000, C)
         labels = torch.empty(2, 512, dtype=torch.int64, device="meta") if labelled else None
         b = leaf(32000) if bias else None
-        return aajr.lm_head_sensitivity(hidden, weight, b, metric=metric, labels=labels, **options)
+        mask = torch.empty(2, 512, dtype=torch.bool, device="meta") if masked else None
+        return aajr.lm_head_sensitivity(hidden, weight, b, metric=metric, labels=labels, mask=mask, **options)
 
     # rows that are no multiple of 16 features are not copied in the background; no model has them
     strict = STRICT if C % 16 == 0 else ()
@@ -309,6 +311,9 @@ linear("bias", BF16, ("sm_90",))
 head("fisher", "C2048", BF16, ALL)
 head("fisher", "C2048 labels", BF16, labelled=True, pinned=("sm_90",))
 head("fisher", "C2048 joint", BF16, joint=True, pinned=("sm_90",))
+head("fisher", "C2048 mask", BF16, labelled=True, masked=True, pinned=("sm_90",))
+head("fisher", "C2048 mask", FP32, labelled=True, masked=True)
+head("fisher", "C2048 mask", FP32, labelled=True, masked=True, tf32=True)
 head("fisher", "C2048", FP32)
 head("fisher", "C2048", FP32, tf32=True)
 head("fisher", "C2048", FP16)

@@ -92,7 +92,7 @@ def test_float16_gradients_are_not_formed_before_their_scale_is_known(monkeypatc
     monkeypatch.setattr(head, "_JOINT_SIZE_LOW", 16)
     asked = lambda dtype: head.head_joint(
         torch.randn(2, 5, 32, device=DEVICE, dtype=dtype), torch.randn(300, 32, device=DEVICE, dtype=dtype),
-        None, None, "fisher", 1.0, None, -100, lambda q, at: (torch.full_like(q, 1e-4), None), True, True, False,
+        None, None, None, "fisher", 1.0, None, -100, lambda q, at: (torch.full_like(q, 1e-4), None), True, True, False,
     )  # fmt: skip
     assert asked(torch.float16) is None
     assert asked(torch.bfloat16) is not None

@@ -42,7 +42,7 @@ def small(monkeypatch):
     return monkeypatch
 
 
-def written_out(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None):
+def written_out(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None, mask=None):
     """Rows of q and nll from logits in memory, in the dtype of the arguments."""
     z = h @ w.t()
     z = torch.cat([z[:1] + (0.0 if b is None else b), z[1:]]) * scale
@@ -51,13 +51,14 @@ def written_out(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None):
         z = torch.cat([softcap * t, z[1:] * (1 - t * t)])
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     q = metric_values(z[0].to(wide), (h if metric == "l2" else z)[1:].to(wide), metric)
+    q = q if mask is None else torch.where(mask, q, 0.0)
     if labels is None:
         return q
     return torch.cat([q, F.cross_entropy(z[0].to(wide), labels, reduction="none")[None]])
 
 
-def ours(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None, expected=None):
-    options = dict(metric=metric, scale=scale, softcap=softcap, labels=labels, expected=expected)
+def ours(h, w, b, metric="fisher", scale=1.0, softcap=None, labels=None, expected=None, mask=None):
+    options = dict(metric=metric, scale=scale, softcap=softcap, labels=labels, expected=expected, mask=mask)
     with use_backend("triton"):
         result = lm_head_sensitivity(Dual(h), w, b, **options)
     return result if labels is None else torch.cat([result[0], result[1][None]])
@@ -403,7 +404,7 @@ def test_memory_beside_the_results(monkeypatch, tokens, size, form):
     words, low = 128256, torch.bfloat16
     meta = lambda *shape, dtype=low: torch.empty(shape, dtype=dtype, device="meta")
     h, w, labels = meta(2, tokens, size), meta(words, size), meta(tokens, dtype=torch.int64)
-    arguments = (h, w, None, labels, "fisher", 1.0, None, -100)
+    arguments = (h, w, None, labels, None, "fisher", 1.0, None, -100)
     needs = (True, form != "frozen", False)
     with Largest((h, w, labels), {tuple(h.shape), tuple(w.shape), (2 * tokens, size)}) as largest:
         if form == "two passes":

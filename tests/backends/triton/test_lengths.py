@@ -19,8 +19,8 @@ CALLS = (
     "attention", "attention causal", "attention packed", "attention mask of pairs", "attention padding",
     "attention bias", "attention dual bias", "attention bias per query", "attention bias of buckets",
     "rms_norm", "layer_norm", "rms_norm of heads", "layer_norm long", "add_rms_norm", "gelu", "swiglu",
-    "rotary", "rotary trained", "linear", "linear float32", "head", "head probs", "head joint", "sensitivity",
-    "softmax", "softmax along the tokens",
+    "rotary", "rotary trained", "linear", "linear float32", "head", "head probs", "head joint", "head mask",
+    "sensitivity", "softmax", "softmax along the tokens",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.distributed import inside, tensor_parallel
+from aajr_kernels.ops.head import counted
 
 rank, world, _ = begin()
 mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))
@@ -44,6 +45,13 @@ labels = torch.full((2, 4), rank)
 refused(
     ValueError, "same tokens", lambda: aajr.lm_head_sensitivity(x, split(weight, Shard(0)), labels=labels)
 )
+for is_known in (True, False):  # one process counts a token more, whether it knows their number or not
+    counted._is_known = lambda device, is_known=is_known: is_known
+    mask = torch.arange(8).view(2, 4) < 3 + rank
+    refused(
+        ValueError, "same tokens", lambda: aajr.lm_head_sensitivity(x, split(weight, Shard(0)), mask=mask)
+    )
+counted._is_known = lambda device: True
 
 # fully_shard without inside(): the head is a shard, the tokens differ
 model = model_of("hand", torch.float32)

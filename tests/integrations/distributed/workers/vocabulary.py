@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import aajr_kernels as aajr
+from aajr_kernels.ops.head import counted
 
 rank, world, (precision, size, *more) = begin()
 dtype, words = getattr(torch, precision), int(size)
@@ -39,13 +40,21 @@ for k, metric, (bias, scale, softcap), learn in itertools.product(
     labels = torch.randint(words, (2, 7), generator=generator) if learn else None
     if labels is not None:
         labels[0, :3] = -100
+    # tokens that do not count are left out, or follow the others where their number stays on the device
+    counted._is_known = lambda device: k != 3
+    mask = random(2, 7) < 0.0 if bias is not None else None
     q_bar, nll_bar = random(k, 2, 7), random(2, 7)
 
     def run(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> list[torch.Tensor]:
         leaves = [t.detach().requires_grad_() for t in (h, w, b) if t is not None]
         b = leaves[2] if b is not None else None
         sensitivities = aajr.lm_head_sensitivity(
-            aajr.Dual(leaves[0]), leaves[1], b, metric=metric, scale=scale, softcap=softcap, labels=labels
+            *(aajr.Dual(leaves[0]), leaves[1], b),
+            metric=metric,
+            scale=scale,
+            softcap=softcap,
+            labels=labels,
+            mask=mask,
         )
         q, nll = sensitivities if isinstance(sensitivities, tuple) else (sensitivities, None)
         total = (q * q_bar.to(q)).sum() + (0.0 if nll is None else (nll * nll_bar.to(nll)).sum())
