@@ -32,7 +32,7 @@ __all__ = [
     "snapshot",
 ]
 
-#: what the open contexts say, for ops without an argument of their own
+#: what the open contexts say
 _context = {"norms": False, "activations": False}
 
 
@@ -69,11 +69,9 @@ class recompute:
         _context.update(self._before.pop())
 
 
-def is_recomputed(kind: str, choice: bool | None) -> bool:
-    """Whether an op's result is to be computed again: its own `choice`, or (None) that of the context."""
-    if torch.compiler.is_compiling():
-        return False
-    return _context[kind] if choice is None else choice
+def is_recomputed(kind: str) -> bool:
+    """Whether results of a kind of :data:`_context` are to be computed again."""
+    return not torch.compiler.is_compiling() and _context[kind]
 
 
 class Result:
@@ -196,7 +194,7 @@ def recomputed(ctx: Any, x: torch.Tensor | None) -> torch.Tensor | None:
                 raise RuntimeError(
                     "recompute: a weight of shape "
                     f"{tuple(t.shape)} was freed before the result it made was computed again: shard the norm "
-                    "together with the layers that take its result, or leave that norm out with recompute=False."
+                    "together with the layers that take its result, or leave norms out with recompute(norms=False)."
                 )
         result.value = result.again(node)
     value = result.value.view(ctx.shape)

@@ -363,15 +363,6 @@ def mark_constant(function: _F) -> _F:
     return function
 
 
-def allow_recompilations(count: int) -> None:
-    """Let torch.compile compile one function for at least so many kinds of arguments.
-
-    Relies on, in torch 2.11-2.15: ``torch._dynamo.config.recompile_limit``.
-    """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, count)
-
-
 def separate_outputs() -> None:
     """Have no compiled ``autograd.Function`` return a tensor twice, which costs it its gradient. Idempotent.
 

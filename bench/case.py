@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from aajr_kernels.backends import choice
-from aajr_kernels.torch_private import allow_recompilations
 
 from .roofline import Work
 
@@ -58,7 +57,8 @@ class Variant:
         peak: whether its peak is taken where the case measures memory.
         flops, bytes: arithmetic and memory traffic of one call, for the rates.
         gradient_bytes: size of the gradients, where memory is bounded beside them.
-        bounds: ``ratio``, ``peak_ratio``, ``extra_bytes``, ``ms``, ``copy_ratio`` -> largest value.
+        bounds: ``ratio``, ``peak_ratio``, ``extra_bytes``, ``ms``, ``copy_ratio``, ``over X`` (the ratio to the
+            variant X) -> largest value.
         peer: a variant that this one has to beat.
         key: the same for variants, also of other cases, that compute the same; the gate judges them once.
         compiled: torch compiles it first, which takes long; ``--quick`` leaves it out.
@@ -194,7 +194,7 @@ def compiled(scalar: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     A run compiles the same functions of transformers for many models and lengths; past its limit of recompilations
     torch would go on without compiling, in silence but for a line in the log.
     """
-    allow_recompilations(256)
+    torch.compiler.config.recompile_limit = 256
     function: Callable[..., torch.Tensor] = torch.compile(scalar, dynamic=False)
     return function
 

@@ -34,7 +34,8 @@ class Row:
         peak_ratio: peak_bytes over those of the base.
         gradient_error: relative error of all gradients together against float64, at a small length.
         bounds: quantity -> its largest value: ``ratio``, ``peak_ratio``, ``extra_bytes`` (the peak without the
-            gradients) or ``ratio of X`` (that of the peer X, measured in the same run).
+            gradients), ``over X`` (the ratio to the variant X) or ``ratio of X`` (that of the peer X, measured in the
+            same run).
         passed: whether all bounds hold; None without bounds.
         repeats: timed runs of this variant; 0 where only memory was measured.
         seed: of the inputs.

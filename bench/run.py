@@ -260,6 +260,7 @@ def _row(
         "extra_bytes": None if peak is None else peak - (variant.gradient_bytes or 0),
         "ms": _over(least, 1e-3),
         "copy_ratio": _over(1.0, byte_share),
+        **{f"over {name}": _over(least, min(other)) for name, other in samples.items() if other},
     }
     bounds = {name: limit for name, limit in variant.bounds.items() if numbers[name] is not None}
     held = [float(numbers[name] or 0) <= limit for name, limit in bounds.items()]

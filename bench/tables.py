@@ -63,6 +63,8 @@ def _limit(name: str, value: float) -> str:
         return f"≤ {value / 1e6:.0f} MB extra"
     if name.startswith("ratio of "):
         return f"< {value:.2f} ({name.removeprefix('ratio of ')})"
+    if name.startswith("over "):
+        return f"≤ {value:g} of {name.removeprefix('over ')}"
     units = {"ratio": "", "peak_ratio": " peak", "ms": " ms", "copy_ratio": " of a copy"}
     return f"≤ {value:g}{units[name]}"
 

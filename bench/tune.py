@@ -1,4 +1,4 @@
-"""`python -m bench.tune`: measures tiles of the attention kernels on the device and writes the best into the table.
+"""`python -m bench.tune`: measures tiles of the attention kernels on the device, for the table in configs.py.
 
 Every candidate is compared with the default tile first; one that is wrong, does not compile or does not fit is left
 out. Times are of one kernel at a time, on inputs as a language model has them.
@@ -70,8 +70,8 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     timer: Callable[[Callable[[], Any]], float] = median,
-) -> tuple[str, dict[configs.Sizes, float | str]]:
-    """The name of a line of the table; tile -> milliseconds, or why it is left out.
+) -> dict[configs.Sizes, float | str]:
+    """Tile -> milliseconds, or why it is left out.
 
     Args:
         kernel: a key of NEEDS.
@@ -82,19 +82,17 @@ def measure(
         timer: milliseconds of a call.
     """
     arch = gpu.architecture(torch.device(device))
-    limit = 64 if head <= 64 else 128 if head <= 128 else 256
-    name = configs.key(kernel, arch, dtype, limit, causal)
     call, results = calls(kernel, head, causal, length, dtype, device), {}
     expected = call()
     for tile in candidates(kernel, arch) if sizes is None else sizes:
         try:
-            with configs.trial(name, tile):
+            with configs.trial(kernel, tile):
                 error = difference(call(), expected)
                 right = error < 4 * torch.finfo(dtype).eps
                 results[tile] = timer(call) if right else f"differs from the default by {error:.1e}"
         except Exception as reason:  # of the compiler, the driver or memory: this tile is not for this device
             results[tile] = f"{type(reason).__name__}: {reason}".partition("\n")[0]
-    return name, results
+    return results
 
 
 def difference(results: Any, expected: Any) -> float:
@@ -108,7 +106,9 @@ def difference(results: Any, expected: Any) -> float:
 
 
 def tune() -> None:
-    """Time the tiles of every attention kernel, for heads of 64 and 128 in bfloat16, and write the best as they come.
+    """Time the tiles of every attention kernel, for heads of 64 and 128 in bfloat16, beside those of the table.
+
+    A better one belongs into ops/attention/configs.py; scripts/kernel_budgets.py then shows what it compiles to.
 
     Exit code 2: there is no device.
     """
@@ -117,17 +117,21 @@ def tune() -> None:
             "tiles are measured on a CUDA or ROCm device, and torch sees none: edit ops/attention/configs.py and run "
             "scripts/kernel_budgets.py."
         )
+    arch = gpu.architecture(torch.device("cuda"))
     for head, causal, kernel in itertools.product((64, 128), (False, True), NEEDS):
         # one kernel for keys and values up to 64, two above
         if kernel in QUERY_SIDE or (kernel == "dkv") == (head <= 64):
-            name, results = measure(kernel, head, causal)
+            usual = tuple(configs.tile(kernel, arch, torch.bfloat16, head, head, causal))
+            results = measure(kernel, head, causal)
             times = {tile: time for tile, time in results.items() if isinstance(time, float)}
-            print(f"{name}: {len(results) - len(times)} of {len(results)} tiles left out")
-            if times:
-                best = min(times, key=lambda tile: times[tile])
-                configs.write({name: best})
-                print(f"  best {best}, {times[best]:.3f} ms")
-    print(f"written to {configs.PATH}")
+            best = sorted(times, key=lambda tile: times[tile])[:3]
+            print(
+                f"{arch} {kernel}, heads of {head}, {'causal' if causal else 'full'}: "
+                + ", ".join(
+                    f"{tile} {times[tile]:.3f} ms" for tile in dict.fromkeys([*best, usual]) if tile in times
+                )
+                + f"; the table has {usual}; {len(results) - len(times)} of {len(results)} left out"
+            )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import oracle_losses
 import pytest
 import torch
 from assertions import (
@@ -70,7 +71,7 @@ def exact(subject, directions):
 
 
 def run_oracle(subject, v, probe):
-    return oracle.loss_and_gradients(
+    return oracle_losses.loss_and_gradients(
         subject.tensor, subject.x, v, subject.parameters, metric="l2", probe=probe, mask=subject.mask
     )
 
@@ -80,7 +81,9 @@ def run_package(subject, v, probe):
     penalty, hidden = aajr.aligned_penalty(
         subject.tensor, x, v, metric="l2", mask=subject.mask, return_primal=True
     )
-    gradients = oracle.gradients_of(penalty + (probe * hidden).sum(), {**subject.parameters, "x": x, "v": v})
+    gradients = oracle_losses.gradients_of(
+        penalty + (probe * hidden).sum(), {**subject.parameters, "x": x, "v": v}
+    )
     return penalty, hidden, gradients
 
 
@@ -117,7 +120,11 @@ def test_the_oracle_agrees_with_finite_differences(subject, directions, exact):
         if exact.gradients[name] is not None
     }
     slope = oracle.finite_difference(
-        lambda: oracle.loss_of(double.tensor, double.x, v, metric="l2", probe=probe, mask=subject.mask).loss,
+        lambda: (
+            oracle_losses.loss_of(
+                double.tensor, double.x, v, metric="l2", probe=probe, mask=subject.mask
+            ).loss
+        ),
         double.parameters,
         steps,
         step=1e-4,

@@ -18,14 +18,14 @@ from bench.suites.memory import Files
 B, N, C, H = 2, 7, 16, 24
 #: op -> its result for a consumer, from x and residual [B, N, C] and the weight and bias of a norm
 OPS = {
-    "rms_norm": lambda x, r, w, b, again: aajr.rms_norm(x, C, w, recompute=again),
-    "layer_norm": lambda x, r, w, b, again: aajr.layer_norm(x, C, w, b, recompute=again),
-    "add_rms_norm": lambda x, r, w, b, again: aajr.add_rms_norm(x, r, C, w, recompute=again)[0],
-    "add_layer_norm": lambda x, r, w, b, again: aajr.add_layer_norm(x, r, C, w, b, recompute=again)[0],
-    "gelu": lambda x, r, w, b, again: aajr.gelu(x, recompute=again),
-    "silu": lambda x, r, w, b, again: aajr.silu(x, recompute=again),
-    "swiglu": lambda x, r, w, b, again: aajr.swiglu(x, r, recompute=again),
-    "geglu": lambda x, r, w, b, again: aajr.geglu(x, r, "tanh", recompute=again),
+    "rms_norm": lambda x, r, w, b: aajr.rms_norm(x, C, w),
+    "layer_norm": lambda x, r, w, b: aajr.layer_norm(x, C, w, b),
+    "add_rms_norm": lambda x, r, w, b: aajr.add_rms_norm(x, r, C, w)[0],
+    "add_layer_norm": lambda x, r, w, b: aajr.add_layer_norm(x, r, C, w, b)[0],
+    "gelu": lambda x, r, w, b: aajr.gelu(x),
+    "silu": lambda x, r, w, b: aajr.silu(x),
+    "swiglu": lambda x, r, w, b: aajr.swiglu(x, r),
+    "geglu": lambda x, r, w, b: aajr.geglu(x, r, "tanh"),
 }
 
 
@@ -60,10 +60,16 @@ def problem(dtype: torch.dtype, k: int) -> list[torch.Tensor]:
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
+def recomputing(again: bool | None) -> contextlib.AbstractContextManager[object]:
+    """The context of that choice, or (None) none of its own."""
+    return contextlib.nullcontext() if again is None else aajr.recompute(again, again)
+
+
 def step(op: str, leaves: list[torch.Tensor], again: bool | None) -> torch.Tensor:
     x, r, w, b, *linear = leaves
     # the result of an op, so that nothing here is kept for being a leaf
-    y = OPS[op](aajr.Dual(x * 2), aajr.Dual(r * 2), w, b, again)
+    with recomputing(again):
+        y = OPS[op](aajr.Dual(x * 2), aajr.Dual(r * 2), w, b)
     one, two = (aajr.linear(y, *linear[i : i + 2]) for i in (0, 2))
     return (aajr.gelu(one) * two).stacked.square().sum()
 
@@ -92,7 +98,7 @@ def test_gradients_are_bitwise_equal_and_the_result_is_not_kept(op, k, dtype):
     assert any(g is not None and g.any() for g in expected)
 
 
-def test_the_context_chooses_and_an_argument_overrules_it():
+def test_the_context_chooses_and_an_inner_one_overrules_it():
     leaves = problem(torch.float32, 1)
     kept = {}
     for name, context, op, again in [
@@ -169,8 +175,8 @@ def test_a_reshaped_result_is_found_and_a_part_of_it_is_kept():
         "part": lambda y: y[:, 1:],
     }.items():
         for again in (False, True):
-            with Kept() as kept:
-                y = aajr.linear(cut(aajr.rms_norm(aajr.Dual(x * 1), C, w, recompute=again)), weight)
+            with Kept() as kept, recomputing(again):
+                y = aajr.linear(cut(aajr.rms_norm(aajr.Dual(x * 1), C, w)), weight)
             grads = torch.autograd.grad(y.stacked.square().sum(), (x, w, weight))
             results[name, again] = kept.bytes, grads
         assert same(list(results[name, True][1]), list(results[name, False][1]))
@@ -185,7 +191,8 @@ def test_a_result_that_was_written_to_is_kept_as_it_is():
     x, _, w, _, weight, *_ = leaves
     weight_grads = []
     for again in (False, True):
-        y = aajr.rms_norm(aajr.Dual(x * 1), C, w, recompute=again)
+        with recomputing(again):
+            y = aajr.rms_norm(aajr.Dual(x * 1), C, w)
         with torch.no_grad():
             y.stacked.mul_(3)
         weight_grads.append(torch.autograd.grad(aajr.linear(y, weight).stacked.sum(), weight)[0])
@@ -196,7 +203,8 @@ def test_an_input_that_was_written_to_raises():
     leaves = problem(torch.float32, 1)
     x, _, w, _, weight, *_ = leaves
     inner = x * 1
-    total = aajr.linear(aajr.rms_norm(aajr.Dual(inner), C, w, recompute=True), weight).stacked.sum()
+    with aajr.recompute():
+        total = aajr.linear(aajr.rms_norm(aajr.Dual(inner), C, w), weight).stacked.sum()
     inner.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(total, weight)
@@ -207,7 +215,8 @@ def test_a_weight_that_was_freed_raises():
     leaves = problem(torch.float32, 1)
     x, _, w, _, weight, *_ = leaves
     held = (w * 1).detach()
-    total = aajr.linear(aajr.rms_norm(aajr.Dual(x * 1), C, held, recompute=True), weight).stacked.sum()
+    with aajr.recompute():
+        total = aajr.linear(aajr.rms_norm(aajr.Dual(x * 1), C, held), weight).stacked.sum()
     held.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="recompute: a weight of shape .* was freed"):
         torch.autograd.grad(total, weight)
@@ -219,8 +228,9 @@ def test_a_weight_that_was_freed_raises():
 def block(x: aajr.Dual, leaves: list[torch.Tensor], again: bool | None) -> aajr.Dual:
     """A pre-norm MLP."""
     w, up, down = leaves
-    y = aajr.rms_norm(x, C, w, recompute=again)
-    return x + aajr.linear(aajr.gelu(aajr.linear(y, up), recompute=again), down)
+    with recomputing(again):
+        y = aajr.rms_norm(x, C, w)
+        return x + aajr.linear(aajr.gelu(aajr.linear(y, up)), down)
 
 
 def mlp() -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from contextlib import nullcontext
 
+import oracle_losses
 import pytest
 import torch
 from assertions import (
@@ -33,7 +34,7 @@ every_decoder = pytest.mark.parametrize("name", [name for name, entry in ENTRIES
 
 
 @functools.cache  # shared by the tests below; a few hundred kilobytes each
-def problem(name: str, k: int) -> tuple[Subject, torch.Tensor, oracle.Outcome, torch.Tensor]:
+def problem(name: str, k: int) -> tuple[Subject, torch.Tensor, oracle_losses.Outcome, torch.Tensor]:
     """The model in float32, directions, the float64 oracle's outcome, and the probe of the linear functional."""
     subject = ENTRIES[name]()
     generator = torch.Generator().manual_seed(k)
@@ -42,7 +43,7 @@ def problem(name: str, k: int) -> tuple[Subject, torch.Tensor, oracle.Outcome, t
     with oracle.oracle_mode(), torch.no_grad():
         shape = exact.tensor(exact.x).shape
     probe = 0.1 * torch.randn(shape, generator=generator)
-    outcome = oracle.loss_and_gradients(
+    outcome = oracle_losses.loss_and_gradients(
         exact.tensor,
         exact.x,
         v.double(),
@@ -59,18 +60,18 @@ def float64_inside(subject: Subject):
     return oracle.KeepFloat64(aajr.Dual) if subject.x.dtype == torch.float64 else nullcontext()
 
 
-def through_the_dual(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle.Outcome:
+def through_the_dual(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle_losses.Outcome:
     """The loss from the parts of the output Dual, with the oracle's plain metric."""
     x, v = subject.x.clone().requires_grad_(), v.clone().requires_grad_()
     with float64_inside(subject):
         y = subject.tensor(aajr.dual(x, v))
     penalty = oracle.mean_over_units(oracle.metric_values(y.primal, y.tangents, subject.metric), subject.mask)
     loss = penalty + (probe * y.primal).sum()
-    gradients = oracle.gradients_of(loss, {**subject.parameters, "x": x, "v": v})
-    return oracle.Outcome(loss, penalty, y.primal, y.tangents, gradients)
+    gradients = oracle_losses.gradients_of(loss, {**subject.parameters, "x": x, "v": v})
+    return oracle_losses.Outcome(loss, penalty, y.primal, y.tangents, gradients)
 
 
-def through_the_penalty(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle.Outcome:
+def through_the_penalty(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle_losses.Outcome:
     """The loss from `aligned_penalty`, which shares its forward with the linear functional; one direction like x."""
     x, v = subject.x.clone().requires_grad_(), v.clone().requires_grad_()
     with float64_inside(subject):
@@ -84,11 +85,13 @@ def through_the_penalty(subject: Subject, v: torch.Tensor, probe: torch.Tensor) 
         )
         primal = subject.pick(output)
         loss = penalty + (probe * primal).sum()
-    gradients = oracle.gradients_of(loss, {**subject.parameters, "x": x, "v": v})
-    return oracle.Outcome(loss, penalty, primal, torch.empty(0), gradients)
+    gradients = oracle_losses.gradients_of(loss, {**subject.parameters, "x": x, "v": v})
+    return oracle_losses.Outcome(loss, penalty, primal, torch.empty(0), gradients)
 
 
-def eagerly(subject: Subject, v: torch.Tensor, probe: torch.Tensor, moved: bool = False) -> oracle.Outcome:
+def eagerly(
+    subject: Subject, v: torch.Tensor, probe: torch.Tensor, moved: bool = False
+) -> oracle_losses.Outcome:
     """Eager PyTorch in the dtype of the subject; `moved`: every input and parameter by one rounding, up or down."""
     if moved:
         subject, eps = subject.to(subject.x.dtype), torch.finfo(subject.x.dtype).eps
@@ -97,7 +100,7 @@ def eagerly(subject: Subject, v: torch.Tensor, probe: torch.Tensor, moved: bool 
         with torch.no_grad():
             for parameter in subject.parameters.values():
                 parameter.copy_(nudge(parameter))
-    return oracle.loss_and_gradients(
+    return oracle_losses.loss_and_gradients(
         subject.tensor,
         subject.x,
         v,
@@ -169,10 +172,10 @@ def test_bfloat16_is_within_the_budget(name):
     low = subject.to(torch.bfloat16)
     exact, v, probe = low.double(), v.bfloat16(), probe.bfloat16()
     options = dict(metric=low.metric, mask=low.mask)
-    expected = oracle.loss_and_gradients(
+    expected = oracle_losses.loss_and_gradients(
         exact.tensor, exact.x, v.double(), exact.parameters, probe=probe.double(), **options
     )
-    eager = oracle.loss_and_gradients(low.tensor, low.x, v, low.parameters, probe=probe, **options)
+    eager = oracle_losses.loss_and_gradients(low.tensor, low.x, v, low.parameters, probe=probe, **options)
     actual = through_the_penalty(low, v, probe)
     assert actual.primal.dtype == torch.bfloat16
     assert_within_budget(actual.primal, eager.primal, expected.primal, "primal", ulps=1)

@@ -19,6 +19,8 @@ from .. import torch_private
 from ..backends import choice, cuda, selfcheck_record
 from ..backends import cpu as native
 
+#: of a table: names and values
+Rows = list[tuple[str, "str | Text"]]
 PACKAGES = ("aajr_kernels", "torch", "triton", "transformers", "numpy", "peft", "gguf")
 
 
@@ -141,94 +143,74 @@ def cuda_info() -> dict[str, Any] | None:
 
 def show(facts: dict[str, Any], console: Console) -> None:
     """Print the facts as tables."""
-    versions = _table("Versions", "package", "version")
+    versions: Rows = []
     for name, version in facts["versions"].items():
-        versions.add_row(name, Text(version) if version else Text("not installed", "dim"))
+        versions.append((name, version or Text("not installed", "dim")))
         if name == "torch":
             tested = facts["torch"]["tested"]
             words = "tested" if tested else f"untested: {facts['torch']['range']} are"
-            versions.add_row("", Text(words, "green" if tested else "yellow"))
-    console.print(versions)
-
-    devices = _table("Devices", "device", "what")
+            versions.append(("", Text(words, "green" if tested else "yellow")))
     cpu = facts["cpu"]
     threads = f"{cpu['threads']} threads of {cpu['usable_cpus']} CPUs"
-    devices.add_row("cpu", Text(f"{cpu['model']}, {cpu['capability']}, {threads}"))
+    devices: Rows = [("cpu", f"{cpu['model']}, {cpu['capability']}, {threads}")]
     for gpu in facts["accelerators"]:
         size = f"{gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors"
-        devices.add_row(
-            gpu["device"], Text(f"{gpu['name']}, {gpu['kind']}, capability {gpu['capability']}, {size}")
-        )
+        name = f"{gpu['name']}, {gpu['kind']}, capability {gpu['capability']}, {size}"
+        devices.append((gpu["device"], name))
     if facts["no_accelerator"]:
-        devices.add_row("cuda", _missing("none", facts["no_accelerator"]))
-    console.print(devices)
-
-    backends = _table(f"Backends (chosen: {facts['chosen_backend']})", "backend", "status")
-    for name, reason in facts["backends"].items():
-        backends.add_row(name, _missing("missing", reason) if reason else Text("available", "green"))
-    console.print(backends)
-
+        devices.append(("cuda", _missing("none", facts["no_accelerator"])))
+    backends: Rows = [
+        (name, _missing("missing", reason) if reason else Text("available", "green"))
+        for name, reason in facts["backends"].items()
+    ]
+    console.print(_table("Versions", "package", "version", versions))
+    console.print(_table("Devices", "device", "what", devices))
+    console.print(_table(f"Backends (chosen: {facts['chosen_backend']})", "backend", "status", backends))
     for device, record in facts["selfcheck"].items():
-        console.print(_selfcheck_table(device, record))
-    console.print(_native_table(facts))
-    console.print(_cuda_table(facts))
+        others = [check for check in record["checks"] if check["state"] != "passed"]
+        passed = f"{len(record['checks']) - len(others)} kinds"
+        checks: Rows = [(passed, Text("passed", "green"))]
+        checks += [(c["key"], _missing(c["state"], c.get("reason") or "no result")) for c in others]
+        checks.append(("file", record["file"]))
+        console.print(_table(f"First-use checks on {device}", "kernels", "result", checks))
+    seconds = facts["build"].get("seconds") or {}
+    if facts["native"] is None:
+        console.print(Text(f"Native CPU kernels: none. {facts['backends']['native']}", "yellow"))
+    else:
+        rows = _of_native(facts["native"], facts["build"]) + _of_build(facts["native"], seconds.get("native"))
+        console.print(_table("Native CPU kernels", "what", "value", rows))
+    if facts["cuda"] is None:
+        console.print(Text(f"CUDA C++ kernels: none. {facts['backends']['cuda']}", "dim"))
+    else:
+        architectures = ", ".join(facts["cuda"]["architectures"]) or "the CPU, for tests"
+        rows = [("architectures", architectures), ("toolkit", facts["cuda"]["toolkit"])]
+        rows += _of_build(facts["cuda"], seconds.get("cuda"))
+        console.print(_table("CUDA C++ kernels (experimental: chosen by name)", "what", "value", rows))
 
 
-def _selfcheck_table(device: str, record: dict[str, Any]) -> Table:
-    table = _table(f"First-use checks on {device}", "kernels", "result")
-    passed = [check for check in record["checks"] if check["state"] == "passed"]
-    table.add_row(f"{len(passed)} kinds", Text("passed", "green"))
-    for check in record["checks"]:
-        if check["state"] != "passed":
-            table.add_row(Text(check["key"]), _missing(check["state"], check.get("reason") or "no result"))
-    table.add_row("file", record["file"])
-    return table
-
-
-def _native_table(facts: dict[str, Any]) -> Table | Text:
-    module, build = facts["native"], facts["build"]
-    if module is None:
-        return Text(f"Native CPU kernels: none. {facts['backends']['native']}", "yellow")
-    table = _table("Native CPU kernels", "what", "value")
+def _of_native(module: dict[str, Any], build: dict[str, Any]) -> Rows:
     able = [name for name, runs in module["capabilities"].items() if runs]
     unable = [name for name, runs in module["capabilities"].items() if not runs]
-    table.add_row("capability in use", Text(module["capability"], "green"))
-    table.add_row(
-        "built in", ", ".join(able) + (f"; not on this processor: {', '.join(unable)}" if unable else "")
-    )
-    table.add_row(
-        "threads", f"{module['threads']}, {'of OpenMP' if module['openmp'] else 'its own: no OpenMP'}"
-    )
-    table.add_row(
-        "compiler", module["compiler"] + (f", {build['compiler']}" if build.get("compiler") else "")
-    )
-    if took := (build.get("seconds") or {}).get("native"):
-        table.add_row("build took", _seconds(took))
-    table.add_row("file", module["file"])
-    return table
+    compiler = ", ".join(filter(None, (module["compiler"], build.get("compiler"))))
+    return [
+        ("capability in use", Text(module["capability"], "green")),
+        ("built in", ", ".join(able) + (f"; not on this processor: {', '.join(unable)}" if unable else "")),
+        ("threads", f"{module['threads']}, {'of OpenMP' if module['openmp'] else 'its own: no OpenMP'}"),
+        ("compiler", compiler),
+    ]
 
 
-def _seconds(took: dict[str, float]) -> str:
-    return f"{took['wall']:.0f} s, {took['processor']:.0f} s of processor time"
+def _of_build(module: dict[str, Any], took: dict[str, float] | None) -> Rows:
+    seconds = took and f"{took['wall']:.0f} s, {took['processor']:.0f} s of processor time"
+    return [*([("build took", seconds)] if seconds else []), ("file", module["file"])]
 
 
-def _cuda_table(facts: dict[str, Any]) -> Table | Text:
-    module = facts["cuda"]
-    if module is None:
-        return Text(f"CUDA C++ kernels: none. {facts['backends']['cuda']}", "dim")
-    table = _table("CUDA C++ kernels (experimental: chosen by name)", "what", "value")
-    table.add_row("architectures", ", ".join(module["architectures"]) or "the CPU, for tests")
-    table.add_row("toolkit", module["toolkit"])
-    if took := (facts["build"].get("seconds") or {}).get("cuda"):
-        table.add_row("build took", _seconds(took))
-    table.add_row("file", module["file"])
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, name: str, value: str, rows: Rows) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-    for column in columns:
+    for column in (name, value):
         table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 

@@ -4,10 +4,20 @@ Plain tensors give what torch's layers give; Duals give exact tangents. They are
 under a Dual as well.
 """
 
-from .activation import GELU, QuickGELU, ReLU, ReLU2, Sigmoid, SiLU, Tanh
-from .gated import GeGLU, SwiGLU
-from .linear import Linear
-from .norm import LayerNorm, RMSNorm
+from .layers import (
+    GELU,
+    GeGLU,
+    LayerNorm,
+    Linear,
+    QuickGELU,
+    ReLU,
+    ReLU2,
+    RMSNorm,
+    Sigmoid,
+    SiLU,
+    SwiGLU,
+    Tanh,
+)
 
 __all__ = [
     "GELU",

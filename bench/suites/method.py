@@ -7,7 +7,9 @@ counts. Part of the penalty's price comes back: the ascent runs on its kernels (
 forward.
 
 Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries and values with everything else frozen;
-``checkpoint`` and ``lora-checkpoint`` the same with Hugging Face's activation checkpointing of every layer.
+``checkpoint`` and ``lora-checkpoint`` the same with Hugging Face's activation checkpointing of every layer. In
+``context`` the last quarter of 2,048 tokens may be attacked and is learnt, in ``context-eighth`` the last eighth; what
+comes before runs once per step (`shared_context`) or at every point.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aajr_kernels.integrations.transformers import shared_context
 from aajr_kernels.method import LMHead, ascend, lm_loss, trajectory_penalty
 from aajr_kernels.testing import oracle
 
@@ -32,12 +35,17 @@ WEIGHT = 0.1  # of the penalty
 BOUND = 1.3
 RANK = 8
 FAMILIES = ("step", "checkpoint", "lora", "lora-checkpoint")
+OURS, USUAL = "adversarial, our kernels", "adversarial"
+#: family -> one in so many tokens is open; the step with a shared context over: without, and both adversarial steps
+CONTEXTS = {"context": (4, (0.57, 0.79, 0.50)), "context-eighth": (8, (0.43, 0.60, 0.34))}
 
 
 def cases(selection: Selection) -> list[Case]:
     pairs = selection.grid(("float32",), (512,))
+    long = selection.grid(("float32",), (2048,))
     return [
-        _case(f, dtype, length, selection) for f in FAMILIES if selection.wants(f) for dtype, length in pairs
+        *(_case(f, *pair, selection) for f in FAMILIES if selection.wants(f) for pair in pairs),
+        *(_context(f, *pair, selection) for f in CONTEXTS if selection.wants(f) for pair in long),
     ]
 
 
@@ -56,9 +64,9 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
     variants = [
         step.variant(name, task(kind, form=form), make, true_gradients, **options)
         for name, kind, form, options in (
-            ("adversarial", "adversarial", "sdpa", {}),
+            (USUAL, "adversarial", "sdpa", {}),
             ("adversarial, compiled", "adversarial", "compiled", {"optional": True}),
-            ("adversarial, our kernels", "adversarial", "fused", {}),
+            (OURS, "adversarial", "fused", {}),
             ("with penalty", "penalty", "fused", {"bounds": bounds}),
         )
     ]
@@ -66,53 +74,109 @@ def _case(family: str, dtype: str, length: int, selection: Selection) -> Case:
         del variants[1]
     return selection.case(
         *("method", family, dtype, length, variants),
-        base=tuple(v.name for v in variants if v.name in ("adversarial", "adversarial, compiled")),
-        config={
-            "model": "llama",
-            "sizes": models.described("llama", length),
-            "metric": "fisher",
-            "V": step.words("llama"),
-            "steps": STEPS,
-            "radius": RADIUS,
-            "step_size": LENGTH,
-            "scope": "token",
-            "weight": WEIGHT,
-            "trained": f"LoRA of rank {RANK} on q, v" if "lora" in family else "everything",
-            "checkpointing": "checkpoint" in family,
-        },
+        base=tuple(v.name for v in variants if v.name in (USUAL, "adversarial, compiled")),
+        config=_config(
+            length,
+            trained=f"LoRA of rank {RANK} on q, v" if "lora" in family else "everything",
+            checkpointing="checkpoint" in family,
+        ),
         gate_length=512,  # code compiled for the gate serves the timing
         repeats=6,
         why="ascent, loss and penalty ÷ ascent and loss",
     )
 
 
-def make(task: step.Task, length: int) -> Run:
-    """A step with its gradients in ``.grad``."""
+def _context(family: str, dtype: str, length: int, selection: Selection) -> Case:
+    """A context that a step computes once, against one that every point computes."""
+    part, limits = CONTEXTS[family]
+    task = functools.partial(step.Task, model="llama", dtype=dtype, head=True, device=selection.device)
+    bounds = {}
+    if selection.bounded and (dtype, length) == ("float32", 2048):
+        bounds = dict(zip(("ratio", f"over {OURS}", f"over {USUAL}"), limits)) | {"peak_ratio": 1.0}
+    variants = [
+        step.variant(
+            name,
+            task(kind, form=form),
+            functools.partial(make, open_part=part),
+            functools.partial(true_gradients, open_part=part),
+            bounds=bounds if kind == "shared" else {},
+        )
+        for name, kind, form in (
+            ("with penalty", "penalty", "fused"),
+            ("with penalty, shared context", "shared", "fused"),
+            (OURS, "adversarial", "fused"),
+            (USUAL, "adversarial", "sdpa"),
+        )
+    ]
+    return selection.case(
+        *("method", family, dtype, length, variants),
+        base=("with penalty",),
+        config=_config(length, trained="everything", open=f"1/{part}"),
+        gate_length=64,
+        repeats=5,
+        peak=bool(bounds),
+        why="the context once per step ÷ at every point",
+    )
+
+
+def _config(length: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "llama",
+        "sizes": models.described("llama", length),
+        "metric": "fisher",
+        "V": step.words("llama"),
+        "steps": STEPS,
+        "radius": RADIUS,
+        "step_size": LENGTH,
+        "scope": "token",
+        "weight": WEIGHT,
+        **more,
+    }
+
+
+def make(task: step.Task, length: int, open_part: int = 1) -> Run:
+    """A step with its gradients in ``.grad``; the last of `open_part` parts of the tokens are attacked and learnt."""
     model, head, x, _, labels = step.problem(task, length)
     assert head is not None
     parameters = step.trained(model, head)
+    mask, labels = opened(labels, open_part)
     loss = plain_loss(model, head, labels)
     if task.form == "compiled":
         loss = compiled(loss)
 
     def adversarial() -> Tensor:
         with without_gradients(parameters):
-            points, _ = plain_ascent(loss, x)
+            points, _ = plain_ascent(loss, x, mask)
         return loss(points[-1])
 
-    ours = functools.partial(our_step, task, model, head, x, labels)
+    ours = functools.partial(our_step, task, model, head, x, labels, mask)
     return step_run(parameters, ours if task.form == "fused" else adversarial)
 
 
-def our_step(task: step.Task, model: nn.Module, head: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+def opened(labels: Tensor, part: int) -> tuple[Tensor | None, Tensor]:
+    """Mask of the last 1/part of the tokens, None for all, and the labels without the others."""
+    if part == 1:
+        return None, labels
+    length = labels.shape[-1]
+    mask = torch.arange(length, device=labels.device).expand_as(labels) >= length - length // part
+    return mask, labels.where(mask, -100)
+
+
+def our_step(
+    task: step.Task, model: nn.Module, head: nn.Linear, x: Tensor, labels: Tensor, mask: Tensor | None
+) -> Tensor:
     """The scalar of a step on our kernels."""
     hidden, _ = models.outputs(model, head)
+    if task.kind == "shared":
+        assert mask is not None
+        hidden = context = shared_context(model, x, mask=mask)
+        x, labels, mask = context.x, context.suffix(labels), context.suffix(mask)
     loss = lm_loss(hidden, head=head, labels=labels)
     options: dict[str, Any] = {"radius": RADIUS, "steps": STEPS, "step_size": LENGTH, "scope": "token"}
-    trajectory = ascend(loss, x, **options, module=(model, head), evaluate_last=False)
-    if task.kind != "penalty":
+    trajectory = ascend(loss, x, **options, mask=mask, module=(model, head), evaluate_last=False)
+    if task.kind == "adversarial":
         return loss(trajectory.points[-1]).sum()
-    options = {"steps": "last", "at": "end", "return_primal": True, "penalty_weight": WEIGHT}
+    options = {"steps": "last", "at": "end", "return_primal": True, "penalty_weight": WEIGHT, "mask": mask}
     penalty, aux = trajectory_penalty(
         hidden, x, trajectory, head=LMHead(head.weight), labels=labels, **options
     )
@@ -141,13 +205,17 @@ def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def plain_ascent(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Points and unit directions of projected gradient ascent, written out."""
+def plain_ascent(
+    loss: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Points and unit directions of projected gradient ascent on the tokens of `mask`, written out."""
     delta, points, directions = torch.zeros_like(x), [x], []
     for _ in range(STEPS):
         point = points[-1].detach().requires_grad_()
         (g,) = torch.autograd.grad(loss(point), point)
-        directions.append(F.normalize(g, dim=-1, eps=0.0))
+        if mask is not None:
+            g = g * mask.unsqueeze(-1)
+        directions.append(F.normalize(g, dim=-1, eps=torch.finfo(g.dtype).tiny))
         delta = delta + LENGTH * directions[-1]
         delta = delta * (RADIUS / delta.norm(dim=-1, keepdim=True)).clamp(max=1.0)
         points.append(x + delta)
@@ -155,21 +223,26 @@ def plain_ascent(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[Tens
 
 
 @functools.lru_cache(maxsize=2)
-def true_gradients(task: step.Task, length: int) -> Gradients:
+def true_gradients(task: step.Task, length: int, open_part: int = 1) -> Gradients:
     """All gradients in float64 on the oracle's layers, for weights rounded to the dtype."""
     model, head, x, _, labels = step.exact_problem(task, length)
     assert head is not None
+    mask, labels = opened(labels, open_part)
     loss = plain_loss(model, head, labels)
     with oracle.oracle_mode():
-        points, directions = plain_ascent(loss, x)
+        points, directions = plain_ascent(loss, x, mask)
         total = loss(points[-1])
         if task.kind == "penalty":
             pair = oracle.jvp(models.outputs(model, head)[1], points[-1], directions[-1].unsqueeze(0))
-            total = total + WEIGHT * step.size(head, *pair)
+            total = total + WEIGHT * step.size(head, *(y[..., -(length // open_part) :, :] for y in pair))
     total.backward()
     return [p.grad for p in step.trained(model, head)]
 
 
 SUITE = Suite(
-    "method", "adversarial training step with the penalty against without", FAMILIES, cases, parts=False
+    "method",
+    "adversarial training step with the penalty against without",
+    (*FAMILIES, *CONTEXTS),
+    cases,
+    parts=False,
 )

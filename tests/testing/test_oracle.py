@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import oracle_losses
 import pytest
 import torch
 from assertions import assert_exact, assert_exact_gradients, assert_within_budget, relative_error
@@ -34,7 +35,7 @@ def test_gradients_agree_with_finite_differences_of_the_loss(name):
         # which absorbs them: the function is flat in floating point, and its derivative is not.
         probe = probe * subject.mask[..., None]
     options = dict(metric=subject.metric, probe=probe, mask=subject.mask)
-    gradients = oracle.loss_and_gradients(
+    gradients = oracle_losses.loss_and_gradients(
         subject.tensor, subject.x, v, subject.parameters, **options
     ).gradients
 
@@ -45,7 +46,10 @@ def test_gradients_agree_with_finite_differences_of_the_loss(name):
     }
     # a small step: two of the models have kinks (ReLU) that a larger one crosses
     slope = oracle.finite_difference(
-        lambda: oracle.loss_of(subject.tensor, subject.x, v, **options).loss, leaves, directions, step=1e-5
+        lambda: oracle_losses.loss_of(subject.tensor, subject.x, v, **options).loss,
+        leaves,
+        directions,
+        step=1e-5,
     )
     expected = sum((g * directions[key]).sum().item() for key, g in gradients.items() if g is not None)
     assert slope == pytest.approx(expected, rel=1e-7)
@@ -58,9 +62,9 @@ def test_gradients_agree_with_finite_differences_of_the_loss(name):
 def test_tangents_agree_with_finite_differences_of_the_values(name):
     subject = ENTRIES[name]().double()
     v = normal(3, *subject.x.shape)
-    outcome = oracle.loss_of(subject.tensor, subject.x, v, metric="l2")
+    outcome = oracle_losses.loss_of(subject.tensor, subject.x, v, metric="l2")
     for direction, tangent in zip(v, outcome.tangents, strict=True):
-        difference = oracle.tangent_by_differences(subject.tensor, subject.x, direction, step=1e-4)
+        difference = oracle_losses.tangent_by_differences(subject.tensor, subject.x, direction, step=1e-4)
         assert_exact(difference, tangent, tolerance=1e-8)
 
 
@@ -139,7 +143,9 @@ def test_an_empty_attention_row_is_zero_with_zero_gradients(kind):
     def layer(x):
         return F.scaled_dot_product_attention(x, x, x, mask)
 
-    outcome = oracle.loss_and_gradients(layer, normal(1, 2, 5, 4), normal(1, 1, 2, 5, 4), {}, metric="l2")
+    outcome = oracle_losses.loss_and_gradients(
+        layer, normal(1, 2, 5, 4), normal(1, 1, 2, 5, 4), {}, metric="l2"
+    )
     assert outcome.primal[..., 1, :].eq(0).all()
     assert outcome.tangents[..., 1, :].eq(0).all()
     assert all(gradient.isfinite().all() for gradient in outcome.gradients.values())
@@ -242,7 +248,7 @@ def norm_problem(request):
     directions = {name: normal(*leaf.shape, seed=20) for name, leaf in leaves.items()}
     # the penalty from values of the function alone: neither the oracle nor a derivative of torch takes part
     by_differences = oracle.finite_difference(
-        lambda: oracle.tangent_by_differences(func, x, v).square().sum(-1).mean(), leaves, directions
+        lambda: oracle_losses.tangent_by_differences(func, x, v).square().sum(-1).mean(), leaves, directions
     )
     for leaf in leaves.values():
         leaf.requires_grad_()
@@ -257,8 +263,8 @@ def test_stock_pytorch_is_wrong(norm_problem):
     func, x, v, leaves, slope, by_differences = norm_problem
     _, tangent = torch.func.jvp(func, (x,), (v,))
     # the tangent itself is right, its gradient is not
-    assert_exact(tangent, oracle.tangent_by_differences(func, x, v), "tangent", tolerance=1e-9)
-    stock = slope(oracle.gradients_of(tangent.square().sum(-1).mean(), leaves))
+    assert_exact(tangent, oracle_losses.tangent_by_differences(func, x, v), "tangent", tolerance=1e-9)
+    stock = slope(oracle_losses.gradients_of(tangent.square().sum(-1).mean(), leaves))
     if math.isclose(stock, by_differences, rel_tol=1e-6):
         pytest.skip(f"torch {torch.__version__} differentiates this tangent correctly")
     assert abs(stock - by_differences) > 0.01 * abs(by_differences)
@@ -266,15 +272,15 @@ def test_stock_pytorch_is_wrong(norm_problem):
 
 def test_the_oracle_is_right(norm_problem):
     func, x, v, leaves, slope, by_differences = norm_problem
-    gradients = oracle.loss_and_gradients(func, x, v[None], leaves, metric="l2").gradients
+    gradients = oracle_losses.loss_and_gradients(func, x, v[None], leaves, metric="l2").gradients
     assert slope(gradients) == pytest.approx(by_differences, rel=1e-6)
 
 
 def test_the_package_is_right(norm_problem):
     func, x, v, leaves, slope, by_differences = norm_problem
-    exact = oracle.loss_and_gradients(func, x, v[None], leaves, metric="l2").gradients
+    exact = oracle_losses.loss_and_gradients(func, x, v[None], leaves, metric="l2").gradients
     y = func(aajr.dual(x, v))
-    gradients = oracle.gradients_of(y.tangent.square().sum(-1).mean(), leaves)
+    gradients = oracle_losses.gradients_of(y.tangent.square().sum(-1).mean(), leaves)
     assert_exact_gradients(gradients, {name: exact[name] for name in leaves}, tolerance=1e-12)
     assert slope(gradients) == pytest.approx(by_differences, rel=1e-6)
 

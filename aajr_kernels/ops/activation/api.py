@@ -17,18 +17,18 @@ from .function import GatedFunction, PointwiseFunction
 _T = TypeVar("_T", Tensor, Dual)
 
 
-def _pointwise(kind: str, x: Dual, recompute: bool | None) -> Dual:
+def _pointwise(kind: str, x: Dual) -> Dual:
     backend, operands = prepare(
         "activation",
         (x.stacked,),
         flops=lambda x: 8.0 * x.numel(),
-        shards=lambda: sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local, recompute), x, 0),
+        shards=lambda: sharding.OPS["rowwise"](kind, lambda local: _pointwise(kind, local), x, 0),
         name=kind,
         kind=lambda x: ((x.shape[0],), (kind,)),
     )
     if backend == SHARDS:
         return operands
-    return Dual(PointwiseFunction.apply(*operands, kind, backend, is_recomputed("activations", recompute)))
+    return Dual(PointwiseFunction.apply(*operands, kind, backend, is_recomputed("activations")))
 
 
 def _gelu_kind(op: str, approximate: str) -> str:
@@ -37,14 +37,12 @@ def _gelu_kind(op: str, approximate: str) -> str:
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
-def gelu(x: _T, approximate: str = "none", *, recompute: bool | None = None) -> _T:
+def gelu(x: _T, approximate: str = "none") -> _T:
     """GELU: ``xΦ(x)``, or ``x(1 + tanh(√(2/π)(x + 0.044715x³)))/2`` with ``approximate="tanh"``.
 
     Args:
         x: any shape, Tensor or Dual; low dtypes are computed in float32.
         approximate: ``"none"`` or ``"tanh"``, as in ``torch.nn.functional.gelu``.
-        recompute: whether a linear layer that takes the result computes it again in its backward instead of keeping
-            it; None: as the context :class:`aajr_kernels.recompute` says, else not. The same for all activations.
 
     Returns:
         Shape and dtype of `x`; for a Dual the tangents are ``f'(x)∘ẋ``.
@@ -53,40 +51,40 @@ def gelu(x: _T, approximate: str = "none", *, recompute: bool | None = None) -> 
         ValueError: `approximate` is neither.
     """
     kind = _gelu_kind("gelu", approximate)
-    return _pointwise(kind, x, recompute) if isinstance(x, Dual) else F.gelu(x, approximate=approximate)
+    return _pointwise(kind, x) if isinstance(x, Dual) else F.gelu(x, approximate=approximate)
 
 
-def silu(x: _T, *, recompute: bool | None = None) -> _T:
+def silu(x: _T) -> _T:
     """SiLU ``xσ(x)`` of a Tensor or Dual of any shape; for a Dual the tangents are ``f'(x)∘ẋ``."""
-    return _pointwise("silu", x, recompute) if isinstance(x, Dual) else F.silu(x)
+    return _pointwise("silu", x) if isinstance(x, Dual) else F.silu(x)
 
 
-def relu(x: _T, *, recompute: bool | None = None) -> _T:
+def relu(x: _T) -> _T:
     """``max(x, 0)`` of a Tensor or Dual of any shape; the derivative at 0 is 0, as in torch."""
-    return _pointwise("relu", x, recompute) if isinstance(x, Dual) else F.relu(x)
+    return _pointwise("relu", x) if isinstance(x, Dual) else F.relu(x)
 
 
-def relu2(x: _T, *, recompute: bool | None = None) -> _T:
+def relu2(x: _T) -> _T:
     """``max(x, 0)²`` of a Tensor or Dual of any shape."""
-    return _pointwise("relu2", x, recompute) if isinstance(x, Dual) else F.relu(x).square()
+    return _pointwise("relu2", x) if isinstance(x, Dual) else F.relu(x).square()
 
 
-def quick_gelu(x: _T, *, recompute: bool | None = None) -> _T:
+def quick_gelu(x: _T) -> _T:
     """``xσ(1.702x)`` of a Tensor or Dual of any shape (CLIP's activation)."""
-    return _pointwise("quick_gelu", x, recompute) if isinstance(x, Dual) else x * torch.sigmoid(1.702 * x)
+    return _pointwise("quick_gelu", x) if isinstance(x, Dual) else x * torch.sigmoid(1.702 * x)
 
 
-def tanh(x: _T, *, recompute: bool | None = None) -> _T:
+def tanh(x: _T) -> _T:
     """Hyperbolic tangent of a Tensor or Dual of any shape."""
-    return _pointwise("tanh", x, recompute) if isinstance(x, Dual) else torch.tanh(x)
+    return _pointwise("tanh", x) if isinstance(x, Dual) else torch.tanh(x)
 
 
-def sigmoid(x: _T, *, recompute: bool | None = None) -> _T:
+def sigmoid(x: _T) -> _T:
     """Logistic function of a Tensor or Dual of any shape."""
-    return _pointwise("sigmoid", x, recompute) if isinstance(x, Dual) else torch.sigmoid(x)
+    return _pointwise("sigmoid", x) if isinstance(x, Dual) else torch.sigmoid(x)
 
 
-def _gated(op: str, kind: str, gate: Tensor | Dual, up: Tensor | Dual, recompute: bool | None) -> Dual:
+def _gated(op: str, kind: str, gate: Tensor | Dual, up: Tensor | Dual) -> Dual:
     if gate.shape != up.shape:
         raise ValueError(f"{op}: up must have the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}.")
     num_tangents(gate, up)
@@ -98,23 +96,22 @@ def _gated(op: str, kind: str, gate: Tensor | Dual, up: Tensor | Dual, recompute
         (gate_stack, up_stack),
         flops=lambda gate, up: 10.0 * max(gate.numel(), up.numel()),
         shards=lambda: sharding.OPS["gated"](
-            op, lambda a, b: _gated(op, kind, a, b, recompute), Dual(gate_stack), Dual(up_stack)
+            op, lambda a, b: _gated(op, kind, a, b), Dual(gate_stack), Dual(up_stack)
         ),
         name=op,
         kind=lambda gate, up: ((gate.shape[0], up.shape[0]), (kind,)),
     )
     if backend == SHARDS:
         return operands
-    return Dual(GatedFunction.apply(*operands, kind, backend, is_recomputed("activations", recompute)))
+    return Dual(GatedFunction.apply(*operands, kind, backend, is_recomputed("activations")))
 
 
-def swiglu(gate: Tensor | Dual, up: Tensor | Dual, *, recompute: bool | None = None) -> Tensor | Dual:
+def swiglu(gate: Tensor | Dual, up: Tensor | Dual) -> Tensor | Dual:
     """Gated product ``silu(gate) ∘ up``.
 
     Args:
         gate: any shape, Tensor or Dual.
         up: shape of `gate`, Tensor or Dual; a plain tensor beside a Dual has no tangent.
-        recompute: as in :func:`gelu`.
 
     Returns:
         Same shape, promoted dtype; a Dual if either is one, with tangents ``s'(g)∘ġ∘u + s(g)∘u̇``.
@@ -124,18 +121,12 @@ def swiglu(gate: Tensor | Dual, up: Tensor | Dual, *, recompute: bool | None = N
     """
     if not isinstance(gate, Dual) and not isinstance(up, Dual):
         return F.silu(gate) * up
-    return _gated("swiglu", "silu", gate, up, recompute)
+    return _gated("swiglu", "silu", gate, up)
 
 
-def geglu(
-    gate: Tensor | Dual,
-    up: Tensor | Dual,
-    approximate: str = "none",
-    *,
-    recompute: bool | None = None,
-) -> Tensor | Dual:
+def geglu(gate: Tensor | Dual, up: Tensor | Dual, approximate: str = "none") -> Tensor | Dual:
     """Gated product ``gelu(gate) ∘ up``; arguments and errors as in :func:`swiglu` and :func:`gelu`."""
     kind = _gelu_kind("geglu", approximate)
     if not isinstance(gate, Dual) and not isinstance(up, Dual):
         return F.gelu(gate, approximate=approximate) * up
-    return _gated("geglu", kind, gate, up, recompute)
+    return _gated("geglu", kind, gate, up)

@@ -1,15 +1,12 @@
-"""Tiles of the attention kernels: a static table by processor, head size and kernel, and the measured ones before it.
+"""Tiles of the attention kernels: a static table by processor, head size and kernel.
 
-``python -m bench.tune`` measures tiles on a processor and writes them to ``tuned.json``.
+``python -m bench.tune`` measures other tiles on a processor.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -106,13 +103,8 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: boo
     """The tile of a kernel of `KERNELS` for head sizes d and v; busy with "bias", "softcap", "dropout" or "packed"."""
     size = max(d, v)
     limit = 64 if size <= 64 else 128 if size <= 128 else 256
-    measured = lookup(key(kernel, arch, dtype, limit, causal))
-    if measured is not None:
-        if measured[0] > 128:
-            raise ValueError(
-                f"tuned.json: statistics are padded for blocks of 128 queries, got {measured[0]}."
-            )
-        return Tile(*measured)
+    if kernel in _trials:
+        return Tile(*_trials[kernel])
     if arch == "interpreter":
         return Tile(32, 32, 1, 1)
     if dtype == torch.float32:
@@ -122,50 +114,16 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: boo
     return Tile(*_BUSY.get((family, limit, busy), {}).get(kernel, usual))
 
 
-# -- measured tiles ---------------------------------------------------------------------------------------------------
-
-#: processor/kernel/dtype/largest head size/mask -> queries, keys, warps, stages
-PATH = Path(__file__).with_name("tuned.json")
-_trial: dict[str, Sizes] = {}
-
-
-def key(kernel: str, arch: str, dtype: torch.dtype, limit: int, causal: bool) -> str:
-    """The line of the table; bfloat16 and float16 share theirs."""
-    kind = "float32" if dtype == torch.float32 else "16 bits"
-    return f"{arch}/{kernel}/{kind}/{limit}/{'causal' if causal else 'full'}"
-
-
-@functools.cache
-def table() -> dict[str, Sizes]:
-    """The measured tiles, read once."""
-    if not PATH.exists():
-        return {}
-    return {name: tuple(sizes) for name, sizes in json.loads(PATH.read_text()).items()}
-
-
-def lookup(name: str) -> Sizes | None:
-    """The tile under trial, else the measured one, else None."""
-    return _trial.get(name) or table().get(name)
+_trials: dict[str, Sizes] = {}
 
 
 @contextlib.contextmanager
-def trial(name: str, sizes: Sizes) -> Iterator[None]:
-    """Kernels of that line are launched with these sizes inside the block."""
-    _trial[name] = sizes
+def trial(kernel: str, sizes: Sizes) -> Iterator[None]:
+    """Inside the block that kernel is launched with these sizes."""
+    _trials[kernel] = sizes
     forget()
     try:
         yield
     finally:
-        del _trial[name]
+        del _trials[kernel]
         forget()
-
-
-def write(measured: dict[str, Sizes], path: Path | None = None) -> Path:
-    """Add measured tiles to the table, which takes effect at once; returns its path."""
-    path = PATH if path is None else path
-    merged = {**table(), **measured}
-    lines = [f"  {json.dumps(name)}: {json.dumps(list(sizes))}" for name, sizes in sorted(merged.items())]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    table.cache_clear()
-    forget()
-    return path

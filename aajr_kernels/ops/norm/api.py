@@ -30,7 +30,6 @@ def rms_norm(
     eps: float | None = None,
     *,
     offset: float = 0.0,
-    recompute: bool | None = None,
 ) -> _T:
     """Root-mean-square norm ``y = (offset + w) ∘ x̂`` with ``x̂ = r x``, ``r = (mean(x²) + eps)^(-1/2)``.
 
@@ -43,8 +42,6 @@ def rms_norm(
         weight: ``normalized_shape`` or None, any floating dtype.
         eps: added to the mean square; None means the epsilon of float32 (of float64 for float64), as in torch.
         offset: added to the weight in float32 (Gemma's norms use 1).
-        recompute: whether a linear layer that takes the result computes it again in its backward instead of keeping
-            it; None: as the context :class:`aajr_kernels.recompute` says, else not.
 
     Returns:
         Same shape and dtype as `x`, a Dual if `x` is one. A plain `x` gives what ``torch.nn.functional.rms_norm``
@@ -60,7 +57,7 @@ def rms_norm(
     if isinstance(x, Dual):
         if eps is None:
             eps = torch.finfo(wide_dtype(x.stacked.dtype)).eps
-        return _norm("rms_norm", x, None, shape, weight, None, eps, offset, False, recompute)[0]
+        return _norm("rms_norm", x, None, shape, weight, None, eps, offset, False)[0]
     if offset == 0.0:
         return F.rms_norm(x, shape, weight, eps)
     assert weight is not None
@@ -74,8 +71,6 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *,
-    recompute: bool | None = None,
 ) -> _T:
     """Layer norm ``y = w ∘ x̂ + b`` with ``x̂ = r(x − mean(x))``, ``r = (var(x) + eps)^(-1/2)``.
 
@@ -89,7 +84,6 @@ def layer_norm(
         weight: ``normalized_shape`` or None; dtype of `x`, or float32 beside a low-precision `x`.
         bias: like `weight`; added only to the primal.
         eps: added to the variance.
-        recompute: as in :func:`rms_norm`.
 
     Returns:
         Same shape and dtype as `x`, a Dual if `x` is one. A plain `x` gives what ``torch.nn.functional.layer_norm``
@@ -106,7 +100,7 @@ def layer_norm(
         return F.layer_norm(x, shape, weight, bias, eps)
     if not autocasting(x.stacked.device.type):
         check_dtypes("layer_norm", "x", (x.dtype, wide_dtype(x.dtype)), weight=weight, bias=bias)
-    return _norm("layer_norm", x, None, shape, weight, bias, eps, 0.0, True, recompute)[0]
+    return _norm("layer_norm", x, None, shape, weight, bias, eps, 0.0, True)[0]
 
 
 def add_rms_norm(
@@ -117,7 +111,6 @@ def add_rms_norm(
     eps: float | None = None,
     *,
     offset: float = 0.0,
-    recompute: bool | None = None,
 ) -> tuple[Any, Any]:
     """``s = x + residual`` and :func:`rms_norm` of it, in one pass over memory: the step between pre-norm blocks.
 
@@ -140,21 +133,11 @@ def add_rms_norm(
     check_offset("add_rms_norm", weight, offset)
     if not _fusible(x, residual, shape):
         summed: Any = x if residual is None else x + residual  # type: ignore[operator]
-        return rms_norm(summed, normalized_shape, weight, eps, offset=offset, recompute=recompute), summed
+        return rms_norm(summed, normalized_shape, weight, eps, offset=offset), summed
     if eps is None:
         eps = torch.finfo(wide_dtype(x.dtype)).eps
     return _norm(
-        "add_rms_norm",
-        x,
-        residual,
-        shape,
-        weight,
-        None,
-        eps,
-        offset,
-        False,
-        recompute,
-        passes=residual is None,
+        "add_rms_norm", x, residual, shape, weight, None, eps, offset, False, passes=residual is None
     )
 
 
@@ -165,8 +148,6 @@ def add_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *,
-    recompute: bool | None = None,
 ) -> tuple[Any, Any]:
     """``s = x + residual`` and :func:`layer_norm` of it, in one pass over memory: the step between pre-norm blocks.
 
@@ -189,11 +170,9 @@ def add_layer_norm(
     shape = _common_shape("add_layer_norm", x, residual, normalized_shape)
     if not _fusible(x, residual, shape):
         summed: Any = x if residual is None else x + residual  # type: ignore[operator]
-        return layer_norm(summed, normalized_shape, weight, bias, eps, recompute=recompute), summed
+        return layer_norm(summed, normalized_shape, weight, bias, eps), summed
     check_dtypes("add_layer_norm", "x", (x.dtype, wide_dtype(x.dtype)), weight=weight, bias=bias)
-    return _norm(
-        "add_layer_norm", x, residual, shape, weight, bias, eps, 0.0, True, recompute, passes=residual is None
-    )
+    return _norm("add_layer_norm", x, residual, shape, weight, bias, eps, 0.0, True, passes=residual is None)
 
 
 def _common_shape(
@@ -227,7 +206,6 @@ def _norm(
     eps: float,
     offset: float,
     centred: bool,
-    recompute: bool | None,
     passes: bool = False,
 ) -> tuple[Dual, Any]:
     """The norm of x, or of ``x + residual`` and the sum; x itself for the sum where it `passes`."""
@@ -235,7 +213,7 @@ def _norm(
 
     def on_shards(weight: Any, bias: Any) -> Any:
         def local(x: Dual, weight: Tensor | None, bias: Tensor | None) -> Dual:
-            return _norm(op, x, None, shape, weight, bias, eps, offset, centred, recompute)[0]
+            return _norm(op, x, None, shape, weight, bias, eps, offset, centred)[0]
 
         return sharding.OPS["rowwise"](op, local, x, len(shape), weight=weight, bias=bias)
 
@@ -262,7 +240,7 @@ def _norm(
     if len(shape) > 1:  # of x only: a sum of several normalised axes is not fused
         rows = stacked.reshape(*stacked.shape[: stacked.dim() - len(shape)], math.prod(shape))
         operands = (rows, *(None if t is None else t.reshape(-1) for t in operands[1:]))
-    again = is_recomputed("norms", recompute)
+    again = is_recomputed("norms")
     y, summed = NormFunction.apply(*operands, float(eps), float(offset), centred, backend, again, passes)
     if len(shape) > 1:
         y = y.reshape(stacked.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import oracle_losses
 import pytest
 import torch
 from assertions import assert_exact, assert_gradients_within_budget, assert_within_budget
@@ -16,7 +17,6 @@ import aajr_kernels as aajr
 from aajr_kernels import BackendUnavailable
 from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.integrations.transformers import fuse
-from aajr_kernels.testing import oracle
 
 ON_CPU = DEVICES["triton"] == "cpu"
 pytestmark = pytest.mark.skipif(
@@ -55,10 +55,10 @@ def test_bfloat16_gradients_of_a_llama():
     low = subject.to(torch.bfloat16)
     exact, v, probe = low.double(), v.bfloat16(), probe.bfloat16()
     options = dict(metric=low.metric, mask=low.mask)
-    expected = oracle.loss_and_gradients(
+    expected = oracle_losses.loss_and_gradients(
         exact.tensor, exact.x, v.double(), exact.parameters, probe=probe.double(), **options
     )
-    eager = oracle.loss_and_gradients(low.tensor, low.x, v, low.parameters, probe=probe, **options)
+    eager = oracle_losses.loss_and_gradients(low.tensor, low.x, v, low.parameters, probe=probe, **options)
     with triton_alone():
         actual = through_the_dual(low, v, probe)
     assert_within_budget(actual.primal, eager.primal, expected.primal, "primal", ulps=1)
@@ -94,11 +94,11 @@ def test_a_fused_model_compiles_in_one_graph():
 
     with fuse(model), aajr.use_backend("triton"):
         expected = loss(x, v)
-        gradients = oracle.gradients_of(expected, leaves)
+        gradients = oracle_losses.gradients_of(expected, leaves)
         torch._dynamo.reset()
         actual = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, v)
         assert_exact(actual, expected, tolerance=1e-5)
-        for name, gradient in oracle.gradients_of(actual, leaves).items():
+        for name, gradient in oracle_losses.gradients_of(actual, leaves).items():
             if gradients[name] is not None:
                 assert_exact(gradient, gradients[name], name, tolerance=1e-5)
     torch._dynamo.reset()

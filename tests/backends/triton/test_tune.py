@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from ops.suite import Target
@@ -19,39 +17,35 @@ interpreted = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """A table of its own."""
-    monkeypatch.setattr(configs, "PATH", tmp_path / "tuned.json")
-    configs.table.cache_clear()
-    yield configs.PATH
-    configs.table.cache_clear()
-
-
 @interpreted
 @pytest.mark.parametrize("kernel", ["fwd", "dkv"])
-def test_times_of_the_candidates_that_are_right(table, kernel, monkeypatch):
+def test_times_of_the_candidates_that_are_right(kernel, monkeypatch):
     monkeypatch.setattr(tune, "HEADS", 2)
     monkeypatch.setattr(tune, "KEY_HEADS", 1)
     clock = iter([3.0, 1.0, 2.0])
     tried = [(64, 64, 1, 1), (32, 64, 1, 1), (48, 32, 1, 1), (64, 32, 1, 1)]  # 48 is no power of two
-    name, results = tune.measure(
+    results = tune.measure(
         kernel, 16, True, tried, length=70, dtype=torch.float32, device="cpu", timer=lambda call: next(clock)
     )
     times = {tile: time for tile, time in results.items() if isinstance(time, float)}
     assert min(times, key=times.get) == (32, 64, 1, 1) and list(times.values()) == [3.0, 1.0, 2.0]
     assert set(results) - set(times) == {(48, 32, 1, 1)}
-    configs.write({name: (32, 64, 1, 1)})
-    assert configs.tile(kernel, "interpreter", torch.float32, 16, 16, True) == configs.Tile(32, 64, 1, 1)
-    assert configs.tile(kernel, "interpreter", torch.float32, 16, 16, False) != configs.Tile(32, 64, 1, 1)
+
+
+def test_a_trial_ends_with_its_block():
+    usual = configs.tile("fwd", "sm_90", torch.bfloat16, 64, 64, True)
+    with configs.trial("fwd", (32, 64, 1, 1)):
+        assert configs.tile("fwd", "sm_90", torch.bfloat16, 64, 64, True) == configs.Tile(32, 64, 1, 1)
+        assert configs.tile("dq", "sm_90", torch.bfloat16, 64, 64, True) != configs.Tile(32, 64, 1, 1)
+    assert configs.tile("fwd", "sm_90", torch.bfloat16, 64, 64, True) == usual
 
 
 @interpreted
-def test_a_wrong_candidate_is_left_out(table, monkeypatch):
+def test_a_wrong_candidate_is_left_out(monkeypatch):
     monkeypatch.setattr(tune, "HEADS", 1)
     monkeypatch.setattr(tune, "KEY_HEADS", 1)
     monkeypatch.setattr(tune, "difference", lambda results, expected: 0.5)
-    _, results = tune.measure(
+    results = tune.measure(
         "fwd",
         16,
         False,
@@ -62,13 +56,6 @@ def test_a_wrong_candidate_is_left_out(table, monkeypatch):
         timer=lambda call: 1.0,
     )
     assert "differs from the default" in results[(32, 32, 1, 1)]
-
-
-def test_the_table_keeps_other_lines(table):
-    configs.write({"sm_90/fwd/16 bits/128/causal": (128, 64, 8, 2)})
-    configs.write({"sm_90/dq/16 bits/128/causal": (128, 32, 8, 2)})
-    assert json.loads(table.read_text()).keys() == configs.table().keys() and len(configs.table()) == 2
-    assert configs.tile("dq", "sm_90", torch.float16, 100, 128, True) == configs.Tile(128, 32, 8, 2)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

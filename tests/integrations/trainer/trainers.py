@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import oracle_losses
 import torch
 from integrations.transformers.subjects import tiny
 from torch import Tensor, nn
@@ -184,4 +185,4 @@ def exact_objective(
         total = config.penalty.weight * penalty + config.adversarial_weight * loss(z)
         if config.clean_weight:
             total = total + config.clean_weight * loss(policy(x))
-    return total.detach(), oracle.gradients_of(total, parameters)
+    return total.detach(), oracle_losses.gradients_of(total, parameters)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import oracle_losses
 import pytest
 import torch
 from assertions import (
@@ -24,7 +25,6 @@ from zoo import Subject
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
-from aajr_kernels.testing import oracle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # raised by Dynamo
@@ -64,8 +64,8 @@ def outcome(subject: Subject, v: torch.Tensor, probe: torch.Tensor, backend: str
     step, counter = compiled(loss, backend)
     x, v = subject.x.clone().requires_grad_(), v.clone().requires_grad_()
     total, penalty, primal = step(x, v)
-    gradients = oracle.gradients_of(total, {**subject.parameters, "x": x, "v": v})
-    return oracle.Outcome(total, penalty, primal, torch.empty(0), gradients), counter
+    gradients = oracle_losses.gradients_of(total, {**subject.parameters, "x": x, "v": v})
+    return oracle_losses.Outcome(total, penalty, primal, torch.empty(0), gradients), counter
 
 
 def check_float32(name: str, fuse_it: bool, backend: str) -> float:
@@ -140,7 +140,10 @@ def agrees(
     leaves = {"x": arguments[0], "v": arguments[1], **dict(model.named_parameters())}
     expected, actual = eager(*arguments), step(*arguments)
     assert_exact(actual, expected, tolerance=tolerance)
-    expected_gradients, got = oracle.gradients_of(expected, leaves), oracle.gradients_of(actual, leaves)
+    expected_gradients, got = (
+        oracle_losses.gradients_of(expected, leaves),
+        oracle_losses.gradients_of(actual, leaves),
+    )
     assert expected_gradients["x"].any() and expected_gradients["v"].any()
     # the bias of the keys shifts every score of a row alike: its gradient is zero but for rounding
     for name in [name for name in expected_gradients if name.endswith("self.key.bias")]:
@@ -169,8 +172,8 @@ def test_our_ops_are_operators_of_one_graph():
     step, counter = compiled(loss, "aot_eager")
     expected, actual = loss(x, v), step(x, v)
     assert_exact(actual, expected, tolerance=1e-6)
-    expected_gradients = oracle.gradients_of(expected, leaves)
-    assert_exact_gradients(oracle.gradients_of(actual, leaves), expected_gradients, tolerance=1e-5)
+    expected_gradients = oracle_losses.gradients_of(expected, leaves)
+    assert_exact_gradients(oracle_losses.gradients_of(actual, leaves), expected_gradients, tolerance=1e-5)
     assert counter.frame_count == 1
     if aajr.backends()["native"] is None:
         names = {name.removeprefix("aajr.native_").removesuffix(".default") for name in operators(counter)}

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any
 
+import oracle_losses
 import pytest
 import torch
 from assertions import (
@@ -84,19 +85,19 @@ def directions(like: Tensor) -> Tensor:
 
 
 @functools.cache
-def exact(kind: str, name: str) -> tuple[Adapted, Tensor, oracle.Outcome]:
+def exact(kind: str, name: str) -> tuple[Adapted, Tensor, oracle_losses.Outcome]:
     """The subject in float64, a direction, and what the oracle says."""
     single = subject(kind, name)
     wide = Adapted(single.model.double(), single.x.double(), single.call)
     v = directions(wide.x)
-    return wide, v, oracle.loss_and_gradients(wide.tensor, wide.x, v, wide.parameters, metric="fisher")
+    return wide, v, oracle_losses.loss_and_gradients(wide.tensor, wide.x, v, wide.parameters, metric="fisher")
 
 
 def penalised(subject: Subject, x: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Penalty and gradients, by the package."""
     x, v = x.clone().requires_grad_(), v.clone().requires_grad_()
     pen = aajr.aligned_penalty(subject.output, x, v)
-    return pen, oracle.gradients_of(pen, {**subject.parameters, "x": x, "v": v})
+    return pen, oracle_losses.gradients_of(pen, {**subject.parameters, "x": x, "v": v})
 
 
 # -- exactness --------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_float32_is_within_the_budget(kind, fused):
     _, _, expected = exact(kind, "llama")
     low = subject(kind)
     v = directions(low.x)
-    eager = oracle.loss_and_gradients(low.tensor, low.x, v, low.parameters, metric="fisher")
+    eager = oracle_losses.loss_and_gradients(low.tensor, low.x, v, low.parameters, metric="fisher")
     if fused:
         fuse(low.model)
     pen, gradients = penalised(low, low.x, v)
@@ -154,7 +155,7 @@ def test_dora_is_the_formula_written_out(fan_in_fan_out):
     assert_exact(pen, expected, "penalty", tolerance=1e-13)
     leaves = {"A": a, "B": b, "magnitude": magnitude}
     assert_exact_gradients(
-        oracle.gradients_of(pen, leaves), oracle.gradients_of(expected, leaves), tolerance=1e-12
+        oracle_losses.gradients_of(pen, leaves), oracle_losses.gradients_of(expected, leaves), tolerance=1e-12
     )
 
 
@@ -216,7 +217,7 @@ def test_merged_in_float32_is_within_the_budget(kind):
     low = subject(kind)
     v = directions(low.x)
     low.model.merge_adapter()
-    eager = oracle.loss_of(low.tensor, low.x, v, metric="fisher").penalty
+    eager = oracle_losses.loss_of(low.tensor, low.x, v, metric="fisher").penalty
     pen = aajr.aligned_penalty(low.output, low.x, v[0])
     assert_within_budget(pen, eager, expected.penalty, "penalty")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 
+import oracle_losses
 import pytest
 import torch
 from assertions import assert_exact, assert_exact_gradients
@@ -34,7 +35,7 @@ def problem(name: str, k: int):
     probe = 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)
     if subject.mask is not None:  # a query that sees nothing gives zeros here, an average in eager attention
         probe = probe * subject.mask[..., None]
-    exact = oracle.loss_and_gradients(
+    exact = oracle_losses.loss_and_gradients(
         subject.tensor,
         subject.x,
         v,
@@ -46,14 +47,18 @@ def problem(name: str, k: int):
     return subject, v, probe, exact
 
 
-def through_the_dual(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle.Outcome:
+def through_the_dual(subject: Subject, v: torch.Tensor, probe: torch.Tensor) -> oracle_losses.Outcome:
     x, v = subject.x.clone().requires_grad_(), v.clone().requires_grad_()
     with oracle.KeepFloat64(aajr.Dual):
         y = subject.tensor(aajr.dual(x, v))
     penalty = oracle.mean_over_units(oracle.metric_values(y.primal, y.tangents, subject.metric), subject.mask)
     loss = penalty + (probe * y.primal).sum()
-    return oracle.Outcome(
-        loss, penalty, y.primal, y.tangents, oracle.gradients_of(loss, {**subject.parameters, "x": x, "v": v})
+    return oracle_losses.Outcome(
+        loss,
+        penalty,
+        y.primal,
+        y.tangents,
+        oracle_losses.gradients_of(loss, {**subject.parameters, "x": x, "v": v}),
     )
 
 
@@ -109,7 +114,7 @@ def test_plain_tensors_give_the_same_values_and_gradients(name):
         y = subject.tensor(x)
         kept = y if subject.mask is None else y[subject.mask]
         loss = (kept * torch.linspace(-1, 1, kept.shape[-1])).sum() + kept.square().mean()
-        return kept, oracle.gradients_of(loss, {**subject.parameters, "x": x})
+        return kept, oracle_losses.gradients_of(loss, {**subject.parameters, "x": x})
 
     before, gradients = run()
     with fuse(subject.model):
@@ -294,7 +299,7 @@ def test_peft_lora(order):
     def gradients(adapted):
         pen = aajr.aligned_penalty(lambda d: adapted(inputs_embeds=d), x, v)
         leaves = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-        return pen, oracle.gradients_of(pen, leaves)
+        return pen, oracle_losses.gradients_of(pen, leaves)
 
     expected, expected_gradients = gradients(plain)
     with aajr.coverage() as coverage:
@@ -378,9 +383,9 @@ def test_a_fused_model_compiles_in_one_graph(backend):
 
     with fuse(model):
         expected = loss(x, v)
-        gradients = oracle.gradients_of(expected, leaves)
+        gradients = oracle_losses.gradients_of(expected, leaves)
         torch._dynamo.reset()
         actual = torch.compile(loss, fullgraph=True, backend=backend)(x, v)
         assert_exact(actual, expected, tolerance=1e-5)
-        assert_exact_gradients(oracle.gradients_of(actual, leaves), gradients, tolerance=1e-4)
+        assert_exact_gradients(oracle_losses.gradients_of(actual, leaves), gradients, tolerance=1e-4)
     torch._dynamo.reset()

@@ -6,6 +6,7 @@ import functools
 import importlib
 import re
 
+import oracle_losses
 import pytest
 import torch
 from assertions import assert_exact, assert_exact_gradients
@@ -16,7 +17,6 @@ from zoo import embeddings
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import forms, fuse, residual
-from aajr_kernels.testing import oracle
 
 pytest.importorskip("transformers")
 llama = importlib.import_module("transformers.models.llama.modeling_llama")
@@ -27,7 +27,7 @@ def outcome(model):
     x, v = embeddings(2, 7, 32, seed=3).requires_grad_(), embeddings(2, 7, 32, seed=8)
     penalty = aajr.aligned_penalty(lambda d: model(inputs_embeds=d, use_cache=False), x, v)
     leaves = {"x": x} | {name: p for name, p in model.named_parameters() if "embed" not in name}
-    return penalty, oracle.gradients_of(penalty, leaves)
+    return penalty, oracle_losses.gradients_of(penalty, leaves)
 
 
 def assert_alike(model):

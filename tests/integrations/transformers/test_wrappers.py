@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 
+import oracle_losses
 import pytest
 import torch
 from assertions import assert_exact, assert_exact_gradients
@@ -16,7 +17,6 @@ from zoo import LENGTH, embeddings, padding
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.integrations.transformers.wrappers import around, chains
-from aajr_kernels.testing import oracle
 
 transformers = pytest.importorskip("transformers")
 llama = importlib.import_module("transformers.models.llama.modeling_llama")
@@ -127,7 +127,7 @@ def outcome(model):
     )
     calls = len(CALLS)
     leaves = {"x": x} | {name: p for name, p in model.named_parameters() if "embed" not in name}
-    return penalty, oracle.gradients_of(penalty, leaves), calls
+    return penalty, oracle_losses.gradients_of(penalty, leaves), calls
 
 
 def assert_fused_alike(model, listing=None, calls=True):
