@@ -102,6 +102,14 @@ def has_memory(t: torch.Tensor) -> bool:
     return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
+def version_of(t: torch.Tensor) -> int:
+    """How often the tensor's memory was written in place, views of it included; inference tensors do not count it.
+
+    Relies on, in torch 2.11-2.15: ``Tensor._version``.
+    """
+    return t._version
+
+
 def has_dispatch_modes() -> bool:
     """Whether a ``TorchDispatchMode`` sees the operators of torch that run now.
 
@@ -123,6 +131,28 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
     compiled = module._compiled_call_impl is not None
     return any(own) or compiled or torch.nn.modules.module._has_any_global_hook()
+
+
+def has_hooks_inside(module: torch.nn.Module) -> bool:
+    """:func:`has_hooks` of any module inside, at any depth, for code that asks at every call of a layer.
+
+    Torch 2.11-2.15: the same dictionaries, and ``_modules``.
+    """
+    return bool(torch.nn.modules.module._has_any_global_hook()) or _hooked_inside(module)
+
+
+def _hooked_inside(module: torch.nn.Module) -> bool:
+    for part in module._modules.values():
+        if part is not None and (
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            or part._compiled_call_impl is not None
+            or (part._modules and _hooked_inside(part))
+        ):
+            return True
+    return False
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ PAGES = {
     "quickstart.md": ["transformers"],
     "trainer.md": ["transformers", "accelerate", "peft", "trl", "datasets"],
     "training.md": ["transformers", "safetensors", "matplotlib"],
+    "triton.md": ["transformers"],
 }
 SLOW = ("compile.md", "distributed.md", "guide.md", "trainer.md", "training.md")
 

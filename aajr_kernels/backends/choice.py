@@ -10,6 +10,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -164,6 +165,8 @@ def _fits_native(t: torch.Tensor) -> bool:
     return t.is_cpu and t.dtype in _NATIVE_DTYPES and (torch.compiler.is_compiling() or has_memory(t))
 
 
+#: kinds of calls that the Triton kernels take: all that :func:`select_backend` looks at
+_taken: set[tuple[Any, ...]] = set()
 #: backends of devices -> why their kernels do not take a tensor
 _WHY_NOT = {"triton": gpu.why_not, "cuda": cuda.why_not}
 
@@ -178,6 +181,14 @@ def _why_not(backend: str, *tensors: torch.Tensor) -> str | None:
         if t.device != tensors[0].device:
             return f"tensors on {tensors[0].device} and on {t.device}: move them to one device"
     return None
+
+
+def _kind_on_device(op: str, tensors: list[torch.Tensor], in_cuda: bool) -> tuple[Any, ...] | None:
+    """All that the choice for tensors of a device depends on; None elsewhere, and while torch.compile traces."""
+    if torch.compiler.is_compiling() or not tensors or not (tensors[0].is_cuda or gpu.is_emulated()):
+        return None
+    operands = [(type(t), t.dtype, t.device) for t in tensors]
+    return (op, _current, in_cuda, *gpu.settings(), *operands) if gpu.is_launched() else None
 
 
 def select_backend(
@@ -203,6 +214,9 @@ def select_backend(
         UnsupportedOperation: a tensor is a DTensor, or complex.
     """
     present = [t for t in tensors if t is not None]
+    kind = _kind_on_device(op, present, in_cuda) if triton_lacks is None else None
+    if kind in _taken:
+        return "triton"
     for t in present:
         if t.is_complex():
             raise UnsupportedOperation(
@@ -212,6 +226,8 @@ def select_backend(
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
     lacks = None if triton_lacks is None else functools.partial(triton_lacks, *tensors)
     backend = _select(op, present, lacks, in_cuda)
+    if kind is not None and backend == "triton":
+        _taken.add(kind)
     if torch.compiler.is_compiling():
         _ready_to_trace()
         _load_all(backend)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from ..torch_private import in_backward
+from . import capture
 from .errors import BackendUnavailable
 from .operator import constant
 from .selfcheck_record import Record, record_of
@@ -116,7 +117,7 @@ def admit(named: bool, *call: Any) -> str:
     kind = Kind(*call)
     with _lock:
         if kind not in _passed and kind not in _refused:
-            if in_backward() or (kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            if in_backward() or capture.is_capturing(kind.device):
                 return kind.backend
             _decide(kind, named)
     if kind not in _refused:

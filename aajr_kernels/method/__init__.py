@@ -3,6 +3,7 @@
 from .ascent import ascend
 from .baselines import baseline_penalty, trajectory_baseline
 from .directions import inject, normalize
+from .graphs import Graphed, graphed
 from .head import LMHead
 from .losses import lm_loss
 from .penalty import aligned_penalty
@@ -10,6 +11,7 @@ from .stability import StabilityReport, stability_report, step_condition
 from .trajectory import PenaltyStatistics, Trajectory, trajectory_penalty
 
 __all__ = [
+    "Graphed",
     "LMHead",
     "PenaltyStatistics",
     "StabilityReport",
@@ -17,6 +19,7 @@ __all__ = [
     "aligned_penalty",
     "ascend",
     "baseline_penalty",
+    "graphed",
     "inject",
     "lm_loss",
     "normalize",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import capture
 from ..dual import Dual
 from .attack_state import frozen_parameters, modules_of, ranks_of
 from .checks import check_choices, check_integers, kind_of
@@ -106,7 +107,11 @@ def ascend(
     Returns:
         Trajectory: detached. A zero gradient gives a zero direction and a step of zero.
 
+    While a CUDA graph is captured (:func:`aajr_kernels.graphed`) values go unchecked: NaN reaches the trajectory.
+
     Raises:
+        UnsupportedOperation: a CUDA graph is being captured, and ``step_size="auto"``, ``scope="agent"`` or a
+            `loss_fn` that draws random numbers would have the host read values.
         TypeError, ValueError: an argument has a wrong type, shape or value; `loss_fn` does not return ``[B]``, returns
             a loss that does not depend on its input, or one that is not finite (``"auto"``: at the start; later
             points where it is not finite are stepped back from).
@@ -126,6 +131,10 @@ def ascend(
     if not evaluate_last and (auto or restarts > 1):
         raise ValueError(
             "evaluate_last=False goes with a given step_size and one run: 'auto' and restarts compare the last loss."
+        )
+    if auto:
+        capture.refuse(
+            x.device, "step_size='auto' steps back by what it measures", "give a number or a tensor"
         )
     modules = modules_of(module)
     if eval_mode and not modules:
@@ -255,6 +264,8 @@ def _better(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]
 def _require_finite(
     losses: Tensor, gradients: Tensor, where: str, remedy: str = "check x and the model"
 ) -> None:
+    if capture.reads_no_value(losses.device):
+        return
     for name, values in (("loss", losses), ("gradient", gradients)):
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteLoss(f"loss_fn gave a {name} that is NaN or infinite {where}: {remedy}.")

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import sharding
+from ..backends import capture
+from ..backends.errors import UnsupportedOperation
 from ..ops.attention import draws_apart
 from ..rules.registry import RULES
-from ..torch_private import RUNNING_NORMS
+from ..torch_private import RUNNING_NORMS, TorchDispatchMode
 
 __all__ = [
     "RandomState",
@@ -54,10 +56,33 @@ def one_dropout_mask(device: torch.device) -> contextlib.AbstractContextManager[
     return _DrawnAlike() if draws_apart(device) else contextlib.nullcontext()
 
 
+class _NothingDrawn(TorchDispatchMode):
+    """Refuses operators that draw random numbers."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names = [argument.name for argument in func._schema.arguments]
+            options = {**dict(zip(names, args)), **(kwargs or {})}
+            if options.get("dropout_p", options.get("p")) != 0.0:
+                raise UnsupportedOperation(
+                    f"loss_fn draws random numbers ({func}), the same at every point of an attack, which a captured "
+                    "CUDA graph cannot: put the model in eval mode (eval_mode=True) or set its dropout to 0."
+                )
+        return func(*args, **(kwargs or {}))
+
+
 class RandomState:
-    """The state of the global generators of the CPU and of one device, to be put back as often as wanted."""
+    """The state of the global generators of the CPU and of one device, to be put back as often as wanted.
+
+    While a CUDA graph is captured there is no state to be had, and what draws from it is refused.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._captured = capture.reads_no_value(device)
+        if self._captured:
+            return
         self._cpu = torch.get_rng_state()
         self._module = None if device.type == "cpu" else torch.get_device_module(device)
         # mps has one device, and functions without a parameter for it
@@ -66,6 +91,8 @@ class RandomState:
 
     def restore(self) -> None:
         """Put the states back."""
+        if self._captured:
+            return
         torch.set_rng_state(self._cpu)
         if self._module is not None:
             self._module.set_rng_state(self._state, *self._device)
@@ -73,7 +100,7 @@ class RandomState:
     def replay(self, call: Callable[[Any], Any], x: Any) -> Any:
         """``call(x)`` from these states, with the dropout masks that a Dual draws from them."""
         self.restore()
-        with one_dropout_mask(x.device):
+        with _NothingDrawn() if self._captured else one_dropout_mask(x.device):
             return call(x)
 
 

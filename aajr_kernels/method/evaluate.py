@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import no_autocast
 from ..dual import Dual
 from .attack_state import RandomState
 from .checks import kind_of
@@ -92,7 +93,7 @@ class Evaluator:
         point = self.point(delta).requires_grad_()
         # a copy may be changed in place, and hooks on what enters a module do not meet a leaf, where some are refused
         losses = self._losses(point.clone())
-        with torch.autocast(self.x.device.type, enabled=False):
+        with no_autocast(self.x.device.type):
             gradient = input_gradient(losses, point)
         return losses.detach(), kept(gradient.to(self.wide.dtype), self.keep)
 

@@ -31,7 +31,7 @@ def expected_cotangents(hidden: Dual, options: PenaltyOptions, count: Any) -> Ex
     labels, weight, batch = options.labels, options.penalty_weight, tuple(hidden.shape[:-1])
     per_sequence = options.unit == "sequence" and len(batch) > 0
     if (
-        hidden.device.type not in ("cpu", "cuda")
+        hidden.device.type not in ("cpu", "cuda", "meta")
         or torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
         or (labels is not None and weight is None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import capture
 from .checks import is_number, kind_of
 from .scopes import Groups, kept
 
@@ -97,10 +98,11 @@ def checked_radius(radius: object, groups: Groups) -> float | Tensor:
         raise TypeError(f"radius must be a number or a floating point tensor, got {kind_of(radius)}.")
     radius = radius.detach()
     b, g = groups.batch, groups.count
-    if not bool((radius > 0).all()):
+    captured = capture.reads_no_value(radius.device)
+    if not captured and not bool((radius > 0).all()):
         raise ValueError(f"radius must be positive everywhere, got {radius.min().item()}.")
     if radius.dim() == 0:
-        return float(radius)
+        return radius.expand(b, 1) if captured else float(radius)
     if radius.shape == (b,):
         return radius.reshape(b, 1)
     if radius.shape in ((b, 1), (b, g)):

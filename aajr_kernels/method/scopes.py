@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..backends import capture
 from .checks import as_mask, check_choices, kind_of
 
 __all__ = [
@@ -147,7 +148,14 @@ def unit_of(scope: str, unit: str | None = None, scope_is_default: bool = False,
 
 
 def agent_labels(agents: Tensor) -> Tensor:
-    """The different agents, ascending; ``[0]`` if there is none."""
+    """The different agents, ascending; ``[0]`` if there is none.
+
+    Raises:
+        UnsupportedOperation: a CUDA graph is being captured.
+    """
+    capture.refuse(
+        agents.device, "scope='agent' and per_agent count the agents", "attack by sequence or token"
+    )
     labels = agents.unique()
     labels = labels[labels >= 0]
     return labels if labels.numel() else labels.new_zeros(1)
@@ -200,7 +208,7 @@ def attackable(mask: object, agents: Tensor | None, x: Tensor) -> Tensor | None:
                 f"{tuple(x.shape)}, got {shape}."
             )
         keep = wide if keep is None else keep & wide
-    if keep is not None and not bool(keep.any()):
+    if keep is not None and not capture.reads_no_value(keep.device) and not bool(keep.any()):
         raise ValueError(
             "mask and agents leave nothing to attack: nonzero in mask means that a token may be attacked, a negative "
             "number in agents that it belongs to no agent."

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..backends import capture
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
 from .checks import check_choices, check_integers, check_number
@@ -130,9 +131,11 @@ def stability_report(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value.
-        UnsupportedOperation: `loss_fn` or `func` uses a function without a derivative rule.
+        UnsupportedOperation: `loss_fn` or `func` uses a function without a derivative rule; a CUDA graph is being
+            captured.
     """
     _check(x, traj, curvature, samples, func, output_loss, metric, gamma, power_iterations, tolerance)
+    capture.refuse(x.device, "stability_report reads values on the host", "call it outside of the graph")
     unit = traj.unit(unit)
     modules, random = modules_of(module), RandomState(x.device)
     loss_fn = functools.partial(random.replay, loss_fn)

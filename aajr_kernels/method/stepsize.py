@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..backends import capture
 from .checks import is_number, kind_of
 from .evaluate import Evaluator
 from .scopes import Groups
@@ -78,7 +79,9 @@ def checked_step_size(step_size: object, steps: int, x: Tensor) -> str | Tensor:
             f"step_size must be a number, [{shape[1]}] (one per batch row) or [{steps}, {shape[1]}] (steps by rows), "
             f"got shape {tuple(step_size.shape)}."
         )
-    if not bool(((step_size > 0) & step_size.isfinite()).all()):
+    if not capture.reads_no_value(step_size.device) and not bool(
+        ((step_size > 0) & step_size.isfinite()).all()
+    ):
         raise ValueError("step_size must be positive and finite everywhere.")
     return step_size.detach().to(device=x.device, dtype=dtype).expand(shape)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import capture
 from ..torch_private import pytree
 from .checks import check_choices, check_integers
 from .options import PenaltyOptions
@@ -198,6 +199,8 @@ def trajectory_penalty(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value; and errors of :func:`aligned_penalty`.
+        UnsupportedOperation: a CUDA graph is being captured, and `per_agent` or `weights` would have the host read
+            values.
     """
     _check(x, traj, steps, direction, at, per_agent, batch_steps, inputs)
     if unknown := sorted(set(penalty_options) - {field.name for field in fields(PenaltyOptions)}):
@@ -235,9 +238,17 @@ def _steps_and_shares(
     count, batch = len(traj), traj.x.shape[0]
     if weights is not None and steps not in ("all", "random"):
         raise ValueError(f"weights go with steps='all' or 'random', got steps={steps!r}.")
+    if isinstance(weights, Tensor) or (weights is not None and steps == "random"):
+        capture.refuse(
+            traj.x.device,
+            "trajectory_penalty reads a tensor of weights, and weights of steps='random', on the host",
+            "leave them out, or pass numbers to steps='all'",
+        )
     shares = step_shares(weights, count)
     one = torch.ones(1, dtype=torch.float64)
     if steps == "random":
+        if capture.reads_no_value(traj.x.device):
+            return torch.randint(count, (1, batch), device=traj.x.device, generator=generator), one
         return drawn_steps(shares, batch, generator).unsqueeze(0), one
     if steps == "worst":
         return traj.worst_steps.unsqueeze(0), one
@@ -305,6 +316,10 @@ def _tangents(traj: Trajectory, index: Tensor, direction: str, per_agent: bool) 
 
 def gathered(values: Tensor, index: Tensor) -> Tensor:
     """``[S, B, ...]`` from ``[T, B, ...]`` and the step ``[S, B]`` of every batch row."""
+    if index.device.type == "cpu" and (index.stride(1) == 0 or index.shape[1] == 1):
+        return torch.stack(
+            [values[step] for step in index[:, 0].tolist()]
+        )  # no index has to go to the device
     return values[index.to(values.device), torch.arange(values.shape[1], device=values.device)]
 
 
@@ -367,7 +382,7 @@ def _weighted(measured: Measured, share: Tensor, options: PenaltyOptions) -> Ten
                 for q, mask in zip(measured.q.split(rows, 1), masks)
             ]
         )
-    return (values * share.to(values).reshape(-1, *(1,) * (values.dim() - 1))).sum(0)
+    return functools.reduce(torch.add, (value * weight for value, weight in zip(values, share.tolist())))
 
 
 @torch.no_grad()

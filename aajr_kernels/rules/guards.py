@@ -80,8 +80,20 @@ def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _holds_dual(values: Any) -> bool:
-    return any(is_dual(leaf) for leaf in pytree.tree_leaves(values, is_leaf=is_dual))
+#: types of most arguments, which hold no Dual: to look into them as trees takes longer than starting a kernel
+_PLAIN = {torch.Tensor, nn.Parameter, type(None), bool, int, float, str, torch.dtype}
+
+
+def _holds_dual(values: tuple[Any, ...] | list[Any]) -> bool:
+    for value in values:
+        if type(value) in _PLAIN:
+            continue
+        if type(value) in (tuple, list):
+            if _holds_dual(value):
+                return True
+        elif any(map(is_dual, pytree.tree_leaves(value, is_leaf=is_dual))):
+            return True
+    return False
 
 
 def guard_functions() -> None:
@@ -116,7 +128,7 @@ def _refuse(cls: type, args: tuple[Any, ...]) -> None:
 def _warning(original: Callable[..., Any], what: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def setup(self: BackwardHook, values: Any) -> Any:
-        if not _holds_dual(values):
+        if not _holds_dual((values,)):
             return original(self, values)
         warnings.warn(
             f"the backward hooks of {type(self.module).__name__} do not see its {what}, which is a Dual: put a hook on "

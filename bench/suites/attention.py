@@ -1,4 +1,8 @@
-"""Suite `attention`: the dual's forward and backward against torch's own plain attention."""
+"""Suite `attention`: the dual's forward and backward against torch's own plain attention.
+
+Families `context` and `context-plain`: the last quarter of the positions on all of them, of which only that quarter has
+tangents, in two parts or put together first.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,11 @@ BOUNDS = {
     (128, "float32", 2048): 2.2,
     (64, "bfloat16", 2048): 1.5,
 }
+#: family -> largest ratio to keys and values that are put together, by variant
+CONTEXT_BOUNDS: dict[str, dict[str, float]] = {
+    "context": {"dual, context": 0.75, "dual, context, fixed": 0.6},
+    "context-plain": {"context": 0.85, "context, fixed": 0.6},
+}
 #: matrix products over the visible pairs: plain, dual
 PRODUCTS = {"both": (7, 21), "forward": (2, 6), "backward": (5, 15)}
 #: tensors that are read and written once: q, k, v and out; then those and four gradients
@@ -35,12 +44,19 @@ TENSORS = {"forward": 2, "backward": 4, "both": 6}
 
 
 def cases(selection: Selection) -> list[Case]:
-    return [
+    usual = [
         _case(features, dtype, n, selection)
         for features, lengths in LENGTHS.items()
         if selection.wants(f"d{features}")
         for dtype, n in selection.grid(("float32", "bfloat16"), lengths)
     ]
+    in_parts = [
+        _context_case(family, dtype, n, selection)
+        for family in CONTEXT_BOUNDS
+        if selection.wants(family)
+        for dtype, n in selection.grid(("float32",), (2048,))
+    ]
+    return usual + in_parts
 
 
 def _case(features: int, dtype: str, length: int, selection: Selection) -> Case:
@@ -141,4 +157,56 @@ def formula(shape: Attention) -> Callable[..., Tensor]:
     return function
 
 
-SUITE = Suite("attention", "attention, causal, B1 H6 KV2, D64 and D128", ("d64", "d128"), cases)
+def _context_case(family: str, dtype: str, n: int, selection: Selection) -> Case:
+    """Queries, keys and values of the last quarter of n positions, on the context of all others.
+
+    `fixed`: the context needs no gradient, as inside an attack.
+    """
+    B, H, HK, D = 1, 6, 2, 64
+
+    def inputs(length: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        last = -(-length // 4)
+        moving = [draw(2, B, last, heads, D, dtype=dtype, seed=i) for i, heads in enumerate((H, HK, HK))]
+        before = [draw(B, length - last, HK, D, dtype=dtype, seed=3 + i) for i in range(2)]
+        return moving, before, draw(2, B, last, H, D, dtype=dtype, seed=5).transpose(2, 3)
+
+    def function(joined: bool, fixed: bool, formula: bool = False) -> Callable[..., Any]:
+        def call(*operands: Any) -> Any:
+            q, k, v, *before = (x.transpose(-2, -3) for x in operands)
+            before = [x.detach() if fixed else x for x in before]
+            if formula:
+                return formulas.attention(q, k, v, context=(before[0], before[1]), causal=True)
+            if not joined:
+                return attention(q, k, v, context=(before[0], before[1]), causal=True)
+            k, v = (torch.cat(pair, -2) for pair in zip(before, (k, v)))
+            return attention(q, k, v, causal="lower_right")
+
+        return call
+
+    op = Op(inputs, selection.part, selection.device)
+    plain = family.endswith("plain")
+    run, truth, prefix = (op.plain, op.truth, "") if plain else (op.dual, op.dual_truth, "dual, ")
+    bounds = CONTEXT_BOUNDS[family] if selection.bounded else {}
+    made = [
+        Variant(
+            name := prefix + ("joined" if joined else "context") + ", fixed" * fixed,
+            run(function(joined, fixed)),
+            truth(function(joined, fixed, formula=True)),
+            bounds={"ratio": bounds[name]} if name in bounds else {},
+        )
+        for fixed in (False, True)
+        for joined in (True, False)
+    ]
+    return selection.case(
+        *("attention", family, dtype, n, made),
+        base=(made[0].name,),
+        config={"B": B, "H": H, "HK": HK, "D": D, "causal": True},
+        gate_length=257,
+        repeats=16,
+        why="two parts of keys and values ÷ put together",
+    )
+
+
+SUITE = Suite(
+    "attention", "attention, causal, B1 H6 KV2, D64 and D128", ("d64", "d128", *CONTEXT_BOUNDS), cases
+)

@@ -14,10 +14,11 @@ namespace AAJR_ARCH {
 namespace {
 
 // Scores, their tangents and cotangents of a tile, down to dS0, dS0'_k, P and P c_k.
-void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums,
-                        const Sequence& s, const Block& at, int64_t j0, int64_t nb, const Dropout& dropout) {
+void differentiate_tile(const AttentionBackward& p, const KeyPart& part, const Workspace& w, const Operands& of,
+                        const Sums& sums, const Sequence& s, const Block& at, int64_t j0, int64_t nb,
+                        const Dropout& dropout) {
   const int64_t padded = round_up(nb, NR);
-  const bool scores = p.has_scores(), need_scores = p.q_bar.data || p.k_bar.data || p.bias_bar;
+  const bool scores = p.has_scores(), need_scores = p.q_bar.data || part.k_bar.data || p.bias_bar;
   const float rest = scale_of_products(p);
   const bool early = p.softcap > 0.0f || p.mask.is_bias() || !(rest > 0.0f);  // as in the forward
   const int64_t diagonal = diagonal_of(p, s, at.i0, j0);
@@ -31,13 +32,13 @@ void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Op
   for (int t = 0; scores && t < p.K; ++t) {
     Product<LowerResult> rate(lower, at.mb, padded, w.rate(t), LD, false);
     if (p.q.stacks > 1) rate.add(of.k_t.times(w.query(1 + t), 0, j0));
-    if (p.k.stacks > 1) rate.add(of.k_t.times(w.query(0), 1 + t, j0));
+    if (part.k.stacks > 1) rate.add(of.k_t.times(w.query(0), 1 + t, j0));
     rate.run();
     finish_rate(p, w, s, at, j0, nb, padded, t, early ? rest : 1.0f);
   }
   if (need_scores) {
     Product<LowerResult> b(lower, at.mb, padded, w.sbar, LD, false);
-    for (int t = 0; t < p.v.stacks; ++t) b.add(of.v_t.times(w.cotangent(t), t, j0));
+    for (int t = 0; t < part.v.stacks; ++t) b.add(of.v_t.times(w.cotangent(t), t, j0));
     b.run();
     for (int t = 0; scores && t < p.K; ++t) {
       Product<LowerResult> a(lower, at.mb, padded, w.t_bar(t), LD, false);
@@ -54,34 +55,34 @@ void differentiate_tile(const AttentionBackward& p, const Workspace& w, const Op
   if (p.softcap > 0.0f && need_scores) uncap(p, at, padded, w);
 }
 
-// The tile's share of the gradients of values, in the unit's sums.
-void multiply_weights(const AttentionBackward& p, const Workspace& w, const Sums& sums, int64_t mb, int64_t j0,
-                      int64_t nb, int64_t diagonal) {
+// The tile's share of the gradients of a part's values, in the unit's sums.
+void multiply_weights(const AttentionBackward& p, const KeyPart& part, const Workspace& w, const KeySums& sums,
+                      int64_t mb, int64_t j0, int64_t nb, int64_t diagonal) {
   const int64_t padded = round_up(nb, NR);
   const TileOperand weights = w.weight(0, mb, padded);
   const UpperLeft upper(diagonal);
-  Product<UpperLeft> dv(upper, sums.v.target(0, j0, nb));
+  Product<UpperLeft> dv(upper, sums.target(0, j0, nb));
   dv.add(KeySums::term(weights, w.cotangent(0), mb));
   for (int t = 0; p.has_scores() && t < p.K; ++t)
     dv.add(KeySums::term(w.weight(1 + t, mb, padded), w.cotangent(1 + t), mb));
   dv.run();
-  for (int t = 1; t < p.v.stacks; ++t) {
-    Product<UpperLeft> tangent(upper, sums.v.target(t, j0, nb));
+  for (int t = 1; t < part.v.stacks; ++t) {
+    Product<UpperLeft> tangent(upper, sums.target(t, j0, nb));
     tangent.add(KeySums::term(weights, w.cotangent(t), mb));
     tangent.run();
   }
 }
 
 // The same of queries (in w.dq) and keys. A rounded tile serves both.
-void multiply_bars(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums, int64_t mb,
-                   int64_t j0, int64_t nb, int64_t diagonal) {
-  const bool has_q = p.q.stacks > 1, has_k = p.k.stacks > 1;
-  const bool for_queries = p.q_bar.data != nullptr, for_keys = p.k_bar.data != nullptr;
+void multiply_bars(const AttentionBackward& p, const KeyPart& part, const Workspace& w, const Operands& of,
+                   const KeySums& sums, int64_t mb, int64_t j0, int64_t nb, int64_t diagonal) {
+  const bool has_q = p.q.stacks > 1, has_k = part.k.stacks > 1;
+  const bool for_queries = p.q_bar.data != nullptr, for_keys = part.k_bar.data != nullptr;
   const int64_t padded = round_up(nb, NR);
   const TileOperand bar = w.bar(0, mb, padded, for_queries, for_keys);
   const UpperLeft upper(diagonal);
   const LowerLeft lower(diagonal);
-  Product<UpperLeft> dk(upper, sums.k.target(0, j0, nb));
+  Product<UpperLeft> dk(upper, sums.target(0, j0, nb));
   Product<LowerLeft> dq(lower, mb, w.ld_q, w.d_query(0), w.ld_q);
   if (for_keys) dk.add(KeySums::term(bar, w.query(0), mb));
   if (for_queries) dq.add(of.k.times(bar, 0, j0, nb));
@@ -90,7 +91,7 @@ void multiply_bars(const AttentionBackward& p, const Workspace& w, const Operand
     if (for_keys && has_q) dk.add(KeySums::term(t_bar, w.query(1 + t), mb));
     if (for_queries && has_k) dq.add(of.k.times(t_bar, 1 + t, j0, nb));
     if (for_keys && has_k) {
-      Product<UpperLeft> tangent(upper, sums.k.target(1 + t, j0, nb));
+      Product<UpperLeft> tangent(upper, sums.target(1 + t, j0, nb));
       tangent.add(KeySums::term(t_bar, w.query(0), mb));
       tangent.run();
     }
@@ -105,20 +106,26 @@ void multiply_bars(const AttentionBackward& p, const Workspace& w, const Operand
 }
 
 template <class T>
-void query_block(const AttentionBackward& p, const Workspace& w, const Operands& of, const Sums& sums,
-                 const Sequence& s, const Block& at, const Dropout& dropout) {
-  load_block<T>(p, w, s, at);
+void query_block(const AttentionBackward& p, const Workspace& w, const Operands* operands, const Sums& sums, int64_t b,
+                 const Sequence& queries, const Block& at, const Dropout& dropout) {
+  load_block<T>(p, w, queries, at);
   for (int64_t e = 0; e < (1 + p.K) * QB * w.ld_q; ++e) w.dq[e] = 0.0f;
-  const Span span = visible(p, s, at.i0, at.i0 + at.mb);
-  for (int64_t j0 = span.low; j0 < span.high; j0 += KB) {
-    const int64_t nb = smaller(KB, span.high - j0), diagonal = diagonal_of(p, s, at.i0, j0);
-    differentiate_tile(p, w, of, sums, s, at, j0, nb, dropout);
-    if (p.v_bar.data) multiply_weights(p, w, sums, at.mb, j0, nb, diagonal);
-    if (p.q_bar.data || p.k_bar.data) multiply_bars(p, w, of, sums, at.mb, j0, nb, diagonal);
+  for (int i = 0; i < p.part_count; ++i) {
+    const KeyPart& part = p.parts[i];
+    const bool need_bars = p.q_bar.data || part.k_bar.data;
+    if (!need_bars && !part.v_bar.data && !p.bias_bar) continue;
+    const Sequence s = sequence(p, part, b);
+    const Span span = visible(p, s, at.i0, at.i0 + at.mb);
+    for (int64_t j0 = span.low; j0 < span.high; j0 += KB) {
+      const int64_t nb = smaller(KB, span.high - j0), diagonal = diagonal_of(p, s, at.i0, j0);
+      differentiate_tile(p, part, w, operands[i], sums, s, at, j0, nb, dropout);
+      if (part.v_bar.data) multiply_weights(p, part, w, sums.v(i), at.mb, j0, nb, diagonal);
+      if (need_bars) multiply_bars(p, part, w, operands[i], sums.k(i), at.mb, j0, nb, diagonal);
+    }
   }
   for (int t = 0; p.q_bar.data && t < p.q.stacks; ++t)
     for (int64_t i = 0; i < at.mb; ++i)
-      write_row(row_of<T>(p.q_bar, s, at.h, t, at.i0 + i), w.d_query(t) + i * w.ld_q, p.D, p.scale);
+      write_row(row_of<T>(p.q_bar, queries, at.h, t, at.i0 + i), w.d_query(t) + i * w.ld_q, p.D, p.scale);
 }
 
 // Add the units' sums of the rows [first, last) in order and write them.
@@ -146,64 +153,75 @@ void backward_typed(const AttentionBackward& p) {
   // heads or batch rows that share the rows of a bias gradient add to it one after another
   const bool ordered = p.bias_bar && m.row != 0 && ((m.batch == 0 && p.B > 1) || (m.head == 0 && p.HK > 1));
   const int64_t parts = shares(pairs, blocks, p.threads, ordered);
-  const int64_t operand_floats = Operands::floats(p), sum_floats = Sums::floats(p);
+  const int last_part = p.part_count - 1;
+  const int64_t context = last_part ? Operands::floats(p, p.parts[0]) : 0;
+  const int64_t operand_floats = context + Operands::floats(p, p.parts[last_part]), sum_floats = Sums::floats(p);
   const int64_t per_pair = operand_floats + parts * sum_floats;
   const int64_t step = ordered ? 1 : pairs_at_once(pairs, parts, per_pair, p.threads);
-  const int64_t work = Workspace::floats(p), key_blocks = (p.longest_k + KB - 1) / KB;
+  const int64_t work = Workspace::floats(p), chunks = key_blocks(p);
   const Scratch<float> memory(step * per_pair), scratch(work * p.threads);
   const Dropout dropout(p);
   for (int64_t e = 0; e < work * p.threads; ++e) scratch[e] = 0.0f;
   for (int64_t first = 0; first < pairs; first += step) {
     const int64_t count = smaller(step, pairs - first);
-    auto operands = [&](int64_t i) { return Operands(memory.get() + i * per_pair, p); };
-    auto sums = [&](int64_t i, int64_t part) {
-      return Sums(memory.get() + i * per_pair + operand_floats + part * sum_floats, p);
+    auto operands = [&](int64_t i, int part) {
+      return Operands(memory.get() + i * per_pair + (part ? context : 0), p, p.parts[part]);
     };
-    parallel_dynamic(count * key_blocks, p.threads, [&](int64_t index, int) {
-      const int64_t i = index / key_blocks, j0 = index % key_blocks * KB, head = (first + i) % p.HK;
-      const Sequence s = sequence(p, (first + i) / p.HK);
-      const int64_t rows = smaller(KB, s.m - j0);
+    auto sums = [&](int64_t i, int64_t share) {
+      return Sums{p, memory.get() + i * per_pair + operand_floats + share * sum_floats};
+    };
+    parallel_dynamic(count * chunks, p.threads, [&](int64_t index, int) {
+      const int64_t i = index / chunks, head = (first + i) % p.HK;
+      const KeyBlock keys = key_block(p, index % chunks);
+      const KeyPart& part = p.parts[keys.part];
+      const Sequence s = sequence(p, part, (first + i) / p.HK);
+      const int64_t rows = smaller(KB, s.m - keys.first);
       if (rows <= 0) return;
-      const Operands of = operands(i);
-      pack<T>(p.k, s, head, j0, rows, of.k_t);
-      pack<T>(p.k, s, head, j0, rows, of.k);
-      pack<T>(p.v, s, head, j0, rows, of.v_t);
+      const Operands of = operands(i, keys.part);
+      pack<T>(part.k, s, head, keys.first, rows, of.k_t);
+      pack<T>(part.k, s, head, keys.first, rows, of.k);
+      pack<T>(part.v, s, head, keys.first, rows, of.v_t);
     });
     parallel_dynamic(count * parts, p.threads, [&](int64_t index, int slot) {
       const int64_t i = index / parts, part = index % parts, b = (first + i) / p.HK, hk = (first + i) % p.HK;
       const Workspace w(scratch.get() + work * slot, p);
       const TileScope tiles;
       const Sums own = sums(i, part);
-      for (int64_t e = 0; e < sum_floats; ++e) own.k.data[e] = 0.0f;
-      const Sequence s = sequence(p, b);
+      for (int64_t e = 0; e < sum_floats; ++e) own.base[e] = 0.0f;
+      const Operands of[] = {operands(i, 0), operands(i, last_part)};
+      const Sequence s = sequence(p, p.parts[0], b);
       for (int64_t block = 0; block * QB < s.n; ++block) {
         // to and fro, so that under causality every share gets short and long blocks
         const int64_t turn = block % (2 * parts);
         if ((turn < parts ? turn : 2 * parts - 1 - turn) != part) continue;
         for (int64_t g = 0; g < group; ++g) {
           const Block at{hk * group + g, block * QB, smaller(QB, s.n - block * QB)};
-          query_block<T>(p, w, operands(i), own, s, at, dropout);
+          query_block<T>(p, w, of, own, b, s, at, dropout);
         }
       }
     });
-    parallel_dynamic(count * key_blocks, p.threads, [&](int64_t index, int slot) {
-      const int64_t i = index / key_blocks, j0 = index % key_blocks * KB, head = (first + i) % p.HK;
-      const Sequence s = sequence(p, (first + i) / p.HK);
-      const int64_t last = smaller(s.m, j0 + KB);
+    parallel_dynamic(count * chunks, p.threads, [&](int64_t index, int slot) {
+      const int64_t i = index / chunks, head = (first + i) % p.HK;
+      const KeyBlock keys = key_block(p, index % chunks);
+      const KeyPart& part = p.parts[keys.part];
+      const Sequence s = sequence(p, part, (first + i) / p.HK);
+      const int64_t last = smaller(s.m, keys.first + KB);
       const Sums own = sums(i, 0);
-      float* row = scratch.get() + work * slot;
-      if (p.k_bar.data)
-        write_sums<T>(p.k_bar, s, head, own.k, p.D, scale_of_products(p), parts, sum_floats, j0, last, row);
-      if (p.v_bar.data) write_sums<T>(p.v_bar, s, head, own.v, p.V, 1.0f, parts, sum_floats, j0, last, row);
+      const auto write = [&](const Rows& to, const KeySums& of, int64_t width, float factor) {
+        float* row = scratch.get() + work * slot;
+        if (to.data) write_sums<T>(to, s, head, of, width, factor, parts, sum_floats, keys.first, last, row);
+      };
+      write(part.k_bar, own.k(keys.part), p.D, scale_of_products(p));
+      write(part.v_bar, own.v(keys.part), p.V, 1.0f);
     });
     for (int64_t unit = 0; Sums::own_bias(p) && unit < count * parts; ++unit) {
       const Sums own = sums(unit / parts, unit % parts);
-      const Sequence s = sequence(p, (first + unit / parts) / p.HK);
+      const Sequence s = sequence(p, p.parts[0], (first + unit / parts) / p.HK);
       for (int t = 0; t < p.mask.stacks; ++t)
         for (int64_t g = 0; g < group; ++g) {
           const int64_t h = (first + unit / parts) % p.HK * group + g;
-          for (int64_t j = 0; j < (m.col ? s.m : 1); ++j)
-            p.bias_bar[bias_element(m, s, t, h, 0, j)] += own.bias[t * own.bias_stack + g * own.bias_head + j];
+          for (int64_t j = 0; j < (m.col ? p.columns : 1); ++j)
+            p.bias_bar[bias_element(m, s, t, h, 0, j)] += *own.bias(t, g, j);
         }
     }
   }

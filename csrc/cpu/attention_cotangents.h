@@ -35,51 +35,58 @@ class Product {
   ProductTerm terms_[kMost];
 };
 
-// Operands of one (batch row, key head), laid out in this order.
+// Operands of one (batch row, key head) and part of its keys, laid out in this order.
 struct Operands {
   Panels k_t;
   Dense k;
   Panels v_t;
-  static int64_t k_t_floats(const AttentionBackward& p) {
-    return floats_for(p.k.stacks * Panels(nullptr, p.longest_k, p.D).stack);
+  static int64_t k_t_floats(const AttentionBackward& p, const KeyPart& part) {
+    return floats_for(part.k.stacks * Panels(nullptr, part.longest, p.D).stack);
   }
-  static int64_t k_floats(const AttentionBackward& p) {
-    return floats_for(p.k.stacks * Dense(nullptr, p.longest_k, p.D).stack);
+  static int64_t k_floats(const AttentionBackward& p, const KeyPart& part) {
+    return floats_for(part.k.stacks * Dense(nullptr, part.longest, p.D).stack);
   }
-  static int64_t floats(const AttentionBackward& p) {
-    return k_t_floats(p) + k_floats(p) + floats_for(p.v.stacks * Panels(nullptr, p.longest_k, p.V).stack);
+  static int64_t floats(const AttentionBackward& p, const KeyPart& part) {
+    return k_t_floats(p, part) + k_floats(p, part) +
+           floats_for(part.v.stacks * Panels(nullptr, part.longest, p.V).stack);
   }
-  Operands(float* base, const AttentionBackward& p)
-      : k_t(as_numbers(base), p.longest_k, p.D),
-        k(as_numbers(base + k_t_floats(p)), p.longest_k, p.D),
-        v_t(as_numbers(base + k_t_floats(p) + k_floats(p)), p.longest_k, p.V) {}
+  Operands(float* base, const AttentionBackward& p, const KeyPart& part)
+      : k_t(as_numbers(base), part.longest, p.D),
+        k(as_numbers(base + k_t_floats(p, part)), part.longest, p.D),
+        v_t(as_numbers(base + k_t_floats(p, part) + k_floats(p, part)), part.longest, p.V) {}
 };
 
-// A unit's sums: key gradients, value gradients, and the gradient of a bias that is the same for all queries [bias
-// stacks][heads of the group or 1][M or 1].
+// A unit's sums: gradients of the keys and values of every part, and the gradient of a bias that is the same for all
+// queries [bias stacks][heads of the group or 1][columns or 1].
 struct Sums {
-  KeySums k, v;
-  float* bias;
-  int64_t bias_stack, bias_head;
+  const AttentionBackward& p;
+  float* base;
   static bool own_bias(const AttentionBackward& p) { return p.bias_bar != nullptr && p.bias_bar_strides.row == 0; }
   static int64_t bias_floats(const AttentionBackward& p) {
-    return own_bias(p) ? p.mask.stacks * (p.H / p.HK) * p.longest_k : 0;
+    return own_bias(p) ? p.mask.stacks * (p.H / p.HK) * p.columns : 0;
   }
-  static int64_t k_floats(const AttentionBackward& p) {
-    return p.k_bar.data ? p.k.stacks * KeySums(nullptr, p.longest_k, p.D).stack : 0;
+  static int64_t k_floats(const AttentionBackward& p, const KeyPart& part) {
+    return part.k_bar.data ? part.k.stacks * KeySums(nullptr, part.longest, p.D).stack : 0;
   }
-  static int64_t v_floats(const AttentionBackward& p) {
-    return p.v_bar.data ? p.v.stacks * KeySums(nullptr, p.longest_k, p.V).stack : 0;
+  static int64_t v_floats(const AttentionBackward& p, const KeyPart& part) {
+    return part.v_bar.data ? part.v.stacks * KeySums(nullptr, part.longest, p.V).stack : 0;
+  }
+  // Floats of the parts before one.
+  static int64_t before(const AttentionBackward& p, int part) {
+    int64_t floats = 0;
+    for (int i = 0; i < part; ++i) floats += k_floats(p, p.parts[i]) + v_floats(p, p.parts[i]);
+    return floats;
   }
   static int64_t floats(const AttentionBackward& p) {
-    return round_up(k_floats(p) + v_floats(p) + bias_floats(p), 16);  // whole cache lines
+    return round_up(before(p, p.part_count) + bias_floats(p), 16);  // whole cache lines
   }
-  Sums(float* base, const AttentionBackward& p)
-      : k(base, p.longest_k, p.D),
-        v(base + k_floats(p), p.longest_k, p.V),
-        bias(base + k_floats(p) + v_floats(p)),
-        bias_stack((p.H / p.HK) * p.longest_k),
-        bias_head(p.longest_k) {}
+  KeySums k(int part) const { return {base + before(p, part), p.parts[part].longest, p.D}; }
+  KeySums v(int part) const {
+    return {base + before(p, part) + k_floats(p, p.parts[part]), p.parts[part].longest, p.V};
+  }
+  float* bias(int stack, int64_t head, int64_t column) const {
+    return base + before(p, p.part_count) + (stack * (p.H / p.HK) + head) * p.columns + column;
+  }
 };
 
 struct Workspace {
@@ -175,7 +182,7 @@ inline void differentiate(const AttentionBackward& p, const Workspace& w, const 
     const int64_t tangents = SCORES ? p.K : 0, held = extent(i, diagonal, padded);
     for (int64_t j = 0; j < held; j += W) {
       const vf prob = exp_flushed(load(score + j) * scale - top) * share;
-      const vf factor = DROP ? dropout.factor(keep, j0 + j) : splat(1.0f);
+      const vf factor = DROP ? dropout.factor(keep, s.before + j0 + j) : splat(1.0f);
       const vf kept = DROP ? prob * factor : prob;
       vf bar = prob * ((DROP ? load(s_bar + j) * factor : load(s_bar + j)) - d0);
       for (int64_t t = 0; t < tangents; ++t) {
@@ -212,7 +219,7 @@ inline void cap_scores(float cap, float scale, const Block& at, int64_t padded, 
 }
 
 inline int64_t bias_element(const Mask& m, const Sequence& s, int64_t stack, int64_t h, int64_t i, int64_t j) {
-  return stack * m.stack + s.batch * m.batch + h * m.head + i * m.row + j * m.col;
+  return stack * m.stack + s.batch * m.batch + h * m.head + i * m.row + (s.before + j) * m.col;
 }
 
 // S'_k from S0'_k / scale: cap' and the tangent of the bias.
@@ -241,7 +248,7 @@ inline void add_bias_gradient(const AttentionBackward& p, const Workspace& w, co
     for (int64_t i = 0; i < at.mb; ++i) {
       const float* from = (t ? w.t_bar(t - 1) : w.sbar) + i * LD;
       float* to = Sums::own_bias(p)
-                      ? sums.bias + t * sums.bias_stack + at.h % group * sums.bias_head + (m.col ? j0 : 0)
+                      ? sums.bias(t, at.h % group, m.col ? s.before + j0 : 0)
                       : p.bias_bar + bias_element(m, s, t, at.h, at.i0 + i, j0);
       if (m.col) {
         for (int64_t j = 0; j < nb; ++j) to[j] += from[j];  // dense, so col is 1

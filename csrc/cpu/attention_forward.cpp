@@ -81,7 +81,7 @@ void finish_rates(const AttentionProblem& p, const Sequence& s, const Block& at,
     for (int64_t i = 0; i < at.mb; ++i)
       add_bias_row(p.mask,
                    (1 + k) * p.mask.stack + s.batch * p.mask.batch + at.h * p.mask.head + (at.i0 + i) * p.mask.row +
-                       j0 * p.mask.col,
+                       (s.before + j0) * p.mask.col,
                    rates + i * LD, nb);
 }
 
@@ -156,7 +156,7 @@ void soften(const AttentionForward& p, const Workspace& w, const Dropout& dropou
     }
     if (const uint8_t* keep = dropout.row(p, s, at.h, at.i0 + i)) {
       for (int64_t j = 0; j < held; j += W) {
-        const vf factor = dropout.factor(keep, j0 + j);
+        const vf factor = dropout.factor(keep, s.before + j0 + j);
         store(row + j, load(row + j) * factor);
         for (int64_t t = 0; t < k; ++t) {
           float* rate = w.rates + (t * QB + i) * LD;
@@ -192,17 +192,25 @@ void finish(const AttentionForward& p, const Workspace& w, const Sequence& s, co
   }
 }
 
-// One block of queries of one head against all keys it sees.
-template <class T>
-void query_block(const AttentionForward& p, const Workspace& w, const Sequence& s, const Block& at,
-                 const Panels& keys, const Dense& values, const Dropout& dropout) {
-  const bool has_q = p.q.stacks > 1, has_k = p.k.stacks > 1, has_v = p.v.stacks > 1, has_scores = p.has_scores();
-  for (int t = 0; t < p.q.stacks; ++t)
-    w.query(t).load(row_of<const T>(p.q, s, at.h, t, at.i0), p.q.row, at.mb, p.scale);
-  for (int64_t e = 0; e < (1 + p.K) * QB * w.ld_v; ++e) w.sums[e] = 0.0f;
-  for (int64_t i = 0; i < QB; ++i) w.top[i] = -kInf, w.total[i] = 0.0f;
-  for (int64_t i = 0; i < p.K * QB; ++i) w.moment[i] = 0.0f, w.reference[i] = 0.0f;
+// Packed keys and values of a part.
+struct Operands {
+  Panels keys;
+  Dense values;
+  static int64_t k_floats(const AttentionForward& p, const KeyPart& part) {
+    return floats_for(part.k.stacks * Panels(nullptr, part.longest, p.D).stack);
+  }
+  static int64_t floats(const AttentionForward& p, const KeyPart& part) {
+    return k_floats(p, part) + floats_for(part.v.stacks * Dense(nullptr, part.longest, p.V).stack);
+  }
+  Operands(float* base, const AttentionForward& p, const KeyPart& part)
+      : keys(as_numbers(base), part.longest, p.D),
+        values(as_numbers(base + k_floats(p, part)), part.longest, p.V) {}
+};
 
+// One block of queries of one head against the keys of a part that it sees.
+void add_part(const AttentionForward& p, const KeyPart& part, const Workspace& w, const Sequence& s, const Block& at,
+              const Panels& keys, const Dense& values, const Dropout& dropout) {
+  const bool has_q = p.q.stacks > 1, has_k = part.k.stacks > 1, has_v = part.v.stacks > 1, has_scores = p.has_scores();
   const float rest = scale_of_products(p);
   // the softmax applies the scale unless something comes before it
   const bool early = p.softcap > 0.0f || p.mask.is_bias() || !(rest > 0.0f);
@@ -236,41 +244,59 @@ void query_block(const AttentionForward& p, const Workspace& w, const Sequence& 
       if (count) gemm<true>(at.mb, w.ld_v, terms, count, w.sums + (1 + t) * QB * w.ld_v, w.ld_v, left);
     }
   }
-  finish<T>(p, w, s, at);
+}
+
+// One block of queries of one head of batch row b against all keys it sees.
+template <class T>
+void query_block(const AttentionForward& p, const Workspace& w, int64_t b, const Sequence& queries, const Block& at,
+                 const Operands* operands, const Dropout& dropout) {
+  for (int t = 0; t < p.q.stacks; ++t)
+    w.query(t).load(row_of<const T>(p.q, queries, at.h, t, at.i0), p.q.row, at.mb, p.scale);
+  for (int64_t e = 0; e < (1 + p.K) * QB * w.ld_v; ++e) w.sums[e] = 0.0f;
+  for (int64_t i = 0; i < QB; ++i) w.top[i] = -kInf, w.total[i] = 0.0f;
+  for (int64_t i = 0; i < p.K * QB; ++i) w.moment[i] = 0.0f, w.reference[i] = 0.0f;
+  for (int i = 0; i < p.part_count; ++i)
+    add_part(p, p.parts[i], w, sequence(p, p.parts[i], b), at, operands[i].keys, operands[i].values, dropout);
+  finish<T>(p, w, queries, at);
 }
 
 template <class T>
 void forward_typed(const AttentionForward& p) {
   const int64_t group = p.H / p.HK, blocks = (p.longest_q + QB - 1) / QB;
-  const int64_t k_floats = floats_for(p.k.stacks * Panels(nullptr, p.longest_k, p.D).stack);
-  const int64_t v_floats = floats_for(p.v.stacks * Dense(nullptr, p.longest_k, p.V).stack);
-  const int64_t pairs = p.B * p.HK, step = pairs_at_once(pairs, group * blocks, k_floats + v_floats, p.threads);
-  const int64_t work = Workspace::floats(p);
-  const Scratch<float> operands(step * (k_floats + v_floats)), scratch(work * p.threads);
+  const int last = p.part_count - 1;
+  const int64_t context = last ? Operands::floats(p, p.parts[0]) : 0;
+  const int64_t per_pair = context + Operands::floats(p, p.parts[last]);
+  const int64_t pairs = p.B * p.HK, step = pairs_at_once(pairs, group * blocks, per_pair, p.threads);
+  const int64_t work = Workspace::floats(p), chunks = key_blocks(p);
+  const Scratch<float> packed(step * per_pair), scratch(work * p.threads);
   const Dropout dropout(p);
   for (int64_t first = 0; first < pairs; first += step) {
-    const int64_t count = smaller(step, pairs - first), key_blocks = (p.longest_k + KB - 1) / KB;
-    auto memory = [&](int64_t i) { return operands.get() + i * (k_floats + v_floats); };
-    auto keys = [&](int64_t i) { return Panels(as_numbers(memory(i)), p.longest_k, p.D); };
-    auto values = [&](int64_t i) { return Dense(as_numbers(memory(i) + k_floats), p.longest_k, p.V); };
-    parallel_dynamic(count * key_blocks, p.threads, [&](int64_t index, int) {
-      const int64_t i = index / key_blocks, j0 = index % key_blocks * KB;
-      const Sequence s = sequence(p, (first + i) / p.HK);
-      const int64_t rows = smaller(KB, s.m - j0), head = (first + i) % p.HK;
+    const int64_t count = smaller(step, pairs - first);
+    auto operands = [&](int64_t i, int part) {
+      return Operands(packed.get() + i * per_pair + (part ? context : 0), p, p.parts[part]);
+    };
+    parallel_dynamic(count * chunks, p.threads, [&](int64_t index, int) {
+      const int64_t i = index / chunks, head = (first + i) % p.HK;
+      const KeyBlock keys = key_block(p, index % chunks);
+      const KeyPart& part = p.parts[keys.part];
+      const Sequence s = sequence(p, part, (first + i) / p.HK);
+      const int64_t rows = smaller(KB, s.m - keys.first);
       if (rows <= 0) return;
-      pack<T>(p.k, s, head, j0, rows, keys(i));
-      pack<T>(p.v, s, head, j0, rows, values(i));
+      const Operands of = operands(i, keys.part);
+      pack<T>(part.k, s, head, keys.first, rows, of.keys);
+      pack<T>(part.v, s, head, keys.first, rows, of.values);
     });
     // the last blocks see the most keys: they go first
     parallel_dynamic(count * group * blocks, p.threads, [&](int64_t index, int slot) {
       const int64_t block = blocks - 1 - index / (count * group), i = index % (count * group) / group;
       const int64_t b = (first + i) / p.HK, h = (first + i) % p.HK * group + index % group;
-      const Sequence s = sequence(p, b);
+      const Sequence s = sequence(p, p.parts[0], b);
       const Block at{h, block * QB, smaller(QB, s.n - block * QB)};
       if (at.mb <= 0) return;
       const Workspace w(scratch.get() + work * slot, p);
       const TileScope tiles;
-      query_block<T>(p, w, s, at, keys(i), values(i), dropout);
+      const Operands of[] = {operands(i, 0), operands(i, last)};
+      query_block<T>(p, w, b, s, at, of, dropout);
     });
   }
 }

@@ -22,15 +22,33 @@ AAJR_INLINE A smaller(A a, A b) { return a < b ? a : b; }
 template <class A>
 AAJR_INLINE A larger(A a, A b) { return a > b ? a : b; }
 
-// One batch row, or one packed sequence: where its rows lie and how many there are.
+// One batch row, or one packed sequence, and one part of its keys: where the rows lie and how many there are. `offset`
+// counts keys from the first of the part, which is number `before` of all.
 struct Sequence {
-  int64_t batch, q0, n, k0, m, offset;
+  int64_t batch, q0, n, k0, m, offset, before;
 };
 
-inline Sequence sequence(const AttentionProblem& p, int64_t b) {
-  if (p.q_start == nullptr) return {b, 0, p.N, 0, p.M, p.offset};
+inline Sequence sequence(const AttentionProblem& p, const KeyPart& part, int64_t b) {
+  if (p.q_start == nullptr) return {b, 0, p.N, 0, part.rows, p.offset - part.before, part.before};
   const int64_t n = p.q_start[b + 1] - p.q_start[b], m = p.k_start[b + 1] - p.k_start[b];
-  return {0, p.q_start[b], n, p.k_start[b], m, p.align_right ? m - n : p.offset};
+  return {0, p.q_start[b], n, p.k_start[b], m, p.align_right ? m - n : p.offset, 0};
+}
+
+// Blocks of KB keys, of one part after the other.
+struct KeyBlock {
+  int part;
+  int64_t first;
+};
+inline int64_t key_blocks(const KeyPart& part) { return (part.longest + KB - 1) / KB; }
+inline int64_t key_blocks(const AttentionProblem& p) {
+  int64_t blocks = 0;
+  for (int part = 0; part < p.part_count; ++part) blocks += key_blocks(p.parts[part]);
+  return blocks;
+}
+inline KeyBlock key_block(const AttentionProblem& p, int64_t index) {
+  const int64_t earlier = p.part_count > 1 ? key_blocks(p.parts[0]) : 0;
+  if (index < earlier) return {0, index * KB};
+  return {p.part_count - 1, (index - earlier) * KB};
 }
 
 struct Span {
@@ -98,7 +116,8 @@ inline void mask_scores(const AttentionProblem& p, const Sequence& s, int64_t h,
   const Mask& mask = p.mask;
   if (mask.data != nullptr) {
     for (int64_t i = 0; i < mb; ++i) {
-      const int64_t element = s.batch * mask.batch + h * mask.head + (i0 + i) * mask.row + j0 * mask.col;
+      const int64_t element = s.batch * mask.batch + h * mask.head + (i0 + i) * mask.row +
+                              (s.before + j0) * mask.col;
       float* row = tile + i * LD;
       if (mask.is_bias()) {
         add_bias_row(mask, element, row, nb);
@@ -132,9 +151,9 @@ struct Dropout {
   int64_t columns = 0;
 
   explicit Dropout(const AttentionProblem& p)
-      : keep_factor(p.dropout >= 1.0f ? 0.0f : 1.0f / (1.0f - p.dropout)), columns(p.longest_k) {}
+      : keep_factor(p.dropout >= 1.0f ? 0.0f : 1.0f / (1.0f - p.dropout)), columns(p.columns) {}
   static const uint8_t* row(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t i) {
-    return p.keep == nullptr ? nullptr : p.keep + ((s.batch * p.H + h) * p.N + s.q0 + i) * p.longest_k;
+    return p.keep == nullptr ? nullptr : p.keep + ((s.batch * p.H + h) * p.N + s.q0 + i) * p.columns;
   }
   AAJR_INLINE vf factor(const uint8_t* row, int64_t column) const {
     using Bytes = uint8_t __attribute__((vector_size(W)));

@@ -22,7 +22,7 @@ Mask mask_of(const View& v, const char* name, const AttentionProblem& p) {
   if (!v) return m;
   if (v.dtype != DType::boolean) check_floating(v, name);
   if (v.dim != 5) fail(std::string(name) + " must be [stacks, B|1, H|1, N|1, M|1].");
-  const int64_t full[] = {v.size[0], p.B, p.H, p.N, p.M};
+  const int64_t full[] = {v.size[0], p.B, p.H, p.N, p.columns};
   for (int i = 1; i < 5; ++i)
     if (v.size[i] != 1 && v.size[i] != full[i]) fail(std::string(name) + " must broadcast to [stacks, B, H, N, M].");
   if (v.size[0] != 1 && (v.size[0] != 1 + p.K || v.dtype == DType::boolean))
@@ -54,25 +54,68 @@ int64_t longest(const View& v, const char* name, int64_t rows) {
   return most;
 }
 
-// Tensors q, k, v, mask, q_start, k_start, shift, norm, mu, out and, where weights are dropped, last of all keep;
-// ints causal, offset, window, drops, align_right; floats scale, softcap, dropout.
+// Tensors q, k, v, mask, q_start, k_start, shift, norm, mu, out; ints causal, offset, window, drops, align_right; floats
+// scale, softcap, dropout. After the tensors of every call: keep where weights are dropped, then those of a context.
 constexpr size_t kTensors = 10, kInts = 5, kFloats = 3;
 
-void fill(AttentionProblem& p, const Args& a) {
+// Where the tensors lie that not every call has; null: it has none.
+struct Optional {
+  const View *keep, *context;
+};
+
+// `tensors`: of every call; `of_context`: of a context.
+Optional optional_of(const Args& a, size_t tensors, size_t of_context) {
+  const bool drops = a.ints.size() == kInts && a.ints[3] != 0;
+  const bool has_context = a.tensors.size() == tensors + drops + of_context;
+  check_count(a, tensors + drops + has_context * of_context, kInts, kFloats);
+  const View* const more = a.tensors.data() + tensors;
+  return {drops ? more : nullptr, has_context ? more + drops : nullptr};
+}
+
+KeyPart part_of(const View& k, const View& v, const AttentionProblem& p) {
+  KeyPart part{};
+  part.k = rows_of(k, "k", p.dtype), part.v = rows_of(v, "v", p.dtype);
+  part.rows = part.longest = k.size[3];
+  return part;
+}
+
+// Two gradients of keys and values like `like`, each present or None.
+void take_bars(KeyPart& part, const View* bars, const View* like, DType dtype) {
+  Rows* const to[] = {&part.k_bar, &part.v_bar};
+  const char* const names[] = {"k_bar", "v_bar"};
+  for (int i = 0; i < 2; ++i) {
+    const View &bar = bars[i], &x = like[i];
+    if (!bar) continue;
+    *to[i] = rows_of(bar, names[i], dtype);
+    check_shape(bar, names[i], {x.size[0], x.size[1], x.size[2], x.size[3], x.size[4]});
+  }
+}
+
+void fill(AttentionProblem& p, const Args& a, const Optional& optional) {
   const View &q = a.tensors[0], &k = a.tensors[1], &v = a.tensors[2], &out = a.tensors[9];
   check_floating(q, "q");
   p.dtype = q.dtype;
-  p.q = rows_of(q, "q", p.dtype), p.k = rows_of(k, "k", p.dtype), p.v = rows_of(v, "v", p.dtype);
+  p.q = rows_of(q, "q", p.dtype);
+  KeyPart own = part_of(k, v, p);
   rows_of(out, "out", p.dtype);
   p.K = static_cast<int>(out.size[0]) - 1;
   p.B = q.size[1], p.H = q.size[2], p.N = q.size[3], p.D = q.size[4];
-  p.HK = k.size[2], p.M = k.size[3], p.V = v.size[4];
+  p.HK = k.size[2], p.V = v.size[4];
   check_stacks(q, "q", p.K), check_stacks(k, "k", p.K), check_stacks(v, "v", p.K);
   if (p.K < 0) fail("out must have a stack.");
   if (p.HK < 1 || p.H % p.HK) fail("the heads of q must be a multiple of those of k.");
-  check_shape(k, "k", {k.size[0], p.B, p.HK, p.M, p.D});
-  check_shape(v, "v", {v.size[0], p.B, p.HK, p.M, p.V});
+  check_shape(k, "k", {k.size[0], p.B, p.HK, own.rows, p.D});
+  check_shape(v, "v", {v.size[0], p.B, p.HK, own.rows, p.V});
   check_shape(out, "out", {1 + p.K, p.B, p.H, p.N, p.V});
+  if (optional.context) {
+    const View &context_k = optional.context[0], &context_v = optional.context[1];
+    KeyPart& context = p.parts[p.part_count++] = part_of(context_k, context_v, p);
+    check_shape(context_k, "context_k", {1, p.B, p.HK, context.rows, p.D});
+    check_shape(context_v, "context_v", {1, p.B, p.HK, context.rows, p.V});
+    own.before = context.rows;
+  }
+  p.columns = own.before + own.rows;
+  p.parts[p.part_count++] = own;
   p.mask = mask_of(a.tensors[3], "mask", p);
   const View &shift = a.tensors[6], &norm = a.tensors[7], &mu = a.tensors[8];
   check_shape(shift, "shift", {p.B, p.H, p.N});
@@ -96,60 +139,54 @@ void fill(AttentionProblem& p, const Args& a) {
   if (!(p.dropout >= 0.0f && p.dropout <= 1.0f)) fail("dropout must be between 0 and 1.");
   p.threads = a.threads;
   p.q_start = p.k_start = nullptr;
-  p.longest_q = p.N, p.longest_k = p.M;
+  p.longest_q = p.N;
   const View &q_start = a.tensors[4], &k_start = a.tensors[5];
   if (!q_start && !k_start) return;
   if (!q_start || !k_start) fail("packed sequences need the offsets of queries and keys.");
-  if (p.B != 1 || p.mask.data) fail("packed sequences need one batch row and no mask.");
-  p.longest_q = longest(q_start, "q_start", p.N), p.longest_k = longest(k_start, "k_start", p.M);
+  if (p.B != 1 || p.mask.data || p.part_count > 1)
+    fail("packed sequences need one batch row, no mask and no context.");
+  p.longest_q = longest(q_start, "q_start", p.N);
+  p.columns = p.parts[0].longest = longest(k_start, "k_start", p.parts[0].rows);
   check_shape(k_start, "k_start", {q_start.size[0]});
   p.q_start = q_start.as<int64_t>(), p.k_start = k_start.as<int64_t>();
   p.B = q_start.size[0] - 1;
 }
 
-// After fill(): `tensors` are those of the call without a dropout mask.
-void take_keep(AttentionProblem& p, const Args& a, size_t tensors) {
-  if (a.tensors.size() == tensors) return;
-  const View& keep = a.tensors[tensors];
+// After fill().
+void take_keep(AttentionProblem& p, const Args& a, const Optional& optional) {
+  if (!optional.keep) return;
+  const View& keep = *optional.keep;
   check_dtype(keep, "keep", DType::boolean);
-  check_shape(keep, "keep", {a.tensors[0].size[1], p.H, p.N, p.longest_k});
+  check_shape(keep, "keep", {a.tensors[0].size[1], p.H, p.N, p.columns});
   check_contiguous(keep, "keep");
   p.keep = keep.as<uint8_t>();
 }
 
-// The number of tensors, one more where weights are dropped.
-size_t counted(const Args& a, size_t tensors) {
-  const bool drops = a.ints.size() == kInts && a.ints[3] != 0;
-  check_count(a, tensors + drops, kInts, kFloats);
-  return tensors;
-}
-
 void attention_fwd(const Args& a) {
-  const size_t tensors = counted(a, kTensors);
+  const Optional optional = optional_of(a, kTensors, 2);
   AttentionForward p{};
-  fill(p, a);
-  take_keep(p, a, tensors);
+  fill(p, a, optional);
+  take_keep(p, a, optional);
   p.out = rows_of(a.tensors[9], "out", p.dtype);
   AAJR_SELECT_AMX(attention_kernels).forward(p);
 }
 
 void attention_bwd(const Args& a) {
-  const size_t tensors = counted(a, kTensors + 5);
+  const Optional optional = optional_of(a, kTensors + 5, 4);
   AttentionBackward p{};
-  fill(p, a);
-  take_keep(p, a, tensors);
+  fill(p, a, optional);
+  take_keep(p, a, optional);
   p.out = rows_of(a.tensors[9], "out", p.dtype);
   const View &out = a.tensors[9], &out_bar = a.tensors[10];
   p.out_bar = rows_of(out_bar, "out_bar", p.dtype);
   check_shape(out_bar, "out_bar", {out.size[0], out.size[1], out.size[2], out.size[3], out.size[4]});
-  Rows* const gradients[] = {&p.q_bar, &p.k_bar, &p.v_bar};
-  const char* const names[] = {"q_bar", "k_bar", "v_bar"};
-  for (int i = 0; i < 3; ++i) {
-    const View &bar = a.tensors[11 + i], &x = a.tensors[i];
-    if (!bar) continue;
-    *gradients[i] = rows_of(bar, names[i], p.dtype);
-    check_shape(bar, names[i], {x.size[0], x.size[1], x.size[2], x.size[3], x.size[4]});
+  const View &q = a.tensors[0], &q_bar = a.tensors[11];
+  if (q_bar) {
+    p.q_bar = rows_of(q_bar, "q_bar", p.dtype);
+    check_shape(q_bar, "q_bar", {q.size[0], q.size[1], q.size[2], q.size[3], q.size[4]});
   }
+  take_bars(p.parts[p.part_count - 1], &a.tensors[12], &a.tensors[1], p.dtype);
+  if (optional.context) take_bars(p.parts[0], optional.context + 2, optional.context, p.dtype);
   const View &bias_bar = a.tensors[14], &mask = a.tensors[3];
   if (bias_bar) {
     // not is_bias(): a mask without elements may have no memory
@@ -164,14 +201,14 @@ void attention_bwd(const Args& a) {
 }
 
 const Register register_fwd("attention_fwd",
-                            "tensors: q, k, v, mask|None, q_start|None, k_start|None, shift, norm, mu, out, and keep "
-                            "if drops; ints: causal, offset, window, drops, align_right; floats: scale, softcap, "
+                            "tensors: q, k, v, mask|None, q_start|None, k_start|None, shift, norm, mu, out, keep if "
+                            "drops, and of a context context_k, context_v; ints: causal, offset, window, drops, align_right; floats: scale, softcap, "
                             "dropout",
                             attention_fwd);
 const Register register_bwd("attention_bwd",
-                            "tensors: those of attention_fwd without keep, then out_bar, q_bar|None, k_bar|None, "
-                            "v_bar|None, bias_bar|None (zeroed), and keep if drops; ints and floats as in "
-                            "attention_fwd",
+                            "tensors: those of attention_fwd up to out, then out_bar, q_bar|None, k_bar|None, "
+                            "v_bar|None, bias_bar|None (zeroed), keep if drops, and of a context context_k, context_v, "
+                            "context_k_bar|None, context_v_bar|None; ints and floats as in attention_fwd",
                             attention_bwd);
 
 }  // namespace

@@ -114,6 +114,7 @@ struct Attention {
   double softcap = 0.0, dropout = 0.0;
   int mask = 0;  // 1: boolean, 2: bias with tangents
   bool packed = false;
+  int64_t context = 0;  // keys before the others
   float shift = 0.0f;  // added to the tangents of the scores, but for their scale
 };
 
@@ -127,27 +128,37 @@ void attend(Run& r, const Attention& a) {
   }
   const int64_t stacks = a.mask == 2 ? s : 1;
   View mask;
-  if (a.mask == 1) mask = r.booleans({1, a.b, 1, a.n, a.m});
-  if (a.mask == 2) mask = r.random({stacks, 1, a.h, a.n, a.m});
+  const int64_t columns = a.context + a.m;
+  if (a.mask == 1) mask = r.booleans({1, a.b, 1, a.n, columns});
+  if (a.mask == 2) mask = r.random({stacks, 1, a.h, a.n, columns});
   const View starts = r.integers({0, 5, 5, a.n});
   const View cu = a.packed ? starts : none;
   const View shift = r.result("shift", {a.b, a.h, a.n}, DType::f32), norm = r.result("norm", {a.b, a.h, a.n}, DType::f32);
   const View mu = r.result("mu", {a.tangents, a.b, a.h, a.n}, DType::f32), out = r.result("out", {s, a.b, a.h, a.n, a.v});
   const std::initializer_list<int64_t> ints = {a.causal, a.offset, a.window, a.dropout > 0.0, 0};
   const std::initializer_list<double> floats = {0.25, a.softcap, a.dropout};
-  const View keep = a.dropout > 0.0 ? r.booleans({a.b, a.h, a.n, a.m}) : none;
-  // where weights are dropped, the mask of what is kept comes last
-  const auto call = [&](const char* name, std::vector<View> tensors) {
+  const View keep = a.dropout > 0.0 ? r.booleans({a.b, a.h, a.n, columns}) : none;
+  // after the tensors of every call: the mask of what is kept where weights are dropped, and the tensors of a context
+  const auto call = [&](const char* name, std::vector<View> tensors, const std::vector<View>& of_context) {
     if (keep) tensors.push_back(keep);
+    if (a.context) tensors.insert(tensors.end(), of_context.begin(), of_context.end());
     r.call(name, tensors, ints, floats);
   };
-  call("attention_fwd", {q, k, v, mask, cu, cu, shift, norm, mu, out});
+  const View context_k = a.context ? r.random({1, a.b, a.hk, a.context, a.d}) : none;
+  const View context_v = a.context ? r.random({1, a.b, a.hk, a.context, a.v}) : none;
+  call("attention_fwd", {q, k, v, mask, cu, cu, shift, norm, mu, out}, {context_k, context_v});
   const View out_bar = r.random({s, a.b, a.h, a.n, a.v});
   const View q_bar = r.result("q_bar", {s, a.b, a.h, a.n, a.d});
   const View k_bar = r.result("k_bar", {1 + a.k_tangents, a.b, a.hk, a.m, a.d});
   const View v_bar = r.result("v_bar", {s, a.b, a.hk, a.m, a.v});
-  const View bias_bar = a.mask == 2 ? r.result("bias_bar", {stacks, 1, a.h, a.n, a.m}, DType::f32, true) : none;
-  call("attention_bwd", {q, k, v, mask, cu, cu, shift, norm, mu, out, out_bar, q_bar, k_bar, v_bar, bias_bar});
+  const View bias_bar = a.mask == 2 ? r.result("bias_bar", {stacks, 1, a.h, a.n, columns}, DType::f32, true) : none;
+  std::vector<View> of_context{context_k, context_v};
+  if (a.context) {
+    of_context.push_back(r.result("context_k_bar", {1, a.b, a.hk, a.context, a.d}));
+    of_context.push_back(r.result("context_v_bar", {1, a.b, a.hk, a.context, a.v}));
+  }
+  call("attention_bwd", {q, k, v, mask, cu, cu, shift, norm, mu, out, out_bar, q_bar, k_bar, v_bar, bias_bar},
+       of_context);
 }
 
 // Every row's mu is about 100, and the tangent of the output is what is left of (P S')V - mu O.
@@ -182,6 +193,11 @@ void attention_packed(Run& r) {
   a.packed = true, a.causal = true;
   attend(r, a);
 }
+void attention_context(Run& r) {
+  Attention a;
+  a.context = 150, a.n = 37, a.m = 35, a.causal = true, a.offset = 150, a.dropout = 0.2, a.mask = 2;
+  attend(r, a);
+}
 
 const Problem kProblems[] = {
     {"math", math_functions, false},
@@ -198,6 +214,7 @@ const Problem kProblems[] = {
     {"attention window, 530 keys", attention_long},
     {"attention mask, dropout", attention_masked},
     {"attention packed", attention_packed},
+    {"attention context, bias, dropout", attention_context},
     {"attention, large mu", attention_large_mu},
 };
 

@@ -7,8 +7,9 @@ NAMES = {
     "correctness": 100,
     "kernels": 100,
     "step": 110,
-    "choices": 60,
-    "tests": 90,
+    "graphs": 30,
+    "choices": 50,
+    "tests": 80,
     "bench": 120,
 }
 #: those of the second run, on what failed in the first

@@ -13,6 +13,7 @@ import aajr_kernels as aajr
 from aajr_kernels.ops.sensitivity import softmax
 from aajr_kernels.testing.cases import CASES as EVERY
 from aajr_kernels.testing.cases.case import Case, problem
+from aajr_kernels.testing.cases.products import CONTEXT
 
 OPS = ("activation", "attention", "head", "norm", "sensitivity", "rotary")
 CASES = {str(case): case for case in EVERY}
@@ -49,7 +50,8 @@ def calls_on(backend: str, dtype: torch.dtype = torch.float32, ops: Sequence[str
     with aajr.use_backend(backend), Recorder() as recorder:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)  # launchers then go through the operators
         try:
-            for case in first_cases(ops):
+            with_context = [case for case in CONTEXT if "bias per pair" in case.name] * (backend == "native")
+            for case in [*first_cases(ops), *with_context]:
                 p = problem(case, 1, dtype)
                 inputs = [case.layout(t.detach()).requires_grad_() for t in p.inputs]
                 params = [t.detach().clone().requires_grad_() for t in p.params]

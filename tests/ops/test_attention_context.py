@@ -8,16 +8,18 @@ import pytest
 import torch
 from assertions import assert_exact
 from ops.attention_checks import OPTIONS, check, make
-from ops.suite import DTYPES, targets
+from ops.suite import DTYPES, Target, targets
 from ops.suite import check as check_on
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aajr_kernels as aajr
 from aajr_kernels import sharding
+from aajr_kernels.backends import selfcheck
 from aajr_kernels.backends.errors import BackendUnavailable, UnsupportedOperation
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.attention import attention, reference, tiling
+from aajr_kernels.ops.attention.function import kind_of
 from aajr_kernels.ops.attention.options import Options
 from aajr_kernels.testing.cases.products import CONTEXT
 
@@ -289,3 +291,19 @@ def test_error_messages(error, arguments, message):
         with pytest.raises(error, match=message) as caught:
             attention(q_, k_, k_, **arguments)
         assert str(caught.value).startswith("attention: ") and "\n" not in str(caught.value)
+
+
+def test_the_first_use_check_knows_a_context():
+    """Its trial, with the native kernels in place of a device's."""
+    if (reason := Target("native").why_not("attention")) is not None:
+        pytest.skip(reason)
+    case = make((1, 1, 0), (4, 13, 20), context=9).to(torch.float32)
+    q, k, v, mask, *context = (x.detach() for x in case.leaves.values())
+    options = Options(1.0, offset=9, softcap=2.0).with_context(context)
+    kind = selfcheck.Kind(
+        *("attention", "attention", "native", q.device, (q.dtype,) * 5), *kind_of(q, k, v, mask, options)
+    )
+    operands, _ = selfcheck.trial_of(kind)
+    assert operands["context_k"].shape[-2] + operands["k"].shape[-2] == operands["mask"].shape[-1]
+    share, text = selfcheck.difference(kind)
+    assert share <= 1.0, text

@@ -158,7 +158,7 @@ def test_nobody_waits_for_offsets_while_a_graph_is_captured(monkeypatch):
     there = tuple(x.to(device) for x in BOTH)
     exact = low.to(torch.float64)
     with aajr.use_backend("triton"), monkeypatch.context() as patch:
-        patch.setattr(packed_module, "_capturing", lambda device: True)
+        patch.setattr(packed_module.capture, "is_capturing", lambda device: True)
         patch.setattr(Tensor, "tolist", lambda *_: pytest.fail("read the offsets"))
         with coverage():  # counting work must not read them either
             actual = on.ours(causal=True, cu_seqlens=there)
@@ -173,7 +173,7 @@ def test_nobody_waits_for_offsets_while_a_graph_is_captured(monkeypatch):
 
 
 def test_offsets_elsewhere_cannot_be_captured(monkeypatch):
-    monkeypatch.setattr(packed_module, "_capturing", lambda device: True)
+    monkeypatch.setattr(packed_module.capture, "is_capturing", lambda device: True)
     low = packed((1, 1, 1)).to(torch.float32)
     with pytest.raises(
         ValueError, match=r"cu_seqlens_k must be on cpu while a CUDA graph is captured, got meta"

@@ -140,14 +140,14 @@ def traced(trace: Callable[..., None]) -> Iterator[None]:
         _state.trace = before
 
 
+def is_emulated() -> bool:
+    """Whether launches of this thread go to a processor that is not there."""
+    return _state.architecture != ""
+
+
 def is_launched() -> bool:
     """Whether launches of this thread go to a device and are not traced."""
     return _state.recorder is None and _state.trace is None and not _interpreted()
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph of launches there is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def settings() -> tuple[str, int]:

@@ -19,6 +19,17 @@ def _power_of_two(n):
 
 
 @triton.jit
+def _exp_of_rest(r):
+    """e^r for |r| < ln 2 / 2."""
+    p = r * 0.0013926184037700295 + 0.00835720356553793
+    p = p * r + 0.041666556149721146
+    p = p * r + 0.16666631400585175
+    p = p * r + 0.5
+    p = p * r + 1.0
+    return p * r + 1.0
+
+
+@triton.jit
 def _exp_of_sum(x, tail):
     """e^(x + tail), where |tail| < 1 holds what x could not; without the check for NaN."""
     bounded = tl.minimum(tl.maximum(x, -104.0), 89.0)
@@ -26,12 +37,7 @@ def _exp_of_sum(x, tail):
     shifted = (bounded + tail) * 1.44269504088896341 + 12582912.0
     n = shifted - 12582912.0
     r = (bounded - n * 0.693359375) + n * 2.12194440e-4 + tail
-    p = r * 0.0013926184037700295 + 0.00835720356553793
-    p = p * r + 0.041666556149721146
-    p = p * r + 0.16666631400585175
-    p = p * r + 0.5
-    p = p * r + 1.0
-    p = p * r + 1.0
+    p = _exp_of_rest(r)
     # 2^n in two factors, since n reaches 128 and -150
     whole = shifted.to(tl.int32, bitcast=True) - 0x4B400000
     half = whole >> 1
@@ -52,12 +58,7 @@ def exp_flushed(x):
     shifted = bounded * 1.44269504088896341 + 12582912.0
     n = shifted - 12582912.0
     r = (bounded - n * 0.693359375) + n * 2.12194440e-4
-    p = r * 0.0013926184037700295 + 0.00835720356553793
-    p = p * r + 0.041666556149721146
-    p = p * r + 0.16666631400585175
-    p = p * r + 0.5
-    p = p * r + 1.0
-    p = p * r + 1.0
+    p = _exp_of_rest(r)
     return tl.where(tiny, 0.0, p * _power_of_two(shifted.to(tl.int32, bitcast=True) - 0x4B400000))
 
 

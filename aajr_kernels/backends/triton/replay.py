@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from ...torch_private import TorchDispatchMode, has_dispatch_modes
+from .. import capture
 from ..operator import Registry
 from . import launch as gpu
 from .direct import direct, is_hooked, stream
 
-#: signatures that are kept; the oldest goes first
+#: signatures that are kept; the oldest goes first, unless it was replayed since it was the oldest before
 LIMIT = 2048
 #: alignment of pointers that Triton's compiler and tensor maps make use of, in bytes
 _ALIGNMENT = 16
@@ -140,13 +141,16 @@ class Call:
         steps: in order, with the numbers of the tensors that no later one needs.
         results: of each, None, the number of a tensor, or a part of one.
         many: whether the launcher returns a tuple.
+        used: whether it was replayed since it was last the oldest.
     """
 
     steps: list[tuple[Step, list[int]]]
     results: list[int | Part | None]
     many: bool
+    used: bool = False
 
     def __call__(self, inputs: list[Tensor], addresses: list[int]) -> Any:
+        self.used = True
         device = inputs[0].device
         with gpu.guard(device):
             memory = Memory([*inputs], addresses, device, stream(device.index or 0))
@@ -199,19 +203,28 @@ def replayed(launcher: Callable[..., Any]) -> Callable[..., Any]:
         recorded = _calls.get(signature, False if not tensors else ...)
         if isinstance(recorded, Call):
             return launcher(*args) if is_hooked() else recorded(tensors, addresses)
-        if recorded is False or gpu.is_capturing(tensors[0].device):
+        if recorded is False or capture.is_capturing(tensors[0].device):
             return launcher(*args)
         if recorded is None:
             recorded, results = _record(launcher, args)
         else:
             recorded, results = None, launcher(*args)
         with _lock:
-            if len(_calls) >= LIMIT:
-                del _calls[next(iter(_calls))]
+            _make_room()
             _calls[signature] = recorded
         return results
 
     return call
+
+
+def _make_room() -> None:
+    """The oldest signatures go: lengths that come once leave those of every step."""
+    while len(_calls) >= LIMIT:
+        signature, oldest = next(iter(_calls.items()))
+        del _calls[signature]
+        if isinstance(oldest, Call) and oldest.used:
+            oldest.used = False
+            _calls[signature] = oldest
 
 
 def _record(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Call | bool, Any]:

@@ -17,6 +17,7 @@ module                    what it does
 ``recomputed``            norms and activations whose results are computed again in the backward
 ``context``               :func:`shared_context`: one forward of what no attack can change, for a whole training step
 ``context_cache``         its keys and values, in transformers' own caches
+``context_keys``          keys and values in two parts, between that cache and attention
 ``context_checks``        what may be split into context and suffix, and the numerical check of a split
 ``context_segments``      activation checkpointing of layers that keep their cache
 ``library``               the one place that imports transformers

@@ -8,6 +8,7 @@ import torch
 
 from ...backends.errors import UnsupportedOperation
 from ...ops.attention import attention
+from .context_keys import Joined
 from .masks import Visibility
 
 __all__ = ["attention_forward"]
@@ -30,7 +31,8 @@ def attention_forward(
 
     Args:
         module: the attention module; its ``is_causal`` counts where no mask was built.
-        query: ``[B, H, N, D]``; key, value: ``[B, HK, M, D]``, their heads never repeated.
+        query: ``[B, H, N, D]``; key, value: ``[B, HK, M, D]``, their heads never repeated. Those
+            of a suffix and its context (:class:`.context_keys.Joined`) reach the kernels in two parts.
         attention_mask: a :class:`Visibility` (what the registered mask function returns), a bool or additive tensor
             that broadcasts to ``[B, H, N, M]`` (a mask the user prepared), or None. A query that may see nothing gives
             zeros, as under torch's sdpa; transformers' eager attention averages over all keys there.
@@ -48,7 +50,7 @@ def attention_forward(
     """
     _refuse(kwargs)
     causal: bool | str = False
-    window, mask = None, attention_mask
+    window, mask, context = None, attention_mask, None
     if isinstance(attention_mask, Visibility):
         causal, window, mask = attention_mask.causal, attention_mask.window, attention_mask.mask
         mask = None if mask is None else mask.to(query.device)
@@ -58,10 +60,12 @@ def attention_forward(
         causal = "upper_left" if decoder and query.shape[2] > 1 else False
     else:
         mask = mask[..., : key.shape[2]]
+    if isinstance(key, Joined) and isinstance(value, Joined) and causal != "upper_left":
+        context, key, value = (key.context, value.context), key.suffix, value.suffix
     if position_bias is not None:
         mask = _with_bias(mask, position_bias)
     shape: dict[str, Any] = dict(causal=causal, scale=scaling, softcap=softcap, window=window)
-    out = attention(query, key, value, mask=mask, dropout=dropout, **shape)
+    out = attention(query, key, value, mask=mask, dropout=dropout, context=context, **shape)
     return out.transpose(1, 2), None
 
 

@@ -57,6 +57,7 @@ class SharedContext:
         self._length, self._rows = x.shape[1], x.shape[0]
         self.x, self.start = x[:, start:], start
         self.output: Tensor | None = None
+        self._is_sharded = _is_sharded(self._model)
         self._versions, self._has_graph = self._parameter_versions(), torch.is_grad_enabled()
         self._cache: ContextCache | None = None
         if start:
@@ -93,7 +94,7 @@ class SharedContext:
 
     def _fill(self, x: Tensor, output: bool) -> None:
         config = self._model.config
-        self._cache = ContextCache(config, stops=not output and _may_stop(self._model))
+        self._cache = ContextCache(config, stops=not output and not self._has_late_hooks())
         install_guards()
         # a number without tangents: the operations that the suffix takes, not PyTorch's
         number = Dual(x.unsqueeze(0))
@@ -130,7 +131,13 @@ class SharedContext:
                 "need its gradients: call it where gradients are on."
             )
 
+    def _has_late_hooks(self) -> bool:
+        """Whether hooks wait for the end of a forward: of sharded parameters, of accelerate."""
+        return self._is_sharded or any(hasattr(module, "_hf_hook") for module in self._model.modules())
+
     def _parameter_versions(self) -> int:
+        if self._is_sharded:  # whole and sharded parameters take turns
+            return 0
         return sum(p._version for p in self._model.parameters() if not p.is_inference())
 
 
@@ -208,8 +215,7 @@ def _tensor_of(result: Any) -> Any:
     )
 
 
-def _may_stop(model: nn.Module) -> bool:
-    """Whether no hook waits for the end of the forward: of sharded parameters, of accelerate."""
-    return not any(hasattr(p, "placements") for p in model.parameters()) and not any(
-        hasattr(module, "_hf_hook") for module in model.modules()
-    )
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` or tensor parallelism holds its parameters."""
+    sharded = any(hasattr(p, "placements") for p in model.parameters())
+    return sharded or any(c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__)

@@ -11,11 +11,11 @@ import copy
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...backends.errors import UnsupportedOperation
 from ...dual import Dual
+from .context_keys import joined
 from .library import cache_classes
 
 __all__ = ["ContextCache", "ContextIsFilled"]
@@ -104,4 +104,4 @@ def _recorded(
 
 def _appended(layer: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
     """The update of a layer that stores nothing."""
-    return torch.cat([layer.keys, key], dim=-2), torch.cat([layer.values, value], dim=-2)
+    return joined(layer.keys, key), joined(layer.values, value)

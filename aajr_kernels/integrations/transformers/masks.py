@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...backends import capture
+
 __all__ = ["Visibility", "mask_builder"]
 
 
@@ -116,7 +118,8 @@ def mask_builder(masking: ModuleType) -> Callable[..., Visibility]:
         if padding is not None:
             padding = padding[:, kv_offset : kv_offset + kv_length].bool()
             # reading the values costs a synchronisation, once per forward: worth it for a mask that is not needed
-            padding = None if not compiling and bool(padding.all()) else padding[:, None, None, :]
+            unread = compiling or capture.reads_no_value(padding.device)
+            padding = None if not unread and bool(padding.all()) else padding[:, None, None, :]
         if window is not None and window >= kv_length:
             window = None
         return Visibility(alignment if is_causal and alignment is not None else False, window, padding)

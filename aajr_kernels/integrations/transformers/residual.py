@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...dual import Dual, flatten_dual, is_dual, unflatten_dual
 from ...ops.norm import add_layer_norm, add_rms_norm, rms_norm
-from ...torch_private import has_hooks, pytree
+from ...torch_private import has_hooks_inside, pytree
 
 __all__ = ["Residual", "on_residuals", "rms_norm_of"]
 
@@ -99,7 +99,7 @@ def on_residuals(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_checkpointed(self) or _is_watched(self):
+        if torch.compiler.is_compiling() or _is_checkpointed(self) or has_hooks_inside(self):
             return own(self, *args, **kwargs)
         streams: dict[int, Residual] = {}  # one for each Dual, however often it is given
         args = tuple(_stream(value, streams) for value in args)
@@ -111,10 +111,6 @@ def on_residuals(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_checkpointed(layer: Any) -> bool:
     return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    return any(has_hooks(part) for part in layer.modules() if part is not layer)
 
 
 def _stream(value: Any, streams: dict[int, Residual]) -> Any:

@@ -92,8 +92,8 @@ def attention(
             are then ``[H, N, D]`` (or with a batch axis of one), all sequences one after another, and every sequence
             attends to its own keys; `causal` and `window` count within a sequence, and `mask` is None. A pair
             (cu_seqlens_q, cu_seqlens_k) where a sequence has other numbers of queries and keys; either may be 0.
-            Their values are checked, for which the host waits if they are on a device; not so while a CUDA graph is
-            captured, where they have to be on the device.
+            Their values are checked, for which the host waits if they are on a device, once for a tensor that is not
+            written in place in between; not so while a CUDA graph is captured, where they have to be on the device.
         context: keys ``[*batch, HK, C, D]`` and values ``[*batch, HK, C, V]`` without tangents, before those of `k`
             and `v`: the result is that of keys ``cat(context_key, k)`` whose tangents are zero for the context, without
             the copies, and against the context without the products of tangents of keys and values. Plain Tensors;

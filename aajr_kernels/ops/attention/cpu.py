@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends import cpu as native
-from . import operators, reference
+from . import operators
 from .options import Options
 
 __all__ = ["attention_bwd", "attention_fwd"]
@@ -29,6 +29,10 @@ def _numbers(o: Options) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 def _drawn(options: Options) -> tuple[Tensor, ...]:
     return () if options.drawn is None else (options.drawn,)
+
+
+def _context(options: Options) -> tuple[Tensor, ...]:
+    return () if options.context is None else tuple(native.row_dense(x) for x in options.context)
 
 
 def _kernel_mask(mask: Tensor | None) -> Tensor | None:
@@ -54,7 +58,7 @@ def _attention_fwd(
     out = native.empty((stacks, b, n, h, v.shape[-1]), dtype=q.dtype).transpose(2, 3)
     stats, means = (torch.empty((count, b, h, n)) for count in (2, stacks - 1 if has_scores else 0))
     operands = (q, k, v, _kernel_mask(mask), options.q_start, options.k_start, *stats, means, out)
-    native.call("attention_fwd", operands + _drawn(options), *_numbers(options))
+    native.call("attention_fwd", operands + _drawn(options) + _context(options), *_numbers(options))
     return out, stats, means
 
 
@@ -76,7 +80,7 @@ def _attention_bwd(
     need_context_v: bool,
     *flat: Any,
 ) -> operators.Gradients:
-    """Gradients of q, k, v and the bias, None where not needed."""
+    """Gradients of q, k, v, the bias and the context, None where not needed."""
     options = Options(*flat)
     q, k, v, out, out_bar = (native.row_dense(x) for x in (q, k, v, out, out_bar))
     needs = zip((q, k, v), (need_q, need_k, need_v))
@@ -84,26 +88,16 @@ def _attention_bwd(
     bias_bar = torch.zeros(mask.shape) if need_bias and mask is not None else None
     saved = (*stats.contiguous(), means.contiguous(), out, out_bar)
     inputs = (q, k, v, _kernel_mask(mask), options.q_start, options.k_start, *saved)
+    context = _context(options)
+    of_context = zip(context, (need_context_k, need_context_v))
+    context_bars = [native.empty_like(x) if need else None for x, need in of_context]
     outputs = (q_bar, k_bar, v_bar, bias_bar)
-    native.call("attention_bwd", inputs + outputs + _drawn(options), *_numbers(options))
-    return (
-        q_bar,
-        k_bar,
-        v_bar,
-        None if bias_bar is None or mask is None else bias_bar.to(mask.dtype),
-        None,
-        None,
+    native.call(
+        "attention_bwd", (*inputs, *outputs, *_drawn(options), *context, *context_bars), *_numbers(options)
     )
+    mask_bar = None if bias_bar is None or mask is None else bias_bar.to(mask.dtype)
+    context_k_bar, context_v_bar = context_bars or (None, None)
+    return q_bar, k_bar, v_bar, mask_bar, context_k_bar, context_v_bar
 
 
-_fwd, _bwd = operators.with_options(_attention_fwd, _attention_bwd)
-
-
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Any:
-    return (_fwd if options.context is None else reference.attention_fwd)(q, k, v, mask, options)
-
-
-def attention_bwd(*args: Any, **named: Any) -> operators.Gradients:
-    backward: Any = _bwd if named["options"].context is None else reference.attention_bwd
-    gradients: operators.Gradients = backward(*args, **named)
-    return gradients
+attention_fwd, attention_bwd = operators.with_options(_attention_fwd, _attention_bwd)

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...backends import capture
+from ...torch_private import version_of
 
 Bounds = tuple[list[int], list[int]]
 
@@ -41,8 +45,8 @@ def packed_sequences(
 ) -> Packed | None:
     """Checked offsets; None without packed sequences.
 
-    Checking them waits for the device where they live on one. While a CUDA graph is captured their values go
-    unchecked, and they have to be on the device already.
+    Checking them waits for the device where they live on one, once for a tensor that is not written in between. While a
+    CUDA graph is captured their values go unchecked, and they have to be on the device already.
     """
     if cu_seqlens is None:
         return None
@@ -76,7 +80,7 @@ def packed_sequences(
     for name, x, *_ in named:
         _check_tensor(name, x)
     offsets = [x for _, x, *_ in named]
-    if _capturing(device):
+    if capture.reads_no_value(device):
         for name, x, *_ in named:
             if x.device != device:
                 raise ValueError(
@@ -96,10 +100,6 @@ def packed_sequences(
     return Packed((starts[0], starts[-1]), bounds)
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"attention: {name} must be an int32 or int64 tensor, got {type(value).__name__}.")
@@ -110,8 +110,23 @@ def _check_tensor(name: str, value: Any) -> None:
         )
 
 
+#: offsets on a device -> their version and their numbers, which the host waits for once
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _values(offsets: Tensor) -> list[int]:
+    """The numbers in a tensor: of one on a device those that were read before, if it has not been written since."""
+    if offsets.device.type == "cpu" or torch.compiler.is_compiling() or offsets.is_inference():
+        return offsets.tolist()
+    version, values = _read.get(offsets, (None, []))
+    if version != version_of(offsets):
+        values = offsets.tolist()
+        _read[offsets] = version_of(offsets), values
+    return values
+
+
 def _numbers(name: str, value: Tensor, what: str, size: int) -> list[int]:
-    bounds: list[int] = value.tolist()
+    bounds = _values(value)
     if bounds[0] != 0 or bounds[-1] != size:
         raise ValueError(
             f"attention: {name} must begin with 0 and end with the number of {what}, {size}, got {bounds[0]} and "

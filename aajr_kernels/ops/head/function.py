@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from ...autocast import no_autocast
-from ...backends import choice
+from ...backends import capture, choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial, cotangent
+from ...torch_private import assert_async
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
+
+#: kinds of calls that got other cotangents than expected
+_UNEXPECTED: set[tuple[Any, ...]] = set()
+_CHANGED = (
+    "lm_head_sensitivity: a replayed CUDA graph got other cotangents than its warm-up: capture it again with the "
+    "penalty_weight that it runs with, or without one"
+)
 
 
 class HeadFunction(torch.autograd.Function):
@@ -38,7 +46,9 @@ class HeadFunction(torch.autograd.Function):
         kernels = choice.implementation("head", backend)
         joint = None
         with no_autocast(h.device.type):
-            if expected is not None and hasattr(kernels, "head_joint") and any(ctx.needs_input_grad[:3]):
+            ctx.kind = (h.device, h.dtype, h.shape, weight.shape, metric, labels is None)
+            usable = hasattr(kernels, "head_joint") and not _is_unexpected(ctx.kind)
+            if expected is not None and usable and any(ctx.needs_input_grad[:3]):
                 joint = kernels.head_joint(*arguments, expected, *ctx.needs_input_grad[:3])
             if joint is None:
                 q, nll, stats = kernels.head_fwd(*arguments)
@@ -56,9 +66,12 @@ class HeadFunction(torch.autograd.Function):
         if ready is not None:
             factor = common_factor((q_bar, nll_bar), ready[:2])
             if factor is not None:
-                gradients = (g if g is None or factor == 1.0 else g.mul_(factor) for g in ready[2:])
+                unscaled = isinstance(factor, float) and factor == 1.0
+                gradients = (g if g is None or unscaled else g.mul_(factor) for g in ready[2:])
                 return (*gradients, None, None, None, None, None, None, None)
         h, weight, bias, labels, stats = ctx.saved_tensors
+        if ready is not None:
+            _UNEXPECTED.add(ctx.kind)
         with no_autocast(h.device.type):
             h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
                 h, weight, bias, labels, *ctx.options, q_bar, nll_bar, stats, *ctx.needs_input_grad[:3]
@@ -68,17 +81,32 @@ class HeadFunction(torch.autograd.Function):
         return h_bar, weight_bar, bias_bar, None, None, None, None, None, None, None
 
 
-def common_factor(got: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> float | None:
-    """The number c with got = c expected up to the rounding of a few operations, or None; None stands for zeros."""
+def _is_unexpected(kind: tuple[Any, ...]) -> bool:
+    """Whether a call takes two passes: on a device from the first time on, so that a CUDA graph finds them loaded."""
+    device: torch.device = kind[0]
+    return kind in _UNEXPECTED and (device.type == "cuda" or capture.reads_no_value(device))
+
+
+def common_factor(
+    got: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]
+) -> float | Tensor | None:
+    """The number c with got = c expected up to the rounding of a few operations, or None; None stands for zeros.
+
+    While a CUDA graph is captured it stays on the device, ``[1]``, and every replay asserts that there is one.
+    """
     present = [(g, e) for g, e in zip(got, expected) if g is not None or e is not None]
     actual = torch.cat([_or_zeros(g, e) for g, e in present]).double()
     target = torch.cat([_or_zeros(e, g) for g, e in present]).double()
-    if actual.is_meta:  # nothing is computed
-        return 1.0
     largest = target.abs().argmax().unsqueeze(0)
-    factor = actual.gather(0, largest) / target.gather(0, largest)
+    divisor = target.gather(0, largest)
+    factor = torch.where(divisor == 0, 1.0, actual.gather(0, largest) / divisor)
     scaled = factor * target
     same = ((actual - scaled).abs() <= 2.0**-21 * scaled.abs()).all() & factor.isfinite()  # false for NaN
+    if capture.reads_no_value(same.device):
+        assert_async(same, _CHANGED)
+        return factor.float()  # with an axis: in a scalar torch would round it to the dtype of the gradients
+    if same.is_meta:  # nothing is computed
+        return 1.0
     number, proportional = torch.cat([factor, same.double()]).tolist()  # the one wait for the device
     return number if proportional else None
 

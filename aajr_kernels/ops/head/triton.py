@@ -37,8 +37,6 @@ _KEPT_LEAST, _KEPT_MOST = 256 << 20, 2 << 30
 #: hidden size from which keeping the logits is cheaper than forming them again; float32 products are slower
 _JOINT_SIZE = {torch.float32: 128}
 _JOINT_SIZE_LOW = 1024
-#: configurations of the joint form whose two passes are loaded too
-_LOADED: set[tuple[Any, ...]] = set()
 
 
 @operator(operators.HEAD_FWD)
@@ -65,15 +63,13 @@ def head_joint(*args: Any) -> Joint | None:
         args: as for the joint form on CPUs.
 
     Returns:
-        As on CPUs; None where it would not pay or cannot be used: metric l2, float16, few hidden units, many tangents,
-        a CUDA graph that is being captured (the backward compares what arrives with what was expected, on the host).
+        As on CPUs; None where it would not pay or cannot be used: metric l2, float16, few hidden units, many tangents.
     """
     p = DenseProblem(*args[:8])
     expected: Expected = args[8]
     need_h, need_weight, need_bias = args[9:]
     dtype, device = p.h.dtype, p.h.device
     step = _tokens_of_a_block(p.stacks, p.tokens, p.weight, need_weight)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     # float16 gradients are scaled against underflow; here they would be formed before the scale is known
     if (
         p.metric == "l2"
@@ -81,7 +77,6 @@ def head_joint(*args: Any) -> Joint | None:
         or p.size < _JOINT_SIZE.get(dtype, _JOINT_SIZE_LOW)
         or p.stacks - 1 > TANGENTS
         or step == 0
-        or capturing
     ):
         return None
     whole_tiles = (p.stacks, triton.cdiv(step, 128) * 128, triton.cdiv(p.vocab_size, 128) * 128)
@@ -95,8 +90,6 @@ def head_joint(*args: Any) -> Joint | None:
     b_bar = torch.zeros(p.vocab_size, dtype=torch.float32, device=device) if need_bias else None
 
     def block_backward(block: Any, rows: slice, stats: Tensor, q_bar: Optional, nll_bar: Optional) -> None:
-        if rows.start == 0 and _may_be_captured(device):
-            _load_two_passes(p, q_bar, nll_bar, need_bias)
         part = None if h_bar is None else h_bar[:, rows]
         backward(block, stats, q_bar, nll_bar, logits, part, w_bar, w_sum, b_bar)
 
@@ -104,29 +97,6 @@ def head_joint(*args: Any) -> Joint | None:
     if w_sum is not None:
         w_bar = w_sum.to(dtype)
     return results, (*bars, h_bar, w_bar, b_bar)
-
-
-def _may_be_captured(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def _load_two_passes(p: DenseProblem, q_bar: Optional, nll_bar: Optional, need_bias: bool) -> None:
-    """Run the two passes once on a few tokens.
-
-    A CUDA graph may load no kernel while it is captured, and takes the two passes, of which the steps before that
-    warm a model up would have seen nothing.
-    """
-    present = tuple(x is None for x in (p.bias, p.labels, p.softcap, q_bar, nll_bar))
-    key = (p.h.device, p.h.dtype, p.stacks, p.weight.shape, p.metric, *present, need_bias)
-    if key in _LOADED:
-        return
-    few = slice(0, min(p.tokens, 128))
-    block = p.block(few)
-    q_bar, nll_bar = (None if x is None else x[..., few] for x in (q_bar, nll_bar))
-    h_bar = torch.empty(block.h.shape, dtype=p.h.dtype, device=p.h.device)
-    b_bar = torch.zeros(p.vocab_size, dtype=torch.float32, device=p.h.device) if need_bias else None
-    backward(block, forward(block)[2], q_bar, nll_bar, None, h_bar, None, None, b_bar)
-    _LOADED.add(key)
 
 
 def _tokens_of_a_block(stacks: int, tokens: int, weight: Tensor, need_weight: bool) -> int:

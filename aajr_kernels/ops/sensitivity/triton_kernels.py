@@ -24,6 +24,13 @@ def _columns(start, size, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _row(pointer, row, sizes, strides, KP: tl.constexpr):
+    """Where a row starts in the primal, and ``[KP, 1]`` in the tangents."""
+    at = pointer + row_offsets(row, sizes, strides)
+    return at, at + (tl.arange(0, KP)[:, None] + 1).to(tl.int64) * strides[0]
+
+
+@triton.jit
 def _finite_top(top):
     return tl.where(top == float("-inf"), 0.0, top)  # the weights of a row of -inf are zero, not NaN
 
@@ -41,6 +48,12 @@ def _block(z, tangents, col):
     reference = tl.sum(tl.where(col == place, tangents, 0.0), 1, keep_dims=True)
     weights = exp_flushed(z - _finite_top(top))
     return top, weights, tl.sum(weights, 1, keep_dims=True), reference
+
+
+@triton.jit
+def _softmax(z_at, offset, inside, top, mass):
+    """p of a block."""
+    return exp_flushed(tl.load(z_at + offset, inside, float("-inf")).to(tl.float32) - top) / mass
 
 
 @triton.jit
@@ -104,7 +117,7 @@ def _row_moments(
         )
         reference = tl.where(newer, block_reference, reference)
         top = new_top
-    return top, mass, reference, mean, second, mass2, mean2, second2
+    return _finite_top(top), mass, reference, mean, second, mass2, mean2, second2
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -115,8 +128,7 @@ def _sensitivity_fwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     ks = tl.arange(0, KP)[:, None]
-    z_at = y + row_offsets(row, sizes, y_strides)
-    tan_at = z_at + (ks + 1).to(tl.int64) * y_strides[0]
+    z_at, tan_at = _row(y, row, sizes, y_strides, KP)
     step = y_strides[-1]
     if METRIC == "squares":
         out = tl.zeros((KP, 1), tl.float32)
@@ -144,10 +156,8 @@ def _sensitivity_bwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     ks = tl.arange(0, KP)[:, None]
-    z_at = y + row_offsets(row, sizes, y_strides)
-    tan_at = z_at + (ks + 1).to(tl.int64) * y_strides[0]
-    z_out = y_bar + row_offsets(row, sizes, y_bar_strides)
-    tan_out = z_out + (ks + 1).to(tl.int64) * y_bar_strides[0]
+    z_at, tan_at = _row(y, row, sizes, y_strides, KP)
+    z_out, tan_out = _row(y_bar, row, sizes, y_bar_strides, KP)
     step, out_step = y_strides[-1], y_bar_strides[-1]
     g = read(q_bar, ks.to(tl.int64) * rows + row, ks < K)
     low = y_bar.dtype.element_ty
@@ -161,7 +171,6 @@ def _sensitivity_bwd_kernel(
         top, mass, reference, mean, second, mass2, mean2, second2 = _row_moments(
             z_at, tan_at, step, size, K, KP, METRIC == "probs", BLOCK
         )
-        top = _finite_top(top)
         if METRIC == "probs":
             apart = mean2 - mean
             q = (second2 + mass2 * apart * apart) / mass / mass
@@ -170,9 +179,8 @@ def _sensitivity_bwd_kernel(
             q = second / mass
         for start in range(0, size, BLOCK):
             col, inside, tan_inside = _columns(start, size, K, KP, BLOCK)
-            z = tl.load(z_at + col * step, inside, float("-inf")).to(tl.float32)
+            p = _softmax(z_at, col * step, inside, top, mass)
             e = (read(tan_at, col * step, tan_inside) - reference) - mean
-            p = exp_flushed(z - top) / mass
             twice = 2.0 * g * p
             if METRIC == "probs":
                 slope = p * e - kappa
@@ -192,20 +200,15 @@ def _softmax_fwd_kernel(
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    ks = tl.arange(0, KP)[:, None]
-    z_at = x + row_offsets(row, sizes, x_strides)
-    tan_at = z_at + (ks + 1).to(tl.int64) * x_strides[0]
-    z_out = y + row_offsets(row, sizes, y_strides)
-    tan_out = z_out + (ks + 1).to(tl.int64) * y_strides[0]
+    z_at, tan_at = _row(x, row, sizes, x_strides, KP)
+    z_out, tan_out = _row(y, row, sizes, y_strides, KP)
     step, out_step = x_strides[-1], y_strides[-1]
     low = y.dtype.element_ty
     top, mass, reference, mean, _, _, _, _ = _row_moments(z_at, tan_at, step, size, K, KP, False, BLOCK)
-    top = _finite_top(top)
     for start in range(0, size, BLOCK):
         col, inside, tan_inside = _columns(start, size, K, KP, BLOCK)
-        z = tl.load(z_at + col * step, inside, float("-inf")).to(tl.float32)
+        p = _softmax(z_at, col * step, inside, top, mass)
         e = (read(tan_at, col * step, tan_inside) - reference) - mean
-        p = exp_flushed(z - top) / mass
         tl.store(z_out + col * out_step, p.to(low), inside)
         tl.store(tan_out + col * out_step, (p * e).to(low), tan_inside)
 
@@ -218,33 +221,29 @@ def _softmax_bwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     ks = tl.arange(0, KP)[:, None]
-    z_at = x + row_offsets(row, sizes, x_strides)
-    tan_at = z_at + (ks + 1).to(tl.int64) * x_strides[0]
-    g_at = y_bar + row_offsets(row, sizes, y_bar_strides)
-    g_tan_at = g_at + (ks + 1).to(tl.int64) * y_bar_strides[0]
-    z_out = x_bar + row_offsets(row, sizes, x_bar_strides)
-    tan_out = z_out + (ks + 1).to(tl.int64) * x_bar_strides[0]
+    z_at, tan_at = _row(x, row, sizes, x_strides, KP)
+    g_at, g_tan_at = _row(y_bar, row, sizes, y_bar_strides, KP)
+    z_out, tan_out = _row(x_bar, row, sizes, x_bar_strides, KP)
     step, g_step, out_step = x_strides[-1], y_bar_strides[-1], x_bar_strides[-1]
     low = x_bar.dtype.element_ty
     top, mass, reference, mean, _, _, _, _ = _row_moments(z_at, tan_at, step, size, K, KP, False, BLOCK)
-    top = _finite_top(top)
     # means of the cotangents: ν and the part of Σ p a that is ȳ's
     nu = tl.zeros((KP, 1), tl.float32)
     mean_a = tl.zeros((1, 1), tl.float32)
     for start in range(0, size, BLOCK):
         col, inside, tan_inside = _columns(start, size, K, KP, BLOCK)
-        p = exp_flushed(tl.load(z_at + col * step, inside, float("-inf")).to(tl.float32) - top) / mass
+        p = _softmax(z_at, col * step, inside, top, mass)
         nu += tl.sum(p * read(g_tan_at, col * g_step, tan_inside), 1, keep_dims=True)
         mean_a += tl.sum(p * read(g_at, col * g_step, inside), 1, keep_dims=True)
     for start in range(0, size, BLOCK):
         col, inside, tan_inside = _columns(start, size, K, KP, BLOCK)
-        p = exp_flushed(tl.load(z_at + col * step, inside, float("-inf")).to(tl.float32) - top) / mass
+        p = _softmax(z_at, col * step, inside, top, mass)
         e = (read(tan_at, col * step, tan_inside) - reference) - mean
         above = read(g_tan_at, col * g_step, tan_inside) - nu
         mean_a += tl.sum(p * tl.sum(tl.where(ks < K, above * e, 0.0), 0)[None, :], 1, keep_dims=True)
     for start in range(0, size, BLOCK):
         col, inside, tan_inside = _columns(start, size, K, KP, BLOCK)
-        p = exp_flushed(tl.load(z_at + col * step, inside, float("-inf")).to(tl.float32) - top) / mass
+        p = _softmax(z_at, col * step, inside, top, mass)
         e = (read(tan_at, col * step, tan_inside) - reference) - mean
         above = read(g_tan_at, col * g_step, tan_inside) - nu
         a = read(g_at, col * g_step, inside) + tl.sum(tl.where(ks < K, above * e, 0.0), 0)[None, :]

@@ -110,6 +110,7 @@ def test_common_factor():
     assert function.common_factor((None, a[0]), (torch.zeros_like(a), a[0])) == 1.0
     assert function.common_factor((a * torch.nan, None), (a, None)) is None
     assert function.common_factor((a, None), (torch.zeros_like(a), None)) is None
+    assert function.common_factor((0.0 * a, None), (0.0 * a, None)) == 1.0  # a hinge that is met everywhere
 
 
 SHAPES = [

@@ -284,13 +284,13 @@ def test_tiles_and_the_environment_count_after_forget(log, monkeypatch):
 
 def test_no_recording_while_a_graph_is_captured(log, monkeypatch):
     args = norm_args(rows(2, 8, 64))
-    monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
+    monkeypatch.setattr(replay.capture, "is_capturing", lambda device: True)
     for _ in range(3):
         agree(log, norm(), args)
     assert not replay._calls
     monkeypatch.undo()
     replays(norm(), args)
-    monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
+    monkeypatch.setattr(replay.capture, "is_capturing", lambda device: True)
     agree(Log(monkeypatch), norm(), args)
 
 
@@ -406,6 +406,15 @@ def test_the_oldest_signatures_go(monkeypatch):
     for n in range(1, 9):
         norm()(*norm_args(rows(2, n, 64)))
     assert [key[3][1] for key in replay._calls] == [5, 6, 7, 8]
+
+
+def test_signatures_of_every_step_stay_while_lengths_come_once(monkeypatch):
+    monkeypatch.setattr(replay, "LIMIT", 4)
+    for n in range(1, 30):
+        for length in (100, 200, n):
+            for _ in range(3 if n == 1 else 1):
+                norm()(*norm_args(rows(2, length, 64)))
+    assert {100, 200} < {key[3][1] for key in replay._calls} and len(replay._calls) == 4
 
 
 def test_where_triton_lacks_a_part_it_launches_itself(log, monkeypatch):
