@@ -8,6 +8,7 @@ context's own tokens are a constant of the attack and are added to the sums of t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
