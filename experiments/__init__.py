@@ -37,6 +37,7 @@ EXPERIMENTS = {
         ".language_model",
         "Robust perplexity of language models, in embeddings and in tokens.",
     ),
+    "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
     "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }
 RESULTS = Path(__file__).parent / "results"

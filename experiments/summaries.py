@@ -43,6 +43,21 @@ def bootstrap_interval(
     return float(sample.mean()), float(low), float(high)
 
 
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Mean over independent repetitions (seeds), and Student's t interval of it.
+
+    Args:
+        values: two or more numbers, one per repetition; of a paired comparison, the differences.
+        level: of the interval.
+    """
+    from scipy import stats  # comes with scikit-learn
+
+    sample = np.asarray(values, dtype=np.float64)
+    mean, error = float(sample.mean()), float(sample.std(ddof=1)) / len(sample) ** 0.5
+    half = float(stats.t.ppf((1 + level) / 2, len(sample) - 1)) * error
+    return mean, mean - half, mean + half
+
+
 def interval_text(interval: Interval | None, digits: int = 3, sign: bool = True) -> str:
     """``+0.012 [−0.003, +0.027]``; bold where the interval leaves out zero; ``-`` for None."""
     if interval is None:

@@ -23,6 +23,7 @@ REGISTRIES = (registry.RULES, registry.KINDS, registry.METHODS)
 #: page -> the optional packages it needs
 PAGES = {
     "compile.md": ["transformers"],
+    "context.md": ["transformers"],
     "diagnostics.md": [],
     "distributed.md": ["transformers"],
     "extending.md": [],

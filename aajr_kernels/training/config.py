@@ -180,6 +180,11 @@ class ObjectiveConfig:
     Attributes:
         attack, penalty: as they say; :attr:`scope` and :attr:`unit` are what their None stands for.
         adversarial_weight, clean_weight: of the losses at the worst point and at the clean input; schedules.
+        share_context: whether the tokens before the first attackable one are computed once per micro-batch, shared by
+            attack, losses and penalty: ``"auto"``: where they are at least an eighth of the sequence and the model
+            allows it; True: wherever there are any, and an error where the model does not; False. Values and gradients
+            are the same; random starts of an attack are drawn for the other tokens only, and with dropout the context
+            has one mask per micro-batch. For ``method="aligned"`` or ``"none"`` and all rows.
         shift_labels: labels come as for Hugging Face, ``labels[:, t]`` being the token at t; False: the target at t.
         seed: of the attack's draws, which depend on it, on the step and on the micro-batch only; None: that of
             :class:`FitConfig` or of the trainer, and 0 in a loop of your own.
@@ -194,6 +199,7 @@ class ObjectiveConfig:
     penalty: Penalty = field(default_factory=Penalty)
     adversarial_weight: Schedule = 1.0
     clean_weight: Schedule = 0.0
+    share_context: bool | str = "auto"
     shift_labels: bool = True
     seed: int | None = None
     diagnostics: Diagnostics | None = None
@@ -206,6 +212,14 @@ class ObjectiveConfig:
             check_integers(0, seed=self.seed)
         for name in ("adversarial_weight", "clean_weight"):
             checked_schedule(getattr(self, name), name)
+        if not isinstance(self.share_context, bool):
+            check_choices(("auto",), share_context=self.share_context)
+        penalty = self.penalty
+        if self.share_context is True and (penalty.method not in ("none", "aligned") or penalty.rows < 1):
+            raise ValueError(
+                "share_context=True goes with method='aligned' or 'none' and rows=1, got "
+                f"method={penalty.method!r} and rows={penalty.rows}: set share_context='auto' or False."
+            )
         _ = self.unit
 
     @property

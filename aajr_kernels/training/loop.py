@@ -141,7 +141,7 @@ def fit(
         for module, mode in modes.items():
             module.training = mode
     if folder is not None:
-        write_report(folder, recorder.rows, describe(config))
+        write_report(folder, recorder.rows, describe(config), run.objective.sharing.reason)
     return FitResult(max(begin, config.steps), begin, recorder.rows, run.skipped, folder)
 
 

@@ -25,11 +25,12 @@ from .batches import Prepared
 from .config import ObjectiveConfig
 from .policy import Policy
 from .schedules import value_at
+from .sharing import Shared, Sharing
 
 __all__ = ["Counts", "ScheduledValues", "Terms", "terms_of"]
 
-#: called with a trajectory, the rows that were attacked, what was maximised, and γ
-AfterAttack = Callable[[Trajectory, Prepared, Any, float | None], None]
+#: called with a trajectory, the rows that were attacked, their policy, what was maximised, and γ
+AfterAttack = Callable[[Trajectory, Prepared, Policy, Any, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -134,19 +135,30 @@ def terms_of(
     generator: torch.Generator,
     after_attack: AfterAttack | None = None,
     row_weights: Tensor | None = None,
+    sharing: Sharing | None = None,
 ) -> Terms:
     """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
 
-    `after_attack` is called with the trajectory, the rows that were attacked, what was maximised and γ, in the random
-    state of the attack. `row_weights` ``[B]`` multiply the losses that are maximised.
+    `after_attack` is called with the trajectory, the rows that were attacked, their policy, what was maximised and γ,
+    in the random state of the attack. `row_weights` ``[B]`` multiply the losses that are maximised. `sharing` decides
+    whether the batch's context is computed once.
     """
     x = batch.embedded(policy)
     unit = _unit(x, batch.attended, config)
-    whole = _Work(model, policy, batch, config, counts, generator, row_weights, x, unit)
     total = torch.zeros((), device=x.device)
     parts: dict[str, Tensor] = {}
+    can_share = config.penalty.method in ("none", "aligned") and config.penalty.rows == 1
+    shared = sharing.of(policy, batch, x) if sharing and can_share and scheduled.attacks else None
+    if shared is not None:
+        rows, length = batch.labels.shape
+        parts["shared"] = x.new_tensor(
+            (1 - shared.x.shape[1] / length) * rows / counts.rows, dtype=torch.float64
+        )
+        policy, batch, x = shared.policy, shared.batch, shared.x
+    whole = _Work(model, policy, batch, config, counts, generator, row_weights, x, unit, shared)
     if scheduled.attacks:
-        total, parts = _under_attack(whole, scheduled, after_attack)
+        total, under_attack = _under_attack(whole, scheduled, after_attack)
+        parts |= under_attack
     if scheduled.clean > 0:
         clean = whole.loss(x)
         parts["clean_loss"] = clean.detach()
@@ -174,7 +186,7 @@ def _under_attack(
     }
     if after_attack is not None:
         gamma = None if scheduled.gamma is None else scheduled.gamma / float(whole.unit.detach())
-        after_attack(trajectory, attacked.batch, attacked.adversary, gamma)
+        after_attack(trajectory, attacked.batch, attacked.policy, attacked.adversary, gamma)
     loss: Tensor | None = None
     if scheduled.weight > 0:
         along = trajectory if is_narrow or drawn is None else trajectory.of_rows(drawn)
@@ -201,7 +213,7 @@ class _Work:
     """A micro-batch under attack: what its ascent and its penalty need.
 
     `x` are its embedded tokens ``[B, N, C]``, `unit` that of perturbations (see :func:`_unit`), `row_weights` those of
-    the losses that are maximised.
+    the losses that are maximised. With `shared` all of it is a suffix, and losses are those of the whole rows.
     """
 
     model: nn.Module
@@ -213,6 +225,7 @@ class _Work:
     row_weights: Tensor | None
     x: Tensor
     unit: Tensor
+    shared: Shared | None = None
 
     def drawn(self, scheduled: ScheduledValues) -> tuple[Tensor | None, float]:
         """Indices of the rows that the penalty is computed on, None for all, and the expectation of their share.
@@ -246,16 +259,26 @@ class _Work:
     @property
     def adversary(self) -> Callable[[Any], Any]:
         """What is maximised, from embeddings to ``[B]``."""
-        losses, weights = self.policy.loss_fn(self.batch.inputs, self.batch.labels, "mean"), self.row_weights
+        shared, weights = self.shared, self.row_weights
+        kind = "mean" if shared is None else "sum"
+        losses = suffix = self.policy.loss_fn(self.batch.inputs, self.batch.labels, kind)
+        if shared is not None:
+            fixed, counts = shared.losses.detach(), shared.counts
+            losses = lambda x: (suffix(x) + fixed) / counts
         return losses if weights is None else lambda x: losses(x) * weights
+
+    def step_share(self, losses: Tensor) -> Tensor:
+        """Sums of losses over these tokens, with those of a shared context, in the mean over the step's tokens."""
+        if self.shared is not None:
+            losses = losses + self.shared.losses.sum()
+        return losses / self.counts.tokens
 
     def loss(self, point: Tensor) -> Tensor:
         """Share of these rows in the step's mean cross-entropy at `point`; gradients reach x."""
         if point is not self.x:
             point = point + (self.x - self.x.detach())
         losses = self.policy.loss_fn(self.batch.inputs, self.batch.labels, "sum")(point)
-        share: Tensor = losses.sum() / self.counts.tokens
-        return share
+        return self.step_share(losses.sum())
 
     def attack(self, radius: float) -> Trajectory:
         attack, x, unit = self.config.attack, self.x, float(self.unit.detach())
@@ -317,9 +340,9 @@ class _Work:
         )
         loss = None
         if share and policy.head is not None:
-            loss = aux.primal * rescale
+            loss = self.step_share(aux.primal * divisor)
         elif share:
-            loss = policy.token_losses(aux.primal, batch.labels).sum() / counts.tokens
+            loss = self.step_share(policy.token_losses(aux.primal, batch.labels).sum())
         weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
         active = weight * _units(batch, self.config) / counts.units
         return penalty, loss, {"active": active, "q_max": aux.q_max.max()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from .wrappers import unwrapped
 
 __all__ = ["Policy", "policy_of"]
 
+#: :func:`~aajr_kernels.integrations.transformers.shared_context`, which lies above and enters itself
+CONTEXTS: list[Callable[..., Any]] = []
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -30,11 +34,15 @@ class Policy:
             logits ``[B, N, V]`` or a model output with ``.logits``.
         embed: from token ids ``[B, N]`` to embeddings; None if batches bring ``inputs_embeds``.
         head: the language-model head, whose logits are then streamed over the vocabulary.
+        context: from ``(x, start=, output=, **inputs)`` to a function of the tokens from `start` on, as
+            :func:`~aajr_kernels.integrations.transformers.shared_context` with the body (without `head`: the model)
+            returns it; None: a context cannot be shared.
     """
 
     forward: Callable[..., Any]
     embed: Callable[[Tensor], Tensor] | None = None
     head: LMHead | nn.Linear | None = None
+    context: Callable[..., Any] | None = None
 
     def loss_fn(self, inputs: dict[str, Any], labels: Tensor, reduction: str) -> Callable[[Any], Any]:
         """The cross-entropy ``[B]`` of labels aligned with the output, as of :func:`~aajr_kernels.lm_loss`."""
@@ -97,7 +105,9 @@ def policy_of(model: nn.Module) -> Policy:
         )
     embed = _call(inner, "get_input_embeddings")
     more = {"use_cache": False} if hasattr(inner, "config") and "use_cache" in taken else {}
-    whole = Policy(lambda x, **inputs: inner(inputs_embeds=x, **more, **inputs), embed)
+    whole = Policy(
+        lambda x, **inputs: inner(inputs_embeds=x, **more, **inputs), embed, context=_context(inner)
+    )
     return _streamed(inner, whole, more) or whole
 
 
@@ -114,6 +124,7 @@ def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
         lambda x, **inputs: body(inputs_embeds=x, **more, **inputs).last_hidden_state,
         whole.embed,
         LMHead(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None)),
+        _context(body),
     )
     difference = _difference(model, streamed, whole)
     if difference > (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2):
@@ -125,6 +136,12 @@ def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
         )
         return None
     return streamed
+
+
+def _context(model: Any) -> Callable[..., Any] | None:
+    """How a decoder of transformers shares a context; None for any other module."""
+    is_known = hasattr(getattr(model, "config", None), "get_text_config")
+    return functools.partial(CONTEXTS[-1], model) if CONTEXTS and is_known else None
 
 
 def _difference(model: nn.Module, streamed: Policy, whole: Policy) -> float:

@@ -23,13 +23,22 @@ PANELS = (
 NUMBERS = "loss clean_loss attack_start adversarial_loss gain penalty active q_max".split()
 
 
-def write_report(folder: Path, rows: list[Row], config: Mapping[str, Any]) -> Path:
-    """Write ``report.md``, and ``report.png`` if matplotlib is there; the path of the page."""
+def write_report(
+    folder: Path, rows: list[Row], config: Mapping[str, Any], unshared: str | None = None
+) -> Path:
+    """Write ``report.md``, and ``report.png`` if matplotlib is there; the path of the page.
+
+    Args:
+        folder: of the training.
+        rows: of ``metrics.jsonl``.
+        config: described.
+        unshared: why a context was not shared, or None.
+    """
     train = [_with_gain(row) for row in rows if "loss" in row]
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
     lines = ["# Training", ""]
     if train:
-        lines += _numbers(train)
+        lines += [*_numbers(train), "", *_computed(train, config, unshared)]
         if _figure(train, folder / "report.png"):
             lines += ["", "![Losses, penalty, attack and gradient over the steps](report.png)"]
         else:
@@ -60,6 +69,31 @@ def _numbers(train: list[Row]) -> list[str]:
         "",
         *_table(["", f"first {tenth}", f"last {tenth}"], table),
     ]
+
+
+def _computed(train: list[Row], config: Mapping[str, Any], unshared: str | None) -> list[str]:
+    """Which steps and positions the attack and the penalty computed."""
+    attacked = [row for row in train if row.get("attack_start") is not None]
+    penalised = sum(row.get("penalty") is not None for row in train)
+    settings = config.get("objective", {}).get("penalty", {})
+    lines = [
+        f"Of {len(train)} logged steps {len(attacked)} had an attack and {penalised} a penalty"
+        + (
+            f", on {settings['rows']:.0%} of the rows drawn at random."
+            if settings.get("rows", 1) < 1
+            else "."
+        )
+    ]
+    shares = [row.get("shared") or 0.0 for row in attacked]
+    if any(shares):
+        mean = math.fsum(shares) / len(shares)
+        lines.append(
+            f"A shared context: {mean:.1%} of the positions (mean of the attacked steps) were computed once, the other "
+            f"{1 - mean:.1%} at every forward of the attack and for the penalty."
+        )
+    if unshared is not None:
+        lines.append(f"A context was not shared: {unshared}")
+    return lines
 
 
 def _table(names: list[str], rows: list[list[str]]) -> list[str]:

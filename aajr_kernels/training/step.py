@@ -34,6 +34,7 @@ from .batches import Prepared, prepared
 from .config import Diagnostics, ObjectiveConfig
 from .objective import Counts, ScheduledValues, Terms, terms_of
 from .policy import Policy, policy_of
+from .sharing import Sharing
 from .wrappers import unwrapped
 
 __all__ = ["Objective"]
@@ -54,6 +55,7 @@ class Objective:
 
     Attributes:
         module: the model without its wrapper.
+        sharing: of contexts; its ``reason`` says why one was not shared.
 
     Raises:
         TypeError: `model` is in a wrapper that is not understood, or cannot be called by itself; `config` is none.
@@ -65,6 +67,7 @@ class Objective:
         self.model, self.module = model, unwrapped(model)
         self.config = config
         self.policy = policy_of(self.module) if policy is None else policy
+        self.sharing = Sharing(config)
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +190,7 @@ class Objective:
 
         def work() -> tuple[Tensor, dict[str, Tensor]]:
             with one_dropout_mask(self.device):
-                terms = terms_of(*arguments, after_attack, row_weights)
+                terms = terms_of(*arguments, after_attack, row_weights, self.sharing)
             return terms.total, terms.parts
 
         if self.module is self.model or not (
@@ -213,14 +216,15 @@ class Objective:
         on_report: OnReport,
         trajectory: Trajectory,
         batch: Prepared,
+        policy: Policy,
         loss_fn: Any,
         gamma: float | None,
     ) -> None:
         more: dict[str, Any] = {}
         if diagnostics.smoothness:
             more = dict(
-                func=lambda x: self.policy.forward(x, **batch.inputs),
-                head=self.policy.head,
+                func=lambda x: policy.forward(x, **batch.inputs),
+                head=policy.head,
                 metric=self.config.penalty.metric if self.config.penalty.metric != "probs" else "fisher",
                 gamma=gamma,
                 output_mask=batch.tokens("loss"),

@@ -153,8 +153,11 @@ def train(
     method: str = "none",
     weight: float = 0.0,
     policy: nn.Module | None = None,
+    every: int = 1,
 ) -> nn.Module:
     """Nominal loss plus `weight` times the penalty at the points of a short ascent on every batch.
+
+    With ``every=k`` k times that, on every k-th batch only.
 
     Start, order of the batches and random starts of the ascents depend only on the seed, not on the method.
     """
@@ -164,12 +167,14 @@ def train(
     steps, rate = config["epochs"] * batches.per_epoch, config["learning_rate"]
     optimizer = torch.optim.Adam(policy.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    for batch in batches.epochs(config["epochs"]):
+    for step, batch in enumerate(batches.epochs(config["epochs"]), 1):
         entropy, error, _ = nominal_losses(policy, batch)
         loss = entropy + error
-        if method != "none":
+        if method != "none" and step % every == 0:
             traj = inner_ascent(config, policy, batch, starts, evaluate_last=False)
-            loss = loss + weight * penalty(method, policy, traj, config["power_iterations"], directions)
+            loss = loss + every * weight * penalty(
+                method, policy, traj, config["power_iterations"], directions
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

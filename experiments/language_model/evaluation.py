@@ -24,6 +24,16 @@ def clean_loss(
     return losses_of(scene).mean().item()
 
 
+def evaluate_losses(config: dict[str, Any], model: nn.Module, source: Tensor, seed: int) -> dict[str, float]:
+    """``nominal``: the clean loss over ``clean_rows`` windows; ``robust``: the largest of the strong attack."""
+    policy, settings = policy_of(model), config["evaluation"]
+    scene = _scene(config, model, policy, source, seed, settings["rows"])
+    generator = torch.Generator().manual_seed(4000 + seed)
+    worst, _ = embedding_attack(scene, radius=config["radius"], **settings["attack"], generator=generator)
+    clean = clean_loss(config, model, policy, source, seed, settings["clean_rows"])
+    return {"nominal": clean, "robust": worst.mean().item()}
+
+
 def evaluate(config: dict[str, Any], model: nn.Module, text: Text, seed: int) -> dict[str, Any]:
     """Losses (nats per scored token) on the test part, clean and under both attacks, and curvature of an ascent.
 

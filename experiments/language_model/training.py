@@ -53,6 +53,7 @@ def tune(
     *,
     mix: float,
     weight: float,
+    every: int = 1,
 ) -> dict[str, Any]:
     """Train on (clean + w · adversarial) / (1 + w) + λ · penalty.
 
@@ -64,6 +65,7 @@ def tune(
         method: one of :data:`PENALTIES`.
         mix: w; 0 is training without an adversary.
         weight: λ.
+        every: k of ``Penalty(every=k)``.
 
     Returns:
         ``first`` and ``last``: mean clean loss, adversarial loss and penalty in the first and last fifth of the steps
@@ -77,7 +79,7 @@ def tune(
         rows.append(row | {"own": now - clock[0]})
         clock[0] = now
 
-    settings = _settings(config, seed, method, mix, weight, len(batches))
+    settings = _settings(config, seed, method, mix, weight, len(batches), every)
     fit(model, batches, settings, on_step=on_step, progress=False)
     tail = max(len(rows) // 5, 1)
     return {
@@ -99,7 +101,7 @@ def penalty_at_start(
 
 
 def _settings(
-    config: dict[str, Any], seed: int, method: str, mix: float, weight: float, steps: int
+    config: dict[str, Any], seed: int, method: str, mix: float, weight: float, steps: int, every: int = 1
 ) -> FitConfig:
     inner = config["inner"]
     return FitConfig(
@@ -118,6 +120,7 @@ def _settings(
                 iterations=config["power_iterations"],
                 tokens="loss",
                 unit="token",
+                every=every,
             ),
             clean_weight=1 / (1 + mix),
             adversarial_weight=mix / (1 + mix),

@@ -105,6 +105,17 @@ def test_language_model():
     assert set(by_part["adapted"]) == set(parts.ADAPTED)
 
 
+@pytest.mark.skipif(not (RESULTS / "lazy.jsonl").exists(), reason="the rows are not committed")
+def test_lazy():
+    rows, config = committed("lazy"), load("lazy").config(False)
+    for part in ("digits", "language"):
+        runs = [(row["seed"], row["every"]) for row in rows if row["part"] == part]
+        assert sorted(runs, key=str) == sorted(
+            ((seed, k) for seed in range(config[part]["seeds"]) for k in (None, *config["every"])), key=str
+        )
+    assert all(row["robust"] >= row["nominal"] or row["part"] == "language" for row in rows)
+
+
 def test_two_agents():
     pytest.importorskip("transformers")
     from experiments.two_agents import rank

@@ -24,8 +24,11 @@ module                    what it does
 ========================  ==================================================================================
 """
 
+from ...training.policy import CONTEXTS
 from .context import SharedContext, shared_context
 from .fuse import KNOWN, Fusion, fuse
 from .library import register
 
 __all__ = ["KNOWN", "Fusion", "SharedContext", "fuse", "register", "shared_context"]
+
+CONTEXTS.append(shared_context)  # policies of decoders share their context by it

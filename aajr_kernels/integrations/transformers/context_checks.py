@@ -173,7 +173,8 @@ def check_split(make: Callable[..., Any], model: nn.Module, x: Tensor) -> None:
     half = _TOKENS // 2
     v[:, :half] = 0
     try:
-        with torch.inference_mode(False), torch.no_grad(), paused(), frozen_parameters((inner,), True):
+        exact = torch.autocast(x.device.type, enabled=False)  # its rounding would look like a difference
+        with exact, torch.inference_mode(False), torch.no_grad(), paused(), frozen_parameters((inner,), True):
             whole = make(model, tokens, 0, None, None, False)(dual(tokens, v))
             split = make(model, tokens, half, None, None, False)(dual(tokens[:, half:], v[:, half:]))
             expected = whole[:, half:]

@@ -48,9 +48,7 @@ def test_the_gradient_is_that_of_the_oracle(tmp_path, record_property):
     _, (actual,) = ours(copy.deepcopy(model), tmp_path, **whole)
     seen = []
     objective = Objective(model, CONFIG)
-    objective._diagnose = lambda diagnostics, batch, step, on_report, trajectory, *more: seen.append(
-        trajectory
-    )
+    objective._diagnose = lambda diagnostics, step, on_report, trajectory, *more: seen.append(trajectory)
     with_look = dataclasses.replace(CONFIG, diagnostics=Diagnostics(1))
     objective.config = with_look
     objective(batch, on_report=seen.append)
