@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_exact
 from ops.op_checks import forward_mode, record_calls, stacks
 
 import aajr_kernels as aajr
@@ -13,7 +14,6 @@ from aajr_kernels.backends import choice
 from aajr_kernels.method.baselines import METHODS, baseline_penalty
 from aajr_kernels.ops.head import METRICS, reference
 from aajr_kernels.ops.head import counted as counting
-from aajr_kernels.testing.budgets import assert_exact
 from aajr_kernels.testing.oracle import metric_values
 
 B, N, C, V = 3, 7, 5, 23
