@@ -33,7 +33,7 @@ MULTIPROCESSORS = 132
 
 @dataclass(frozen=True)
 class Shape:
-    """One call of attention in bfloat16, with a tangent of every operand."""
+    """One call of attention in bfloat16, with a tangent of every operand, after a context of so many keys."""
 
     batch: int
     heads: int
@@ -42,10 +42,12 @@ class Shape:
     head_size: int = 128
     causal: bool = True
     window: int | None = None
+    context: int = 0
 
     def __str__(self) -> str:
         mask = f"window {self.window}" if self.window else "causal" if self.causal else "full"
-        return f"B{self.batch} H{self.heads}/{self.key_heads} S{self.length} D{self.head_size} {mask}"
+        length = f"{self.context}+{self.length}" if self.context else self.length
+        return f"B{self.batch} H{self.heads}/{self.key_heads} S{length} D{self.head_size} {mask}"
 
 
 SHAPES = (
@@ -58,6 +60,7 @@ SHAPES = (
     Shape(1, 24, 24, 8192, causal=False),
     Shape(8, 12, 12, 512, head_size=64),
     Shape(4, 32, 8, 2048, head_size=64),
+    Shape(1, 32, 8, 1024, context=3072),
 )
 
 
@@ -102,12 +105,19 @@ def launches(shape: Shape, architecture: str = "sm_90") -> Iterator[Launch]:
     from aajr_kernels.ops.attention import triton as launchers
 
     recorded: list[tuple[Any, ...]] = []
-    sizes = [(2, shape.batch, n, shape.length, shape.head_size) for n in (shape.heads, shape.key_heads)]
-    q, k = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
-    options = Options(1.0, offset=0 if shape.causal else None, window=shape.window)
+    sizes = [
+        (2, shape.batch, shape.heads, shape.length, shape.head_size),
+        (2, shape.batch, shape.key_heads, shape.length, shape.head_size),
+        (1, shape.batch, shape.key_heads, shape.context, shape.head_size),
+    ]
+    q, k, before = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    options = Options(1.0, offset=shape.context if shape.causal else None, window=shape.window)
+    needs: tuple[bool, ...] = (True, True, True, False)
+    if shape.context:
+        options, needs = options._replace(context_k=before, context_v=before), (*needs, True, True)
     with gpu.recording(lambda *launch: recorded.append(launch), architecture):
         saved = launchers.attention_fwd(q, k, k, None, options)
-        launchers.attention_bwd(saved[0], q, k, k, None, *saved, options, (True, True, True, False))
+        launchers.attention_bwd(saved[0], q, k, k, None, *saved, options, needs)
     for kernel, grid, args, constants in recorded:
         values = {**dict(zip(kernel.arg_names, args)), **constants}
         if "_rows_" not in kernel.__name__ and "_sum_" not in kernel.__name__:
@@ -121,17 +131,24 @@ def _launch(kernel: str, grid: tuple[int, int, int], values: dict[str, Any]) -> 
     visible = schedule.visible_queries if of_keys else schedule.visible_keys
     own, other = (values[name] for name in (("BLOCK_N", "BLOCK_M") if of_keys else ("BLOCK_M", "BLOCK_N")))
     length = values["N"] if of_keys else values["M"]
-    numbers = [values[x] for x in ("offset", "window", "BLOCK_M", "BLOCK_N", "CAUSAL", "WINDOW")]
+    constants = [values[x] for x in ("window", "BLOCK_M", "BLOCK_N", "CAUSAL", "WINDOW")]
+    # keys, and the offset of the diagonal, of every loop
+    loops = [(length, values["offset"])]
+    if not of_keys and values["C"] is not None:
+        loops.append((values["C"], values["offset"] + values["C"]))
     share = values["SHARE"] if of_keys else 1
+    last_first = values.get("LAST_FIRST", True)  # the last queries see the most keys
     programs = []
     width, height, depth = grid
     for z, y, x in itertools.product(range(depth), range(height), range(width)):
-        head, block = schedule.place.fn(x, y, z, width, height, not of_keys)
-        low, high = visible.fn(block * own, length, *numbers)
-        programs.append(Program(head, block, 1 + share * max(0, -(-(high - low) // other))))
+        head, block = schedule.place.fn(x, y, z, width, height, last_first)
+        ranges = [visible.fn(block * own, size, offset, *constants) for size, offset in loops]
+        tiles = sum(max(0, -(-(high - low) // other)) for low, high in ranges)
+        programs.append(Program(head, block, 1 + share * tiles))
     if of_keys:
         gradients = {name: values[f"NEED_{name}"] for name in ("K", "V")}
         name = " and ".join({"K": "keys", "V": "values"}[x] for x, needed in gradients.items() if needed)
+        name = name if values["K_TAN"] else f"{name} of the context"
         return Launch(name, programs, own * other, values["GROUP"] // share)
     return Launch("forward" if "_fwd_" in kernel else "queries", programs, own * other)
 

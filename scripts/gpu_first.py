@@ -41,7 +41,11 @@ BAD = ("failed", "faulted")
 #: figures of rows that the summary shows
 FIGURES = ("flop_per_s", "bytes_per_s", "us", "wall_ms", "enqueue_ms", "launches", "peak_bytes", "ratio")
 #: stages that share a process in a dry run, most of whose time is imports; two processes at a time
-DRY = (("machine", "correctness", "kernels", "step", "graphs", "choices"), ("warm",), ("tests", "bench"))
+DRY = (
+    ("machine", "correctness", "kernels", "step", "graphs", "context", "choices"),
+    ("warm",),
+    ("tests", "bench"),
+)
 
 
 def environment(name: str, dry: bool, blocking: bool) -> dict[str, str]:

@@ -56,6 +56,8 @@ def test_a_dry_run_writes_the_rows_of_every_stage(tmp_path):
     names = states(rows, "step")
     for name in ("plain 8", "exact, fused 8 over plain", "finite differences 8", "first-use check"):
         assert names[name] == "done"
+    for kind in ("attack", "penalty"):
+        assert states(rows, "context")[f"{kind}, last 12.5% of 16 open: over put together"] == "done"
     (check,) = [row for row in rows if row["name"] == "first-use check"]
     assert list(check["kinds"].values()) == ["passed"]
     assert [name for name, state in states(rows, "graphs").items() if state == "passed"] == [
@@ -111,7 +113,7 @@ def test_stages_run_in_order_of_value_and_a_stage_out_of_time_costs_only_itself(
     assert "FAILED stage" in capsys.readouterr().out
     started.clear()
     assert gpu_first.main(["--out", str(tmp_path), "--seconds", "30"]) == 0
-    assert [float(seconds) for _, seconds, _ in started] == pytest.approx([20, *[30] * 8], abs=1)
+    assert [float(seconds) for _, seconds, _ in started] == pytest.approx([20, *[30] * 9], abs=1)
     started.clear()
     again = tmp_path / "second"
     assert gpu_first.main(["--again", str(tmp_path), "--out", str(again)]) == 0

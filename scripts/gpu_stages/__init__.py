@@ -8,9 +8,10 @@ NAMES = {
     "kernels": 100,
     "step": 110,
     "graphs": 30,
+    "context": 30,
     "choices": 50,
     "tests": 80,
-    "bench": 120,
+    "bench": 100,
 }
 #: those of the second run, on what failed in the first
 AGAIN = {"correctness": 120, "tests": 200, "sanitizer": 240}

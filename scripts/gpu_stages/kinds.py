@@ -34,10 +34,11 @@ def _attention(
     capped: bool = False,
     windowed: bool = False,
     packed: bool = False,
+    context: bool = False,
 ) -> Sized:
     stacks = (1 + k,) * 3
     sizes = (*stacks, group, size, size, *((1 if mask[0] == torch.bool else 1 + k,) if mask else ()))
-    features = (capped, causal, windowed, packed, False, False, *(mask or (None, ())))
+    features = (capped, causal, windowed, packed, False, False, *(mask or (None, ())), context)
     kind = Kind("attention", "attention", "triton", torch.device("cuda"), (dtype,) * 3, sizes, features)
     return Sized(f"attention {name}", kind, length)
 
@@ -85,6 +86,7 @@ def kinds(dry: bool) -> list[Sized]:
         _attention("D128 window", windowed=True),
         _attention("D128 softcap", capped=True),
         _attention("D128 packed", packed=True),
+        _attention("D128 context", context=True),
         _attention("D64 K=3", 64, k=3),
         _attention("D96", 96),
         _attention("D256", 256, 1024),

@@ -254,7 +254,7 @@ def trial(
         if has_context:
             used = used._replace(context_k=tensors[4], context_v=tensors[5])
         if dropped:
-            used = options._replace(dropout=0.4, drawn=seed if backend == "triton" else kept())
+            used = used._replace(dropout=0.4, drawn=seed if backend == "triton" else kept())
         return (AttentionFunction.apply(*tensors[:4], backend, tuple(used[:6]), *used[6:]),)
 
     return operands, run

@@ -197,12 +197,7 @@ def check_options(causal: bool | str, softcap: float | None, window: int | None,
 
 
 def lacks_in_triton(q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> str | None:
-    """None where the kernels have the call, or the part of it that they lack.
-
-    Tiles of heads that are larger do not fit into the memory of a multiprocessor.
-    """
-    if context:
-        return "has no kernels for a context yet"
+    """None where tiles of the heads fit into the memory of a multiprocessor, or the largest heads that do."""
     largest, limit = max(q.shape[-1], v.shape[-1]), _TRITON_HEAD
     if (
         largest > limit // 2

@@ -66,6 +66,11 @@ def attention(n: int, leaf: Leaf, mask: str = "", **options: Any) -> Any:
     return aajr.attention(q, k, v, **options)
 
 
+def context(n: int, leaf: Leaf) -> Any:
+    before = (leaf(B, n + 24, HK, D).transpose(1, 2) for _ in range(2))
+    return attention(n, leaf, causal=True, context=tuple(before))
+
+
 def packed(n: int, leaf: Leaf) -> Any:
     q, k, v = (Dual(leaf(1, n, heads, D, k=1).transpose(2, 3)) for heads in (H, HK, HK))
     return aajr.attention(q, k, v, causal=True, cu_seqlens=torch.tensor([0, 37, n]))
@@ -95,6 +100,7 @@ CALLS: dict[str, Callable[[int, Leaf], Any]] = {
     "attention": attention,
     "attention causal": lambda n, leaf: attention(n, leaf, causal=True, window=256, softcap=30.0),
     "attention packed": packed,
+    "attention context": context,
     "attention mask of pairs": lambda n, leaf: attention(n, leaf, "pairs"),
     "attention padding": lambda n, leaf: attention(n, leaf, "padding"),
     "attention bias": lambda n, leaf: attention(n, leaf, "bias"),

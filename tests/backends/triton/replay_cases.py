@@ -153,7 +153,11 @@ def norm_args(x: Tensor, weight: bool = True, eps: float = 1e-6, centred: bool =
 
 
 def attention_args(*tensors: Tensor, offset: int | None = 0, scale: float = 0.5) -> tuple[Any, ...]:
-    return *tensors, None, scale, None, offset, None, 0.0, False, None, None, None
+    return *tensors, None, scale, None, offset, None, 0.0, False, *[None] * 5
+
+
+def after_context(length: int) -> tuple[Any, ...]:
+    return *attention_args(heads(4), heads(2), heads(2))[:-2], heads(2, length)[:1], heads(2, length)[:1]
 
 
 def heads(h: int, n: int = 32, d: int = 16, dtype: torch.dtype = BF16) -> Tensor:
@@ -197,21 +201,15 @@ NORMS = {
     "a switch": (norm_args(rows(2, 8, 64)), norm_args(rows(2, 8, 64), centred=True)),
     "the type of a number": (norm_args(rows(2, 8, 64), eps=1.0), norm_args(rows(2, 8, 64), eps=True)),
 }
+GROUPED = attention_args(heads(4), heads(2), heads(2))
 ATTENTIONS = {
-    "causality": (
-        attention_args(heads(4), heads(2), heads(2)),
-        attention_args(heads(4), heads(2), heads(2), offset=None),
-    ),
-    "groups": (
-        attention_args(heads(4), heads(2), heads(2)),
-        attention_args(heads(4), heads(4), heads(4)),
-    ),
-    "keys without tangents": (
-        attention_args(heads(4), heads(2), heads(2)),
-        attention_args(heads(4), heads(2)[:1], heads(2)),
-    ),
+    "causality": (GROUPED, attention_args(heads(4), heads(2), heads(2), offset=None)),
+    "groups": (GROUPED, attention_args(heads(4), heads(4), heads(4))),
+    "keys without tangents": (GROUPED, attention_args(heads(4), heads(2)[:1], heads(2))),
+    "a context": (GROUPED, after_context(7)),
+    "the length of a context": (after_context(7), after_context(6)),
     "alignment, and with it tensor maps": (
-        attention_args(heads(4), heads(2), heads(2)),
+        GROUPED,
         attention_args(rows(2, 1, 4, 32, 16, before=4), heads(2), heads(2)),
     ),
 }

@@ -113,12 +113,16 @@ def attention(
     k: int = 1,
     mask: str = "",
     moves: str = "qkv",
+    context: int = 0,
     spills: Sequence[str] = (),
     **options: object,
 ) -> None:
     def function(leaf: Callable[..., Tensor]) -> Dual:
         keys = M or N
         shapes = {"q": (B, heads[0], N, D), "k": (B, heads[1], keys, D), "v": (B, heads[1], keys, D)}
+        if context:
+            options["context"] = tuple(leaf(B, heads[1], context, D) for _ in range(2))
+            keys += context
         inputs = [leaf(*s, k=k if x in moves else 0) for x, s in shapes.items()]
         q, key, v = (Dual(t) if x in moves else t for x, t in zip("qkv", inputs))
         allowed: Tensor | None = None
@@ -174,6 +178,10 @@ attention("D64 packed", BF16, 64, B=1, causal=True, cu_seqlens=torch.tensor([0, 
 attention("D64 lower right, N 37", BF16, 64, N=37, M=1000, causal="lower_right")
 attention("D64 q moves", BF16, 64, moves="q", causal=True, spills=("sm_80",))
 attention("D64 v moves", BF16, 64, moves="v", causal=True)
+attention(
+    "D128 context GQA", BF16, 128, heads=(32, 8), context=3072, causal=True, pinned=("sm_90",), spills=STRICT
+)
+attention("D64 context", BF16, 64, context=3072, causal=True, pinned=("sm_80",), spills=("sm_80",))
 attention("D16 causal", BF16, 16, causal=True)
 attention("D32 causal", BF16, 32, causal=True)
 attention("D80 causal", BF16, 80, causal=True, spills=("sm_80",))

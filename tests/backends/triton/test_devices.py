@@ -65,7 +65,7 @@ def test_whole_numbers_are_no_constants_of_the_kernels(options):
     from aajr_kernels.ops.attention.triton.problem import Problem
 
     x = torch.empty(2, 1, 2, 5, 16, device=DEVICE)
-    scalars = Problem(x, x, x, None, Options(**({"scale": 0.3} | options))).scalars()[:3]
+    scalars = Problem.of(x, x, x, None, Options(**({"scale": 0.3} | options))).scalars()[:3]
     assert all(isinstance(value, float) for value in scalars)
 
 

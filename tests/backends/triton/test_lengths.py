@@ -16,8 +16,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 TESTS = Path(__file__).resolve().parents[2]
 CALLS = (
-    "attention", "attention causal", "attention packed", "attention mask of pairs", "attention padding",
-    "attention bias", "attention dual bias", "attention bias per query", "attention bias of buckets",
+    "attention", "attention causal", "attention packed", "attention context", "attention mask of pairs",
+    "attention padding", "attention bias", "attention dual bias", "attention bias per query",
+    "attention bias of buckets",
     "rms_norm", "layer_norm", "rms_norm of heads", "layer_norm long", "add_rms_norm", "gelu", "swiglu",
     "rotary", "rotary trained", "linear", "linear float32", "head", "head probs", "head joint", "head mask",
     "sensitivity", "softmax", "softmax along the tokens",

@@ -16,6 +16,7 @@ import triton.language as tl
 from .device import (
     add_product,
     expand,
+    joint,
     kept,
     load_rows,
     mask_tile,
@@ -131,22 +132,23 @@ def finish(
             tl.store(pointers, tile, mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
+@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window", "C"])
 def _attention_bwd_q_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, q_start, k_start,
     q_bar, q_tan_bar, q_sum, stats, mu, delta, delta_tan,
     q_strides, k_strides, v_strides, g_strides, mask_strides, q_bar_strides,
-    scale, softcap, dropout, seed, H, N, M, NP, offset, window,
+    scale, softcap, dropout, seed, H, N, M, NP, offset, window, C,
+    context_k, context_v, context_mask, context_mask_tan,
+    context_k_strides, context_v_strides, context_mask_strides,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
+    MOVES: tl.constexpr, Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr, LATE: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries: gradients of the queries and their tangent; programs as in the forward."""
-    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
+    """A block of queries: gradients of the queries and their tangent; programs and context as in the forward."""
     EARLY: tl.constexpr = SOFTCAP or not LATE
     head, block = own_place(True)
     b = head // H
@@ -183,69 +185,80 @@ def _attention_bwd_q_kernel(
         d1 = tl.load(delta_tan + at, mask=here, other=0.0)
         center = tl.load(mu + at, mask=here, other=0.0)
 
-    low, high = visible_keys(i0, m, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-    last, before = seen(i, m, offset, window, CAUSAL)
     q_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     q_tan_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(settle(low, PIN), high, BLOCK_N, num_stages=STAGES):
-        j = (start + tl.arange(0, BLOCK_N))[None, :]
-        keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
-        key_tans = keys
-        if K_TAN:
-            key_tans = load_rows(k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
-        zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        keep = 1.0
-        if DROPOUT:
-            keep = kept(seed, b, h, H, i, j, dropout)
-        tau = 0.0
-        if EARLY:
-            s = add_product(zeros, qs, keys, False, PRECISION)
-            p, tau = tile_weights(
-                s, shift, lnorm, mask, mask_strides, b, h, i, j, i0, start, n, m,
-                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
-            )  # fmt: skip
-        if MOVES and TANGENT:
-            t, c = tile_tangent(
-                add_tangents(zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN, False, PRECISION), center, tau,
-                mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, False,
-            )  # fmt: skip
-        values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-        s_bar = zeros
-        if MOVES and TANGENT:
-            t_bar = add_product(zeros, g_tans, values, False, PRECISION)
-            t_bar = t_bar * keep - d1[:, None]
-            if not DROPOUT:
-                s_bar = pin(t_bar * c - d0[:, None], PIN)
-        if FIRST:
-            s_bar = add_product(s_bar, gs, values, False, PRECISION)
-        if V_TAN:
-            value_tans = load_rows(v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
-            s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
-        if DROPOUT:
-            s_bar = s_bar * keep - d0[:, None]
+    for part in tl.static_range(1 if C is None else 2):
+        if part == 1:  # the context
+            k, v, mask, mask_tan = context_k, context_v, context_mask, context_mask_tan
+            k_strides, v_strides, mask_strides = context_k_strides, context_v_strides, context_mask_strides
+            k_end, m, offset = C, C, offset + C
+        low, high = visible_keys(i0, m, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        last, before = seen(i, m, offset, window, CAUSAL)
+        for start in tl.range(settle(low, PIN), high, BLOCK_N, num_stages=STAGES):
+            j = (start + tl.arange(0, BLOCK_N))[None, :]
+            keys = load_rows(k, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA)
+            key_tans = keys
+            if K_TAN and part == 0:
+                key_tans = load_rows(
+                    k_tan, k_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_D, D, TMA
+                )
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            keep = 1.0
+            if DROPOUT:
+                keep = kept(seed, b, h, H, i, joint(j, C, part), dropout)
+            tau = 0.0
+            if EARLY:
+                s = add_product(zeros, qs, keys, False, PRECISION)
+                p, tau = tile_weights(
+                    s, shift, lnorm, mask, mask_strides, b, h, i, j, i0, start, n, m,
+                    last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
+                )  # fmt: skip
             if MOVES and TANGENT:
-                s_bar += t_bar * c
-        elif not (MOVES and TANGENT):
-            s_bar -= d0[:, None]
-        if not EARLY:
-            s = add_product(zeros, qs, keys, False, PRECISION)
-            p, tau = tile_weights(
-                s, shift, lnorm, mask, mask_strides, b, h, i, j, i0, start, n, m,
-                last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
-            )  # fmt: skip
-        s_bar = p * s_bar
-        if MOVES and TANGENT:
-            t_bar = p * t_bar
-            if SOFTCAP:
-                s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, True)
-            low_t_bar = pin(t_bar.to(keys.dtype), PIN)
-            if Q_TAN:
-                q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
-            if K_TAN:
-                q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
-        elif SOFTCAP:
-            s_bar, _ = bend(s_bar, s_bar, s_bar, tau, softcap, False)
-        q_acc = tl.dot(pin(s_bar.to(keys.dtype), PIN), keys, q_acc, input_precision=PRECISION)
+                t = add_tangents(
+                    zeros, qs, q_tans, keys, key_tans, Q_TAN, K_TAN and part == 0, False, PRECISION
+                )  # fmt: skip
+                t, c = tile_tangent(
+                    t, center, tau, mask_tan, mask_strides, b, h, i, j, n, m, scale, MASK_TAN, SOFTCAP, False
+                )  # fmt: skip
+            values = load_rows(v, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA)
+            s_bar = zeros
+            if MOVES and TANGENT:
+                t_bar = add_product(zeros, g_tans, values, False, PRECISION)
+                t_bar = t_bar * keep - d1[:, None]
+                if not DROPOUT:
+                    s_bar = pin(t_bar * c - d0[:, None], PIN)
+            if FIRST:
+                s_bar = add_product(s_bar, gs, values, False, PRECISION)
+            if V_TAN and part == 0:
+                value_tans = load_rows(
+                    v_tan, v_strides, b, hk, k_first + start, k_end, BLOCK_N, BLOCK_V, V, TMA
+                )
+                s_bar = add_product(s_bar, g_tans, value_tans, False, PRECISION)
+            if DROPOUT:
+                s_bar = s_bar * keep - d0[:, None]
+                if MOVES and TANGENT:
+                    s_bar += t_bar * c
+            elif not (MOVES and TANGENT):
+                s_bar -= d0[:, None]
+            if not EARLY:
+                s = add_product(zeros, qs, keys, False, PRECISION)
+                p, tau = tile_weights(
+                    s, shift, lnorm, mask, mask_strides, b, h, i, j, i0, start, n, m,
+                    last, before, scale, softcap, WINDOW, MASK, SOFTCAP, SPLIT, True, False,
+                )  # fmt: skip
+            s_bar = p * s_bar
+            if MOVES and TANGENT:
+                t_bar = p * t_bar
+                if SOFTCAP:
+                    s_bar, t_bar = bend(s_bar, t_bar, t, tau, softcap, True)
+                low_t_bar = pin(t_bar.to(keys.dtype), PIN)
+                if Q_TAN:
+                    q_tan_acc = tl.dot(low_t_bar, keys, q_tan_acc, input_precision=PRECISION)
+                if K_TAN and part == 0:
+                    q_acc = tl.dot(low_t_bar, key_tans, q_acc, input_precision=PRECISION)
+            elif SOFTCAP:
+                s_bar, _ = bend(s_bar, s_bar, s_bar, tau, softcap, False)
+            q_acc = tl.dot(pin(s_bar.to(keys.dtype), PIN), keys, q_acc, input_precision=PRECISION)
 
     finish(
         q_bar, q_bar_strides, q_sum, b, h, H, N, q_first + i0, q_end, q_acc * scale, BLOCK_M, BLOCK_D, D, FIRST, LAST
@@ -285,17 +298,17 @@ def _weights(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window"])
+@triton.jit(do_not_specialize=["H", "N", "M", "NP", "offset", "window", "C"])
 def _attention_bwd_kv_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, q_start, k_start,
     k_bar, k_tan_bar, v_bar, v_tan_bar, k_sum, v_sum, stats, mu, delta, delta_tan,
     q_strides, k_strides, v_strides, g_strides, mask_strides, k_bar_strides, v_bar_strides,
-    scale, softcap, dropout, seed, H, N, M, NP, offset, window,
+    scale, softcap, dropout, seed, H, N, M, NP, offset, window, C,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
+    MOVES: tl.constexpr, Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     PACKED: tl.constexpr, ALIGN_RIGHT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TANGENT: tl.constexpr,
-    SPLIT: tl.constexpr, SHARE: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    SPLIT: tl.constexpr, SHARE: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, LAST_FIRST: tl.constexpr,
     TMA: tl.constexpr, LATE: tl.constexpr, PIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -304,12 +317,11 @@ def _attention_bwd_kv_kernel(
     Programs: see :mod:`.schedule`, and `sequence` if packed. One loop runs over SHARE query heads of the group and
     the blocks of queries; where these are not all, the gradients are those of as many more key heads, to be added.
     TANGENT: the output has a tangent; with several, one launch each adds to the primal's gradients
-    in `k_sum` and `v_sum` (float32), from the FIRST to the LAST.
+    in `k_sum` and `v_sum` (float32), from the FIRST to the LAST. MOVES: the scores of some keys have tangents, these
+    or those of another launch: a context has one of its own. C of its keys come before these, None without dropout.
     """
-    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
     EARLY: tl.constexpr = SOFTCAP or not LATE
-    # the first keys are seen by the most queries
-    head, block = own_place(False)
+    head, block = own_place(LAST_FIRST)
     heads = H // SHARE
     b = head // heads
     own_h = head % heads
@@ -356,7 +368,7 @@ def _attention_bwd_kv_kernel(
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         keep = 1.0
         if DROPOUT:
-            keep = kept(seed, b, h, H, i, j, dropout)
+            keep = kept(seed, b, h, H, i, joint(j, C, False), dropout)
         p, tau = zeros, 0.0
         if EARLY:
             p, tau = _weights(
@@ -445,14 +457,14 @@ def _attention_bwd_kv_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["B", "H", "N", "M", "offset", "window", "NP"])
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "offset", "window", "NP", "C"])
 def _attention_bwd_bias_kernel(
     q, k, v, g, q_tan, k_tan, v_tan, g_tan, mask, mask_tan, bias_bar, bias_tan_bar, stats, mu, delta, delta_tan,
     q_strides, k_strides, v_strides, g_strides, mask_strides, bar_strides,
-    B, scale, softcap, dropout, seed, H, N, M, NP, offset, window,
+    B, scale, softcap, dropout, seed, H, N, M, NP, offset, window, C,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
+    MOVES: tl.constexpr, Q_TAN: tl.constexpr, K_TAN: tl.constexpr, V_TAN: tl.constexpr, MASK_TAN: tl.constexpr,
     FIRST: tl.constexpr, TANGENT: tl.constexpr, SPLIT: tl.constexpr,
     PER_B: tl.constexpr, PER_H: tl.constexpr, PER_N: tl.constexpr, PER_M: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -463,7 +475,6 @@ def _attention_bwd_bias_kernel(
     broadcast; the tiles of those are added in a fixed order, every part some of them into memory of its own. float32
     outputs; a later tangent adds to the primal's.
     """
-    MOVES: tl.constexpr = Q_TAN or K_TAN or MASK_TAN
     n_blocks = (N + BLOCK_M - 1) // BLOCK_M
     m_blocks = (M + BLOCK_N - 1) // BLOCK_N
     own_m = m_blocks if PER_M else 1
@@ -514,7 +525,7 @@ def _attention_bwd_bias_kernel(
         )  # fmt: skip
         keep = 1.0
         if DROPOUT:
-            keep = kept(seed, b, h, H, i, j, dropout)
+            keep = kept(seed, b, h, H, i, joint(j, C, False), dropout)
         gs = load_rows(g, g_strides, b, h, i0, N, BLOCK_M, BLOCK_V, V, False)
         values = load_rows(v, v_strides, b, hk, j0, M, BLOCK_N, BLOCK_V, V, False)
         g_tans = gs

@@ -267,6 +267,14 @@ def weights(s, shift, lnorm, MASK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def joint(j, C, CONTEXT: tl.constexpr):
+    """Positions among all keys, of which the C of a context are the first; C is None where they do not count."""
+    if C is not None and not CONTEXT:
+        j += C
+    return j
+
+
+@triton.jit
 def kept(seed, b, h, heads, i, j, dropout):
     """1 / (1 − p) where a weight is kept and 0 where it is dropped: a function of seed and position alone."""
     zero = (i + j) * 0

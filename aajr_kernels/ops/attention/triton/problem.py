@@ -35,19 +35,51 @@ def block_size(features: int) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments that all kernels of one call share."""
+    """Arguments that all kernels of one call share.
+
+    Attributes:
+        q, k, v, mask: stacks ``[1|1+K, B, heads, positions, features]``; of a mask the part for these keys.
+        options: their offset counts from the first of these keys.
+        tangents: K, of the whole call.
+        moves: whether the scores have tangents, of any key.
+        context: the same queries with the keys and values of a context, which have no tangents; None without.
+        before: keys of a context before these; None without.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     mask: Tensor | None
     options: Options
+    tangents: int
+    moves: bool
+    context: Problem | None = None
+    before: int | None = None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Problem:
+        """That of a call, whose offset counts from the first key of all."""
+        biased = [mask] if mask is not None and mask.dtype != torch.bool else []
+        tangents = max(x.shape[0] for x in (q, k, v, *biased)) - 1
+        moves = any(x.shape[0] > 1 for x in (q, k, *biased))
+        if options.context is None:
+            return cls(q, k, v, mask, options, tangents, moves)
+        key, value = (row_dense(x) for x in options.context)
+        length, options = key.shape[3], options._replace(context_k=None, context_v=None)
+        before = after = options
+        if options.offset is not None:
+            after = options._replace(offset=options.offset - length)
+            if options.window is None and options.offset >= length - 1:
+                before = options._replace(offset=None)  # all queries see all of it: nothing to compare
+        context = cls(q, key, value, of_keys(mask, slice(length)), before, tangents, moves)
+        rest = of_keys(mask, slice(length, None))
+        return cls(q, k, v, rest, after, tangents, moves, context, length)
 
     @property
-    def tangents(self) -> int:
-        biased = self.mask is not None and self.mask.dtype != torch.bool
-        stacks = [x.shape[0] for x in (self.q, self.k, self.v)]
-        return max(*stacks, self.mask.shape[0] if biased and self.mask is not None else 1) - 1
+    def parts(self) -> tuple[Problem, ...]:
+        """One for the keys of a context, one for the others; without those that have no keys."""
+        parts = (self,) if self.context is None else (self.context, self)
+        return tuple(part for part in parts if part.k.shape[3])
 
     @property
     def mask_kind(self) -> int:
@@ -81,12 +113,6 @@ class Problem:
         return architecture(self.q.device) == "sm_90" and not free
 
     @property
-    def moves(self) -> bool:
-        """Whether the scores have tangents."""
-        stacked = (self.q, self.k, *((self.mask,) if self.mask_kind == 2 else ()))
-        return any(x is not None and x.shape[0] > 1 for x in stacked)
-
-    @property
     def padded(self) -> int:
         return -(-self.q.shape[3] // _PADDING) * _PADDING
 
@@ -105,6 +131,7 @@ class Problem:
             "MASK": self.mask_kind,
             "SOFTCAP": options.softcap is not None,
             "DROPOUT": options.dropout > 0,
+            "MOVES": some and self.moves,
             "Q_TAN": some and self.q.shape[0] > 1,
             "K_TAN": some and self.k.shape[0] > 1,
             "V_TAN": some and self.v.shape[0] > 1,
@@ -179,6 +206,12 @@ class Problem:
         programs = batch * heads * self.blocks(keys, self.tile(kernel).n)
         return heads * schedule.parts(programs, self.q.shape[2] // heads)
 
+    @property
+    def last_first(self) -> bool:
+        """Whether the last keys are seen by the most queries: those of a context, if there is a window."""
+        options = self.options
+        return options.window is not None and (options.offset or 0) >= self.k.shape[3]
+
     def blocks(self, size: int, tile: int) -> int:
         """Programs along positions; of packed sequences as many as those of any lengths can have blocks."""
         starts = self.options.starts
@@ -203,6 +236,11 @@ class Problem:
 def stack(x: Tensor, index: int) -> Tensor:
     """Tangent `index` of a stacked tensor; the primal where it has none, as a stand-in that is never read."""
     return x[1 + index if x.shape[0] > 1 and index >= 0 else 0]
+
+
+def of_keys(mask: Tensor | None, keys: slice) -> Tensor | None:
+    """The part of a mask ``[..., M|1]`` for some of the keys."""
+    return mask if mask is None or mask.shape[-1] == 1 else mask[..., keys]
 
 
 def row_dense(x: Tensor) -> Tensor:
@@ -238,7 +276,7 @@ def descriptors_fit(arch: str, *tensors: Tensor) -> bool:
         strides = x.stride()[:-1]
         if x.data_ptr() % 16 or any(s * size % 16 or s <= 0 for s in strides) or size != 2:
             return False
-        if not 8 <= x.shape[-1] <= 128:
+        if not 8 <= x.shape[-1] <= 128 or 0 in x.shape:
             return False
     return True
 
