@@ -195,18 +195,21 @@ def select_backend(
     op: str,
     *tensors: torch.Tensor | None,
     triton_lacks: Callable[..., str | None] | None = None,
+    triton_spills: Callable[..., bool] | None = None,
     in_cuda: bool = True,
 ) -> str:
     """The backend that `op` runs on for these inputs.
 
     A name chosen by the user is final (``cuda``: for what it has kernels for). ``auto`` takes the native kernels for
-    float32, bfloat16 and float16 on a CPU, the Triton kernels for the same on CUDA and ROCm devices, and the reference
-    for everything else: float64 and other devices. Compiled code runs the same kernels, as operators of torch.
+    float32, bfloat16 and float16 on a CPU, the Triton kernels for the same on CUDA and ROCm devices unless they spill,
+    and the reference for everything else: float64 and other devices. Compiled code runs the same kernels, as operators
+    of torch.
 
     Args:
         op: package under ``ops``.
         tensors: its inputs.
         triton_lacks: from the tensors to what the Triton kernels lack for this call, or None.
+        triton_spills: from the tensors to whether ``auto`` avoids the Triton kernels, which run where they are named.
         in_cuda: whether the op's CUDA C++ kernels, if there are any, have this part of it.
 
     Raises:
@@ -214,7 +217,7 @@ def select_backend(
         UnsupportedOperation: a tensor is a DTensor, or complex.
     """
     present = [t for t in tensors if t is not None]
-    kind = _kind_on_device(op, present, in_cuda) if triton_lacks is None else None
+    kind = _kind_on_device(op, present, in_cuda) if triton_lacks is triton_spills is None else None
     if kind in _taken:
         return "triton"
     for t in present:
@@ -225,7 +228,8 @@ def select_backend(
     if sharding.is_dtensor(*present):
         raise UnsupportedOperation(f"{op} got a DTensor and has no rule for shards: pass x.to_local().")
     lacks = None if triton_lacks is None else functools.partial(triton_lacks, *tensors)
-    backend = _select(op, present, lacks, in_cuda)
+    spills = None if triton_spills is None else functools.partial(triton_spills, *tensors)
+    backend = _select(op, present, lacks, spills, in_cuda)
     if kind is not None and backend == "triton":
         _taken.add(kind)
     if torch.compiler.is_compiling():
@@ -238,6 +242,7 @@ def _select(
     op: str,
     tensors: list[torch.Tensor],
     triton_lacks: Callable[[], str | None] | None,
+    triton_spills: Callable[[], bool] | None,
     in_cuda: bool,
 ) -> str:
     named = _current != "auto"
@@ -251,8 +256,11 @@ def _select(
             raise BackendUnavailable(f"{op}: backend {_current!r} got {reason}, or use backend 'auto'.")
         return _current
     if True in [t.is_cuda for t in tensors]:
-        lacks = None if triton_lacks is None else triton_lacks()
-        return _on_device(op) if lacks is None and _why_not("triton", *tensors) is None else "reference"
+        if triton_lacks is not None and triton_lacks() is not None:
+            return "reference"
+        if _why_not("triton", *tensors) is not None or (triton_spills is not None and triton_spills()):
+            return "reference"
+        return _on_device(op)
     for t in tensors:
         if not _fits_native(t):
             return "reference"

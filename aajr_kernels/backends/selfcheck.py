@@ -31,6 +31,7 @@ from . import capture
 from .errors import BackendUnavailable
 from .operator import constant
 from .selfcheck_record import Record, record_of
+from .triton.launch import float32_products
 
 __all__ = ["BACKENDS", "Draw", "Kind", "Trial", "admit", "checked_backend", "cotangent", "difference"]
 
@@ -58,6 +59,7 @@ class Kind(NamedTuple):
         dtypes: of the operands, None for those that the call lacks.
         sizes: those that decide on kernels; empty while torch.compile traces: the trial has its own.
         features: options that decide on kernels.
+        products: how the Triton kernels form products of float32, which torch's settings decide too.
     """
 
     op: str
@@ -67,10 +69,12 @@ class Kind(NamedTuple):
     dtypes: tuple[torch.dtype | None, ...]
     sizes: tuple[int, ...]
     features: tuple[Any, ...]
+    products: str = "ieee"
 
     def __str__(self) -> str:
         dtypes = ",".join("-" if d is None else str(d).removeprefix("torch.") for d in self.dtypes)
-        return f"{self.backend} {self.name} {dtypes} sizes={self.sizes} options={self.features}"
+        products = "" if self.products == "ieee" else f" products={self.products}"
+        return f"{self.backend} {self.name} {dtypes} sizes={self.sizes} options={self.features}{products}"
 
 
 _passed: set[tuple[Any, ...]] = set()
@@ -105,9 +109,10 @@ def checked_backend(
         return backend
     dtypes = tuple([None if t is None else t.dtype for t in operands])
     sizes, features = kind
+    products = float32_products(first) if backend == "triton" else "ieee"
     if torch.compiler.is_compiling():  # sizes may be symbols
-        return admit(named, op, name, backend, first.device, dtypes, (), features)
-    call = (op, name, backend, first.device, dtypes, sizes, features)
+        return admit(named, op, name, backend, first.device, dtypes, (), features, products)
+    call = (op, name, backend, first.device, dtypes, sizes, features, products)
     return backend if call in _passed else admit(named, *call)
 
 

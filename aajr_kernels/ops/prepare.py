@@ -29,6 +29,7 @@ def prepare(
     uncast: Tensor | None = None,
     name: str = "",
     triton_lacks: Callable[..., str | None] | None = None,
+    triton_spills: Callable[..., bool] | None = None,
     in_cuda: bool = True,
     kind: Callable[..., tuple[tuple[int, ...], tuple[Any, ...]]],
 ) -> tuple[str, Any]:
@@ -44,6 +45,8 @@ def prepare(
         uncast: an operand that keeps its dtype and does not count for the backend.
         name: under which coverage reports the call, `op` by default.
         triton_lacks: from the operands to what the Triton kernels lack for this call, or None.
+        triton_spills: from the operands to whether ``auto`` avoids the Triton kernels, which have hundreds of spills in
+            an innermost loop.
         in_cuda: as for ``backends.choice.select_backend``.
         kind: from the operands to the sizes and the options that decide on kernels, which ``trial`` beside the op's
             Function takes; for the first-use check of a device's kernels.
@@ -63,7 +66,9 @@ def prepare(
         return SHARDS, shards(*weights)
     if cast is not None:
         operands = cast(*operands)
-    backend = choice.select_backend(op, *operands, triton_lacks=triton_lacks, in_cuda=in_cuda)
+    backend = choice.select_backend(
+        op, *operands, triton_lacks=triton_lacks, triton_spills=triton_spills, in_cuda=in_cuda
+    )
     if backend in selfcheck.BACKENDS:
         named = backend == choice.current_backend()
         backend = selfcheck.checked_backend(op, name or op, backend, named, operands, kind(*operands))

@@ -29,8 +29,8 @@ def choices() -> Choices:
         "pointers": [(module, "descriptors_fit", lambda *_: False) for module in (attention, problem)]
     }
     loose = {"operands not pinned": [(problem.Problem, "pinned", lambda self, kernel: False)]}
-    programs = {
-        f"{count} programs": [(norm, "_PROGRAMS", dict.fromkeys(norm._PROGRAMS, count))]
+    programs: dict[str, list[tuple[Any, str, Any]]] = {
+        f"{count} programs": [(norm, "_resident", lambda *_, count=count: count)]
         for count in (132, 528, 1056)
     }
     return {
@@ -38,7 +38,7 @@ def choices() -> Choices:
         "attention D64 causal": {**pointers, **loose},
         "attention D128 packed": loose,
         "rms_norm 2048": programs,
-        "attention D64 float32": {},
+        "attention D64 float32": {"products of float32": [(launch, "_TF32X3", ())]},
         "lm_head_sensitivity joint": {},
     }
 

@@ -17,6 +17,7 @@ from ...backends import choice
 from ...backends.errors import UnsupportedOperation
 from ...dual import Dual, num_tangents, stack_of
 from ..prepare import SHARDS, prepare
+from .configs import spills_in_triton
 from .function import kind_of, run
 from .options import Options, check_options, check_tensors, flops, lacks_in_triton
 from .packed import Bounds, packed_sequences, pieces
@@ -158,6 +159,7 @@ def attention(
         cast=autocast_low,
         uncast=stacks[3],
         triton_lacks=lacks_in_triton,
+        triton_spills=spills_in_triton,
         kind=lambda q, k, v, *context: kind_of(q, k, v, stacks[3], options.with_context(context)),
     )
     if backend == SHARDS:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ...backends.triton.launch import forget
+from ...backends.operator import constant
+from ...backends.triton.launch import architecture, forget
 
 
 class Tile(NamedTuple):
@@ -73,7 +75,7 @@ _BUSY: dict[tuple[str, int, str], dict[str, Sizes]] = {
     ("sm_90", 64, "softcap"): {"dq": (128, 32, 8, 2), "dkv": (16, 128, 8, 2)},
     ("sm_90", 64, "dropout"): {"dq": (128, 32, 8, 2), "dkv": (16, 128, 8, 2)},
     ("sm_90", 64, "packed"): {"dkv": (16, 128, 8, 2)},
-    ("sm_90", 128, "bias"): {"fwd": (128, 32, 8, 2), "dv": (32, 128, 8, 2)},
+    ("sm_90", 128, "bias"): {"fwd": (128, 16, 8, 2), "dv": (32, 128, 8, 2)},
     ("sm_90", 128, "softcap"): {"fwd": (128, 32, 8, 2), "dv": (32, 128, 8, 2)},
     ("sm_90", 128, "dropout"): {"fwd": (128, 32, 8, 2), "dv": (32, 128, 8, 2)},
     ("sm_90", 128, "packed"): {"dv": (32, 128, 8, 2)},
@@ -82,10 +84,18 @@ _BUSY: dict[tuple[str, int, str], dict[str, Sizes]] = {
     },
     ("sm_80", 128, "bias"): {"fwd": (64, 32, 8, 2), "dq": (32, 16, 4, 2), "dk": (16, 64, 8, 2), "bias": (32, 16, 8, 1)},
     ("sm_80", 128, "softcap"): {"fwd": (64, 32, 8, 2), "dk": (16, 64, 8, 2)},
+    ("sm_100", 128, "bias"): {"bias": (32, 16, 8, 1)},
+    ("sm_120", 128, "bias"): {"bias": (32, 16, 8, 1)},
 }
 # fmt: on
 # float32: multiplied without matrix units unless as tf32, by threads that hold whole rows of the operands
 _FLOAT32 = {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
+# As three products of tf32, whose operands take twice the registers: tiles of KERNELS but the last for heads up to 64.
+# On sm_100 the sums of three products exceed tensor memory, and larger heads spill by the hundred.
+_TF32X3: dict[str, tuple[Sizes, ...]] = {
+    "sm_80": ((64, 16, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "sm_90": ((128, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
 
 
 def _family(arch: str) -> str:
@@ -99,14 +109,50 @@ def _family(arch: str) -> str:
     return "sm_90" if number == 90 else "sm_80" if number in (80, 87) else "sm_120"
 
 
-def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, v: int, causal: bool, busy: str = "") -> Tile:
-    """The tile of a kernel of `KERNELS` for head sizes d and v; busy with "bias", "softcap", "dropout" or "packed"."""
+def products(offered: str, arch: str, d: int, v: int, busy: str) -> str:
+    """How kernels form products of float32, from what the processor offers: three of tf32 only where they fit."""
+    if offered == "tf32x3" and (max(d, v) > 64 or busy or arch not in (*_TF32X3, "interpreter")):
+        return "ieee"
+    return offered
+
+
+def spills_in_triton(q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> bool:
+    """Whether a kernel keeps hundreds of numbers of its innermost loop in memory, by compilation: `auto` avoids it.
+
+    float32 rows of large heads exceed the registers; where matrix units multiply them, as tf32 or on AMD, those of
+    more than 128.
+    """
+    size = max(q.shape[-1], v.shape[-1])
+    return q.dtype == torch.float32 and (size > 128 or (size > 64 and not _has_float32_units(q.device)))
+
+
+@constant
+def _has_float32_units(device: torch.device) -> bool:
+    return architecture(device).startswith("gfx") or torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tile(
+    kernel: str,
+    arch: str,
+    dtype: torch.dtype,
+    d: int,
+    v: int,
+    causal: bool,
+    busy: str = "",
+    precision: str = "ieee",
+) -> Tile:
+    """The tile of a kernel of `KERNELS` for head sizes d and v.
+
+    `busy` with "bias", "softcap", "dropout" or "packed"; `precision`: that of :func:`products`.
+    """
     size = max(d, v)
     limit = 64 if size <= 64 else 128 if size <= 128 else 256
     if kernel in _trials:
         return Tile(*_trials[kernel])
     if arch == "interpreter":
         return Tile(32, 32, 1, 1)
+    if precision == "tf32x3":
+        return Tile(*_TF32X3[arch][KERNELS.index(kernel)])
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1) if kernel == "fwd" and limit == 64 else _FLOAT32[limit]
     family = _family(arch)

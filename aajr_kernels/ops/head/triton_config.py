@@ -42,6 +42,10 @@ def tile(architecture: str, stacks: int, dtype: torch.dtype, precision: str) -> 
     if dtype == torch.float32 and precision == "ieee":
         return Tile(64 if few else 32, 64 if few else 32, 32, 8 if few else 4, 2)
     capability = int(architecture.removeprefix("sm_"))
+    if precision == "tf32x3":  # parts of the operands and a second sum beside those of tf32
+        if capability == 80:
+            return Tile(64, 64, 16, 8, 3)
+        return Tile(128, 128 if capability == 90 else 64, 32, 8, 3, True)
     depth = 64 if dtype.itemsize == 2 else 32
     if capability in (90, 100, 103):
         if few:

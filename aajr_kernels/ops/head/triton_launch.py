@@ -55,8 +55,13 @@ class DenseProblem(Problem):
             return [(1, 0)]
         return [(k, min(TANGENTS, self.stacks - k)) for k in range(1, self.stacks, TANGENTS)]
 
+    def products(self, stacks: int) -> str:
+        """How products of float32 are formed: three of tf32 for one only where the sums of few stacks leave room."""
+        offered = gpu.float32_products(self.h)
+        return "ieee" if offered == "tf32x3" and stacks > 2 else offered
+
     def tile(self, stacks: int) -> Tile:
-        sizes = tile(gpu.architecture(self.h.device), stacks, self.h.dtype, gpu.float32_products(self.h))
+        sizes = tile(gpu.architecture(self.h.device), stacks, self.h.dtype, self.products(stacks))
         described = sizes.descriptors and all(_describable(x) for x in (self.hidden, self.weight))
         return replace(sizes, descriptors=described)
 
@@ -86,7 +91,7 @@ class DenseProblem(Problem):
             HAS_BIAS=self.bias is not None,
             HAS_SOFTCAP=self.softcap is not None,
             HAS_COUNT=self.count is not None,
-            PRECISION=gpu.float32_products(self.h),
+            PRECISION=self.products(stacks),
             GROUP=8,
             num_warps=t.warps,
             num_stages=t.stages,

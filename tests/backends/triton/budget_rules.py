@@ -20,6 +20,8 @@ BOUNDED = ("registers", "stack", "spills", "hot_spills", "shared", "columns")
 
 #: shared memory that one program can have, in bytes
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+#: spills in a hot loop from which `auto` avoids a kernel
+HUNDREDS = 100
 #: columns of tensor memory
 TENSOR_COLUMNS = 512
 

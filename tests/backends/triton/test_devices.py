@@ -47,9 +47,19 @@ def test_a_dry_run_in_one_thread_leaves_the_launches_of_another():
 
 def test_products_follow_either_way_to_choose_tf32(monkeypatch):
     x = torch.empty(1)
-    assert gpu.float32_products(x) == "ieee"
     before = torch.backends.cuda.matmul.fp32_precision
     try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert gpu.float32_products(x) == "tf32x3"  # the interpreter, like processors of data centres
+        assert gpu.float32_products(x.bfloat16()) == "ieee"
+        for architecture, products in (
+            ("sm_80", "tf32x3"),
+            ("sm_90", "tf32x3"),
+            ("sm_120", "ieee"),
+            ("gfx942", "ieee"),
+        ):
+            with gpu.dry_run(architecture):
+                assert gpu.float32_products(x) == products
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         assert gpu.float32_products(x) == "tf32"
         assert gpu.float32_products(x.bfloat16()) == "ieee"

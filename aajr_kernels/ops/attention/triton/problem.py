@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ....backends.triton.launch import architecture, float32_products, launch
-from ..configs import Tile, tile
+from ..configs import Tile, products, tile
 from ..options import Options
 from . import schedule
 from .device import _pack_mask_kernel
@@ -102,6 +102,12 @@ class Problem:
         }
         return next((name for name, there in present.items() if there), "")
 
+    @property
+    def products(self) -> str:
+        """How products of float32 are formed."""
+        arch, sizes = architecture(self.q.device), (self.q.shape[-1], self.v.shape[-1])
+        return products(float32_products(self.q), arch, *sizes, self.busy)
+
     def pinned(self, kernel: str) -> bool:
         """Whether operands are pinned, lest products wait for one another; where they do not, it costs registers."""
         large = block_size(max(self.q.shape[-1], self.v.shape[-1])) > 64
@@ -140,7 +146,7 @@ class Problem:
             "ALIGN_RIGHT": options.align_right,
             "FIRST": index <= 0,
             "SPLIT": self.split,
-            "PRECISION": float32_products(self.q),
+            "PRECISION": self.products,
         }
 
     def scalars(self) -> tuple[Any, ...]:
@@ -220,7 +226,8 @@ class Problem:
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel."""
         arch, causal = architecture(self.q.device), self.options.offset is not None
-        return tile(kernel, arch, self.q.dtype, self.q.shape[-1], self.v.shape[-1], causal, self.busy)
+        sizes = self.q.shape[-1], self.v.shape[-1]
+        return tile(kernel, arch, self.q.dtype, *sizes, causal, self.busy, self.products)
 
     def bias_grid(self, bias: tuple[int, ...]) -> tuple[int, int]:
         """Tiles of a bias ``[B|1, H|1, N|1, M|1]`` and the programs that share one.
