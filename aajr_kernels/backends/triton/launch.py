@@ -23,6 +23,10 @@ from ..operator import constant
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+#: of the processors that kernels are compiled for without a device
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+
+
 class _State(threading.local):
     """State of `recording` and `traced`, per thread: other threads launch while one compiles."""
 
@@ -188,6 +192,18 @@ def architecture(device: torch.device) -> str:
     if interpreted():
         return "interpreter"
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device, or of the usual one of its architecture where it is not there."""
+    if _state.architecture or device.type != "cuda":
+        return _MULTIPROCESSORS.get(_state.architecture, _MULTIPROCESSORS["sm_90"])
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Sums over rows in a fixed order: partial sums of parts of the rows, then the sum of the parts."""
+"""Sums over rows in a fixed order: of few rows at once, else of parts of the rows, and then of the parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .layout import row_axes
 from .replay import replayed
 from .rows import column_sum_kernel
 
-_PARTS = 256  # of the rows, at most; a constant, so that the order depends on nothing but the sizes
+# constants, so that the order depends on nothing but the sizes: parts of the rows, at most, and the rows of one pass
+_PARTS, _ROWS = 256, 1024
 
 
 @replayed
@@ -25,9 +26,11 @@ def column_sums(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
     rows, sizes, (strides,) = row_axes((x.unsqueeze(0),), 0)
     if rows == 0 or cols == 0:
         return torch.zeros(cols, dtype=dtype, device=x.device)
-    block_c = min(128, max(16, triton.next_power_of_2(cols)))
+    few = rows <= _ROWS
+    # in one pass narrow blocks, for enough programs
+    block_c = min(32 if few else 128, max(16, triton.next_power_of_2(cols)))
     block_r = 2048 // block_c
-    parts = min(_PARTS, triton.cdiv(rows, 4 * block_r))
+    parts = 1 if few else min(_PARTS, triton.cdiv(rows, 4 * block_r))
     out = torch.empty((parts, cols), dtype=torch.float32 if parts > 1 else dtype, device=x.device)
     gpu.launch(
         column_sum_kernel,

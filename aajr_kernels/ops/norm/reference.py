@@ -114,7 +114,8 @@ def norm_bwd(
 
     `sum_bar`, what comes to x from elsewhere, is added to the first.
 
-    Weight and bias gradients come in float32 (float64 for float64). None where not needed.
+    Weight and bias gradients come in float32 (float64 for float64), or by kernels in the weight's dtype. None where not
+    needed.
     """
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     x, y_bar, x_bar = _rows(x), _rows(y_bar), None if result is None else _rows(result)

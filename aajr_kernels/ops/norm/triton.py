@@ -22,8 +22,9 @@ from .triton_short import _norm_bwd_kernel, _norm_fwd_kernel
 
 #: features of a row that is held in registers, at most; in a backward beside the sums of the parameter gradients
 _LONGEST, _LONGEST_BACKWARD = 8192, 4096
-#: programs that share the rows of a backward with parameter gradients: two on each of a device's processors
-_PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "sm_120": 340, "gfx942": 608}
+#: registers of a thread of a backward, by compilation at most so many and so many for every tangent, and those of a
+#: multiprocessor
+REGISTERS, _REGISTER_FILE = (92, 36), {"sm": 65536, "gfx": 131072}
 
 
 def _tile(rows: int, size: int, architecture: str, per_thread: int) -> tuple[int, dict[str, int]]:
@@ -109,7 +110,7 @@ def norm_bwd(
     sum_weight = need_weight and (need_x if long else True) and size <= _LONGEST
     sum_bias = need_bias and (need_x or need_weight) and not long
     if sum_weight or sum_bias:
-        programs = min(programs, _PROGRAMS.get(arch, _PROGRAMS["sm_90"]))
+        programs = min(programs, _resident(x.device, options["num_warps"], x.shape[0] - 1))
     w_parts, b_parts = (
         torch.empty((programs, size), dtype=torch.float32, device=x.device) if summed else None
         for summed in (sum_weight, sum_bias)
@@ -138,7 +139,9 @@ def norm_bwd(
         )
     w_bar = b_bar = None
     if need_weight:
-        w_bar = _weight_gradient(y_bar, x, stats, centred) if w_parts is None else column_sums(w_parts)
+        dtype = torch.float32 if weight is None else weight.dtype
+        w_parts = _weight_parts(y_bar, x, stats, centred) if w_parts is None else w_parts
+        w_bar = column_sums(w_parts, dtype)
     if need_bias:
         b_bar = column_sums(y_bar[0] if b_parts is None else b_parts)
     return x_bar, w_bar, b_bar
@@ -148,8 +151,19 @@ def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _weight_gradient(y_bar: Tensor, x: Tensor, stats: Tensor, centred: bool) -> Tensor:
-    """``[C]`` in float32, from partial sums over parts of the rows."""
+def _resident(device: torch.device, warps: int, tangents: int) -> int:
+    """Programs of a backward that a device runs at once: as many as the registers of its multiprocessors hold.
+
+    They share the rows, and each leaves partial sums of the parameter gradients: more would leave more of these. The
+    shared memory of a program is a few bytes.
+    """
+    amd = gpu.architecture(device).startswith("gfx")
+    registers = (REGISTERS[0] + REGISTERS[1] * tangents) * warps * (64 if amd else 32)
+    return gpu.multiprocessors(device) * max(1, _REGISTER_FILE["gfx" if amd else "sm"] // registers)
+
+
+def _weight_parts(y_bar: Tensor, x: Tensor, stats: Tensor, centred: bool) -> Tensor:
+    """``[parts, C]`` in float32: partial sums of the weight's gradient over parts of the rows."""
     rows, sizes, strides = row_axes((y_bar, x))
     size, block_r, block_c = x.shape[-1], 4, 256
     parts = min(128, triton.cdiv(rows, block_r))
@@ -173,4 +187,4 @@ def _weight_gradient(y_bar: Tensor, x: Tensor, stats: Tensor, centred: bool) -> 
         BLOCK_C=block_c,
         num_warps=4,
     )
-    return column_sums(w_parts)
+    return w_parts

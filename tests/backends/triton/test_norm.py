@@ -6,8 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from backends.triton import budget_rules
 from backends.triton.checks import DTYPES, QUIET, compare, draw, same_bits
 
+from aajr_kernels.backends.triton import launch as gpu
 from aajr_kernels.ops.norm import reference
 from aajr_kernels.ops.norm import triton as ours
 
@@ -19,7 +21,16 @@ def both(x, g, weight, bias, offset=0.0, needs=(True, True, True), sum_bar=None,
     centred = bias is not None if centred is None else centred
     y, stats, _ = compare(ours, reference, "norm_fwd", (x, weight, bias, 1e-5, offset, centred))
     args = (g, x, weight, stats, offset, centred, *needs, sum_bar)
-    return y, *compare(ours, reference, "norm_bwd", args)
+    return y, *compare(ours, Rounded, "norm_bwd", args)
+
+
+class Rounded:
+    """The reference, with the gradient of the weight in the dtype of the weight, as the kernels give it."""
+
+    @staticmethod
+    def norm_bwd(g, x, weight, *options):
+        x_bar, w_bar, b_bar = reference.norm_bwd(g, x, weight, *options)
+        return x_bar, w_bar if w_bar is None or weight is None else w_bar.to(weight.dtype), b_bar
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,3 +147,38 @@ def test_sum_and_norm(dtype, counts, size):
         assert same_bits((y, stats), ours.norm_fwd(summed, weight, b, 1e-5, 0.0, centred)[:2])
     more = draw(max(counts), *batch, size + 7, dtype=dtype)[..., :size].transpose(1, 2)
     both(summed, draw(*summed.shape, dtype=dtype), weight, bias, sum_bar=more)
+
+
+def test_a_backward_adds_its_partial_sums_in_one_pass_in_the_dtype_of_the_weight():
+    x = torch.empty(2, 4096, 1024, dtype=torch.bfloat16, device="meta")
+    weight, stats = x[0, 0], torch.empty(2, 4096, device="meta")
+    with gpu.dry_run("sm_90") as launched:
+        _, w_bar, _ = ours.norm_bwd(x, x, weight, stats, 0.0, False, True, True, False)
+    assert [kernel.__name__ for kernel in launched] == ["_norm_bwd_kernel", "column_sum_kernel"]
+    assert w_bar.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("architecture", "warps", "tangents", "programs"),
+    [("sm_90", 4, 1, 4 * 132), ("sm_90", 16, 1, 132), ("sm_80", 4, 3, 2 * 108), ("gfx942", 4, 1, 4 * 304)],
+)
+def test_programs_share_the_rows_of_a_backward_as_far_as_registers_go(
+    architecture, warps, tangents, programs
+):
+    with gpu.dry_run(architecture):
+        assert ours._resident(torch.device("meta"), warps, tangents) == programs
+
+
+def test_a_backward_takes_no_more_registers_than_its_programs_are_counted_for():
+    table = budget_rules.load()
+    rows = {
+        (name, kernel, processor): row["registers"]
+        for name, kernels in table[max(table)].items()
+        for kernel, processors in kernels.items()
+        for processor, row in processors.items()
+        if kernel.startswith("_norm_bwd") and not processor.startswith("gfx")
+    }
+    assert rows
+    for (name, kernel, processor), registers in rows.items():
+        tangents = 3 if " K3 " in name else 1
+        assert registers <= ours.REGISTERS[0] + ours.REGISTERS[1] * tangents, (name, kernel, processor)
