@@ -217,7 +217,7 @@ def select_backend(
         UnsupportedOperation: a tensor is a DTensor, or complex.
     """
     present = [t for t in tensors if t is not None]
-    kind = _kind_on_device(op, present, in_cuda) if triton_lacks is triton_spills is None else None
+    kind = _kind_on_device(op, present, in_cuda) if triton_lacks is None and triton_spills is None else None
     if kind in _taken:
         return "triton"
     for t in present:

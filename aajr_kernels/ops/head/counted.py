@@ -8,7 +8,8 @@ kept, those that count first and in their order, and kernels read the number whe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 __all__ = ["Counted", "counted"]
 
 
-class Counted(NamedTuple):
+@dataclass(frozen=True)
+class Counted:
     """Which of T tokens are computed.
 
     Attributes:
