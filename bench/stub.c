@@ -68,3 +68,6 @@ int cuPointerGetAttribute(uint64_t *value, int attribute, uint64_t pointer) {
   *value = pointer;
   return 0;
 }
+
+// Triton 3.9 asks for it
+int cuStreamIsCapturing(void *stream, int *status) { return *status = 0; }
