@@ -25,6 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 ROOT = Path(__file__).parents[3]
 #: on the second step, on rows drawn at random
 LAZY = dataclasses.replace(CONFIG, penalty=dataclasses.replace(CONFIG.penalty, every=2, rows=0.5))
+SHARED = dataclasses.replace(CONFIG, share_context=True)
+CONFIGS = {"accelerate": CONFIG, "lazy": LAZY, "shared": SHARED}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +97,7 @@ import transformers
 from accelerate import Accelerator
 from aajr_kernels.integrations.trainer import AAJRTrainer
 from aajr_kernels.training import Objective
-from integrations.trainer.test_accelerate import loop_of
+from integrations.trainer.test_accelerate import CONFIGS, loop_of
 from integrations.trainer.test_trl import Extra
 
 torch.set_num_threads(1)
@@ -107,7 +109,7 @@ def model():
     return (adapted_gpt2() if kind == "lora" else gpt2()).double()
 
 
-if kind in ("accelerate", "lazy"):
+if kind in CONFIGS:
     accelerator = Accelerator(cpu=True)
     plain = model()
     wrapped = accelerator.prepare(plain).train()
@@ -131,28 +133,32 @@ torch.distributed.destroy_process_group()
 """
 
 
-def micro_batches(rank: int) -> list[dict[str, torch.Tensor]]:
-    """Of eight rows of unequal length, two on each of two processes."""
-    rows = list(Rows(8))[rank::2]
+def micro_batches(rank: int, kind: str) -> list[dict[str, torch.Tensor]]:
+    """Of eight rows of unequal length, two on each of two processes; "shared" has a context of two tokens."""
+    columns = {"attack_mask": lambda ids: [0, 0] + [1] * (len(ids) - 2)} if kind == "shared" else {}
+    rows = list(Rows(8, **columns))[rank::2]
     return [collate(rows[:3]), collate(rows[3:])]
 
 
 def loop_of(accelerator, wrapped, plain, rank: int, kind: str) -> dict[str, torch.Tensor]:
     """A step on two processes: the second, on which a lazy penalty is due."""
-    objective = Objective(wrapped, LAZY if kind == "lazy" else CONFIG)
-    micro = micro_batches(rank)
+    objective = Objective(wrapped, CONFIGS[kind])
+    micro = micro_batches(rank, kind)
     counts = objective.counts(micro)
     assert counts.processes == 2 and counts.rows == 8
     for part, batch in enumerate(micro):
         with contextlib.nullcontext() if part else accelerator.no_sync(wrapped):
-            accelerator.backward(objective(batch, counts=counts, step=1, part=part).total)
+            terms = objective(batch, counts=counts, step=1, part=part)
+            assert ("shared" in terms.parts) == (kind == "shared")
+            accelerator.backward(terms.total)
     return gradients(plain)
 
 
-def accumulated() -> dict[str, torch.Tensor]:
-    """The lazy step of the two processes in one: their micro-batches in turns."""
+def accumulated(kind: str) -> dict[str, torch.Tensor]:
+    """The step of the two processes in one, with no context shared: their micro-batches in turns."""
     model = gpt2().double().train()
-    objective, (first, second) = Objective(model, LAZY), (micro_batches(rank) for rank in range(2))
+    objective = Objective(model, dataclasses.replace(CONFIGS[kind], share_context=False))
+    first, second = (micro_batches(rank, kind) for rank in range(2))
     micro = [batch for pair in zip(first, second) for batch in pair]
     counts = objective.counts(micro)
     for part, batch in enumerate(micro):
@@ -193,7 +199,9 @@ def in_two_processes(kind: str, folder: Path) -> list[dict]:
 @pytest.mark.integration("Trainer and accelerate under DDP", "two processes, gloo", "one process, float64")
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-@pytest.mark.parametrize("kind", ["accelerate", "lazy", "trainer", "lora", "checkpointing", "penalty"])
+@pytest.mark.parametrize(
+    "kind", ["accelerate", "lazy", "shared", "trainer", "lora", "checkpointing", "penalty"]
+)
 def test_two_processes_are_one(kind, tmp_path, record_property):
     from integrations.trainer.test_trl import Extra
     from integrations.trainer.trainers import rows_of, trained
@@ -201,8 +209,8 @@ def test_two_processes_are_one(kind, tmp_path, record_property):
     from aajr_kernels.integrations.trainer import AAJRTrainer
 
     first, second = in_two_processes(kind, tmp_path)
-    if kind in ("accelerate", "lazy"):
-        expected = [accumulated() if kind == "lazy" else loop(gpt2().double(), [8])]
+    if kind in CONFIGS:
+        expected = [loop(gpt2().double(), [8]) if kind == "accelerate" else accumulated(kind)]
         first["gradients"], second["gradients"] = [first["gradients"]], [second["gradients"]]
     else:
         model = gpt2()
