@@ -42,7 +42,7 @@ from .head import LMHead
 from .losses import IGNORED
 from .options import Metric, PenaltyOptions
 from .penalty import measure
-from .scopes import SCOPES, Groups, unit_of
+from .scopes import SCOPES, Groups, kept, unit_of
 from .trajectory import Trajectory, drawn_steps, step_shares
 
 __all__ = ["METHODS", "baseline_penalty", "trajectory_baseline"]
@@ -108,7 +108,8 @@ def baseline_penalty(
         module: the model, or several: the gradients of their parameters are off during power iteration and while
             directions are computed.
         gamma: as in ``aligned_penalty``, and so are `form`, `mask`, `reduction` and `denominator`; applied to the
-            table's penalty (to its share per unit for ``unit="token"``). The loss-based methods know rows only: `mask`
+            table's penalty (to its share per unit for ``unit="token"``). J has the outputs inside the mask only, in
+            the power iteration too. The loss-based methods know rows only: `mask`
             and `unit` have no meaning for them, the loss decides what counts.
         unit: follows the scope of the directions: ``"token"`` in scope ``"token"``, else ``"sequence"``, as always for
             ``frobenius`` and ``spectral``, which bound the penalty along directions of the scopes ``"sequence"`` and
@@ -261,13 +262,15 @@ def _noise(x: torch.Tensor, lead: tuple[int, ...], generator: torch.Generator | 
 def _quadratic(
     policy: Callable[[Any], Any], x: torch.Tensor, v: torch.Tensor, options: PenaltyOptions
 ) -> torch.Tensor:
-    """q ``[K, *units]`` of ‖J v‖²_M."""
+    """q ``[K, *units]`` of ‖J v‖²_M, 0 outside the mask."""
     if isinstance(options.metric, str):
-        return measure(policy, x, v, replace(options, reduction="none", denominator=None)).q
-    y = policy(dual(x, v))
-    if not isinstance(y, Dual):
-        raise ValueError("the output of func does not depend on its input x (no tangent arrived).")
-    return options.metric(y)
+        q = measure(policy, x, v, replace(options, reduction="none", denominator=None)).q
+    else:
+        y = policy(dual(x, v))
+        if not isinstance(y, Dual):
+            raise ValueError("the output of func does not depend on its input x (no tangent arrived).")
+        q = options.metric(y)
+    return kept(q, options.included(tuple(q.shape[1:]), q.device))
 
 
 def _difference(

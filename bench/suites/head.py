@@ -166,12 +166,12 @@ def _ignored(dtype: str, length: int, selection: Selection) -> Case:
         )
 
     every_nth = [
-        _bounded(variant(f"one in {n}", n), dtype, length, selection, at=1024, ratio=ratio)
+        _bounded(variant(f"fisher and loss, one in {n}", n), dtype, length, selection, at=1024, ratio=ratio)
         for n, ratio in IGNORED.items()
     ]
     return selection.case(
-        *("head", "ignored", dtype, length, [variant("all", 1), *every_nth]),
-        base=("all",),
+        *("head", "ignored", dtype, length, [variant("fisher and loss, all", 1), *every_nth]),
+        base=("fisher and loss, all",),
         config={"V": VOCABULARY, "C": HIDDEN, "metric": "fisher"},
         repeats=10,
         why="loss and penalty on some tokens ÷ on all",

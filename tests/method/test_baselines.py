@@ -400,3 +400,15 @@ def test_every_call_draws_a_direction_of_its_own(policy, method):
     torch.set_rng_state(state)
     _, again = baseline_penalty(method, torch.tanh, x, **options)
     assert torch.equal(first, again)
+
+
+def test_the_spectral_norm_is_that_of_the_outputs_inside_the_mask():
+    """The token left out has the largest one."""
+    w, scale = torch.randn(V, N, dtype=torch.float64), torch.tensor([[1.0], [2.0], [9.0]]).double()
+    x, mask = torch.randn(B, 3, N, dtype=torch.float64), torch.tensor([True, True, False]).expand(B, 3)
+    options = dict(metric="logits", mask=mask, iterations=30, reduction="none")
+    exact = torch.full((1, B), (2.0 * torch.linalg.svdvals(w)[0]).item() ** 2, dtype=torch.float64)
+    logits = baseline_penalty("spectral", lambda d: (d * scale) @ w.t(), x, **options)
+    streamed = baseline_penalty("spectral", lambda d: d * scale, x, head=aajr.LMHead(w), **options)
+    for penalty in (logits, streamed):
+        assert_exact(penalty, exact, tolerance=1e-6)

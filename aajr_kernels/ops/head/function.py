@@ -47,7 +47,7 @@ class HeadFunction(torch.autograd.Function):
         kernels = choice.implementation("head", backend)
         joint = None
         with no_autocast(h.device.type):
-            ctx.kind = (h.device, h.dtype, h.shape, weight.shape, metric, labels is None, count is None)
+            ctx.kind = (h.device, h.dtype, h.shape, weight.shape, metric, labels is None)
             usable = hasattr(kernels, "head_joint") and not _is_unexpected(ctx.kind)
             if expected is not None and usable and any(ctx.needs_input_grad[:3]):
                 joint = kernels.head_joint(*arguments, expected, *ctx.needs_input_grad[:3])

@@ -116,3 +116,26 @@ def test_blocks_in_which_nothing_counts_form_no_products(small):
     # forward and cotangents: 2 stacks, words of two tiles; then rows of h and steps over rows of the weight
     logits, rows, steps = 2 * 2 * 2, 2 * 4, 2 * 4 * 4
     assert counts == [2 * logits + rows * 4 + steps, logits + 2 * 4 + 2 * 4]
+
+
+def test_a_captured_joint_form_takes_any_mask(small, passes):
+    """What is expected stays in proportion to what arrives, also where no token counts; no value is read."""
+    small.setattr(kernels, "_KEPT_LEAST", 1 << 20)
+    tensors, labels = problem(tokens=40), random_labels(40)
+    expected = lambda q, rows: (torch.full_like(q, 2.0), torch.ones(q.shape[-1], device=DEVICE))
+    bars = torch.stack([torch.full((40,), 2.0), torch.ones(40)]).to(DEVICE)
+
+    def run(mask):
+        return results(
+            ours, tensors, bars, mask=mask, expected=expected, labels=labels.masked_fill(~mask, -100)
+        )
+
+    masks = some(40, 3), torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    outside = [run(mask) for mask in masks]
+    with small.context() as patch:
+        patch.setattr(test_head.function.capture, "is_capturing", lambda device: True)
+        patch.setattr(torch.Tensor, "tolist", lambda *_: pytest.fail("read a value"))
+        captured = [run(mask) for mask in masks]
+    for a, b in zip(outside, captured):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert passes == ["head_joint"] * 4
