@@ -37,6 +37,8 @@ __all__ = ["BACKENDS", "Draw", "Kind", "Trial", "admit", "checked_backend", "cot
 
 #: the backends that are checked
 BACKENDS = ("triton", "cuda")
+#: ops whose Triton kernels form products
+_OF_PRODUCTS = ("attention", "head")
 #: an error may be so many times that of the reference in the same dtype, plus so many units in the last place
 FACTOR, ULPS = 4.0, 8.0
 #: smallest gradient that its error is relative to, as a share of the typical one of its kind
@@ -109,7 +111,7 @@ def checked_backend(
         return backend
     dtypes = tuple([None if t is None else t.dtype for t in operands])
     sizes, features = kind
-    products = float32_products(first) if backend == "triton" else "ieee"
+    products = float32_products(first) if op in _OF_PRODUCTS and backend == "triton" else "ieee"
     if torch.compiler.is_compiling():  # sizes may be symbols
         return admit(named, op, name, backend, first.device, dtypes, (), features, products)
     call = (op, name, backend, first.device, dtypes, sizes, features, products)

@@ -380,3 +380,16 @@ def test_two_processes_share_a_file(tmp_path):
     assert len(rows()) == 5 and {row["state"] for row in rows()} == {"passed"}
     lines = file().read_text().split("\n")
     assert all(json.loads(line) for line in lines if line)
+
+
+def test_the_way_float32_is_multiplied_is_part_of_a_kind():
+    x = torch.randn(2, 1, 2, 5, 16)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            aajr.attention(Dual(x), Dual(x), Dual(x))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    kinds = [row["key"] for row in rows()]
+    assert [kind.split("products=")[-1] for kind in kinds] == ["tf32x3", "tf32"]

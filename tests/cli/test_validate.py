@@ -44,6 +44,7 @@ NOT_OPS = {
         "backends",
         "coverage",
         "dual",
+        "graphed",
     ),
     *("is_dual", "jvp", "normalize", "inject", "unpack", "use_backend", "integrations", "nn", "training"),
     *("lm_loss", "recompute", "stability_report", "strict", "trajectory_penalty", "tuple_arguments"),

@@ -76,6 +76,12 @@ def _head_weight_kernel(
     tl.store(to, sums, mask=store)
 
 
+def _precision(part: Tensor) -> str:
+    """How products of float32 are formed: three of tf32 for one have no budgets with these tiles."""
+    offered = gpu.float32_products(part)
+    return "ieee" if offered == "tf32x3" else offered
+
+
 def add_rows(total: Tensor, part: Tensor, weight: Tensor, count: Tensor, tokens: int) -> None:
     """``total += part weight`` for stacks of `tokens` rows each, of which the first `count` count.
 
@@ -86,7 +92,7 @@ def add_rows(total: Tensor, part: Tensor, weight: Tensor, count: Tensor, tokens:
         count: int32 ``[]``.
     """
     t, device = (
-        product_tile(gpu.architecture(part.device), part.dtype, gpu.float32_products(part)),
+        product_tile(gpu.architecture(part.device), part.dtype, _precision(part)),
         part.device,
     )
     (width, size), stacks = weight.shape, part.shape[0] // tokens
@@ -100,7 +106,7 @@ def add_rows(total: Tensor, part: Tensor, weight: Tensor, count: Tensor, tokens:
         BC=t.columns,
         BK=t.depth,
         EVEN=size % t.columns == 0,
-        PRECISION=gpu.float32_products(part),
+        PRECISION=_precision(part),
         GROUP=8,
         num_warps=t.warps,
         num_stages=t.stages,
@@ -119,7 +125,7 @@ def add_weight(total: Tensor, part: Tensor, hidden: Tensor, count: Tensor, token
         more: whether `total` holds a sum.
     """
     t, device = (
-        product_tile(gpu.architecture(part.device), part.dtype, gpu.float32_products(part)),
+        product_tile(gpu.architecture(part.device), part.dtype, _precision(part)),
         part.device,
     )
     width, size = total.shape
@@ -134,7 +140,7 @@ def add_weight(total: Tensor, part: Tensor, hidden: Tensor, count: Tensor, token
         BK=t.depth,
         EVEN=size % t.columns == 0,
         MORE=more,
-        PRECISION=gpu.float32_products(part),
+        PRECISION=_precision(part),
         GROUP=8,
         num_warps=t.warps,
         num_stages=t.stages,
