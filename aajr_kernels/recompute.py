@@ -129,7 +129,7 @@ def make_recomputable(ctx: Any, result: torch.Tensor, again: Callable[[Any], tor
         result: what the forward returns.
         again: called with that ctx in a backward; it reads the tensors by :func:`saved_tensors`.
     """
-    ctx.result = Result(again, result._version)
+    ctx.result = Result(again, torch_private.version_of(result))
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
@@ -167,7 +167,7 @@ def recomputable_node(x: torch.Tensor) -> Any:
     if node is not None and node.name() in _VIEWS:
         node, index = node.next_functions[0]
     result = getattr(node, "result", None)
-    if index != 0 or not isinstance(result, Result) or result.version != x._version:
+    if index != 0 or not isinstance(result, Result) or result.version != torch_private.version_of(x):
         return None
     return node
 

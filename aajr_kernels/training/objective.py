@@ -235,8 +235,8 @@ class _Work:
         count, share = len(self.x), self.config.penalty.rows
         if share == 1 or not scheduled.weight > 0:
             return None, 1.0
-        alone = not (scheduled.adversarial or scheduled.clean)
-        expected = max(share * count, 1.0) if alone else share * count
+        is_only_term = not (scheduled.adversarial or scheduled.clean)
+        expected = max(share * count, 1.0) if is_only_term else share * count
         options: dict[str, Any] = dict(generator=self.generator, device=self.generator.device)
         number = int(expected + float(torch.rand((), dtype=torch.float64, **options)))
         rows = torch.randperm(count, **options)[:number].sort().values.to(self.x.device)
@@ -258,7 +258,7 @@ class _Work:
 
     @property
     def adversary(self) -> Callable[[Any], Any]:
-        """What is maximised, from embeddings to ``[B]``."""
+        """The losses ``[B]`` that are maximised, a function of embeddings."""
         shared, weights = self.shared, self.row_weights
         kind = "mean" if shared is None else "sum"
         losses = suffix = self.policy.loss_fn(self.batch.inputs, self.batch.labels, kind)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import sharding
 from ...backends.errors import UnsupportedOperation
 from ...dual import Dual, is_dual
 from ...method.attack_state import parameters_are_frozen
 from ...rules.registry import install_guards
+from ...torch_private import version_of
 from .context_cache import ContextCache, ContextIsFilled
 from .context_checks import (
     cache_argument,
@@ -138,7 +140,7 @@ class SharedContext:
     def _parameter_versions(self) -> int:
         if self._is_sharded:  # whole and sharded parameters take turns
             return 0
-        return sum(p._version for p in self._model.parameters() if not p.is_inference())
+        return sum(version_of(p) for p in self._model.parameters() if not p.is_inference())
 
 
 def shared_context(
@@ -217,5 +219,6 @@ def _tensor_of(result: Any) -> Any:
 
 def _is_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` or tensor parallelism holds its parameters."""
-    sharded = any(hasattr(p, "placements") for p in model.parameters())
-    return sharded or any(c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__)
+    return sharding.is_dtensor(*model.parameters()) or any(
+        c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__
+    )

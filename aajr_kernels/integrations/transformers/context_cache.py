@@ -26,7 +26,7 @@ class ContextIsFilled(Exception):
 
 
 class ContextCache:
-    """What the layers of a decoder keep of its context.
+    """Keys and values that the layers of a decoder keep of its context.
 
     Args:
         config: of the model; its text part says which layers have a window.

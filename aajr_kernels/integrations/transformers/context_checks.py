@@ -1,4 +1,4 @@
-"""What may be split into a context and a suffix: arguments, models, and the numerical check of a split."""
+"""Arguments and models that can be split into a context and a suffix, and the numerical check of a split."""
 
 from __future__ import annotations
 

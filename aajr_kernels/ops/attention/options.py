@@ -76,10 +76,10 @@ class Options(NamedTuple):
     def parts(self) -> tuple[Options, Options]:
         """Those of a call with the keys of the context only, and with the other keys only."""
         length, drawn = self.context_length, self.drawn
-        alone = self._replace(context_k=None, context_v=None)
+        one_part = self._replace(context_k=None, context_v=None)
         return (
-            alone._replace(drawn=None if drawn is None else drawn[..., :length]),
-            alone._replace(
+            one_part._replace(drawn=None if drawn is None else drawn[..., :length]),
+            one_part._replace(
                 drawn=None if drawn is None else drawn[..., length:],
                 offset=None if self.offset is None else self.offset - length,
             ),

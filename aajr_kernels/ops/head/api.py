@@ -136,7 +136,7 @@ def lm_head_sensitivity(
 
 
 def _cotangents(expected: Expected, mask: Tensor | None, tokens: Counted | None) -> Expected:
-    """What is expected for the tokens that are computed, in their order."""
+    """Cotangents expected for the tokens that are computed, in their order."""
 
     def of_computed(q: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         at = rows if tokens is None else tokens.index[rows]

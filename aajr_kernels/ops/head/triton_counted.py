@@ -91,10 +91,8 @@ def add_rows(total: Tensor, part: Tensor, weight: Tensor, count: Tensor, tokens:
         weight: ``[v, C]``.
         count: int32 ``[]``.
     """
-    t, device = (
-        product_tile(gpu.architecture(part.device), part.dtype, _precision(part)),
-        part.device,
-    )
+    device, precision = part.device, _precision(part)
+    t = product_tile(gpu.architecture(device), part.dtype, precision)
     (width, size), stacks = weight.shape, part.shape[0] // tokens
     gpu.launch(
         _head_rows_kernel,
@@ -106,7 +104,7 @@ def add_rows(total: Tensor, part: Tensor, weight: Tensor, count: Tensor, tokens:
         BC=t.columns,
         BK=t.depth,
         EVEN=size % t.columns == 0,
-        PRECISION=_precision(part),
+        PRECISION=precision,
         GROUP=8,
         num_warps=t.warps,
         num_stages=t.stages,
@@ -124,10 +122,8 @@ def add_weight(total: Tensor, part: Tensor, hidden: Tensor, count: Tensor, token
         tokens: rows of a stack.
         more: whether `total` holds a sum.
     """
-    t, device = (
-        product_tile(gpu.architecture(part.device), part.dtype, _precision(part)),
-        part.device,
-    )
+    device, precision = part.device, _precision(part)
+    t = product_tile(gpu.architecture(device), part.dtype, precision)
     width, size = total.shape
     gpu.launch(
         _head_weight_kernel,
@@ -140,7 +136,7 @@ def add_weight(total: Tensor, part: Tensor, hidden: Tensor, count: Tensor, token
         BK=t.depth,
         EVEN=size % t.columns == 0,
         MORE=more,
-        PRECISION=_precision(part),
+        PRECISION=precision,
         GROUP=8,
         num_warps=t.warps,
         num_stages=t.stages,

@@ -119,7 +119,7 @@ def test_blocks_in_which_nothing_counts_form_no_products(small):
 
 
 def test_a_captured_joint_form_takes_any_mask(small, passes):
-    """What is expected stays in proportion to what arrives, also where no token counts; no value is read."""
+    """Expected cotangents stay in proportion to what arrives, also where no token counts; no value is read."""
     small.setattr(kernels, "_KEPT_LEAST", 1 << 20)
     tensors, labels = problem(tokens=40), random_labels(40)
     expected = lambda q, rows: (torch.full_like(q, 2.0), torch.ones(q.shape[-1], device=DEVICE))

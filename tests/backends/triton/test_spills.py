@@ -16,7 +16,7 @@ from aajr_kernels.backends.triton import launch as gpu  # noqa: E402
 
 
 class Asked(Exception):
-    """What a call said to the choice of its backend."""
+    """Arguments that a call gave to the choice of its backend."""
 
 
 def avoided(config: shipped.Config, architecture: str, monkeypatch: pytest.MonkeyPatch) -> bool:

@@ -245,7 +245,7 @@ def launch_fwd(p: Problem, index: int, out: Tensor, stats: Tensor, mu: Tensor) -
 def _shared(
     p: Problem, kernel: str, index: int, *stacks: Tensor
 ) -> tuple[Tile, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-    """What kernels have in common.
+    """Arguments that kernels have in common.
 
     Returns:
         The tile; the first arguments (q, k, v, any cotangents, masks) and their strides; the arguments of a context:
