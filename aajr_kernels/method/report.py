@@ -40,7 +40,8 @@ class StabilityReport:
         non_monotone: bool, the loss fell by more than rounding.
         projected: bool, the projection moved the step.
         alignment: ``[T − 1, B]``, cosine of successive directions; NaN where one is zero.
-        kappa: largest negative curvature measured along the segment, ≥ 0.
+        kappa: κ, the largest negative curvature measured along the segment, ≥ 0.
+        kappa_positive: κ⁺, the largest positive one, ≥ 0.
         slopes: ⟨∇g, Δ⟩ at the start of the segment.
         violated: bool, κ‖Δ‖² > 2⟨∇g, Δ⟩: the step is not known to be monotone.
         eta_max: the largest step size, in the ascent's own unit, that the condition admits; infinite where κ = 0 and
@@ -49,11 +50,14 @@ class StabilityReport:
         gauss_newton: bound of the first term of the curvature, L_out q.
         second_order: bound of the second, G_out ‖D²f[d,d]‖.
         smoothness: their sum, L_eff along the segment.
-        smoothness_at_gamma: the same with γ² for q: the bound where the penalty's threshold is met.
+        smoothness_at_gamma: the same where the penalty's threshold is met by directions along the segment: with γ² for
+            the q of u, which is longer than d where several groups have norm 1, and for each of the row's units in
+            the unit ``"token"``.
         hinge_active: fraction of the units with √q > γ along uₜ.
         sandwich_lower: ‖Jᵀ∇L‖/‖∇L‖.
         sandwich_middle: ‖Ju‖.
         spectral_norm: ‖J‖₂ from below, by power iteration.
+        expansion: how the distance of the ascents from two starts grew in each step; NaN where it was zero.
     """
 
     losses: torch.Tensor
@@ -64,6 +68,7 @@ class StabilityReport:
     projected: torch.Tensor
     alignment: torch.Tensor
     kappa: torch.Tensor | None = None
+    kappa_positive: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
     violated: torch.Tensor | None = None
     eta_max: torch.Tensor | None = None
@@ -76,6 +81,7 @@ class StabilityReport:
     sandwich_lower: torch.Tensor | None = None
     sandwich_middle: torch.Tensor | None = None
     spectral_norm: torch.Tensor | None = None
+    expansion: torch.Tensor | None = None
 
     @property
     def unexplained(self) -> torch.Tensor | None:
@@ -95,14 +101,18 @@ class StabilityReport:
         }
         if self.kappa is not None:
             assert self.violated is not None and self.unexplained is not None and self.eta_max is not None
-            kappa = self.kappa[self.moved]
+            assert self.kappa_positive is not None
+            kappa, positive = self.kappa[self.moved], self.kappa_positive[self.moved]
             finite = self.eta_max[self.moved & torch.isfinite(self.eta_max)]
             summary["kappa"] = _mean(self.kappa, self.moved)
             summary["kappa_max"] = kappa.max().item() if kappa.numel() else math.nan
+            summary["kappa_positive"] = _mean(self.kappa_positive, self.moved)
+            summary["kappa_positive_max"] = positive.max().item() if positive.numel() else math.nan
             summary["eta_max_smallest"] = finite.min().item() if finite.numel() else math.inf
             summary["violated_fraction"] = _mean(self.violated, self.moved)
             summary["unexplained_fraction"] = _mean(self.unexplained, self.moved)
-        for name in ("sensitivity", "gauss_newton", "second_order", "smoothness", "smoothness_at_gamma"):
+        of_steps = "sensitivity gauss_newton second_order smoothness smoothness_at_gamma expansion".split()
+        for name in of_steps:
             if (value := getattr(self, name)) is not None:
                 summary[name] = _mean(value, self.moved)
         for name in ("hinge_active", "sandwich_lower", "sandwich_middle", "spectral_norm"):

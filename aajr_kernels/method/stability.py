@@ -21,6 +21,12 @@ With f the policy, J its Jacobian and the loss L of its output, dᵀ∇²g d = (
 cross-entropy on logits the first term is the Fisher q itself and at most ½‖Jd‖², the second at most √2 ‖D²f[d,d]‖:
 their sum is the effective smoothness ``smoothness`` of the trajectory, and with q ≤ γ² it is bounded by
 ``smoothness_at_gamma``.
+
+Where L is convex in the outputs, as cross-entropy is, the first term is positive curvature. It does not shorten a
+monotone ascent step: κ, the negative part, comes from the second term only, and η ≤ 2/C with C = G_out ‖D²f[d,d]‖
+suffices whatever γ is. γ bounds the curvature from above: how fast the gradient turns along the way, and how far
+trajectories from two starts separate there, by 1 + η κ⁺ per raw step where d is an eigenvector of ∇²g, with κ⁺ the
+positive part, ``kappa_positive``. Directions that the ascent does not take are not bounded; ``expansion`` has them.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
 from .checks import check_choices, check_integers, check_number
 from .head import LMHead
+from .replay import separation
 from .report import StabilityReport
 
 if TYPE_CHECKING:
@@ -75,14 +82,20 @@ def stability_report(
     metric: str = "fisher",
     gamma: float | None = None,
     output_mask: torch.Tensor | None = None,
-    output_bounds: tuple[float, float] | None = None,
+    output_bounds: tuple[float | torch.Tensor, float | torch.Tensor] | None = None,
     unit: str | None = None,
     power_iterations: int = 0,
+    nearby: float | torch.Tensor | None = None,
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None,
     generator: torch.Generator | None = None,
     module: nn.Module | Iterable[nn.Module] | None = None,
     tolerance: float | None = None,
 ) -> StabilityReport:
     """Curvature, admissible step, violations and alignment of every step of an ascent.
+
+    For a loss that is convex in the outputs, as cross-entropy is, only ``second_order`` limits monotone steps;
+    ``gauss_newton``, which γ bounds, is positive curvature: it decides how fast the gradient turns and how far nearby
+    trajectories separate (docs/diagnostics.md has both curvatures as measured).
 
     What it costs, in T steps; a dual forward is about two plain ones:
 
@@ -93,12 +106,13 @@ def stability_report(
     ``func``                                T · samples dual forwards, T more with `gamma`, no backward
     ``output_loss``                         T plain forwards and backwards, T dual forwards
     ``power_iterations``                    T · (power_iterations + 1) dual forwards and their backwards
+    ``nearby``                              2 T plain forwards and backwards
     ======================================  ====================================================================
 
-    κ is the largest of the sampled values, so it may fall short of the supremum (``unexplained`` counts the steps
-    where that shows); it is exact where the curvature along a segment is monotone, or constant as in a quadratic.
-    Call it in the mode the trajectory was made in. Every evaluation starts from the same random state, so that dropout
-    draws the same mask; the state is put back at the end as it was.
+    κ and κ⁺ are the largest of the sampled values, so they may fall short of the suprema (``unexplained`` counts the
+    steps where that shows for κ); they are exact where the curvature along a segment is monotone, or constant as in a
+    quadratic. Call it in the mode the trajectory was made in. Every evaluation starts from the same random state, so
+    that dropout draws the same mask; the state is put back at the end as it was.
 
     Args:
         loss_fn: the function that was maximised, called with Duals (and plain tensors for ``"difference"``); returns
@@ -115,12 +129,18 @@ def stability_report(
         metric: ``"fisher"``, ``"logits"`` or ``"l2"``: which q the first term of the smoothness and the hinge take.
         gamma: threshold of a hinge on √q along the directions uₜ.
         output_mask: the units (tokens) of func's output that the loss reads, ``[B, ...]``; True = included.
-        output_bounds: (L_out, G_out), the bounds of ∇²L (relative to q) and of ‖∇L‖ per unit of the output; by
-            default those of cross-entropy summed over units. Divide them by the number of units for a mean.
-        unit: ``"sequence"`` compares the summed q of a row with γ, ``"token"`` that of each unit. It follows the scope
-            of the trajectory; another one needs ``ascend(scope=)`` too.
+        output_bounds: (L_out, G_out), the bounds of ∇²L (relative to q) and of ‖∇L‖ per unit of the output: numbers,
+            or ``[B]`` for each row; by default those of cross-entropy summed over units. Divide them by the number of
+            units for a mean, as ``lm_loss`` takes it: by ``(labels != -100).sum(-1)``.
+        unit: ``"sequence"`` compares the summed q of a row with γ², ``"token"`` that of each unit. It follows the
+            scope of the trajectory; another one needs ``ascend(scope=)`` too.
         power_iterations: iterations for ‖J‖₂, the upper end of the sandwich; 0 leaves it out. Needs `func`.
-        generator: of the random start of the power iteration.
+        nearby: length of the offset of a second start, drawn for every row in a random direction of what may be
+            attacked, in the unit of `x`; or the offset itself, like `x`. The recorded steps are repeated from both
+            starts, with the recorded step sizes. Adds the expansion. Take it well above the rounding of `x` and well
+            below the radius.
+        project: of :func:`ascend`, where it had one; for `nearby`.
+        generator: of the random start of the power iteration, and of the offset.
         module: the model, or several: their parameters' gradients are switched off meanwhile, which saves the backward
             of the weights.
         tolerance: a loss that falls by less than this times its size counts as rounding; by default 16 eps of the
@@ -130,13 +150,14 @@ def stability_report(
         StabilityReport, all tensors detached.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or value.
+        TypeError, ValueError: an argument has a wrong type, shape or value; the recorded steps cannot be repeated.
         UnsupportedOperation: `loss_fn` or `func` uses a function without a derivative rule; a CUDA graph is being
             captured.
     """
-    _check(x, traj, curvature, samples, func, output_loss, metric, gamma, power_iterations, tolerance)
+    _check(x, traj, curvature, samples, func, output_loss, metric, gamma, power_iterations, tolerance, nearby)
     capture.refuse(x.device, "stability_report reads values on the host", "call it outside of the graph")
     unit = traj.unit(unit)
+    offset = None if nearby is None else _offset(nearby, traj, generator)
     modules, random = modules_of(module), RandomState(x.device)
     loss_fn = functools.partial(random.replay, loss_fn)
     try:
@@ -154,10 +175,15 @@ def stability_report(
                 policy = functools.partial(random.replay, probes.logits_func(func, head))
                 bounds = OUTPUT_BOUNDS[metric] if output_bounds is None else output_bounds
                 output = (metric, output_mask)
-                fields.update(_smoothness(policy, traj, units, lengths, samples, *output, bounds, gamma))
+                fields.update(
+                    _smoothness(policy, traj, units, lengths, samples, *output, bounds, gamma, unit)
+                )
                 if gamma is not None:
                     fields["hinge_active"] = _hinge(policy, traj, *output, gamma, unit)
                 fields.update(_sandwich(policy, output_loss, traj, power_iterations, generator))
+            if offset is not None:
+                distances = separation(loss_fn, traj, offset, project)
+                fields["expansion"] = distances[1:] / distances[:-1]
     finally:
         random.restore()
     return StabilityReport(**{name: value.detach() for name, value in fields.items()})
@@ -195,24 +221,29 @@ def _curvature(
     samples: int,
     kind: str,
 ) -> dict[str, torch.Tensor]:
-    """κ, ⟨∇g, Δ⟩ and the curvature at the start of every step."""
-    kappas, slopes = [], []
+    """κ, κ⁺, and ⟨∇g, Δ⟩ at the start of every step."""
+    kappas, positive, slopes = [], [], []
     at_end: torch.Tensor | None = None
     for t, (d, length) in enumerate(zip(units, lengths)):
         points = _segment(traj, t, samples)
         if kind == "exact":
             measured = [probes.curvature_along(loss_fn, p, d) for p in points]
-            slope, lowest = measured[0][1], torch.stack([curvature for _, _, curvature in measured]).amin(0)
+            slope, curvatures = measured[0][1], torch.stack([curvature for _, _, curvature in measured])
         else:
             first = probes.gradient(loss_fn, points[0])[1] if at_end is None else at_end
             gradients = [first, *(probes.gradient(loss_fn, p)[1] for p in points[1:])]
             along, at_end = torch.stack([probes.row_dot(g, d) for g in gradients]), gradients[-1]
-            # a mean of the curvature between neighbours, never below its minimum; off by eps ‖∇L‖ / spacing
+            # means of the curvature between neighbours, within its bounds; off by eps ‖∇L‖ / spacing
             spacing = torch.where(length > 0, length / (samples - 1), 1.0)
-            slope, lowest = along[0], (along.diff(dim=0) / spacing).amin(0)
-        kappas.append(torch.where(length > 0, (-lowest).clamp(min=0), 0.0))
+            slope, curvatures = along[0], along.diff(dim=0) / spacing
+        kappas.append(torch.where(length > 0, (-curvatures.amin(0)).clamp(min=0), 0.0))
+        positive.append(torch.where(length > 0, curvatures.amax(0).clamp(min=0), 0.0))
         slopes.append(slope * length)
-    return {"kappa": torch.stack(kappas), "slopes": torch.stack(slopes)}
+    return {
+        "kappa": torch.stack(kappas),
+        "kappa_positive": torch.stack(positive),
+        "slopes": torch.stack(slopes),
+    }
 
 
 def _largest_step(
@@ -241,11 +272,12 @@ def _smoothness(
     samples: int,
     metric: str,
     mask: torch.Tensor | None,
-    bounds: tuple[float, float],
+    bounds: tuple[float | torch.Tensor, float | torch.Tensor],
     gamma: float | None,
+    unit: str,
 ) -> dict[str, torch.Tensor]:
     """L_out q + G_out ‖D²f[d,d]‖ along every segment; D²f from the change of Jd between neighbouring samples."""
-    firsts, seconds, largest = [], [], []
+    firsts, seconds, largest, at_gamma = [], [], [], []
     for t, (d, length) in enumerate(zip(units, lengths)):
         spacing = torch.where(length > 0, length / (samples - 1), 1.0)
         q_max = second_max = torch.zeros_like(length)
@@ -258,6 +290,11 @@ def _smoothness(
                 change = torch.where(length > 0, probes.sum_units(sizes, mask) / spacing, 0.0)
                 second_max = torch.maximum(second_max, change)
             before = y_tan
+        if gamma is not None:
+            # ‖u‖² is the number of groups that move: γ² bounds q of a direction so much longer than d, and per unit
+            square = probes.row_norm(traj.directions[t]).square()
+            count = probes.sum_units(torch.ones_like(q), mask) if unit == "token" else 1.0
+            at_gamma.append(bounds[0] * gamma**2 * count / torch.where(square > 0, square, 1.0))
         firsts.append(bounds[0] * q_max)
         seconds.append(bounds[1] * second_max)
         largest.append(q_max)
@@ -265,7 +302,7 @@ def _smoothness(
     fields = {"gauss_newton": first, "second_order": second, "smoothness": first + second}
     fields["sensitivity"] = torch.stack(largest).sqrt()
     if gamma is not None:
-        fields["smoothness_at_gamma"] = bounds[0] * gamma**2 + second
+        fields["smoothness_at_gamma"] = torch.stack(at_gamma) + second
     return fields
 
 
@@ -312,6 +349,16 @@ def _sandwich(
     return {name: torch.stack(values) for name, values in fields.items()}
 
 
+def _offset(
+    nearby: float | torch.Tensor, traj: Trajectory, generator: torch.Generator | None
+) -> torch.Tensor:
+    """From the start of the trajectory to the second one, like x."""
+    if isinstance(nearby, torch.Tensor):
+        return nearby
+    draw = torch.randn(traj.x.shape, generator=generator, dtype=traj.x.dtype, device=traj.x.device)
+    return nearby * probes.row_unit(probes.restrict(draw, traj.mask, traj.agents))
+
+
 def _alignment(directions: torch.Tensor) -> torch.Tensor:
     """Cosine of successive directions per row, ``[T − 1, B]``; NaN where one of them is zero."""
     if directions.shape[0] < 2:
@@ -333,6 +380,7 @@ def _check(
     gamma: float | None,
     power_iterations: int,
     tolerance: float | None,
+    nearby: Any,
 ) -> None:
     check_choices(CURVATURES, curvature=curvature)
     check_choices(OUTPUT_BOUNDS, metric=metric)
@@ -344,6 +392,16 @@ def _check(
     for name, number in (("gamma", gamma), ("tolerance", tolerance)):
         if number is not None:
             check_number(name, number, 0)
+    if isinstance(nearby, torch.Tensor):
+        if nearby.shape != x.shape:
+            raise ValueError(
+                f"nearby must be a length, or an offset of the shape of x {tuple(x.shape)}, got shape "
+                f"{tuple(nearby.shape)}."
+            )
+    elif nearby is not None:
+        check_number("nearby", nearby)
+        if not nearby > 0:
+            raise ValueError(f"nearby must be a positive length in the unit of x, got {nearby}.")
     for name, wanted in (
         ("output_loss", output_loss is not None),
         ("gamma", gamma is not None),

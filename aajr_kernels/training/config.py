@@ -155,8 +155,10 @@ class Diagnostics:
     Attributes:
         every: steps between two reports.
         curvature, samples, power_iterations: of ``stability_report``.
-        smoothness: also the effective smoothness along the trajectory, and with γ the hinge-active fraction; one dual
-            forward more per sample.
+        smoothness: also the effective smoothness along the trajectory, one dual forward more per sample; and where γ is
+            a threshold on √q along the ascent, in the metric of the report, the smoothness at γ and the hinge-active
+            fraction.
+        nearby: distance of a second start in radii; adds the expansion. 0 leaves it out.
     """
 
     every: int
@@ -164,9 +166,11 @@ class Diagnostics:
     samples: int = 3
     smoothness: bool = False
     power_iterations: int = 0
+    nearby: float = 0.0
 
     def __post_init__(self) -> None:
         check_integers(1, every=self.every)
+        check_number("nearby", self.nearby, 0)
         check_integers(2, samples=self.samples)
         check_integers(0, power_iterations=self.power_iterations)
         if self.power_iterations and not self.smoothness:

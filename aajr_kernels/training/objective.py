@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..method.ascent import ascend
 from ..method.baselines import NEEDS_LOSS, trajectory_baseline
 from ..method.losses import IGNORED
+from ..method.scopes import widened
 from ..method.trajectory import Trajectory, gathered, trajectory_penalty
 from .batches import Prepared
 from .config import ObjectiveConfig
@@ -29,8 +30,8 @@ from .sharing import Shared, Sharing
 
 __all__ = ["Counts", "ScheduledValues", "Terms", "terms_of"]
 
-#: called with a trajectory, the rows that were attacked, their policy, what was maximised, and γ
-AfterAttack = Callable[[Trajectory, Prepared, Policy, Any, float | None], None]
+#: called with a trajectory, the rows that were attacked, their policy, what was maximised, what a token counts in it, γ
+AfterAttack = Callable[[Trajectory, Prepared, Policy, Any, Tensor, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,9 @@ def terms_of(
 ) -> Terms:
     """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
 
-    `after_attack` is called with the trajectory, the rows that were attacked, their policy, what was maximised and γ,
-    in the random state of the attack. `row_weights` ``[B]`` multiply the losses that are maximised. `sharing` decides
-    whether the batch's context is computed once.
+    `after_attack` is called with the trajectory, the rows that were attacked, their policy, what was maximised, what a
+    token counts in it (``[B]``) and γ, in the random state of the attack. `row_weights` ``[B]`` multiply the losses
+    that are maximised. `sharing` decides whether the batch's context is computed once.
     """
     x = batch.embedded(policy)
     unit = _unit(x, batch.attended, config)
@@ -186,7 +187,9 @@ def _under_attack(
     }
     if after_attack is not None:
         gamma = None if scheduled.gamma is None else scheduled.gamma / float(whole.unit.detach())
-        after_attack(trajectory, attacked.batch, attacked.policy, attacked.adversary, gamma)
+        after_attack(
+            *(trajectory, attacked.batch, attacked.policy, attacked.adversary, attacked.token_weights, gamma)
+        )
     loss: Tensor | None = None
     if scheduled.weight > 0:
         along = trajectory if is_narrow or drawn is None else trajectory.of_rows(drawn)
@@ -266,6 +269,13 @@ class _Work:
             fixed, counts = shared.losses.detach(), shared.counts
             losses = lambda x: (suffix(x) + fixed) / counts
         return losses if weights is None else lambda x: losses(x) * weights
+
+    @property
+    def token_weights(self) -> Tensor:
+        """The size of the weight of one token's cross-entropy in the losses that are maximised, ``[B]``."""
+        learnt = (self.batch.labels != IGNORED).sum(-1).clamp(min=1)
+        weights = 1.0 / widened((learnt if self.shared is None else self.shared.counts).to(self.x.dtype))
+        return weights if self.row_weights is None else weights * self.row_weights.abs()
 
     def step_share(self, losses: Tensor) -> Tensor:
         """Sums of losses over these tokens, with those of a shared context, in the mean over the step's tokens."""

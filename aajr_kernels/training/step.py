@@ -26,7 +26,7 @@ from ..autocast import autocasting
 from ..method.attack_state import frozen_parameters, one_dropout_mask
 from ..method.losses import IGNORED
 from ..method.report import StabilityReport
-from ..method.stability import stability_report
+from ..method.stability import OUTPUT_BOUNDS, stability_report
 from ..method.trajectory import Trajectory
 from ..method.wrapped import inside
 from . import randomness
@@ -218,15 +218,24 @@ class Objective:
         batch: Prepared,
         policy: Policy,
         loss_fn: Any,
+        token_weights: Tensor,
         gamma: float | None,
     ) -> None:
         more: dict[str, Any] = {}
         if diagnostics.smoothness:
+            penalty = self.config.penalty
+            metric = penalty.metric if penalty.metric != "probs" else "fisher"
+            # γ is one of √q along u in the metric of the report, where logits are formed for a head
+            is_threshold = penalty.method in ("aligned", "finite_difference") and (
+                metric == penalty.metric and (policy.head is None or metric != "l2")
+            )
+            curvature, slope = OUTPUT_BOUNDS[metric]
             more = dict(
                 func=lambda x: policy.forward(x, **batch.inputs),
                 head=policy.head,
-                metric=self.config.penalty.metric if self.config.penalty.metric != "probs" else "fisher",
-                gamma=gamma,
+                metric=metric,
+                gamma=gamma if is_threshold else None,
+                output_bounds=(curvature * token_weights, slope * token_weights),
                 output_mask=batch.tokens("loss"),
                 unit=self.config.unit,
                 power_iterations=diagnostics.power_iterations,
@@ -238,6 +247,7 @@ class Objective:
                 trajectory,
                 curvature=diagnostics.curvature,
                 samples=diagnostics.samples,
+                nearby=diagnostics.nearby * trajectory.radius or None,
                 generator=randomness.generator_for(self.config.seed or 0, step + 1, -1, self.device),
                 module=self.module,
                 **more,

@@ -30,22 +30,27 @@ def unit(v):
 
 
 @pytest.mark.parametrize("samples", [2, 5])
-def test_kappa_is_the_largest_negative_curvature_of_the_dense_hessian(policy, samples):
+def test_kappas_are_the_largest_curvatures_of_the_dense_hessian(policy, samples):
     loss_fn, x = problem(policy)
     traj = steps_of(loss_fn, x, 2.0)
     report = stability_report(loss_fn, x, traj, samples=samples)
-    expected, slopes = torch.zeros(4, B).double(), torch.zeros(4, B).double()
+    expected, positive, slopes = torch.zeros(3, 4, B).double()
     for t in range(4):
         for b in range(B):
             delta = traj.displacements[t, b]
             d = unit(delta)
             for j in range(samples):
                 p = traj.points[t] + j / (samples - 1) * traj.displacements[t]
-                expected[t, b] = max(expected[t, b], -(d @ hessian(loss_fn, p, b) @ d))
+                along = d @ hessian(loss_fn, p, b) @ d
+                expected[t, b] = max(expected[t, b], -along)
+                positive[t, b] = max(positive[t, b], along)
             p = traj.points[t].clone().requires_grad_()
             slopes[t, b] = torch.autograd.grad(loss_fn(p)[b], p)[0][b] @ delta
     assert (expected > 0).any() and (expected == 0).any()  # both kinds of curvature occur
     assert_exact(report.kappa, expected, "kappa")
+    assert (positive > 0).any() and (positive == 0).any()
+    assert_exact(report.kappa_positive, positive, "positive kappa")
+    assert report.summary()["kappa_positive_max"] == pytest.approx(positive.max().item())
     assert_exact(report.slopes, slopes, "slopes")
     assert_exact(report.displacement_norms, traj.displacements.norm(dim=-1), "displacement norms")
     held = step_condition(expected, traj.displacements.norm(dim=-1), slopes)
@@ -62,6 +67,10 @@ def test_differences_of_gradients_converge_to_the_mean_curvature(policy):
     # a mean over 1/64 of the segment lies above its minimum by at most the change of the curvature over it
     assert (difference.kappa <= exact.kappa * (1 + 1e-9) + 1e-12).all()
     assert (exact.kappa - difference.kappa).abs().max() < 0.05 * exact.kappa.max()
+    # the largest value between two samples lies above both by O(1/64²)
+    assert (difference.kappa_positive <= exact.kappa_positive * (1 + 1 / 64**2) + 1e-12).all()
+    error = (exact.kappa_positive - difference.kappa_positive).abs().max()
+    assert error < 0.05 * exact.kappa_positive.max()
     assert_exact(difference.slopes, exact.slopes, "slopes")
 
 
@@ -125,6 +134,100 @@ def test_eta_max_of_projected_steps():
     assert torch.isnan(sign.eta_max[here]).all()
     raw = stability_report(loss_fn, x, Trajectory(**(values | {"step": "raw"})))
     assert_exact(raw.eta_max[here], torch.full_like(smallest, 2.0)[here], "eta_max")
+
+
+def test_two_starts_separate_by_the_powers_of_a_quadratic():
+    h = torch.randn(B, N, N, dtype=torch.float64)
+    h = h + h.mT
+    loss_fn = lambda x: 0.5 * torch.einsum("bi,bij,bj->b", x, h, x)
+    x, offset = torch.randn(2, B, N, dtype=torch.float64)
+    traj = steps_of(loss_fn, x, 0.3)
+    report = stability_report(loss_fn, x, traj, nearby=offset)
+    step = torch.eye(N, dtype=torch.float64) + 0.3 * h
+    apart = [offset]
+    for _ in range(4):
+        apart.append(torch.einsum("bij,bj->bi", step, apart[-1]))
+    norms = torch.stack(apart).norm(dim=-1)
+    assert_exact(report.expansion, norms[1:] / norms[:-1], "expansion")
+    assert report.summary()["expansion"] == pytest.approx(report.expansion.mean().item())
+    values, vectors = torch.linalg.eigh(h)
+    top = stability_report(loss_fn, x, traj, nearby=0.1 * vectors[:, :, -1], curvature="none").expansion
+    assert_exact(top, (1 + 0.3 * values[:, -1]).abs().expand(4, B), "along an eigenvector", tolerance=1e-9)
+    # a drawn offset has the length that was asked for; a linear loss keeps the distance
+    generator = torch.Generator().manual_seed(3)
+    linear = lambda x: x @ torch.arange(1.0, N + 1, dtype=torch.float64)
+    flat = stability_report(
+        *(linear, x, steps_of(linear, x, 0.3, step="normalized")), nearby=0.01, generator=generator
+    )
+    assert_exact(flat.expansion, torch.ones(4, B), "of a linear loss", tolerance=1e-9)
+    assert generator.get_state().ne(torch.Generator().manual_seed(3).get_state()).any()
+
+
+@pytest.mark.parametrize("step", ["raw", "normalized", "sign"])
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+def test_two_starts_in_a_ball(step, scope):
+    """Against two ascents from those starts, moved into the ball by hand; tokens that stay put do not separate."""
+    net = nn.Sequential(nn.Linear(N, 7), nn.Tanh(), nn.Linear(7, V)).double()
+    x, offset = torch.randn(2, B, 4, N, dtype=torch.float64)
+    loss_fn = lambda x: output_loss(net(x).mean(1))
+    mask = torch.tensor([[1, 1, 0, 1]] * B)
+    options = dict(radius=0.5, steps=3, step_size=0.4, step=step, scope=scope, mask=mask)
+    traj = aajr.ascend(loss_fn, x, **options)
+    report = stability_report(loss_fn, x, traj, nearby=0.1 * offset)
+    assert report.projected.any() or step == "raw"
+    delta = 0.1 * offset * mask.unsqueeze(-1)
+    axes = (2,) if scope == "token" else (1, 2)
+
+    def inside(delta):
+        norm = delta.norm(dim=axes, keepdim=True)
+        return delta * (0.5 / norm.clamp(min=0.5))
+
+    delta, expected = inside(delta), []
+    for t in range(3):
+        before = (x + delta - traj.points[t]).flatten(1).norm(dim=1)
+        p = (x + delta).requires_grad_()
+        g = torch.autograd.grad(loss_fn(p).sum(), p)[0] * mask.unsqueeze(-1)
+        size = g.norm(dim=axes, keepdim=True)
+        move = {"raw": g, "normalized": g / size.where(size > 0, 1.0), "sign": g.sign()}[step]
+        delta = inside(delta + 0.4 * move)
+        expected.append((x + delta - traj.points[t + 1]).flatten(1).norm(dim=1) / before)
+    assert_exact(report.expansion, torch.stack(expected), "expansion", tolerance=1e-9)
+
+
+def test_steps_that_cannot_be_repeated_are_refused(policy):
+    loss_fn, x = problem(policy)
+    box = lambda delta: delta.clamp(-0.1, 0.1)
+    traj = aajr.ascend(loss_fn, x, radius=1.0, steps=3, step_size=0.5, project=box)
+    with pytest.raises(ValueError, match="lead elsewhere .*project="):
+        stability_report(loss_fn, x, traj, nearby=0.05)
+    report = stability_report(loss_fn, x, traj, nearby=0.05, project=box)
+    assert report.expansion[0].isfinite().all()  # later steps may end in one corner of the box
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match="nearby must be a positive length"):
+            stability_report(loss_fn, x, traj, nearby=bad)
+    with pytest.raises(ValueError, match="nearby must be a length, or an offset of the shape of x"):
+        stability_report(loss_fn, x, traj, nearby=x[:1])
+
+
+@pytest.mark.parametrize("scope", ["sequence", "token", "agent"])
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_smoothness_at_gamma_where_the_threshold_is_met_by_every_unit(scope, unit):
+    """A linear policy and loss, the same for every token: q along the segment follows from q along u."""
+    net = nn.Linear(N, V, bias=False).double()
+    slope = torch.randn(N, dtype=torch.float64)
+    loss_fn = lambda x: (x @ slope).mean(1)
+    x = torch.randn(B, 4, N, dtype=torch.float64)
+    agents = torch.tensor([[0, 1, 1, 0]] * B) if scope == "agent" else None
+    traj = aajr.ascend(loss_fn, x, radius=9.0, steps=2, step_size=0.1, scope=scope, agents=agents)
+    q = (traj.directions @ net.weight.mT).square().sum(-1)  # [T, B, 4], all alike
+    gamma = (q.sum(-1) if unit == "sequence" else q).max().sqrt().item()
+    scale = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+    report = stability_report(
+        *(loss_fn, x, traj), func=net, metric="l2", gamma=gamma, unit=unit, output_bounds=(0.5 * scale, scale)
+    )
+    whole = q.sum(-1) / traj.directions.flatten(2).square().sum(-1)
+    assert_exact(report.gauss_newton, 0.5 * scale * whole, "first term", tolerance=1e-9)
+    assert_exact(report.smoothness_at_gamma, report.smoothness, "at gamma", tolerance=1e-9)
 
 
 def test_alignment_and_fractions():

@@ -5,13 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from training.tiny_lm import ATTACK, fit_config, plain, quiet, sequences, sgd, tiny_lm, vector
 
-from aajr_kernels import training
-from aajr_kernels.training import Diagnostics, Penalty, Policy, fit, policy_of, read_rows
+from aajr_kernels import stability_report, training
+from aajr_kernels.training import (
+    Attack,
+    Diagnostics,
+    Objective,
+    ObjectiveConfig,
+    Penalty,
+    Policy,
+    fit,
+    policy_of,
+    read_rows,
+)
 
 # -- models ---------------------------------------------------------------------------------------------------------
 
@@ -122,7 +133,7 @@ def test_rows_page_figure_and_diagnostics(tmp_path):
         steps=4,
         attack=ATTACK,
         penalty=Penalty(gamma=0.1),
-        diagnostics=Diagnostics(2, smoothness=True, power_iterations=2),
+        diagnostics=Diagnostics(2, smoothness=True, power_iterations=2, nearby=0.01),
         evaluate_every=2,
         tensorboard=True,
     )
@@ -138,7 +149,8 @@ def test_rows_page_figure_and_diagnostics(tmp_path):
     stability = [json.loads(line) for line in (tmp_path / "stability.jsonl").read_text().splitlines()]
     assert [row["step"] for row in stability] == [2, 4]
     summary = stability[0]["summary"]
-    assert {"kappa", "hinge_active", "smoothness", "spectral_norm"} <= summary.keys()
+    assert {"kappa", "hinge_active", "smoothness", "spectral_norm", "expansion"} <= summary.keys()
+    assert 0 < summary["expansion"] < 10
     # losses of the attack, met again in the report: the same dropout mask
     assert summary["loss_start"] == pytest.approx(result.rows[1]["attack_start"], rel=1e-6)
     page = (tmp_path / "report.md").read_text()
@@ -146,6 +158,71 @@ def test_rows_page_figure_and_diagnostics(tmp_path):
     assert (tmp_path / "report.png").stat().st_size > 1000
     assert list((tmp_path / "tensorboard").iterdir())
     assert model.training
+
+
+def test_smoothness_is_that_of_the_mean_loss_that_is_maximised(monkeypatch):
+    """24 scored tokens in a row and 9 in the other: bounds per row, of a mean, in the scope of tokens."""
+    reports, seen = [], {}
+
+    def looked_at(loss_fn, x, traj, **options):
+        seen["traj"] = traj
+        return stability_report(loss_fn, x, traj, **options)
+
+    monkeypatch.setattr("aajr_kernels.training.step.stability_report", looked_at)
+    model, gamma = tiny_lm().double().eval(), 0.02
+    config = ObjectiveConfig(
+        attack=Attack(radius=5.0, steps=2, step_size=0.3),
+        penalty=Penalty(weight=0.1, gamma=gamma),
+        diagnostics=Diagnostics(1, smoothness=True, samples=3),
+    )
+    ids = torch.randint(13, (2, 25))
+    attended = torch.ones(2, 25, dtype=torch.long)
+    attended[1, 10:] = 0
+    Objective(model, config)({"input_ids": ids, "attention_mask": attended}, on_report=reports.append)
+    (report,), traj = reports, seen["traj"]
+    scored = torch.tensor([24.0, 9.0], dtype=torch.float64)
+    kept = torch.arange(25) < scored[:, None]
+    inputs = {"attention_mask": attended}
+    expected, bends = torch.zeros(2, 2, 2).double()
+    for t in range(2):
+        d = traj.displacements[t]
+        length = d.flatten(1).norm(dim=1).reshape(2, 1, 1)
+        tangents = []
+        for share in (0.0, 0.5, 1.0):
+            at = traj.points[t] + share * d
+            z, z_tan = torch.autograd.functional.jvp(lambda x: model(x, **inputs), at, d / length)
+            p = z.softmax(-1)
+            q = (p * z_tan.square()).sum(-1) - (p * z_tan).sum(-1).square()
+            expected[t] = torch.maximum(expected[t], (q * kept).sum(1) / scored)
+            tangents.append(z_tan)
+        for before, after in pairwise(tangents):
+            change = ((after - before).norm(dim=-1) * kept).sum(1) / (length.flatten() / 2)
+            bends[t] = torch.maximum(bends[t], 2**0.5 * change / scored)
+    torch.testing.assert_close(report.gauss_newton, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(report.second_order, bends, rtol=1e-9, atol=0)
+    assert (report.kappa <= report.smoothness).all() and (report.kappa_positive <= report.smoothness).all()
+    # norm 1 for each of 25 or 10 attacked tokens; the loss is a mean over 24 or 9, whose number drops out
+    moving = traj.directions.square().sum(-1).round().sum(-1)
+    assert moving.tolist() == [[24.0, 9.0], [24.0, 9.0]] or moving.tolist() == [[25.0, 10.0], [25.0, 10.0]]
+    torch.testing.assert_close(report.smoothness_at_gamma - bends, gamma**2 / moving, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "compared"),
+    [
+        (Penalty(gamma=0.1), True),
+        (Penalty(gamma=0.1, metric="probs"), False),  # the report measures the Fisher q
+        (Penalty("spectral", gamma=0.1), False),  # γ bounds another number than √q along u
+        (Penalty("finite_difference", gamma=0.1, metric="l2"), True),
+    ],
+    ids=["aligned", "probs", "spectral", "differences"],
+)
+def test_gamma_is_compared_with_the_quantity_that_it_bounds(penalty, compared):
+    reports = []
+    config = ObjectiveConfig(ATTACK, penalty, diagnostics=Diagnostics(1, smoothness=True))
+    Objective(tiny_lm(), config)(sequences(1)[0], on_report=reports.append)
+    assert (reports[0].hinge_active is not None) == compared
+    assert (reports[0].smoothness_at_gamma is not None) == compared
 
 
 def test_diagnostics_and_evaluation_do_not_change_the_training(tmp_path):
