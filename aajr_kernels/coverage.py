@@ -1,7 +1,9 @@
-"""Record of operations: backend, number of calls, share of the arithmetic.
+"""Record of operations: backend, number of calls, share of the arithmetic, and what was left out of it.
 
-Operations and rules report here; :func:`coverage` blocks listen. Code that torch.compile traces reports once, while it
-is traced: the compiled code has no time for it, and its arithmetic, which may have symbols for lengths, is not counted.
+Operations and rules report here; :func:`coverage` blocks listen. So do the streamed head, which leaves out tokens that
+do not count, and a shared context, which leaves out positions that were computed before. Code that torch.compile traces
+reports once, while it is traced: the compiled code has no time for it, and its arithmetic, which may have symbols for
+lengths, is not counted.
 """
 
 from __future__ import annotations
@@ -15,7 +17,19 @@ import torch
 
 from .torch_private import mark_constant as constant
 
-__all__ = ["Coverage", "coverage", "function_name", "record", "record_unsupported", "recording"]
+__all__ = [
+    "Coverage",
+    "coverage",
+    "function_name",
+    "record",
+    "record_computed",
+    "record_unsupported",
+    "recorded_in",
+    "recording",
+]
+
+#: a number, or a tensor of one where only a device knows it; read when it is asked for
+Number = float | torch.Tensor
 
 
 @dataclass(eq=False)
@@ -27,15 +41,47 @@ class Coverage:
             ops, ``torch`` for rules made of torch functions, ``view`` for those that move no arithmetic, and
             ``fallback`` for the generic one. Flops count forward multiplications and additions.
         unsupported: names of the functions that raised :class:`UnsupportedOperation`.
+        computed: ``[those that were computed, all]`` of the ``tokens`` of the streamed head, over its calls, and of the
+            ``positions`` of forwards with a shared context, which is computed once. A part that did not occur is
+            missing.
+        skipped: forward multiplications and additions that these tokens and positions would have taken, modelled by
+            count.
     """
 
-    entries: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    entries: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     unsupported: list[str] = field(default_factory=list)
+    computed: dict[str, list[Any]] = field(default_factory=dict)
+    skipped: Number = 0.0
 
-    def add(self, op: str, backend: str, flops: float) -> None:
+    def add(self, op: str, backend: str, flops: Number) -> None:
         entry = self.entries.setdefault((op, backend), [0, 0.0])
         entry[0] += 1
         entry[1] += flops
+
+    def add_computed(self, part: str, computed: Number, whole: float, skipped: Number) -> None:
+        entry = self.computed.setdefault(part, [0, 0])
+        entry[0] += computed
+        entry[1] += whole
+        self.skipped += skipped
+
+    def flops(self, op: str | None = None) -> float:
+        """Forward multiplications and additions of an op; None: of all."""
+        return float(sum(flops for (name, _), (_, flops) in self.entries.items() if op in (None, name)))
+
+    def count(self, op: str) -> int:
+        """Calls of an op."""
+        return int(sum(n for (name, _), (n, _) in self.entries.items() if name == op))
+
+    def shares(self) -> dict[str, float]:
+        """What was computed over what there is, in [0, 1].
+
+        ``tokens`` and ``positions`` as in :attr:`computed`, and with either ``arithmetic``: flops over flops and
+        :attr:`skipped`.
+        """
+        shares = {part: float(n) / whole for part, (n, whole) in self.computed.items() if whole}
+        if shares and (flops := self.flops()):
+            shares["arithmetic"] = flops / (flops + float(self.skipped))
+        return shares
 
     @property
     def fallbacks(self) -> list[str]:
@@ -44,8 +90,10 @@ class Coverage:
 
     def rows(self) -> list[tuple[str, str, int, float]]:
         """(op, backend, count, share of the arithmetic in [0, 1]), largest share first."""
-        total = sum(flops for _, flops in self.entries.values()) or 1.0
-        rows = [(op, backend, int(n), flops / total) for (op, backend), (n, flops) in self.entries.items()]
+        total = self.flops() or 1.0
+        rows = [
+            (op, backend, int(n), float(flops) / total) for (op, backend), (n, flops) in self.entries.items()
+        ]
         return sorted(rows, key=lambda row: (-row[3], row[0]))
 
     def share(self, *names: str) -> float:
@@ -56,6 +104,15 @@ class Coverage:
         lines = [f"{'op':32} {'backend':10} {'count':>6} {'share':>7}"]
         lines += [f"{op:32} {backend:10} {n:6d} {share:7.1%}" for op, backend, n, share in self.rows()]
         lines += [f"{name:32} unsupported" for name in self.unsupported]
+        if any(share < 1 for share in self.shares().values()):
+            names = {
+                "tokens": "of the tokens in the head",
+                "positions": "of the positions around a shared context",
+                "arithmetic": "of the forward arithmetic of all of them",
+            }
+            lines.append(
+                "computed: " + ", ".join(f"{n:.1%} {names[part]}" for part, n in self.shares().items())
+            )
         return "\n".join(lines)
 
 
@@ -73,9 +130,16 @@ def coverage() -> Iterator[Coverage]:
         Coverage: filled while the block runs; readable during and after it.
     """
     recorder = Coverage()
+    with recorded_in(recorder):
+        yield recorder
+
+
+@contextlib.contextmanager
+def recorded_in(recorder: Coverage) -> Iterator[None]:
+    """A :func:`coverage` block that goes on with a record."""
     _coverage.append(recorder)
     try:
-        yield recorder
+        yield
     finally:
         _coverage.remove(recorder)
 
@@ -100,13 +164,19 @@ def _is_open() -> bool:
     return bool(_coverage)
 
 
-def record(op: str, backend: str, flops: float = 0.0) -> None:
+def record(op: str, backend: str, flops: Number = 0.0) -> None:
     """Tell the open :func:`coverage` blocks that `op` ran on `backend`."""
     if torch.compiler.is_compiling():
         _record_traced(op, backend)
         return
     for recorder in _coverage:
         recorder.add(op, backend, flops)
+
+
+def record_computed(part: str, computed: Number, whole: float, skipped: Number) -> None:
+    """Tell them how many of the tokens or positions a call computes, and the forward flops that it leaves out."""
+    for recorder in _coverage:
+        recorder.add_computed(part, computed, whole, skipped)
 
 
 @constant

@@ -223,7 +223,11 @@ def _predict(
 ) -> None:
     cases = [c for c in _cases(names, dtypes, lengths, everything=True) if any(v.work for v in c.variants)]
     if not cases:
-        raise bad(f"nothing of {', '.join(names)} is modelled: name suite gpu or a family of it.", "--model")
+        raise bad(
+            f"nothing of {', '.join(names)} is modelled: name suite gpu or a family of it, or method:context with "
+            "--dtype bfloat16.",
+            "--model",
+        )
     tables.show_predictions(cases, DEVICES[model], console)
 
 

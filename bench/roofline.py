@@ -7,10 +7,12 @@ assumed for its kind and traffic at the bandwidth assumed. It leaves out launche
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,7 +84,7 @@ def seconds(work: Iterable[Work], device: Device) -> float:
 @dataclass(frozen=True)
 class Attention:
     """Sizes of an attention: B batches, H query heads on HK key heads, N queries on M keys, D features, K tangents
-    (0: the plain one)."""
+    (0: the plain one), and keys of a context before, which have no tangents and which all queries see."""
 
     B: int
     H: int
@@ -93,12 +95,18 @@ class Attention:
     causal: bool = False
     K: int = 1
     item: int = 2
+    context: int = 0
 
     @property
     def product(self) -> float:
         """Operations of one product over the visible pairs; a causal mask leaves half of them."""
         pairs = self.N * (self.N + 1) / 2 if self.causal else self.N * self.M
         return 2.0 * self.B * self.H * pairs * self.D
+
+    @property
+    def context_product(self) -> float:
+        """Operations of one product of the queries and the keys of the context."""
+        return 2.0 * self.B * self.H * self.N * self.context * self.D
 
     @property
     def queries(self) -> float:
@@ -111,22 +119,32 @@ class Attention:
         return float(self.item * self.B * self.HK * self.M * self.D)
 
     def forward(self) -> list[Work]:
-        """S, Ṡ (2 a tangent), O, Ȯ (2 a tangent)."""
-        traffic = (1 + self.K) * 2 * (self.queries + self.keys)
-        return [Work("attention", (2 + 4 * self.K) * self.product, traffic)]
+        """S, Ṡ (2 a tangent), O, Ȯ (2 a tangent); of a context one a tangent."""
+        traffic = (1 + self.K) * 2 * (self.queries + self.keys) + 2 * self.context_keys
+        flops = (2 + 4 * self.K) * self.product + (2 + 2 * self.K) * self.context_product
+        return [Work("attention", flops, traffic)]
 
-    def backward(self) -> list[Work]:
+    @property
+    def context_keys(self) -> float:
+        """Bytes of the keys of the context."""
+        return float(self.item * self.B * self.HK * self.context * self.D)
+
+    def backward(self, to_context: bool = True) -> list[Work]:
         """K = 1: 24 products in three kernels at D = 128 (6 for V, 9 for K, 9 for Q), 21 in two at D = 64; K = 0: 5.
 
-        The least is 5 + 10 K, in a single pass. For every further tangent the kernels run again.
+        The least is 5 + 10 K, in a single pass. For every further tangent the kernels run again. Of a context two
+        thirds of the products are left; without its own gradients, in an attack, 3 for K = 0.
         """
-        stack = 1 + self.K
+        stack, part = 1 + self.K, self.context_product
         rows = Work("stream", 0.0, stack * 2 * self.queries)
         if self.K == 0:
-            return [rows, Work("attention", 5 * self.product, 4 * self.queries + 4 * self.keys)]
-        traffic = stack * (2 * self.queries + 4 * self.keys)  # reads q, out_bar, k, v; writes k_bar, v_bar
+            traffic = 4 * self.queries + 4 * self.keys + (4 if to_context else 2) * self.context_keys
+            return [rows, Work("attention", 5 * self.product + (5 if to_context else 3) * part, traffic)]
+        # reads q, out_bar, k, v; writes k_bar, v_bar
+        traffic = stack * (2 * self.queries + 4 * self.keys) + 4 * self.context_keys
         counts = (12, 9) if self.D <= 64 else (6, 9, 9)
-        return [rows, *(Work("attention", self.K * count * self.product, traffic) for count in counts)]
+        product = self.product + 2 / 3 * part
+        return [rows, *(Work("attention", self.K * count * product, traffic) for count in counts)]
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -147,24 +165,28 @@ def linear(rows: float, inputs: int, outputs: int, backward: bool, K: int = 1, i
     return [Work("product", flops, float(traffic))] * (2 if backward else 1)
 
 
-def head(rows: int, features: int, words: int, K: int = 1, item: int = 2) -> list[Work]:
+def head(rows: int, features: int, words: int, K: int = 1, item: int = 2, passes: int = 4) -> list[Work]:
     """The Fisher head forward and backward: 1 + K products, the logits again, the gradients of hidden and weight.
 
-    Nothing of the size of the logits moves.
+    Nothing of the size of the logits moves. Three passes where the gradients are formed in the forward, two without
+    that of the weight.
     """
     product = 2.0 * rows * features * words
     traffic = item * ((1 + K) * rows * features + features * words)
-    return [Work("product", (1 + K) * product, float(traffic))] * 4
+    return [Work("product", (1 + K) * product, float(traffic))] * passes
 
 
-def plain_head(rows: int, features: int, words: int, item: int = 2) -> list[Work]:
-    """Linear and cross-entropy, forward and backward, eager: the logits move in `item` and in four bytes."""
+def plain_head(rows: int, features: int, words: int, item: int = 2, passes: int = 3) -> list[Work]:
+    """Linear and cross-entropy, forward and backward, eager: the logits move in `item` and in four bytes.
+
+    Two passes without the gradient of the weight.
+    """
     product = 2.0 * rows * features * words
     traffic = item * (rows * features + features * words + rows * words)
     logits = float(rows) * words
     # cast to float32; log-softmax read and written; its gradient; cast back
     moved = logits * ((item + 4) + 8 + 12 + (4 + item))
-    return [*[Work("product", product, float(traffic))] * 3, Work("stream", 0.0, moved)]
+    return [*[Work("product", product, float(traffic))] * passes, Work("stream", 0.0, moved)]
 
 
 # --------------------------------------------------------------------------------------------------------- a step
@@ -182,20 +204,78 @@ class Decoder:
     def head_size(self) -> int:
         return self.hidden // self.heads
 
-    def step(self, length: int, K: int, item: int = 2) -> list[Work]:
-        """Forward and backward to all parameters of one sequence; K = 0 is the plain step."""
+    def step(
+        self, length: int, K: int, item: int = 2, context: int = 0, to_parameters: bool = True
+    ) -> list[Work]:
+        """Forward and backward to all parameters of one sequence; K = 0 is the plain step.
+
+        Args:
+            length: of the sequence, or of what comes after a context of so many tokens.
+            to_parameters: False: backward only to the input, as in an attack.
+        """
         C, D = self.hidden, self.head_size
-        attention = Attention(1, self.heads, self.key_heads, length, length, D, True, K, item)
+        attention = Attention(1, self.heads, self.key_heads, length, length, D, True, K, item, context)
         inner = self.intermediate
         sizes = [(C, C), (C, 2 * self.key_heads * D), (C, C), (C, 2 * inner), (inner, C)]
         layer: list[Work] = []
         for back in (False, True):
             for inputs, outputs in sizes:
-                layer += linear(length, inputs, outputs, back, K, item)
+                products = linear(length, inputs, outputs, back, K, item)
+                layer += products if to_parameters else products[:1]
             layer += [stream("add", length * C, back, K, item)] * 2
             layer.append(stream("rotary", length * D * (self.heads + self.key_heads), back, K, item))
             layer.append(stream("gated", length * self.intermediate, back, K, item))
-        return (layer + attention.forward() + attention.backward()) * self.layers
+        return (layer + attention.forward() + attention.backward(to_parameters)) * self.layers
+
+    def filled(self, length: int, item: int = 2) -> list[Work]:
+        """Keys and values of a context, forward and backward: of the last layer nothing else."""
+        outputs = 2 * self.key_heads * self.head_size
+        last = [w for back in (False, True) for w in linear(length, self.hidden, outputs, back, 0, item)]
+        return dataclasses.replace(self, layers=self.layers - 1).step(length, 0, item) + last
+
+
+@dataclass(frozen=True)
+class MethodStep:
+    """A training step of the method on one sequence, whose last tokens may be attacked and are learnt.
+
+    Attributes:
+        model: its sizes.
+        words: of the head.
+        length: of the sequence.
+        open: how many tokens may be attacked and are learnt.
+        points: at which the ascent takes a gradient.
+    """
+
+    model: Decoder
+    words: int
+    length: int
+    open: int
+    points: int
+    item: int = 2
+
+    def penalty(self, shared: bool) -> list[Work]:
+        """Ascent, and loss and penalty in one forward; with a `shared` context, or all tokens at every point."""
+        start = self.length - self.open if shared else 0
+        sizes: Any = dict(item=self.item, context=start)
+        length = self.length - start
+        attack = self.model.step(length, 0, to_parameters=False, **sizes) + self._head(0, passes=2)
+        trained = self.model.step(length, 1, **sizes) + self._head(1, passes=3)
+        return attack * self.points + trained + (self.model.filled(start, self.item) if start else [])
+
+    def adversarial(self) -> list[Work]:
+        """Ascent and loss on our kernels, the head on the open tokens only."""
+        attack = self.model.step(self.length, 0, self.item, to_parameters=False) + self._head(0, passes=2)
+        return attack * self.points + self.model.step(self.length, 0, self.item) + self._head(0, passes=3)
+
+    def usual(self) -> list[Work]:
+        """The same with logits of all tokens, as it is usually written."""
+        sizes = (self.length, self.model.hidden, self.words, self.item)
+        attack = self.model.step(self.length, 0, self.item, to_parameters=False)
+        attack += plain_head(*sizes, passes=2)
+        return attack * self.points + self.model.step(self.length, 0, self.item) + plain_head(*sizes)
+
+    def _head(self, K: int, passes: int) -> list[Work]:
+        return head(self.open, self.model.hidden, self.words, K, self.item, passes)
 
 
 # ------------------------------------------------------------------------------------------------------ ceilings

@@ -54,6 +54,9 @@ class Row:
         ceilings: of the device, measured in the same run: ``gflop_per_s`` of a large product in the dtype, ``gb_per_s``
             of a copy.
         round_ratios: this variant over the base, round by round, for intervals.
+        computed: of what there is, the share that one call computed: ``tokens`` in the head, ``positions`` of forwards
+            with a shared context, ``arithmetic`` of these forwards, modelled by count; empty where nothing could be
+            left out. :func:`aajr_kernels.coverage` counts.
         failure: why there are no numbers, such as "out of memory"; empty where there are.
     """
 
@@ -100,6 +103,7 @@ class Row:
     byte_share: float | None = None
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
     round_ratios: list[float] = dataclasses.field(default_factory=list)
+    computed: dict[str, float] = dataclasses.field(default_factory=dict)
     failure: str = ""
 
     @property

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from aajr_kernels import coverage
+
 from . import gate
 from .case import SEED, Case, Gradients, Run, Variant
 from .roofline import Ceilings, measured
@@ -33,6 +35,7 @@ class Outcome:
         left_out: optional variant -> why it cannot run here.
         broken: variant -> why it gave no numbers; each has a row with the reason.
         graphed: variants whose calls were replayed from a graph.
+        computed: variant -> shares of what its call computed, as in a row.
         gate: whether `failures` are the gate's.
     """
 
@@ -42,6 +45,7 @@ class Outcome:
     left_out: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     graphed: set[str] = field(default_factory=set)
+    computed: dict[str, dict[str, float]] = field(default_factory=dict)
     gate: bool = True
 
     @property
@@ -107,6 +111,7 @@ def run_case(
             "timing": "graph" if variant.name in outcome.graphed else "calls",
             "ops": verdict.ops.get(variant.name, {}),
             "gradient_error": _rounded(verdict.errors.get(variant.name), 3),
+            "computed": outcome.computed.get(variant.name, {}),
             "failure": outcome.broken.get(variant.name, ""),
         }
         outcome.rows.append(_row(case, variant, base, samples, peaks, limits, facts))
@@ -170,7 +175,11 @@ def _interleaved(
 def _warmed_up(case: Case, variant: Variant, outcome: Outcome) -> Run:
     with gate.on_backend(variant):
         run = variant.make(case.length)
-        if not all(g is None or bool(torch.isfinite(g).all()) for g in run.call()):
+        with coverage() as ran:
+            gradients = run.call()
+        if shares := ran.shares():
+            outcome.computed[variant.name] = {part: float(f"{n:.4g}") for part, n in shares.items()}
+        if not all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
             outcome.failures.append(f"{variant.name}: a gradient is not finite at length {case.length}")
         if run.reset:
             run.reset()

@@ -15,6 +15,9 @@ from .case import Case, Variant
 from .row import Row
 from .run import Outcome
 
+#: parts of the work that can be left out -> heading of the share that was computed; flops are modelled by count
+COMPUTED = {"tokens": "head tokens", "positions": "positions", "arithmetic": "forward flops"}
+
 
 def grid(
     header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = (), wrap: Sequence[str] = ()
@@ -95,6 +98,11 @@ def measured(rows: Sequence[Row]) -> Table:
         "min ms": column(digits, lambda row: row.min_ms),
         "median": column(digits, lambda row: row.median_ms),
         "ratio": column(".2f", lambda row: row.ratio),
+        **{
+            name: column(".0%", lambda row: row.computed.get(part))  # noqa: B023  called at once
+            for part, name in COMPUTED.items()
+            if any(row.computed.get(part, 1.0) < 1.0 for row in rows)
+        },
         "GFLOP/s": column(".0f", lambda row: row.gflop_per_s),
         "GB/s": column(".1f", lambda row: row.gb_per_s),
         "of ceiling": column(".0%", lambda row: row.share_of_roof),

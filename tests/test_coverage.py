@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import aajr_kernels as aajr
 from aajr_kernels.coverage import recording
+from aajr_kernels.ops.head import lm_head_sensitivity
 
 
 def dual(*shape, dtype=torch.float32):
@@ -35,3 +36,34 @@ def test_plain_tensors_are_not_recorded():
     with aajr.coverage() as cov:
         F.linear(torch.ones(2, 3), torch.ones(4, 3))
     assert cov.rows() == []
+
+
+def test_tokens_that_do_not_count_are_left_out_of_the_head():
+    """All tokens by one call, 3 of 10 by the other; what was left out is the arithmetic of seven tokens."""
+    hidden, weight = dual(10, 8, dtype=torch.float64), torch.randn(16, 8, dtype=torch.float64)
+    with aajr.coverage() as all_of_them:
+        lm_head_sensitivity(hidden, weight)
+    with aajr.coverage() as some:
+        lm_head_sensitivity(hidden, weight, mask=torch.arange(10) < 3)
+    assert all_of_them.shares() == {"tokens": 1.0, "arithmetic": 1.0} and "computed" not in str(all_of_them)
+    assert some.computed == {"tokens": [3, 10]} and some.skipped == 2.0 * 2 * 7 * 16 * 8
+    assert some.flops("lm_head_sensitivity") + some.skipped == all_of_them.flops("lm_head_sensitivity")
+    assert some.shares()["tokens"] == pytest.approx(0.3)
+    assert "computed: 30.0% of the tokens in the head" in str(some)
+    with aajr.coverage() as both:
+        lm_head_sensitivity(hidden, weight)
+        lm_head_sensitivity(hidden, weight, mask=torch.arange(10) < 3)
+    assert both.computed == {"tokens": [13, 20]}
+
+
+def test_a_number_of_tokens_that_only_a_device_knows_is_read_late(monkeypatch):
+    """Rows that count in front, their number in a tensor: as on GPUs, where reading it would wait."""
+    monkeypatch.setattr("aajr_kernels.ops.head.counted._is_known", lambda device: False)
+    hidden, weight = dual(10, 8), torch.randn(16, 8)
+    with aajr.coverage() as ran:
+        for _ in range(2):
+            lm_head_sensitivity(hidden, weight, mask=torch.arange(10) < 3)
+    assert isinstance(ran.computed["tokens"][0], torch.Tensor)
+    assert ran.shares()["tokens"] == pytest.approx(0.3) and ran.count("lm_head_sensitivity") == 2
+    assert ran.flops("lm_head_sensitivity") == 2 * 2.0 * 2 * 3 * 16 * 8
+    assert abs(sum(share for *_, share in ran.rows()) - 1) < 1e-6 and "30.0%" in str(ran)

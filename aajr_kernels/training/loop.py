@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..coverage import Coverage, recorded_in
 from ..method.ascent import NonFiniteLoss
 from ..method.attack_state import frozen_parameters
 from . import randomness
@@ -202,9 +203,13 @@ class _Run:
         totals: list[Tensor] = []
         problem: str | None = None
         on_report = lambda report: recorder.stability(report, step + 1)
+        ran = Coverage()
         for n, batch in enumerate(batches):
             try:
-                with torch.autocast(self.device.type, config.autocast, enabled=config.autocast is not None):
+                with (
+                    torch.autocast(self.device.type, config.autocast, enabled=config.autocast is not None),
+                    recorded_in(ran),
+                ):
                     terms = objective(batch, counts=counts, step=step, part=n, on_report=on_report)
             except NonFiniteLoss as error:
                 problem = f"the attack stopped: {error}"
@@ -227,7 +232,8 @@ class _Run:
         rates = {"learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": norm}
         used = {"radius": scheduled.radius, "weight": scheduled.weight, "gamma": scheduled.gamma}
         spent = {"tokens": counts.tokens, "skipped": self.skipped, "seconds": time.perf_counter() - started}
-        return {"step": step + 1, "loss": loss, **numbers, **rates, **used, **spent}
+        computed = {f"computed_{part}": share for part, share in ran.shares().items()}
+        return {"step": step + 1, "loss": loss, **numbers, **rates, **used, **computed, **spent}
 
     def _update(self, step: int, problem: str | None) -> None:
         if problem is None:

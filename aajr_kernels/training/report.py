@@ -19,6 +19,12 @@ PANELS = (
     ("attack", "gain in nats", ("gain",)),
     ("gradient", "norm", ("gradient_norm",)),
 )
+#: parts of the work that are left out where they do not count, as rows name them after ``computed_``
+PARTS = {
+    "tokens": "the tokens in the head",
+    "positions": "the positions of these forwards",
+    "arithmetic": "the forward arithmetic of all of them",
+}
 #: numbers of the first table
 NUMBERS = "loss clean_loss attack_start adversarial_loss gain penalty active q_max".split()
 
@@ -84,6 +90,8 @@ def _computed(train: list[Row], config: Mapping[str, Any], unshared: str | None)
             else "."
         )
     ]
+    if seconds := _lazy_seconds(train, settings.get("every", 1)):
+        lines.append(seconds)
     shares = [row.get("shared") or 0.0 for row in attacked]
     if any(shares):
         mean = math.fsum(shares) / len(shares)
@@ -91,9 +99,40 @@ def _computed(train: list[Row], config: Mapping[str, Any], unshared: str | None)
             f"A shared context: {mean:.1%} of the positions (mean of the attacked steps) were computed once, the other "
             f"{1 - mean:.1%} at every forward of the attack and for the penalty."
         )
+    parts = [
+        f"{_mean_share(attacked, f'computed_{part}')} of {words}"
+        for part, words in PARTS.items()
+        if any((row.get(f"computed_{part}") or 1.0) < 1.0 for row in attacked)
+    ]
+    if parts:
+        lines.append(
+            f"Computed in the attacked steps (mean): {', '.join(parts)}. Arithmetic is modelled by count; no step was "
+            "timed without these savings."
+        )
     if unshared is not None:
         lines.append(f"A context was not shared: {unshared}")
     return lines
+
+
+def _lazy_seconds(train: list[Row], every: int) -> str | None:
+    """Measured seconds of a penalty on every k-th step, where rows of both kinds of steps were logged."""
+    kinds: tuple[list[float], list[float]] = ([], [])
+    for row in train:
+        if row["radius"] > 0:  # before, no step is attacked
+            kinds[row.get("penalty") is not None].append(row["seconds"])
+    if every == 1 or not all(kinds):
+        return None
+    without, with_it = (sorted(seconds)[len(seconds) // 2] for seconds in kinds)
+    mean = (with_it + (every - 1) * without) / every
+    return (
+        f"A step with the penalty took {with_it:.3g} seconds, one without {without:.3g} (medians): with every={every} "
+        f"{mean / with_it:.2f} of the time of a penalty on all steps."
+    )
+
+
+def _mean_share(rows: list[Row], name: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{math.fsum(values) / len(values):.1%}"
 
 
 def _table(names: list[str], rows: list[list[str]]) -> list[str]:

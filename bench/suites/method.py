@@ -8,13 +8,16 @@ forward.
 
 Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries and values with everything else frozen;
 ``checkpoint`` and ``lora-checkpoint`` the same with Hugging Face's activation checkpointing of every layer. In
-``context`` the last quarter of 2,048 tokens may be attacked and is learnt, in ``context-eighth`` the last eighth; what
-comes before runs once per step (`shared_context`) or at every point.
+``context`` the last quarter of 2,048 tokens may be attacked and is learnt, in ``context-eighth`` the last eighth, in
+``context-open`` all; what comes before runs once per step (`shared_context`) or at every point. In ``lazy`` four steps
+train on the loss of the clean input, and on every k-th of them on the penalty with k times its weight; between there is
+no attack. All have the same input and weights, and so the same sum of gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,9 +28,11 @@ from torch import Tensor, nn
 
 from aajr_kernels.integrations.transformers import shared_context
 from aajr_kernels.method import LMHead, ascend, lm_loss, trajectory_penalty
+from aajr_kernels.method.trajectory import Trajectory
 from aajr_kernels.testing import oracle
 
-from ..case import Case, Gradients, Run, Selection, Suite, compiled, step_run
+from ..case import DTYPES, Case, Gradients, Run, Selection, Suite, compiled, step_run
+from ..roofline import MethodStep, Work
 from . import models, step
 
 STEPS, RADIUS, LENGTH = 3, 1.0, 0.5
@@ -37,7 +42,13 @@ RANK = 8
 FAMILIES = ("step", "checkpoint", "lora", "lora-checkpoint")
 OURS, USUAL = "adversarial, our kernels", "adversarial"
 #: family -> one in so many tokens is open; the step with a shared context over: without, and both adversarial steps
-CONTEXTS = {"context": (4, (0.57, 0.79, 0.50)), "context-eighth": (8, (0.43, 0.60, 0.34))}
+CONTEXTS: dict[str, tuple[int, tuple[float, ...]]] = {
+    "context": (4, (0.57, 0.79, 0.50)),
+    "context-eighth": (8, (0.43, 0.60, 0.34)),
+    "context-open": (1, (1.05,)),
+}
+#: variant of family lazy -> the penalty is computed on every so manieth of four steps
+LAZY, CYCLE = {"every step": 1, "every 2nd step": 2, "every 4th step": 4}, 4
 
 
 def cases(selection: Selection) -> list[Case]:
@@ -46,6 +57,7 @@ def cases(selection: Selection) -> list[Case]:
     return [
         *(_case(f, *pair, selection) for f in FAMILIES if selection.wants(f) for pair in pairs),
         *(_context(f, *pair, selection) for f in CONTEXTS if selection.wants(f) for pair in long),
+        *(_lazy(*pair, selection) for pair in pairs if selection.wants("lazy")),
     ]
 
 
@@ -92,7 +104,8 @@ def _context(family: str, dtype: str, length: int, selection: Selection) -> Case
     task = functools.partial(step.Task, model="llama", dtype=dtype, head=True, device=selection.device)
     bounds = {}
     if selection.bounded and (dtype, length) == ("float32", 2048):
-        bounds = dict(zip(("ratio", f"over {OURS}", f"over {USUAL}"), limits)) | {"peak_ratio": 1.0}
+        bounds = dict(zip(("ratio", f"over {OURS}", f"over {USUAL}"), limits))
+        bounds |= {"peak_ratio": 1.0} if part > 1 else {}
     variants = [
         step.variant(
             name,
@@ -100,6 +113,8 @@ def _context(family: str, dtype: str, length: int, selection: Selection) -> Case
             functools.partial(make, open_part=part),
             functools.partial(true_gradients, open_part=part),
             bounds=bounds if kind == "shared" else {},
+            key=(kind, form, part),
+            work=_work(kind, form, length, part) if dtype == "bfloat16" else (),
         )
         for name, kind, form in (
             ("with penalty", "penalty", "fused"),
@@ -108,15 +123,80 @@ def _context(family: str, dtype: str, length: int, selection: Selection) -> Case
             (USUAL, "adversarial", "sdpa"),
         )
     ]
+    if part == 1:
+        del variants[2:]
     return selection.case(
         *("method", family, dtype, length, variants),
         base=("with penalty",),
         config=_config(length, trained="everything", open=f"1/{part}"),
         gate_length=64,
         repeats=5,
-        peak=bool(bounds),
-        why="the context once per step ÷ at every point",
+        peak="peak_ratio" in bounds,
+        why="the context once per step ÷ at every point" if part > 1 else "no context, asked for ÷ not",
     )
+
+
+def _work(kind: str, form: str, length: int, part: int) -> tuple[Work, ...]:
+    """Kernels of a variant of :func:`_context`, at the rates that the roofline model has, for bfloat16."""
+    sizes = models.sizes("llama", length)
+    counted = MethodStep(
+        sizes, step.words("llama"), length, length // part, STEPS, DTYPES["bfloat16"].itemsize
+    )
+    if kind == "adversarial":
+        return tuple(counted.adversarial() if form == "fused" else counted.usual())
+    return tuple(counted.penalty(shared=kind == "shared"))
+
+
+def _lazy(dtype: str, length: int, selection: Selection) -> Case:
+    """The penalty on every k-th step, against every step."""
+    task = step.Task("penalty", "llama", dtype, "fused", head=True, device=selection.device)
+    variants = [
+        step.variant(name, task, functools.partial(_steps, every=k), _true_steps, key=("lazy", k))
+        for name, k in LAZY.items()
+    ]
+    return selection.case(
+        *("method", "lazy", dtype, length, variants),
+        base=("every step",),
+        config=_config(length, trained="everything", loss="clean", cycle=CYCLE),
+        gate_length=64,
+        repeats=5,
+        why="the penalty on every k-th step with k times its weight ÷ on every step",
+    )
+
+
+def _steps(task: step.Task, length: int, every: int) -> Run:
+    """Four steps without their updates: the gradients add up."""
+    model, head, x, _, labels = step.problem(task, length)
+    assert head is not None
+    parameters, hidden = step.trained(model, head), models.outputs(model, head)[0]
+    loss, description = lm_loss(hidden, head=head, labels=labels), LMHead(head.weight)
+
+    def call() -> Gradients:
+        for number in range(1, CYCLE + 1):
+            total = loss(x).sum()
+            if number % every == 0:
+                trajectory = _ascent(model, head, loss, x, None)
+                penalty, _ = trajectory_penalty(
+                    hidden, x, trajectory, steps="last", at="end", head=description
+                )
+                total = total + every * WEIGHT * penalty
+            total.backward()
+        return [p.grad for p in parameters]
+
+    return dataclasses.replace(step_run(parameters, x.sum), call=call)
+
+
+@functools.lru_cache(maxsize=1)
+def _true_steps(task: step.Task, length: int) -> Gradients:
+    """All gradients of the four steps in float64 on the oracle's layers: those of one, four times."""
+    model, head, x, _, labels = step.exact_problem(task, length)
+    assert head is not None
+    loss = plain_loss(model, head, labels)
+    with oracle.oracle_mode():
+        points, directions = plain_ascent(loss, x)
+        pair = oracle.jvp(models.outputs(model, head)[1], points[-1], directions[-1].unsqueeze(0))
+        (CYCLE * (loss(x) + WEIGHT * step.size(head, *pair))).backward()
+    return [p.grad for p in step.trained(model, head)]
 
 
 def _config(length: int, **more: Any) -> dict[str, Any]:
@@ -134,8 +214,11 @@ def _config(length: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def make(task: step.Task, length: int, open_part: int = 1) -> Run:
-    """A step with its gradients in ``.grad``; the last of `open_part` parts of the tokens are attacked and learnt."""
+def make(task: step.Task, length: int, open_part: int | None = None) -> Run:
+    """A step with its gradients in ``.grad``; the last of `open_part` parts of the tokens are attacked and learnt.
+
+    None: all tokens, without a mask.
+    """
     model, head, x, _, labels = step.problem(task, length)
     assert head is not None
     parameters = step.trained(model, head)
@@ -153,9 +236,9 @@ def make(task: step.Task, length: int, open_part: int = 1) -> Run:
     return step_run(parameters, ours if task.form == "fused" else adversarial)
 
 
-def opened(labels: Tensor, part: int) -> tuple[Tensor | None, Tensor]:
+def opened(labels: Tensor, part: int | None) -> tuple[Tensor | None, Tensor]:
     """Mask of the last 1/part of the tokens, None for all, and the labels without the others."""
-    if part == 1:
+    if part is None:
         return None, labels
     length = labels.shape[-1]
     mask = torch.arange(length, device=labels.device).expand_as(labels) >= length - length // part
@@ -172,16 +255,19 @@ def our_step(
         hidden = context = shared_context(model, x, mask=mask)
         x, labels, mask = context.x, context.suffix(labels), context.suffix(mask)
     loss = lm_loss(hidden, head=head, labels=labels)
-    options: dict[str, Any] = {"radius": RADIUS, "steps": STEPS, "step_size": LENGTH, "scope": "token"}
-    trajectory = ascend(loss, x, **options, mask=mask, module=(model, head), evaluate_last=False)
+    trajectory = _ascent(model, head, loss, x, mask)
     if task.kind == "adversarial":
         return loss(trajectory.points[-1]).sum()
-    options = {"steps": "last", "at": "end", "return_primal": True, "penalty_weight": WEIGHT, "mask": mask}
-    penalty, aux = trajectory_penalty(
-        hidden, x, trajectory, head=LMHead(head.weight), labels=labels, **options
-    )
+    options: dict[str, Any] = {"penalty_weight": WEIGHT, "return_primal": True, "mask": mask}
+    options |= {"head": LMHead(head.weight), "labels": labels}
+    penalty, aux = trajectory_penalty(hidden, x, trajectory, steps="last", at="end", **options)
     total: Tensor = aux.primal + WEIGHT * penalty
     return total
+
+
+def _ascent(model: nn.Module, head: nn.Linear, loss: Any, x: Tensor, mask: Tensor | None) -> Trajectory:
+    options: dict[str, Any] = {"radius": RADIUS, "steps": STEPS, "step_size": LENGTH, "scope": "token"}
+    return ascend(loss, x, **options, mask=mask, module=(model, head), evaluate_last=False)
 
 
 # -- plain PyTorch ----------------------------------------------------------------------------------------------------
@@ -223,7 +309,7 @@ def plain_ascent(
 
 
 @functools.lru_cache(maxsize=2)
-def true_gradients(task: step.Task, length: int, open_part: int = 1) -> Gradients:
+def true_gradients(task: step.Task, length: int, open_part: int | None = None) -> Gradients:
     """All gradients in float64 on the oracle's layers, for weights rounded to the dtype."""
     model, head, x, _, labels = step.exact_problem(task, length)
     assert head is not None
@@ -234,7 +320,9 @@ def true_gradients(task: step.Task, length: int, open_part: int = 1) -> Gradient
         total = loss(points[-1])
         if task.kind == "penalty":
             pair = oracle.jvp(models.outputs(model, head)[1], points[-1], directions[-1].unsqueeze(0))
-            total = total + WEIGHT * step.size(head, *(y[..., -(length // open_part) :, :] for y in pair))
+            total = total + WEIGHT * step.size(
+                head, *(y[..., -(length // (open_part or 1)) :, :] for y in pair)
+            )
     total.backward()
     return [p.grad for p in step.trained(model, head)]
 
@@ -242,7 +330,7 @@ def true_gradients(task: step.Task, length: int, open_part: int = 1) -> Gradient
 SUITE = Suite(
     "method",
     "adversarial training step with the penalty against without",
-    (*FAMILIES, *CONTEXTS),
+    (*FAMILIES, *CONTEXTS, "lazy"),
     cases,
     parts=False,
 )

@@ -117,8 +117,9 @@ def variant(
     exact = dataclasses.replace(task, kind=kind, form="sdpa")
     exact = dataclasses.replace(exact, recompute=False, checkpoint=False, offload=False)
     options.setdefault("compiled", task.form == "compiled")
+    options.setdefault("key", task)
     made = functools.partial(run or make, task), functools.partial(truth or true_gradients, exact)
-    return Variant(name, *made, key=task, **options)
+    return Variant(name, *made, **options)
 
 
 def step_case(

@@ -288,6 +288,43 @@ def test_a_step_with_a_tangent_costs_about_twice_the_plain_one():
     assert products == 6 * 4096 * parameters
 
 
+def test_a_context_without_tangents_takes_two_thirds_of_the_products():
+    shape = Attention(1, 6, 2, 512, 512, 64, causal=True, context=1536)
+    assert shape.context_product == 2.0 * 6 * 512 * 1536 * 64
+    flops = lambda kernels: sum(work.flops for work in kernels)
+    assert flops(shape.forward()) == 6 * shape.product + 4 * shape.context_product
+    assert flops(shape.backward()) == pytest.approx(21 * shape.product + 14 * shape.context_product)
+    attack = dataclasses.replace(shape, K=0)
+    assert flops(attack.forward()) == 2 * shape.product + 2 * shape.context_product
+    assert flops(attack.backward(to_context=False)) == 5 * shape.product + 3 * shape.context_product
+    assert flops(attack.backward()) == 5 * shape.product + 5 * shape.context_product
+
+
+def test_a_step_with_a_shared_context_by_count():
+    """Against the products of linear layers, written out: attack 2 per position and point, training 3 of each stack."""
+    sizes, words, length, points = Decoder(384, 4, 6, 2, 1024), 32000, 2048, 3
+    per_layer = 2.0 * (2 * 384**2 + 2 * 384 * 128 + 3 * 384 * 1024)
+    products = lambda kernels: sum(work.flops for work in kernels if work.kind == "product")
+    for part in (1, 4, 8):
+        rest = length // part
+        step = roofline.MethodStep(sizes, words, length, rest, points)
+        head = 2.0 * 384 * words * rest * (2 * points + 6)
+        whole = length * per_layer * 4 * (2 * points + 6) + head
+        context = (length - rest) * 3 * (3 * per_layer + 2.0 * 2 * 384 * 128)
+        shared = rest * per_layer * 4 * (2 * points + 6) + context + head
+        assert products(step.penalty(shared=False)) == pytest.approx(whole)
+        assert products(step.penalty(shared=True)) == pytest.approx(whole if part == 1 else shared)
+        adversarial = length * per_layer * 4 * (2 * points + 3) + head * (2 * points + 3) / (2 * points + 6)
+        assert products(step.adversarial()) == pytest.approx(adversarial)
+        logits = 2.0 * 384 * words * length * (2 * points + 3)
+        assert products(step.usual()) == pytest.approx(length * per_layer * 4 * (2 * points + 3) + logits)
+
+
+def test_the_command_predicts_steps_with_a_context():
+    text = invoke("method:context-eighth", "--model", "h100", "--dtype", "bfloat16")
+    assert "Modelled, not measured" in text and "with penalty, shared context" in text
+
+
 def test_the_command_names_every_device_of_the_model():
     assert set(get_args(Model)) == set(DEVICES)
 

@@ -81,8 +81,10 @@ def test_the_method_passes_its_gate(tiny, monkeypatch, family):
     verdict = gate.check(case)
     assert not verdict.failures and not verdict.left_out
     ops = {"attention", "rms_norm", "rotary", "swiglu", "lm_head_sensitivity"}
-    assert ops <= set(verdict.ops["with penalty"]) and ops <= set(verdict.ops["adversarial, our kernels"])
-    assert verdict.ops["adversarial"] == verdict.ops.get("adversarial, compiled", {}) == {}
+    usual = {"adversarial", "adversarial, compiled"}
+    for variant in case.variants:
+        ran = verdict.ops[variant.name]
+        assert ran == {} if variant.name in usual else ops <= set(ran), variant.name
 
 
 def test_a_name_stands_for_several_suites_and_some_run_only_when_named():
@@ -165,6 +167,21 @@ def test_the_whole_run_has_the_cases_of_the_issue():
     assert [(c.dtype, c.length) for c in cases] == [("float32", 512), ("float32", 1024)]
     cases = step.cases(Selection(("bfloat16",), None, ("llama",)))
     assert [(c.dtype, c.length) for c in cases] == [("bfloat16", 2048)]
+
+
+def test_a_row_says_which_share_was_computed(tiny):
+    pytest.importorskip("transformers")
+    (case,) = SUITES["method"].cases(Selection(("float32",), (32,), ("context",)))
+    rows = {row.variant: row.computed for row in run_case(case, FACTS, repeats=1, peak=False).rows}
+    assert rows["adversarial"] == {} and rows["with penalty"]["tokens"] == 0.25
+    shared = rows["with penalty, shared context"]
+    calls = method.STEPS + 1  # the points of the ascent, and the one of loss and penalty
+    assert shared["positions"] == pytest.approx((24 + calls * 8) / (calls * 32), abs=1e-4)
+    assert shared["tokens"] == 1.0 and 0.1 < shared["arithmetic"] < 0.6
+    whole, eighth = Selection(("float32",), (32,), ("context", "context-eighth")), []
+    for other in SUITES["method"].cases(whole):
+        eighth += [(other.family, v.key) for v in other.variants]
+    assert len({key for _, key in eighth}) == len(eighth)  # the gate judges each of them
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")

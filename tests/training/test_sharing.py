@@ -171,9 +171,20 @@ def test_the_report_says_what_was_computed(tmp_path, monkeypatch):
     page = (tmp_path / "shared" / "report.md").read_text()
     assert [row["shared"] for row in rows] == pytest.approx([START / LENGTH] * 2)
     assert "2 had an attack and 1 a penalty." in page and f"{START / LENGTH:.1%} of the positions" in page
+    forwards = [2 + 1 + 1 + 1, 2 + 1 + 1 + 1]  # attack, loss at its end, loss or penalty there, clean loss
+    for row, count in zip(rows, forwards):
+        computed = (START + count * (LENGTH - START)) / (count * LENGTH)
+        assert row["computed_positions"] == pytest.approx(computed)
+        assert 0 < row["computed_arithmetic"] < 1 and 0 < row["computed_tokens"] < 1
+    for name, words in (("tokens", "the tokens in the head"), ("positions", "the positions of these")):
+        assert f"{sum(r[f'computed_{name}'] for r in rows) / 2:.1%} of {words}" in page
+    slow, fast = rows[1]["seconds"], rows[0]["seconds"]
+    assert f"{slow:.3g} seconds, one without {fast:.3g}" in page
+    assert f"with every=2 {(slow + fast) / 2 / slow:.2f} of the time" in page
     policy = replace(policy_of(net), context=None)
     quiet(net, [batch(0)], config, policy=policy, out=tmp_path / "whole")
-    assert "A context was not shared: policy must say" in (tmp_path / "whole" / "report.md").read_text()
+    whole = (tmp_path / "whole" / "report.md").read_text()
+    assert "A context was not shared: policy must say" in whole and "of the positions" not in whole
 
 
 @pytest.mark.parametrize("kind", ["autocast", "checkpointing", "lora"])

@@ -7,6 +7,7 @@ suffix. An attack sees them as constants, the loss and the penalty differentiate
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ... import sharding
 from ...backends.errors import UnsupportedOperation
+from ...coverage import Coverage, coverage, record_computed, recording
 from ...dual import Dual, is_dual
 from ...method.attack_state import parameters_are_frozen
 from ...rules.registry import install_guards
@@ -62,7 +64,15 @@ class SharedContext:
         self._is_sharded = _is_sharded(self._model)
         self._versions, self._has_graph = self._parameter_versions(), torch.is_grad_enabled()
         self._cache: ContextCache | None = None
-        if start:
+        self._attention = 0.0
+        if start and _counts():
+            with coverage() as ran:
+                self._fill(x[:, :start], output)
+            record_computed("positions", self._rows * start, 0, -ran.flops())
+            # a forward that ended early has no attention of the last layer
+            layers = ran.count("attention")
+            self._attention = ran.flops("attention") * (1 if output else 1 + 1 / max(layers, 1))
+        elif start:
             self._fill(x[:, :start], output)
 
     def suffix(self, values: Tensor) -> Tensor:
@@ -92,7 +102,14 @@ class SharedContext:
         attacked = parameters_are_frozen() or not torch.is_grad_enabled()
         self._check_graph(attacked)
         cache = self._cache.for_suffix(repeats, attacked)
-        return _tensor_of(self._run(x, cache, self.start, self._length, repeats))
+        run = functools.partial(self._run, x, cache, self.start, self._length, repeats)
+        if not _counts():
+            return _tensor_of(run())
+        with coverage() as ran:
+            result = _tensor_of(run())
+        computed, whole = (x.shape[0] * length for length in (x.shape[1], self._length))
+        record_computed("positions", computed, whole, self._skipped(x, ran, repeats))
+        return result
 
     def _fill(self, x: Tensor, output: bool) -> None:
         config = self._model.config
@@ -120,6 +137,16 @@ class SharedContext:
             inputs["position_ids"] = positions if len(positions) == 1 else positions.repeat(repeats, 1)
         with segments(self._model, has_cache=cache is not None):
             return self._model(inputs_embeds=x, **inputs)
+
+    def _skipped(self, x: Any, ran: Coverage, repeats: int) -> float:
+        """Forward flops of the context that a forward of the suffix, which took those of `ran`, does without.
+
+        By count: attention among the context's positions, four products for a tangent beside two; and all else as much
+        for a position of the context as for one of the suffix. Plain tensors are not counted.
+        """
+        attention, tangents = ran.flops("attention"), x.num_tangents if is_dual(x) else 0
+        others = (ran.flops() - attention) * self.start / (self._length - self.start)
+        return others + (repeats * (1 + 2 * tangents) * self._attention if attention else 0.0)
 
     def _check_graph(self, attacked: bool) -> None:
         if self._versions != self._parameter_versions():
@@ -215,6 +242,11 @@ def _tensor_of(result: Any) -> Any:
     raise UnsupportedOperation(
         f"model must return hidden states or logits, got {type(result).__name__}: give a causal decoder."
     )
+
+
+def _counts() -> bool:
+    """Whether a :func:`aajr_kernels.coverage` block wants to know what is computed."""
+    return recording() and not torch.compiler.is_compiling()
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -218,12 +218,18 @@ def visible_pairs(queries: int, keys: int, offset: int | None, window: int | Non
     """How many (query, key) pairs the causal limit and the window leave."""
     if offset is None:
         return queries * keys
-    total = 0
-    for i in range(queries):
-        high = min(i + offset + 1, keys)
-        low = 0 if window is None else max(0, i + offset + 1 - window)
-        total += max(0, high - low)
-    return total
+
+    def below(last: int) -> int:
+        """Keys 0 to i of all queries, where i runs from ``last - queries + 1`` to `last`."""
+
+        def upto(i: int) -> int:
+            full = min(max(i + 1, 0), keys)
+            return full * (full + 1) // 2 + max(i + 1 - keys, 0) * keys
+
+        return upto(last) - upto(last - queries)
+
+    last = queries - 1 + offset
+    return below(last) - (0 if window is None else below(last - window))
 
 
 def flops(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_low
+from ...coverage import record_computed, recording
 from ...dual import Dual
 from ...torch_private import assert_async
 from ..checks import check_dtypes, refuse_duals
@@ -100,7 +101,7 @@ def lm_head_sensitivity(
 
     is_sharded = sharding.is_dtensor(hidden.stacked, weight, bias)
     tokens = None if is_sharded else counted(mask, labels, ignore_index, k)
-    computed = math.prod(batch) if tokens is None else len(tokens.index)
+    whole, computed = math.prod(batch), math.prod(batch) if tokens is None else tokens.number
     joint = expected is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     backend, operands = prepare(
         "head",
@@ -121,14 +122,16 @@ def lm_head_sensitivity(
     else:
         _check_dtypes(*operands)
         stacked, weight, bias = operands
-        rows, targets, count = stacked.reshape(1 + k, math.prod(batch), stacked.shape[-1]), labels, None
+        if recording() and not torch.compiler.is_compiling():
+            record_computed("tokens", computed, whole, 2.0 * (1 + k) * (whole - computed) * weight.numel())
+        rows, targets, count = stacked.reshape(1 + k, whole, stacked.shape[-1]), labels, None
         if tokens is not None:
             rows, count = tokens.gather(rows), tokens.count
             targets = None if labels is None else labels[tokens.index]
         cotangents = _cotangents(expected, mask, tokens) if joint and expected is not None else None
         q, nll = HeadFunction.apply(rows, weight, bias, targets, count, *options, backend, cotangents)
         if tokens is not None:
-            q, nll = (None if x is None else tokens.spread(x, math.prod(batch)) for x in (q, nll))
+            q, nll = (None if x is None else tokens.spread(x, whole) for x in (q, nll))
     if mask is not None:  # some count for their labels only
         q = torch.where(mask, q, 0.0)
     q = q.reshape(k, *batch)

@@ -29,6 +29,11 @@ class Counted:
     index: Tensor
     count: Tensor | None
 
+    @property
+    def number(self) -> int | Tensor:
+        """How many count; a tensor where only the device knows."""
+        return len(self.index) if self.count is None else self.count
+
     def gather(self, stacked: Tensor) -> Tensor:
         """``[S, T, C]`` to ``[S, n, C]``, with its gradient."""
         gathered: Tensor = _Gather.apply(stacked, self.index)
