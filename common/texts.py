@@ -51,6 +51,11 @@ def require(*names: str) -> None:
             )
 
 
+def installed(*names: str) -> bool:
+    """Whether all of the packages are there."""
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
 def package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     require(name)

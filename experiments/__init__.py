@@ -38,6 +38,7 @@ EXPERIMENTS = {
         "Robust perplexity of language models, in embeddings and in tokens.",
     ),
     "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
+    "shared-context": (".shared_context", "Seconds of a LoRA step with a context that is computed once."),
     "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }
 RESULTS = Path(__file__).parent / "results"
