@@ -87,6 +87,7 @@ def baseline_penalty(
     reduction: str = "mean",
     denominator: float | torch.Tensor | None = None,
     return_direction: bool = False,
+    return_units: bool = False,
 ) -> Any:
     """One of :data:`BASELINES` at the point `x`; the first table of this module says what each is.
 
@@ -128,9 +129,11 @@ def baseline_penalty(
             too; per token the first two are shares of ‖J‖²_F and ‖J‖₂², and bound nothing.
         return_direction: also return the direction(s) that were measured, detached: like `x`, or ``[samples, ...]``;
             None for ``layer_product``.
+        return_units: also return q of every unit before the form, detached, ``[1, U]``, NaN where not included.
 
     Returns:
-        The penalty, or ``(penalty, direction)``. With ``reduction="none"``: ``[1, *units]``.
+        The penalty, or a tuple of it and what else is to be returned. With ``reduction="none"`` the penalty is
+        ``[1, *units]``.
 
     Raises:
         TypeError, ValueError: an argument is missing for the method, or has a wrong type, shape or value.
@@ -183,9 +186,12 @@ def baseline_penalty(
             q = _difference(policy, x, v, options, h)
         else:
             q = _quadratic(policy, x, v, options).mean(0, keepdim=True)
-    penalty = options.reduce(q)
-    direction = None if v is None or method == "layer_product" else v.detach()
-    return (penalty, direction) if return_direction else penalty
+    more: list[torch.Tensor | None] = []
+    if return_direction:
+        more.append(None if v is None or method == "layer_product" else v.detach())
+    if return_units:
+        more.append(options.observed(q))
+    return (options.reduce(q), *more) if more else options.reduce(q)
 
 
 def trajectory_baseline(
@@ -213,8 +219,8 @@ def trajectory_baseline(
         options: of :func:`baseline_penalty`, without ``reduction="none"``.
 
     Returns:
-        ``(penalty, aux)``: aux holds ``steps`` (indices), ``penalties`` (detached, one for each) and ``direction``,
-        the last one measured.
+        ``(penalty, aux)``: aux holds ``steps`` (indices), ``penalties`` (detached, one for each), ``units``
+        (``[steps, 1, U]``, q of every unit, NaN where not included) and ``direction``, the last one measured.
 
     Raises:
         TypeError, ValueError: as there; unknown `steps`, bad `weights`.
@@ -232,22 +238,25 @@ def trajectory_baseline(
     scope = None if traj.scope_is_default else traj.scope
     options = dict(attack_mask=traj.mask, scope=scope, agents=traj.agents) | options
     total: torch.Tensor | None = None
-    penalties, direction = [], start
+    penalties, units, direction = [], [], start
     for t, weight in weighted:
         begin = direction if method == "spectral" else None
-        penalty, direction = baseline_penalty(
+        penalty, direction, observed = baseline_penalty(
             *(method, func, traj.points[t], traj.directions[t]),
             start=begin,
             generator=generator,
             return_direction=True,
+            return_units=True,
             **options,
         )
         penalties.append(penalty.detach())
+        units.append(observed)
         total = weight * penalty if total is None else total + weight * penalty
     assert total is not None
     return total, {
         "steps": [t for t, _ in weighted],
         "penalties": torch.stack(penalties),
+        "units": torch.stack(units),
         "direction": direction,
     }
 
