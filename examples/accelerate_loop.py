@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from text import VOCABULARY, passages
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from aajr_kernels.training import Attack, Cosine, Linear, Objective, ObjectiveConfig, Penalty, WarmUp
+from aajr_kernels.training import Attack, Cosine, Linear, Objective, ObjectiveConfig, Penalty, Share, WarmUp
 
 STEPS, ACCUMULATE = 40, 2
 
@@ -42,8 +42,8 @@ def main() -> None:
     objective = Objective(
         model,
         ObjectiveConfig(
-            attack=Attack(radius=Linear(0.0, 0.2, STEPS // 2), relative=True, steps=2),
-            penalty=Penalty(weight=WarmUp(10, Cosine(0.02, 0.01, STEPS))),
+            attack=Attack(radius=Linear(0.0, 0.2, STEPS // 2), steps=2),
+            penalty=Penalty(weight=Share(WarmUp(10, Cosine(0.1, 0.05, STEPS)))),
         ),
     )
     batches = itertools.chain.from_iterable(itertools.repeat(loader))

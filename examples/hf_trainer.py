@@ -22,8 +22,8 @@ from aajr_kernels.training import Attack, Diagnostics, Linear, Objective, Object
 
 STEPS = 60
 OBJECTIVE = ObjectiveConfig(
-    attack=Attack(radius=Linear(0.0, 0.3, STEPS // 3), relative=True, steps=2),
-    penalty=Penalty(weight=0.02),
+    attack=Attack(radius=Linear(0.0, 0.3, STEPS // 3), steps=2),
+    penalty=Penalty(),  # λ · penalty begins at a tenth of the loss
     diagnostics=Diagnostics(every=STEPS // 3),
 )
 

@@ -55,9 +55,7 @@ def main(steps: int = 8) -> list[dict[str, float]]:
             args,
             train_dataset=Dataset.from_list([{"prompt": text[:12]} for text in passages(64)]),
             processing_class=tokenizer,
-            objective=ObjectiveConfig(
-                attack=Attack(radius=0.2, relative=True, steps=2), penalty=Penalty(weight=0.01)
-            ),
+            objective=ObjectiveConfig(attack=Attack(radius=0.2, steps=2), penalty=Penalty(weight=0.01)),
         )
         trainer.train()
     return [row for row in trainer.state.log_history if "penalty" in row]

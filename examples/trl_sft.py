@@ -52,9 +52,7 @@ def main(steps: int = 20) -> list[dict[str, float]]:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, target_modules="all-linear", modules_to_save=["embed_tokens"]),
-            objective=ObjectiveConfig(
-                attack=Attack(radius=0.2, relative=True, steps=2), penalty=Penalty(weight=0.02)
-            ),
+            objective=ObjectiveConfig(attack=Attack(radius=0.2, steps=2), penalty=Penalty()),
         )
         trainer.train()
     return [row for row in trainer.state.log_history if "penalty" in row]

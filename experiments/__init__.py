@@ -10,7 +10,8 @@ module              what it holds
 ``store``           rows as JSON lines: resumable, each written once
 ``search``          the same number of runs for every method, one of which is chosen and tested
 ``ascents``         report of the recorded values of an ascent
-``summaries``       intervals, comparisons of methods paired by seed, the page
+``statistics``      t intervals, exact sign-flip tests, Holm's correction, equivalence
+``summaries``       comparisons of methods paired by seed, the page
 ``results/``        committed rows; the pages in docs/experiments/ are drawn from them
 ==================  ====================================================================================
 """

@@ -1,4 +1,4 @@
-"""Intervals, comparisons of methods paired by seed, their tables and sentences, and the page that they stand on."""
+"""Comparisons of methods paired by seed, their tables, and the page that they stand on."""
 
 from __future__ import annotations
 
@@ -12,50 +12,11 @@ import numpy as np
 from common.pages import table
 from common.plots import COLOURS
 
+from .statistics import Interval, Outcome, outcomes, t_interval
 from .store import Row
 
-#: mean, lower and upper bound
-Interval = tuple[float, float, float]
 #: from the tested rows of a method, and all of its rows, to a cell of a table
 Cell = Callable[[list[Row], list[Row]], object]
-
-
-def bootstrap_interval(
-    values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean, and the percentile bootstrap interval of the mean over independent repetitions (seeds).
-
-    Args:
-        values: one number per repetition; of a paired comparison, the differences.
-        level: of the interval.
-        resamples: drawn with replacement.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: there are fewer than two values, or one is not finite.
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.ndim != 1 or len(sample) < 2 or not np.isfinite(sample).all():
-        raise ValueError(f"values must be two or more finite numbers, got {list(values)}.")
-    draws = np.random.default_rng(seed).integers(0, len(sample), (resamples, len(sample)))
-    means = sample[draws].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(sample.mean()), float(low), float(high)
-
-
-def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Mean over independent repetitions (seeds), and Student's t interval of it.
-
-    Args:
-        values: two or more numbers, one per repetition; of a paired comparison, the differences.
-        level: of the interval.
-    """
-    from scipy import stats  # comes with scikit-learn
-
-    sample = np.asarray(values, dtype=np.float64)
-    mean, error = float(sample.mean()), float(sample.std(ddof=1)) / len(sample) ** 0.5
-    half = float(stats.t.ppf((1 + level) / 2, len(sample) - 1)) * error
-    return mean, mean - half, mean + half
 
 
 def interval_text(interval: Interval | None, digits: int = 3, sign: bool = True) -> str:
@@ -97,13 +58,15 @@ class Quantity:
         heading: of its column.
         value: from a tested row; None where the run broke off.
         digits: after the decimal point.
-        label: in the sentences on the primary quantities; empty: it is a secondary one.
+        primary: whether its differences are judged.
+        margin: differences of at most this size count as none; of a primary quantity.
     """
 
     heading: str
     value: Callable[[Row], float | None]
     digits: int = 3
-    label: str = ""
+    primary: bool = False
+    margin: float | None = None
 
     def mean(self, own: list[Row], _: list[Row] | None = None) -> str:
         """Mean over tested rows, as a cell."""
@@ -134,18 +97,22 @@ class Comparison:
     def values(self, rows: Sequence[Row], method: str, quantity: str) -> dict[int, float]:
         """Seed -> mean over its tested rows; a seed with a run that broke off is left out."""
         means = {}
-        for seed, own in sorted(chosen_runs(rows)[method].items()):
+        for seed, own in sorted(chosen_runs(rows).get(method, {}).items()):
             values = [self.quantities[quantity].value(row) for row in own]
             whole = [value for value in values if value is not None]
             if len(whole) == len(values):
                 means[seed] = float(np.mean(whole))
         return means
 
-    def difference(self, rows: Sequence[Row], ours: str, baseline: str, quantity: str) -> Interval | None:
-        """Mean over the seeds that both have of ours − baseline, with its 95 % interval; None below two seeds."""
+    def paired(self, rows: Sequence[Row], ours: str, baseline: str, quantity: str) -> list[float]:
+        """Ours − baseline for the seeds that both have."""
         a, b = (self.values(rows, method, quantity) for method in (ours, baseline))
-        differences = [a[seed] - b[seed] for seed in a if seed in b]
-        return bootstrap_interval(differences) if len(differences) > 1 else None
+        return [a[seed] - b[seed] for seed in a if seed in b]
+
+    def difference(self, rows: Sequence[Row], ours: str, baseline: str, quantity: str) -> Interval | None:
+        """Mean over the seeds that both have of ours − baseline, with its 95 % t interval; None below two seeds."""
+        differences = self.paired(rows, ours, baseline, quantity)
+        return t_interval(differences) if len(differences) > 1 else None
 
     def differences(
         self,
@@ -171,20 +138,31 @@ class Comparison:
             lines.append([f"{self.names[ours]} − {self.names[baseline]}", *cells])
         return table(["paired difference", *columns], lines)
 
-    def verdict(self, rows: Sequence[Row], ours: str, baseline: str) -> str:
-        """One sentence on the primary quantities."""
-        parts = []
-        for name, quantity in self.quantities.items():
-            interval = self.difference(rows, ours, baseline, name) if quantity.label else None
-            if interval is not None and (interval[1] > 0 or interval[2] < 0):
-                parts.append(f"{quantity.label} **{'lower' if interval[0] < 0 else 'higher'}**")
-            elif quantity.label:
-                parts.append(f"{quantity.label} indistinguishable")
-        return f"- {self.names[ours]} against {self.names[baseline]}: {', '.join(parts)}."
+    def primaries(self, rows: Sequence[Row]) -> dict[tuple[str, str, str], Outcome]:
+        """Outcomes of all pairs in all primary quantities, by (ours, baseline, quantity): one family."""
+        family = {}
+        for ours, baseline in self.pairs:
+            for name, quantity in self.quantities.items():
+                differences = self.paired(rows, ours, baseline, name) if quantity.primary else []
+                if len(differences) > 1:
+                    family[ours, baseline, name] = (differences, quantity.margin)
+        return dict(zip(family, outcomes(list(family.values()))))
 
-    def verdicts(self, rows: Sequence[Row]) -> str:
-        """The sentences of all pairs."""
-        return "\n".join(self.verdict(rows, *pair) for pair in self.pairs)
+    def primary_table(self, rows: Sequence[Row]) -> str:
+        """Table of the primary differences with their tests, a line for every pair and quantity."""
+        lines = []
+        for (ours, baseline, name), outcome in self.primaries(rows).items():
+            quantity, verdict = self.quantities[name], outcome.verdict
+            if verdict in ("lower", "higher"):
+                verdict = f"**{verdict}**"
+            elif verdict == "equivalent":
+                verdict = f"within ±{quantity.margin:g}"
+            p_values = [f"{p:.2g}" for p in (outcome.p, outcome.exact_p, outcome.corrected_p)]
+            methods = f"{self.names[ours]} − {self.names[baseline]}"
+            text = interval_text(outcome.interval, quantity.digits)
+            lines.append([methods, quantity.heading, outcome.count, text, *p_values, verdict])
+        tests = ["p", "p, sign flips", "p, Holm", "verdict"]
+        return table(["primary difference", "of", "n", "mean [95 % t interval]", *tests], lines)
 
     def forest(self, axis: Any, rows: Sequence[Row], quantities: Sequence[str]) -> None:
         """Draw the differences of all pairs with their intervals, one below the other."""
@@ -206,6 +184,17 @@ class Comparison:
         axis.axvline(0, color="black", linewidth=0.8)
         labels = [f"{self.names[ours]} −\n{self.names[baseline]}" for ours, baseline in reversed(self.pairs)]
         axis.set_yticks(range(len(labels)), labels, fontsize=7)
+
+
+#: how the primary differences of a page are judged
+ANALYSIS = (
+    "Intervals are Student's t over seeds. A primary difference is *lower* or *higher* where the p of the t test is "
+    "below 0.05 after Holm's correction over all primaries of this page and so is, uncorrected, the exact p of all 2ⁿ "
+    "sign flips, which assumes no normal distribution; *within* a margin where two one-sided t tests (TOST), corrected "
+    "likewise, place it there; else *undecided*. The analysis that was committed before the runs had percentile "
+    "bootstrap intervals, which are too narrow for so few seeds, and no correction: tests and margins were chosen "
+    "afterwards and computed from the same rows. Secondary differences are not corrected for their number."
+)
 
 
 def by_method(names: Mapping[str, str], rows: Sequence[Row], columns: Mapping[str, Cell]) -> str:
@@ -250,7 +239,7 @@ def page(module: str, header: dict[str, Any], rows: Sequence[Row], **parts: Any)
         module: ``__file__`` of the caller.
         header: of the rows; the template reads its ``config``.
         rows: of all tasks, with their seconds.
-        parts: what else the template names.
+        parts: what else the template names, beside ``analysis``, :data:`ANALYSIS`.
     """
     facts = header["environment"]
     change = ", with changes" if facts["dirty"] else ""
@@ -260,4 +249,5 @@ def page(module: str, header: dict[str, Any], rows: Sequence[Row], **parts: Any)
         f"commit {facts['commit']}{change}; {seconds / 60:.1f} minutes of computation in all."
     )
     template = Path(module).with_name("page.md").read_text(encoding="utf-8")
-    return template.format(config=_listed(header["config"]), environment=environment, **parts)
+    known = dict(config=_listed(header["config"]), environment=environment, analysis=ANALYSIS)
+    return template.format(**known, **parts)

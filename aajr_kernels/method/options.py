@@ -74,6 +74,13 @@ class PenaltyOptions:
             keep = keep.flatten(1).any(-1) if keep is not None and keep.dim() > 1 else keep
         return q, keep
 
+    @torch.no_grad()
+    def observed(self, q: Tensor) -> Tensor:
+        """:meth:`units` of q as ``[K, U]``, detached, NaN where a unit is not included."""
+        units, keep = self.units(q.detach())
+        units = units.reshape(len(units), -1)
+        return units if keep is None else torch.where(keep.reshape(-1), units, torch.nan)
+
     def included(self, batch: tuple[int, ...], device: torch.device) -> Tensor | None:
         """The mask as bool ``[*batch]``, checked; None for all."""
         return None if self.mask is None else included(self.mask, batch, "mask").to(device)

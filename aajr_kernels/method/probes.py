@@ -32,6 +32,7 @@ __all__ = [
     "sandwich",
     "spectral_norm",
     "sum_units",
+    "top_direction",
 ]
 
 Loss = Callable[[Any], Any]
@@ -215,20 +216,58 @@ def power_iteration(
     return v.detach()
 
 
+def exact_direction(
+    q_of: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    allowed: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The unit rows v with the largest ‖J v‖_M, from the eigenvectors of JᵀMJ: all of its columns in one backward.
+
+    As many tangents as a row of `x` has entries share one primal: for small inputs.
+
+    Args:
+        q_of: q of directions ``[K, *x.shape]``, whose sum over a row is ‖J v‖²_M.
+        x: the point, ``[B, ...]``.
+        allowed: sets what may not be attacked to zero.
+    """
+    size, keep = x[0].numel(), allowed(torch.ones_like(x))
+    basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:]) * keep
+    with torch.enable_grad():
+        leaf = basis.requires_grad_()
+        (pulled,) = torch.autograd.grad(q_of(leaf).sum(), leaf)
+    form = widened(pulled * keep).flatten(2).transpose(0, 1) / 2
+    _, vectors = torch.linalg.eigh((form + form.mT) / 2)
+    return row_unit(allowed(vectors[..., -1].to(x.dtype).reshape(x.shape))).detach()
+
+
+def top_direction(
+    q_of: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    start: torch.Tensor | None,
+    iterations: int | str,
+    allowed: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """By :func:`power_iteration` from `start`, or for ``"exact"`` by :func:`exact_direction`."""
+    if iterations == "exact":
+        return exact_direction(q_of, x, allowed)
+    assert start is not None and isinstance(iterations, int)
+    return power_iteration(q_of, start, iterations, allowed)
+
+
 def spectral_norm(
     func: Callable[[Any], Any],
     x: torch.Tensor,
-    start: torch.Tensor,
-    iterations: int,
+    start: torch.Tensor | None,
+    iterations: int | str,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """‖J‖₂ per batch row from below by power iteration, and the direction that attains it.
+    """‖J‖₂ per batch row, from below by power iteration or exact, and the direction that attains it.
 
     Args:
         func: returns ``[B, ..., D]``.
         x: the point, ``[B, ...]``.
-        start: first direction, like `x`; random in general, the last result as a warm start.
-        iterations: at least 1.
+        start: first direction, like `x`; random in general, the last result as a warm start. None for ``"exact"``.
+        iterations: at least 1, or ``"exact"``.
         mask: as in :func:`restrict`.
 
     Returns:
@@ -236,5 +275,5 @@ def spectral_norm(
     """
     allowed = functools.partial(restrict, mask=mask)
     q_of = lambda v: sensitivity(_output(func(dual(x.detach(), v)), Dual), "l2")
-    v = power_iteration(q_of, row_unit(allowed(start)), iterations, allowed)
+    v = top_direction(q_of, x, None if start is None else row_unit(allowed(start)), iterations, allowed)
     return row_norm(output_probe(func, x, v, "l2")[1]), v

@@ -56,7 +56,7 @@ class StabilityReport:
         hinge_active: fraction of the units with √q > γ along uₜ.
         sandwich_lower: ‖Jᵀ∇L‖/‖∇L‖.
         sandwich_middle: ‖Ju‖.
-        spectral_norm: ‖J‖₂ from below, by power iteration.
+        spectral_norm: ‖J‖₂, from below by power iteration, or exact.
         expansion: how the distance of the ascents from two starts grew in each step; NaN where it was zero.
     """
 

@@ -84,7 +84,7 @@ def stability_report(
     output_mask: torch.Tensor | None = None,
     output_bounds: tuple[float | torch.Tensor, float | torch.Tensor] | None = None,
     unit: str | None = None,
-    power_iterations: int = 0,
+    power_iterations: int | str = 0,
     nearby: float | torch.Tensor | None = None,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
     generator: torch.Generator | None = None,
@@ -134,7 +134,8 @@ def stability_report(
             units for a mean, as ``lm_loss`` takes it: by ``(labels != -100).sum(-1)``.
         unit: ``"sequence"`` compares the summed q of a row with γ², ``"token"`` that of each unit. It follows the
             scope of the trajectory; another one needs ``ascend(scope=)`` too.
-        power_iterations: iterations for ‖J‖₂, the upper end of the sandwich; 0 leaves it out. Needs `func`.
+        power_iterations: iterations for ‖J‖₂, the upper end of the sandwich; ``"exact"`` for small inputs, with as many
+            tangents as a row has entries; 0 leaves it out. Needs `func`.
         nearby: length of the offset of a second start, drawn for every row in a random direction of what may be
             attacked, in the unit of `x`; or the offset itself, like `x`. The recorded steps are repeated from both
             starts, with the recorded step sizes. Adds the expansion. Take it well above the rounding of `x` and well
@@ -330,7 +331,7 @@ def _sandwich(
     policy: Callable[[Any], Any],
     output_loss: Callable[[Any], Any] | None,
     traj: Trajectory,
-    iterations: int,
+    iterations: int | str,
     generator: torch.Generator | None,
 ) -> dict[str, torch.Tensor]:
     """‖Jᵀ∇L‖/‖∇L‖ ≤ ‖Ju‖ ≤ ‖J‖₂ at the start of every step, u of unit norm over the whole row."""
@@ -342,7 +343,7 @@ def _sandwich(
             fields.setdefault("sandwich_lower", []).append(lower)
             fields.setdefault("sandwich_middle", []).append(middle)
         if iterations:
-            if v is None:  # later steps start from the direction of the one before
+            if v is None and iterations != "exact":  # later steps start from the direction of the one before
                 v = torch.randn(point.shape, generator=generator, dtype=point.dtype, device=point.device)
             norm, v = probes.spectral_norm(policy, point, v, iterations, traj.mask)
             fields.setdefault("spectral_norm", []).append(norm)
@@ -378,7 +379,7 @@ def _check(
     output_loss: Any,
     metric: str,
     gamma: float | None,
-    power_iterations: int,
+    power_iterations: int | str,
     tolerance: float | None,
     nearby: Any,
 ) -> None:
@@ -388,7 +389,10 @@ def _check(
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be the input of traj, shape {tuple(traj.x.shape)}, got {got}.")
     check_integers(2, samples=samples)  # the ends of a segment
-    check_integers(0, power_iterations=power_iterations)
+    if isinstance(power_iterations, str):
+        check_choices(("exact",), power_iterations=power_iterations)
+    else:
+        check_integers(0, power_iterations=power_iterations)
     for name, number in (("gamma", gamma), ("tolerance", tolerance)):
         if number is not None:
             check_number(name, number, 0)
@@ -405,7 +409,7 @@ def _check(
     for name, wanted in (
         ("output_loss", output_loss is not None),
         ("gamma", gamma is not None),
-        ("power_iterations", power_iterations > 0),
+        ("power_iterations", power_iterations != 0),
     ):
         if wanted and func is None:
             raise ValueError(f"{name} needs func=, the policy whose output is measured.")

@@ -135,6 +135,7 @@ class PenaltyStatistics:
         q_max: ``[S, K]``, the largest.
         active: ``[S, K]``, share of the included units with q above γ² (above 0 without a threshold): those which
             the penalty pushes.
+        units: ``[S, K, U]``, q of each of the U units (tokens or sequences) of the batch, NaN where not included.
         primal: with ``return_primal=True``, of the last measurement: the result of func, or with `labels` the mean
             cross-entropy; attached to the graph.
     """
@@ -144,6 +145,7 @@ class PenaltyStatistics:
     q: Tensor
     q_max: Tensor
     active: Tensor
+    units: Tensor
     primal: Any = None
 
 
@@ -388,7 +390,7 @@ def _weighted(measured: Measured, share: Tensor, options: PenaltyOptions) -> Ten
 @torch.no_grad()
 def _statistics(q: Tensor, count: int, options: PenaltyOptions) -> dict[str, Tensor]:
     """q ``[K, S · B, *batch]`` of one forward in numbers ``[S, K]``."""
-    columns = []
+    columns, observed = [], []
     for part in q.detach().split(q.shape[1] // count, 1) if count > 1 else (q.detach(),):
         units, keep = options.units(part)
         units = units.reshape(len(units), -1)
@@ -397,8 +399,9 @@ def _statistics(q: Tensor, count: int, options: PenaltyOptions) -> dict[str, Ten
             units, number = torch.where(keep.reshape(-1), units, 0.0), keep.sum().clamp(min=1)
         above = (units > (options.gamma or 0.0) ** 2).to(units).sum(-1)
         columns.append(torch.stack([units.sum(-1) / number, units.amax(-1), above / number]))
+        observed.append(options.observed(part))
     mean, largest, active = torch.stack(columns, 1)
-    return {"q": mean, "q_max": largest, "active": active}
+    return {"q": mean, "q_max": largest, "active": active, "units": torch.stack(observed)}
 
 
 def _check(

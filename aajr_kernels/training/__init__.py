@@ -3,31 +3,36 @@
 from .batches import Stream, prepared
 from .checkpoints import load_checkpoint
 from .config import Attack, Diagnostics, FitConfig, ObjectiveConfig, Penalty
+from .constraint import Constraint, Multiplier, gamma_for_step
 from .loop import FitResult, NonFiniteLossError, fit
 from .objective import Counts, Terms
 from .policy import Policy, policy_of
 from .record import read_rows
-from .schedules import Cosine, Linear, Schedule, WarmUp
+from .schedules import Cosine, Linear, Schedule, Share, WarmUp
 from .step import Objective
 
 __all__ = [
     "Attack",
+    "Constraint",
     "Cosine",
     "Counts",
     "Diagnostics",
     "FitConfig",
     "FitResult",
     "Linear",
+    "Multiplier",
     "NonFiniteLossError",
     "Objective",
     "ObjectiveConfig",
     "Penalty",
     "Policy",
     "Schedule",
+    "Share",
     "Stream",
     "Terms",
     "WarmUp",
     "fit",
+    "gamma_for_step",
     "load_checkpoint",
     "policy_of",
     "prepared",

@@ -18,7 +18,7 @@ from ..method.options import FORMS, METRICS
 from ..method.projection import NORMS
 from ..method.scopes import SCOPES, UNITS, unit_of
 from ..method.trajectory import DIRECTIONS
-from .schedules import Schedule, checked_schedule
+from .schedules import Schedule, Share, checked_schedule
 
 __all__ = ["Attack", "Diagnostics", "FitConfig", "ObjectiveConfig", "Penalty", "describe"]
 
@@ -34,15 +34,15 @@ class Attack:
         relative: `radius` (and a `step_size` that is a number) count in norms of a token: the root mean square of the
             norms of the batch's embedded tokens (for ``norm="linf"``: of their entries). Penalties then are those of a
             direction of that length. A model gains nothing by inflating its embeddings, and the same numbers serve
-            models whose embeddings differ in scale.
+            models whose embeddings differ in scale. False: in the embedding's own units.
         steps: T.
         scope: ``"token"`` by default.
         step_size: ``"auto"`` or a number.
         eval_mode: without dropout; by default with the dropout mask of the training forward.
     """
 
-    radius: Schedule = 1.0
-    relative: bool = False
+    radius: Schedule = 0.1
+    relative: bool = True
     steps: int = 3
     step_size: float | str = "auto"
     step: str = "normalized"
@@ -75,7 +75,7 @@ class Penalty:
     Attributes:
         method: ``"none"``, ``"aligned"``, or a baseline measured at the same points: ``"random"``, ``"frobenius"``,
             ``"spectral"``, ``"input_gradient"``, ``"cure"``, ``"finite_difference"``.
-        weight: λ; a schedule. Where it is 0 nothing is computed.
+        weight: λ: a share of the task loss, or a schedule. Where it is 0 nothing is computed.
         gamma: threshold γ on √q, a schedule, or None.
         steps: ``"worst"``: at every row's point of largest loss, with the direction that led there; ``"aligned"``
             then shares one forward with the adversarial loss. ``"all"``, ``"last"``, ``"random"``: as in
@@ -98,8 +98,8 @@ class Penalty:
     """
 
     method: str = "aligned"
-    weight: Schedule = 0.1
-    gamma: Schedule | None = None
+    weight: Schedule | Share = field(default_factory=Share)
+    gamma: Schedule | Share | None = None
     steps: str = "worst"
     tokens: str = "loss"
     direction: str = "ascent"
@@ -137,15 +137,19 @@ class Penalty:
             raise ValueError(
                 f"rows must be 1 with per_agent=True, whose mean is over all agents, got {self.rows}."
             )
-        checked_schedule(self.weight, "weight")
-        if self.gamma is not None:
-            checked_schedule(self.gamma, "gamma")
-        elif self.form != "squared":
-            raise ValueError(f"gamma must be given with form={self.form!r}: the threshold on the root of q.")
+        if not isinstance(self.weight, Share):
+            checked_schedule(self.weight, "weight")
+        self._check_gamma()
         if self.method not in ("none", "aligned"):
             for name in ("direction", "at", "per_agent", "batch_steps"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name} goes with method='aligned', got method={self.method!r}.")
+
+    def _check_gamma(self) -> None:
+        if self.gamma is not None:
+            checked_schedule(self.gamma, "gamma")
+        elif self.form != "squared":
+            raise ValueError(f"gamma must be given with form={self.form!r}: the threshold on the root of q.")
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,8 @@ class ObjectiveConfig:
     """The objective, without the loop around it.
 
     Attributes:
-        attack, penalty: as they say; :attr:`scope` and :attr:`unit` are what their None stands for.
+        attack, penalty: as they say; :attr:`scope` and :attr:`unit` are what their None stands for. A
+            :class:`.constraint.Constraint` takes the place of a :class:`Penalty`.
         adversarial_weight, clean_weight: of the losses at the worst point and at the clean input; schedules.
         share_context: whether the tokens before the first attackable one are computed once per micro-batch, shared by
             attack, losses and penalty: ``"auto"``: where they are at least an eighth of the sequence and the model
@@ -224,6 +229,12 @@ class ObjectiveConfig:
                 "share_context=True goes with method='aligned' or 'none' and rows=1, got "
                 f"method={penalty.method!r} and rows={penalty.rows}: set share_context='auto' or False."
             )
+        has_loss = self.adversarial_weight != 0 or self.clean_weight != 0
+        if penalty.method != "none" and isinstance(penalty.weight, Share) and not has_loss:
+            raise ValueError(
+                f"weight must be a number where no loss has a weight to be a share of, got {penalty.weight}: "
+                "Penalty(weight=0.01)."
+            )
         _ = self.unit
 
     @property
@@ -251,6 +262,8 @@ class FitConfig:
         learning_rate, betas, weight_decay: of the AdamW that is made if no optimizer is given; the rate is a schedule,
             and matrices decay, vectors do not.
         clip_norm: largest norm of the gradient, or None.
+        penalty_clip_norm: largest norm of the gradient of λ · penalty, which is then clipped apart from that of the
+            losses, at the price of a second backward; None: both together.
         autocast: ``torch.bfloat16``, or None.
         seed: of the global generators at the start, and of the attack's draws where the objective has none.
         non_finite: ``"raise"`` :class:`NonFiniteLossError` before the parameters are touched, or ``"skip"`` the step.
@@ -270,6 +283,7 @@ class FitConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    penalty_clip_norm: float | None = None
     autocast: torch.dtype | None = None
     seed: int = 0
     non_finite: str = "raise"
@@ -295,10 +309,12 @@ class FitConfig:
         for index, beta in enumerate(self.betas):
             check_number(f"betas[{index}]", beta)
         check_number("weight_decay", self.weight_decay)
-        if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm)
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}.")
+        for name in ("clip_norm", "penalty_clip_norm"):
+            limit = getattr(self, name)
+            if limit is not None:
+                check_number(name, limit)
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be positive or None, got {limit}.")
         if self.autocast not in (None, torch.bfloat16):
             raise ValueError(
                 f"autocast must be torch.bfloat16 or None, got {self.autocast}: float16 would need a scaled loss."

@@ -29,7 +29,7 @@ from . import randomness
 from .batches import Batches, Stream
 from .checkpoints import Checkpoints, put_weights, weights_of
 from .config import FitConfig, describe
-from .objective import ScheduledValues
+from .objective import Terms
 from .policy import Policy
 from .progress import Progress
 from .record import Recorder, Row
@@ -191,14 +191,15 @@ class _Run:
     def step(self, step: int, recorder: Recorder) -> Row:
         """Everything from batches to parameters; the row to be logged."""
         config, started = self.config, time.perf_counter()
-        scheduled = ScheduledValues.at(config.objective, step)
         objective = self.objective
+        scheduled = objective.scheduled(step)
         batches = [objective.prepared(b) for b in self.stream.take(config.accumulate)]
         counts = objective.counts(batches)
         if self.has_own_optimizer:
             for group in self.optimizer.param_groups:
                 group["lr"] = value_at(config.learning_rate, step, "learning_rate")
         self.model.zero_grad()
+        self.of_penalty: list[Tensor | None] = [None] * len(self.parameters)
         parts: dict[str, list[Tensor]] = {}
         totals: list[Tensor] = []
         problem: str | None = None
@@ -214,7 +215,7 @@ class _Run:
             except NonFiniteLoss as error:
                 problem = f"the attack stopped: {error}"
                 break
-            terms.total.backward()
+            self._backward(terms)
             totals.append(terms.total.detach())
             for name, value in terms.parts.items():
                 parts.setdefault(name, []).append(value)
@@ -224,16 +225,45 @@ class _Run:
         }
         loss = float(torch.stack(totals).sum()) if totals else math.nan
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf))
+        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": norm}
+        if config.penalty_clip_norm is not None:
+            rates["penalty_gradient_norm"] = self._add_penalty(config.penalty_clip_norm)
+            norm += rates["penalty_gradient_norm"]
         if problem is None and not math.isfinite(loss):
             problem = ", ".join(f"{k} = {v:.4g}" for k, v in {"loss": loss, **numbers}.items())
         elif problem is None and not math.isfinite(norm):
             problem = f"the norm of the gradient is {norm}"
         self._update(step, problem)
-        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": norm}
+        if problem is not None:
+            objective.multiplier.discard()
+        objective.multiplier.settle()
         used = {"radius": scheduled.radius, "weight": scheduled.weight, "gamma": scheduled.gamma}
+        used |= objective.multiplier.facts
         spent = {"tokens": counts.tokens, "skipped": self.skipped, "seconds": time.perf_counter() - started}
         computed = {f"computed_{part}": share for part, share in ran.shares().items()}
         return {"step": step + 1, "loss": loss, **numbers, **rates, **used, **computed, **spent}
+
+    def _backward(self, terms: Terms) -> None:
+        """Of a micro-batch; the gradient of the penalty apart where it is clipped apart."""
+        if self.config.penalty_clip_norm is None or terms.penalty is None:
+            terms.total.backward()
+            return
+        options: dict[str, Any] = dict(retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(terms.penalty, self.parameters, **options)
+        pairs = zip(self.of_penalty, gradients)
+        self.of_penalty = [b if a is None else a if b is None else a + b for a, b in pairs]
+        (terms.total - terms.penalty).backward()
+
+    def _add_penalty(self, limit: float) -> float:
+        """The gradient of the penalty, clipped, to that of the losses; its norm."""
+        present = [(p, g) for p, g in zip(self.parameters, self.of_penalty) if g is not None]
+        if not present:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm([g for _, g in present])
+        for p, g in present:
+            g = g * (limit / (norm + 1e-6)).clamp(max=1.0)
+            p.grad = g if p.grad is None else p.grad + g
+        return float(norm)
 
     def _update(self, step: int, problem: str | None) -> None:
         if problem is None:
@@ -275,6 +305,7 @@ class _Run:
             "random": randomness.capture(self.device),
             "data": self.stream.state(),
             "skipped": [self.skipped, self.in_a_row],
+            "objective": self.objective.state_dict(),
         }
         weights = weights_of(self.model, self.config.trainable_only)
         checkpoints.save(step, weights, state, describe(self.config))
@@ -306,6 +337,8 @@ class _Run:
         self.stream.resume(state["data"])
         randomness.restore(state["random"], self.device)
         self.skipped, self.in_a_row = state["skipped"]
+        if "objective" in state:  # not in checkpoints of earlier versions
+            self.objective.load_state_dict(state["objective"])
         return newest.step
 
     def _compare(self, before: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ computed on every k-th step, with k times its weight, and on rows drawn at rando
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.ascent import ascend
+from ..method.ascent import NonFiniteLoss, ascend
 from ..method.baselines import NEEDS_LOSS, trajectory_baseline
 from ..method.losses import IGNORED
 from ..method.scopes import widened
@@ -25,43 +26,13 @@ from ..method.trajectory import Trajectory, gathered, trajectory_penalty
 from .batches import Prepared
 from .config import ObjectiveConfig
 from .policy import Policy
-from .schedules import value_at
+from .scheduled import ScheduledValues
 from .sharing import Shared, Sharing
 
-__all__ = ["Counts", "ScheduledValues", "Terms", "terms_of"]
+__all__ = ["Counts", "Terms", "terms_of"]
 
 #: called with a trajectory, the rows that were attacked, their policy, what was maximised, what a token counts in it, γ
 AfterAttack = Callable[[Trajectory, Prepared, Policy, Any, Tensor, float | None], None]
-
-
-@dataclass(frozen=True)
-class ScheduledValues:
-    """The scheduled numbers at one step; `weight` is k·λ on every k-th step and 0 between."""
-
-    radius: float
-    weight: float
-    gamma: float | None
-    adversarial: float
-    clean: float
-
-    @classmethod
-    def at(cls, config: ObjectiveConfig, step: int) -> ScheduledValues:
-        """Evaluate the schedules."""
-        penalty, gamma = config.penalty, config.penalty.gamma
-        is_computed = penalty.method != "none" and (step + 1) % penalty.every == 0
-        scheduled = cls(
-            value_at(config.attack.radius, step, "radius"),
-            penalty.every * value_at(penalty.weight, step, "weight") if is_computed else 0.0,
-            None if gamma is None else value_at(gamma, step, "gamma"),
-            value_at(config.adversarial_weight, step, "adversarial_weight"),
-            value_at(config.clean_weight, step, "clean_weight"),
-        )
-        return scheduled if scheduled.radius else replace(scheduled, weight=0.0, adversarial=0.0, clean=1.0)
-
-    @property
-    def attacks(self) -> bool:
-        """Whether an ascent is needed."""
-        return self.radius > 0 and (self.weight > 0 or self.adversarial > 0)
 
 
 @dataclass(frozen=True)
@@ -118,12 +89,14 @@ class Terms:
 
     Attributes:
         total: attached; what is differentiated on this process.
-        parts: detached shares of the step's clean loss, adversarial loss and penalty (without their weights), and
-            numbers on the attack.
+        parts: detached shares of the step's clean loss, adversarial loss and penalty (without their weights),
+            numbers on the attack, and from :func:`terms_of` ``units``, q of every unit.
+        penalty: the part λ · penalty of `total`, attached; None without one, and under DistributedDataParallel.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    penalty: Tensor | None = None
 
 
 def terms_of(
@@ -155,21 +128,27 @@ def terms_of(
         parts["shared"] = x.new_tensor(
             (1 - shared.x.shape[1] / length) * rows / counts.rows, dtype=torch.float64
         )
+        of_context = _units(batch, config) - _units(shared.batch, config)
         policy, batch, x = shared.policy, shared.batch, shared.x
     whole = _Work(model, policy, batch, config, counts, generator, row_weights, x, unit, shared)
+    penalty: Tensor | None = None
     if scheduled.attacks:
-        total, under_attack = _under_attack(whole, scheduled, after_attack)
+        total, penalty, under_attack = _under_attack(whole, scheduled, after_attack)
         parts |= under_attack
+    if shared is not None and "units" in parts:  # q is 0 in the context
+        parts["units"] = nn.functional.pad(parts["units"], (0, of_context))
     if scheduled.clean > 0:
         clean = whole.loss(x)
         parts["clean_loss"] = clean.detach()
         total = total + scheduled.clean * clean
-    return Terms(total * counts.processes if counts.processes > 1 else total, parts)
+    if penalty is not None:
+        total = total + penalty
+    return Terms(total * counts.processes if counts.processes > 1 else total, parts, penalty)
 
 
 def _under_attack(
     whole: _Work, scheduled: ScheduledValues, after_attack: AfterAttack | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Adversarial loss and penalty with their weights, and the parts."""
     counts, total = whole.counts, torch.zeros((), device=whole.x.device)
     drawn, share = whole.drawn(scheduled)
@@ -178,7 +157,7 @@ def _under_attack(
     is_narrow = scheduled.adversarial == 0 and penalised.is_attackable()
     attacked = penalised if is_narrow else whole
     if not len(attacked.x):
-        return total, {"penalty": total}
+        return total, None, {"penalty": total}
     trajectory = attacked.attack(scheduled.radius)
     rows = counts.rows * (share if is_narrow else 1.0)
     parts = {
@@ -190,12 +169,12 @@ def _under_attack(
         after_attack(
             *(trajectory, attacked.batch, attacked.policy, attacked.adversary, attacked.token_weights, gamma)
         )
-    loss: Tensor | None = None
-    if scheduled.weight > 0:
+    loss = weighted = None
+    if scheduled.measures:
         along = trajectory if is_narrow or drawn is None else trajectory.of_rows(drawn)
         penalty, loss, more = penalised.penalty(along, scheduled, share)
         parts |= {"penalty": penalty.detach(), **more}
-        total = total + scheduled.weight * penalty
+        weighted = scheduled.weight * penalty
     if scheduled.adversarial > 0:
         if loss is None:
             loss = whole.loss(trajectory.worst)
@@ -204,7 +183,7 @@ def _under_attack(
             loss = loss + whole.of_rows(others).loss(trajectory.of_rows(others).worst)
         parts["adversarial_loss"] = loss.detach()
         total = total + scheduled.adversarial * loss
-    return total, parts
+    return total, weighted, parts
 
 
 #: penalty, the adversarial loss if it comes from the same forward, statistics
@@ -236,7 +215,7 @@ class _Work:
         At least one where nothing else would be differentiated.
         """
         count, share = len(self.x), self.config.penalty.rows
-        if share == 1 or not scheduled.weight > 0:
+        if share == 1 or not scheduled.measures:
             return None, 1.0
         is_only_term = not (scheduled.adversarial or scheduled.clean)
         expected = max(share * count, 1.0) if is_only_term else share * count
@@ -292,6 +271,10 @@ class _Work:
 
     def attack(self, radius: float) -> Trajectory:
         attack, x, unit = self.config.attack, self.x, float(self.unit.detach())
+        if not math.isfinite(unit):
+            raise NonFiniteLoss(
+                f"the norm of the embedded tokens is {unit}: check the embedding and the batch."
+            )
         if attack.norm == "linf" and attack.relative:
             unit /= x.shape[-1] ** 0.5
         step_size = attack.step_size if isinstance(attack.step_size, str) else attack.step_size * unit
@@ -320,9 +303,13 @@ class _Work:
         here = replace(scheduled, weight=scheduled.weight * float(scale.detach()), gamma=threshold)
         measure = self.aligned if config.method == "aligned" else self.baseline
         penalty, loss, more = measure(trajectory, here)
-        if more:
-            more = {"active": more["active"] / share, "q_max": more["q_max"] * slope.detach() ** 2}
-        return penalty * scale, loss, more
+        square = slope.detach() ** 2
+        changed = {
+            "active": lambda v: v / share,
+            "q_max": lambda v: v * square,
+            "units": lambda v: v * square,
+        }
+        return penalty * scale, loss, {name: changed[name](value) for name, value in more.items()}
 
     def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
         config, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
@@ -355,7 +342,7 @@ class _Work:
             loss = self.step_share(policy.token_losses(aux.primal, batch.labels).sum())
         weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
         active = weight * _units(batch, self.config) / counts.units
-        return penalty, loss, {"active": active, "q_max": aux.q_max.max()}
+        return penalty, loss, {"active": active, "q_max": aux.q_max.max(), "units": aux.units}
 
     def baseline(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
         config, batch, x = self.config.penalty, self.batch, self.x
@@ -364,7 +351,7 @@ class _Work:
             trajectory, steps = _at_the_worst(trajectory), "last"
         if x.requires_grad:  # gradients reach the clean input as they do for the aligned penalty
             trajectory = replace(trajectory, points=trajectory.points + (x - x.detach()))
-        penalty, _ = trajectory_baseline(
+        penalty, aux = trajectory_baseline(
             config.method,
             functools.partial(self.policy.forward, **batch.inputs),
             trajectory,
@@ -376,14 +363,15 @@ class _Work:
             **_entries(config, "weights", "samples", "iterations"),
             **self.options(scheduled),
         )
-        return penalty, None, {}
+        return penalty, None, {"units": aux["units"]}
 
     def options(self, scheduled: ScheduledValues) -> dict[str, Any]:
         """Arguments of all penalties."""
-        config = self.config.penalty
+        config, gamma = self.config.penalty, scheduled.gamma
         return dict(
             head=self.policy.head,
-            gamma=scheduled.gamma,
+            # a threshold that is to be found
+            gamma=0.0 if gamma is None and config.gamma is not None else gamma,
             mask=self.batch.tokens(config.tokens),
             denominator=float(self.counts.units),
             unit=self.config.unit,

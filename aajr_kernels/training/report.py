@@ -16,6 +16,8 @@ __all__ = ["write_report"]
 PANELS = (
     ("loss", "nats per token", ("clean_loss", "attack_start", "adversarial_loss", "attack_worst")),
     ("penalty", "mean q", ("penalty",)),
+    ("units above γ", "share", ("violation",)),
+    ("multiplier", "λ", ("multiplier",)),
     ("attack", "gain in nats", ("gain",)),
     ("gradient", "norm", ("gradient_norm",)),
 )
@@ -25,8 +27,10 @@ PARTS = {
     "positions": "the positions of these forwards",
     "arithmetic": "the forward arithmetic of all of them",
 }
+#: by how much the share of units above γ may exceed what is allowed in a constraint that counts as met
+TOLERANCE = 0.02
 #: numbers of the first table
-NUMBERS = "loss clean_loss attack_start adversarial_loss gain penalty active q_max".split()
+NUMBERS = "loss clean_loss attack_start adversarial_loss gain penalty active q_max multiplier violation binding".split()
 
 
 def write_report(
@@ -45,7 +49,7 @@ def write_report(
     lines = ["# Training", ""]
     if train:
         lines += [*_numbers(train), "", *_computed(train, config, unshared)]
-        if _figure(train, folder / "report.png"):
+        if _figure(train, folder / "report.png", _allowed(config)):
             lines += ["", "![Losses, penalty, attack and gradient over the steps](report.png)"]
         else:
             lines += ["", "No figure: `pip install 'aajr_kernels[train]'` brings matplotlib."]
@@ -109,6 +113,9 @@ def _computed(train: list[Row], config: Mapping[str, Any], unshared: str | None)
             f"Computed in the attacked steps (mean): {', '.join(parts)}. Arithmetic is modelled by count; no step was "
             "timed without these savings."
         )
+    allowed = _allowed(config)
+    if allowed is not None:
+        lines.append(_constraint(train, allowed))
     if unshared is not None:
         lines.append(f"A context was not shared: {unshared}")
     return lines
@@ -135,11 +142,30 @@ def _mean_share(rows: list[Row], name: str) -> str:
     return f"{math.fsum(values) / len(values):.1%}"
 
 
+def _allowed(config: Mapping[str, Any]) -> float | None:
+    """Share of the units that may be above γ; None without a constraint."""
+    quantile = config.get("objective", {}).get("penalty", {}).get("quantile")
+    return None if quantile is None else 1 - quantile
+
+
+def _constraint(train: list[Row], allowed: float) -> str:
+    """Whether it was met, in the last row that says so."""
+    last = next((row for row in reversed(train) if row.get("violation") is not None), None)
+    if last is None:
+        return "The constraint was never measured: γ or the first loss was not found."
+    state = "above its floor: γ binds" if last["binding"] else "at its floor: γ does not bind"
+    met = "met" if last["violation"] <= allowed + TOLERANCE else "not met"
+    return (
+        f"The constraint, as sampled in training, was {met} at step {last['step']}: {last['violation']:.1%} of the "
+        f"units were above γ where {allowed:.1%} may be; λ = {last['multiplier']:.3g}, {state}."
+    )
+
+
 def _table(names: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows)]
 
 
-def _figure(train: list[Row], path: Path) -> bool:
+def _figure(train: list[Row], path: Path, allowed: float | None = None) -> bool:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -155,6 +181,10 @@ def _figure(train: list[Row], path: Path) -> bool:
             if points:
                 axes.plot(*zip(*points), label=name.replace("_", " "), linewidth=1)
         axes.set(title=title, xlabel="step", ylabel=unit)
+        if names == ("violation",) and allowed is not None:
+            axes.axhline(allowed, color="black", linestyle=":", linewidth=1)
+        elif names == ("multiplier",):
+            axes.set_yscale("log")
         if len(names) > 1:
             axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=130)

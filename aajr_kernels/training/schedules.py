@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..method.checks import check_number
+from ..method.checks import check_integers, check_number
 
-__all__ = ["Cosine", "Linear", "Schedule", "WarmUp", "value_at"]
+__all__ = ["Cosine", "Linear", "Schedule", "Share", "WarmUp", "value_at"]
 
 Schedule = float | Callable[[int], float]
 
@@ -64,6 +64,27 @@ class WarmUp:
 
     def __call__(self, step: int) -> float:
         return value_at(self.then, step, "then") * min(1.0, (step + 1) / self.steps)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of a number that is measured once, when the training begins, and kept in its checkpoints.
+
+    ``Penalty(weight=Share(0.1))``: λ · penalty is a tenth of the task loss at the first step whose penalty is positive.
+    That step only measures; the penalty has its weight from the next one on. :class:`.constraint.Constraint` says
+    which numbers its shares are of.
+
+    Attributes:
+        share: a schedule, as of ``Share(WarmUp(10, 0.1))``.
+        within: steps with a penalty in which the number has to be found.
+    """
+
+    share: Schedule = 0.1
+    within: int = 100
+
+    def __post_init__(self) -> None:
+        checked_schedule(self.share, "share")
+        check_integers(1, within=self.within)
 
 
 def value_at(schedule: Schedule, step: int, name: str) -> float:

@@ -15,7 +15,7 @@ Under DistributedDataParallel all processes do the same, each with its own batch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +32,10 @@ from ..method.wrapped import inside
 from . import randomness
 from .batches import Prepared, prepared
 from .config import Diagnostics, ObjectiveConfig
-from .objective import Counts, ScheduledValues, Terms, terms_of
+from .constraint import Multiplier
+from .objective import Counts, Terms, terms_of
 from .policy import Policy, policy_of
+from .scheduled import ScheduledValues
 from .sharing import Sharing
 from .wrappers import unwrapped
 
@@ -56,6 +58,7 @@ class Objective:
     Attributes:
         module: the model without its wrapper.
         sharing: of contexts; its ``reason`` says why one was not shared.
+        multiplier: λ and γ, which a :class:`Share` and a :class:`Constraint` find and move.
 
     Raises:
         TypeError: `model` is in a wrapper that is not understood, or cannot be called by itself; `config` is none.
@@ -68,6 +71,7 @@ class Objective:
         self.config = config
         self.policy = policy_of(self.module) if policy is None else policy
         self.sharing = Sharing(config)
+        self.multiplier = Multiplier(config.penalty)
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +104,21 @@ class Objective:
         ours = [self.prepared(batch) for batch in batches]
         return Counts.of(ours, self.config, self.group if across else None, self.device)
 
+    def scheduled(self, step: int) -> ScheduledValues:
+        """The numbers of a step, with λ and γ as the steps before have left them; all processes call this."""
+        if self.multiplier.has_measurements and self.multiplier.step != step:
+            self.multiplier.settle(self.group)
+        return ScheduledValues.at(self.config, step, self.multiplier)
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ, γ and what they follow, as numbers and lists; all processes call this, between two steps."""
+        self.multiplier.settle(self.group)
+        return {"multiplier": self.multiplier.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was."""
+        self.multiplier.load_state_dict(state["multiplier"])
+
     def __call__(
         self,
         batch: Any,
@@ -114,7 +133,8 @@ class Objective:
         Args:
             batch: see :func:`.batches.prepared`.
             counts: of the whole step; by default this batch is all of it (on this process).
-            step: 0, 1, ...: where the schedules are, and with `part` what the attack draws.
+            step: 0, 1, ...: where the schedules are, and with `part` what the attack draws. When it changes, a
+                :class:`Share` or a :class:`Constraint` takes in what the step before measured.
             part: the index of the micro-batch in the step.
             on_report: called with the :class:`StabilityReport` where ``config.diagnostics`` says that one is due.
 
@@ -127,9 +147,7 @@ class Objective:
             NonFiniteLoss: in the attack.
             RuntimeError: the model was prepared for mixed precision and autocast is off.
         """
-        terms = self._terms(
-            batch, ScheduledValues.at(self.config, step), counts, step, part, on_report=on_report
-        )
+        terms = self._terms(batch, self.scheduled(step), counts, step, part, on_report=on_report)
         if not terms.total.requires_grad:
             raise ValueError(
                 "the objective does not depend on any parameter that is trained: check the weights of the losses, that "
@@ -158,8 +176,12 @@ class Objective:
         Returns:
             Terms: whose total is 0 without a gradient where λ or the radius is 0, on the steps between those of
             ``Penalty(every=)``, or where the batch has no labels.
+
+        Raises:
+            ValueError: λ is a share of the task loss, which is not known here.
         """
-        scheduled = replace(ScheduledValues.at(self.config, step), adversarial=0.0, clean=0.0)
+        replace(self.config, adversarial_weight=0.0, clean_weight=0.0)  # raises if λ is a share of a loss
+        scheduled = replace(self.scheduled(step), adversarial=0.0, clean=0.0)
         batch = self.prepared(batch)
         if counts is None and not bool((batch.labels != IGNORED).any()):
             return Terms(torch.zeros((), device=self.device), {})
@@ -188,18 +210,45 @@ class Objective:
             after_attack = functools.partial(self._diagnose, diagnostics, step, on_report)
         arguments = (self.module, self.policy, ours, self.config, scheduled, counts, generator)
 
-        def work() -> tuple[Tensor, dict[str, Tensor]]:
+        def work() -> Terms:
             with one_dropout_mask(self.device):
-                terms = terms_of(*arguments, after_attack, row_weights, self.sharing)
+                return terms_of(*arguments, after_attack, row_weights, self.sharing)
+
+        def outputs() -> tuple[Tensor, dict[str, Tensor]]:
+            terms = work()
             return terms.total, terms.parts
 
         if self.module is self.model or not (
             scheduled.attacks or scheduled.clean
         ):  # nothing to be differentiated
-            return Terms(*work())
-        # DistributedDataParallel wants one forward from which one backward comes: the whole objective is it. Buffers
-        # are synchronised before, and unused parameters are found in the loss.
-        return Terms(*inside(self.model, work)())
+            terms = work()
+        else:
+            # DistributedDataParallel wants one forward from which one backward comes: the whole objective is it.
+            # Buffers are synchronised before, and unused parameters are found in the loss.
+            terms = Terms(*inside(self.model, outputs)())
+        units = terms.parts.pop("units", None)
+        if scheduled.measures:
+            self._measured(terms.parts, scheduled, counts, step, units)
+        return terms
+
+    def _measured(
+        self,
+        parts: Mapping[str, Tensor],
+        scheduled: ScheduledValues,
+        counts: Counts,
+        step: int,
+        units: Tensor | None,
+    ) -> None:
+        zero = torch.zeros((), device=self.device)
+        clean = scheduled.clean * parts.get("clean_loss", zero)
+        loss = clean + scheduled.adversarial * parts.get("adversarial_loss", zero)
+        of_all = counts.processes
+        gamma = None if self.config.penalty.gamma is None else scheduled.gamma
+        self.multiplier.add(
+            *(step, of_all * loss, of_all * parts.get("penalty", zero)),
+            zero.expand(0) if units is None else units,
+            gamma,
+        )
 
     def _check_autocast(self) -> None:
         """accelerate puts autocast into the forward of the whole model, which is not what is called."""

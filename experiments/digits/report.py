@@ -10,6 +10,7 @@ import numpy as np
 from common.plots import figure, save
 
 from .. import summaries
+from ..statistics import t_interval
 from ..store import Row
 from ..summaries import Comparison, Quantity, chosen_runs, entry
 
@@ -31,13 +32,11 @@ COMPARISON = Comparison(
     },
     pairs=[(ours, baseline) for ours, baselines in BASELINES.items() for baseline in baselines],
     quantities={
-        "nominal": Quantity("nominal loss", entry("test", "nominal"), label="nominal loss"),
+        "nominal": Quantity("nominal loss", entry("test", "nominal"), primary=True, margin=0.01),
         "cross_entropy": Quantity("cross-entropy", entry("test", "cross_entropy")),
         "utility_error": Quantity("utility error", entry("test", "utility_error")),
         "accuracy": Quantity("accuracy", entry("test", "accuracy")),
-        "robust_accuracy": Quantity(
-            "robust accuracy", entry("test", "robust_accuracy"), label="robust accuracy"
-        ),
+        "robust_accuracy": Quantity("robust accuracy", entry("test", "robust_accuracy")),
     },
     greys=("#888888",),
 )
@@ -51,7 +50,7 @@ def _means(config: dict[str, Any], rows: list[Row]) -> str:
 
     def price(own: list[Row], _: list[Row]) -> str:
         return summaries.interval_text(
-            summaries.bootstrap_interval([row["test"]["nominal"] - cost[row["seed"]] for row in own])
+            t_interval([row["test"]["nominal"] - cost[row["seed"]] for row in own])
         )
 
     columns = {
@@ -89,5 +88,5 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
         *(__file__, header, rows),
         means=_means(header["config"], rows),
         differences=COMPARISON.differences(rows),
-        verdicts=COMPARISON.verdicts(rows),
+        primaries=COMPARISON.primary_table(rows),
     )

@@ -11,6 +11,7 @@ from common.pages import table
 from common.plots import figure, save
 
 from .. import summaries
+from ..statistics import t_interval
 from ..store import Row
 from ..summaries import Cell, Comparison, Quantity, chosen_runs, entry
 
@@ -38,17 +39,15 @@ def comparison(config: dict[str, Any]) -> Comparison:
         heading = "rise by embeddings" if attack == "embedding" else f"rise by {budget} tokens"
         return Quantity(heading, lambda row: row["test"][attack][place] - row["test"]["start"])
 
-    def within(factor: float, label: str = "") -> Quantity:
+    def within(factor: float, primary: bool = False) -> Quantity:
         heading = f"loss, embeddings within {factor * config['radius']:g}"
-        return Quantity(heading, entry("test", "embedding", radii.index(factor)), label=label)
+        return Quantity(heading, entry("test", "embedding", radii.index(factor)), 3, primary, 0.02)
 
     replaced = entry("test", "substitution", budget)
     quantities = {
-        "clean": Quantity("clean loss", entry("test", "clean"), label="clean loss"),
-        "embedding": within(1.0, "loss under the embedding attack"),
-        "substitution": Quantity(
-            f"loss, {budget} tokens replaced", replaced, label="loss under the substitution attack"
-        ),
+        "clean": Quantity("clean loss", entry("test", "clean")),
+        "embedding": within(1.0, primary=True),
+        "substitution": Quantity(f"loss, {budget} tokens replaced", replaced, 3, True, 0.02),
         **{f"embedding at {factor:g}": within(factor) for factor in radii if factor != 1},
         "rise in embeddings": rise("embedding", radii.index(1.0)),
         "rise": rise("substitution", budget),
@@ -107,7 +106,7 @@ def _runs(rows: list[Row]) -> str:
         if own[0]["method"] == "adversarial":
             return "1"
         ratios = [seconds / base[seed] for seed, seconds in _step_seconds(every).items()]
-        return summaries.interval_text(summaries.bootstrap_interval(ratios), 2, sign=False)
+        return summaries.interval_text(t_interval(ratios), 2, sign=False)
 
     columns = {
         "w or λ": matched(lambda own, _: summaries.geometric_mean(own, "knob")),
@@ -178,7 +177,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
         open_places=(part["length"] // part["turn"] + 1) // 2 * part["turn"],
         means=_means(part, scratch),
         differences=compared.differences(scratch),
-        verdicts=compared.verdicts(scratch),
+        primaries=compared.primary_table(scratch),
         afterwards=compared.differences(scratch, AFTERWARDS),
         runs=_runs(scratch),
         adapted_means=_means(config["adapted"], adapted),

@@ -11,6 +11,7 @@ from common.pages import table
 from common.plots import COLOURS, figure, save
 
 from .. import summaries
+from ..statistics import t_interval
 from ..store import Row
 
 PARTS = {"digits": "digits", "language": "byte-level language model"}
@@ -30,13 +31,9 @@ def _table(config: dict[str, Any], rows: list[Row], part: str) -> str:
     for every in (*config["every"], None):
         cells = [f"{at(every, name).mean():.3f}" for name in LOSSES]
         for name in LOSSES:
-            difference = summaries.t_interval(at(every, name) - at(1, name)) if every != 1 else None
+            difference = t_interval(at(every, name) - at(1, name)) if every != 1 else None
             cells.append(summaries.interval_text(difference))
-        ratio = (
-            summaries.t_interval(at(every, "seconds_per_step") / at(1, "seconds_per_step"))
-            if every != 1
-            else None
-        )
+        ratio = t_interval(at(every, "seconds_per_step") / at(1, "seconds_per_step")) if every != 1 else None
         cells += [
             f"{1000 * at(every, 'seconds_per_step').mean():.1f}",
             "1" if ratio is None else summaries.interval_text(ratio, 2, sign=False),
@@ -50,7 +47,7 @@ def _picture(config: dict[str, Any], rows: list[Row], path: Path) -> None:
     drawn, panels = figure(len(PARTS), width=4.4, height=3.4)
     for axis, (part, title) in zip(panels, PARTS.items()):
         for (name, label), colour in zip(LOSSES.items(), COLOURS):
-            intervals = [summaries.t_interval(_values(rows, part, k, name)) for k in config["every"]]
+            intervals = [t_interval(_values(rows, part, k, name)) for k in config["every"]]
             means, low, high = np.array(intervals).T
             axis.errorbar(
                 config["every"],

@@ -11,6 +11,7 @@ from common.pages import table
 from common.plots import figure, save
 
 from .. import summaries
+from ..statistics import t_interval
 from ..store import Row
 from ..summaries import Comparison, Quantity, chosen_runs, entry
 
@@ -33,13 +34,11 @@ COMPARISON = Comparison(
         "falls": Quantity(
             "non-monotone, %",
             lambda row: 100 * sum(row["falls"]) / max(len(row["falls"]), 1),
-            *(2, "non-monotone fraction"),
+            *(2, True, 0.05),
         ),
-        "variance": Quantity(
-            "variance × 100", entry("variance", factor=100), 2, "variance of the outer loss"
-        ),
+        "variance": Quantity("variance × 100", entry("variance", factor=100), 2, True, 0.2),
         "jitter": Quantity("jitter × 100", entry("jitter", factor=100), 2),
-        "robust_loss": Quantity("robust loss", entry("test", "robust_loss"), label="robust loss"),
+        "robust_loss": Quantity("robust loss", entry("test", "robust_loss"), primary=True, margin=0.05),
         "robust_accuracy": Quantity("robust accuracy", entry("test", "robust_accuracy")),
         "kappa": Quantity("largest κ", entry("test", "kappa"), 1),
         "nominal": Quantity("nominal loss", entry("test", "nominal")),
@@ -95,7 +94,7 @@ def _picture(rows: list[Row], factors: list[float], path: Path) -> None:
             by_factor = [
                 (f, list(COMPARISON.values(_at(rows, f), method, quantity).values())) for f in factors
             ]
-            points = [(f * shift, *summaries.bootstrap_interval(v)) for f, v in by_factor if len(v) > 1]
+            points = [(f * shift, *t_interval(v)) for f, v in by_factor if len(v) > 1]
             if points:
                 at, mean, low, high = np.asarray(points).T
                 error, label = [mean - low, high - mean], name if axis is axes[0] else None
@@ -124,12 +123,22 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
         return COMPARISON.differences(rows, columns=columns)
 
     kappas = [row["kappa_0"] for row in rows]
+    tested = [row for row in rows if row["chosen"]]
+    means = [
+        np.mean(list(COMPARISON.values(_at(rows, factor), method, "robust_accuracy").values()))
+        for method in COMPARISON.names
+        for factor in factors
+    ]
     return summaries.page(
         *(__file__, header, rows),
         kappas=(min(kappas), max(kappas)),
         listed="\n\n".join(_by_factor(rows, quantity, factors) for quantity in LISTED),
         differences=COMPARISON.differences(rows),
-        verdicts=COMPARISON.verdicts(rows),
+        primaries=COMPARISON.primary_table(rows),
+        robust_accuracy=max(row["test"]["robust_accuracy"] for row in tested),
+        mean_robust_accuracy=max(means),
+        runs=len(rows),
+        diverged=sum(row["diverged"] for row in rows),
         robust_by_factor=by_factor("robust_loss"),
         falls_by_factor=by_factor("falls"),
         matching=_matching(rows, factors),

@@ -11,7 +11,17 @@ from common.pages import table
 from common.plots import figure, save
 
 from ..store import Row
-from ..summaries import Comparison, Quantity, by_method, chosen_runs, entry, geometric_mean, page, share_of
+from ..summaries import (
+    Comparison,
+    Quantity,
+    by_method,
+    chosen_runs,
+    entry,
+    geometric_mean,
+    interval_text,
+    page,
+    share_of,
+)
 from .training import SMOOTHED
 
 COMPARISON = Comparison(
@@ -31,10 +41,13 @@ COMPARISON = Comparison(
         ("aajr-agents", "aajr-joint"),
     ],
     quantities={
-        "variance": Quantity("variance × 100", entry("variance", factor=100), 2, "variance"),
-        "falls": Quantity("non-monotone, %", entry("falls", factor=100), 2, "non-monotone fraction"),
-        "robust": Quantity("robust joint payoff", entry("test", "robust_joint"), label="robust joint payoff"),
+        "variance": Quantity("variance × 100", entry("variance", factor=100), 2, True, 0.1),
+        "falls": Quantity("non-monotone, %", entry("falls", factor=100), 2, True, 0.25),
+        "robust": Quantity("robust joint payoff", entry("test", "robust_joint"), primary=True, margin=0.016),
         "joint": Quantity("clean joint payoff", entry("test", "joint")),
+        "damage": Quantity(
+            "lost to the attack", lambda row: row["test"]["joint"] - row["test"]["robust_joint"]
+        ),
         "share": Quantity("share of the optimum", entry("test", "share")),
         "jitter": Quantity("jitter × 100", entry("jitter", factor=100), 2),
         "drop": Quantity("largest drop", entry("drop")),
@@ -76,6 +89,31 @@ def _play(rows: list[Row]) -> str:
     )
 
 
+def _parts(rows: list[Row]) -> str:
+    """What the differences of the robust payoff from no penalty consist of."""
+    sentences = []
+    for ours in ("aajr-joint", "aajr-agents"):
+        robust, clean, damage = (
+            interval_text(COMPARISON.difference(rows, ours, "none", name))
+            for name in ("robust", "joint", "damage")
+        )
+        sentences.append(
+            f"{COMPARISON.names[ours]}: {robust} in robust payoff, {clean} in clean payoff, {damage} in what the "
+            "attack takes of it."
+        )
+    return " ".join(sentences)
+
+
+def _ends(rows: list[Row]) -> str:
+    """How often every weight was chosen."""
+    counts = []
+    for method in list(COMPARISON.names)[1:]:
+        chosen = [row["knob"] for row in rows if row["method"] == method and row["chosen"]]
+        each = ", ".join(f"{knob:g} in {chosen.count(knob)}" for knob in sorted(set(chosen)))
+        counts.append(f"{COMPARISON.names[method]} {each}")
+    return "; ".join(counts)
+
+
 def _picture(rows: list[Row], path: Path) -> None:
     drawn, (curves, front, forest) = figure(3, width=4.4, height=4.0)
     for method, name in COMPARISON.names.items():
@@ -112,7 +150,9 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
         token=config["model"]["width"] ** 0.5,
         means=by_method(COMPARISON.names, scratch, columns),
         differences=COMPARISON.differences(scratch),
-        verdicts=COMPARISON.verdicts(scratch),
+        primaries=COMPARISON.primary_table(scratch),
+        parts=_parts(scratch),
+        ends=_ends(scratch),
         language_table=_language(language),
         play=_play(rows),
     )

@@ -15,8 +15,8 @@ from experiments.base import run_experiment
 from experiments.digits import data, training
 from experiments.digits.report import COMPARISON
 from experiments.search import best, bisected
+from experiments.statistics import t_interval
 from experiments.store import Store
-from experiments.summaries import bootstrap_interval
 
 QUICK = load("digits").config(True)
 
@@ -129,7 +129,7 @@ def test_differences_are_paired_by_seed():
             ("b", 2, True, 1.5), ("b", 1, True, 4.0), ("b", 0, True, 0.75),
         ]
     ]  # fmt: skip
-    assert COMPARISON.difference(rows, "a", "b", "nominal") == bootstrap_interval([0.25, 1.0, 0.5])
+    assert COMPARISON.difference(rows, "a", "b", "nominal") == t_interval([0.25, 1.0, 0.5])
 
 
 def test_a_small_run_and_its_page(tmp_path):

@@ -25,8 +25,8 @@ from experiments.language_model import attacks, models, parts, text, training
 from experiments.language_model.evaluation import clean_loss, evaluate
 from experiments.language_model.report import PAIRS, comparison
 from experiments.search import best
+from experiments.statistics import t_interval
 from experiments.store import Store
-from experiments.summaries import bootstrap_interval
 
 FULL, QUICK = load("language-model").config(False), load("language-model").config(True)
 SMALL = QUICK["scratch"]
@@ -220,15 +220,14 @@ def test_differences_are_paired_by_seed():
     rows += [row("random", seed, 2.0, 3.1, 4.0 - (seed - 1)) for seed in range(3)]
     rows += [row("random", 0, 9.0, 9.0, 9.0) | {"chosen": False}]
     compared = comparison(FULL["scratch"])
-    expected = pytest.approx(bootstrap_interval([-0.1, -0.2, -0.3]))
+    expected = pytest.approx(t_interval([-0.1, -0.2, -0.3]))
     assert compared.difference(rows, "aajr", "random", "embedding") == expected
-    assert compared.difference(rows, "aajr", "random", "substitution") == bootstrap_interval([-1.0, 0.0, 1.0])
-    assert compared.difference(rows, "aajr", "random", "rise") == bootstrap_interval([-1.0, 0.0, 1.0])
-    sentence = compared.verdict(rows, "aajr", "random")
-    assert "embedding attack **lower**" in sentence and "clean loss indistinguishable" in sentence
-    assert "substitution attack indistinguishable" in sentence
+    assert compared.difference(rows, "aajr", "random", "substitution") == t_interval([-1.0, 0.0, 1.0])
+    assert compared.difference(rows, "aajr", "random", "rise") == t_interval([-1.0, 0.0, 1.0])
+    assert set(compared.primaries(rows)) == {("aajr", "random", n) for n in ("embedding", "substitution")}
     more = rows + [row("weighted", s, 1.0, 1.0, 1.0) for s in range(3)]
-    assert "adversarial, w matched" in compared.verdict(more, *PAIRS[0])
+    assert "AAJR − adversarial, w matched | loss, 4 tokens replaced | 3 |" in compared.primary_table(more)
+    assert (*PAIRS[0], "clean") not in compared.primaries(more)
 
 
 def test_the_run_nearest_to_the_target_is_tested():

@@ -1,4 +1,4 @@
-"""The experiment on lazy penalties: its intervals, its steps, its page."""
+"""The experiment on lazy penalties: its steps, its page."""
 
 from __future__ import annotations
 
@@ -11,17 +11,8 @@ pytest.importorskip("matplotlib")
 from experiments import lazy, load
 from experiments.digits import training
 from experiments.digits.data import load as load_digits
-from experiments.summaries import t_interval
 
 QUICK = load("lazy").config(True)
-
-
-def test_t_interval():
-    """Against the table of Student's distribution: 12.706 for one degree of freedom, 2.776 for four."""
-    assert t_interval([1.0, 3.0]) == pytest.approx((2.0, 2 - 12.7062, 2 + 12.7062), abs=1e-3)
-    sample = [1.0, 2.0, 3.0, 4.0, 5.0]
-    half = 2.7764 * (2.5 / 5) ** 0.5
-    assert t_interval(sample) == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-3)
 
 
 def test_a_penalty_on_every_kth_step(monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -16,7 +15,7 @@ from common.pages import table
 from experiments.__main__ import experiment
 from experiments.base import Experiment, Task, run_experiment
 from experiments.store import Store, read
-from experiments.summaries import bootstrap_interval, interval_text
+from experiments.summaries import interval_text
 
 COUNTED: list[int] = []
 
@@ -90,22 +89,6 @@ def test_other_configurations_and_bad_rows_are_refused(tmp_path):
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="header"):
         read(tmp_path / "other.jsonl")
-
-
-def test_bootstrap_interval_covers_the_mean_of_a_normal_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    hits, trials = 0, 200
-    for seed in range(trials):
-        _, low, high = bootstrap_interval(generator.normal(1.0, 2.0, 40), resamples=1000, seed=seed)
-        hits += low <= 1.0 <= high
-    # percentile intervals of 40 values cover a little less than 95 %: 93 % within four standard deviations
-    assert abs(hits / trials - 0.93) < 4 * (0.93 * 0.07 / trials) ** 0.5
-    mean, low, high = bootstrap_interval([2.0, 2.0, 2.0])
-    assert mean == low == high == 2.0
-    assert bootstrap_interval([1.0, 3.0, 5.0]) == bootstrap_interval([1.0, 3.0, 5.0])
-    for bad in ([1.0], [1.0, float("nan")]):
-        with pytest.raises(ValueError, match="two or more finite numbers"):
-            bootstrap_interval(bad)
 
 
 def test_texts():

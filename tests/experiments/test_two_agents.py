@@ -18,8 +18,8 @@ import aajr_kernels as aajr
 from experiments import load
 from experiments.base import run_experiment
 from experiments.search import best
+from experiments.statistics import t_interval
 from experiments.store import Store
-from experiments.summaries import bootstrap_interval
 from experiments.two_agents import evaluation, policies, rank, training
 from experiments.two_agents.game import Games, Heads, deal, expected, marginal
 from experiments.two_agents.report import COMPARISON
@@ -318,12 +318,16 @@ def test_differences_are_paired_by_seed():
     rows += [outcome("none", s, v, w) for s, v, w in [(2, 0.05, 0.02), (0, 0.2, None), (1, 0.3, 0.03)]]
     rows.append(outcome("none", 0, 9.0, 9.0) | {"chosen": False})
     compare = lambda quantity: COMPARISON.difference(rows, "aajr-joint", "none", quantity)
-    assert compare("robust") == pytest.approx(bootstrap_interval([0.1, 0.2, 0.05]))
+    assert compare("robust") == pytest.approx(t_interval([0.1, 0.2, 0.05]))
     # a run that broke off has no variance
-    assert compare("variance") == pytest.approx(bootstrap_interval([-2.0, -1.0]))
-    sentence = COMPARISON.verdict(rows, "aajr-joint", "none")
-    assert "variance **lower**" in sentence and "robust joint payoff **higher**" in sentence
-    assert "non-monotone fraction indistinguishable" in sentence
+    assert compare("variance") == pytest.approx(t_interval([-2.0, -1.0]))
+    judged = COMPARISON.primaries(rows)
+    assert {key[2]: outcome.count for key, outcome in judged.items()} == {
+        "variance": 2,
+        "falls": 3,
+        "robust": 3,
+    }
+    assert {outcome.verdict for outcome in judged.values()} == {"undecided", "equivalent"}
 
 
 @pytest.mark.slow

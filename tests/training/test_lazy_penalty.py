@@ -12,7 +12,7 @@ from training.tiny_lm import ATTACK, fit_config, plain, quiet, sequences, tiny_l
 
 from aajr_kernels.training import Objective, ObjectiveConfig, Penalty, WarmUp
 from aajr_kernels.training import objective as objectives
-from aajr_kernels.training.objective import ScheduledValues
+from aajr_kernels.training.scheduled import ScheduledValues
 
 BATCH = {
     "input_ids": sequences(1, batch=3, length=6)[0],
@@ -54,7 +54,7 @@ def test_every_kth_step_has_k_times_the_weight(adversarial):
 
 
 def test_a_penalty_without_a_loss_has_nothing_to_learn_between_its_steps():
-    config = plain(steps=2, penalty=Penalty(every=2), adversarial_weight=0.0)
+    config = plain(steps=2, penalty=Penalty(weight=0.1, every=2), adversarial_weight=0.0)
     with pytest.raises(ValueError, match=r"does not depend .* with Penalty\(every=\) a loss has a weight"):
         quiet(tiny_lm(), sequences(1), config)
     objective = Objective(tiny_lm(), config.objective)

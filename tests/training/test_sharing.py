@@ -164,7 +164,7 @@ def test_bad_values():
 
 def test_the_report_says_what_was_computed(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
-    monkeypatch.setattr("aajr_kernels.training.report._figure", lambda rows, path: False)
+    monkeypatch.setattr("aajr_kernels.training.report._figure", lambda *_: False)
     net = gpt2()
     config = FitConfig(steps=2, objective=replace(CONFIG, penalty=Penalty(weight=0.2, every=2)))
     rows = quiet(net, [batch(0)], config, out=tmp_path / "shared").rows

@@ -171,7 +171,7 @@ def test_smoothness_is_that_of_the_mean_loss_that_is_maximised(monkeypatch):
     monkeypatch.setattr("aajr_kernels.training.step.stability_report", looked_at)
     model, gamma = tiny_lm().double().eval(), 0.02
     config = ObjectiveConfig(
-        attack=Attack(radius=5.0, steps=2, step_size=0.3),
+        attack=Attack(radius=5.0, relative=False, steps=2, step_size=0.3),
         penalty=Penalty(weight=0.1, gamma=gamma),
         diagnostics=Diagnostics(1, smoothness=True, samples=3),
     )

@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     """They take longer than the trainings; the other file of tests draws them."""
-    monkeypatch.setattr("aajr_kernels.training.report._figure", lambda rows, path: False)
+    monkeypatch.setattr("aajr_kernels.training.report._figure", lambda *_: False)
 
 
 class Stop(Exception):

@@ -10,7 +10,7 @@ from torch import nn
 from aajr_kernels.training import Attack, FitConfig, ObjectiveConfig, fit
 
 VOCABULARY, WIDTH = 13, 6
-ATTACK = Attack(radius=0.5, steps=2, step_size=0.3, scope="token")
+ATTACK = Attack(radius=0.5, relative=False, steps=2, step_size=0.3, scope="token")
 
 
 class TinyLM(nn.Module):

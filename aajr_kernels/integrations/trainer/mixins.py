@@ -8,7 +8,9 @@ What happens outside of ``compute_loss`` (data, accelerate, optimizer, checkpoin
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor, nn
 
 from ...method.wrapped import inside
 from ...training import Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
-from ...training.objective import ScheduledValues
 from ...training.wrappers import unwrapped
 from . import checks
 from .grpo import grpo_batch
@@ -28,6 +29,8 @@ __all__ = ["AAJRPenaltyMixin", "AAJRTrainerMixin"]
 
 #: entries of a batch that say what may be attacked, and that models do not take
 ATTACK_COLUMNS = ("attack_mask", "agents")
+#: state of the objective, in the folder of a checkpoint
+STATE = "objective.json"
 
 
 class _Mixin(_Base):
@@ -71,6 +74,8 @@ class _Mixin(_Base):
             with self.accelerator.autocast():  # in which the whole is computed too, once it is prepared
                 self._aajr_policy = policy_of(inside)
         self._aajr_objective = Objective(model, self.aajr_config, policy=self._aajr_policy)
+        if known is not None and known.module is inside:
+            self._aajr_objective.multiplier = known.multiplier
         return self._aajr_objective
 
     def _aajr_place(self) -> tuple[int, int, bool]:
@@ -121,9 +126,23 @@ class _Mixin(_Base):
         kept = self._signature_columns
         self._signature_columns = [*kept, *(name for name in ATTACK_COLUMNS if name not in kept)]
 
-    def _aajr_logged(self, terms: Terms, step: int) -> None:
-        scheduled = ScheduledValues.at(self.aajr_config, step)
-        settings = {"radius": scheduled.radius}
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Beside them λ and γ where they are found or moved; all processes call this."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self._aajr_of(self.model_wrapped).state_dict()
+        if self.args.should_save:
+            (Path(output_dir) / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """And λ and γ."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / STATE).exists():
+            state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+            self._aajr_of(self.model_wrapped).load_state_dict(state)
+
+    def _aajr_logged(self, objective: Objective, terms: Terms, step: int) -> None:
+        scheduled = objective.scheduled(step)
+        settings = {"radius": scheduled.radius, **objective.multiplier.facts}
         if scheduled.weight or self.aajr_config.penalty.every == 1:  # 0 between the steps of a penalty
             settings["penalty_weight"] = scheduled.weight
         if scheduled.gamma is not None:
@@ -195,7 +214,7 @@ class AAJRTrainerMixin(_Mixin):
                 part=part,
                 on_report=self._aajr_meter.report,
             )
-        self._aajr_logged(terms, step)
+        self._aajr_logged(objective, terms, step)
         return terms.total * checks.loss_divisor(self, num_items_in_batch)
 
 
@@ -211,6 +230,8 @@ class AAJRPenaltyMixin(_Mixin):
     """
 
     def _aajr_check_loss(self) -> None:
+        # raises if λ is a share of a loss
+        dataclasses.replace(self.aajr_config, adversarial_weight=0.0, clean_weight=0.0)
         if type(self).aajr_batch is AAJRPenaltyMixin.aajr_batch and not _is_grpo(self):
             raise TypeError(
                 f"{type(self).__name__} must define aajr_batch(inputs), which says where in the trainer's inputs the "
@@ -236,9 +257,11 @@ class AAJRPenaltyMixin(_Mixin):
         batch, weights = self.aajr_batch(inputs)
         ours = objective.prepared(batch)
         step, part, _ = self._aajr_place()
+        objective.scheduled(step)  # over the processes, outside of the forward
         if objective.group is not None:  # other draws on every process
             part = part * objective.group.size() + objective.group.rank()
         plain = Objective(objective.module, self.aajr_config, policy=objective.policy)
+        plain.multiplier = objective.multiplier
         original = super().compute_loss
 
         def work() -> tuple[Any, Tensor, dict[str, Tensor]]:
@@ -253,7 +276,7 @@ class AAJRPenaltyMixin(_Mixin):
         # a mean over micro-batches: Trainer divides by their number, unless the trainer says that it did so itself
         number = max(self._aajr_parts, 1)
         shares = {name: value if name.endswith("_max") else value / number for name, value in parts.items()}
-        self._aajr_logged(Terms(total, shares), step)
+        self._aajr_logged(objective, Terms(total, shares), step)
         share = total * checks.loss_divisor(self, num_items_in_batch) / number
         if return_outputs:
             return loss[0] + share, loss[1]

@@ -25,7 +25,17 @@ from integrations.trainer.trainers import (
 )
 
 import aajr_kernels as aajr
-from aajr_kernels.training import Attack, Diagnostics, Linear, Objective, ObjectiveConfig, Penalty, Policy
+from aajr_kernels.training import (
+    Attack,
+    Constraint,
+    Diagnostics,
+    Linear,
+    Objective,
+    ObjectiveConfig,
+    Penalty,
+    Policy,
+    Share,
+)
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -170,11 +180,12 @@ def test_activation_checkpointing(by_hand, tmp_path, record_property):
 
 
 @pytest.mark.slow
-def test_a_resumed_training_goes_on_bit_by_bit(tmp_path):
+@pytest.mark.parametrize("penalty", [CONFIG.penalty, Constraint(gamma=Share(0.5), window=8, rate=0.5)])
+def test_a_resumed_training_goes_on_bit_by_bit(penalty, tmp_path):
     """With dropout, random starts, shuffling, momentum and accumulation, in the middle of an epoch."""
     attack = dataclasses.replace(ATTACK, init="uniform", restarts=2, radius=Linear(0.2, 0.5, 4))
     options = dict(
-        objective=dataclasses.replace(CONFIG, attack=attack),
+        objective=dataclasses.replace(CONFIG, attack=attack, penalty=penalty),
         data=Rows(8),
         gradient_accumulation_steps=2,
         max_steps=6,
@@ -191,6 +202,8 @@ def test_a_resumed_training_goes_on_bit_by_bit(tmp_path):
     )
     rows = rows_of(trainer)
     assert rows_of(resumed) == rows and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    if isinstance(penalty, Constraint):  # logged with the next step: λ moved on both sides of the checkpoint
+        assert len({row["penalty_weight"] for row in rows}) >= 4 and "violation" in rows[-1]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     other = dataclasses.replace(options["objective"], seed=1)
     different, _ = trained(AAJRTrainer, gpt2(dropout=0.2), tmp_path, **(options | dict(objective=other)))
