@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .case import LIMITS
+from .roofline import MethodStep, flops_of
 from .row import Row, latest
 
 #: variant -> colour, the same in every picture; each has a contrast of at least 3 on white and on a dark page
@@ -88,8 +89,12 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         ValueError: there is no step ratio among the rows.
     """
     groups: dict[str, list[Row]] = {}
-    for row in sorted(filter(is_whole_step, latest(rows)), key=rank):
+    steps = sorted(filter(is_whole_step, latest(rows)), key=rank)
+    several = len({row.cpu for row in steps if row.device == "cpu"}) > 1
+    for row in steps:
         where = row.torch_capability if row.device == "cpu" else row.device_name or row.device
+        if several and row.device == "cpu":
+            where += f"\n{row.cpu}"
         groups.setdefault(f"{model_name(row)} {row.dtype} {where}", []).append(row)
     groups = {k: v for k, v in groups.items() if len({r.length for r in v}) > 1} or groups
     if not groups:
@@ -166,6 +171,69 @@ def plot_errors(rows: Sequence[Row], path: Path) -> None:
     keys = {model: Line2D([], [], marker=mark, **form) for model, mark in marks.items()}
     keys["limit for exact ones"] = Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9)
     _save(figure, axes, path, rows, keys)
+
+
+def plot_contexts(rows: Sequence[Row], path: Path) -> None:
+    """Time of a step of the method over the one that computes its context at every point, by the open share.
+
+    Points are measured, lines are counted: :class:`.roofline.MethodStep` of the same sizes.
+
+    Args:
+        rows: of suite `method`, families ``context*``; among those that measure the same the last counts.
+        path: picture to write; its suffix decides the format.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    from .suites import method, models, step
+
+    drawn = [
+        r
+        for r in latest(rows)
+        if r.suite == "method" and r.family in method.CONTEXTS and finite(r.ratio) and r.dtype == "float32"
+    ]
+    if not drawn:
+        raise ValueError(
+            "no row has a step with a shared context: run `python -m bench method:context --rows FILE` first."
+        )
+    length = drawn[0].length
+    shares = [2**-i for i in range(5)]
+    counted: dict[str, list[float]] = {}
+    for share in shares:
+        sizes = (models.sizes("llama", length), step.words("llama"), length, int(length * share))
+        steps = MethodStep(*sizes, method.STEPS, 4)
+        flops = {
+            "with penalty": flops_of(steps.penalty(shared=False)),
+            "with penalty, shared context": flops_of(steps.penalty(shared=True)),
+            method.OURS: flops_of(steps.adversarial()),
+            method.USUAL: flops_of(steps.usual()),
+        }
+        for name, value in flops.items():
+            counted.setdefault(name, []).append(value / flops["with penalty"])
+    figure, (axis,) = _figure(1, 1)
+    hues = {
+        "with penalty": COLOURS["plain"],
+        "with penalty, shared context": COLOURS["exact, fused"],
+        method.OURS: COLOURS["exact, compiled reference"],
+        method.USUAL: COLOURS["finite differences"],
+    }
+    keys: dict[str, Any] = {}
+    for name, hue in hues.items():
+        axis.plot(shares, counted[name], "--", color=hue, linewidth=1.2)
+        points = [(1 / method.CONTEXTS[r.family][0], r.ratio) for r in drawn if r.variant == name]
+        (keys[name],) = axis.plot(*zip(*points), "o", color=hue, markersize=5) if points else (None,)
+    from matplotlib.lines import Line2D
+
+    keys = {name: key for name, key in keys.items() if key is not None}
+    keys["by count of products"] = Line2D([], [], color=GREY, linestyle="--", linewidth=1.2)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(shares, ["all", "1/2", "1/4", "1/8", "1/16"])
+    axis.minorticks_off()
+    axis.invert_xaxis()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(f"tokens open to attack, of {length:,}")
+    axis.set_ylabel("time ÷ whole at every point")
+    _save(figure, [axis], path, drawn, keys)
 
 
 def _figure(columns: int, lines: int, height: float = 3.4, **options: Any) -> tuple[Any, list[Any]]:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from common import pages
 from common.command import fail, run
 
-from .plot import finite, is_whole_step, model_name, plot_errors, plot_steps, rank
+from .plot import finite, is_whole_step, model_name, plot_contexts, plot_errors, plot_steps, rank
 from .row import Entry, Row, read_entries
 from .tables import measured, say, wide_console
 
@@ -36,6 +36,25 @@ PEAKS = {
     "exact, recomputed": "penalty, `recompute`",
     "exact, checkpointed": "penalty, checkpointed",
     "exact, offloaded": "penalty, offloaded",
+}
+#: what is left out -> suite, and of every row family, variant and the part that is computed
+SAVINGS: Mapping[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
+    "context computed once per step of the method, S = 2,048": (
+        "method",
+        (
+            ("context-open", "with penalty, shared context", "all"),
+            ("context", "with penalty, shared context", "last 1/4"),
+            ("context-eighth", "with penalty, shared context", "last 1/8"),
+        ),
+    ),
+    "ignored tokens in the head, loss and penalty, 1,024 tokens": (
+        "head",
+        (("ignored", "fisher and loss, one in 2", "1/2"), ("ignored", "fisher and loss, one in 8", "1/8")),
+    ),
+    "penalty and attack on every k-th step beside the clean loss, S = 512": (
+        "method",
+        (("lazy", "every 2nd step", "k = 2"), ("lazy", "every 4th step", "k = 4")),
+    ),
 }
 
 
@@ -131,6 +150,31 @@ def peaks(entries: Sequence[Entry], prefix: str) -> str:
     return pages.table(["S", *(PEAKS[variant] for variant in used), "rows"], body)
 
 
+def savings(entries: Sequence[Entry], prefix: str) -> str:
+    """Time over that of the same step or head with nothing left out; of several machines the last one.
+
+    Raises:
+        ValueError: no row has such a ratio.
+    """
+    known = {
+        (e.row.suite, e.row.family, e.row.variant): e for e in latest(entries) if e.row.ratio is not None
+    }
+    body = []
+    for title, (suite, parts) in SAVINGS.items():
+        where = [(part, (suite, family, variant)) for family, variant, part in parts]
+        shown = [(part, known[key]) for part, key in where if key in known]
+        if shown:
+            names, ratios = (part for part, _ in shown), (f"{entry.row.ratio:.2f}" for _, entry in shown)
+            sources = links((entry for _, entry in shown), prefix)
+            body.append([title, ", ".join(names), ", ".join(ratios), sources])
+    if not body:
+        raise ValueError(
+            "no row has the time of a step that leaves something out: run `python -m bench method:context head:ignored "
+            "--rows FILE` first."
+        )
+    return pages.table(["left out", "computed", "time ÷ without", "rows"], body)
+
+
 def _peak(entry: Entry | None) -> str:
     if entry is None:
         return "–"
@@ -139,7 +183,14 @@ def _peak(entry: Entry | None) -> str:
 
 
 #: name of a table, as in its marks -> its Markdown, from all rows and the way from the page to the root
-TABLES: Mapping[str, Callable[[Sequence[Entry], str], str]] = {"step costs": costs, "memory": peaks}
+TABLES: Mapping[str, Callable[[Sequence[Entry], str], str]] = {
+    "step costs": costs,
+    "savings": savings,
+    "memory": peaks,
+}
+
+#: function that draws -> file in docs/images
+PICTURES = {plot_steps: "steps.png", plot_errors: "errors.png", plot_contexts: "context.png"}
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -216,7 +267,7 @@ def report(
         for path in (write / "README.md", *sorted((write / "docs").rglob("*.md"))):
             if rewrite(path, write, entries):
                 say(console, f"{path}: new table")
-        for draw, name in ((plot_steps, "steps.png"), (plot_errors, "errors.png")):
+        for draw, name in PICTURES.items():
             draw([entry.row for entry in entries], write / "docs" / "images" / name)
     except (OSError, ValueError) as error:
         fail(f"{error.filename}: {error.strerror}." if isinstance(error, OSError) else str(error))

@@ -80,6 +80,11 @@ def seconds(work: Iterable[Work], device: Device) -> float:
     return sum(one.seconds(device) for one in work)
 
 
+def flops_of(work: Iterable[Work]) -> float:
+    """Multiplications and additions of kernels."""
+    return sum(one.flops for one in work)
+
+
 # ------------------------------------------------------------------------------------------------------ attention
 @dataclass(frozen=True)
 class Attention:

@@ -147,7 +147,7 @@ def show_predictions(cases: Sequence[Case], device: roofline.Device, console: Co
         times = {v.name: 1e3 * roofline.seconds(v.work, device) for v in case.variants if v.work}
         base = min((times[name] for name in case.base if name in times), default=None)
         for variant in (v for v in case.variants if v.work):
-            ms, flops = times[variant.name], sum(one.flops for one in variant.work)
+            ms, flops = times[variant.name], roofline.flops_of(variant.work)
             longest = max(variant.work, key=lambda one: one.seconds(device))
             arithmetic = longest.flops and longest.seconds(device) == longest.flops / device.rate(
                 longest.kind

@@ -36,10 +36,12 @@ def test_the_checkout_is_written(tmp_path):
     begin, end = report.marks("step costs")
     (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "README.md").write_text(f"{begin}\n{end}\n")
-    file = benchmark_rows.write(tmp_path / "rows.jsonl", benchmark_rows.several())
+    config = {"suite": "method", "family": "context", "length": 2048}
+    context = benchmark_rows.fields(**config, variant="with penalty, shared context", ratio=0.6)
+    file = benchmark_rows.write(tmp_path / "rows.jsonl", [*benchmark_rows.several(), context])
     options = ["--rows", file, "--write", tmp_path]
     assert "README.md: new table" in invoke(*options)
-    assert {path.name for path in (tmp_path / "docs" / "images").iterdir()} == {"steps.png", "errors.png"}
+    assert {path.name for path in (tmp_path / "docs" / "images").iterdir()} == set(report.PICTURES.values())
     assert "new table" not in invoke(*options)
 
 

@@ -27,10 +27,12 @@ def entries() -> list[report.Entry]:
 @pytest.mark.parametrize("name", report.TABLES)
 def test_the_table_is_the_one_that_the_rows_give(name, entries):
     first, last = report.marks(name)
-    (page,) = [path for path in PAGES if first in path.read_text()]
-    prefix = "../" * (len(page.relative_to(ROOT).parts) - 1)
-    text = page.read_text()
-    assert text.partition(first)[2].partition(last)[0].strip() == report.TABLES[name](entries, prefix)
+    pages = [path for path in PAGES if first in path.read_text()]
+    assert len(pages) == {"savings": 2}.get(name, 1)
+    for page in pages:
+        prefix = "../" * (len(page.relative_to(ROOT).parts) - 1)
+        text = page.read_text()
+        assert text.partition(first)[2].partition(last)[0].strip() == report.TABLES[name](entries, prefix)
 
 
 @pytest.mark.parametrize(("name", "field"), [("step costs", "ratio"), ("memory", "peak_ratio")])
@@ -52,6 +54,21 @@ def test_every_number_is_in_the_rows_that_its_line_names(name, field, entries):
         assert len({r["length"] for r in named}) == 1 and f" {named[0]['length']} |" in line
 
 
+def test_what_is_saved_is_in_the_rows_that_its_line_names(entries):
+    _, _, *body = report.savings(entries, "").splitlines()
+    assert len(body) >= 2
+    for line in body:
+        _, _, parts, ratios, links, _ = line.split("|")
+        (label,) = re.findall(r"\[cpu ([^]]+)\]\(bench/results/cpu.jsonl\)", links)
+        text = (ROOT / "bench" / "results" / "cpu.jsonl").read_text().splitlines()
+        named = []
+        for span in label.split(", "):
+            a, _, b = span.partition("–")
+            named += [json.loads(text[n - 1]) for n in range(int(a), int(b or a) + 1)]
+        assert sorted(f"{row['ratio']:.2f}" for row in named) == sorted(ratios.strip().split(", "))
+        assert len(parts.split(", ")) == len(named) and all(row["passed"] is not False for row in named)
+
+
 def test_every_way_to_save_memory_does_and_memory_is_linear_in_the_length(entries):
     rows = {
         (r.length, r.variant): r.peak_bytes or 0 for r, *_ in report.latest(entries) if r.suite == "memory"
@@ -63,7 +80,7 @@ def test_every_way_to_save_memory_does_and_memory_is_linear_in_the_length(entrie
             assert all(rows[length, name] < rows[length, "exact, fused"] for length in LENGTHS)
 
 
-@pytest.mark.parametrize(("name", "draw"), [("steps.png", plot_steps), ("errors.png", plot_errors)])
+@pytest.mark.parametrize(("draw", "name"), report.PICTURES.items())
 def test_the_pictures_are_drawn_from_these_rows(name, draw, tmp_path):
     """By the fingerprint of the rows in them: pixels depend on the version of matplotlib."""
     pytest.importorskip("matplotlib")
@@ -125,7 +142,11 @@ def test_files_without_one_pair_of_marks_are_left_alone(tmp_path, text):
 
 def test_rows_without_steps_write_no_table(tmp_path):
     entries = [report.Entry(benchmark_rows.row(suite="norm", family="rms_norm"), "rows.jsonl", 1)]
-    for table, message in ((report.costs, "exact, fused step"), (report.peaks, "python -m bench memory")):
+    for table, message in (
+        (report.costs, "exact, fused step"),
+        (report.peaks, "python -m bench memory"),
+        (report.savings, "leaves something out"),
+    ):
         with pytest.raises(ValueError, match=message):
             table(entries, "")
 

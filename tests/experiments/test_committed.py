@@ -116,6 +116,15 @@ def test_lazy():
     assert all(row["robust"] >= row["nominal"] or row["part"] == "language" for row in rows)
 
 
+def test_shared_context():
+    from experiments.shared_context.report import LOSSES, largest_difference, ratio
+
+    rows = committed("shared-context")
+    assert {row["weights"] for row in rows} == {"pretrained"}
+    assert all(largest_difference(rows, name) < 1e-4 for name in LOSSES)
+    assert ratio(rows, "processor_seconds") < 0.75
+
+
 def test_two_agents():
     pytest.importorskip("transformers")
     from experiments.two_agents import rank
