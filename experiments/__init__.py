@@ -39,6 +39,10 @@ EXPERIMENTS = {
         "Robust perplexity of language models, in embeddings and in tokens.",
     ),
     "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
+    "curvature": (
+        ".curvature",
+        "Positive and negative curvature along the ascent, and what they are made of.",
+    ),
     "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }
 RESULTS = Path(__file__).parent / "results"
