@@ -40,6 +40,10 @@ EXPERIMENTS = {
     ),
     "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
     "shared-context": (".shared_context", "Seconds of a LoRA step with a context that is computed once."),
+    "curvature": (
+        ".curvature",
+        "Positive and negative curvature along the ascent, and what they are made of.",
+    ),
     "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }
 RESULTS = Path(__file__).parent / "results"
