@@ -95,7 +95,7 @@ def stability_report(
 
     For a loss that is convex in the outputs, as cross-entropy is, only ``second_order`` limits monotone steps;
     ``gauss_newton``, which γ bounds, is positive curvature: it decides how fast the gradient turns and how far nearby
-    trajectories separate (docs/diagnostics.md has both curvatures as measured).
+    trajectories separate (docs/method.md; ``python -m experiments curvature`` measures both).
 
     What it costs, in T steps; a dual forward is about two plain ones:
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -129,6 +131,40 @@ def test_compiled_gradients_are_checked_when_a_dual_is_compiled(untested: None) 
     (gradient,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(gradient, torch.autograd.grad(penalty(x), x)[0])
     assert not registry.COMPILED_GUARDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_compiled_gradients_are_checked_in_a_new_process(place: str) -> None:
+    """Nothing of Dynamo is warm, and the first dual is made in compiled code or given to it."""
+    program = f"""
+import torch
+import aajr_kernels as aajr
+from aajr_kernels import torch_private
+from aajr_kernels.rules import registry
+
+torch_private.VERSION = (9, 3)
+norm = torch.nn.LayerNorm(8)
+x = torch.arange(24.0).reshape(3, 8).sin()
+
+
+def inside(x):
+    return outside(aajr.dual(x, x.cos()))
+
+
+def outside(d):
+    return norm(d).tangents.square().sum()
+
+
+argument = x if {place!r} == "inside" else aajr.dual(x, x.cos())
+value = torch.compile({place}, backend="aot_eager", fullgraph=True)(argument)
+(gradient,) = torch.autograd.grad(value, norm.weight)
+(expected,) = torch.autograd.grad({place}(argument), norm.weight)
+torch.testing.assert_close(gradient, expected)
+assert not registry.COMPILED_GUARDS and registry._compiled_fault is None
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

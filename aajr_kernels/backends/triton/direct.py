@@ -1,13 +1,13 @@
 """Compiled kernels started without Triton's look-up: every private part of Triton that the package reaches.
 
 ``kernel[grid](...)`` looks at every argument, at options and at the environment to find the compiled kernel, which
-takes several times as long as starting it. :func:`direct` keeps the result. It relies on, in triton 3.6-3.8:
+takes several times as long as starting it. :func:`direct` keeps the result. It relies on, in triton 3.6-3.9:
 
 - ``kernel[grid](...)`` returns the compiled kernel, whose ``run(*grid, stream, function, packed_metadata,
   launch_metadata, enter_hook, exit_hook, *arguments)`` starts it and takes addresses for pointers.
 - Where arguments are tensor descriptors (NVIDIA only), ``run.launch`` is a function around the one in C, a variable of
   its closure named ``launcher``. It calls ``make_tensordesc_arg(descriptor, metadata)`` of its module (with a third
-  argument in 3.8) for a tensor map, sizes and strides in place of a descriptor.
+  argument from 3.8 on) for a tensor map, sizes and strides in place of a descriptor.
 - Hooks of profilers are ``knobs.runtime.launch_enter_hook`` and ``launch_exit_hook``, with a list ``calls``.
 
 Where one of these is missing :func:`direct` returns None, and the caller stays with ``kernel[grid](...)``.

@@ -24,6 +24,8 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, 
 HUNDREDS = 100
 #: columns of tensor memory
 TENSOR_COLUMNS = 512
+#: most spills in a hot loop where none is allowed, by a version of Triton that has them at the tiles of the others
+TOLERATED = {("3.9", "attention", "sm_90"): 16}
 
 Row = dict[str, Any]
 Table = dict[str, dict[str, dict[str, dict[str, Row]]]]
@@ -61,8 +63,11 @@ def save(table: Table, path: Path = PATH) -> None:
     path.write_text("{\n" + "\n".join(lines) + "\n}\n")
 
 
-def broken_rules(config: Config, architecture: str, kernel: str, row: Row) -> list[str]:
-    """Rules that hold whatever the budget says."""
+def broken_rules(
+    config: Config, architecture: str, kernel: str, row: Row, version: str | None = None
+) -> list[str]:
+    """Rules that hold whatever the budget says; `version`: of Triton, the installed one by default."""
+    tolerated = TOLERATED.get((version or family(), config.op, architecture), 0)
     low = config.dtype in (torch.bfloat16, torch.float16)
     matrix = row["matrix"]
     rules = {
@@ -73,7 +78,7 @@ def broken_rules(config: Config, architecture: str, kernel: str, row: Row) -> li
             row["columns"] > TENSOR_COLUMNS
         ),
         f"{row['hot_spills']} spills in its hot loop": (
-            architecture in config.strict and row["hot_spills"] > 0
+            architecture in config.strict and row["hot_spills"] > tolerated
         ),
         "its products wait for one another (the assembler serialised wgmma)": row["serialized"],
         f"products without warpgroup instructions ({matrix})": (
@@ -90,9 +95,24 @@ def broken_rules(config: Config, architecture: str, kernel: str, row: Row) -> li
 def over_budget(
     table: Table, version: str, config: Config, architecture: str, kernels: dict[str, Row]
 ) -> list[str]:
-    """Kernels without a row, and what exceeds the row of the others; nothing for a version without a table."""
+    """Kernels without a row, and what exceeds the row of the others.
+
+    Of a version without a table: kernels that spill by the hundred where those of no other version do, so that `auto`
+    would choose them.
+    """
     if version not in table:
-        return []
+        known_spills = [
+            rows[architecture]["hot_spills"]
+            for configs in table.values()
+            for rows in configs.get(config.name, {}).values()
+            if architecture in rows
+        ]
+        avoided = max(known_spills, default=0) >= HUNDREDS
+        return [
+            f"{kernel} on {architecture}: {row['hot_spills']} spills in its hot loop, and `auto` does not avoid it"
+            for kernel, row in kernels.items()
+            if row["hot_spills"] >= HUNDREDS and not avoided
+        ]
     known = table[version].get(config.name)
     if known is None and architecture not in config.pinned:
         return []

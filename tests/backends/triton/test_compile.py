@@ -162,8 +162,32 @@ def test_budgets(tmp_path):
         check({"_k": row}, "3.6", "sm_80") == []
     )  # not pinned there, and the version knows pinned ones only
     assert check({"_k": row | {"stack": 99}}, "9.9") == []  # rules only
+    (spills,) = check({"_k": row | {"hot_spills": budget_rules.HUNDREDS}}, "9.9")
+    assert "`auto` does not avoid it" in spills
+    table["3.7"]["toy bf16"]["_k"]["sm_90"] = row | {"hot_spills": budget_rules.HUNDREDS}
+    assert check({"_k": row | {"hot_spills": 200}}, "9.9") == []
     budget_rules.save(table, tmp_path / "t.json")
     assert budget_rules.load(tmp_path / "t.json") == table
+
+
+def test_spills_that_a_version_of_triton_is_known_for_are_bounded():
+    row = dict.fromkeys(budget_rules.BOUNDED, 0) | {
+        "matrix": {"wgmma": 4},
+        "products": 2,
+        "serialized": False,
+    }
+    broken = lambda op, version, count, where="sm_90": budget_rules.broken_rules(
+        shipped.Config("toy bf16", op, shipped.BF16, shipped.STRICT, (where,), lambda: None),
+        where,
+        "_k",
+        row | {"hot_spills": count},
+        version,
+    )
+    assert budget_rules.TOLERATED
+    for (version, op, architecture), most in budget_rules.TOLERATED.items():
+        assert not broken(op, version, most, architecture)
+        assert broken(op, version, most + 1, architecture)
+        assert broken(op, "3.7", 1, architecture) and broken("toy", version, 1, architecture)
 
 
 def test_the_committed_table_is_in_its_form_and_knows_only_what_is_shipped():
