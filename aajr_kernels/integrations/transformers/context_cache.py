@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...backends.errors import UnsupportedOperation
@@ -33,7 +35,8 @@ class ContextCache:
         stops: the context's forward ends with :class:`ContextIsFilled` at the last layer's keys and values.
 
     Attributes:
-        recorder: the cache that the context's forward is given.
+        recorder: the cache that the context's forward is given. Checkpoints refer to it from the graph of the keys and
+            values, so that it holds none of them once :meth:`settle` has taken them out.
 
     Raises:
         UnsupportedOperation: a layer keeps something else than keys and values.
@@ -45,7 +48,9 @@ class ContextCache:
         self._check(config)
         decoder = config.get_text_config(decoder=True)
         last = (len(self.recorder.layers) or decoder.num_hidden_layers) - 1
-        self.recorder.update = functools.partial(_recorded, self.recorder, last if stops else None)
+        self.recorder.last_layer = last if stops else None
+        self.recorder.__class__ = _updated_by(dynamic, _recorded)
+        self._layers: list[Any] = []
 
     def _check(self, config: Any) -> None:
         for layer in self.recorder.layers:
@@ -68,36 +73,45 @@ class ContextCache:
                 "its whole sequence without shared_context()."
             )
         for layer in self.recorder.layers:
+            kept = copy.copy(layer)
+            kind: Any = type(layer)
+            kept.__class__ = _updated_by(kind, _appended)
             for name in ("keys", "values"):
                 tensor = getattr(layer, name)
-                setattr(layer, name, tensor.primal if isinstance(tensor, Dual) else tensor)
+                setattr(kept, name, tensor.primal if isinstance(tensor, Dual) else tensor)
+                setattr(layer, name, torch.empty(0))
+            self._layers.append(kept)
 
     def tensors(self) -> list[Tensor]:
         """Keys and values of all layers, ``[B, HK, <= start, D]``."""
-        return [tensor for layer in self.recorder.layers for tensor in (layer.keys, layer.values)]
+        return [tensor for layer in self._layers for tensor in (layer.keys, layer.values)]
 
     def for_suffix(self, repeats: int, detached: bool) -> Any:
         """A cache for one forward of the suffix, of `repeats` times as many rows."""
         cache = copy.copy(self.recorder)
-        del cache.update  # the recorder keeps it, for layers that run again in a backward
-        cache.layers = [copy.copy(layer) for layer in self.recorder.layers]
+        cache.__class__ = type(self.recorder).__base__
+        cache.layers = [copy.copy(layer) for layer in self._layers]
         for layer in cache.layers:
             for name in ("keys", "values"):
                 tensor = getattr(layer, name)
                 tensor = tensor.detach() if detached else tensor
                 setattr(layer, name, tensor.repeat(repeats, 1, 1, 1) if repeats > 1 else tensor)
-            layer.update = functools.partial(_appended, layer)
         return cache
 
 
-def _recorded(
-    cache: Any, last: int | None, key: Any, value: Any, layer_idx: int, *args: Any, **kwargs: Any
-) -> Any:
+@functools.cache
+def _updated_by(kind: Any, update: Callable[..., Any]) -> Any:
+    """`kind` with another update. In an attribute of its instances it would hold them, and they their keys."""
+    return type(kind.__name__, (kind,), {"update": update})
+
+
+def _recorded(cache: Any, key: Any, value: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
     """The update of a cache that is empty, whose layers may run a second time for a checkpoint."""
     if layer_idx < len(cache.layers) and cache.layers[layer_idx].is_initialized:
         return key, value
-    result = type(cache).update(cache, key, value, layer_idx, *args, **kwargs)
-    if layer_idx == last:
+    own: Any = type(cache).__base__
+    result = own.update(cache, key, value, layer_idx, *args, **kwargs)
+    if layer_idx == cache.last_layer:
         raise ContextIsFilled
     return result
 
