@@ -58,6 +58,7 @@ class Sharing:
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
         self.reason: str | None = None
+        self._is_refused = False
 
     def of(self, policy: Policy, batch: Prepared, x: Tensor) -> Shared | None:
         """The micro-batch with a context that is shared; None where there is none to be shared.
@@ -76,12 +77,14 @@ class Sharing:
         if mode is True:
             self._check(policy, batch)
             return _shared(policy, batch, x, start)
-        if self.reason is None:  # what a model refuses once it refuses always
+        if not self._is_refused:
             try:
                 self._check(policy, batch)
                 return _shared(policy, batch, x, start)
             except (UnsupportedOperation, TypeError, ValueError) as error:
                 self.reason = str(error)
+                # a model refuses always; values are those of a batch, which a training that resumes does not remember
+                self._is_refused = not isinstance(error, ValueError)
         return None
 
     def _check(self, policy: Policy, batch: Prepared) -> None:

@@ -139,6 +139,16 @@ def test_where_a_context_is_not_shared():
         )
 
 
+def test_a_batch_that_cannot_be_split_does_not_keep_the_next_from_it():
+    """A training that resumes after it does the same as one that was never interrupted."""
+    objective, data = Objective(model(), CONFIG), batch(0)
+    packed = {name: value for name, value in data.items() if name != "attention_mask"}
+    packed["position_ids"] = torch.arange(LENGTH).remainder(7).expand(ROWS, LENGTH)
+    assert "shared" not in objective(packed).parts
+    assert "packed sequences" in objective.sharing.reason
+    assert "shared" in objective(data).parts
+
+
 def test_where_a_context_ends():
     from aajr_kernels.training import prepared
 

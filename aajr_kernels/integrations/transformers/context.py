@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import sharding
 from ...backends.errors import UnsupportedOperation
 from ...coverage import Coverage, coverage, record_computed, recording
 from ...dual import Dual, is_dual
@@ -25,10 +24,12 @@ from .context_checks import (
     cache_argument,
     check_embeddings,
     check_inputs,
+    check_rotary,
     check_split,
     plain_model,
     start_of,
 )
+from .context_hooks import agreed_start, is_sharded, watched
 from .context_segments import segments
 
 __all__ = ["SharedContext", "shared_context"]
@@ -61,8 +62,12 @@ class SharedContext:
         self._length, self._rows = x.shape[1], x.shape[0]
         self.x, self.start = x[:, start:], start
         self.output: Tensor | None = None
-        self._is_sharded = _is_sharded(self._model)
-        self._versions, self._has_graph = self._parameter_versions(), torch.is_grad_enabled()
+        self._is_sharded = is_sharded(self._model)
+        self._versions = self._parameter_versions()
+        self._has_graph, self._needs_graph = (
+            torch.is_grad_enabled() and not parameters_are_frozen(),
+            x.requires_grad,
+        )
         self._cache: ContextCache | None = None
         self._attention = 0.0
         if start and _counts():
@@ -118,7 +123,8 @@ class SharedContext:
         # a number without tangents: the operations that the suffix takes, not PyTorch's
         number = Dual(x.unsqueeze(0))
         try:
-            result = _tensor_of(self._run(number, self._cache.recorder, 0, self.start, 1))
+            with watched(self._model, self._cache.recorder):
+                result = _tensor_of(self._run(number, self._cache.recorder, 0, self.start, 1))
             if output:
                 self.output = result.primal if is_dual(result) else result
         except ContextIsFilled:
@@ -154,10 +160,12 @@ class SharedContext:
                 "the parameters of the model changed after shared_context() computed the context: make one for every "
                 "training step."
             )
-        if not attacked and not self._has_graph and any(p.requires_grad for p in self._model.parameters()):
+        if attacked or self._has_graph:
+            return
+        if self._needs_graph or any(p.requires_grad for p in self._model.parameters()):
             raise RuntimeError(
-                "shared_context() computed the context without a graph, under torch.no_grad(), and the parameters "
-                "need its gradients: call it where gradients are on."
+                "shared_context() computed the context without a graph, under torch.no_grad() or inside an attack, and "
+                "x or the parameters need its gradients: call it where gradients are on."
             )
 
     def _has_late_hooks(self) -> bool:
@@ -221,14 +229,16 @@ def shared_context(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value; no token may be attacked; there is no
-            context to be closed, as in packed sequences.
+            context to be closed, as in packed sequences; the sequence, and not its context, is so long that the model
+            takes other rotary frequencies.
         UnsupportedOperation: the model is not causal, has no cache, keeps more than keys and values, or gives other
             values for the suffix after its context than for the whole.
     """
     check_embeddings(x)
     check_inputs(x, attention_mask, position_ids, inputs)
-    begin = start_of(x, mask, start)
+    begin = agreed_start(model, start_of(x, mask, start), x.device)
     if begin:
+        check_rotary(model, x.shape[1], begin, position_ids)
         check_split(SharedContext, model, x)
     return SharedContext(model, x, begin, attention_mask, position_ids, output)
 
@@ -247,10 +257,3 @@ def _tensor_of(result: Any) -> Any:
 def _counts() -> bool:
     """Whether a :func:`aajr_kernels.coverage` block wants to know what is computed."""
     return recording() and not torch.compiler.is_compiling()
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` or tensor parallelism holds its parameters."""
-    return sharding.is_dtensor(*model.parameters()) or any(
-        c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__
-    )

@@ -17,7 +17,15 @@ from ...dual import dual, is_dual
 from ...method.attack_state import RandomState, frozen_parameters
 from ...method.checks import check_integers, included, kind_of
 
-__all__ = ["cache_argument", "check_embeddings", "check_inputs", "check_split", "plain_model", "start_of"]
+__all__ = [
+    "cache_argument",
+    "check_embeddings",
+    "check_inputs",
+    "check_rotary",
+    "check_split",
+    "plain_model",
+    "start_of",
+]
 
 #: the cache's name among the arguments of a model, newest first
 CACHES = ("cache", "past_key_values")
@@ -103,6 +111,35 @@ def start_of(x: Tensor, mask: Any, start: int | None) -> int:
     return start
 
 
+def check_rotary(model: nn.Module, length: int, start: int, position_ids: Tensor | None) -> None:
+    """Raise where the model's rotary frequencies depend on the length of what it is given, and would change.
+
+    Raises:
+        ValueError: those of the whole sequence are not those of its context.
+    """
+    inner: Any = plain_model(model)
+    config = inner.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # of a model whose layers have different ones: by kind of layer
+    for one in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        kind = one.get("rope_type")
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = config.max_position_embeddings
+        if kind == "longrope":
+            limit = one.get("original_max_position_embeddings") or limit
+        ends = [start, length]
+        if position_ids is not None:
+            ends = [int(position_ids[:, :end].max()) + 1 for end in ends]
+        # "dynamic" has others for every length beyond the limit, "longrope" one more set of them
+        if ends[1] > limit and (kind == "dynamic" or ends[0] <= limit):
+            raise ValueError(
+                f"x must end within the {limit} positions after which the {kind!r} rotary frequencies of "
+                f"{config.model_type!r} depend on the length, got {ends[1]} with a context of {ends[0]}: give the "
+                "whole sequence without shared_context()."
+            )
+
+
 def plain_model(model: Any) -> nn.Module:
     """The module of transformers, without an adapter's wrapper.
 
@@ -112,6 +149,11 @@ def plain_model(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a decoder of transformers, got {type(model).__name__}.")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model must be a decoder of transformers, got what torch.compile made of one: give its _orig_mod, and "
+            "compile its layers (layer.compile())."
+        )
     peft: Any = getattr(model, "peft_config", None)
     unwrap: Any = getattr(model, "get_base_model", None)
     if peft is not None and unwrap is not None:
@@ -176,8 +218,16 @@ def check_split(make: Callable[..., Any], model: nn.Module, x: Tensor) -> None:
         exact = torch.autocast(x.device.type, enabled=False)  # its rounding would look like a difference
         with exact, torch.inference_mode(False), torch.no_grad(), paused(), frozen_parameters((inner,), True):
             whole = make(model, tokens, 0, None, None, False)(dual(tokens, v))
-            split = make(model, tokens, half, None, None, False)(dual(tokens[:, half:], v[:, half:]))
             expected = whole[:, half:]
+            try:
+                split = make(model, tokens, half, None, None, False)(dual(tokens[:, half:], v[:, half:]))
+            except UnsupportedOperation:
+                raise
+            except Exception as error:
+                raise UnsupportedOperation(
+                    f"{type(inner).__name__} computes the whole, but not a suffix after its context "
+                    f"({type(error).__name__}: {error}): leave shared_context() out."
+                ) from error
     finally:
         random.restore()
     limit = _WIDE if x.dtype in (torch.float64, torch.float32) else _LOW

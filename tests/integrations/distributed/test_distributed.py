@@ -63,6 +63,14 @@ def test_a_head_with_hooks_of_its_own(tmp_path):
     launch("sharded", 2, tmp_path, "fsdp2", "hand", "float32", "head")
 
 
+@slow
+@pytest.mark.parametrize("more", ["fused", "fused checkpointing", "window", "window fused"])
+def test_a_shared_context_under_fsdp2(more, tmp_path):
+    """The whole sequence in one process, with ranks whose contexts end at different tokens."""
+    pytest.importorskip("transformers")
+    launch("context", 2, tmp_path, *more.split())
+
+
 def test_inside_leaves_a_plain_module_as_it_was():
     module = nn.Linear(3, 2)
     seen = []

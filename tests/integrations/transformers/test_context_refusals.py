@@ -106,6 +106,45 @@ def test_models_that_cannot_be_split(make, message):
         shared_context(make(), x.float(), mask=mask)
 
 
+def _stretched(kind: str) -> nn.Module:
+    """Rotary frequencies that change after ten positions."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if kind == "longrope" else {}
+    rotary = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 10}
+    own = {"max_position_embeddings": 10, "rope_parameters": rotary | factors}
+    return transformers.LlamaModel(transformers.LlamaConfig(**(zoo.SIZES | own))).double().eval()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn"])
+def test_rotary_frequencies_that_depend_on_the_length(kind):
+    x, _, _ = batch()
+    positions = torch.arange(LENGTH)[None]
+    for start, first, is_refused in (
+        (8, 0, kind != "yarn"),
+        (11, 0, kind == "dynamic"),  # "longrope" has the long set on both sides
+        (8, 10, kind == "dynamic"),
+        (8, -4, False),
+    ):
+        model = _stretched(kind)
+        options = dict(start=start, position_ids=positions + first)
+        if is_refused:
+            with pytest.raises(
+                ValueError, match=f"x must end within the 10 positions after which the '{kind}'"
+            ):
+                shared_context(model, x, **options)
+            continue
+        with torch.no_grad():
+            context = shared_context(model, x, **options)
+            got = context(context.x)
+            whole = model(inputs_embeds=x, position_ids=positions + first, use_cache=False)
+        expected = whole.last_hidden_state[:, start:]
+        assert (got - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_compiled_module():
+    with pytest.raises(TypeError, match="got what torch.compile made of one: give its _orig_mod"):
+        shared_context(torch.compile(family("llama").model, backend="eager"), batch()[0], start=START)
+
+
 def test_no_model_of_transformers():
     x, mask, _ = batch()
     for model in (nn.Linear(32, 32), nn.DataParallel(nn.Linear(32, 32)), len):
