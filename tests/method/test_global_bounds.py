@@ -143,7 +143,11 @@ def test_the_largest_q_of_a_metric_is_reached():
 
 @pytest.mark.parametrize(
     "layer",
-    [*(c for c in CONSTANTS if c is not nn.Unflatten), lambda: nn.GELU("tanh"), lambda: nn.ELU(2.5)],
+    [
+        *(pytest.param(c, id=c.__name__) for c in CONSTANTS if c is not nn.Unflatten),
+        pytest.param(lambda: nn.GELU("tanh"), id="GELU-tanh"),
+        pytest.param(lambda: nn.ELU(2.5), id="ELU-2.5"),
+    ],
     ids=str,
 )
 def test_constants_are_the_largest_slopes(layer):
