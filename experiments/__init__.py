@@ -38,6 +38,10 @@ EXPERIMENTS = {
         ".language_model",
         "Robust perplexity of language models, in embeddings and in tokens.",
     ),
+    "constraint": (
+        ".constraint",
+        "The constraint is met on held-out digits, for bounds that bind and one that does not.",
+    ),
     "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
     "shared-context": (".shared_context", "Seconds of a LoRA step with a context that is computed once."),
     "curvature": (

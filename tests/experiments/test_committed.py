@@ -105,6 +105,18 @@ def test_language_model():
     assert set(by_part["adapted"]) == set(parts.ADAPTED)
 
 
+@pytest.mark.skipif(not (RESULTS / "constraint.jsonl").exists(), reason="the rows are not committed")
+def test_constraint():
+    from experiments.constraint.report import is_met
+
+    rows, config = committed("constraint"), load("constraint").config(False)
+    gammas = (*config["gammas"], config["loose"])
+    assert {(row["gamma"], row["seed"]) for row in rows if row["followed"] == "training"} == {
+        (g, s) for g in gammas for s in range(config["seeds"])
+    }
+    assert all(is_met(config, rows, "validation", gamma) for gamma in gammas)
+
+
 @pytest.mark.skipif(not (RESULTS / "lazy.jsonl").exists(), reason="the rows are not committed")
 def test_lazy():
     rows, config = committed("lazy"), load("lazy").config(False)
