@@ -97,6 +97,7 @@ class Layout:
         reduced: bytes of an element of gradients when they are summed, and of parameters, gradients and the two moments
             of Adam at rest.
         metric: of the penalty.
+        labelled: share of the tokens with a label; the head computes no others where there is no tangent.
     """
 
     data: int = 1
@@ -110,6 +111,7 @@ class Layout:
     width: int = 2
     reduced: int = 4
     metric: str = "fisher"
+    labelled: float = 1.0
 
     @property
     def processes(self) -> int:
@@ -118,6 +120,10 @@ class Layout:
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    def in_head(self, stacks: int) -> int:
+        """Tokens of a process that the head computes."""
+        return round(self.tokens * self.labelled) if stacks == 1 else self.tokens
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def _activations(shape: Shape, layout: Layout) -> Iterator[Collective]:
             # q, k, v, gate and up each have an input of their own
             yield Collective("all_reduce", "tensor", "gradients of inputs", 5 * n * backwards, size)
             yield Collective("all_reduce", "tensor", "gradient of hidden states", backwards, size)
-        rows = 8 * layout.tensor * layout.tokens * _statistics(stacks - 1, layout.metric)
+        rows = 8 * layout.tensor * layout.in_head(stacks) * _statistics(stacks - 1, layout.metric)
         yield Collective("all_gather", "tensor", "statistics of the head", forwards, rows)
 
 
@@ -227,7 +233,7 @@ def operations(shape: Shape, layout: Layout) -> float:
         products = 2.0 * stacks * layout.tokens * matrices
         total += products * (forwards + again + trained * backwards)
         # the head forms its logits again in its backward, where nothing expects the cotangents
-        total += 2.0 * stacks * layout.tokens * words * (forwards + (1 + trained) * backwards)
+        total += 2.0 * stacks * layout.in_head(stacks) * words * (forwards + (1 + trained) * backwards)
         # causal: half of the pairs; q kᵀ and p v, of which every tangent has two more each
         attention = 2.0 * pairs * (1 + 2 * k)
         total += attention * (forwards + again + 2.5 * backwards)

@@ -99,8 +99,10 @@ def register() -> None:
     for name in sorted({*dir(torch.Tensor), *dir(torch), *dir(F), *dir(NN)}):
         if not name.endswith("_") or name.endswith("__"):
             continue
-        # wrappers of torch.nn.functional have other arguments than the builtins behind them: those come first
-        bases = sorted(functions_named(name[:-1]), key=inspect.isfunction)
+        # the method comes first: in-place forms take its arguments (torch.polygamma has the number before the tensor).
+        # Wrappers of torch.nn.functional have other arguments than the builtins behind them
+        method = getattr(torch.Tensor, name[:-1], None)
+        bases = sorted(functions_named(name[:-1]), key=lambda f: (f is not method, inspect.isfunction(f)))
         base = next((function for function in bases if function in RULES), None)
         if base is None:
             continue

@@ -83,7 +83,12 @@ class HeadFunction(torch.autograd.Function):
 
 
 def _is_unexpected(kind: tuple[Any, ...]) -> bool:
-    """Whether a call takes two passes: on a device from the first time on, so that a CUDA graph finds them loaded."""
+    """Whether a call takes two passes: on a device from the first time on, so that a CUDA graph finds them loaded.
+
+    Not while torch.compile traces: a look-up would make every length a graph of its own.
+    """
+    if torch.compiler.is_compiling():
+        return False
     device: torch.device = kind[0]
     return kind in _UNEXPECTED and (device.type == "cuda" or capture.reads_no_value(device))
 

@@ -45,8 +45,8 @@ def test_words_hold_the_mask(axes, transposed):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_words_take_an_eighth_of_a_large_mask(transposed):
-    bits, _ = packed_mask(torch.ones(1, 1, 256, 512, dtype=torch.bool, device=DEVICE), transposed)
-    assert bits.nbytes == 256 * 512 // 8 and (bits == -1).all()
+    bits, _ = packed_mask(torch.ones(1, 1, 512, 1024, dtype=torch.bool, device=DEVICE), transposed)
+    assert bits.nbytes == 512 * 1024 // 8 and (bits == -1).all()
 
 
 def test_a_mask_of_any_strides():

@@ -89,6 +89,7 @@ config = model.config
 layout = Layout(
     data=int(data), tensor=int(tensor), batch=2, length=x.shape[1], tangents=1, attack=2,
     sequence="sequence" in more, recompute="recompute" in more, width=4, reduced=4,
+    labelled=float((labels >= 0).double().mean()),
 )  # fmt: skip
 shape = Shape(
     "tiny", config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
