@@ -73,7 +73,7 @@ class Coverage:
         return int(sum(n for (name, _), (n, _) in self.entries.items() if name == op))
 
     def shares(self) -> dict[str, float]:
-        """What was computed over what there is, in [0, 1].
+        """Share of every part that was computed, in [0, 1].
 
         ``tokens`` and ``positions`` as in :attr:`computed`, and with either ``arithmetic``: flops over flops and
         :attr:`skipped`.

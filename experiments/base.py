@@ -29,6 +29,19 @@ class Task:
     arguments: dict[str, Any]
 
 
+def by_part(*parts: str) -> Callable[[dict[str, Any]], list[Task]]:
+    """Tasks of ``work(config, part, seed)``: one of every part and seed, whose runs share what they start from."""
+
+    def tasks(config: dict[str, Any]) -> list[Task]:
+        return [
+            Task(f"{part}/{seed}", {"config": config, "part": part, "seed": seed})
+            for part in parts
+            for seed in range(config[part]["seeds"])
+        ]
+
+    return tasks
+
+
 def configured(module: str) -> Callable[[bool], dict[str, Any]]:
     """Configurations from ``config.json`` beside a module: ``full``, and for a quick run what ``quick`` changes in it.
 

@@ -40,7 +40,7 @@ from ..ops.head.counted import counted
 from ..ops.sensitivity import sensitivity
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
-from .checks import check_choices, check_integers, check_number
+from .checks import check_choices, check_integers, check_iterations, check_number
 from .head import LMHead, as_head
 from .lipschitz import layer_product
 from .losses import IGNORED
@@ -362,10 +362,7 @@ def _check(
     if u is not None and u.shape != x.shape:
         raise ValueError(f"u must have the shape of x {tuple(x.shape)}, got {tuple(u.shape)}.")
     check_integers(1, samples=samples)
-    if isinstance(iterations, str):
-        check_choices(("exact",), iterations=iterations)
-    else:
-        check_integers(0, iterations=iterations)
+    check_iterations(iterations=iterations)
     check_number("h", h)
     if not 0 < h < math.inf:
         raise ValueError(f"h must be a positive number, got {h}.")

@@ -15,8 +15,10 @@ __all__ = [
     "as_mask",
     "check_choices",
     "check_integers",
+    "check_iterations",
     "check_number",
     "check_scalar",
+    "first_included",
     "included",
     "is_number",
     "kind_of",
@@ -109,6 +111,20 @@ def included(mask: object, shape: tuple[int, ...], name: str) -> torch.Tensor:
     if tuple(included.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(included.shape)}.")
     return included
+
+
+def check_iterations(**values: Any) -> None:
+    """Raise unless every value is ``"exact"`` or a number of iterations, at least 0."""
+    for name, value in values.items():
+        if isinstance(value, str):
+            check_choices(("exact",), **{name: value})
+        else:
+            check_integers(0, **{name: value})
+
+
+def first_included(mask: torch.Tensor) -> int:
+    """Places before the first that any row of a mask ``[B, S]`` includes, S where none does; one read on the host."""
+    return int((mask.any(0).cumsum(0) == 0).sum())
 
 
 def kind_of(value: object) -> str:

@@ -43,7 +43,7 @@ from torch import nn
 from ..backends import capture
 from . import probes
 from .attack_state import RandomState, frozen_parameters, modules_of
-from .checks import check_choices, check_integers, check_number
+from .checks import check_choices, check_integers, check_iterations, check_number
 from .head import LMHead
 from .replay import separation
 from .report import StabilityReport
@@ -389,10 +389,7 @@ def _check(
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be the input of traj, shape {tuple(traj.x.shape)}, got {got}.")
     check_integers(2, samples=samples)  # the ends of a segment
-    if isinstance(power_iterations, str):
-        check_choices(("exact",), power_iterations=power_iterations)
-    else:
-        check_integers(0, power_iterations=power_iterations)
+    check_iterations(power_iterations=power_iterations)
     for name, number in (("gamma", gamma), ("tolerance", tolerance)):
         if number is not None:
             check_number(name, number, 0)

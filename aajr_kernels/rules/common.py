@@ -207,9 +207,18 @@ def per_slice(function: Callable[[torch.Tensor], torch.Tensor], x: Dual) -> Dual
     return Dual(torch.stack([function(part) for part in x.stacked.unbind(0)]))
 
 
+#: rules made by :func:`by_slices`, which are right for complex numbers too
+LINEAR: set[Callable[..., Dual]] = set()
+
+
 def by_slices(function: Callable[..., torch.Tensor]) -> Callable[..., Dual]:
-    """The rule of a `function` that is linear in its first argument: :func:`per_slice`."""
-    return lambda x, *args, **kwargs: per_slice(lambda part: function(part, *args, **kwargs), x)
+    """The rule of a `function` that is linear in its first argument: :func:`per_slice`; entered in :data:`LINEAR`."""
+
+    def linear(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+        return per_slice(lambda part: function(part, *args, **kwargs), x)
+
+    LINEAR.add(linear)
+    return linear
 
 
 def axis(x: Dual, dim: int) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from ..backends.errors import UnsupportedOperation
 from .common import (
+    LINEAR,
     Dual,
     align,
     axes,
@@ -43,7 +44,6 @@ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rdiv__ __rtrued
 eq ne not_equal isnan isinf isfinite isreal isclose allclose equal count_nonzero nonzero any all logical_and
 logical_or logical_xor logical_not is_nonzero is_same_size is_floating_point is_complex is_tensor numel result_type
 can_cast is_conj is_neg is_inference is_signed is_set_to is_shared is_pinned argwhere __eq__ __ne__
-diag diag_embed diagflat fliplr flipud rot90 masked_select take take_along_dim cholesky_inverse
 block_diag cartesian_prod column_stack combinations cumulative_trapezoid diff gradient linalg_vander vander meshgrid
 put sum_to_size trace trapezoid trapz matrix_exp linalg_matrix_exp matrix_power linalg_matrix_power
 cholesky linalg_cholesky cholesky_solve linalg_eigvalsh inverse linalg_inv linalg_inv_ex linalg_lu_factor
@@ -265,5 +265,5 @@ def register() -> None:
     for function, known in RULES.items():
         module = known.__module__.rpartition(".")[2]
         name = getattr(function, "__name__", "")
-        if module in _LINEAR or name in _HOLDS:
+        if known in LINEAR or module in _LINEAR or name in _HOLDS:
             COMPLEX.setdefault(function, known)

@@ -145,6 +145,18 @@ class Penalty:
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name} goes with method='aligned', got method={self.method!r}.")
 
+    def check_alone(self) -> None:
+        """Raise where λ is a share of the task loss, for an objective without one.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.method != "none" and isinstance(self.weight, Share):
+            raise ValueError(
+                f"weight must be a number where no loss has a weight to be a share of, got {self.weight}: "
+                "Penalty(weight=0.01)."
+            )
+
     def _check_gamma(self) -> None:
         if self.gamma is not None:
             checked_schedule(self.gamma, "gamma")
@@ -229,12 +241,8 @@ class ObjectiveConfig:
                 "share_context=True goes with method='aligned' or 'none' and rows=1, got "
                 f"method={penalty.method!r} and rows={penalty.rows}: set share_context='auto' or False."
             )
-        has_loss = self.adversarial_weight != 0 or self.clean_weight != 0
-        if penalty.method != "none" and isinstance(penalty.weight, Share) and not has_loss:
-            raise ValueError(
-                f"weight must be a number where no loss has a weight to be a share of, got {penalty.weight}: "
-                "Penalty(weight=0.01)."
-            )
+        if self.adversarial_weight == 0 and self.clean_weight == 0:
+            penalty.check_alone()
         _ = self.unit
 
     @property

@@ -139,10 +139,9 @@ class Multiplier:
         self.config = config
         self.constraint = config if isinstance(config, Constraint) else None
         self.step = 0  # of what was added last
-        self._scale = (
-            None if isinstance(config.weight, Share) else 1.0
-        )  # λ is the schedule times scale and exp(log)
-        self._bound = None if isinstance(config.gamma, Share) else 1.0  # γ is the schedule times this
+        # λ is its schedule times scale and exp(log), γ its schedule times bound
+        self._scale = None if isinstance(config.weight, Share) else 1.0
+        self._bound = None if isinstance(config.gamma, Share) else 1.0
         self._log = 0.0
         self._window: list[tuple[float, float]] = []  # units above γ and units, of the last steps
         self._loss: float | None = None
@@ -255,8 +254,8 @@ class Multiplier:
             self._give_up("weight", f"loss {loss:.4g}", "give a number")
 
     def _give_up(self, name: str, seen: str, remedy: str) -> None:
-        value, found = getattr(self.config, name), self._scale if name == "weight" else self._bound
-        if found is None and isinstance(value, Share) and self._tries >= value.within:
+        value, measured = getattr(self.config, name), self._scale if name == "weight" else self._bound
+        if measured is None and isinstance(value, Share) and self._tries >= value.within:
             raise ValueError(
                 f"{name}={value} must find a positive number in {value.within} steps with a penalty, got {seen}: "
                 f"{remedy}."

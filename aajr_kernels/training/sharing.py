@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.errors import UnsupportedOperation
 from ..dual import Dual
+from ..method.checks import first_included
 from ..method.losses import IGNORED, lm_loss
 from .batches import Prepared
 from .config import ObjectiveConfig
@@ -107,8 +108,8 @@ def start_of(batch: Prepared) -> int:
     mask = batch.attackable
     if batch.agents is not None:
         mask = mask & (batch.agents >= 0)
-    first = mask.any(0).int()
-    return int(first.argmax()) if bool(first.any()) else 0
+    first = first_included(mask)
+    return first if first < mask.shape[1] else 0
 
 
 def _shared(policy: Policy, batch: Prepared, x: Tensor, start: int) -> Shared:

@@ -180,7 +180,7 @@ class Objective:
         Raises:
             ValueError: λ is a share of the task loss, which is not known here.
         """
-        replace(self.config, adversarial_weight=0.0, clean_weight=0.0)  # raises if λ is a share of a loss
+        self.config.penalty.check_alone()
         scheduled = replace(self.scheduled(step), adversarial=0.0, clean=0.0)
         batch = self.prepared(batch)
         if counts is None and not bool((batch.labels != IGNORED).any()):

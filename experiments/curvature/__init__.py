@@ -15,18 +15,9 @@ import torch.nn.functional as F
 
 import aajr_kernels as aajr
 
-from ..base import Experiment, Task, configured
+from ..base import Experiment, by_part, configured
 from ..store import Row
 from .report import report
-
-
-def tasks(config: dict[str, Any]) -> list[Task]:
-    """One of every part and seed."""
-    return [
-        Task(f"{part}/{seed}", {"config": config, "part": part, "seed": seed})
-        for part in ("digits", "language")
-        for seed in range(config[part]["seeds"])
-    ]
 
 
 def work(config: dict[str, Any], part: str, seed: int) -> list[Row]:
@@ -137,4 +128,4 @@ def _sensitivities(config: dict[str, Any], objective: Any, batch: Any) -> dict[s
     return {f"q_{name}": value for name, value in q.items()} | {"token_norm": unit}
 
 
-EXPERIMENT = Experiment("curvature", configured(__file__), tasks, work, report)
+EXPERIMENT = Experiment("curvature", configured(__file__), by_part("digits", "language"), work, report)

@@ -10,18 +10,9 @@ import copy
 import time
 from typing import Any
 
-from ..base import Experiment, Task, configured
+from ..base import Experiment, by_part, configured
 from ..store import Row
 from .report import report
-
-
-def tasks(config: dict[str, Any]) -> list[Task]:
-    """One of every part and seed: what its runs start from is made once."""
-    return [
-        Task(f"{part}/{seed}", {"config": config, "part": part, "seed": seed})
-        for part in ("digits", "language")
-        for seed in range(config[part]["seeds"])
-    ]
 
 
 def work(config: dict[str, Any], part: str, seed: int) -> list[Row]:
@@ -81,4 +72,4 @@ def _language(config: dict[str, Any], every: list[int], seed: int) -> list[Row]:
     return rows
 
 
-EXPERIMENT = Experiment("lazy", configured(__file__), tasks, work, report)
+EXPERIMENT = Experiment("lazy", configured(__file__), by_part("digits", "language"), work, report)

@@ -90,7 +90,7 @@ def _play(rows: list[Row]) -> str:
 
 
 def _parts(rows: list[Row]) -> str:
-    """What the differences of the robust payoff from no penalty consist of."""
+    """The differences of the robust payoff from no penalty, split into clean payoff and damage."""
     sentences = []
     for ours in ("aajr-joint", "aajr-agents"):
         robust, clean, damage = (
@@ -108,8 +108,8 @@ def _ends(rows: list[Row]) -> str:
     """How often every weight was chosen."""
     counts = []
     for method in list(COMPARISON.names)[1:]:
-        chosen = [row["knob"] for row in rows if row["method"] == method and row["chosen"]]
-        each = ", ".join(f"{knob:g} in {chosen.count(knob)}" for knob in sorted(set(chosen)))
+        weights = [row["knob"] for row in rows if row["method"] == method and row["chosen"]]
+        each = ", ".join(f"{weight:g} in {weights.count(weight)}" for weight in sorted(set(weights)))
         counts.append(f"{COMPARISON.names[method]} {each}")
     return "; ".join(counts)
 

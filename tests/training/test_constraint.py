@@ -223,6 +223,15 @@ def test_a_resumed_training_goes_on_bit_by_bit(stop, tmp_path):
     assert len({row.get("multiplier") for row in expected}) > 4 and read_rows(tmp_path / "metrics.jsonl")
 
 
+def accumulated(objective: Objective, optimizer, micro_batches, step: int) -> None:
+    """A step of the optimizer from the gradients of all micro-batches."""
+    counts = objective.counts(micro_batches)
+    for part, batch in enumerate(micro_batches):
+        objective(batch, counts=counts, step=step, part=part).total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def test_micro_batches_have_the_λ_of_one_batch():
     penalty = dataclasses.replace(MOVING, rows=1.0, every=1, steps="worst", window=100)
     wholes, splits = [], []
@@ -231,12 +240,7 @@ def test_micro_batches_have_the_λ_of_one_batch():
         objective = Objective(model, ObjectiveConfig(attack=ATTACK, penalty=penalty))
         optimizer = sgd(model, 0.3)
         for step, ids in enumerate(counting() + counting()):
-            micro = ids.chunk(count)
-            counts = objective.counts(micro)
-            for part, batch in enumerate(micro):
-                objective(batch, counts=counts, step=step, part=part).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            accumulated(objective, optimizer, ids.chunk(count), step)
             rows.append(objective.scheduled(step + 1).weight)
     assert splits == pytest.approx(wholes, rel=1e-9) and len(set(wholes)) > 5
 
@@ -281,11 +285,7 @@ def in_a_loop(wrap=None, rank: int = 0) -> list[float]:
     for step, ids in enumerate(counting()):
         micro = ids.split([3, 5, 4, 4])
         ours = micro if wrap is None else micro[2 * rank : 2 * rank + 2]
-        counts = objective.counts(ours)
-        for part, batch in enumerate(ours):
-            objective(batch, counts=counts, step=step, part=part).total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        accumulated(objective, optimizer, ours, step)
         weights.append(objective.scheduled(step + 1).weight)
     return [*weights, objective.state_dict()["multiplier"]["log"]]
 

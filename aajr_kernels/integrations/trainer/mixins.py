@@ -230,8 +230,7 @@ class AAJRPenaltyMixin(_Mixin):
     """
 
     def _aajr_check_loss(self) -> None:
-        # raises if λ is a share of a loss
-        dataclasses.replace(self.aajr_config, adversarial_weight=0.0, clean_weight=0.0)
+        self.aajr_config.penalty.check_alone()
         if type(self).aajr_batch is AAJRPenaltyMixin.aajr_batch and not _is_grpo(self):
             raise TypeError(
                 f"{type(self).__name__} must define aajr_batch(inputs), which says where in the trainer's inputs the "

@@ -15,7 +15,7 @@ from ...backends.errors import UnsupportedOperation
 from ...coverage import paused
 from ...dual import dual, is_dual
 from ...method.attack_state import RandomState, frozen_parameters
-from ...method.checks import check_integers, included, kind_of
+from ...method.checks import check_integers, first_included, included, kind_of
 
 __all__ = [
     "cache_argument",
@@ -88,10 +88,9 @@ def start_of(x: Tensor, mask: Any, start: int | None) -> int:
     rows, length = x.shape[:2]
     first = length
     if mask is not None:
-        attackable = included(mask, (rows, length), "mask").any(0)
-        if not bool(attackable.any()):
+        first = first_included(included(mask, (rows, length), "mask"))
+        if first == length:
             raise ValueError("mask must leave at least one token to attack, got none in the whole batch.")
-        first = int(attackable.int().argmax())
     elif start is None:
         raise TypeError(
             "shared_context() needs mask=, the attackable tokens, or start=, the length of the context."

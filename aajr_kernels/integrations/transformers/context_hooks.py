@@ -85,5 +85,5 @@ def _without_layers(filled: list[Any]) -> Callable[..., Any]:
 
 
 def _no_view(x: Any) -> Any:
-    """What a sliding window cut off is a view, whose hooks a write in place would lose."""
+    """A copy of a view: keys behind a sliding window are one, whose hooks a write in place would lose."""
     return x if x.stacked._base is None else x.clone()

@@ -1,4 +1,4 @@
-"""What a shared context computes: its accounting, and the same kernel calls where everything may be attacked."""
+"""The accounting of a shared context, and the same kernel calls where everything may be attacked."""
 
 from __future__ import annotations
 
