@@ -3,8 +3,9 @@
 from .batches import Stream, prepared
 from .checkpoints import load_checkpoint
 from .config import Attack, Diagnostics, FitConfig, ObjectiveConfig, Penalty
-from .constraint import Constraint, Multiplier, gamma_for_step
+from .constraint import Constraint, gamma_for_step
 from .loop import FitResult, NonFiniteLossError, fit
+from .multiplier import Multiplier
 from .objective import Counts, Terms
 from .policy import Policy, policy_of
 from .record import read_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .config import ObjectiveConfig
-from .constraint import Multiplier
+from .multiplier import Multiplier
 from .schedules import value_at
 
 __all__ = ["ScheduledValues"]

@@ -32,7 +32,7 @@ from ..method.wrapped import inside
 from . import randomness
 from .batches import Prepared, prepared
 from .config import Diagnostics, ObjectiveConfig
-from .constraint import Multiplier
+from .multiplier import Multiplier
 from .objective import Counts, Terms, terms_of
 from .policy import Policy, policy_of
 from .scheduled import ScheduledValues
