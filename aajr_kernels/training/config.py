@@ -13,7 +13,7 @@ import torch
 from ..method.ascent import INITS
 from ..method.ascent import STEPS as KINDS
 from ..method.baselines import METHODS, PER_SEQUENCE
-from ..method.checks import check_choices, check_integers, check_number
+from ..method.checks import check_choices, check_integers, check_iterations, check_number
 from ..method.options import FORMS, METRICS
 from ..method.projection import NORMS
 from ..method.scopes import SCOPES, UNITS, unit_of
@@ -99,7 +99,7 @@ class Penalty:
 
     method: str = "aligned"
     weight: Schedule | Share = field(default_factory=Share)
-    gamma: Schedule | Share | None = None
+    gamma: Schedule | Share | str | None = None
     steps: str = "worst"
     tokens: str = "loss"
     direction: str = "ascent"
@@ -111,7 +111,7 @@ class Penalty:
     form: str = "squared"
     unit: str | None = None
     samples: int = 1
-    iterations: int = 4
+    iterations: int | str = 4
     h: float = 1e-2
     every: int = 1
     rows: float = 1.0
@@ -126,7 +126,7 @@ class Penalty:
             check_choices(UNITS, unit=self.unit)
         check_choices(DIRECTIONS, direction=self.direction)
         check_integers(1, batch_steps=self.batch_steps, samples=self.samples, every=self.every)
-        check_integers(0, iterations=self.iterations)
+        check_iterations(iterations=self.iterations)
         check_number("h", self.h)
         check_number("rows", self.rows)
         if not 0 < self.rows <= 1:

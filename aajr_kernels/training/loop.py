@@ -8,6 +8,7 @@ checkpoints hold, a training that was interrupted ends, on a CPU, with the bits 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -79,6 +80,7 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
     evaluate: Evaluate | None = None,
+    validation: Batches | None = None,
     on_step: Callable[[Row], None] | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -98,6 +100,8 @@ def fit(
         resume: continue from the newest whole checkpoint in `out`; False refuses a folder that has any.
         evaluate: from the model, in eval mode and without gradients, to numbers by name; called every
             ``evaluate_every`` steps and at the end. Random states are put back after it.
+        validation: held-out micro-batches, as `batches`, of which λ of a ``Constraint(follow="validation")`` follows
+            one in every step with a penalty.
         on_step: called with every logged row.
         progress: on standard error: a bar on a terminal, else a line every few seconds.
 
@@ -109,7 +113,7 @@ def fit(
         TypeError, ValueError: an argument or a batch has a wrong type, shape or value.
         ImportError: `out` without the package safetensors.
     """
-    run = _Run(model, config, policy, optimizer, scheduler, batches)
+    run = _Run(model, config, policy, optimizer, scheduler, batches, validation)
     folder = None if out is None else Path(out)
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", config.keep)
     begin = run.resume(checkpoints, resume)
@@ -157,6 +161,7 @@ class _Run:
         optimizer: torch.optim.Optimizer | None,
         scheduler: LRScheduler | None,
         batches: Batches,
+        validation: Batches | None,
     ) -> None:
         if not isinstance(config, FitConfig):
             raise TypeError(f"config must be a FitConfig, got {type(config).__name__}.")
@@ -184,6 +189,14 @@ class _Run:
         self.scheduler = scheduler
         self.device = self.parameters[0].device
         self.stream = Stream(batches, self.device)
+        constraint = self.objective.multiplier.constraint
+        if (constraint is not None and constraint.follow == "validation") != (validation is not None):
+            raise ValueError(
+                "validation must be given with Constraint(follow='validation') and only with it, got "
+                f"{type(validation).__name__} with {type(config.objective.penalty).__name__}: the held-out batches "
+                "that λ follows."
+            )
+        self.validation = None if validation is None else Stream(validation, self.device)
         self.skipped = self.in_a_row = 0
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -194,6 +207,7 @@ class _Run:
         objective = self.objective
         scheduled = objective.scheduled(step)
         batches = [objective.prepared(b) for b in self.stream.take(config.accumulate)]
+        held_out = self.validation.take(1) if self.validation is not None and scheduled.measures else []
         counts = objective.counts(batches)
         if self.has_own_optimizer:
             for group in self.optimizer.param_groups:
@@ -205,12 +219,12 @@ class _Run:
         problem: str | None = None
         on_report = lambda report: recorder.stability(report, step + 1)
         ran = Coverage()
+        autocast = functools.partial(
+            torch.autocast, self.device.type, config.autocast, enabled=config.autocast is not None
+        )
         for n, batch in enumerate(batches):
             try:
-                with (
-                    torch.autocast(self.device.type, config.autocast, enabled=config.autocast is not None),
-                    recorded_in(ran),
-                ):
+                with autocast(), recorded_in(ran):
                     terms = objective(batch, counts=counts, step=step, part=n, on_report=on_report)
             except NonFiniteLoss as error:
                 problem = f"the attack stopped: {error}"
@@ -219,6 +233,12 @@ class _Run:
             totals.append(terms.total.detach())
             for name, value in terms.parts.items():
                 parts.setdefault(name, []).append(value)
+        try:
+            with autocast():
+                for n, batch in enumerate(held_out):
+                    objective.measure(batch, step=step, part=n)
+        except NonFiniteLoss as error:
+            problem = problem or f"the attack on held-out rows stopped: {error}"
         numbers = {
             name: float(torch.stack(v).max() if name.endswith("_max") else torch.stack(v).sum())
             for name, v in parts.items()
@@ -304,6 +324,7 @@ class _Run:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "random": randomness.capture(self.device),
             "data": self.stream.state(),
+            "validation": None if self.validation is None else self.validation.state(),
             "skipped": [self.skipped, self.in_a_row],
             "objective": self.objective.state_dict(),
         }
@@ -335,6 +356,8 @@ class _Run:
                 )
             self.scheduler.load_state_dict(state["scheduler"])
         self.stream.resume(state["data"])
+        if self.validation is not None and state.get("validation") is not None:
+            self.validation.resume(state["validation"])
         randomness.restore(state["random"], self.device)
         self.skipped, self.in_a_row = state["skipped"]
         if "objective" in state:  # not in checkpoints of earlier versions

@@ -29,10 +29,10 @@ from .policy import Policy
 from .scheduled import ScheduledValues
 from .sharing import Shared, Sharing
 
-__all__ = ["Counts", "Terms", "terms_of"]
+__all__ = ["Counts", "Terms", "Work", "terms_of"]
 
-#: called with a trajectory, the rows that were attacked, their policy, what was maximised, what a token counts in it, γ
-AfterAttack = Callable[[Trajectory, Prepared, Policy, Any, Tensor, float | None], None]
+#: called with a trajectory, the rows that were attacked, and γ in the embedding's own unit
+AfterAttack = Callable[[Trajectory, "Work", float | None], None]
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,8 @@ def terms_of(
 ) -> Terms:
     """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
 
-    `after_attack` is called with the trajectory, the rows that were attacked, their policy, what was maximised, what a
-    token counts in it (``[B]``) and γ, in the random state of the attack. `row_weights` ``[B]`` multiply the losses
-    that are maximised. `sharing` decides whether the batch's context is computed once.
+    `after_attack` is called in the random state of the attack. `row_weights` ``[B]`` multiply the losses that are
+    maximised. `sharing` decides whether the batch's context is computed once.
     """
     x = batch.embedded(policy)
     unit = _unit(x, batch.attended, config)
@@ -130,7 +129,7 @@ def terms_of(
         )
         of_context = _units(batch, config) - _units(shared.batch, config)
         policy, batch, x = shared.policy, shared.batch, shared.x
-    whole = _Work(model, policy, batch, config, counts, generator, row_weights, x, unit, shared)
+    whole = Work(model, policy, batch, config, counts, generator, row_weights, x, unit, shared)
     penalty: Tensor | None = None
     if scheduled.attacks:
         total, penalty, under_attack = _under_attack(whole, scheduled, after_attack)
@@ -147,7 +146,7 @@ def terms_of(
 
 
 def _under_attack(
-    whole: _Work, scheduled: ScheduledValues, after_attack: AfterAttack | None
+    whole: Work, scheduled: ScheduledValues, after_attack: AfterAttack | None
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Adversarial loss and penalty with their weights, and the parts."""
     counts, total = whole.counts, torch.zeros((), device=whole.x.device)
@@ -166,9 +165,7 @@ def _under_attack(
     }
     if after_attack is not None:
         gamma = None if scheduled.gamma is None else scheduled.gamma / float(whole.unit.detach())
-        after_attack(
-            *(trajectory, attacked.batch, attacked.policy, attacked.adversary, attacked.token_weights, gamma)
-        )
+        after_attack(trajectory, attacked, gamma)
     loss = weighted = None
     if scheduled.measures:
         along = trajectory if is_narrow or drawn is None else trajectory.of_rows(drawn)
@@ -191,7 +188,7 @@ _Measured = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class _Work:
+class Work:
     """A micro-batch under attack: what its ascent and its penalty need.
 
     `x` are its embedded tokens ``[B, N, C]``, `unit` that of perturbations (see :func:`_unit`), `row_weights` those of
@@ -224,7 +221,7 @@ class _Work:
         rows = torch.randperm(count, **options)[:number].sort().values.to(self.x.device)
         return (rows if number < count else None), expected / count
 
-    def of_rows(self, rows: Tensor | None) -> _Work:
+    def of_rows(self, rows: Tensor | None) -> Work:
         """The same of some rows; None for all."""
         if rows is None:
             return self

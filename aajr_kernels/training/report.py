@@ -30,7 +30,10 @@ PARTS = {
 #: by how much the share of units above γ may exceed what is allowed in a constraint that counts as met
 TOLERANCE = 0.02
 #: numbers of the first table
-NUMBERS = "loss clean_loss attack_start adversarial_loss gain penalty active q_max multiplier violation binding".split()
+NUMBERS = (
+    "loss clean_loss attack_start adversarial_loss gain penalty active q_max multiplier violation binding second_order "
+    "infeasible"
+).split()
 
 
 def write_report(
@@ -115,7 +118,7 @@ def _computed(train: list[Row], config: Mapping[str, Any], unshared: str | None)
         )
     allowed = _allowed(config)
     if allowed is not None:
-        lines.append(_constraint(train, allowed))
+        lines.append(_constraint(train, config, allowed))
     if unshared is not None:
         lines.append(f"A context was not shared: {unshared}")
     return lines
@@ -148,17 +151,26 @@ def _allowed(config: Mapping[str, Any]) -> float | None:
     return None if quantile is None else 1 - quantile
 
 
-def _constraint(train: list[Row], allowed: float) -> str:
+def _constraint(train: list[Row], config: Mapping[str, Any], allowed: float) -> str:
     """Whether it was met, in the last row that says so."""
     last = next((row for row in reversed(train) if row.get("violation") is not None), None)
     if last is None:
         return "The constraint was never measured: γ or the first loss was not found."
     state = "above its floor: γ binds" if last["binding"] else "at its floor: γ does not bind"
     met = "met" if last["violation"] <= allowed + TOLERANCE else "not met"
-    return (
-        f"The constraint, as sampled in training, was {met} at step {last['step']}: {last['violation']:.1%} of the "
-        f"units were above γ where {allowed:.1%} may be; λ = {last['multiplier']:.3g}, {state}."
+    penalty = config["objective"]["penalty"]
+    units, step_size = "units were above γ", penalty.get("step_size")
+    if step_size:
+        units = f"steps of the ascents had a smoothness above 1/η = {1 / step_size:.4g}"
+    where = "held-out rows" if penalty.get("follow") == "validation" else "training"
+    sentence = (
+        f"The constraint, as sampled in {where}, was {met} at step {last['step']}: {last['violation']:.1%} of the "
+        f"{units} where {allowed:.1%} may be; λ = {last['multiplier']:.3g}, {state}."
     )
+    infeasible = sum(bool(row.get("infeasible")) for row in train)
+    if infeasible:
+        sentence += f" It was infeasible in {infeasible} of {len(train)} logged steps: C left nothing of 1/η."
+    return sentence
 
 
 def _table(names: list[str], rows: list[list[str]]) -> list[str]:
@@ -183,7 +195,7 @@ def _figure(train: list[Row], path: Path, allowed: float | None = None) -> bool:
         axes.set(title=title, xlabel="step", ylabel=unit)
         if names == ("violation",) and allowed is not None:
             axes.axhline(allowed, color="black", linestyle=":", linewidth=1)
-        elif names == ("multiplier",):
+        elif names == ("multiplier",) and any(row.get("multiplier") for row in train):
             axes.set_yscale("log")
         if len(names) > 1:
             axes.legend(frameon=False, fontsize="small")

@@ -9,7 +9,8 @@
         optimizer.step()
         optimizer.zero_grad()
 
-Under DistributedDataParallel all processes do the same, each with its own batches.
+With ``Constraint(follow="validation")`` every step also calls ``objective.measure(held_out, step=step)``. Under
+DistributedDataParallel all processes do the same, each with its own batches.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from . import randomness
 from .batches import Prepared, prepared
 from .config import Diagnostics, ObjectiveConfig
 from .multiplier import Multiplier
-from .objective import Counts, Terms, terms_of
+from .objective import AfterAttack, Counts, Terms, Work, terms_of
 from .policy import Policy, policy_of
 from .scheduled import ScheduledValues
 from .sharing import Sharing
@@ -187,6 +188,43 @@ class Objective:
             return Terms(torch.zeros((), device=self.device), {})
         return self._terms(batch, scheduled, counts, step, part, row_weights, on_report)
 
+    def measure(self, batch: Any, *, step: int = 0, part: int = 0) -> None:
+        """Measure held-out rows, which λ of a ``Constraint(follow="validation")`` follows; under autocast as the rest.
+
+        Their ascent and q have no graph, in eval mode. Call it once or several times in every step, before the step
+        changes; under DistributedDataParallel every process measures rows of its own. Where no penalty is due, it does
+        nothing.
+
+        Args:
+            batch: as for the objective, of data that is not trained on.
+            step: of the training, as for the objective.
+            part: the index of the micro-batch among those that are measured in the step.
+
+        Raises:
+            ValueError: λ follows something else; the batch has no labels.
+            NonFiniteLoss: in the attack.
+        """
+        constraint = self.multiplier.constraint
+        if constraint is None or constraint.follow != "validation":
+            raise ValueError(
+                "penalty must be a Constraint(follow='validation') for measure, got "
+                f"{type(self.config.penalty).__name__}: λ follows the rows that are learnt otherwise."
+            )
+        scheduled = replace(self.scheduled(step), adversarial=0.0, clean=0.0)
+        if not scheduled.measures:
+            return
+        self._check_autocast()
+        ours, group = self.prepared(batch), self.group
+        config = replace(self.config, penalty=replace(constraint, rows=1.0))
+        draw = part if group is None else part * group.size() + group.rank()
+        generator = randomness.generator_for(self.config.seed or 0, step, -2 - draw, self.device)
+        hook = functools.partial(self._follow_smoothness, step) if constraint.step_size else None
+        arguments = (self.module, self.policy, ours, config, scheduled, Counts.of([ours], config), generator)
+        with torch.no_grad(), frozen_parameters((self.module,), True):
+            parts = terms_of(*arguments, hook, None, self.sharing).parts
+        if hook is None and "units" in parts:
+            self.multiplier.follow(step, parts["units"], scheduled.gamma)
+
     def _terms(
         self,
         batch: Any,
@@ -204,15 +242,21 @@ class Objective:
         group = self.group
         draw = part if group is None else part * group.size() + group.rank()
         generator = randomness.generator_for(self.config.seed or 0, step, draw, self.device)
-        after_attack = None
-        diagnostics = self.config.diagnostics
+        hooks: list[AfterAttack] = []
+        diagnostics, constraint = self.config.diagnostics, self.multiplier.constraint
         if on_report is not None and diagnostics and draw == 0 and (step + 1) % diagnostics.every == 0:
-            after_attack = functools.partial(self._diagnose, diagnostics, step, on_report)
+            hooks.append(functools.partial(self._diagnose, diagnostics, step, on_report))
+        if scheduled.measures and constraint and constraint.step_size and constraint.follow == "training":
+            hooks.append(functools.partial(self._follow_smoothness, step))
         arguments = (self.module, self.policy, ours, self.config, scheduled, counts, generator)
+
+        def after_attack(*attacked: Any) -> None:
+            for hook in hooks:
+                hook(*attacked)
 
         def work() -> Terms:
             with one_dropout_mask(self.device):
-                return terms_of(*arguments, after_attack, row_weights, self.sharing)
+                return terms_of(*arguments, after_attack if hooks else None, row_weights, self.sharing)
 
         def outputs() -> tuple[Tensor, dict[str, Tensor]]:
             terms = work()
@@ -264,34 +308,21 @@ class Objective:
         step: int,
         on_report: OnReport,
         trajectory: Trajectory,
-        batch: Prepared,
-        policy: Policy,
-        loss_fn: Any,
-        token_weights: Tensor,
+        attacked: Work,
         gamma: float | None,
     ) -> None:
         more: dict[str, Any] = {}
         if diagnostics.smoothness:
-            penalty = self.config.penalty
-            metric = penalty.metric if penalty.metric != "probs" else "fisher"
+            more = self._policy_options(attacked)
+            penalty, metric = self.config.penalty, more["metric"]
             # γ is one of √q along u in the metric of the report, where logits are formed for a head
             is_threshold = penalty.method in ("aligned", "finite_difference") and (
-                metric == penalty.metric and (policy.head is None or metric != "l2")
+                metric == penalty.metric and (attacked.policy.head is None or metric != "l2")
             )
-            curvature, slope = OUTPUT_BOUNDS[metric]
-            more = dict(
-                func=lambda x: policy.forward(x, **batch.inputs),
-                head=policy.head,
-                metric=metric,
-                gamma=gamma if is_threshold else None,
-                output_bounds=(curvature * token_weights, slope * token_weights),
-                output_mask=batch.tokens("loss"),
-                unit=self.config.unit,
-                power_iterations=diagnostics.power_iterations,
-            )
+            more |= dict(gamma=gamma if is_threshold else None, power_iterations=diagnostics.power_iterations)
         with frozen_parameters((self.module,), self.config.attack.eval_mode):
             report = stability_report(
-                loss_fn,
+                attacked.adversary,
                 trajectory.x,
                 trajectory,
                 curvature=diagnostics.curvature,
@@ -302,3 +333,40 @@ class Objective:
                 **more,
             )
         on_report(report)
+
+    def _policy_options(self, attacked: Work) -> dict[str, Any]:
+        """Of a stability report on the policy's output, with the bounds of the mean loss of every row."""
+        policy, batch, penalty = attacked.policy, attacked.batch, self.config.penalty
+        metric = penalty.metric if penalty.metric != "probs" else "fisher"
+        curvature, slope = OUTPUT_BOUNDS[metric]
+        return dict(
+            func=lambda x: policy.forward(x, **batch.inputs),
+            head=policy.head,
+            metric=metric,
+            output_bounds=(curvature * attacked.token_weights, slope * attacked.token_weights),
+            output_mask=batch.tokens("loss"),
+            unit=self.config.unit,
+        )
+
+    def _follow_smoothness(
+        self, step: int, trajectory: Trajectory, attacked: Work, gamma: float | None
+    ) -> None:
+        """The smoothness along the steps of an ascent, in the unit of perturbations, to λ."""
+        more = self._policy_options(attacked)
+        with frozen_parameters((self.module,), self.config.attack.eval_mode):
+            report = stability_report(
+                *(attacked.adversary, trajectory.x, trajectory),
+                curvature="none",
+                samples=2,
+                module=self.module,
+                **more,
+            )
+        assert report.smoothness is not None and report.second_order is not None
+        # γ² bounds q of a direction with a norm of 1 in every group, in every token for the unit "token"
+        square = trajectory.directions.flatten(2).double().square().sum(-1)
+        count = more["output_mask"].sum(-1) if self.config.unit == "token" else 1
+        moved = report.moved & (square > 0)
+        bound = more["output_bounds"][0] * count / square
+        scale = float(attacked.unit.detach()) ** 2
+        smoothness = torch.where(moved, scale * report.smoothness, torch.nan)
+        self.multiplier.follow_smoothness(step, smoothness, scale * report.second_order, bound)

@@ -20,6 +20,7 @@ from aajr_kernels.method import ascend, trajectory_baseline, trajectory_penalty
 from aajr_kernels.training import (
     Constraint,
     Linear,
+    Multiplier,
     NonFiniteLossError,
     Objective,
     ObjectiveConfig,
@@ -57,6 +58,16 @@ def free() -> float:
         fit_config(steps=150, attack=ATTACK, penalty=Penalty("none"), learning_rate=Linear(0.02, 0.0, 150)),
     )
     return float(roots(model).quantile(0.95))
+
+
+def written_out(model: nn.Module):
+    """Its forward, without dropout and counters."""
+
+    def forward(x):
+        before = x.cumsum(1) / torch.arange(1, x.shape[1] + 1).to(x).unsqueeze(-1)
+        return model.head(torch.tanh(model.up(x + torch.tanh(model.mix(before)))))
+
+    return forward
 
 
 def roots(model: nn.Module) -> torch.Tensor:
@@ -141,11 +152,7 @@ def test_the_gradient_is_that_of_the_hinge():
     by_hand = copy.deepcopy(model)
     by_hand.zero_grad()
     x, labels = by_hand.embedding(ids), ids.roll(-1, 1).index_fill(1, torch.tensor([4]), -100)
-
-    def forward(x):
-        before = x.cumsum(1) / torch.arange(1, 6).to(x).unsqueeze(-1)
-        return by_hand.head(torch.tanh(by_hand.up(x + torch.tanh(by_hand.mix(before)))))
-
+    forward = written_out(by_hand)
     cross_entropy = lambda x: nn.functional.cross_entropy(forward(x).mT, labels, reduction="none")
     row_losses = lambda x: cross_entropy(x).sum(1) / 4
     traj = ascend(row_losses, x.detach(), radius=0.5, steps=2, step_size=0.3, scope="token", module=by_hand)
@@ -193,14 +200,208 @@ def test_units_of_a_trajectory_are_nan_where_masked():
     assert aux["units"].shape == (2, 1, 3) and aux["units"].isnan().tolist() == [[[False, False, True]]] * 2
 
 
+# -- held-out rows --------------------------------------------------------------------------------------------------
+
+HELD_OUT = Constraint(gamma=0.1, weight=1.0, window=30, rate=0.3, steps="all", follow="validation")
+
+
+def test_λ_follows_held_out_rows_in_eval_mode():
+    """The share above γ over all steps of their ascents, from a jvp in float64; the model is left as it was."""
+    model, (learnt, held_out) = tiny_lm(dropout=0.4).double(), counting(2, batch=5)
+    objective = Objective(
+        model, ObjectiveConfig(attack=ATTACK, penalty=HELD_OUT, adversarial_weight=0.0, clean_weight=1.0)
+    )
+    model.train()
+    objective(learnt).total.backward()
+    gradients, random = [p.grad.clone() for p in model.parameters()], torch.get_rng_state()
+    calls = int(model.calls)
+    objective.measure(held_out)
+    assert torch.equal(torch.get_rng_state(), random) and int(model.calls) == calls and model.training
+    assert all(p.requires_grad and torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
+    log = objective.state_dict()["multiplier"]["log"]
+    model.eval()
+    labels = held_out.roll(-1, 1).index_fill(1, torch.tensor([11]), -100)
+    losses = lambda x: nn.functional.cross_entropy(model(x).mT, labels, reduction="none").sum(1) / 11
+    x = model.embedding(held_out).detach()
+    traj = ascend(losses, x, radius=0.5, steps=2, step_size=0.3, scope="token", module=model)
+    q = []
+    for point, u in zip(traj.points, traj.directions):
+        z, z_tan = torch.func.jvp(written_out(model), (point,), (u,))
+        p = z.softmax(-1)
+        q.append((p * (z_tan - (p * z_tan).sum(-1, keepdim=True)).square()).sum(-1)[:, :11])
+    share = float((torch.stack(q).sqrt() > 0.1).double().mean())
+    assert 0.1 < share < 0.9 and objective.multiplier.violation == pytest.approx(share, abs=1e-12)
+    assert log == pytest.approx(0.3 * min((share - 0.05) / 0.05, 1.0))
+
+
+@pytest.mark.parametrize("method", ["aligned", "spectral", "frobenius", "input_gradient", "cure"])
+def test_held_out_rows_are_measured_by_every_method(method):
+    """Those of the learnt batch itself, which has the same q without a graph, have the same share above γ."""
+    shares = []
+    for follow in ("training", "validation"):
+        model, (ids,) = tiny_lm().double(), counting(1, batch=9)
+        penalty = Constraint(
+            method, gamma=0.3, weight=1.0, window=1, steps="last", follow=follow, iterations=30, samples=400
+        )
+        objective = Objective(model, ObjectiveConfig(attack=ATTACK, penalty=penalty))
+        objective(ids)
+        if follow == "validation":
+            objective.measure(ids)
+        objective.state_dict()
+        shares.append(objective.multiplier.violation)
+    assert shares[0] == pytest.approx(shares[1], abs=1e-12) and 0 <= shares[0] <= 1
+
+
+def test_λ_keeps_its_value_where_no_held_out_row_is_measured():
+    """Every second step is measured, with a penalty on every third: λ moves where both are."""
+    model, (learnt, held_out) = tiny_lm(), counting(2)
+    penalty = dataclasses.replace(HELD_OUT, every=3, gamma=0.01)
+    objective = Objective(model, ObjectiveConfig(attack=ATTACK, penalty=penalty))
+    logs = []
+    for step in range(12):
+        objective(learnt, step=step)
+        if step % 2 == 0:
+            objective.measure(held_out, step=step)
+        logs.append(objective.state_dict()["multiplier"]["log"])
+    assert [round(after / 0.3) for after in logs] == [0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+# -- a step size in place of γ --------------------------------------------------------------------------------------
+
+AUTO = Constraint(gamma="auto", step_size=0.1, weight=1.0, window=4, rate=0.2, quantile=0.75)
+
+
+def test_gamma_comes_from_the_step_and_the_measured_second_order():
+    """γ² = (1/η − C) / L_out with C at the quantile of the window; λ follows the share of L_eff above 1/η."""
+    multiplier, zero = Multiplier(AUTO), torch.zeros(())
+
+    def settle(step, smoothness, second_order, bound):
+        multiplier.follow_smoothness(step, torch.tensor(smoothness), torch.tensor(second_order), bound)
+        multiplier.add(step, zero, zero, torch.ones(7), None)
+        multiplier.settle()
+        return multiplier.at(step + 1)
+
+    assert settle(0, [[9.0, math.nan]], [[2.0, 99.0]], 0.5) == (None, None)  # one of four rows
+    weight, gamma = settle(
+        1, [[11.0], [4.0], [9.0]], [[6.0], [1.0], [3.0]], torch.tensor([[1.0], [1.5], [1.0]])
+    )
+    assert gamma == pytest.approx(math.sqrt((10 - 3.0) / 1.0)) and weight == 1.0
+    assert multiplier.facts["violation"] == 0.25 and multiplier.facts["second_order"] == 3.0
+    weight, gamma = settle(2, [[11.0, 12.0, 13.0, 1.0]], [[1.0, 2.0, 9.0, 0.0]], 2.0)
+    assert gamma == pytest.approx(math.sqrt((10 - 2.0) / 2.0)) and weight == pytest.approx(math.exp(0.2))
+    with pytest.warns(
+        RuntimeWarning, match=r"infeasible at step 4: the second-order term C, 12 .* = 10, whatever"
+    ):
+        assert settle(3, [[13.0] * 4], [[12.0] * 4], 2.0) == (pytest.approx(math.exp(0.4)), 0.0)
+    assert settle(4, [[13.0] * 4], [[12.0] * 4], 2.0)[1] == 0.0  # warned once
+    assert multiplier.facts["infeasible"] == 1.0 and multiplier.facts["violation"] == 1.0
+    weight, gamma = settle(5, [[3.0] * 4], [[1.0] * 4], 1.0)
+    assert (weight, gamma) == (pytest.approx(math.exp(0.4)), 3.0) and multiplier.facts["infeasible"] == 0.0
+
+
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+@pytest.mark.parametrize("follow", ["training", "validation"])
+def test_the_smoothness_along_realised_steps(scope, follow):
+    """L_out q + G_out ‖ΔJd‖/ℓ of every row and step of the mean loss, by jvp, in the unit of a relative attack."""
+    model, (ids,) = tiny_lm().double(), counting(1, batch=3, length=6)
+    attack = dataclasses.replace(ATTACK, relative=True, scope=scope)
+    penalty = dataclasses.replace(AUTO, window=6, follow=follow)
+    objective = Objective(model, ObjectiveConfig(attack=attack, penalty=penalty))
+    seen = []
+    objective.multiplier.follow_smoothness = lambda step, *values: seen.append(values)
+    mask = torch.tensor([1, 0, 1, 1, 0, 0]).expand(3, 6)
+    batch = {"input_ids": ids, "attack_mask": mask}
+    objective(batch) if follow == "training" else objective.measure(batch)
+    ((smoothness, second_order, bound),) = seen
+    x, labels = model.embedding(ids).detach(), ids.roll(-1, 1).index_fill(1, torch.tensor([5]), -100)
+    unit = float(x.square().sum(-1).mean().sqrt())
+    losses = lambda x: nn.functional.cross_entropy(model(x).mT, labels, reduction="none").sum(1) / 5
+    lengths = dict(radius=0.5 * unit, steps=2, step_size=0.3 * unit)
+    traj = ascend(losses, x, **lengths, scope=scope, mask=mask, module=model)
+    for t, delta in enumerate(traj.displacements):
+        length = delta.flatten(1).norm(dim=1)
+        d, tangents, q = delta / length.view(3, 1, 1), [], []
+        for point in traj.points[t : t + 2]:
+            z, z_tan = torch.func.jvp(written_out(model), (point,), (d,))
+            p = z.softmax(-1)
+            q.append((p * (z_tan - (p * z_tan).sum(-1, keepdim=True)).square()).sum(-1)[:, :5].sum(1))
+            tangents.append(z_tan[:, :5])
+        change = (tangents[1] - tangents[0]).norm(dim=-1).sum(1) / length
+        second = math.sqrt(2) / 5 * change
+        torch.testing.assert_close(second_order[t], unit**2 * second, rtol=1e-6, atol=1e-9)
+        whole = torch.maximum(*q) / 5 + second
+        torch.testing.assert_close(smoothness[t], unit**2 * whole, rtol=1e-6, atol=1e-9)
+        # five tokens of √q = γ along u, of norm 1 in each of the three that move; or the whole row
+        factor = 1 / 5 if scope == "sequence" else (1 / 5) * 5 / 3
+        torch.testing.assert_close(bound[t], torch.full((3,), factor, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_the_smoothness_is_held_at_one_over_the_step(share):
+    """At a share of what it is at the end without a penalty, the most of which is C: it is infeasible on the way."""
+
+    def smoothness(penalty: Penalty) -> tuple[torch.Tensor, list]:
+        model, seen = tiny_lm(), []
+        settings = dict(steps=150, attack=ATTACK, learning_rate=Linear(0.02, 0.0, 150))
+        rows = quiet(model, counting(), fit_config(**settings, penalty=penalty)).rows
+        objective = Objective(model, ObjectiveConfig(attack=ATTACK, penalty=AUTO))
+        objective.multiplier.follow_smoothness = lambda step, values, *more: seen.append(values.flatten())
+        for ids in counting():
+            objective(ids)
+        return torch.cat(seen), rows
+
+    free, _ = smoothness(Penalty("none"))
+    goal = share * float(free.quantile(0.95))
+    with pytest.warns(RuntimeWarning, match="the constraint is infeasible at step"):
+        ours, rows = smoothness(Constraint(gamma="auto", step_size=1 / goal, window=120))
+    print(float((free <= goal).double().mean()), float((ours <= goal).double().mean()), rows[-1])
+    assert float((free <= goal).double().mean()) < 0.85 and float((ours <= goal).double().mean()) >= 0.9
+    assert rows[-1]["binding"] == 1.0
+
+
+def test_an_infeasible_step_is_reported_and_the_training_goes_on(tmp_path):
+    pytest.importorskip("safetensors")
+    penalty = Constraint(gamma="auto", step_size=1e6, window=40)
+    settings = fit_config(steps=8, attack=ATTACK, penalty=penalty, learning_rate=1e-3)
+    with pytest.warns(
+        RuntimeWarning, match=r"infeasible at step 2: .* leaves nothing of 1/step_size = 1e-06"
+    ):
+        rows = quiet(tiny_lm(), counting(), settings, out=tmp_path).rows
+    assert len(rows) == 8 and [row["gamma"] for row in rows] == [None, None, *[0.0] * 6]
+    assert rows[-1]["infeasible"] == 1.0 and rows[-1]["multiplier"] > rows[2]["multiplier"] > 0
+    page = (tmp_path / "report.md").read_text()
+    assert "steps of the ascents had a smoothness above 1/η = 1e-06 where 5.0% may be" in page
+    assert "It was infeasible in 7 of 8 logged steps: C left nothing of 1/η" in page
+
+
+def test_gamma_auto_is_half_of_the_quantile_at_the_start():
+    gammas = []
+    for gamma in ("auto", Share(0.5)):
+        settings = fit_config(steps=3, attack=ATTACK, penalty=Constraint(gamma=gamma, window=60))
+        gammas.append([row["gamma"] for row in quiet(tiny_lm(), counting(), settings).rows])
+    assert gammas[0] == gammas[1] and gammas[0][-1] > 0
+
+
 # -- the same however it is run -------------------------------------------------------------------------------------
 
 MOVING = Constraint(gamma=Share(0.5), window=60, rate=0.3, every=2, rows=0.5)
 
 
-@pytest.mark.parametrize("stop", [2, 9], ids=["while it looks for gamma", "while λ moves"])
-def test_a_resumed_training_goes_on_bit_by_bit(stop, tmp_path):
+@pytest.mark.parametrize(
+    ("stop", "penalty"),
+    [
+        (2, MOVING),
+        (9, MOVING),
+        (9, dataclasses.replace(MOVING, follow="validation")),
+        (9, Constraint(gamma="auto", step_size=0.5, window=200, rate=0.3)),
+    ],
+    ids=["while it looks for gamma", "while λ moves", "λ follows validation", "a step size"],
+)
+def test_a_resumed_training_goes_on_bit_by_bit(stop, penalty, tmp_path):
+    """Of validation, with a loader that shuffles."""
     pytest.importorskip("safetensors")
+    data = torch.utils.data.DataLoader(torch.cat(counting(3)), batch_size=7, shuffle=True)
+    more = {"validation": data} if penalty.follow == "validation" else {}
 
     class Stop(Exception):
         pass
@@ -210,37 +411,52 @@ def test_a_resumed_training_goes_on_bit_by_bit(stop, tmp_path):
             raise Stop
 
     settings = fit_config(
-        steps=16, attack=ATTACK, penalty=MOVING, accumulate=2, learning_rate=1e-2, checkpoint_every=stop
+        steps=16, attack=ATTACK, penalty=penalty, accumulate=2, learning_rate=1e-2, checkpoint_every=stop
     )
     straight, again = tiny_lm(dropout=0.2), tiny_lm(dropout=0.2, seed=5)
-    expected = quiet(straight, counting(), settings).rows
+    expected = quiet(straight, counting(), settings, **more).rows
     with pytest.raises(Stop):
-        quiet(tiny_lm(dropout=0.2), counting(), settings, out=tmp_path, on_step=at)
-    result = quiet(again, counting(), settings, out=tmp_path)
+        quiet(tiny_lm(dropout=0.2), counting(), settings, out=tmp_path, on_step=at, **more)
+    result = quiet(again, counting(), settings, out=tmp_path, **more)
     assert result.resumed_from == stop and torch.equal(vector(again), vector(straight))
     timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in result.rows]
     assert timeless == [{k: v for k, v in row.items() if k != "seconds"} for row in expected]
-    assert len({row.get("multiplier") for row in expected}) > 4 and read_rows(tmp_path / "metrics.jsonl")
+    assert len({row.get("multiplier") for row in expected}) > 3 and read_rows(tmp_path / "metrics.jsonl")
 
 
-def accumulated(objective: Objective, optimizer, micro_batches, step: int) -> None:
+#: what λ may follow
+FOLLOWED = {
+    "training": dataclasses.replace(MOVING, rows=1.0, every=1, steps="worst", window=100),
+    "validation": dataclasses.replace(
+        MOVING, rows=1.0, every=1, steps="all", window=100, follow="validation"
+    ),
+    "step": Constraint(gamma="auto", step_size=0.5, window=40, rate=0.3, steps="worst"),
+}
+
+
+def accumulated(objective: Objective, optimizer, micro_batches, step: int, held_out=()) -> None:
     """A step of the optimizer from the gradients of all micro-batches."""
     counts = objective.counts(micro_batches)
     for part, batch in enumerate(micro_batches):
         objective(batch, counts=counts, step=step, part=part).total.backward()
+    for part, batch in enumerate(held_out):
+        objective.measure(batch, step=step, part=part)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def test_micro_batches_have_the_λ_of_one_batch():
-    penalty = dataclasses.replace(MOVING, rows=1.0, every=1, steps="worst", window=100)
+@pytest.mark.parametrize("followed", FOLLOWED)
+def test_micro_batches_have_the_λ_of_one_batch(followed):
+    penalty = FOLLOWED[followed]
+    held_out = counting(1, batch=14)[0] if followed == "validation" else None
     wholes, splits = [], []
     for rows, count in ((wholes, 1), (splits, 4)):
         model = tiny_lm().double()
         objective = Objective(model, ObjectiveConfig(attack=ATTACK, penalty=penalty))
         optimizer = sgd(model, 0.3)
         for step, ids in enumerate(counting() + counting()):
-            accumulated(objective, optimizer, ids.chunk(count), step)
+            apart = () if held_out is None else held_out.chunk(count)
+            accumulated(objective, optimizer, ids.chunk(count), step, apart)
             rows.append(objective.scheduled(step + 1).weight)
     assert splits == pytest.approx(wholes, rel=1e-9) and len(set(wholes)) > 5
 
@@ -266,26 +482,27 @@ def test_a_shared_context_has_the_λ_of_none():
 WORKER = """
 import sys, torch
 from torch.nn.parallel import DistributedDataParallel
-from training.test_constraint import in_a_loop, counting
+from training.test_constraint import FOLLOWED, in_a_loop
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-torch.save(in_a_loop(DistributedDataParallel, rank), sys.argv[1] + f"/{rank}.pt")
+for followed in FOLLOWED:
+    torch.save(in_a_loop(followed, DistributedDataParallel, rank), sys.argv[1] + f"/{followed}{rank}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
-def in_a_loop(wrap=None, rank: int = 0) -> list[float]:
+def in_a_loop(followed: str, wrap=None, rank: int = 0) -> list[float]:
     """λ after every step, of two micro-batches on each of two processes or of four in one."""
     model = tiny_lm().double()
     wrapped = model if wrap is None else wrap(model)
-    penalty = dataclasses.replace(MOVING, rows=1.0, every=1, steps="worst", window=100)
-    objective, weights = Objective(wrapped, ObjectiveConfig(attack=ATTACK, penalty=penalty)), []
+    objective, weights = Objective(wrapped, ObjectiveConfig(attack=ATTACK, penalty=FOLLOWED[followed])), []
+    held_out = counting(1)[0].split([2, 6, 5, 3]) if followed == "validation" else ()
     optimizer = sgd(model, 0.3)
     for step, ids in enumerate(counting()):
         micro = ids.split([3, 5, 4, 4])
-        ours = micro if wrap is None else micro[2 * rank : 2 * rank + 2]
-        accumulated(objective, optimizer, ours, step)
+        own = slice(None) if wrap is None else slice(2 * rank, 2 * rank + 2)
+        accumulated(objective, optimizer, micro[own], step, held_out[own])
         weights.append(objective.scheduled(step + 1).weight)
     return [*weights, objective.state_dict()["multiplier"]["log"]]
 
@@ -309,9 +526,10 @@ def test_two_processes_have_the_λ_of_one(tmp_path):
         for worker in workers:
             worker.kill()
             worker.wait()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second and len(set(first)) > 3
-    assert first == pytest.approx(in_a_loop(), rel=1e-9)
+    for followed in FOLLOWED:
+        first, second = (torch.load(tmp_path / f"{followed}{rank}.pt") for rank in range(2))
+        assert first == second and len(set(first)) >= 3
+        assert first == pytest.approx(in_a_loop(followed), rel=1e-9)
 
 
 # -- the gradient of the penalty, clipped apart ---------------------------------------------------------------------
@@ -366,7 +584,7 @@ def test_gamma_for_step():
     [
         (
             lambda: Constraint(),
-            "gamma of a Constraint must be a positive number, a schedule or a Share, got None",
+            "gamma of a Constraint must be a positive number, a schedule, a Share or 'auto', got None",
         ),
         (lambda: Constraint(gamma=0), "gamma of a Constraint must be > 0, got 0"),
         (lambda: Constraint(gamma=-1.0), "gamma must be finite and >= 0 at every step, got -1.0"),
@@ -376,6 +594,41 @@ def test_gamma_for_step():
         (lambda: Constraint(gamma=1.0, rate=0.0), "rate must be positive, got 0.0"),
         (lambda: Constraint(gamma=1.0, span=1.0), "span must be larger than 1, got 1.0"),
         (lambda: Constraint(gamma=1.0, window=0), "window must be an integer >= 1, got 0"),
+        (
+            lambda: Constraint(gamma=1.0, follow="test"),
+            "follow must be one of training, validation, got 'test'",
+        ),
+        (lambda: Constraint(gamma="auto", step_size=0), "step_size must be positive, got 0"),
+        (lambda: Constraint(gamma=2.0, step_size=0.1), "gamma must be 'auto' with step_size=0.1"),
+        (
+            lambda: Constraint("cure", gamma="auto", step_size=0.1),
+            "method must measure the policy's output for a step_size, got 'cure'",
+        ),
+        (
+            lambda: Constraint(gamma="auto", step_size=0.1, metric="probs"),
+            "metric must be one of l2, logits, fisher for a step_size, got 'probs'",
+        ),
+        (lambda: Penalty(gamma="auto"), "gamma must be a number or a function from the step to one, got str"),
+        (
+            lambda: quiet(tiny_lm(), counting(), plain(penalty=HELD_OUT)),
+            r"validation must be given with Constraint\(follow='validation'\) and only with it, got NoneType",
+        ),
+        (
+            lambda: quiet(tiny_lm(), counting(), plain(), validation=counting()),
+            "validation must be given with .* got list with Penalty",
+        ),
+        (
+            lambda: Objective(tiny_lm(), ObjectiveConfig()).measure(sequences(1)[0]),
+            r"penalty must be a Constraint\(follow='validation'\) for measure, got Penalty",
+        ),
+        (
+            lambda: [
+                objective(sequences(1)[0], step=step)
+                for objective in [Objective(tiny_lm(), ObjectiveConfig(penalty=HELD_OUT))]
+                for step in range(2)
+            ],
+            "must measure what λ follows, got nothing until step 0: call Objective.measure",
+        ),
         (lambda: Constraint("none", gamma=1.0), "method of a Constraint must measure something, got 'none'"),
         (
             lambda: Constraint(gamma=1.0, form="squared"),

@@ -77,7 +77,7 @@ def expectation(monkeypatch, config, batch, part: float) -> tuple[torch.Tensor, 
         subsets = list(itertools.combinations(range(count), number)) if chance else []
         for rows in subsets:
             drawn = None if number == count else torch.tensor(rows, dtype=torch.int64)
-            monkeypatch.setattr(objectives._Work, "drawn", lambda *_, d=drawn: (d, expected / count))
+            monkeypatch.setattr(objectives.Work, "drawn", lambda *_, d=drawn: (d, expected / count))
             terms = Objective(model, config)(batch)
             total += chance / len(subsets) * gradients(terms, model)
             for name, value in terms.parts.items():
@@ -123,7 +123,7 @@ def test_rows_are_drawn_with_equal_chances_anew_at_every_step():
     trials = 2000
     for step in range(trials):
         generator = torch.Generator().manual_seed(step)
-        work = objectives._Work(
+        work = objectives.Work(
             model, objective.policy, batch, config, None, generator, None, x, x.new_ones(())
         )
         rows, share = work.drawn(scheduled)

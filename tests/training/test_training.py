@@ -123,7 +123,7 @@ def test_the_baselines_measure_where_the_aligned_penalty_does():
     actual = []
     for way in ("aligned", "baseline"):
         x = model.embedding(batch.input_ids)
-        work = objectives._Work(
+        work = objectives.Work(
             model, policy, batch, config, counts, torch.Generator(), None, x, x.new_ones(())
         )
         penalty, _, _ = getattr(work, way)(seen[0], scheduled)

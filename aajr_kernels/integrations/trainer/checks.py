@@ -9,7 +9,7 @@ from torch import nn
 from ...training import ObjectiveConfig
 from ..transformers.library import trainer_class
 
-__all__ = ["arguments", "language_model", "loss_divisor", "replaceable_loss"]
+__all__ = ["arguments", "language_model", "loss_divisor", "one_evaluation_dataset", "replaceable_loss"]
 
 
 def arguments(trainer: Any) -> None:
@@ -96,6 +96,20 @@ def replaceable_loss(trainer: Any, mixin: type) -> None:
         raise ValueError(
             f"loss_type must be 'nll', got {loss!r}: the objective takes its place. Use AAJRPenaltyMixin to add the "
             "penalty to it."
+        )
+
+
+def one_evaluation_dataset(trainer: Any) -> None:
+    """There is one, of a known length, for λ to follow.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    data = trainer.eval_dataset
+    if isinstance(data, dict) or not hasattr(data, "__len__"):
+        raise ValueError(
+            "eval_dataset must be one dataset with a length for Constraint(follow='validation'), got "
+            f"{type(data).__name__}: its batches are what λ follows."
         )
 
 

@@ -8,6 +8,7 @@ What happens outside of ``compute_loss`` (data, accelerate, optimizer, checkpoin
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...method.wrapped import inside
-from ...training import Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
+from ...training import Constraint, Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
 from ...training.wrappers import unwrapped
 from . import checks
 from .grpo import grpo_batch
@@ -50,6 +51,7 @@ class _Mixin(_Base):
         self._aajr_counts: Counts | None = None
         self._aajr_parts = self._aajr_part = 0
         self._aajr_meter = Meter()
+        self._aajr_held_out: Iterator[Any] | None = None
         super().__init__(*arguments, **options)
         if objective.seed is None:
             self.aajr_config = dataclasses.replace(objective, seed=self.args.seed)
@@ -102,7 +104,29 @@ class _Mixin(_Base):
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._aajr_parts, self._aajr_part = len(batches), 0
         self._aajr_counts = self._aajr_count(batches)
+        if batches and self._aajr_follows_validation():
+            self._aajr_measure()
         return batches, number
+
+    def _aajr_follows_validation(self) -> bool:
+        penalty = self.aajr_config.penalty
+        return isinstance(penalty, Constraint) and penalty.follow == "validation"
+
+    def _aajr_measure(self) -> None:
+        """A batch of the evaluation data for λ; which one follows from the step, also after a checkpoint."""
+        objective, step = self._aajr_of(self.model_wrapped), int(self.state.global_step)
+        if not objective.scheduled(step).measures:
+            return
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a loader draws when it begins, which a checkpoint may change
+            if self._aajr_held_out is None:
+                loader = self.get_eval_dataloader()
+                endless = itertools.chain.from_iterable(itertools.repeat(loader))
+                self._aajr_held_out = itertools.islice(endless, step % len(loader), None)
+            inputs = next(self._aajr_held_out)
+        with self.accelerator.autocast():
+            objective.measure(_entries(objective, self._prepare_inputs(inputs)), step=step)
 
     def _aajr_count(self, batches: Sequence[Any]) -> Counts | None:
         return None
@@ -159,7 +183,8 @@ class AAJRTrainerMixin(_Mixin):
         arguments, options: of the trainer.
 
     Means are over the tokens of the whole optimizer step: all its micro-batches, and with
-    ``average_tokens_across_devices`` (the default) all its processes. Evaluation has the trainer's own loss.
+    ``average_tokens_across_devices`` (the default) all its processes. Evaluation has the trainer's own loss. λ of a
+    ``Constraint(follow="validation")`` follows a batch of ``eval_dataset`` in every step with a penalty.
 
     Raises:
         TypeError, ValueError: a model, a wrapper or a training argument that does not go with it.
@@ -170,6 +195,8 @@ class AAJRTrainerMixin(_Mixin):
 
     def _aajr_check_loss(self) -> None:
         checks.replaceable_loss(self, AAJRTrainerMixin)
+        if self._aajr_follows_validation():
+            checks.one_evaluation_dataset(self)
 
     def _aajr_check_model(self, model: nn.Module) -> None:
         checks.language_model(model, self.aajr_config)
@@ -231,6 +258,11 @@ class AAJRPenaltyMixin(_Mixin):
 
     def _aajr_check_loss(self) -> None:
         self.aajr_config.penalty.check_alone()
+        if self._aajr_follows_validation():
+            raise ValueError(
+                "follow must be 'training' with AAJRPenaltyMixin, got 'validation': evaluation data do not say where "
+                "the policy acted."
+            )
         if type(self).aajr_batch is AAJRPenaltyMixin.aajr_batch and not _is_grpo(self):
             raise TypeError(
                 f"{type(self).__name__} must define aajr_batch(inputs), which says where in the trainer's inputs the "

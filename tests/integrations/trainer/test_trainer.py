@@ -180,7 +180,14 @@ def test_activation_checkpointing(by_hand, tmp_path, record_property):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("penalty", [CONFIG.penalty, Constraint(gamma=Share(0.5), window=8, rate=0.5)])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        CONFIG.penalty,
+        Constraint(gamma=Share(0.5), window=8, rate=0.5),
+        Constraint(gamma=Share(0.5), window=8, rate=0.5, follow="validation"),
+    ],
+)
 def test_a_resumed_training_goes_on_bit_by_bit(penalty, tmp_path):
     """With dropout, random starts, shuffling, momentum and accumulation, in the middle of an epoch."""
     attack = dataclasses.replace(ATTACK, init="uniform", restarts=2, radius=Linear(0.2, 0.5, 4))
@@ -193,6 +200,8 @@ def test_a_resumed_training_goes_on_bit_by_bit(penalty, tmp_path):
         learning_rate=1e-2,
         save_strategy="steps",
         save_steps=3,
+        eval_dataset=Rows(24),
+        per_device_eval_batch_size=5,
     )
     model = gpt2(dropout=0.2)
     trainer, _ = trained(AAJRTrainer, model, tmp_path / "one", **options)
@@ -208,6 +217,16 @@ def test_a_resumed_training_goes_on_bit_by_bit(penalty, tmp_path):
     other = dataclasses.replace(options["objective"], seed=1)
     different, _ = trained(AAJRTrainer, gpt2(dropout=0.2), tmp_path, **(options | dict(objective=other)))
     assert rows_of(different)[0]["attack_worst"] != rows[0]["attack_worst"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(None, "got NoneType"), ({"one": Rows(4)}, "got dict")],
+)
+def test_held_out_rows_are_one_dataset(data, message, tmp_path):
+    config = dataclasses.replace(CONFIG, penalty=Constraint(gamma=0.1, follow="validation"))
+    with pytest.raises(ValueError, match=f"eval_dataset must be one dataset with a length .* {message}"):
+        ours(gpt2(), tmp_path, objective=config, eval_dataset=data)
 
 
 # -- what is logged ---------------------------------------------------------------------------------------------------
