@@ -42,6 +42,10 @@ EXPERIMENTS = {
         ".constraint",
         "The constraint is met on held-out digits, for bounds that bind and one that does not.",
     ),
+    "constraint-lm": (
+        ".constraint_lm",
+        "The constraint is met on held-out text by a language model whose λ follows validation text.",
+    ),
     "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
     "shared-context": (".shared_context", "Seconds of a LoRA step with a context that is computed once."),
     "curvature": (

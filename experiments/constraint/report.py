@@ -22,9 +22,14 @@ def runs(rows: list[Row], followed: str, gamma: float) -> list[Row]:
 
 def is_met(config: dict[str, Any], rows: list[Row], followed: str, gamma: float) -> bool:
     """Whether the held-out shares within a bound are those of the criterion of the page."""
-    own, allowed = runs(rows, followed, gamma), config["tolerance"]
+    return is_as_required(config, runs(rows, followed, gamma), gamma == config["loose"])
+
+
+def is_as_required(config: dict[str, Any], own: list[Row], is_loose: bool) -> bool:
+    """The criterion, for the runs of all seeds under one bound."""
+    allowed = config["tolerance"]
     shares = np.array([row["within_held_out"] for row in own])
-    if gamma == config["loose"]:
+    if is_loose:
         return all(row["binding"] == 0 for row in own) and bool((shares >= config["quantile"]).all())
     distance = abs(shares - config["quantile"])
     is_near = abs(shares.mean() - config["quantile"]) <= allowed["mean"]
