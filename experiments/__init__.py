@@ -54,6 +54,10 @@ EXPERIMENTS = {
         ".curvature",
         "Positive and negative curvature along the ascent, and what they are made of.",
     ),
+    "ablation": (
+        ".ablation",
+        "Where the penalty is measured, with the adversary's weight, at matched clean perplexity.",
+    ),
     "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }
 RESULTS = Path(__file__).parent / "results"
