@@ -10,6 +10,8 @@ module              what it holds
 ``store``           rows as JSON lines: resumable, each written once
 ``search``          the same number of runs for every method, one of which is chosen and tested
 ``ascents``         report of the recorded values of an ascent
+``bounded``         training at a bound whose weight is controlled, for every method
+``equal``           differences at an equal bound, and at an equal realised sensitivity
 ``statistics``      t intervals, exact sign-flip tests, Holm's correction, equivalence
 ``summaries``       comparisons of methods paired by seed, the page
 ``results/``        committed rows; the pages in docs/experiments/ are drawn from them
@@ -46,11 +48,19 @@ EXPERIMENTS = {
         ".constraint_lm",
         "The constraint is met on held-out text by a language model whose λ follows validation text.",
     ),
+    "equal-bound": (
+        ".equal_bound",
+        "Nominal loss of methods at the same bound, and at the same realised sensitivity, on digits.",
+    ),
     "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
     "shared-context": (".shared_context", "Seconds of a LoRA step with a context that is computed once."),
     "curvature": (
         ".curvature",
         "Positive and negative curvature along the ascent, and what they are made of.",
+    ),
+    "ablation": (
+        ".ablation",
+        "Where the penalty is measured, with the adversary's weight, at matched clean perplexity.",
     ),
     "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }

@@ -29,6 +29,21 @@ def interval_text(interval: Interval | None, digits: int = 3, sign: bool = True)
     return f"**{text}**" if sign and (interval[1] > 0 or interval[2] < 0) else text
 
 
+#: of :func:`outcome_cells`
+PRIMARY_COLUMNS = ("n", "mean [95 % t interval]", "p", "p, sign flips", "p, Holm", "verdict")
+
+
+def outcome_cells(outcome: Outcome, digits: int, margin: float | None) -> list[object]:
+    """A primary difference: n, its mean and interval, its p values, and how it is judged."""
+    verdict = outcome.verdict
+    if verdict in ("lower", "higher"):
+        verdict = f"**{verdict}**"
+    elif verdict == "equivalent":
+        verdict = f"within ±{margin:g}"
+    p_values = [f"{p:.2g}" for p in (outcome.p, outcome.exact_p, outcome.corrected_p)]
+    return [outcome.count, interval_text(outcome.interval, digits), *p_values, verdict]
+
+
 def chosen_runs(rows: Sequence[Row]) -> dict[str, dict[int, list[Row]]]:
     """Method -> seed -> the rows that were tested: one, or one for every setting that an experiment varies."""
     methods: dict[str, dict[int, list[Row]]] = {}
@@ -152,17 +167,10 @@ class Comparison:
         """Table of the primary differences with their tests, a line for every pair and quantity."""
         lines = []
         for (ours, baseline, name), outcome in self.primaries(rows).items():
-            quantity, verdict = self.quantities[name], outcome.verdict
-            if verdict in ("lower", "higher"):
-                verdict = f"**{verdict}**"
-            elif verdict == "equivalent":
-                verdict = f"within ±{quantity.margin:g}"
-            p_values = [f"{p:.2g}" for p in (outcome.p, outcome.exact_p, outcome.corrected_p)]
-            methods = f"{self.names[ours]} − {self.names[baseline]}"
-            text = interval_text(outcome.interval, quantity.digits)
-            lines.append([methods, quantity.heading, outcome.count, text, *p_values, verdict])
-        tests = ["p", "p, sign flips", "p, Holm", "verdict"]
-        return table(["primary difference", "of", "n", "mean [95 % t interval]", *tests], lines)
+            quantity = self.quantities[name]
+            cells = outcome_cells(outcome, quantity.digits, quantity.margin)
+            lines.append([f"{self.names[ours]} − {self.names[baseline]}", quantity.heading, *cells])
+        return table(["primary difference", "of", *PRIMARY_COLUMNS], lines)
 
     def forest(self, axis: Any, rows: Sequence[Row], quantities: Sequence[str]) -> None:
         """Draw the differences of all pairs with their intervals, one below the other."""
@@ -187,13 +195,18 @@ class Comparison:
 
 
 #: how the primary differences of a page are judged
-ANALYSIS = (
+TESTS = (
     "Intervals are Student's t over seeds. A primary difference is *lower* or *higher* where the p of the t test is "
     "below 0.05 after Holm's correction over all primaries of this page and so is, uncorrected, the exact p of all 2ⁿ "
     "sign flips, which assumes no normal distribution; *within* a margin where two one-sided t tests (TOST), corrected "
-    "likewise, place it there; else *undecided*. The analysis that was committed before the runs had percentile "
-    "bootstrap intervals, which are too narrow for so few seeds, and no correction: tests and margins were chosen "
-    "afterwards and computed from the same rows. Secondary differences are not corrected for their number."
+    "likewise, place it there; else *undecided*."
+)
+_SECONDARY = "Secondary differences are not corrected for their number."
+#: the same, of the pages whose tests were chosen after their runs
+ANALYSIS = (
+    f"{TESTS} The analysis that was committed before the runs had percentile bootstrap intervals, which are too narrow "
+    "for so few seeds, and no correction: tests and margins were chosen afterwards and computed from the same rows. "
+    f"{_SECONDARY}"
 )
 
 
@@ -239,7 +252,8 @@ def page(module: str, header: dict[str, Any], rows: Sequence[Row], **parts: Any)
         module: ``__file__`` of the caller.
         header: of the rows; the template reads its ``config``.
         rows: of all tasks, with their seconds.
-        parts: what else the template names, beside ``analysis``, :data:`ANALYSIS`.
+        parts: what else the template names, beside ``tests``, how primary differences are judged, and ``analysis``, the
+            same of tests that were chosen after the runs.
     """
     facts = header["environment"]
     change = ", with changes" if facts["dirty"] else ""
@@ -249,5 +263,6 @@ def page(module: str, header: dict[str, Any], rows: Sequence[Row], **parts: Any)
         f"commit {facts['commit']}{change}; {seconds / 60:.1f} minutes of computation in all."
     )
     template = Path(module).with_name("page.md").read_text(encoding="utf-8")
-    known = dict(config=_listed(header["config"]), environment=environment, analysis=ANALYSIS)
+    known = dict(config=_listed(header["config"]), environment=environment)
+    known |= dict(tests=f"{TESTS} {_SECONDARY}", analysis=ANALYSIS)
     return template.format(**known, **parts)
