@@ -12,7 +12,7 @@ import torch
 
 from ..method.ascent import INITS
 from ..method.ascent import STEPS as KINDS
-from ..method.baselines import METHODS, PER_SEQUENCE
+from ..method.baselines import METHODS, NEEDS_LOSS, PER_SEQUENCE
 from ..method.checks import check_choices, check_integers, check_iterations, check_number
 from ..method.options import FORMS, METRICS
 from ..method.projection import NORMS
@@ -84,10 +84,11 @@ class Penalty:
             are attended to.
         direction, at, per_agent, batch_steps, weights: of ``trajectory_penalty``, for ``"aligned"``; `weights` of the
             baselines too.
-        metric, form: of ``aligned_penalty``.
+        metric, form: of ``aligned_penalty``; ``input_gradient`` and ``cure`` have no metric.
         unit: follows the scope of the attack: ``"token"``, or ``"sequence"`` for the scopes ``"sequence"`` and
             ``"agent"``; another one needs ``Attack(scope=)`` too. ``"sequence"`` for ``frobenius`` and ``spectral``.
-        samples, iterations, h: of :func:`~aajr_kernels.method.baseline_penalty`.
+        samples, iterations, h: of :func:`~aajr_kernels.method.baseline_penalty`; ``iterations="exact"``, for small
+            inputs, with ``"spectral"``.
         every: k: the penalty is computed on every k-th step (k, 2k, ... of those counted from 1), with weight k·λ, the
             schedules read there. The other steps have only their losses, and without an adversarial loss no attack.
         rows: share of a batch's rows, in (0, 1], that the penalty is computed on, drawn anew on every such step; their
@@ -140,6 +141,13 @@ class Penalty:
         if not isinstance(self.weight, Share):
             checked_schedule(self.weight, "weight")
         self._check_gamma()
+        if self.method in NEEDS_LOSS and self.metric != type(self).metric:
+            raise ValueError(
+                f"metric is one of the policy's output, which method={self.method!r} does not measure, got "
+                f"{self.metric!r}: leave it out."
+            )
+        if self.iterations == "exact" and self.method != "spectral":
+            raise ValueError(f"iterations='exact' goes with method='spectral', got method={self.method!r}.")
         if self.method not in ("none", "aligned"):
             for name in ("direction", "at", "per_agent", "batch_steps"):
                 if getattr(self, name) != getattr(type(self), name):

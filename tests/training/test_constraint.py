@@ -9,12 +9,24 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from training.tiny_lm import ATTACK, VOCABULARY, fit_config, plain, quiet, sequences, sgd, tiny_lm, vector
+from training.tiny_lm import (
+    ATTACK,
+    VOCABULARY,
+    TinyLM,
+    fit_config,
+    plain,
+    quiet,
+    sequences,
+    sgd,
+    tiny_lm,
+    vector,
+)
 
 from aajr_kernels.method import ascend, trajectory_baseline, trajectory_penalty
 from aajr_kernels.training import (
@@ -579,6 +591,13 @@ def test_gamma_for_step():
         gamma_for_step(0.1, -1)
 
 
+class _Hidden(TinyLM):
+    """A body, without the head whose logits the metrics of distributions need."""
+
+    def forward(self, inputs_embeds, attention_mask=None):
+        return types.SimpleNamespace(last_hidden_state=torch.tanh(self.up(inputs_embeds)))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -662,6 +681,22 @@ def test_bad_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         call()
     assert str(caught.value).count(". ") == 0
+
+
+def test_the_spectral_norm_is_exact_in_fit():
+    """‖J‖²₂ of whole rows at the worst point in float64, from J by autograd."""
+    model, (ids,) = tiny_lm().double(), counting(1, batch=2, length=4)
+    penalty = Penalty("spectral", weight=0.1, iterations="exact", metric="l2")
+    (row,) = quiet(copy.deepcopy(model), [ids], plain(penalty=penalty, learning_rate=0.0)).rows
+    x, labels = model.embedding(ids).detach(), ids.roll(-1, 1).index_fill(1, torch.tensor([3]), -100)
+    losses = lambda x: nn.functional.cross_entropy(model(x).mT, labels, reduction="none").sum(1) / 3
+    traj = ascend(losses, x, radius=0.5, steps=2, step_size=0.3, scope="token", module=model)
+    norms = []
+    for point in traj.worst:
+        outputs = lambda x: written_out(model)(x.unsqueeze(0))[0, :3]
+        jacobian = torch.autograd.functional.jacobian(outputs, point).reshape(3 * VOCABULARY, -1)
+        norms.append(torch.linalg.matrix_norm(jacobian, 2) ** 2)
+    assert row["penalty"] == pytest.approx(float(torch.stack(norms).mean()), rel=1e-6)
 
 
 def test_a_step_that_is_not_taken_moves_nothing():
