@@ -30,7 +30,8 @@ def work(config: dict[str, Any], seed: int, share: float) -> list[Row]:
     from ..language_model.training import batches_of
 
     text, state, quantile = _start(json.dumps(config, sort_keys=True), seed)
-    model, gamma, steps = small(config, 0), share * quantile, config["steps"]
+    model: Any = small(config, 0)
+    gamma, steps = share * quantile, config["steps"]
     model.load_state_dict(state)
     model.get_input_embeddings().requires_grad_(False)
     constraint = Constraint(
@@ -106,22 +107,21 @@ def _within(
         ready = prepared(batch, torch.device("cpu"), shift=True)
         x = ready.embedded(policy).detach()
         unit = norm_of(x)
-        lengths = dict(
-            radius=unit * config["radius"], step_size=unit * config["radius"] * config["inner"]["step"]
-        )
-        loss = policy.loss_fn({}, ready.labels, "mean")
+        radius, inner = unit * config["radius"], config["inner"]
         traj = aajr.ascend(
-            loss,
-            x,
-            **lengths,
-            steps=config["inner"]["steps"],
+            *(policy.loss_fn({}, ready.labels, "mean"), x),
+            radius=radius,
+            steps=inner["steps"],
+            step_size=inner["step"] * radius,
             scope="sequence",
             mask=ready.attackable,
             module=model,
         )
         with torch.no_grad():
             mask = ready.labels != -100
-            options = dict(head=policy.head, metric="fisher", mask=mask, batch_steps=len(traj))
+            options: dict[str, Any] = dict(
+                head=policy.head, metric="fisher", mask=mask, batch_steps=len(traj)
+            )
             _, aux = aajr.trajectory_penalty(policy.forward, x, traj, **options)
         units.append(unit * aux.units.flatten().sqrt())
     model.train(training)

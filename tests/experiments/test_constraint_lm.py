@@ -18,13 +18,14 @@ def test_rows_and_page(tmp_path):
     assert len({task.key for task in tasks}) == len(tasks) == 8
     rows = [
         {**row, "task": task.key, "seconds": 1.0}
-        for task in tasks[:4]
+        for task in tasks[:2]
         for row in constraint_lm.work(**task.arguments)
     ]
     for row in rows:
         assert (row["quantile_held_out"] <= row["gamma"]) == (row["within_held_out"] >= 0.95)
         assert row["path"][0]["step"] == 2 and row["multiplier"] > 0
     assert rows[0]["gamma"] / rows[1]["gamma"] == pytest.approx(0.25 / 0.4)
+    rows += [row | {"share": share, "seed": 0} for row in rows[:1] for share in (0.6, 3)]
     rows += [row | {"seed": 1} for row in rows]
     environment = dict(dirty=False, torch="2", python="3", cpu="c", machine="m", commit="0")
     page = load("constraint-lm").report({"config": QUICK, "environment": environment}, rows, tmp_path)
