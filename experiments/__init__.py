@@ -52,6 +52,10 @@ EXPERIMENTS = {
         ".equal_bound",
         "Nominal loss of methods at the same bound, and at the same realised sensitivity, on digits.",
     ),
+    "equal-bound-lm": (
+        ".equal_bound_lm",
+        "Clean and robust loss of a language model at the same bound, and in the same time without one.",
+    ),
     "lazy": (".lazy", "The penalty on every k-th step with k times its weight."),
     "shared-context": (".shared_context", "Seconds of a LoRA step with a context that is computed once."),
     "curvature": (

@@ -68,16 +68,18 @@ def embedding_attack(
     step_sizes: list[float],
     restarts: int,
     generator: torch.Generator,
+    scope: str = "token",
 ) -> tuple[Tensor, list[aajr.Trajectory]]:
     """The largest loss ``[B]`` at any point of any ascent, one of normalised steps for every size; and the ascents.
 
     Args:
         scene: what is attacked.
-        radius: of every token's ball, in norms of a token.
+        radius: of the ball of every token, or of the row, in norms of a token.
         steps: of an ascent.
         step_sizes: in radii.
         restarts: of every ascent: one from the tokens themselves, the others from uniform draws.
         generator: of the draws.
+        scope: ``"token"`` or ``"sequence"``.
     """
     x = scene.embedded(scene.ids)
     size = radius * norm_of(x)
@@ -87,7 +89,7 @@ def embedding_attack(
             radius=size,
             steps=steps,
             step_size=share * size,
-            scope="token",
+            scope=scope,
             mask=scene.mask,
             restarts=restarts,
             generator=generator,
