@@ -132,8 +132,8 @@ def adds_on_meta() -> bool:
 def test_a_step_of_a_fused_llama_never_waits_for_the_device(on_meta, monkeypatch, name):
     pytest.importorskip("transformers")
     from aajr_kernels.integrations.transformers import fuse
-    from aajr_kernels.ops.head import triton as head
     from aajr_kernels.ops.head import products
+    from aajr_kernels.ops.head import triton as head
 
     for attribute, value in (("_JOINT_SIZE_LOW", 1), ("_KEPT_LEAST", 1 << 24)):
         monkeypatch.setattr(head, attribute, value)

@@ -16,7 +16,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
-    if a.device.type == "cpu" or torch.compiler.is_compiling():  # no such product; nothing can be tried in a graph
+    if (
+        a.device.type == "cpu" or torch.compiler.is_compiling()
+    ):  # no such product; nothing can be tried in a graph
         return a.float() @ b.float()
     if _offers(a.device, "mm"):
         return torch.mm(a, b, out_dtype=torch.float32)
