@@ -12,7 +12,8 @@
 #include <omp.h>
 #else
 #include <atomic>
-#include <thread>
+
+#include "../threads.h"
 #endif
 
 namespace aajr {
@@ -32,16 +33,17 @@ inline void parallel_dynamic(int64_t n, int threads, const Body& body) {
   for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
 #else
   struct Shared {
+    const Body& body;
+    const int64_t n;
     std::atomic<int64_t> next{0};
-  } shared;
-  auto work = [&](int slot) {
-    for (int64_t i; (i = shared.next.fetch_add(1)) < n;) body(i, slot);
-  };
-  std::thread* pool = new std::thread[threads - 1];
-  for (int t = 1; t < threads; ++t) pool[t - 1] = std::thread(work, t);
-  work(0);
-  for (int t = 1; t < threads; ++t) pool[t - 1].join();
-  delete[] pool;
+  } shared{body, n};
+  on_threads(
+      threads,
+      [](void* context, int slot) {
+        Shared& all = *static_cast<Shared*>(context);
+        for (int64_t i; (i = all.next.fetch_add(1)) < all.n;) all.body(i, slot);
+      },
+      &shared);
 #endif
 }
 

@@ -150,6 +150,7 @@ def _means(config: dict[str, Any], rows: list[Row]) -> str:
 def _picture(config: dict[str, Any], rows: list[Row], family: Sequence[Primary], path: Path) -> None:
     trainings = list(config["mixes"])
     drawn, (*curves, forest) = figure(len(trainings) + 1, width=4.4, height=3.8)
+    ticks = (0.1, 0.2, 0.5, 1, 2)
     for axis, training in zip(curves, trainings):
         own = of_training(rows, training)
         for method in METHODS[1:]:
@@ -160,27 +161,29 @@ def _picture(config: dict[str, Any], rows: list[Row], family: Sequence[Primary],
         axis.axhline(free, color=COLOUR["none"], linewidth=0.9, linestyle="--", label=NAMES["none"])
         axis.set(xscale="log", yscale="log", xlabel="bound γ", ylabel="nominal loss (test)")
         axis.set_xticks(config["gammas"], [f"{gamma:g}" for gamma in config["gammas"]])
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_title(f"{training} training: lower is better")
     outcomes = equal.judged(family)
     for place, (one, outcome) in enumerate(reversed(outcomes)):
         mean, low, high = outcome.interval
         method = next(m for m in BASELINES if one.comparison.endswith(NAMES[m]))
-        marker = "o" if one.of.startswith("A") else "s"
+        is_last_of_place = place in (0, len(outcomes) // 2)
         forest.errorbar(
             *(mean, place),
             xerr=[[mean - low], [high - mean]],
-            fmt=marker,
+            fmt="o" if one.of.startswith("A") else "s",
             color=COLOUR[method],
             capsize=3,
             markersize=4,
+            label=one.of.split(", ")[0] if is_last_of_place else None,
         )
     labels = [f"{one.comparison.split(' − ')[1]}, {one.of.split(', ')[-1].split()[0]}" for one, _ in outcomes]
     forest.set_yticks(range(len(labels)), reversed(labels), fontsize=7)
     forest.axvline(0, color="black", linewidth=0.8)
     forest.set_xscale("symlog", linthresh=0.02)
     forest.set(xlabel="AAJR − baseline: nominal loss, 95 % interval")
-    forest.set_title("left of 0: AAJR loses less; ● equal γ, ■ equal realised ‖J u‖")
+    forest.set_title("left of 0: AAJR loses less")
     save(drawn, path)
 
 

@@ -117,6 +117,31 @@ def test_constraint():
     assert all(is_met(config, rows, "validation", gamma) for gamma in gammas)
 
 
+@pytest.mark.skipif(not (RESULTS / "equal-bound.jsonl").exists(), reason="the rows are not committed")
+def test_equal_bound():
+    from experiments.equal_bound.report import is_valid, primaries
+
+    rows, config = committed("equal-bound"), load("equal-bound").config(False)
+    bounded = [row for row in rows if row["method"] != "none"]
+    for row in rows:  # as ‖J u‖ ≤ ‖J‖₂, which ‖J‖_F and the layers bound
+        along, top, every, product = row["validation"].values()
+        assert along <= 1.001 * top and top <= 1.001 * min(every, product)
+    assert sum(is_valid(config, row) for row in bounded) > 0.75 * len(bounded)
+    assert all(len(one.differences) >= config["seeds"] - 1 for one in primaries(config, rows))
+
+
+@pytest.mark.skipif(not (RESULTS / "equal-bound-lm.jsonl").exists(), reason="the rows are not committed")
+def test_equal_bound_lm():
+    from experiments.equal_bound_lm.report import is_valid, primaries
+
+    rows, config = committed("equal-bound-lm"), load("equal-bound-lm").config(False)
+    bounded = [row for row in rows if row["gamma"] is not None]
+    assert all(row["validation"]["aligned"] <= row["validation"]["spectral"] for row in rows)
+    assert all(row["bound"] == pytest.approx(row["gamma"] * row["at_start"]) for row in bounded)
+    assert sum(is_valid(config, row) for row in bounded) > 0.75 * len(bounded)
+    assert all(len(one.differences) >= config["seeds"] - 1 for one in primaries(config, rows))
+
+
 @pytest.mark.skipif(not (RESULTS / "lazy.jsonl").exists(), reason="the rows are not committed")
 def test_lazy():
     rows, config = committed("lazy"), load("lazy").config(False)

@@ -132,13 +132,13 @@ def adds_on_meta() -> bool:
 def test_a_step_of_a_fused_llama_never_waits_for_the_device(on_meta, monkeypatch, name):
     pytest.importorskip("transformers")
     from aajr_kernels.integrations.transformers import fuse
+    from aajr_kernels.ops.head import products
     from aajr_kernels.ops.head import triton as head
-    from aajr_kernels.ops.head import triton_products
 
     for attribute, value in (("_JOINT_SIZE_LOW", 1), ("_KEPT_LEAST", 1 << 24)):
         monkeypatch.setattr(head, attribute, value)
-    products = {"mm": True, "addmm": adds_on_meta()}
-    monkeypatch.setattr(triton_products, "_offers", lambda device, name: products[name])  # of the warm-up
+    offered = {"mm": True, "addmm": adds_on_meta()}
+    monkeypatch.setattr(products, "_offers", lambda device, name: offered[name])  # of the warm-up
     passes = record_calls(monkeypatch, head, ("head_fwd", "head_joint"))
     with monkeypatch.context() as patch:
         patch.setattr(capture, "is_capturing", lambda device: False)

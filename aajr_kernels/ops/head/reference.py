@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .products import add_product, product
+
 #: Elements of a tile, its rows (tokens times 1 + K) and its least columns; 4 MB of float32.
 _TILE, _TILE_ROWS, _TILE_COLUMNS = 1 << 20, 1024, 1024
 
@@ -76,7 +78,7 @@ class Problem:
     def logits(self, rows: Tensor, columns: slice) -> Tensor:
         """Logits and their tangents ``[1 + K, t, v]`` in float32 (float64) for hidden states ``[(1 + K) t, C]``."""
         weight = self.weight[columns]
-        z = _wide(rows @ weight.t()).view(self.stacks, rows.shape[0] // self.stacks, weight.shape[0])
+        z = product(rows, weight.t()).view(self.stacks, rows.shape[0] // self.stacks, weight.shape[0])
         if self.bias is not None:
             z[0] += self.bias[columns]
         if self.scale != 1.0:
@@ -268,9 +270,9 @@ def head_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
                 b_bar[columns] += z_bar[0].sum(0)
             flat = z_bar.flatten(0, 1).to(chunk.dtype)
             if need_h:
-                _add_product(sums[i], flat, chunk)
+                add_product(sums[i], flat, chunk)
             if chunk_bar is not None:
-                _add_product(chunk_bar, flat.t(), inputs[i])
+                add_product(chunk_bar, flat.t(), inputs[i])
         if w_bar is not None and chunk_bar is not None:
             w_bar[columns] = chunk_bar
     h_bar = None
@@ -282,14 +284,6 @@ def head_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
                 total[1:] += 2.0 * q_bar[:, rows].unsqueeze(-1) * h[1:, rows]
             h_bar[:, rows] = total
     return h_bar, w_bar, b_bar
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b`` with the sum in float32 also where the product is in a low dtype."""
-    if total.dtype == b.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 def _tile_cotangents(

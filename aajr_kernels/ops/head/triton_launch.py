@@ -14,11 +14,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...backends.triton import launch as gpu
 from . import triton_counted as counted
 from .joint import Forward, Optional
+from .products import add_product, product
 from .reference import Problem
 from .triton_config import ELEMENTWISE, Tile, tile
 from .triton_kernels import METRICS, _head_bwd_kernel, _head_fwd_kernel
 from .triton_merge import _head_merge_kernel
-from .triton_products import add_product, product
 
 #: bytes of the cotangents of a chunk of the vocabulary; and its columns
 _CHUNK, _LEAST_COLUMNS, _MOST_COLUMNS = 256 << 20, 1024, 16384

@@ -1,4 +1,4 @@
-"""Products of low-precision matrices with float32 sums, by the vendor's library."""
+"""Products of low-precision matrices with float32 results, by the vendor's library."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` in float32.
+    """``a b`` in float32 (float64).
 
+    A logit rounded to 16 bits would be off by up to eps / 2 of its size, and its probability by that times the logit.
     Asking for float32 results also keeps the library from adding parts of a long sum in the low dtype.
     """
-    if a.dtype == torch.float32:
+    if a.dtype in (torch.float32, torch.float64):
         return a @ b
-    if a.device.type == "cpu":  # the interpreter's
+    if (
+        a.device.type == "cpu" or torch.compiler.is_compiling()
+    ):  # no such product; nothing can be tried in a graph
         return a.float() @ b.float()
     if _offers(a.device, "mm"):
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -23,10 +26,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b`` for a float32 `total`, in one kernel where the library can."""
-    if a.dtype == torch.float32:
+    """``total += a b`` for a float32 (float64) `total`, in one kernel where the library can."""
+    if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.device.type != "cpu" and _offers(a.device, "addmm"):
+    elif a.device.type != "cpu" and not torch.compiler.is_compiling() and _offers(a.device, "addmm"):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += product(a, b)
