@@ -142,6 +142,17 @@ def test_equal_bound_lm():
     assert all(len(one.differences) >= config["seeds"] - 1 for one in primaries(config, rows))
 
 
+@pytest.mark.skipif(not (RESULTS / "constraint-lm.jsonl").exists(), reason="the rows are not committed")
+def test_constraint_lm():
+    rows, config = committed("constraint-lm"), load("constraint-lm").config(False)
+    bounds = (*config["shares"], config["loose"])
+    assert sorted((row["share"], row["seed"]) for row in rows) == sorted(
+        (share, seed) for share in bounds for seed in range(config["seeds"])
+    )
+    for row in rows:
+        assert (row["quantile_held_out"] <= row["gamma"]) == (row["within_held_out"] >= config["quantile"])
+
+
 @pytest.mark.skipif(not (RESULTS / "lazy.jsonl").exists(), reason="the rows are not committed")
 def test_lazy():
     rows, config = committed("lazy"), load("lazy").config(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from integrations.trainer.trainers import (
 from torch import nn
 
 from aajr_kernels.integrations.trainer import AAJRPenaltyMixin, AAJRTrainerMixin
-from aajr_kernels.training import Objective, ObjectiveConfig, Penalty
+from aajr_kernels.training import Constraint, Objective, ObjectiveConfig, Penalty
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -84,6 +85,12 @@ def test_a_trainer_whose_batches_are_not_known_is_refused(tmp_path):
 
     with pytest.raises(TypeError, match=r"Unknown must define aajr_batch\(inputs\)"):
         Unknown(gpt2(), arguments(tmp_path), objective=CONFIG)
+
+
+def test_a_constraint_on_evaluation_data_is_refused_where_they_have_no_labels(tmp_path):
+    config = dataclasses.replace(CONFIG, penalty=Constraint(gamma=0.1, weight=1.0, follow="validation"))
+    with pytest.raises(ValueError, match="follow must be 'training' with AAJRPenaltyMixin, got 'validation'"):
+        Extra(gpt2(), arguments(tmp_path), objective=config)
 
 
 # -- TRL --------------------------------------------------------------------------------------------------------------
