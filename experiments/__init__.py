@@ -66,6 +66,10 @@ EXPERIMENTS = {
         ".ablation",
         "Where the penalty is measured, with the adversary's weight, at matched clean perplexity.",
     ),
+    "decoupling": (
+        ".decoupling",
+        "Smoothness along the ascent held at 1/η: its price, and whether it steadies a training that oscillates.",
+    ),
     "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
 }
 RESULTS = Path(__file__).parent / "results"
