@@ -164,6 +164,33 @@ def test_lazy():
     assert all(row["robust"] >= row["nominal"] or row["part"] == "language" for row in rows)
 
 
+@pytest.mark.skipif(not (RESULTS / "ablation.jsonl").exists(), reason="the rows are not committed")
+def test_ablation():
+    from experiments.ablation.report import COMPARISON
+    from experiments.ablation.runs import METHODS, chosen
+
+    rows, config = committed("ablation"), load("ablation").config(False)
+    tested = chosen_runs(rows)
+    assert set(tested) == set(COMPARISON.names)
+    for method, by_seed in tested.items():
+        assert set(by_seed) == set(range(config["seeds"]))
+        for seed in by_seed:
+            own = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+            assert len(own) == config["budget"][method] * (len(config["mixes"]) if METHODS[method] else 1)
+            assert own[chosen(own, own[0]["target"], config["tolerance"])]["chosen"]
+
+
+@pytest.mark.skipif(not (RESULTS / "decoupling.jsonl").exists(), reason="the rows are not committed")
+def test_decoupling():
+    from experiments.decoupling.report import NAMES
+
+    rows, config = committed("decoupling"), load("decoupling").config(False)
+    runs = [(row["seed"], row["setting"], row["method"]) for row in rows]
+    seeds = range(config["seeds"])
+    assert set(runs) == {(seed, s, method) for seed in seeds for s in config["settings"] for method in NAMES}
+    assert len(runs) == len(set(runs))
+
+
 def test_shared_context():
     from experiments.shared_context.report import LOSSES, largest_difference, ratio
 
