@@ -34,7 +34,7 @@ from ...backends.errors import UnsupportedOperation, first_order
 from ...coverage import record, recording
 from ...dual import Dual
 from ...ops.head import lm_head_sensitivity
-from ...ops.head.counted import counted
+from ...ops.head.counted import counted, on_counted
 from ...ops.sensitivity import sensitivity
 from ...torch_private import assert_async
 from .ops import local, mesh_of
@@ -91,7 +91,6 @@ def _head(
         return result if isinstance(result, tuple) else (result, None)
     h, q_l2 = local(stacked, mesh, whole, sums).reshape(rows), None
     tokens = counted(mask, labels, ignore_index, rows[0] - 1)
-    count = None
     if metric == "l2" or len(h) == 1:  # of the hidden states, which are local: no sum over processes
         q_l2 = h.new_empty((0, rows[1]), dtype=_wide(h))
         if len(h) > 1:
@@ -99,16 +98,15 @@ def _head(
         if labels is None:
             return q_l2, None
         h, metric = h[:1], "l2"
-    if tokens is not None:
-        h, count = tokens.gather(h), tokens.count
-        labels = None if labels is None else labels[tokens.index]
-    backend = choice.select_backend("head", h, w, b)
-    if recording():
-        record("lm_head_sensitivity", backend, 2.0 * h.numel() * w.shape[0])
     place = (mesh.get_group(axis), start)
-    q, nll = SplitHead.apply(h, w, b, labels, count, metric, scale, softcap, ignore_index, backend, place)
-    if tokens is not None:
-        q, nll = (None if x is None else tokens.spread(x, rows[1]) for x in (q, nll))
+
+    def of_counted(h: Tensor, labels: Tensor | None, count: Tensor | None) -> Any:
+        backend = choice.select_backend("head", h, w, b)
+        if recording():
+            record("lm_head_sensitivity", backend, 2.0 * h.numel() * w.shape[0])
+        return SplitHead.apply(h, w, b, labels, count, metric, scale, softcap, ignore_index, backend, place)
+
+    q, nll = on_counted(tokens, h, labels, of_counted)
     return (q if q_l2 is None else q_l2), nll
 
 

@@ -14,7 +14,7 @@ from ...dual import Dual
 from ...torch_private import assert_async
 from ..checks import check_dtypes, refuse_duals
 from ..prepare import SHARDS, prepare
-from .counted import Counted, counted
+from .counted import Counted, counted, on_counted
 from .function import HeadFunction
 from .joint import Expected
 
@@ -124,14 +124,15 @@ def lm_head_sensitivity(
         stacked, weight, bias = operands
         if recording() and not torch.compiler.is_compiling():
             record_computed("tokens", computed, whole, 2.0 * (1 + k) * (whole - computed) * weight.numel())
-        rows, targets, count = stacked.reshape(1 + k, whole, stacked.shape[-1]), labels, None
-        if tokens is not None:
-            rows, count = tokens.gather(rows), tokens.count
-            targets = None if labels is None else labels[tokens.index]
         cotangents = _cotangents(expected, mask, tokens) if joint and expected is not None else None
-        q, nll = HeadFunction.apply(rows, weight, bias, targets, count, *options, backend, cotangents)
-        if tokens is not None:
-            q, nll = (None if x is None else tokens.spread(x, whole) for x in (q, nll))
+
+        def head(rows: Tensor, targets: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            pair: tuple[Tensor, Tensor | None] = HeadFunction.apply(
+                rows, weight, bias, targets, count, *options, backend, cotangents
+            )
+            return pair
+
+        q, nll = on_counted(tokens, stacked.reshape(1 + k, whole, stacked.shape[-1]), labels, head)
     if mask is not None:  # some count for their labels only
         q = torch.where(mask, q, 0.0)
     q = q.reshape(k, *batch)

@@ -8,13 +8,14 @@ kept, those that count first and in their order, and kernels read the number whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Counted", "counted"]
+__all__ = ["Counted", "counted", "on_counted"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,28 @@ class Counted:
     def spread(self, values: Tensor, tokens: int) -> Tensor:
         """``[..., n]`` to ``[..., T]``, zeros at the other tokens; with its gradient."""
         return values.new_zeros(*values.shape[:-1], tokens).index_copy(-1, self.index, values)
+
+
+def on_counted(
+    tokens: Counted | None,
+    stacked: Tensor,
+    labels: Tensor | None,
+    head: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """q ``[K, T]`` and nll ``[T]`` or None of a head on the tokens that count, zeros at the others.
+
+    Args:
+        tokens: those that count; None for all.
+        stacked: ``[S, T, C]``.
+        labels: ``[T]`` or None.
+        head: of stack, labels and count, as kernels see them.
+    """
+    if tokens is None:
+        return head(stacked, labels, None)
+    targets = None if labels is None else labels[tokens.index]
+    q, nll = head(tokens.gather(stacked), targets, tokens.count)
+    whole = stacked.shape[1]
+    return tokens.spread(q, whole), None if nll is None else tokens.spread(nll, whole)
 
 
 def counted(mask: Tensor | None, labels: Tensor | None, ignore_index: int, tangents: int) -> Counted | None:
