@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPS", "detach_frozen", "frozen_parameters", "is_dtensor"]
+__all__ = ["OPS", "detach_frozen", "frozen_parameters", "is_dtensor", "is_fully_sharded"]
 
 #: name of an op -> its function where a stack or a weight is a DTensor
 OPS: dict[str, Callable[..., Any]] = {}
@@ -38,6 +38,11 @@ def detach_frozen(*weights: torch.Tensor | None) -> tuple[Any, ...]:
     if not _frozen:
         return weights
     return tuple(w.detach() if w is not None and w.is_leaf and w.requires_grad else w for w in weights)
+
+
+def is_fully_sharded(module: object) -> bool:
+    """Whether ``fully_shard`` was applied to this module, whose class is then a subclass of FSDPModule, too."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def is_dtensor(*tensors: torch.Tensor | None) -> bool:

@@ -214,7 +214,7 @@ def _run(
     losses, gradient = evaluator.gradient(delta)
     if isinstance(step_sizes, str):
         rule: AutoStep | GivenStep = AutoStep(evaluator, steps, max_backtracks)
-        _require_finite(losses, gradient, "at the start")
+        _require_finite(evaluator, losses, gradient, "at the start")
     else:
         rule = GivenStep(evaluator, step_sizes)
 
@@ -248,7 +248,7 @@ def _run(
             columns[name] = columns[name].to(evaluator.x.dtype)
     known = columns["losses"] if evaluate_last else columns["losses"][:-1]
     remedy = "take smaller steps, or step_size='auto'"
-    _require_finite(known, columns["gradient_norms"], "on the way", remedy)
+    _require_finite(evaluator, known, columns["gradient_norms"], "on the way", remedy)
     return columns
 
 
@@ -262,10 +262,15 @@ def _better(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _require_finite(
-    losses: Tensor, gradients: Tensor, where: str, remedy: str = "check x and the model"
+    evaluator: Evaluator,
+    losses: Tensor,
+    gradients: Tensor,
+    where: str,
+    remedy: str = "check x and the model",
 ) -> None:
+    """Raise on all ranks that call the model equally often, or on none."""
     if capture.reads_no_value(losses.device):
         return
     for name, values in (("loss", losses), ("gradient", gradients)):
-        if not bool(torch.isfinite(values).all()):
+        if not evaluator.all(torch.isfinite(values)):
             raise NonFiniteLoss(f"loss_fn gave a {name} that is NaN or infinite {where}: {remedy}.")

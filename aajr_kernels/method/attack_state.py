@@ -141,7 +141,7 @@ def frozen_parameters(modules: tuple[nn.Module, ...], evaluate: bool) -> Iterato
     ]
     statistics = [] if evaluate else [b for m in submodules for b in _statistics(m)]
     saved = [b.clone() for b in statistics]
-    has_sharded = any(_sharded(p) for module in modules for p in module.parameters())
+    has_sharded = any(_is_spread(module) for module in modules)
     token = _frozen.set(True)
     try:
         for p in parameters:
@@ -181,13 +181,18 @@ def ranks_of(modules: tuple[nn.Module, ...]) -> Any:
     for module in modules:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return module.process_group
-        if any(_sharded(p) for p in module.parameters()):
+        if _is_spread(module):
             return torch.distributed.group.WORLD
     return None
 
 
 def _sharded(p: Tensor) -> bool:
     return hasattr(p, "placements")
+
+
+def _is_spread(module: nn.Module) -> bool:
+    """Whether parameters are sharded, be they gathered at the moment or not."""
+    return any(map(sharding.is_fully_sharded, module.modules())) or any(map(_sharded, module.parameters()))
 
 
 def _statistics(m: nn.Module) -> Iterator[Tensor]:

@@ -56,7 +56,7 @@ class LMHead:
 
 
 def as_head(head: LMHead | nn.Linear) -> LMHead:
-    """`head` itself, or the description of a linear layer (``model.lm_head``).
+    """`head` itself, or the description of a linear layer (``model.lm_head``), or the one that a function returns.
 
     Raises:
         TypeError: `head` is neither.
@@ -66,6 +66,8 @@ def as_head(head: LMHead | nn.Linear) -> LMHead:
     # fully_shard makes a subclass of a layer; one with a forward of its own is another function
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
         return LMHead(head.weight, head.bias)
+    if callable(head) and not isinstance(head, (nn.Module, type)):
+        return as_head(head())
     raise TypeError(
         f"head must be an LMHead or an nn.Linear, got {type(head).__name__}: describe it with "
         "LMHead(weight, bias, scale, softcap)."

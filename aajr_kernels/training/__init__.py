@@ -4,9 +4,10 @@ from .batches import Stream, prepared
 from .checkpoints import load_checkpoint
 from .config import Attack, Diagnostics, FitConfig, ObjectiveConfig, Penalty
 from .constraint import Constraint, gamma_for_step
+from .counts import Counts
 from .loop import FitResult, NonFiniteLossError, fit
 from .multiplier import Multiplier
-from .objective import Counts, Terms
+from .objective import Terms
 from .policy import Policy, policy_of
 from .record import read_rows
 from .schedules import Cosine, Linear, Schedule, Share, WarmUp

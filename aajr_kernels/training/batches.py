@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -42,6 +43,34 @@ class Prepared:
     attended: Tensor | None
     attackable: Tensor | None
     agents: Tensor | None
+
+    @functools.cached_property
+    def masks(self) -> Tensor:
+        """``[3, B, N]`` bool on the CPU: learnt, attended, attackable; read from the device once, all together."""
+        learnt, attackable = self.labels != IGNORED, self.attackable
+        if self.agents is not None:
+            has_agent = self.agents >= 0
+            attackable = has_agent if attackable is None else attackable & has_agent
+        every = torch.ones_like(learnt)
+        return torch.stack(
+            [learnt, *(every if mask is None else mask for mask in (self.attended, attackable))]
+        ).cpu()
+
+    def to(self, device: torch.device) -> Prepared:
+        """The same on a device, with its masks on the CPU."""
+        moved = Prepared(**{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
+        moved.__dict__["masks"] = self.masks
+        return moved
+
+    def suffix(self, start: int) -> Prepared:
+        """The tokens from `start` on, without inputs of the model."""
+        cut: dict[str, Any] = {
+            name: None if (value := getattr(self, name)) is None else value[:, start:]
+            for name in ("input_ids", "inputs_embeds", "labels", "attended", "attackable", "agents")
+        }
+        part = Prepared(inputs={}, **cut)
+        part.__dict__["masks"] = self.masks[..., start:]
+        return part
 
     def embedded(self, policy: Policy) -> Tensor:
         """``[B, N, C]``, attached to the embedding's weights."""
@@ -97,7 +126,12 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping or a tensor of token ids, got {type(batch).__name__}.")
-    entries = {name: _moved(value, device) for name, value in batch.items() if value is not None}
+    entries = {name: value for name, value in batch.items() if value is not None}
+    is_on_host = all(
+        leaf.device.type == "cpu" for leaf in pytree.tree_leaves(entries) if isinstance(leaf, Tensor)
+    )
+    if not is_on_host:
+        entries = {name: _moved(value, device) for name, value in entries.items()}
     ids, inputs_embeds = entries.get("input_ids"), entries.get("inputs_embeds")
     if (ids is None) == (inputs_embeds is None):
         raise ValueError(
@@ -127,7 +161,7 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
     if "attack_mask" in entries:
         masked = entries["attack_mask"] != 0
         attackable = masked if attended is None else masked & attended
-    return Prepared(
+    ready = Prepared(
         ids,
         inputs_embeds,
         {name: value for name, value in entries.items() if name not in OWN},
@@ -136,6 +170,8 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
         attackable,
         entries.get("agents"),
     )
+    # masks of a batch that is not on the device yet are read where nothing waits for it
+    return ready.to(device) if is_on_host else ready
 
 
 def _aligned(labels: Tensor, attended: Tensor | None, own: bool, shift: bool) -> Tensor:

@@ -18,7 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .shards import spread
 from .state import pack, unpack
+from .wrappers import reshard
 
 __all__ = ["Checkpoint", "Checkpoints", "load_checkpoint", "weights_of"]
 
@@ -138,7 +140,8 @@ class Checkpoints:
 
 
 def weights_of(model: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each once however often it is shared."""
+    """Parameters and persistent buffers by name, each once however often it is shared; shards where it is sharded."""
+    reshard(model)
     kept = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or not trainable_only}
     seen = {id(p) for p in model.parameters()}
     persistent = set(model.state_dict(keep_vars=True))
@@ -169,7 +172,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], where: Path, tr
                 f"model must be the one that checkpoint {where} was written for: {name} is {tuple(own[name].shape)}, "
                 f"there {tuple(value.shape)}."
             )
-        own[name].copy_(value)
+        own[name].copy_(spread(value, own[name]))
 
 
 def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module) -> int:
@@ -177,7 +180,8 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module) -> int:
 
     Args:
         folder: a checkpoint, or the folder that was given to :func:`fit`, whose newest whole one is taken.
-        model: made as for the training. Frozen parameters stay as they are if the checkpoint was written without.
+        model: made as for the training, sharded or not. Frozen parameters stay as they are if the checkpoint was
+            written without.
 
     Returns:
         The optimizer steps it was written after.

@@ -4,6 +4,9 @@ A step takes ``accumulate`` micro-batches. For each it embeds the tokens, ascend
 the gradients of the objective (:mod:`.objective`); then it clips them and steps. Random draws of an attack depend only
 on seed, step and micro-batch. Together with the states of the global generators and the place in the data, which
 checkpoints hold, a training that was interrupted ends, on a CPU, with the bits it would have ended with.
+
+Under ``fully_shard`` all processes call :func:`fit`, each with its own batches, and take the same steps. The first one
+writes; checkpoints hold whole tensors, and the random states and the place in the data of every process.
 """
 
 from __future__ import annotations
@@ -30,14 +33,15 @@ from . import randomness
 from .batches import Batches, Stream
 from .checkpoints import Checkpoints, put_weights, weights_of
 from .config import FitConfig, describe
-from .objective import Terms
+from .gradients import Gradients, over_processes
 from .policy import Policy
 from .progress import Progress
 from .record import Recorder, Row
 from .report import write_report
 from .schedules import value_at
+from .shards import gathered, gathered_state, spread_state
 from .step import Objective
-from .wrappers import unwrapped
+from .wrappers import reshard, smallest, unwrapped
 
 __all__ = ["FitResult", "NonFiniteLossError", "fit"]
 
@@ -88,25 +92,28 @@ def fit(
 
     Args:
         model: a Hugging Face causal language model, with adapters or not, or any module that takes ``inputs_embeds``
-            and returns logits; on its device, in its dtype. It is in training mode meanwhile.
+            and returns logits; on its device, in its dtype; plain, or after ``fully_shard`` in several processes. It is
+            in training mode meanwhile.
         batches: an iterable of micro-batches (see :func:`.batches.prepared`), begun again at its end if that is
-            possible, or a function from the number of micro-batches before to such an iterable.
+            possible, or a function from the number of micro-batches before to such an iterable. Those of this process.
         config: everything else, as data.
         policy: how to call the model, where :func:`.policy.policy_of` does not know.
         optimizer: of the parameters that are trained; by default AdamW of all that require
             a gradient, as `config` says.
         scheduler: of the rates of a given `optimizer`, stepped after every step.
-        out: folder for checkpoints, ``metrics.jsonl``, ``config.json`` and the report; None keeps nothing.
+        out: folder for checkpoints, ``metrics.jsonl``, ``config.json`` and the report; None keeps nothing. All
+            processes read it.
         resume: continue from the newest whole checkpoint in `out`; False refuses a folder that has any.
         evaluate: from the model, in eval mode and without gradients, to numbers by name; called every
-            ``evaluate_every`` steps and at the end. Random states are put back after it.
+            ``evaluate_every`` steps and at the end, on all processes, of which the first one's numbers are kept. Random
+            states are put back after it.
         validation: held-out micro-batches, as `batches`, of which λ of a ``Constraint(follow="validation")`` follows
             one in every step with a penalty.
         on_step: called with every logged row.
         progress: on standard error: a bar on a terminal, else a line every few seconds.
 
     Returns:
-        FitResult.
+        FitResult. In several processes all but the first have the rows of this call only.
 
     Raises:
         NonFiniteLossError: see ``FitConfig.non_finite``. A new call continues from the newest checkpoint.
@@ -117,13 +124,15 @@ def fit(
     folder = None if out is None else Path(out)
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", config.keep)
     begin = run.resume(checkpoints, resume)
+    if not run.is_first:
+        folder = None
     if folder is not None:
         (folder / "config.json").write_text(json.dumps(describe(config), indent=1), encoding="utf-8")
     recorder = Recorder(folder, begin, config.tensorboard)
     modes = {m: m.training for m in model.modules()}
     model.train()
     try:
-        with Progress(shown=progress) as display:
+        with Progress(shown=progress and run.is_first) as display:
             display.stage("training", config.steps, begin)
             for step in range(begin, config.steps):
                 row, last = run.step(step, recorder), step + 1 == config.steps
@@ -147,7 +156,9 @@ def fit(
             module.training = mode
     if folder is not None:
         write_report(folder, recorder.rows, describe(config), run.objective.sharing.reason)
-    return FitResult(max(begin, config.steps), begin, recorder.rows, run.skipped, folder)
+    return FitResult(
+        max(begin, config.steps), begin, recorder.rows, run.skipped, None if out is None else Path(out)
+    )
 
 
 class _Run:
@@ -167,12 +178,15 @@ class _Run:
             raise TypeError(f"config must be a FitConfig, got {type(config).__name__}.")
         if unwrapped(model) is not model:
             raise TypeError(
-                "model must be a plain module, got one that is spread over processes: fit trains in one process; use "
-                "AAJRTrainer, or Objective in a loop of your own."
+                "model must be a plain module or one after fully_shard, got one in DistributedDataParallel: call "
+                "fully_shard, or use AAJRTrainer, or Objective in a loop of your own."
             )
         seed = config.seed if config.objective.seed is None else config.objective.seed
         self.objective = Objective(model, replace(config.objective, seed=seed), policy=policy)
         self.model, self.config = model, config
+        self.group = self.objective.group
+        self.is_first = self.group is None or self.group.rank() == 0
+        reshard(model)
         own = [p for p in model.parameters() if p.requires_grad]
         if not own:
             raise ValueError("model must have a parameter that requires a gradient, got none: unfreeze some.")
@@ -213,7 +227,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = value_at(config.learning_rate, step, "learning_rate")
         self.model.zero_grad()
-        self.of_penalty: list[Tensor | None] = [None] * len(self.parameters)
+        gradients = Gradients(self.parameters, config.clip_norm, config.penalty_clip_norm)
         parts: dict[str, list[Tensor]] = {}
         totals: list[Tensor] = []
         problem: str | None = None
@@ -229,7 +243,7 @@ class _Run:
             except NonFiniteLoss as error:
                 problem = f"the attack stopped: {error}"
                 break
-            self._backward(terms)
+            gradients.add(terms)
             totals.append(terms.total.detach())
             for name, value in terms.parts.items():
                 parts.setdefault(name, []).append(value)
@@ -239,16 +253,13 @@ class _Run:
                     objective.measure(batch, step=step, part=n)
         except NonFiniteLoss as error:
             problem = problem or f"the attack on held-out rows stopped: {error}"
-        numbers = {
-            name: float(torch.stack(v).max() if name.endswith("_max") else torch.stack(v).sum())
-            for name, v in parts.items()
-        }
-        loss = float(torch.stack(totals).sum()) if totals else math.nan
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf))
-        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": norm}
-        if config.penalty_clip_norm is not None:
-            rates["penalty_gradient_norm"] = self._add_penalty(config.penalty_clip_norm)
-            norm += rates["penalty_gradient_norm"]
+        numbers = over_processes(parts, self.group, self.device)
+        loss = math.nan
+        if totals:
+            loss = over_processes({"loss": totals}, self.group, self.device)["loss"] / counts.processes
+        norms = gradients.clip()
+        norm = sum(norms.values())
+        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"], **norms}
         if problem is None and not math.isfinite(loss):
             problem = ", ".join(f"{k} = {v:.4g}" for k, v in {"loss": loss, **numbers}.items())
         elif problem is None and not math.isfinite(norm):
@@ -256,34 +267,12 @@ class _Run:
         self._update(step, problem)
         if problem is not None:
             objective.multiplier.discard()
-        objective.multiplier.settle()
+        objective.multiplier.settle(self.group)
         used = {"radius": scheduled.radius, "weight": scheduled.weight, "gamma": scheduled.gamma}
         used |= objective.multiplier.facts
         spent = {"tokens": counts.tokens, "skipped": self.skipped, "seconds": time.perf_counter() - started}
         computed = {f"computed_{part}": share for part, share in ran.shares().items()}
         return {"step": step + 1, "loss": loss, **numbers, **rates, **used, **computed, **spent}
-
-    def _backward(self, terms: Terms) -> None:
-        """Of a micro-batch; the gradient of the penalty apart where it is clipped apart."""
-        if self.config.penalty_clip_norm is None or terms.penalty is None:
-            terms.total.backward()
-            return
-        options: dict[str, Any] = dict(retain_graph=True, allow_unused=True)
-        gradients = torch.autograd.grad(terms.penalty, self.parameters, **options)
-        pairs = zip(self.of_penalty, gradients)
-        self.of_penalty = [b if a is None else a if b is None else a + b for a, b in pairs]
-        (terms.total - terms.penalty).backward()
-
-    def _add_penalty(self, limit: float) -> float:
-        """The gradient of the penalty, clipped, to that of the losses; its norm."""
-        present = [(p, g) for p, g in zip(self.parameters, self.of_penalty) if g is not None]
-        if not present:
-            return 0.0
-        norm = torch.nn.utils.get_total_norm([g for _, g in present])
-        for p, g in present:
-            g = g * (limit / (norm + 1e-6)).clamp(max=1.0)
-            p.grad = g if p.grad is None else p.grad + g
-        return float(norm)
 
     def _update(self, step: int, problem: str | None) -> None:
         if problem is None:
@@ -319,17 +308,27 @@ class _Run:
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         """Write a checkpoint."""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        own = {
             "random": randomness.capture(self.device),
             "data": self.stream.state(),
             "validation": None if self.validation is None else self.validation.state(),
+        }
+        state = {
+            "optimizer": gathered_state(self.optimizer, self.is_first),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "skipped": [self.skipped, self.in_a_row],
             "objective": self.objective.state_dict(),
         }
-        weights = weights_of(self.model, self.config.trainable_only)
-        checkpoints.save(step, weights, state, describe(self.config))
+        if self.group is None:
+            state |= own
+        else:
+            of_all: list[Any] = [None] * self.group.size()
+            torch.distributed.all_gather_object(of_all, own, group=self.group)
+            state["processes"] = of_all
+        weights = gathered(weights_of(self.model, self.config.trainable_only), self.is_first)
+        if self.is_first:
+            checkpoints.save(step, weights, state, describe(self.config))
+        smallest([step], self.group, self.device)  # the others wait until it is there
 
     def resume(self, checkpoints: Checkpoints | None, wanted: bool) -> int:
         """Go to the newest checkpoint, or to the start; the steps that are done."""
@@ -341,6 +340,13 @@ class _Run:
                     "another one, or continue with resume=True."
                 )
             newest = checkpoints.newest()
+        step = 0 if newest is None else newest.step
+        least, most = smallest([step, -step], self.group, self.device)
+        if least != -most:
+            raise ValueError(
+                f"out must be one folder for all processes, got checkpoints of steps {least} to {-most} in it: give a "
+                "folder that all of them can read."
+            )
         if newest is None:
             randomness.seed(self.config.seed)
             return 0
@@ -348,17 +354,26 @@ class _Run:
         with torch.no_grad():
             put_weights(self.model, newest.weights(), newest.path, self.config.trainable_only)
         state = newest.state()
-        self.optimizer.load_state_dict(state["optimizer"])
+        own, of_all = state, state.get("processes", [state])
+        count = 1 if self.group is None else self.group.size()
+        if len(of_all) != count:
+            raise ValueError(
+                f"processes must be {len(of_all)} as those that wrote {newest.path}, got {count}: start as many, or "
+                "put its weights into the model with load_checkpoint and give a new folder."
+            )
+        if "processes" in state:
+            own = of_all[self.group.rank() if self.group is not None else 0]
+        self.optimizer.load_state_dict(spread_state(self.optimizer, state["optimizer"]))
         if self.scheduler is not None:
             if state["scheduler"] is None:
                 raise ValueError(
                     f"scheduler must be None to continue {newest.path}, which was written without."
                 )
             self.scheduler.load_state_dict(state["scheduler"])
-        self.stream.resume(state["data"])
-        if self.validation is not None and state.get("validation") is not None:
-            self.validation.resume(state["validation"])
-        randomness.restore(state["random"], self.device)
+        self.stream.resume(own["data"])
+        if self.validation is not None and own.get("validation") is not None:
+            self.validation.resume(own["validation"])
+        randomness.restore(own["random"], self.device)
         self.skipped, self.in_a_row = state["skipped"]
         if "objective" in state:  # not in checkpoints of earlier versions
             self.objective.load_state_dict(state["objective"])

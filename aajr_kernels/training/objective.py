@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,65 +22,22 @@ from ..method.ascent import NonFiniteLoss, ascend
 from ..method.baselines import NEEDS_LOSS, trajectory_baseline
 from ..method.losses import IGNORED
 from ..method.scopes import widened
-from ..method.trajectory import Trajectory, gathered, trajectory_penalty
+from ..method.trajectory import PenaltyStatistics, Trajectory, gathered, trajectory_penalty
 from .batches import Prepared
 from .config import ObjectiveConfig
+from .counts import Counts, units_of
 from .policy import Policy
 from .scheduled import ScheduledValues
 from .sharing import Shared, Sharing
+from .wrappers import entered, group_of, smallest
 
-__all__ = ["Counts", "Terms", "Work", "terms_of"]
+__all__ = ["Terms", "Work", "terms_of"]
+
+#: penalties that differentiate while they look for a direction
+SEARCHES = ("spectral", *NEEDS_LOSS)
 
 #: called with a trajectory, the rows that were attacked, and γ in the embedding's own unit
 AfterAttack = Callable[[Trajectory, "Work", float | None], None]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of a whole step: tokens that are learnt, units that the penalty is a mean over, rows.
-
-    Attributes:
-        processes: whose batches are counted. Gradients are averaged over them, so that each contributes its share of
-            the sum this many times.
-    """
-
-    tokens: int
-    units: int
-    rows: int
-    processes: int = 1
-
-    @classmethod
-    def of(
-        cls,
-        batches: Sequence[Prepared],
-        config: ObjectiveConfig,
-        group: Any = None,
-        device: torch.device | None = None,
-    ) -> Counts:
-        """Count.
-
-        Args:
-            batches: the micro-batches of this process.
-            config: says what the units are.
-            group: of processes whose batches are counted too, all of which call this; None for this one.
-            device: for their sum.
-
-        Raises:
-            ValueError: there is nothing to learn.
-        """
-        tokens = int(sum((b.labels != IGNORED).sum() for b in batches))
-        rows = sum(b.labels.shape[0] for b in batches)
-        units = rows if config.penalty.method in NEEDS_LOSS else sum(_units(b, config) for b in batches)
-        if group is not None:
-            total = torch.tensor([tokens, units, rows], device=device)
-            torch.distributed.all_reduce(total, group=group)
-            tokens, units, rows = map(int, total.tolist())
-        if tokens == 0:
-            raise ValueError(
-                "labels must name at least one token to be learnt in every step, got none: check the attention mask "
-                "and the labels, and that sequences are longer than one token."
-            )
-        return cls(tokens, max(units, 1), rows, 1 if group is None else group.size())
 
 
 @dataclass(frozen=True)
@@ -114,20 +71,23 @@ def terms_of(
     """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
 
     `after_attack` is called in the random state of the attack. `row_weights` ``[B]`` multiply the losses that are
-    maximised. `sharing` decides whether the batch's context is computed once.
+    maximised. `sharing` decides whether the batch's context is computed once. Where `model` is fully sharded all its
+    processes call this.
     """
-    x = batch.embedded(policy)
-    unit = _unit(x, batch.attended, config)
+    x = entered(model)(batch.embedded)(policy)
+    unit = _unit(x, batch, config)
     total = torch.zeros((), device=x.device)
     parts: dict[str, Tensor] = {}
     can_share = config.penalty.method in ("none", "aligned") and config.penalty.rows == 1
-    shared = sharing.of(policy, batch, x) if sharing and can_share and scheduled.attacks else None
+    shared = None
+    if sharing and can_share and scheduled.attacks:
+        shared = sharing.of(policy, batch, x, entered(model, policy.head), group_of(model))
     if shared is not None:
         rows, length = batch.labels.shape
         parts["shared"] = x.new_tensor(
             (1 - shared.x.shape[1] / length) * rows / counts.rows, dtype=torch.float64
         )
-        of_context = _units(batch, config) - _units(shared.batch, config)
+        of_context = units_of(batch, config) - units_of(shared.batch, config)
         policy, batch, x = shared.policy, shared.batch, shared.x
     whole = Work(model, policy, batch, config, counts, generator, row_weights, x, unit, shared)
     penalty: Tensor | None = None
@@ -142,7 +102,9 @@ def terms_of(
         total = total + scheduled.clean * clean
     if penalty is not None:
         total = total + penalty
-    return Terms(total * counts.processes if counts.processes > 1 else total, parts, penalty)
+    if counts.processes > 1:  # gradients are averaged over them
+        total, penalty = total * counts.processes, None if penalty is None else penalty * counts.processes
+    return Terms(total, parts, penalty)
 
 
 def _under_attack(
@@ -164,7 +126,7 @@ def _under_attack(
         "attack_worst": trajectory.worst_loss.sum() / rows,
     }
     if after_attack is not None:
-        gamma = None if scheduled.gamma is None else scheduled.gamma / float(whole.unit.detach())
+        gamma = None if scheduled.gamma is None else scheduled.gamma / whole.unit_value
         after_attack(trajectory, attacked, gamma)
     loss = weighted = None
     if scheduled.measures:
@@ -206,16 +168,30 @@ class Work:
     unit: Tensor
     shared: Shared | None = None
 
+    @property
+    def group(self) -> Any:
+        """The processes that gather parameters together, and call the model equally often; or None."""
+        return group_of(self.model)
+
+    def enter(self, func: Any) -> Any:
+        """The function with the parameters of a sharded model gathered."""
+        return entered(self.model, self.policy.head)(func)
+
+    @functools.cached_property
+    def unit_value(self) -> float:
+        """Read once."""
+        return float(self.unit.detach())
+
     def drawn(self, scheduled: ScheduledValues) -> tuple[Tensor | None, float]:
         """Indices of the rows that the penalty is computed on, None for all, and the expectation of their share.
 
-        At least one where nothing else would be differentiated.
+        At least one where nothing else would be differentiated, and where other processes wait for this one.
         """
         count, share = len(self.x), self.config.penalty.rows
         if share == 1 or not scheduled.measures:
             return None, 1.0
         is_only_term = not (scheduled.adversarial or scheduled.clean)
-        expected = max(share * count, 1.0) if is_only_term else share * count
+        expected = max(share * count, 1.0) if is_only_term or self.group is not None else share * count
         options: dict[str, Any] = dict(generator=self.generator, device=self.generator.device)
         number = int(expected + float(torch.rand((), dtype=torch.float64, **options)))
         rows = torch.randperm(count, **options)[:number].sort().values.to(self.x.device)
@@ -230,17 +206,14 @@ class Work:
 
     def is_attackable(self) -> bool:
         """Whether an ascent finds something to move; with no row there is none to be missed."""
-        keep, agents = self.batch.attackable, self.batch.agents
-        if agents is not None:
-            keep = agents >= 0 if keep is None else keep & (agents >= 0)
-        return keep is None or not len(self.x) or bool(keep.any())
+        return not len(self.x) or bool(self.batch.masks[2].any())
 
     @property
     def adversary(self) -> Callable[[Any], Any]:
         """The losses ``[B]`` that are maximised, a function of embeddings."""
         shared, weights = self.shared, self.row_weights
         kind = "mean" if shared is None else "sum"
-        losses = suffix = self.policy.loss_fn(self.batch.inputs, self.batch.labels, kind)
+        losses = suffix = self.enter(self.policy.loss_fn(self.batch.inputs, self.batch.labels, kind))
         if shared is not None:
             fixed, counts = shared.losses.detach(), shared.counts
             losses = lambda x: (suffix(x) + fixed) / counts
@@ -263,12 +236,12 @@ class Work:
         """Share of these rows in the step's mean cross-entropy at `point`; gradients reach x."""
         if point is not self.x:
             point = point + (self.x - self.x.detach())
-        losses = self.policy.loss_fn(self.batch.inputs, self.batch.labels, "sum")(point)
+        losses = self.enter(self.policy.loss_fn(self.batch.inputs, self.batch.labels, "sum"))(point)
         return self.step_share(losses.sum())
 
     def attack(self, radius: float) -> Trajectory:
-        attack, x, unit = self.config.attack, self.x, float(self.unit.detach())
-        if not math.isfinite(unit):
+        attack, x, unit = self.config.attack, self.x, self.unit_value
+        if not smallest([math.isfinite(unit)], self.group, x.device)[0]:
             raise NonFiniteLoss(
                 f"the norm of the embedded tokens is {unit}: check the embedding and the batch."
             )
@@ -294,10 +267,11 @@ class Work:
             return torch.zeros((), device=self.x.device), None, {}
         config = self.config.penalty
         # a slope of the output in units of c is c times as large; CURE differentiates twice
-        slope = self.unit**2 if config.method == "cure" else self.unit
-        scale = (slope if config.form == "hinge" else slope**2) / share
-        threshold = None if scheduled.gamma is None else scheduled.gamma / float(slope.detach())
-        here = replace(scheduled, weight=scheduled.weight * float(scale.detach()), gamma=threshold)
+        order = 2 if config.method == "cure" else 1
+        slope, value = self.unit**order, self.unit_value**order
+        power = 1 if config.form == "hinge" else 2
+        threshold = None if scheduled.gamma is None else scheduled.gamma / value
+        here = replace(scheduled, weight=scheduled.weight * value**power / share, gamma=threshold)
         measure = self.aligned if config.method == "aligned" else self.baseline
         penalty, loss, more = measure(trajectory, here)
         square = slope.detach() ** 2
@@ -306,16 +280,22 @@ class Work:
             "q_max": lambda v: v * square,
             "units": lambda v: v * square,
         }
-        return penalty * scale, loss, {name: changed[name](value) for name, value in more.items()}
+        return (
+            penalty * (slope**power / share),
+            loss,
+            {name: changed[name](value) for name, value in more.items()},
+        )
 
     def aligned(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
         config, policy, batch, counts = self.config.penalty, self.policy, self.batch, self.counts
         options = self.options(scheduled)
-        learnt = int((batch.labels != IGNORED).sum())
+        learnt = int(batch.masks[0].sum())
         # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
         divisor = counts.units if self.config.unit == "token" else max(learnt, 1)
         rescale = divisor / counts.tokens
-        share = config.steps == "worst" and scheduled.adversarial > 0
+        # the forward of rows drawn is one more where others are left, which may differ among processes
+        is_whole = self.group is None or config.rows == 1
+        share = config.steps == "worst" and scheduled.adversarial > 0 and is_whole
         if share:
             options["return_primal"] = True
             if policy.head is not None:
@@ -323,22 +303,28 @@ class Work:
                 options["penalty_weight"] = scheduled.weight / (scheduled.adversarial * rescale)
         several = config.batch_steps > 1
         forward = policy.forward if several else functools.partial(policy.forward, **batch.inputs)
-        penalty, aux = trajectory_penalty(
-            forward,
-            self.x,
-            trajectory,
-            inputs=batch.inputs if several else None,
-            generator=self.generator,
-            **_entries(config, "steps", "weights", "direction", "at", "per_agent", "batch_steps"),
-            **options,
-        )
+
+        def measured() -> tuple[Tensor, Any, PenaltyStatistics]:
+            penalty, aux = trajectory_penalty(
+                forward,
+                self.x,
+                trajectory,
+                inputs=batch.inputs if several else None,
+                generator=self.generator,
+                head=policy.described_head(),
+                **_entries(config, "steps", "weights", "direction", "at", "per_agent", "batch_steps"),
+                **options,
+            )
+            return penalty, aux.primal, aux
+
+        penalty, primal, aux = self.enter(measured)()
         loss = None
         if share and policy.head is not None:
-            loss = self.step_share(aux.primal * divisor)
+            loss = self.step_share(primal * divisor)
         elif share:
-            loss = self.step_share(policy.token_losses(aux.primal, batch.labels).sum())
+            loss = self.step_share(policy.token_losses(primal, batch.labels).sum())
         weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
-        active = weight * _units(batch, self.config) / counts.units
+        active = weight * units_of(batch, self.config) / counts.units
         return penalty, loss, {"active": active, "q_max": aux.q_max.max(), "units": aux.units}
 
     def baseline(self, trajectory: Trajectory, scheduled: ScheduledValues) -> _Measured:
@@ -348,25 +334,33 @@ class Work:
             trajectory, steps = _at_the_worst(trajectory), "last"
         if x.requires_grad:  # gradients reach the clean input as they do for the aligned penalty
             trajectory = replace(trajectory, points=trajectory.points + (x - x.detach()))
-        penalty, aux = trajectory_baseline(
-            config.method,
-            functools.partial(self.policy.forward, **batch.inputs),
-            trajectory,
-            steps=steps,
-            generator=self.generator,
-            loss_fn=self.adversary if config.method in NEEDS_LOSS else None,
-            h=config.h * float(self.unit.detach()),
-            module=self.model,
-            **_entries(config, "weights", "samples", "iterations"),
-            **self.options(scheduled),
-        )
+        # a search for directions has backwards of its own, which free gathered parameters: its calls enter one by one
+        searches = self.group is not None and config.method in SEARCHES
+        formed = searches and config.metric != "l2"
+        forward = functools.partial(self.policy.logits if formed else self.policy.forward, **batch.inputs)
+
+        def measured() -> tuple[Tensor, dict[str, Any]]:
+            return trajectory_baseline(
+                config.method,
+                self.enter(forward) if searches else forward,
+                trajectory,
+                steps=steps,
+                generator=self.generator,
+                loss_fn=self.adversary if config.method in NEEDS_LOSS else None,
+                h=config.h * self.unit_value,
+                module=self.model,
+                head=None if searches else self.policy.described_head(),
+                **_entries(config, "weights", "samples", "iterations"),
+                **self.options(scheduled),
+            )
+
+        penalty, aux = (measured if searches else self.enter(measured))()
         return penalty, None, {"units": aux["units"]}
 
     def options(self, scheduled: ScheduledValues) -> dict[str, Any]:
         """Arguments of all penalties."""
         config, gamma = self.config.penalty, scheduled.gamma
         return dict(
-            head=self.policy.head,
             # a threshold that is to be found
             gamma=0.0 if gamma is None and config.gamma is not None else gamma,
             mask=self.batch.tokens(config.tokens),
@@ -388,12 +382,15 @@ def _others(rows: Tensor, count: int) -> Tensor:
     return keep.nonzero().squeeze(-1)
 
 
-def _unit(x: Tensor, attended: Tensor | None, config: ObjectiveConfig) -> Tensor:
+def _unit(x: Tensor, batch: Prepared, config: ObjectiveConfig) -> Tensor:
     """Unit of perturbations; attached, so that a penalty in this unit has its own gradient."""
     if not config.attack.relative:
         return torch.ones((), dtype=torch.float64)
     squares = x.double().square().sum(-1)
-    return (squares if attended is None else squares[attended]).mean().sqrt()
+    if batch.attended is not None:
+        attended = batch.masks[1].flatten().nonzero().squeeze(-1)
+        squares = squares.flatten()[attended.to(x.device)]
+    return squares.mean().sqrt()
 
 
 def _at_the_worst(trajectory: Trajectory) -> Trajectory:
@@ -401,11 +398,3 @@ def _at_the_worst(trajectory: Trajectory) -> Trajectory:
     directions = gathered(trajectory.directions, trajectory.worst_steps.unsqueeze(0))
     worst = trajectory.worst
     return replace(trajectory, points=torch.stack([worst, worst]), directions=directions)
-
-
-def _units(batch: Prepared, config: ObjectiveConfig) -> int:
-    """Included tokens or sequences of a micro-batch."""
-    keep = batch.tokens(config.penalty.tokens)
-    if keep is None:
-        keep = torch.ones_like(batch.labels, dtype=torch.bool)
-    return int(keep.any(-1).sum() if config.unit == "sequence" else keep.sum())

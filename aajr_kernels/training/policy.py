@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..method import probes
 from ..method.attack_state import frozen_parameters
-from ..method.head import LMHead, as_head
+from ..method.head import LMHead
 from ..method.losses import IGNORED, lm_loss, token_losses
-from .wrappers import unwrapped
+from ..sharding import is_fully_sharded
+from .wrappers import entered, unwrapped
 
 __all__ = ["Policy", "policy_of"]
 
@@ -33,7 +35,8 @@ class Policy:
             of the batch that are left (``attention_mask``, ...). Returns hidden states ``[B, N, C]`` with `head`, else
             logits ``[B, N, V]`` or a model output with ``.logits``.
         embed: from token ids ``[B, N]`` to embeddings; None if batches bring ``inputs_embeds``.
-        head: the language-model head, whose logits are then streamed over the vocabulary.
+        head: the language-model head, whose logits are then streamed over the vocabulary; or a function that describes
+            it, called where the weights of a sharded model are gathered.
         context: from ``(x, start=, output=, **inputs)`` to a function of the tokens from `start` on, as
             :func:`~aajr_kernels.integrations.transformers.shared_context` with the body (without `head`: the model)
             returns it; None: a context cannot be shared.
@@ -41,15 +44,30 @@ class Policy:
 
     forward: Callable[..., Any]
     embed: Callable[[Tensor], Tensor] | None = None
-    head: LMHead | nn.Linear | None = None
+    head: LMHead | nn.Linear | Callable[[], LMHead] | None = None
     context: Callable[..., Any] | None = None
+
+    def described_head(self) -> LMHead | nn.Linear | None:
+        """The head with its weights of now."""
+        if self.head is None or isinstance(self.head, (LMHead, nn.Linear)):
+            return self.head
+        return self.head()
+
+    def logits(self, x: Any, **inputs: Any) -> Any:
+        """Logits ``[B, N, V]`` of embeddings, a tensor or a Dual, formed with `head`, too."""
+        return probes.logits_func(functools.partial(self.forward, **inputs), self.described_head())(x)
 
     def loss_fn(self, inputs: dict[str, Any], labels: Tensor, reduction: str) -> Callable[[Any], Any]:
         """The cross-entropy ``[B]`` of labels aligned with the output, as of :func:`~aajr_kernels.lm_loss`."""
         if self.head is not None:
-            return lm_loss(
-                lambda x: self.forward(x, **inputs), head=self.head, labels=labels, reduction=reduction
-            )
+            forward = functools.partial(self.forward, **inputs)
+
+            def streamed(x: Any) -> Any:
+                head = self.described_head()
+                assert head is not None
+                return lm_loss(forward, head=head, labels=labels, reduction=reduction)(x)
+
+            return streamed
         count = (labels != IGNORED).sum(-1).clamp(min=1) if reduction == "mean" else 1
 
         def loss(x: Any) -> Any:
@@ -108,13 +126,16 @@ def policy_of(model: nn.Module) -> Policy:
     whole = Policy(
         lambda x, **inputs: inner(inputs_embeds=x, **more, **inputs), embed, context=_context(inner)
     )
-    return _streamed(inner, whole, more) or whole
+    return _streamed(model, inner, whole, more) or whole
 
 
-def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
+def _streamed(root: nn.Module, model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
     """Body and head apart, if they make the whole."""
     body, head = getattr(model, "base_model", None), _call(model, "get_output_embeddings")
-    if body is None or body is model or type(head) is not nn.Linear or whole.embed is None:
+    if body is None or body is model or whole.embed is None:
+        return None
+    is_layer = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not is_layer or not (type(head) is nn.Linear or is_fully_sharded(head)):  # which makes a subclass
         return None
     config = getattr(model, "config", None)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
@@ -123,10 +144,10 @@ def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
     streamed = Policy(
         lambda x, **inputs: body(inputs_embeds=x, **more, **inputs).last_hidden_state,
         whole.embed,
-        LMHead(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None)),
+        functools.partial(_described, head, scale, getattr(config, "final_logit_softcapping", None)),
         _context(body),
     )
-    difference = _difference(model, streamed, whole)
+    difference = _difference(root, model, streamed, whole)
     if difference > (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2):
         warnings.warn(
             f"the logits of {type(model).__name__} are not those of its head (relative difference {difference:.1e}), "
@@ -138,24 +159,28 @@ def _streamed(model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:
     return streamed
 
 
+def _described(head: nn.Linear, scale: float, softcap: float | None) -> LMHead:
+    return LMHead(head.weight, head.bias, scale, softcap)
+
+
 def _context(model: Any) -> Callable[..., Any] | None:
     """How a decoder of transformers shares a context; None for any other module."""
     is_known = hasattr(getattr(model, "config", None), "get_text_config")
     return functools.partial(CONTEXTS[-1], model) if CONTEXTS and is_known else None
 
 
-def _difference(model: nn.Module, streamed: Policy, whole: Policy) -> float:
+def _difference(root: nn.Module, model: Any, streamed: Policy, whole: Policy) -> float:
     """Largest relative difference of the logits of eight tokens."""
-    assert whole.embed is not None and streamed.head is not None
-    weight = as_head(streamed.head).weight
+    assert whole.embed is not None
+    weight, enter = model.get_output_embeddings().weight, entered(root)
     ids = torch.arange(8, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)
     same: Any = contextlib.nullcontext()
     if hasattr(model, "_original_forward"):  # accelerate put its autocast into the forward of the whole
         same = torch.autocast(weight.device.type, torch.bfloat16)
     with torch.no_grad(), frozen_parameters((model,), True), same:
-        x = whole.embed(ids)
-        expected = whole.forward(x).logits.float()
-        z = as_head(streamed.head).logits(streamed.forward(x)).float()
+        x = enter(whole.embed)(ids)
+        expected = enter(whole.forward)(x).logits.float()
+        z = enter(streamed.logits)(x).float()
     if z.shape != expected.shape:
         return float("inf")
     return float((z - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

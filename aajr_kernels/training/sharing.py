@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.errors import UnsupportedOperation
 from ..dual import Dual
 from ..method.checks import first_included
-from ..method.losses import IGNORED, lm_loss
+from ..method.losses import IGNORED
 from .batches import Prepared
 from .config import ObjectiveConfig
 from .policy import Policy
+from .wrappers import entered, smallest
 
 __all__ = ["Shared", "Sharing"]
 
@@ -61,31 +62,45 @@ class Sharing:
         self.reason: str | None = None
         self._is_refused = False
 
-    def of(self, policy: Policy, batch: Prepared, x: Tensor) -> Shared | None:
+    def of(
+        self, policy: Policy, batch: Prepared, x: Tensor, enter: Any = None, group: Any = None
+    ) -> Shared | None:
         """The micro-batch with a context that is shared; None where there is none to be shared.
 
         Args:
             policy: how the model is called.
             batch: the whole micro-batch.
             x: its embeddings.
+            enter: gathers the parameters of a sharded model for a function (:func:`.wrappers.entered`).
+            group: of processes that call the model equally often, and share the smallest of their contexts or none.
 
         Raises:
             ValueError, TypeError, UnsupportedOperation: ``share_context=True`` and the context cannot be shared.
         """
         mode, start = self.config.share_context, start_of(batch)
-        if mode is False or not start or (mode == "auto" and start < LEAST * x.shape[1]):
+        if mode is False:
             return None
-        if mode is True:
-            self._check(policy, batch)
-            return _shared(policy, batch, x, start)
-        if not self._is_refused:
+        if self._is_refused or (mode == "auto" and start < LEAST * x.shape[1]):
+            start = 0
+        if start:
             try:
                 self._check(policy, batch)
-                return _shared(policy, batch, x, start)
-            except (UnsupportedOperation, TypeError, ValueError) as error:
-                self.reason = str(error)
-                # a model refuses always; values are those of a batch, which a training that resumes does not remember
-                self._is_refused = not isinstance(error, ValueError)
+            except ValueError as error:
+                if mode is True:
+                    raise
+                self.reason, start = str(error), 0
+        is_scored = bool(batch.masks[0, :, :start].any())
+        start, is_unscored = smallest([start, not is_scored], group, x.device)
+        if not start:
+            return None
+        try:
+            return _shared(policy, batch, x, start, not is_unscored, enter or entered(nn.Module()))
+        except (UnsupportedOperation, TypeError, ValueError) as error:
+            if mode is True:
+                raise
+            self.reason = str(error)
+            # a model refuses always; values are those of a batch, which a training that resumes does not remember
+            self._is_refused = not isinstance(error, ValueError)
         return None
 
     def _check(self, policy: Policy, batch: Prepared) -> None:
@@ -105,31 +120,22 @@ def start_of(batch: Prepared) -> int:
     """Tokens before the first that may be attacked in any row; 0 where all may be, or none."""
     if batch.attackable is None:
         return 0
-    mask = batch.attackable
-    if batch.agents is not None:
-        mask = mask & (batch.agents >= 0)
+    mask = batch.masks[2]
     first = first_included(mask)
     return first if first < mask.shape[1] else 0
 
 
-def _shared(policy: Policy, batch: Prepared, x: Tensor, start: int) -> Shared:
+def _shared(policy: Policy, batch: Prepared, x: Tensor, start: int, is_scored: bool, enter: Any) -> Shared:
     assert policy.context is not None
     learnt = batch.labels != IGNORED
-    is_scored = bool(learnt[:, :start].any())
-    context = policy.context(x, start=start, output=is_scored, **batch.inputs)
-    cut: dict[str, Any] = {
-        name: None if (value := getattr(batch, name)) is None else value[:, start:]
-        for name in ("input_ids", "inputs_embeds", "labels", "attended", "attackable", "agents")
-    }
+    context = enter(policy.context)(x, start=start, output=is_scored, **batch.inputs)
     losses = torch.zeros(len(x), device=x.device)
     if is_scored:
         labels = batch.labels[:, :start]
         if policy.head is None:
             losses = policy.token_losses(context.output, labels).sum(-1)
         else:
-            output = context.output.unsqueeze(0)
-            losses = lm_loss(lambda _: Dual(output), head=policy.head, labels=labels, reduction="sum")(
-                x[:, :start]
-            )
+            scored = replace(policy, forward=lambda _: Dual(context.output.unsqueeze(0)))
+            losses = enter(scored.loss_fn({}, labels, "sum"))(x[:, :start])
     suffix = replace(policy, forward=lambda x, **_: context(x), context=None)
-    return Shared(suffix, Prepared(inputs={}, **cut), context.x, losses, learnt.sum(-1).clamp(min=1))
+    return Shared(suffix, batch.suffix(start), context.x, losses, learnt.sum(-1).clamp(min=1))

@@ -10,7 +10,7 @@
         optimizer.zero_grad()
 
 With ``Constraint(follow="validation")`` every step also calls ``objective.measure(held_out, step=step)``. Under
-DistributedDataParallel all processes do the same, each with its own batches.
+DistributedDataParallel and ``fully_shard`` all processes do the same, each with its own batches.
 """
 
 from __future__ import annotations
@@ -33,16 +33,21 @@ from ..method.wrapped import inside
 from . import randomness
 from .batches import Prepared, prepared
 from .config import Diagnostics, ObjectiveConfig
+from .counts import Counts
 from .multiplier import Multiplier
-from .objective import AfterAttack, Counts, Terms, Work, terms_of
+from .objective import AfterAttack, Terms, Work, terms_of
 from .policy import Policy, policy_of
 from .scheduled import ScheduledValues
 from .sharing import Sharing
-from .wrappers import unwrapped
+from .wrappers import group_of, smallest, unwrapped
 
 __all__ = ["Objective"]
 
 OnReport = Callable[[StabilityReport], None]
+
+
+def _discarded(report: StabilityReport) -> None:
+    """A report that another process has, too."""
 
 
 class Objective:
@@ -52,7 +57,8 @@ class Objective:
 
     Args:
         model: a causal language model of Hugging Face, with adapters or not, or any module that takes
-            ``inputs_embeds`` and returns logits; plain or in DistributedDataParallel, on its device.
+            ``inputs_embeds`` and returns logits; plain, in DistributedDataParallel or after ``fully_shard``, on its
+            device.
         config: attack, penalty, weights.
         policy: how to call the model (the module inside the wrapper), where :func:`policy_of` does not know.
 
@@ -82,8 +88,7 @@ class Objective:
     @property
     def group(self) -> Any:
         """The process group whose gradients are averaged, or None."""
-        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        return self.model.process_group if wrapped else None
+        return group_of(self.model)
 
     def prepared(self, batch: Any) -> Prepared:
         """A checked micro-batch on the device, with its labels aligned; see :func:`.batches.prepared`."""
@@ -96,7 +101,7 @@ class Objective:
 
         Args:
             batches: all micro-batches of the step on this process.
-            across: add up over the processes of a DistributedDataParallel, all of which call this; False: every
+            across: add up over the processes whose gradients are averaged, all of which call this; False: every
                 process has means of its own.
 
         Raises:
@@ -140,7 +145,7 @@ class Objective:
             on_report: called with the :class:`StabilityReport` where ``config.diagnostics`` says that one is due.
 
         Returns:
-            Terms: ``total.backward()`` for all micro-batches, under DistributedDataParallel on all processes, adds up
+            Terms: ``total.backward()`` for all micro-batches, on all processes whose gradients are averaged, adds up
             to the gradient of the objective of one large batch.
 
         Raises:
@@ -176,7 +181,7 @@ class Objective:
 
         Returns:
             Terms: whose total is 0 without a gradient where λ or the radius is 0, on the steps between those of
-            ``Penalty(every=)``, or where the batch has no labels.
+            ``Penalty(every=)``, or where the batch has no labels, under ``fully_shard`` on one of the processes.
 
         Raises:
             ValueError: λ is a share of the task loss, which is not known here.
@@ -184,7 +189,8 @@ class Objective:
         self.config.penalty.check_alone()
         scheduled = replace(self.scheduled(step), adversarial=0.0, clean=0.0)
         batch = self.prepared(batch)
-        if counts is None and not bool((batch.labels != IGNORED).any()):
+        is_labelled = bool((batch.labels != IGNORED).any())
+        if counts is None and not smallest([is_labelled], group_of(self.module), self.device)[0]:
             return Terms(torch.zeros((), device=self.device), {})
         return self._terms(batch, scheduled, counts, step, part, row_weights, on_report)
 
@@ -244,8 +250,11 @@ class Objective:
         generator = randomness.generator_for(self.config.seed or 0, step, draw, self.device)
         hooks: list[AfterAttack] = []
         diagnostics, constraint = self.config.diagnostics, self.multiplier.constraint
-        if on_report is not None and diagnostics and draw == 0 and (step + 1) % diagnostics.every == 0:
-            hooks.append(functools.partial(self._diagnose, diagnostics, step, on_report))
+        # of the first micro-batch; processes that gather parameters for the first one compute it, too
+        is_first = draw == 0 or (part == 0 and group_of(self.module) is not None)
+        if on_report is not None and diagnostics and is_first and (step + 1) % diagnostics.every == 0:
+            report = on_report if draw == 0 else _discarded
+            hooks.append(functools.partial(self._diagnose, diagnostics, step, report))
         if scheduled.measures and constraint and constraint.step_size and constraint.follow == "training":
             hooks.append(functools.partial(self._follow_smoothness, step))
         arguments = (self.module, self.policy, ours, self.config, scheduled, counts, generator)
@@ -340,8 +349,7 @@ class Objective:
         metric = penalty.metric if penalty.metric != "probs" else "fisher"
         curvature, slope = OUTPUT_BOUNDS[metric]
         return dict(
-            func=lambda x: policy.forward(x, **batch.inputs),
-            head=policy.head,
+            func=attacked.enter(functools.partial(policy.logits, **batch.inputs)),
             metric=metric,
             output_bounds=(curvature * attacked.token_weights, slope * attacked.token_weights),
             output_mask=batch.tokens("loss"),
@@ -367,6 +375,6 @@ class Objective:
         count = more["output_mask"].sum(-1) if self.config.unit == "token" else 1
         moved = report.moved & (square > 0)
         bound = more["output_bounds"][0] * count / square
-        scale = float(attacked.unit.detach()) ** 2
+        scale = attacked.unit_value**2
         smoothness = torch.where(moved, scale * report.smoothness, torch.nan)
         self.multiplier.follow_smoothness(step, smoothness, scale * report.second_order, bound)

@@ -119,7 +119,7 @@ def _sensitivities(config: dict[str, Any], objective: Any, batch: Any) -> dict[s
         name: aajr.aligned_penalty(
             functools.partial(policy.forward, **prepared.inputs),
             *(point.detach(), aajr.normalize(v, scope="sequence")),
-            head=policy.head,
+            head=policy.described_head(),
             mask=prepared.tokens("loss"),
             unit="sequence",
         ).item()

@@ -162,6 +162,24 @@ def test_where_a_context_ends():
     assert start_of(replace(ready, agents=agents)) == 8
 
 
+def test_masks_are_read_once_and_known_of_a_suffix():
+    from aajr_kernels.training import prepared
+
+    device = torch.device("cpu")
+    data = batch(0)
+    agents = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    agents[:, -1] = -1
+    ready = prepared(data | {"agents": agents}, device, True)
+    part = ready.suffix(START)
+    for known in (ready, part, ready.to(device)):
+        assert "masks" in vars(known)
+        assert torch.equal(replace(known).masks, known.masks) and not bool(known.masks.all((1, 2)).any())
+    learnt, attended, attackable = ready.masks
+    assert torch.equal(learnt, ready.labels != -100)
+    assert torch.equal(attended, data["attention_mask"] != 0)
+    assert torch.equal(attackable, (data["attack_mask"] & attended) & (agents >= 0))
+
+
 def test_bad_values():
     with pytest.raises(ValueError, match="share_context must be one of auto, got 'always'"):
         ObjectiveConfig(share_context="always")

@@ -23,6 +23,8 @@ def arguments(trainer: Any) -> None:
     options = (
         getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
     )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    version = getattr(plugin, "fsdp_version", 1)
     for wrong, sentence in (
         (
             accelerator.mixed_precision not in ("no", "bf16"),
@@ -39,9 +41,9 @@ def arguments(trainer: Any) -> None:
             "deepspeed must be off: its engine takes one forward per backward. Train under DistributedDataParallel.",
         ),
         (
-            bool(args.fsdp) or trainer.is_fsdp_enabled,
-            f"fsdp must be off, got {args.fsdp!r}: train under DistributedDataParallel, or call ascend and "
-            "trajectory_penalty, which work under fully_shard, in a loop of your own.",
+            (bool(args.fsdp) or trainer.is_fsdp_enabled) and version != 2,
+            f"fsdp must be off or of version 2, which is fully_shard, got version {version}: set "
+            "fsdp_config={'version': 2}, or train under DistributedDataParallel.",
         ),
         (
             getattr(args, "parallelism_config", None) is not None,

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ...method.wrapped import inside
+from ...sharding import is_fully_sharded
 from ...training import Constraint, Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
+from ...training.batches import Prepared
 from ...training.wrappers import unwrapped
 from . import checks
 from .grpo import grpo_batch
@@ -48,7 +50,9 @@ class _Mixin(_Base):
         self._aajr_policy: Policy | None = policy
         self._aajr_has_policy = policy is not None
         self._aajr_objective: Objective | None = None
+        self._aajr_is_sharded = False
         self._aajr_counts: Counts | None = None
+        self._aajr_counted: list[tuple[Mapping[str, Any], Prepared]] = []
         self._aajr_parts = self._aajr_part = 0
         self._aajr_meter = Meter()
         self._aajr_held_out: Iterator[Any] | None = None
@@ -68,8 +72,10 @@ class _Mixin(_Base):
     def _aajr_of(self, model: nn.Module) -> Objective:
         """The objective of a model, wrapped or not; the policy is looked for once per module."""
         known = self._aajr_objective
-        if known is not None and known.model is model:
+        is_sharded = is_fully_sharded(model)  # in place, by accelerate
+        if known is not None and known.model is model and self._aajr_is_sharded == is_sharded:
             return known
+        self._aajr_is_sharded = is_sharded
         inside = unwrapped(model)
         if (known is None or known.module is not inside) and not self._aajr_has_policy:
             self._aajr_check_model(inside)
@@ -209,7 +215,15 @@ class AAJRTrainerMixin(_Mixin):
             return None
         objective = self._aajr_of(self.model_wrapped)
         ours = [_entries(objective, batch) for batch in batches]
+        self._aajr_counted = list(zip(batches, ours))
         return objective.counts(ours, across=self._aajr_across())
+
+    def _aajr_prepared(self, objective: Objective, inputs: Mapping[str, Any], part: int) -> Prepared:
+        """A micro-batch, as it was counted if its tensors are still the same: what was read of it is known."""
+        for batch, ready in self._aajr_counted[part : part + 1]:
+            if batch.keys() == inputs.keys() and all(inputs[name] is value for name, value in batch.items()):
+                return ready
+        return _entries(objective, inputs)
 
     def compute_loss(
         self,
@@ -235,7 +249,7 @@ class AAJRTrainerMixin(_Mixin):
         step, part, known = self._aajr_place()
         with self.accelerator.autocast():
             terms = objective(
-                _entries(objective, inputs),
+                self._aajr_prepared(objective, inputs, part),
                 counts=self._aajr_counts if known else None,
                 step=step,
                 part=part,
@@ -289,14 +303,16 @@ class AAJRPenaltyMixin(_Mixin):
         ours = objective.prepared(batch)
         step, part, _ = self._aajr_place()
         objective.scheduled(step)  # over the processes, outside of the forward
-        if objective.group is not None:  # other draws on every process
-            part = part * objective.group.size() + objective.group.rank()
-        plain = Objective(objective.module, self.aajr_config, policy=objective.policy)
-        plain.multiplier = objective.multiplier
+        plain = objective
+        if (
+            objective.module is not model
+        ):  # one forward of the wrapper for both; inside it the module is plain
+            part = part * objective.group.size() + objective.group.rank()  # other draws on every process
+            plain = Objective(objective.module, self.aajr_config, policy=objective.policy)
+            plain.multiplier = objective.multiplier
         original = super().compute_loss
 
         def work() -> tuple[Any, Tensor, dict[str, Tensor]]:
-            # one forward of the wrapper for both; inside it the module is plain
             loss = original(objective.module, inputs, **more)
             with self.accelerator.autocast():
                 options: dict[str, Any] = dict(row_weights=weights, on_report=self._aajr_meter.report)
@@ -324,7 +340,7 @@ def _without_attack_columns(inputs: Any) -> Any:
     return {name: value for name, value in inputs.items() if name not in ATTACK_COLUMNS}
 
 
-def _entries(objective: Objective, inputs: Mapping[str, Any]) -> Any:
+def _entries(objective: Objective, inputs: Mapping[str, Any]) -> Prepared:
     """A micro-batch with aligned labels, whichever way a collator gives them.
 
     Raises:

@@ -8,7 +8,8 @@ suffix. An attack sees them as constants, the loss and the penalty differentiate
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,20 @@ from .context_hooks import agreed_start, is_sharded, watched
 from .context_segments import segments
 
 __all__ = ["SharedContext", "shared_context"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _uncompiled(func: Function) -> Function:
+    """`func` as a break in graphs that torch.compile makes of its callers: contexts are other objects in every step."""
+
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class SharedContext:
@@ -89,6 +104,7 @@ class SharedContext:
             )
         return values[:, self.start :]
 
+    @_uncompiled
     def __call__(self, x: Any) -> Any:
         """Hidden states or logits of the suffix with embeddings `x`.
 
@@ -178,6 +194,7 @@ class SharedContext:
         return sum(version_of(p) for p in self._model.parameters() if not p.is_inference())
 
 
+@_uncompiled
 def shared_context(
     model: nn.Module,
     x: Tensor,
@@ -235,10 +252,18 @@ def shared_context(
             values for the suffix after its context than for the whole.
     """
     check_embeddings(x)
-    check_inputs(x, attention_mask, position_ids, inputs)
-    begin = agreed_start(model, start_of(x, mask, start), x.device)
-    if begin:
+
+    def own_start() -> int:
+        check_inputs(x, attention_mask, position_ids, inputs)
+        return start_of(x, mask, start)
+
+    def checked_start() -> int:
         check_rotary(model, x.shape[1], begin, position_ids)
+        return begin
+
+    begin = agreed_start(model, own_start, x.device)
+    if begin:
+        agreed_start(model, checked_start, x.device)
         check_split(SharedContext, model, x)
     return SharedContext(model, x, begin, attention_mask, position_ids, output)
 

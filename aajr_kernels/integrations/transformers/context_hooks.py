@@ -24,13 +24,25 @@ def is_sharded(model: nn.Module) -> bool:
     return sharding.is_dtensor(*model.parameters()) or bool(_fully_sharded(model))
 
 
-def agreed_start(model: nn.Module, start: int, device: torch.device) -> int:
-    """The smallest `start` of all ranks that gather the parameters of `model`, which have to call it equally often."""
+def agreed_start(model: nn.Module, start: Callable[[], int], device: torch.device) -> int:
+    """The smallest `start` of all ranks that gather the parameters of `model`, which have to call it equally often.
+
+    Raises:
+        ValueError: `start` raises on another rank; what it raises on this one is raised here.
+    """
     group = ranks_of((model,))
     if group is None:
-        return start
-    smallest = torch.tensor(start, device=device)
-    torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=group)
+        return start()
+    smallest = torch.tensor(-1, device=device)
+    try:
+        smallest.fill_(start())
+    finally:
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=group)
+    if smallest < 0:
+        raise ValueError(
+            "x must have a context that can be shared on all processes, got one that another process refuses: see its "
+            "error."
+        )
     return int(smallest)
 
 
@@ -58,7 +70,7 @@ def watched(model: nn.Module, recorder: Any) -> Iterator[None]:
 
 
 def _fully_sharded(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+    return [m for m in model.modules() if sharding.is_fully_sharded(m)]
 
 
 def _with_layers(forward: Callable[..., Any], recorder: Any, filled: list[Any]) -> Callable[..., Any]:

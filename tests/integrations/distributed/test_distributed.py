@@ -71,6 +71,24 @@ def test_a_shared_context_under_fsdp2(more, tmp_path):
     launch("context", 2, tmp_path, *more.split())
 
 
+@slow
+@pytest.mark.parametrize(
+    "cases",
+    ["base,shared,scored", "rows,points,hinge,diagnostics", "finite_difference,spectral,cure", "base head"],
+)
+def test_the_objective_under_fsdp2(cases, tmp_path):
+    """Loss, penalty and all gradients are those of one process with the whole model and all micro-batches."""
+    pytest.importorskip("transformers")
+    launch("fsdp", 2, tmp_path, *cases.split())
+
+
+@slow
+def test_fit_under_fsdp2(tmp_path):
+    """Parameters after three steps, rows, a training in two calls, and its checkpoint in a whole model."""
+    pytest.importorskip("transformers")
+    launch("fsdp", 2, tmp_path, "fit", str(tmp_path / "out"))
+
+
 def test_inside_leaves_a_plain_module_as_it_was():
     module = nn.Linear(3, 2)
     seen = []

@@ -97,7 +97,7 @@ import transformers
 from accelerate import Accelerator
 from aajr_kernels.integrations.trainer import AAJRTrainer
 from aajr_kernels.training import Objective
-from integrations.trainer.test_accelerate import CONFIGS, loop_of
+from integrations.trainer.test_accelerate import CONFIGS, fully_sharding, loop_of
 from integrations.trainer.test_trl import Extra
 
 torch.set_num_threads(1)
@@ -118,19 +118,45 @@ if kind in CONFIGS:
     out["gradients"] = loop_of(accelerator, wrapped, plain, rank, kind)
 else:
     seen = recorder()
+    is_sharded = kind.startswith("fsdp")
     options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2, learning_rate=0.1)
     if kind == "checkpointing":
         options["gradient_checkpointing"] = True
-    cls = Extra if kind == "penalty" else AAJRTrainer
+    cls = Extra if kind.endswith("penalty") else AAJRTrainer
+    if is_sharded:
+        cls = fully_sharding(cls)
     shared = dict(train_dataset=Rows(8), data_collator=collate, callbacks=[seen], objective=CONFIG)
     trainer = quiet(cls, model(), arguments(folder, ddp_backend="gloo", **options), **shared)
     trainer.train()
-    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    kinds = [cls.__name__ for cls in type(trainer.model_wrapped).__mro__]
+    assert ("FSDPModule" if is_sharded else "DistributedDataParallel") in kinds
     out["gradients"], out["rows"] = seen.gradients, rows_of(trainer)
     rank = trainer.args.process_index
 torch.save(out, Path(folder) / f"{rank}.pt")
 torch.distributed.destroy_process_group()
 """
+
+
+def fully_sharding(cls: type) -> type:
+    """Under accelerate's FSDP2, which it offers on accelerators only."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    class Sharding(cls):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["GPT2Block"],
+                cpu_ram_efficient_loading=False,
+            )
+            state = self.accelerator.state
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = plugin
+            self.is_fsdp_enabled = True
+
+    return Sharding
 
 
 def micro_batches(rank: int, kind: str) -> list[dict[str, torch.Tensor]]:
@@ -200,7 +226,8 @@ def in_two_processes(kind: str, folder: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize(
-    "kind", ["accelerate", "lazy", "shared", "trainer", "lora", "checkpointing", "penalty"]
+    "kind",
+    ["accelerate", "lazy", "shared", "trainer", "lora", "checkpointing", "penalty", "fsdp", "fsdp-penalty"],
 )
 def test_two_processes_are_one(kind, tmp_path, record_property):
     from integrations.trainer.test_trl import Extra
@@ -218,10 +245,10 @@ def test_two_processes_are_one(kind, tmp_path, record_property):
             pytest.importorskip("peft")
             model = adapted_gpt2()
         options = dict(per_device_train_batch_size=4, max_steps=2, data=Rows(8), objective=CONFIG)
-        if kind == "penalty":  # whose means are those of micro-batches
+        if kind.endswith("penalty"):  # whose means are those of micro-batches
             options |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
         alone, expected = trained(
-            Extra if kind == "penalty" else AAJRTrainer, model.double(), tmp_path, **options
+            Extra if kind.endswith("penalty") else AAJRTrainer, model.double(), tmp_path, **options
         )
         for row, other in zip(rows_of(alone), first["rows"]):
             names = {"penalty", "adversarial_loss", "attack_start", "attack_worst", "q_max"} & row.keys()

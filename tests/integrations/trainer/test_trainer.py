@@ -36,6 +36,7 @@ from aajr_kernels.training import (
     Policy,
     Share,
 )
+from aajr_kernels.training.batches import Prepared
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -109,6 +110,18 @@ def test_without_a_radius_it_is_the_trainer(accumulate, tmp_path):
     assert_exact_gradients(actual, expected, tolerance=1e-6)
     assert rows_of(same)[0]["loss"] == pytest.approx(rows_of(plain)[0]["loss"], rel=1e-6)
     assert rows_of(same)[0]["grad_norm"] == pytest.approx(rows_of(plain)[0]["grad_norm"], rel=1e-6)
+
+
+def test_a_micro_batch_that_was_counted_is_not_prepared_again(tmp_path, monkeypatch):
+    prepare, seen = Objective.prepared, []
+
+    def counting(self, batch):
+        seen.append(isinstance(batch, Prepared))
+        return prepare(self, batch)
+
+    monkeypatch.setattr(Objective, "prepared", counting)
+    ours(gpt2(), tmp_path, gradient_accumulation_steps=2, max_steps=2)
+    assert seen.count(False) == 4
 
 
 def test_labels_that_are_targets_already(tmp_path):

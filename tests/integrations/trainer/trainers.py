@@ -114,7 +114,7 @@ def recorder() -> Any:
         def on_pre_optimizer_step(self, args, state, control, model=None, **options):
             self.gradients.append(
                 {
-                    name: None if p.grad is None else p.grad.clone()
+                    name: None if p.grad is None else getattr(p.grad, "full_tensor", p.grad.clone)()
                     for name, p in model.named_parameters()
                     if p.requires_grad
                 }

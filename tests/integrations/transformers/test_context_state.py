@@ -160,3 +160,40 @@ def test_the_check_runs_once_for_a_model(monkeypatch):
     for _ in range(2):
         shared_context(model.model, x, start=START)
     assert made == [0, 4, START, START]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo", "ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_step_compiled_as_a_whole_does_not_compile_again():
+    """The context and the model on its suffix are left out of the graphs, whose number does not grow with the steps."""
+    (embedded, mask, labels), graphs, counts = batch(), [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def train(model: nn.Module, x: torch.Tensor) -> None:
+        context = shared_context(model.model, x, mask=mask)
+        own, open_tokens = context.suffix(labels), context.suffix(mask)
+        loss_fn = aajr.lm_loss(context, head=model.lm_head, labels=own)
+        options = dict(radius=0.8, steps=2, step_size=0.3, scope="token", mask=open_tokens, module=model)
+        traj = aajr.ascend(loss_fn, context.x.detach(), **options)
+        options = dict(head=model.lm_head, labels=own, return_primal=True)
+        penalty, aux = aajr.trajectory_penalty(context, context.x, traj, **options)
+        (aux.primal + 0.1 * penalty).backward()
+
+    torch.compiler.reset()
+    eager, traced = (copy.deepcopy(family("llama")) for _ in range(2))
+    compiled = torch.compile(train, backend=backend)
+    try:
+        for _ in range(3):
+            for model, call in ((eager, train), (traced, compiled)):
+                model.zero_grad()
+                call(model, embedded)
+                torch.optim.SGD(model.parameters(), lr=0.1).step()
+            counts.append(len(graphs))
+            for (name, p), q in zip(eager.named_parameters(), traced.parameters(), strict=True):
+                torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-8, msg=name)
+    finally:
+        torch.compiler.reset()
+    assert counts[0] and counts[1] == counts[2], counts

@@ -1,0 +1,82 @@
+"""``Objective`` and ``fit`` after fully_shard, in a group of one process; several are in integrations/distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from integrations.distributed.processes import needs_gloo
+from torch import nn
+from training.tiny_lm import ATTACK, fit_config, quiet, sequences, tiny_lm
+
+from aajr_kernels.training import Objective, Penalty, load_checkpoint
+from aajr_kernels.training.wrappers import reshard
+
+# torch says so of any model whose last layer is linear
+pytestmark = [needs_gloo, pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")]
+
+
+@pytest.fixture(autouse=True)
+def _group():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """All of it by the root, but for the embedding."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.embedding)
+    return fully_shard(model)
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    reshard(model)
+    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["aligned", "spectral"])
+def test_fit_is_that_of_a_whole_model_and_resumes(method, tmp_path):
+    """The model forms its logits: its own forward is called between its hooks."""
+    penalty = Penalty(method, weight=0.2, steps="last" if method == "spectral" else "worst")
+    options = dict(attack=ATTACK, penalty=penalty, learning_rate=1e-2, penalty_clip_norm=0.05)
+    data, whole = sequences(3), tiny_lm().double()
+    expected = quiet(whole, data, fit_config(steps=3, **options))
+    again = tiny_lm().double()
+    for steps in (2, 3):
+        made = sharded(tiny_lm().double())
+        result = quiet(made, data, fit_config(steps=steps, **options), out=tmp_path)
+    load_checkpoint(tmp_path, again)
+    for name, p in parameters(made).items():
+        torch.testing.assert_close(p, whole.get_parameter(name), rtol=1e-12, atol=1e-14)
+        assert torch.equal(p, again.get_parameter(name))
+    assert result.resumed_from == 2 and len(result.rows) == 3
+    for row, other in zip(result.rows, expected.rows, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-12)
+        assert row["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-12)
+
+
+def test_models_that_are_sharded_in_another_way():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = tiny_lm()
+    fully_shard(model.mix)
+    with pytest.raises(
+        TypeError, match="must be the module that fully_shard was applied to last, got TinyLM"
+    ):
+        Objective(model, fit_config(steps=1).objective)
+    model = tiny_lm()
+    fully_shard(model, ignored_params={model.up.weight})
+    with pytest.raises(TypeError, match="all trained parameters sharded, got up.weight"):
+        Objective(model, fit_config(steps=1).objective)
+    model = tiny_lm()
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel()})
+    with pytest.raises(TypeError, match="sharded by fully_shard over all processes and in no other way"):
+        Objective(model, fit_config(steps=1).objective)
+    fully_shard(model, mesh=mesh["data"])
+    with pytest.raises(TypeError, match="in a loop of your own"):
+        Objective(model, fit_config(steps=1).objective)
