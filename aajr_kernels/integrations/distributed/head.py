@@ -214,13 +214,13 @@ def _statistics(
     k, tokens = h.shape[0] - 1, h.shape[1]
     kernels = choice.implementation("head", backend)
     if weight.shape[0] == 0:
-        stats = h.new_zeros((_LEAD[backend] + 4 * k, tokens), dtype=_wide(h))
+        stats = h.new_zeros((2 + 4 * k, tokens), dtype=_wide(h))
         lse = h.new_full((tokens,), -math.inf, dtype=torch.float64)
         nll = None if own is None else torch.zeros_like(lse)
     else:
         _, nll, stats = kernels.head_fwd(h, weight, bias, own, count, metric, scale, softcap, ignore_index)
-        lse = _lse(stats, k, backend)
-    reference, mean, q, kappa = stats[_LEAD[backend] :].double().reshape(4, k, tokens)
+        lse = _lse(stats)
+    reference, mean, q, kappa = stats[2:].double().reshape(4, k, tokens)
     numbers = [lse.unsqueeze(0)]
     if own is not None and nll is not None:
         is_local = (own >= 0) & (own < weight.shape[0])
@@ -237,39 +237,30 @@ def _statistics(
             doubled = kernels.head_fwd(
                 h[:1], weight, bias, unlabelled, count, "l2", 2.0 * scale, twice, ignore_index
             )[2]
-            mass = (_lse(doubled, 0, backend) - 2.0 * lse).exp()
+            mass = (_lse(doubled) - 2.0 * lse).exp()
         numbers += [kappa, mass.unsqueeze(0)]
     return torch.cat(numbers), stats
-
-
-#: rows of the statistics before those of the tangents: log Σ e^z, or the largest logit and Σ e^(z - largest)
-_LEAD = {"reference": 1, "triton": 1, "native": 2}
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _lse(stats: Tensor, k: int, backend: str) -> Tensor:
-    if stats.shape[0] != _LEAD[backend] + 4 * k:
-        raise RuntimeError(
-            f"the {backend} head gave {stats.shape[0]} statistics for {k} tangents, not the known ones."
-        )
-    lse = stats[0].double()
-    return lse + stats[1].double().log() if _LEAD[backend] == 2 else lse
+def _lse(stats: Tensor) -> Tensor:
+    return stats[0].double() + stats[1].double().log()
 
 
 def _merge(
     gathered: Tensor, stats: Tensor, k: int, metric: str, labels: bool
 ) -> tuple[Tensor, Tensor | None]:
     """q and nll of all words from ``[processes, F, T]``; `stats` of the own words become those under all."""
-    lead, dtype = stats.shape[0] - 4 * k, stats.dtype
+    dtype = stats.dtype
     fields = iter(gathered.split([1, *([1] if labels else []), *_fields(k, metric)], 1))
     parts = next(fields)
     lse = parts.logsumexp(0)
     nll = lse - next(fields).sum(0) if labels else None
     w = (parts - lse).exp()
-    old_reference, mean, q, kappa = stats[lead:].view(4, k, stats.shape[1])
+    old_reference, mean, q, kappa = stats[2:].view(4, k, stats.shape[1])
     if metric == "logits":
         q.copy_(next(fields).sum(0))
         if not labels:  # no softmax: its placeholder is not used
@@ -286,8 +277,7 @@ def _merge(
             kappa.copy_((w * w * (skew + d * mass)).sum(0))
         mean.copy_(middle - old_reference.double())
     stats[0] = lse[0]
-    if lead == 2:  # the digits that the first number cannot hold
-        stats[1] = (lse[0] - stats[0].double()).exp()
+    stats[1] = (lse[0] - stats[0].double()).exp()  # the digits that the first number cannot hold
     return q.to(dtype).clone(), None if nll is None else nll[0].to(dtype)
 
 

@@ -181,9 +181,8 @@ class _Stream:
             self.second.merge(w.square_(), shifted, decay * decay)
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Statistics ``[1 + 4K, t]``, see :func:`head_fwd`, and the loss of every token."""
+        """Statistics ``[2 + 4K, t]``, see :func:`head_fwd`, and the loss of every token."""
         total, mean = self.first.weight, self.first.mean
-        lse = self.peak + total.log()
         q, kappa = self.norm, torch.zeros_like(self.norm)
         if self.metric == "fisher":
             q = self.first.square / total
@@ -193,8 +192,8 @@ class _Stream:
             q = self.second.square / total**2 + mass * gap * gap
             kappa = mass * gap
         reference = self.reference if self.reference is not None else torch.zeros_like(mean)
-        nll = None if self.labels is None else lse - self.at_label
-        return torch.cat([lse.unsqueeze(0), reference, mean, q, kappa]), nll
+        nll = None if self.labels is None else total.log() + (self.peak - self.at_label)
+        return torch.cat([torch.stack([self.peak, total]), reference, mean, q, kappa]), nll
 
 
 def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -204,21 +203,22 @@ def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         operands: the fields of a :class:`Problem`.
 
     Returns:
-        q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[1 + 4K, T]`` that the backward needs: lse = log Σ e^z,
-        then per tangent the reference, the mean (their sum is μ), q and, for ``probs``, κ; all float32 (float64).
+        q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[2 + 4K, T]`` that the backward needs: the largest logit
+        m and Σ e^(z - m), whose logarithm would lose digits when added to m, then per tangent the reference, the mean
+        (their sum is μ), q and, for ``probs``, κ; all float32 (float64).
         Statistics of tokens that do not count are finite and have no meaning. This backend computes them all the same,
         from zeros: it serves as specification, and nothing here waits for a device.
     """
     p = Problem(*operands).blank()
     k, labels = p.stacks - 1, p.labels
-    stats = _wide(p.h[:0]).new_empty((1 + 4 * k, p.tokens))
+    stats = _wide(p.h[:0]).new_empty((2 + 4 * k, p.tokens))
     nll = None if labels is None else stats.new_empty(p.tokens)
     token_blocks, column_blocks = _tiles(p)
     if p.metric == "l2" and labels is None:
         column_blocks = []
     for rows in token_blocks:
         hs = p.h[:, rows].flatten(0, 1)
-        stream = _Stream(p.metric, None if labels is None else labels[rows], stats[1 : 1 + k, rows])
+        stream = _Stream(p.metric, None if labels is None else labels[rows], stats[2 : 2 + k, rows])
         if p.metric == "l2":
             stream.norm = _wide(p.h[1:, rows]).square().sum(-1)
         for columns in column_blocks:
@@ -226,7 +226,7 @@ def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         stats[:, rows], loss = stream.finish()
         if labels is not None and nll is not None and loss is not None:
             nll[rows] = loss.masked_fill(labels[rows] == p.ignore_index, 0.0)
-    return stats[1 + 2 * k : 1 + 3 * k].clone(), nll, stats
+    return stats[2 + 2 * k : 2 + 3 * k].clone(), nll, stats
 
 
 def head_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -296,10 +296,10 @@ def _tile_cotangents(
 ) -> Tensor:
     """Cotangents ``[1 + K, t, v]`` of a tile of logits and their tangents; `labels` count from the tile's start."""
     k = z.shape[0] - 1
-    lse = stats[0].unsqueeze(-1)
-    reference, mean, q, kappa = stats[1:].reshape(4, k, stats.shape[1], 1)
+    peak, total = stats[:2].unsqueeze(-1)
+    reference, mean, q, kappa = stats[2:].reshape(4, k, stats.shape[1], 1)
     z_bar = torch.empty_like(z)
-    p = (z[0] - lse).exp_()
+    p = (z[0] - peak).exp_().div_(total)
     if q_bar is None:
         z_bar.zero_()
     elif metric == "logits":

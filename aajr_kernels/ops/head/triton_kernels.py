@@ -268,11 +268,11 @@ def _head_fwd_kernel(
 
 @triton.jit
 def _cotangents(
-    x_bar, z, z_tan, lse, reference, mean, q, kappa, g, slope, softcap,
+    x_bar, z, z_tan, peak, inverse, reference, mean, q, kappa, g, slope, softcap,
     METRIC: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Adds one tangent's share to the cotangent `x_bar` of the logits before the cap, and gives the tangent's own."""
-    p = tl.exp(z - lse)
+    p = tl.exp(z - peak) * inverse
     e = z_tan - reference - mean
     pe = p * e
     if METRIC == 1:
@@ -342,7 +342,8 @@ def _head_bwd_kernel(
             S, BT, BV, BK, DESCRIPTOR, EVEN, HAS_BIAS, PRECISION,
         )  # fmt: skip
     parts = _parts(raw, S, BT, BV, PARTS)
-    lse = tl.load(stats + tokens, mask=inside, other=float("inf"))[:, None]
+    peak = tl.load(stats + tokens, mask=inside, other=float("inf"))[:, None]
+    inverse = 1.0 / tl.load(stats + T + tokens, mask=inside, other=1.0)[:, None]
     for i in tl.static_range(PARTS):
         local = other * BV + i * BC
         z = parts[i][0]
@@ -355,7 +356,7 @@ def _head_bwd_kernel(
             # a label that is ignored has no gradient, whatever arrives there
             n = tl.load(nll_bar + tokens, mask=inside & (label != -1), other=0.0)[:, None]
             columns = first_column + local + tl.arange(0, BC)
-            x_bar = n * tl.exp(z - lse) - tl.where(columns[None, :] == label[:, None], n, 0.0)
+            x_bar = (n * inverse) * tl.exp(z - peak) - tl.where(columns[None, :] == label[:, None], n, 0.0)
             if HAS_SOFTCAP:
                 x_bar *= slope
         for k in tl.static_range(K):
@@ -364,12 +365,13 @@ def _head_bwd_kernel(
                 z_tan *= slope
             row = (tangent + k - 1).to(tl.int64) * T + tokens
             step = (stacks - 1).to(tl.int64) * T
-            at = stats + T + row
+            at = stats + 2 * T + row
             x_bar, x_tan_bar = _cotangents(
                 x_bar,
                 z,
                 z_tan,
-                lse,
+                peak,
+                inverse,
                 tl.load(at, mask=inside, other=0.0)[:, None],
                 tl.load(at + step, mask=inside, other=0.0)[:, None],
                 tl.load(at + 2 * step, mask=inside, other=0.0)[:, None],

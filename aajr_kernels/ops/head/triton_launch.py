@@ -131,9 +131,9 @@ def _dense_rows(x: Tensor) -> Tensor:
 def forward(p: DenseProblem, logits: Optional = None) -> Forward:
     """q, nll and statistics; `logits`, where given, takes the logits before the soft cap, whole tiles of them."""
     k, device = p.stacks - 1, p.h.device
-    stats = torch.empty((1 + 4 * k, p.tokens), dtype=torch.float32, device=device)
+    stats = torch.empty((2 + 4 * k, p.tokens), dtype=torch.float32, device=device)
     nll = None if p.labels is None else stats.new_empty(p.tokens)
-    q = stats[1 + 2 * k : 1 + 3 * k]
+    q = stats[2 + 2 * k : 2 + 3 * k]
     if gpu.architecture(device) == "":  # a dry run
         return q.clone(), nll, stats
     if p.metric == "l2":

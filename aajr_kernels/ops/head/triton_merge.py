@@ -15,9 +15,9 @@ def _head_merge_kernel(
     METRIC: tl.constexpr, K: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """The shares of the vocabulary become the statistics ``[1 + 4K, T]``, in a fixed order; and the token losses.
+    """The shares of the vocabulary become the statistics ``[2 + 4K, T]``, in a fixed order; and the token losses.
 
-    All are zeros for tokens from number `count` on, whose shares are not read.
+    All but the total, 1, are zeros for tokens from number `count` on, whose shares are not read.
     """
     SOFTMAX: tl.constexpr = HAS_LABELS or METRIC >= 2
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -35,7 +35,7 @@ def _head_merge_kernel(
             valid = (s < splits)[:, None] & inside[None, :]
             peak = tl.maximum(peak, tl.max(tl.load(partial + at, mask=valid, other=float("-inf")), 0))
     finite = tl.where(peak == float("-inf"), 0.0, peak)
-    lse = row
+    all_total = row + 1.0
     tangents = stacks - 1
     for k in tl.static_range(K if METRIC >= 1 else 1):
         total, mean, square = row, row, row
@@ -80,7 +80,7 @@ def _head_merge_kernel(
                 square += tl.sum(tl.load(base + at, mask=valid, other=0.0), 0)
         if SOFTMAX:
             total = tl.where(inside, total, 1.0)
-            lse = peak + tl.log(total)
+            all_total = total
         if METRIC >= 1:
             q = square
             kappa = row
@@ -91,16 +91,16 @@ def _head_merge_kernel(
                 gap = second_mean - mean
                 q = second_square / (total * total) + mass * gap * gap
                 kappa = mass * gap
-            to = stats + (tangent + k).to(tl.int64) * T + tokens
+            to = stats + (1 + tangent + k).to(tl.int64) * T + tokens
             step = tangents.to(tl.int64) * T
             tl.store(to, reference, mask=exists)
             tl.store(to + step, mean, mask=exists)
             tl.store(to + 2 * step, q, mask=exists)
             tl.store(to + 3 * step, kappa, mask=exists)
-    if HAS_COUNT:
-        lse = tl.where(inside, lse, 0.0)
-    tl.store(stats + tokens, lse, mask=exists)
+    peak = tl.where(inside, peak, 0.0) if SOFTMAX else row
+    tl.store(stats + tokens, peak, mask=exists)
+    tl.store(stats + T + tokens, all_total, mask=exists)
     if HAS_LABELS:
         ignored = tl.load(labels + tokens, mask=inside, other=0) == ignore_index
-        loss = lse - tl.load(at_label + tokens, mask=inside, other=0.0)
+        loss = tl.log(all_total) + (peak - tl.load(at_label + tokens, mask=inside, other=0.0))
         tl.store(nll + tokens, tl.where(ignored, 0.0, loss), mask=exists)
