@@ -166,7 +166,25 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-_SEEN = "_aajr_sees_arguments"  # an attribute of the functions that replace torch's
+_SEEN = "_aajr_sees_arguments"  # an attribute of the functions that replace torch's, and of classes without a guard
+
+#: whether torch.func transforms what runs now; in torch 2.11-2.15
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+#: of a tensor that a transform of torch.func left behind, what is in it; other tensors as they are; in torch 2.11-2.15
+alive: Callable[[torch.Tensor], torch.Tensor] = torch._C._functorch.unwrap_if_dead
+
+
+def bare_apply(cls: type) -> Callable[..., Any]:
+    """``apply`` of an ``autograd.Function`` that is given no Dual, without the Python of torch and of guards around it.
+
+    Only where :func:`transforms_active` is false, and for arguments that are :func:`alive`: before torch 2.14 it sees
+    to neither.
+
+    Relies on, in torch 2.11-2.15: ``torch._C._FunctionBase.apply``, a classmethod in C.
+    """
+    setattr(cls, _SEEN, True)
+    apply: Callable[..., Any] = torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)
+    return apply
 
 
 def in_transform(*tensors: torch.Tensor) -> bool:
@@ -174,7 +192,7 @@ def in_transform(*tensors: torch.Tensor) -> bool:
 
     Relies on, in torch 2.11-2.15: ``torch._C._are_functorch_transforms_active()``.
     """
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
@@ -214,6 +232,8 @@ def watch_functions(call: Callable[..., Any], check: Callable[[type, tuple[Any, 
 
     def made(ctx: BackwardCFunction, *args: Any, **kwargs: Any) -> None:
         cls = getattr(ctx, "_forward_cls", None)
+        if hasattr(cls, _SEEN):
+            return
         if cls is getattr(current, "cls", None):
             current.cls = None  # `forward` may call other Functions
         elif cls is not None and issubclass(cls, torch.autograd.Function):

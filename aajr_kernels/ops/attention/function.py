@@ -14,6 +14,7 @@ from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
 from ...backends.triton.launch import interpreted
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 from .options import Options
 
@@ -65,7 +66,7 @@ def run(
     return out if len(batch) == 1 else out.reshape(out.shape[0], *batch, *out.shape[2:])
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(Function):
     """q ``[1|1+K, B, H, N, D]``, k, v ``[1|1+K, B, HK, M, D|V]`` and a mask -> ``[1 + K, B, H, N, V]``.
 
     `Options` come as their numbers and their tensors. A backend returns the output and whatever tensors its own

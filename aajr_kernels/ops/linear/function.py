@@ -12,10 +12,11 @@ from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
 from ...recompute import recomputed, save_or_recompute
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
-class LinearFunction(torch.autograd.Function):
+class LinearFunction(Function):
     """``[1 + K, *batch, in]`` and weight, bias, weight, bias... to one ``[1 + K, *batch, out]`` for each pair."""
 
     @staticmethod
