@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...torch_private import matmul_precision
 from ..operator import constant
 
 #: dtypes the kernels compute with; float64 is the reference's
@@ -147,7 +148,7 @@ def float32_products(x: torch.Tensor) -> str:
 def _float32_products(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "ieee"
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if matmul_precision() == "tf32":
         return "tf32"
     return "tf32x3" if architecture(device) in _TF32X3 else "ieee"
 
@@ -172,9 +173,12 @@ def is_launched() -> bool:
     return _state.recorder is None and _state.trace is None and not _interpreted()
 
 
-def settings() -> tuple[str, int]:
-    """State that a recorded call depends on beside its arguments: an emulated architecture, the number of `forget`."""
-    return _state.architecture, _forgotten
+def settings() -> tuple[str, str, int]:
+    """State that a recorded call depends on beside its arguments.
+
+    An emulated architecture, how float32 is multiplied, the number of `forget`.
+    """
+    return _state.architecture, matmul_precision(), _forgotten
 
 
 @functools.cache

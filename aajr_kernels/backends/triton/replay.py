@@ -183,22 +183,18 @@ def replayed(launcher: Callable[..., Any]) -> Callable[..., Any]:
         key: list[Any] = [launcher, *gpu.settings()]
         tensors: list[Tensor] = []
         addresses: list[int] = []
-        multiplied = False
         for x in args:
             if isinstance(x, Tensor):
-                address, dtype = x.data_ptr(), x.dtype
+                address = x.data_ptr()
                 tensors.append(x)
                 addresses.append(address)
-                multiplied |= dtype is torch.float32
-                key += x.shape, x.stride(), dtype, x.get_device(), address % _ALIGNMENT
+                key += x.shape, x.stride(), x.dtype, x.get_device(), address % _ALIGNMENT
             elif x is None:
                 key.append(None)
             elif isinstance(x, _SCALARS):
                 key += type(x), x
             else:
                 return launcher(*args)
-        if multiplied:
-            key.append(torch.backends.cuda.matmul.fp32_precision)
         signature = tuple(key)
         recorded = _calls.get(signature, False if not tensors else ...)
         if isinstance(recorded, Call):
