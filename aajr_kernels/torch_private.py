@@ -128,14 +128,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
     Torch 2.11-2.15: dictionaries of hooks by these names, ``torch.nn.modules.module._has_any_global_hook``.
     """
-    own = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    compiled = module._compiled_call_impl is not None
-    return any(own) or compiled or torch.nn.modules.module._has_any_global_hook()
+    return bool(torch.nn.modules.module._has_any_global_hook()) or _is_hooked(module)
 
 
 def has_hooks_inside(module: torch.nn.Module) -> bool:
@@ -148,16 +141,19 @@ def has_hooks_inside(module: torch.nn.Module) -> bool:
 
 def _hooked_inside(module: torch.nn.Module) -> bool:
     for part in module._modules.values():
-        if part is not None and (
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or part._compiled_call_impl is not None
-            or (part._modules and _hooked_inside(part))
-        ):
+        if part is not None and (_is_hooked(part) or (part._modules and _hooked_inside(part))):
             return True
     return False
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+    )
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------

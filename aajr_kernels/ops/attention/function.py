@@ -90,9 +90,10 @@ class AttentionFunction(Function):
     ) -> Tensor:
         ctx.backend, ctx.numbers = backend, numbers
         ctx.set_materialize_grads(False)
-        q, k, v = _dense(q), _dense(k), _dense(v)
-        context = tuple(x if x is None else _dense(x) for x in (context_k, context_v))
-        options = Options(*numbers, drawn, q_start, k_start, *context)
+        if torch.compiler.is_compiling():
+            q, k, v = _dense(q), _dense(k), _dense(v)
+            context_k, context_v = (x if x is None else _dense(x) for x in (context_k, context_v))
+        options = Options(*numbers, drawn, q_start, k_start, context_k, context_v)
         with no_autocast(q.device.type):
             out, *residuals = choice.implementation("attention", backend).attention_fwd(
                 q, k, v, mask, options
@@ -154,13 +155,11 @@ def _mask_five_axes(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """While torch.compile traces: `x` without gaps between its numbers, its axes in the order that they have.
+    """For torch.compile: `x` without gaps between its numbers, its axes in the order that they have.
 
     A part of a wider projection (GPT-2's queries) has gaps. Inductor closes them when it saves it for the backward, and
     AOTAutograd then takes the new strides for numbers, not for multiples of a length: the next length would fail.
     """
-    if not torch.compiler.is_compiling():
-        return x
     own = x.clone()  # nothing is left of it in the graph if it is not used
     same = all(a == b for size, a, b in zip(x.shape, x.stride(), own.stride()) if size != 1)
     return x if same else own
