@@ -185,10 +185,10 @@ def _why_not(backend: str, *tensors: torch.Tensor) -> str | None:
 
 def _kind(op: str, tensors: list[torch.Tensor], sized: bool, in_cuda: bool) -> tuple[Any, ...] | None:
     """All that the choice depends on, with the last axes where `sized`; None where it has to be made every time."""
-    if torch.compiler.is_compiling() or not gpu.is_launched():
+    if torch.compiler.is_compiling() or (settings := gpu.settings()) is None:
         return None
     sizes = [t.shape[-1] for t in tensors] if sized else ()
-    return op, _current, in_cuda, *gpu.settings(), *[(type(t), t.dtype, t.device) for t in tensors], *sizes
+    return op, _current, in_cuda, settings, *[(type(t), t.dtype, t.device) for t in tensors], *sizes
 
 
 def select_backend(

@@ -163,21 +163,13 @@ def traced(trace: Callable[..., None]) -> Iterator[None]:
         _state.trace = before
 
 
-def is_emulated() -> bool:
-    """Whether launches of this thread go to a processor that is not there."""
-    return _state.architecture != ""
-
-
-def is_launched() -> bool:
-    """Whether launches of this thread go to a device and are not traced."""
-    return _state.recorder is None and _state.trace is None and not _interpreted()
-
-
-def settings() -> tuple[str, str, int]:
-    """State that a recorded call depends on beside its arguments.
+def settings() -> tuple[str, str, int] | None:
+    """State that a call depends on beside its arguments; None where launches go to no device, or are traced.
 
     An emulated architecture, how float32 is multiplied, the number of `forget`.
     """
+    if _state.recorder is not None or _state.trace is not None or _interpreted():
+        return None
     return _state.architecture, matmul_precision(), _forgotten
 
 
@@ -210,10 +202,13 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
+_NO_CONTEXT = contextlib.nullcontext()
+
+
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
     return torch.cuda.device(device)
 
 

@@ -53,7 +53,7 @@ class Residual(Dual):
 
     def _total(self, branch: Dual) -> Tensor:
         if not recording():  # their stacks have one shape and dtype
-            return self._sum + branch.stacked
+            return torch.add(self._sum, branch.stacked)
         total: Dual = torch.add(Dual(self._sum), branch)  # type: ignore[call-overload]
         return total.stacked
 
