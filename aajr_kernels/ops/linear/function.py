@@ -39,7 +39,7 @@ class LinearFunction(Function):
         x_bar, bars = None, []
         x, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        if any([y_bar is not None for y_bar in y_bars]):
+        if any(y_bar is not None for y_bar in y_bars):
             x = recomputed(ctx, x)
         linear_bwd = choice.implementation("linear", ctx.backend).linear_bwd
         with no_autocast(ctx.device_type):
