@@ -38,8 +38,11 @@ def autocast_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return _autocast(torch.float32, tensors)
 
 
+_NO_CONTEXT = contextlib.nullcontext()
+
+
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off inside a Function, whose inputs were cast by its caller."""
     if not autocasting(device_type):
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
     return torch.autocast(device_type, enabled=False)

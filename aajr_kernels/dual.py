@@ -16,7 +16,7 @@ import torch
 from .backends.errors import UnsupportedOperation, unsupported
 from .coverage import function_name, record, record_unsupported, recording
 from .rules import registry
-from .rules.leaving import array_ufunc, as_number, is_numpy, leave, refuse_array
+from .rules.leaving import array_ufunc, leave, refuse_array
 from .torch_private import pytree
 
 __all__ = ["Dual", "dual", "is_dual", "unpack"]
@@ -50,38 +50,29 @@ def dispatch(
             f"{name} has no derivative rule for a Dual: replace it, call it on y.primal where no tangent is wanted, "
             "or register one with aajr_kernels.rules.rule."
         )
-    if holds_complex(args) or holds_complex(kwargs.values()):
-        rule = registry.COMPLEX.get(func)
-        if rule is None:
-            unsupported(
-                f"{function_name(func)} has no derivative rule for complex numbers: take their parts with "
-                "torch.view_as_real, or register one in aajr_kernels.rules.registry.COMPLEX."
-            )
-    if kwargs.get("out") is not None:
-        raise UnsupportedOperation(
-            f"{function_name(func)}(out=...) cannot write a Dual: assign the result to a name instead."
-        )
-    if kwargs:
-        args, kwargs = registry.positional(args, kwargs)
-    if not torch.compiler.is_compiling() and any(map(is_numpy, args)):
-        args = tuple(map(as_number, args))
+    if kwargs or not _is_plain(args):
+        rule, args, kwargs = registry.settled(func, rule, args, kwargs)
     result = rule(*args, **kwargs)
     if recording():
         _record(func, result)
     return result
 
 
-def holds_complex(values: Any) -> bool:
-    """Whether a complex Dual, tensor or number is among the arguments of a call, or in a list of them."""
-    for value in values:
-        if isinstance(value, Dual):
-            value = value.stacked
-        if isinstance(value, torch.Tensor):
-            if value.is_complex():
-                return True
-        elif isinstance(value, complex) or (isinstance(value, (list, tuple)) and holds_complex(value)):
-            return True
-    return False
+#: types of arguments that are taken as they are
+_PLAIN = {int, bool, float, str, type(None), torch.Size, torch.dtype, slice, type(...)}
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+
+
+def _is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether there are only real tensors and numbers, as mostly: ``registry.settled`` has nothing to do."""
+    for x in args:
+        kind = type(x)
+        if kind is Dual or kind in _TENSORS:
+            if (x.stacked if kind is Dual else x).is_complex():
+                return False
+        elif kind not in _PLAIN and not (kind is tuple and _is_plain(x)):
+            return False
+    return True
 
 
 def _record(func: Callable[..., Any], result: Any) -> None:

@@ -97,6 +97,11 @@ ALL_REDUCE = "torch.distributed.nn.functional._AllReduce"
 assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
 
 
+#: how cuBLAS forms products of float32: ``torch.backends.cuda.matmul.fp32_precision`` of torch 2.11-2.15 without the
+#: Python around it, five times as fast
+matmul_precision: Callable[[], str] = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+
+
 def has_memory(t: torch.Tensor) -> bool:
     """Whether the tensor is what it seems: no subclass that intercepts operations."""
     return type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
@@ -123,14 +128,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
     Torch 2.11-2.15: dictionaries of hooks by these names, ``torch.nn.modules.module._has_any_global_hook``.
     """
-    own = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    compiled = module._compiled_call_impl is not None
-    return any(own) or compiled or torch.nn.modules.module._has_any_global_hook()
+    return bool(torch.nn.modules.module._has_any_global_hook()) or _is_hooked(module)
 
 
 def has_hooks_inside(module: torch.nn.Module) -> bool:
@@ -143,16 +141,19 @@ def has_hooks_inside(module: torch.nn.Module) -> bool:
 
 def _hooked_inside(module: torch.nn.Module) -> bool:
     for part in module._modules.values():
-        if part is not None and (
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or part._compiled_call_impl is not None
-            or (part._modules and _hooked_inside(part))
-        ):
+        if part is not None and (_is_hooked(part) or (part._modules and _hooked_inside(part))):
             return True
     return False
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+    )
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------
@@ -166,7 +167,25 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-_SEEN = "_aajr_sees_arguments"  # an attribute of the functions that replace torch's
+_SEEN = "_aajr_sees_arguments"  # an attribute of the functions that replace torch's, and of classes without a guard
+
+#: whether torch.func transforms what runs now; in torch 2.11-2.15
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+#: of a tensor that a transform of torch.func left behind, what is in it; other tensors as they are; in torch 2.11-2.15
+alive: Callable[[torch.Tensor], torch.Tensor] = torch._C._functorch.unwrap_if_dead
+
+
+def bare_apply(cls: type) -> Callable[..., Any]:
+    """``apply`` of an ``autograd.Function`` that is given no Dual, without the Python of torch and of guards around it.
+
+    Only where :func:`transforms_active` is false, and for arguments that are :func:`alive`: before torch 2.14 it sees
+    to neither.
+
+    Relies on, in torch 2.11-2.15: ``torch._C._FunctionBase.apply``, a classmethod in C.
+    """
+    setattr(cls, _SEEN, True)
+    apply: Callable[..., Any] = torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)
+    return apply
 
 
 def in_transform(*tensors: torch.Tensor) -> bool:
@@ -174,7 +193,7 @@ def in_transform(*tensors: torch.Tensor) -> bool:
 
     Relies on, in torch 2.11-2.15: ``torch._C._are_functorch_transforms_active()``.
     """
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
@@ -214,6 +233,8 @@ def watch_functions(call: Callable[..., Any], check: Callable[[type, tuple[Any, 
 
     def made(ctx: BackwardCFunction, *args: Any, **kwargs: Any) -> None:
         cls = getattr(ctx, "_forward_cls", None)
+        if hasattr(cls, _SEEN):
+            return
         if cls is getattr(current, "cls", None):
             current.cls = None  # `forward` may call other Functions
         elif cls is not None and issubclass(cls, torch.autograd.Function):

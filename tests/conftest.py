@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 import torch._dynamo
 
 import aajr_kernels  # noqa: F401
+from aajr_kernels.backends import choice
 from aajr_kernels.backends.triton import launch as gpu
 
 pytest_plugins = ["integration_rows"]
@@ -82,6 +83,12 @@ def seeded() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def chosen_anew() -> None:
+    """Every test has its backends chosen anew, also after one that replaced a part of the choice."""
+    choice._found.clear()
 
 
 def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:

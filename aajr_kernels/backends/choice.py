@@ -165,8 +165,8 @@ def _fits_native(t: torch.Tensor) -> bool:
     return t.is_cpu and t.dtype in _NATIVE_DTYPES and (torch.compiler.is_compiling() or has_memory(t))
 
 
-#: kinds of calls that the Triton kernels take: all that :func:`select_backend` looks at
-_taken: set[tuple[Any, ...]] = set()
+#: kinds of calls, all that :func:`select_backend` looks at -> the backend that it found
+_found: dict[tuple[Any, ...] | None, str] = {}
 #: backends of devices -> why their kernels do not take a tensor
 _WHY_NOT = {"triton": gpu.why_not, "cuda": cuda.why_not}
 
@@ -183,12 +183,12 @@ def _why_not(backend: str, *tensors: torch.Tensor) -> str | None:
     return None
 
 
-def _kind_on_device(op: str, tensors: list[torch.Tensor], in_cuda: bool) -> tuple[Any, ...] | None:
-    """All that the choice for tensors of a device depends on; None elsewhere, and while torch.compile traces."""
-    if torch.compiler.is_compiling() or not tensors or not (tensors[0].is_cuda or gpu.is_emulated()):
+def _kind(op: str, tensors: list[torch.Tensor], sized: bool, in_cuda: bool) -> tuple[Any, ...] | None:
+    """All that the choice depends on, with the last axes where `sized`; None where it has to be made every time."""
+    if torch.compiler.is_compiling() or (settings := gpu.settings()) is None:
         return None
-    operands = [(type(t), t.dtype, t.device) for t in tensors]
-    return (op, _current, in_cuda, *gpu.settings(), *operands) if gpu.is_launched() else None
+    sizes = [t.shape[-1] for t in tensors] if sized else ()
+    return op, _current, in_cuda, settings, *[(type(t), t.dtype, t.device) for t in tensors], *sizes
 
 
 def select_backend(
@@ -208,8 +208,9 @@ def select_backend(
     Args:
         op: package under ``ops``.
         tensors: its inputs.
-        triton_lacks: from the tensors to what the Triton kernels lack for this call, or None.
-        triton_spills: from the tensors to whether ``auto`` avoids the Triton kernels, which run where they are named.
+        triton_lacks: from the tensors to what the Triton kernels lack for this call, or None; a matter of dtypes,
+            devices and last axes.
+        triton_spills: likewise to whether ``auto`` avoids the Triton kernels, which run where they are named.
         in_cuda: whether the op's CUDA C++ kernels, if there are any, have this part of it.
 
     Raises:
@@ -217,9 +218,10 @@ def select_backend(
         UnsupportedOperation: a tensor is a DTensor, or complex.
     """
     present = [t for t in tensors if t is not None]
-    kind = _kind_on_device(op, present, in_cuda) if triton_lacks is None and triton_spills is None else None
-    if kind in _taken:
-        return "triton"
+    kind = _kind(op, present, triton_lacks is not None or triton_spills is not None, in_cuda)
+    backend = _found.get(kind)
+    if backend is not None:
+        return backend
     for t in present:
         if t.is_complex():
             raise UnsupportedOperation(
@@ -230,8 +232,8 @@ def select_backend(
     lacks = None if triton_lacks is None else functools.partial(triton_lacks, *tensors)
     spills = None if triton_spills is None else functools.partial(triton_spills, *tensors)
     backend = _select(op, present, lacks, spills, in_cuda)
-    if kind is not None and backend == "triton":
-        _taken.add(kind)
+    if kind is not None:
+        _found[kind] = backend
     if torch.compiler.is_compiling():
         _ready_to_trace()
         _load_all(backend)

@@ -90,7 +90,7 @@ def checked_backend(
     backend: str,
     named: bool,
     operands: tuple[torch.Tensor | None, ...],
-    kind: tuple[tuple[int, ...], tuple[Any, ...]],
+    kind: Callable[..., tuple[tuple[int, ...], tuple[Any, ...]]],
 ) -> str:
     """The backend of a call whose choice is one of :data:`BACKENDS`: that one, or the reference.
 
@@ -100,7 +100,7 @@ def checked_backend(
         backend: the choice.
         named: whether the user chose it by name.
         operands: of the call; the first is a tensor.
-        kind: `sizes` and `features` of :class:`Kind`.
+        kind: from the operands to `sizes` and `features` of :class:`Kind`.
 
     Raises:
         BackendUnavailable: the check failed, and the backend was chosen by name.
@@ -110,7 +110,7 @@ def checked_backend(
     if mode == "0" or not (first.is_cuda or (mode == "1" and first.is_cpu)):
         return backend
     dtypes = tuple([None if t is None else t.dtype for t in operands])
-    sizes, features = kind
+    sizes, features = kind(*operands)
     products = float32_products(first) if op in _OF_PRODUCTS and backend == "triton" else "ieee"
     if torch.compiler.is_compiling():  # sizes may be symbols
         return admit(named, op, name, backend, first.device, dtypes, (), features, products)

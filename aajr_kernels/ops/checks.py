@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..backends.errors import UnsupportedOperation
-from ..dual import is_dual
+from ..dual import Dual
 
 
 def refuse_duals(op: str, instead: str, **weights: object) -> None:
     """UnsupportedOperation where a weight is a Dual; `instead`: how to write the op then, ``{name}`` for the weight."""
     for name, value in weights.items():
-        if is_dual(value):
+        if isinstance(value, Dual):
             raise UnsupportedOperation(
                 f"{op}: {name} is a Dual, and this op takes plain weights: {instead.format(name=name)}, or pass "
                 f"{name}.primal where no tangent is wanted."

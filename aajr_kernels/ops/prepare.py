@@ -71,7 +71,7 @@ def prepare(
     )
     if backend in selfcheck.BACKENDS:
         named = backend == choice.current_backend()
-        backend = selfcheck.checked_backend(op, name or op, backend, named, operands, kind(*operands))
+        backend = selfcheck.checked_backend(op, name or op, backend, named, operands, kind)
     if recording():
         # lengths may be symbols while torch.compile traces
         record(name or op, backend, 0.0 if torch.compiler.is_compiling() else flops(*operands))

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import BackwardHook
 
 from .. import torch_private
-from ..backends.errors import UnsupportedOperation, refuse_transform, unsupported
+from ..backends.errors import UnsupportedOperation, unsupported
 from ..dual import Dual, dispatch
 from ..torch_private import pytree
 from . import composites
@@ -31,7 +31,6 @@ _REMEDY = (
     "call it on plain tensors, replace it by differentiable torch functions, or give the function around it a "
     "rule that applies it to x.stacked"
 )
-_PACKAGE = __name__.partition(".")[0] + "."
 
 #: module and qualified name of an autograd.Function -> what its ``apply`` does with a Dual; called with the real apply
 FUNCTION_RULES: dict[str, Callable[..., Any]] = {}
@@ -102,15 +101,8 @@ def guard_functions() -> None:
 
 
 def _apply(apply: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
-    if not _holds_dual((args, kwargs)):
-        if not cls.__module__.startswith(_PACKAGE):
-            return apply(*args, **kwargs)
-        try:
-            return apply(*args, **kwargs)
-        except RuntimeError as error:  # torch's message is for the author of the Function
-            if "functorch transforms" in str(error) or "implement the jvp" in str(error):
-                refuse_transform(error)
-            raise
+    if not _holds_dual((*args, *kwargs.values())):
+        return apply(*args, **kwargs)
     known = FUNCTION_RULES.get(_qualified(cls))
     if known is None:
         return _refuse(cls, (args, kwargs))

@@ -5,15 +5,17 @@ It lies below :mod:`aajr_kernels.dual` and knows neither the number nor any rule
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..backends.errors import unsupported
+from ..backends.errors import UnsupportedOperation, unsupported
+from ..coverage import function_name
 from ..torch_private import NN, VARIABLE_FUNCTIONS, is_tested, separate_outputs
 from ..torch_private import mark_constant as constant
+from .leaving import as_number, is_numpy
 
 #: torch function -> rule, called with the function's own arguments (some of them Duals)
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -92,6 +94,43 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     if "input" not in kwargs:
         args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
     return args, kwargs
+
+
+def holds_complex(values: Iterable[Any]) -> bool:
+    """Whether a complex Dual, tensor or number is among the arguments of a call, or in a list of them."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            if holds_complex(value):
+                return True
+        elif isinstance(value, complex):
+            return True
+        else:
+            value = getattr(value, "stacked", value)  # of a Dual
+            if isinstance(value, torch.Tensor) and value.is_complex():
+                return True
+    return False
+
+
+def settled(
+    func: Callable[..., Any], rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The rule and the arguments for it: operands at their places, NumPy's numbers as Python's, complex or not."""
+    if holds_complex([*args, *kwargs.values()]):
+        rule = COMPLEX.get(func)
+        if rule is None:
+            unsupported(
+                f"{function_name(func)} has no derivative rule for complex numbers: take their parts with "
+                "torch.view_as_real, or register one in aajr_kernels.rules.registry.COMPLEX."
+            )
+    if kwargs.get("out") is not None:
+        raise UnsupportedOperation(
+            f"{function_name(func)}(out=...) cannot write a Dual: assign the result to a name instead."
+        )
+    if kwargs:
+        args, kwargs = positional(args, kwargs)
+    if not torch.compiler.is_compiling() and any(map(is_numpy, args)):
+        args = tuple(map(as_number, args))
+    return rule, args, kwargs
 
 
 # -- guards -----------------------------------------------------------------------------------------------------------

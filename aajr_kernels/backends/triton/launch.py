@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...torch_private import matmul_precision
 from ..operator import constant
 
 #: dtypes the kernels compute with; float64 is the reference's
@@ -147,7 +148,7 @@ def float32_products(x: torch.Tensor) -> str:
 def _float32_products(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "ieee"
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if matmul_precision() == "tf32":
         return "tf32"
     return "tf32x3" if architecture(device) in _TF32X3 else "ieee"
 
@@ -162,19 +163,14 @@ def traced(trace: Callable[..., None]) -> Iterator[None]:
         _state.trace = before
 
 
-def is_emulated() -> bool:
-    """Whether launches of this thread go to a processor that is not there."""
-    return _state.architecture != ""
+def settings() -> tuple[str, str, int] | None:
+    """State that a call depends on beside its arguments; None where launches go to no device, or are traced.
 
-
-def is_launched() -> bool:
-    """Whether launches of this thread go to a device and are not traced."""
-    return _state.recorder is None and _state.trace is None and not _interpreted()
-
-
-def settings() -> tuple[str, int]:
-    """State that a recorded call depends on beside its arguments: an emulated architecture, the number of `forget`."""
-    return _state.architecture, _forgotten
+    An emulated architecture, how float32 is multiplied, the number of `forget`.
+    """
+    if _state.recorder is not None or _state.trace is not None or _interpreted():
+        return None
+    return _state.architecture, matmul_precision(), _forgotten
 
 
 @functools.cache
@@ -206,10 +202,13 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
+_NO_CONTEXT = contextlib.nullcontext()
+
+
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
     return torch.cuda.device(device)
 
 

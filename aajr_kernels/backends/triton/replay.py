@@ -34,7 +34,7 @@ from .direct import direct, is_hooked, stream
 LIMIT = 2048
 #: alignment of pointers that Triton's compiler and tensor maps make use of, in bytes
 _ALIGNMENT = 16
-_SCALARS = (bool, int, float, str, torch.dtype)
+_SCALARS = {bool, int, float, str, torch.dtype}
 _aten = torch.ops.aten
 _ALLOCATIONS = (
     _aten.empty.memory_format,
@@ -178,27 +178,24 @@ def replayed(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launcher)
     def call(*args: Any) -> Any:
-        if not gpu.is_launched() or has_dispatch_modes():
+        settings = gpu.settings()
+        if settings is None or has_dispatch_modes():
             return launcher(*args)
-        key: list[Any] = [launcher, *gpu.settings()]
+        key: list[Any] = [launcher, settings]
         tensors: list[Tensor] = []
         addresses: list[int] = []
-        multiplied = False
         for x in args:
             if isinstance(x, Tensor):
-                address, dtype = x.data_ptr(), x.dtype
+                address = x.data_ptr()
                 tensors.append(x)
                 addresses.append(address)
-                multiplied |= dtype is torch.float32
-                key += x.shape, x.stride(), dtype, x.get_device(), address % _ALIGNMENT
+                key += x.shape, x.stride(), x.dtype, x.get_device(), address % _ALIGNMENT
             elif x is None:
                 key.append(None)
-            elif isinstance(x, _SCALARS):
+            elif type(x) in _SCALARS:
                 key += type(x), x
             else:
                 return launcher(*args)
-        if multiplied:
-            key.append(torch.backends.cuda.matmul.fp32_precision)
         signature = tuple(key)
         recorded = _calls.get(signature, False if not tensors else ...)
         if isinstance(recorded, Call):

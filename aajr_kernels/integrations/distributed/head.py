@@ -33,6 +33,7 @@ from ...backends import choice
 from ...backends.errors import UnsupportedOperation, first_order
 from ...coverage import record, recording
 from ...dual import Dual
+from ...ops.autograd import Function
 from ...ops.head import lm_head_sensitivity
 from ...ops.head.counted import counted, on_counted
 from ...ops.sensitivity import sensitivity
@@ -136,7 +137,7 @@ def _words(name: str, parameter: Tensor, mesh: Any) -> tuple[int | None, int]:
     return axes[0], min(size * mesh.get_local_rank(axes[0]), parameter.shape[0])
 
 
-class SplitHead(torch.autograd.Function):
+class SplitHead(Function):
     """``[1 + K, T, C]`` and the local rows of W -> q ``[K, T]`` and nll ``[T]`` of all words."""
 
     @staticmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ def of_one_input(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any] | None:
     """Results of the linear layers for a Dual, by one op; None where they have to be called one by one."""
     if torch.compiler.is_compiling() or not is_dual(x) or not all(map(_is_bare, layers)):
         return None
-    if autocasting(x.stacked.device.type):
+    parameters: Any = [(layer.weight, layer.bias) for layer in layers]
+    if any(map(is_dual, chain(*parameters))) or autocasting(x.stacked.device.type):
         return None
-    return projections(x, [(layer.weight, layer.bias) for layer in layers])  # type: ignore[misc]
+    return projections(x, parameters)
 
 
 def one_by_one(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any]:
@@ -44,7 +46,7 @@ def one_by_one(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any]:
 def _is_bare(module: nn.Module) -> bool:
     """Whether a call of the module is torch's linear layer and no more."""
     own = type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
-    return own and not has_hooks(module) and not is_dual(module.weight) and not is_dual(module.bias)
+    return own and not has_hooks(module)
 
 
 class _Computed:

@@ -33,7 +33,8 @@ ROTARY = "apply_rotary_pos_emb"
 
 def apply_rotary(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
     """``apply_rotary_pos_emb`` of the model files, by the fused op."""
-    return rotary(q, cos, sin, unsqueeze_dim=unsqueeze_dim), rotary(k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return rotary(q, cos, sin, unsqueeze_dim=None), rotary(k, cos, sin, unsqueeze_dim=None)
 
 
 class Calls:

@@ -10,7 +10,6 @@ the layer runs on plain Duals.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...coverage import recording
 from ...dual import Dual, flatten_dual, is_dual, unflatten_dual
 from ...ops.norm import add_layer_norm, add_rms_norm, rms_norm
 from ...torch_private import has_hooks_inside, pytree
@@ -40,17 +40,22 @@ class Residual(Dual):
     @property
     def stacked(self) -> Tensor:
         if self._branch is not None:
-            with contextlib.ExitStack() as modes:
-                if torch.is_grad_enabled() != self._has_grad:
-                    modes.enter_context(torch.inference_mode(False))
-                    modes.enter_context(torch.set_grad_enabled(self._has_grad))
-                total = torch.add(Dual(self._sum), self._branch).stacked  # type: ignore[call-overload]
-            self._sum, self._branch = total, None
+            if torch.is_grad_enabled() == self._has_grad:
+                self.stacked = self._total(self._branch)
+            else:
+                with torch.inference_mode(False), torch.set_grad_enabled(self._has_grad):
+                    self.stacked = self._total(self._branch)
         return self._sum
 
     @stacked.setter
     def stacked(self, value: Tensor) -> None:
         self._sum, self._branch = value, None
+
+    def _total(self, branch: Dual) -> Tensor:
+        if not recording():  # their stacks have one shape and dtype
+            return torch.add(self._sum, branch.stacked)
+        total: Dual = torch.add(Dual(self._sum), branch)  # type: ignore[call-overload]
+        return total.stacked
 
     dtype = property(lambda self: self._sum.dtype)
     shape = property(lambda self: self._sum.shape[1:])

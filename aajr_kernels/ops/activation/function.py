@@ -11,12 +11,13 @@ from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
 from ...recompute import make_recomputable, release, saved_tensors, snapshot
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 _TORCH_SAVES_RESULT = ("relu", "tanh", "sigmoid")
 
 
-class PointwiseFunction(torch.autograd.Function):
+class PointwiseFunction(Function):
     """``[1 + K, *shape] -> [1 + K, *shape]``; with `recompute` consumers do not keep the result."""
 
     @staticmethod
@@ -40,7 +41,7 @@ class PointwiseFunction(torch.autograd.Function):
         return x_bar, None, None, None
 
 
-class GatedFunction(torch.autograd.Function):
+class GatedFunction(Function):
     """gate and up ``[1 + K, *shape]`` or ``[1, *shape]`` to ``[1 + K, *shape]``; `recompute` as above."""
 
     @staticmethod

@@ -128,8 +128,8 @@ def attention(
     scale = max(q_shape[-1], 1) ** -0.5 if scale is None else float(scale)
     packed = packed_sequences(q_shape, k_shape, stacks[0].device, mask is not None, cu_seqlens)
     before = 0 if context is None else context[0].shape[-2]
-    options = Options.of(causal, q_shape[-2], k_shape[-2], packed is not None, before)
-    options = options._replace(scale=scale, softcap=softcap, window=window, dropout=dropout)
+    others = {"scale": scale, "softcap": softcap, "window": window, "dropout": dropout}
+    options = Options.of(causal, q_shape[-2], k_shape[-2], packed is not None, before, **others)
     if packed is not None:
         options = options._replace(q_start=packed.starts[0], k_start=packed.starts[1])
     if not dual:

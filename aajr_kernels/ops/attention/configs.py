@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...backends.operator import constant
 from ...backends.triton.launch import architecture, forget
+from ...torch_private import matmul_precision
 
 
 class Tile(NamedTuple):
@@ -128,7 +129,7 @@ def spills_in_triton(q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> bool:
 
 @constant
 def _has_float32_units(device: torch.device) -> bool:
-    return architecture(device).startswith("gfx") or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return architecture(device).startswith("gfx") or matmul_precision() == "tf32"
 
 
 def tile(

@@ -14,6 +14,7 @@ from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
 from ...backends.triton.launch import interpreted
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 from .options import Options
 
@@ -65,7 +66,7 @@ def run(
     return out if len(batch) == 1 else out.reshape(out.shape[0], *batch, *out.shape[2:])
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(Function):
     """q ``[1|1+K, B, H, N, D]``, k, v ``[1|1+K, B, HK, M, D|V]`` and a mask -> ``[1 + K, B, H, N, V]``.
 
     `Options` come as their numbers and their tensors. A backend returns the output and whatever tensors its own
@@ -89,9 +90,10 @@ class AttentionFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.backend, ctx.numbers = backend, numbers
         ctx.set_materialize_grads(False)
-        q, k, v = _dense(q), _dense(k), _dense(v)
-        context = tuple(x if x is None else _dense(x) for x in (context_k, context_v))
-        options = Options(*numbers, drawn, q_start, k_start, *context)
+        if torch.compiler.is_compiling():
+            q, k, v = _dense(q), _dense(k), _dense(v)
+            context_k, context_v = (x if x is None else _dense(x) for x in (context_k, context_v))
+        options = Options(*numbers, drawn, q_start, k_start, context_k, context_v)
         with no_autocast(q.device.type):
             out, *residuals = choice.implementation("attention", backend).attention_fwd(
                 q, k, v, mask, options
@@ -153,13 +155,11 @@ def _mask_five_axes(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """While torch.compile traces: `x` without gaps between its numbers, its axes in the order that they have.
+    """For torch.compile: `x` without gaps between its numbers, its axes in the order that they have.
 
     A part of a wider projection (GPT-2's queries) has gaps. Inductor closes them when it saves it for the backward, and
     AOTAutograd then takes the new strides for numbers, not for multiples of a length: the next length would fail.
     """
-    if not torch.compiler.is_compiling():
-        return x
     own = x.clone()  # nothing is left of it in the graph if it is not used
     same = all(a == b for size, a, b in zip(x.shape, x.stride(), own.stride()) if size != 1)
     return x if same else own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,11 +48,13 @@ class Options(NamedTuple):
     context_v: Tensor | None = None
 
     @classmethod
-    def of(cls, causal: bool | str, queries: int, keys: int, packed: bool, context: int = 0) -> Options:
-        """The options that say which keys a query sees, `context` keys before the others; the rest is default."""
+    def of(
+        cls, causal: bool | str, queries: int, keys: int, packed: bool, context: int = 0, **others: Any
+    ) -> Options:
+        """The options that say which keys a query sees, `context` keys before the others, and the `others`."""
         right = causal == "lower_right"
         offset = None if causal is False else context + (keys - queries if right and not packed else 0)
-        return cls(1.0, offset=offset, align_right=packed and right)
+        return cls(offset=offset, align_right=packed and right, **others)
 
     @property
     def starts(self) -> tuple[Tensor, Tensor] | None:

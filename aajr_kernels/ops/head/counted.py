@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import Function
+
 __all__ = ["Counted", "counted", "on_counted"]
 
 
@@ -94,7 +96,7 @@ def _is_known(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(Function):
     """Rows ``[S, T, C]`` to ``[S, n, C]``; no row is taken twice, so that gradients are copied and never added."""
 
     @staticmethod

@@ -12,6 +12,7 @@ from ...backends import capture, choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial, cotangent
 from ...torch_private import assert_async
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 from .joint import Expected
 
@@ -23,7 +24,7 @@ _CHANGED = (
 )
 
 
-class HeadFunction(torch.autograd.Function):
+class HeadFunction(Function):
     """Hidden states ``[1 + K, T, C]`` to q ``[K, T]`` and, with labels, nll ``[T]``."""
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,11 +54,11 @@ def projections(x: Any, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[
     if not isinstance(x, Dual):
         return [F.linear(x, weight, bias) for weight, bias in layers]
     for weight, bias in layers:
-        _check_shapes(x, weight, bias)
+        _check_shapes(x.shape, weight, bias)
     backend, operands = prepare(
         "linear",
         (x.stacked,),
-        tuple(parameter for layer in layers for parameter in layer),
+        tuple([parameter for layer in layers for parameter in layer]),
         flops=lambda x, *p: 2.0 * x.numel() * sum(w.shape[0] if w.dim() == 2 else 1 for w in p[::2]),
         shards=lambda *p: [sharding.OPS["linear"](linear, x, w, b) for w, b in zip(p[::2], p[1::2])],
         cast=autocast_low,
@@ -77,10 +78,10 @@ def projections(x: Any, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[
     return [Dual(y.squeeze(-1) if weight.dim() == 1 else y) for y, weight in pairs]
 
 
-def _check_shapes(x: Dual, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() < 1 or weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
+def _check_shapes(shape: torch.Size, weight: Tensor, bias: Tensor | None) -> None:
+    if not shape or weight.dim() not in (1, 2) or weight.shape[-1] != shape[-1]:
         raise ValueError(
-            f"linear: weight must be [out, {x.shape[-1] if x.dim() else 'in'}] for x of shape {tuple(x.shape)}, got "
+            f"linear: weight must be [out, {shape[-1] if shape else 'in'}] for x of shape {tuple(shape)}, got "
             f"{tuple(weight.shape)}."
         )
     if bias is not None and bias.shape != weight.shape[:-1]:

@@ -12,24 +12,25 @@ from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
 from ...recompute import recomputed, save_or_recompute
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
-class LinearFunction(torch.autograd.Function):
+class LinearFunction(Function):
     """``[1 + K, *batch, in]`` and weight, bias, weight, bias... to one ``[1 + K, *batch, out]`` for each pair."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         # not (ctx, x, backend, *parameters): as many names as arguments without ctx, and Dynamo passes no ctx
         x, backend, *parameters = args
-        ctx.backend = backend
+        ctx.backend, ctx.device_type = backend, x.device.type
         ctx.set_materialize_grads(False)
         weights, biases = parameters[::2], parameters[1::2]
         kept = save_or_recompute(ctx, x) if any(ctx.needs_input_grad[2::2]) else None
         ctx.save_for_backward(kept, *(weights if ctx.needs_input_grad[0] else [None] * len(weights)))
         linear_fwd = choice.implementation("linear", backend).linear_fwd
         with no_autocast(x.device.type):
-            results = tuple(linear_fwd(x, weight, bias) for weight, bias in zip(weights, biases))
+            results = tuple([linear_fwd(x, weight, bias) for weight, bias in zip(weights, biases)])
         return results if len(results) > 1 else results[0]
 
     @staticmethod
@@ -41,14 +42,14 @@ class LinearFunction(torch.autograd.Function):
         if any(y_bar is not None for y_bar in y_bars):
             x = recomputed(ctx, x)
         linear_bwd = choice.implementation("linear", ctx.backend).linear_bwd
-        for y_bar, weight, need_weight, need_bias in zip(y_bars, weights, needs[::2], needs[1::2]):
-            weight_bar = bias_bar = None
-            if y_bar is not None:
-                with no_autocast(y_bar.device.type):
+        with no_autocast(ctx.device_type):
+            for y_bar, weight, need_weight, need_bias in zip(y_bars, weights, needs[::2], needs[1::2]):
+                weight_bar = bias_bar = None
+                if y_bar is not None:
                     x_bar, weight_bar, bias_bar = linear_bwd(
                         y_bar, x if need_weight else None, weight, need_bias, x_bar
                     )
-            bars += [weight_bar, bias_bar]
+                bars += [weight_bar, bias_bar]
         return x_bar, None, *bars
 
 

@@ -12,10 +12,11 @@ from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
 from ...recompute import make_recomputable, release, saved_tensors
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
-class NormFunction(torch.autograd.Function):
+class NormFunction(Function):
     """The norm of x or, with `residual`, of their sum, and the sum: ``[1 + K, *batch, C]``.
 
     One of x and `residual` may be ``[1, *batch, C]``. With `recompute` consumers do not keep the norm. Where x `passes`

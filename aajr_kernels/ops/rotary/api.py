@@ -59,20 +59,19 @@ def rotary(
 
 
 def _check(x: Tensor | Dual, cos: Tensor, sin: Tensor) -> None:
-    size = cos.shape[-1]
-    if cos.shape != sin.shape:
+    shape, table = x.shape, cos.shape
+    size = table[-1]
+    if table != sin.shape:
         raise ValueError(
             f"rotary: sin must have the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}."
         )
-    if size % 2 or x.dim() == 0 or size > x.shape[-1]:
+    if size % 2 or not shape or size > shape[-1]:
         raise ValueError(
             f"rotary: cos must have an even last axis of at most the features of x {tuple(x.shape)}, got {size}."
         )
-    target = (*x.shape[:-1], size)
-    aligned = tuple(cos.shape)
-    fits = len(aligned) <= len(target) and all(a in (1, b) for a, b in zip(aligned[::-1], target[::-1]))
-    if not fits:
+    aligned = zip(table[-2::-1], shape[-2::-1])
+    if len(table) > len(shape) or False in [a == b or a == 1 for a, b in aligned]:
         raise ValueError(
-            f"rotary: cos must broadcast to {target} for x of shape {tuple(x.shape)}, got {aligned} after "
-            "unsqueeze_dim: choose unsqueeze_dim so that its new axis is the one of the heads."
+            f"rotary: cos must broadcast to {(*shape[:-1], size)} for x of shape {tuple(shape)}, got {tuple(table)} "
+            "after unsqueeze_dim: choose unsqueeze_dim so that its new axis is the one of the heads."
         )

@@ -10,10 +10,11 @@ from torch import Tensor
 from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
-class RotaryFunction(torch.autograd.Function):
+class RotaryFunction(Function):
     """``[1 + K, *shape] -> [1 + K, *shape]``; cos and sin broadcast to ``[*shape[:-1], R]``."""
 
     @staticmethod

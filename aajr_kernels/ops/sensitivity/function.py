@@ -12,10 +12,11 @@ from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
 from ...recompute import snapshot
+from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
 
-class SensitivityFunction(torch.autograd.Function):
+class SensitivityFunction(Function):
     """Stacked output ``[1 + K, *batch, V]`` to q ``[K, *batch]``."""
 
     @staticmethod
@@ -37,7 +38,7 @@ class SensitivityFunction(torch.autograd.Function):
         return y_bar, None, None
 
 
-class SoftmaxFunction(torch.autograd.Function):
+class SoftmaxFunction(Function):
     """``[1 + K, ..., V] -> [1 + K, ..., V]``, along the last axis."""
 
     @staticmethod

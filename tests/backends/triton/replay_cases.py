@@ -403,7 +403,7 @@ def test_the_oldest_signatures_go(monkeypatch):
     monkeypatch.setattr(replay, "LIMIT", 4)
     for n in range(1, 9):
         norm()(*norm_args(rows(2, n, 64)))
-    assert [key[3][1] for key in replay._calls] == [5, 6, 7, 8]
+    assert [key[2][1] for key in replay._calls] == [5, 6, 7, 8]
 
 
 def test_signatures_of_every_step_stay_while_lengths_come_once(monkeypatch):
@@ -412,7 +412,7 @@ def test_signatures_of_every_step_stay_while_lengths_come_once(monkeypatch):
         for length in (100, 200, n):
             for _ in range(3 if n == 1 else 1):
                 norm()(*norm_args(rows(2, length, 64)))
-    assert {100, 200} < {key[3][1] for key in replay._calls} and len(replay._calls) == 4
+    assert {100, 200} < {key[2][1] for key in replay._calls} and len(replay._calls) == 4
 
 
 def test_where_triton_lacks_a_part_it_launches_itself(log, monkeypatch):

@@ -28,6 +28,7 @@ torch.cuda.is_available = lambda: True
 class Fake:
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
+    shape: tuple = (2, 64)
     __torch_dispatch__ = torch._C._disabled_torch_dispatch_impl
     def is_floating_point(self): return self.dtype.is_floating_point
     def is_complex(self): return self.dtype.is_complex
