@@ -96,7 +96,6 @@ ALL_REDUCE = "torch.distributed.nn.functional._AllReduce"
 #: ``(condition, message)``: an assertion on a device, without waiting for it
 assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
 
-
 #: how cuBLAS forms products of float32: ``torch.backends.cuda.matmul.fp32_precision`` of torch 2.11-2.15 without the
 #: Python around it, five times as fast
 matmul_precision: Callable[[], str] = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
@@ -147,13 +146,9 @@ def _hooked_inside(module: torch.nn.Module) -> bool:
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-    )
+    forward = module._forward_hooks or module._forward_pre_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward or backward or module._compiled_call_impl is not None)
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------
@@ -193,9 +188,7 @@ def in_transform(*tensors: torch.Tensor) -> bool:
 
     Relies on, in torch 2.11-2.15: ``torch._C._are_functorch_transforms_active()``.
     """
-    if transforms_active():
-        return True
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return transforms_active() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def watch_functions(call: Callable[..., Any], check: Callable[[type, tuple[Any, ...]], None]) -> None:
@@ -213,9 +206,8 @@ def watch_functions(call: Callable[..., Any], check: Callable[[type, tuple[Any, 
     original = inspect.getattr_static(torch.autograd.Function, "apply")
     if getattr(getattr(original, "__func__", None), _SEEN, False):
         return
-    current = (
-        threading.local()
-    )  # .cls: the class whose `apply` has seen its arguments and made no context yet
+    # .cls: the class whose `apply` has seen its arguments and made no context yet
+    current = threading.local()
 
     def seen(cls: type, *args: Any, **kwargs: Any) -> Any:
         current.cls = cls

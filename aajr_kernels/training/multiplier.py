@@ -77,7 +77,8 @@ class Multiplier:
 
         Args:
             step: of the training.
-            loss, penalty: its shares of those of the step, times the number of processes that have shares in it.
+            loss: its share of the loss of the step, times the number of processes that have shares in it.
+            penalty: its share of the penalty, likewise.
             units: q of every unit, NaN where not included; may be empty. Not read where λ follows something else.
             gamma: the threshold on √q at this step, None while it is to be found.
         """
@@ -91,7 +92,9 @@ class Multiplier:
         """Take note of a micro-batch of held-out rows, for ``Constraint(follow="validation")``.
 
         Args:
-            step, units, gamma: as for :meth:`add`.
+            step: as for :meth:`add`.
+            units: as for :meth:`add`.
+            gamma: as for :meth:`add`.
         """
         zero = torch.zeros((), dtype=torch.float64, device=units.device)
         self._has_followed = True

@@ -89,7 +89,7 @@ class Sharing:
                 if mode is True:
                     raise
                 self.reason, start = str(error), 0
-        is_scored = bool(batch.masks[0, :, :start].any())
+        is_scored = bool(start and batch.masks[0, :, :start].any())
         start, is_unscored = smallest([start, not is_scored], group, x.device)
         if not start:
             return None

@@ -175,7 +175,10 @@ class Objective:
 
         Args:
             batch: as for the objective; labels say where the policy acted.
-            counts, step, part, on_report: as there.
+            counts: as for the objective.
+            step: as for the objective.
+            part: as for the objective.
+            on_report: as for the objective.
             row_weights: ``[B]``: the adversary maximises every row's cross-entropy times its weight, so with
                 advantages the surrogate loss −A log π of a policy gradient. By default the cross-entropy.
 

@@ -55,13 +55,6 @@ def fsdp1(module: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
 
 
-def fsdp2(module: nn.Module) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    return fully_shard(module, mesh=mesh)
-
-
 def layer() -> nn.Module:
     return nn.Linear(6, 6)
 
@@ -79,6 +72,11 @@ def of_no_rule(x: torch.Tensor, v: torch.Tensor) -> Any:
     return torch.special.bessel_j0(aajr.dual(x, v))
 
 
+def split() -> Any:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("tensor",))
+    return tensor_parallel(tiny("llama"), mesh)
+
+
 def axis_that_is_not_there() -> Any:
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "model"))
     return tensor_parallel(tiny("llama"), mesh)
@@ -89,10 +87,13 @@ def axis_without_a_name() -> Any:
 
 
 UNKNOWN, INSIDE = (
-    "must be a plain module or one in DistributedDataParallel",
+    "must be a plain module, one after fully_shard or one in DistributedDataParallel",
     "must be wrapped by fully_shard or",
 )
-SHARDED, NO_RULE = "must hold its whole parameters on every process", "has no derivative rule for a Dual"
+SHARDED, NO_RULE = (
+    "must be sharded by fully_shard over all processes and in no other way",
+    "has no derivative rule for a Dual",
+)
 Case = tuple[Callable[[], Any], type[Exception], str, str]
 CASES: dict[str, Case] = {
     # a wrapped model of a kind that is not supported: heading of the page, and the remedy
@@ -106,13 +107,13 @@ CASES: dict[str, Case] = {
         lambda: Objective(fsdp1(layer()), CONFIG),
         TypeError,
         UNKNOWN,
-        "got FullyShardedDataParallel: train in one process or under DistributedDataParallel",
+        "got FullyShardedDataParallel: call torch.distributed.fsdp.fully_shard, or train under DistributedDataParallel",
     ),
     "objective: DeepSpeed": (
         lambda: Objective(DeepSpeedEngine(), CONFIG),
         TypeError,
         UNKNOWN,
-        "got DeepSpeedEngine: train in one process or under DistributedDataParallel",
+        "got DeepSpeedEngine: train under fully_shard or DistributedDataParallel",
     ),
     "objective: compiled": (
         lambda: Objective(torch.compile(layer(), backend="eager"), CONFIG),
@@ -126,8 +127,8 @@ CASES: dict[str, Case] = {
         UNKNOWN,
         "got RecursiveScriptModule: give the module before torch.jit",
     ),
-    "objective: FSDP2": (
-        lambda: Objective(fsdp2(layer()), CONFIG),
+    "objective: tensor parallelism": (
+        lambda: Objective(split(), CONFIG),
         TypeError,
         SHARDED,
         "call ascend and trajectory_penalty, which work on such models, in a loop of your own",

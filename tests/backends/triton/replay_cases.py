@@ -103,7 +103,8 @@ def agree(log: Log, launcher: Any, args: tuple[Any, ...]) -> int:
         if a is not None and b is not None:
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
             spans.append((b.data_ptr(), a.data_ptr(), a.untyped_storage().nbytes()))
-    inputs = [(x.data_ptr(), x.untyped_storage().nbytes()) for x in args if isinstance(x, Tensor)]
+    memory = [x.untyped_storage() for x in args if isinstance(x, Tensor)]
+    inputs = [(x.data_ptr(), x.nbytes()) for x in memory]
     for one, other in zip(expected, launched):
         assert len(one) == len(other)
         for a, b in zip(one, other):
