@@ -39,7 +39,7 @@ from .objective import AfterAttack, Terms, Work, terms_of
 from .policy import Policy, policy_of
 from .scheduled import ScheduledValues
 from .sharing import Sharing
-from .wrappers import group_of, smallest, unwrapped
+from .wrappers import group_of, reshard, smallest, unwrapped
 
 __all__ = ["Objective"]
 
@@ -229,8 +229,12 @@ class Objective:
         generator = randomness.generator_for(self.config.seed or 0, step, -2 - draw, self.device)
         hook = functools.partial(self._follow_smoothness, step) if constraint.step_size else None
         arguments = (self.module, self.policy, ours, config, scheduled, Counts.of([ours], config), generator)
-        with torch.no_grad(), frozen_parameters((self.module,), True):
-            parts = terms_of(*arguments, hook, None, self.sharing).parts
+        try:
+            with torch.no_grad(), frozen_parameters((self.module,), True):
+                parts = terms_of(*arguments, hook, None, self.sharing).parts
+        finally:
+            # no backward frees them: the next forward would compute with those of before the optimizer's step
+            reshard(self.module)
         if hook is None and "units" in parts:
             self.multiplier.follow(step, parts["units"], scheduled.gamma)
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from shared import VOCABULARY, begin, difference, end, gradients, layers_of, model_of, say, whole
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from aajr_kernels.training import (
     Attack,
+    Constraint,
     Diagnostics,
     FitConfig,
     Objective,
@@ -55,11 +57,14 @@ def model() -> nn.Module:
 
 
 def sharded(plain: nn.Module) -> nn.Module:
+    # HSDP with one process per shard: parameters are replicated, gradients are reduced over the replicas
+    names = {"replicate": world, "shard": 1}
+    mesh = init_device_mesh("cpu", (*names.values(),), mesh_dim_names=(*names,)) if "hsdp" in more else None
     for layer in layers_of(plain):
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
     if "head" in more:
-        fully_shard(plain.lm_head)
-    return fully_shard(plain)
+        fully_shard(plain.lm_head, mesh=mesh)
+    return fully_shard(plain, mesh=mesh)
 
 
 def micro_batches(step: int, case: str = "base") -> list[dict[str, Tensor]]:
@@ -152,6 +157,30 @@ def fit_against_one(folder: Path) -> None:
         run(model(), 1, steps=4, out=folder)
 
 
+def fit_with_held_out_rows() -> None:
+    """λ follows the held-out rows of all processes, and so do the parameters."""
+    penalty = Constraint(gamma=0.05, follow="validation", rate=0.5, window=20, steps="all")
+    config = FitConfig(objective=dataclasses.replace(BASE, penalty=penalty), steps=3, accumulate=2)
+    generator = torch.Generator().manual_seed(9)
+    held_out = torch.randint(VOCABULARY, (3, 2 * world, 10), generator=generator)
+
+    def run(trained: nn.Module, processes: int) -> list[dict[str, Any]]:
+        micro = [batch for step in range(3) for batch in micro_batches(step)]
+        ours = dataclasses.replace(config, accumulate=2 * world // processes)
+        own, rows = (micro[rank::world], slice(rank, None, world)) if processes > 1 else (micro, slice(None))
+        measured = [{"input_ids": ids[rows], "labels": ids[rows]} for ids in held_out]
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, eps=1e-3)
+        return fit(trained, own, ours, optimizer=optimizer, progress=False, validation=measured).rows
+
+    plain, together = model(), sharded(model())
+    expected, rows = run(plain, 1), run(together, world)
+    say("fit validation", difference(parameters(together), dict(plain.named_parameters())), dtype)
+    for name in ("weight", "violation"):
+        values = [row[name] for row in expected[1:]]  # the first step finds λ at the start
+        assert [row[name] for row in rows[1:]] == pytest.approx(values, rel=1e-12), name
+    assert len({row["weight"] for row in expected}) == 3
+
+
 def one_process_stops_all() -> None:
     """What is not finite on one process is not taken on any."""
     config = FitConfig(objective=BASE, steps=2, non_finite="skip")
@@ -171,6 +200,7 @@ for case in cases.split(","):
     if case == "fit":
         fit_against_one(Path(more[0]))
         one_process_stops_all()
+        fit_with_held_out_rows()
     else:
         against_one(case)
 end()
