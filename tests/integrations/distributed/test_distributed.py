@@ -74,7 +74,13 @@ def test_a_shared_context_under_fsdp2(more, tmp_path):
 @slow
 @pytest.mark.parametrize(
     "cases",
-    ["base,shared,scored", "rows,points,hinge,diagnostics", "finite_difference,spectral,cure", "base head", "base hsdp"],
+    [
+        "base,shared,scored",
+        "rows,points,hinge,diagnostics",
+        "finite_difference,spectral,cure",
+        "base head",
+        "base hsdp",
+    ],
 )
 def test_the_objective_under_fsdp2(cases, tmp_path):
     """Loss, penalty and all gradients are those of one process with the whole model and all micro-batches."""
