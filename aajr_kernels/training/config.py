@@ -77,9 +77,11 @@ class Penalty:
             ``"spectral"``, ``"input_gradient"``, ``"cure"``, ``"finite_difference"``.
         weight: λ: a share of the task loss, or a schedule. Where it is 0 nothing is computed.
         gamma: threshold γ on √q, a schedule, or None.
-        steps: ``"worst"``: at every row's point of largest loss, with the direction that led there; ``"aligned"``
-            then shares one forward with the adversarial loss. ``"all"``, ``"last"``, ``"random"``: as in
-            :func:`~aajr_kernels.trajectory_penalty`; the adversarial loss then has a forward of its own.
+        steps: ``"random"``: every row at one step of its ascent, drawn anew, at the step's start and along its
+            gradient: an unbiased estimate of ``"all"``; ``"last"``: all as in
+            :func:`~aajr_kernels.trajectory_penalty`. ``"worst"``: at every row's point of largest loss, with the
+            direction that led there; ``"aligned"`` then shares one forward with the adversarial loss, which has one of
+            its own otherwise.
         tokens: ``"loss"``: the penalty is a mean over the tokens whose label is learnt; ``"attention"``: over all that
             are attended to.
         direction, at, per_agent, batch_steps, weights: of ``trajectory_penalty``, for ``"aligned"``; `weights` of the
@@ -101,7 +103,7 @@ class Penalty:
     method: str = "aligned"
     weight: Schedule | Share = field(default_factory=Share)
     gamma: Schedule | Share | str | None = None
-    steps: str = "worst"
+    steps: str = "random"
     tokens: str = "loss"
     direction: str = "ascent"
     at: str | None = None

@@ -44,8 +44,6 @@ class Constraint(Penalty):
         weight: λ at the start: a schedule, or ``Share(s)``: s times the task loss over γ, at which units with √q = 2γ
             would cost s times the loss (with a `step_size` over the γ of C = 0).
         form: ``"hinge"``.
-        steps: ``"random"``: every row at one step of its ascent, drawn anew, at the point and along the direction that
-            the theory bounds.
         window: units that the share of violations is averaged over, at least; where a step has fewer, over several.
         rate: largest change of log λ in a step, at a share of twice what is allowed, or of none.
         span: λ stays within this factor of its start, on both sides. At the lower end γ does not bind; at the upper
@@ -62,7 +60,6 @@ class Constraint(Penalty):
     """
 
     form: str = "hinge"
-    steps: str = "random"
     quantile: float = 0.95
     window: int = 500
     rate: float = 0.05

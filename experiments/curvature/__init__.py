@@ -71,7 +71,8 @@ def _language(config: dict[str, Any], seed: int) -> list[Row]:
         step_size=config["inner"]["step"] * config["radius"],
     )
     diagnostics = Diagnostics(1, samples=config["samples"], smoothness=True, nearby=config["nearby"])
-    objective = Objective(model, ObjectiveConfig(attack, Penalty(weight=0.1), diagnostics=diagnostics))
+    penalty = Penalty(weight=0.1, steps="worst")
+    objective = Objective(model, ObjectiveConfig(attack, penalty, diagnostics=diagnostics))
     reports: list[aajr.StabilityReport] = []
 
     def seconds(on_report: Any) -> float:

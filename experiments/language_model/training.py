@@ -117,6 +117,7 @@ def _settings(
             penalty=Penalty(
                 method=PENALTIES[method],
                 weight=weight,
+                steps="worst",
                 iterations=config["power_iterations"],
                 tokens="loss",
                 unit="token",

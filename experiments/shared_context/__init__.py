@@ -64,7 +64,7 @@ def work(config: dict[str, Any]) -> list[Row]:
     model.train()
     # nothing is random in the attack: it starts at the input
     attack = Attack(radius=config["radius"], relative=True, **config["attack"])
-    penalty = Penalty(weight=config["weight"])
+    penalty = Penalty(weight=config["weight"], steps="worst")
     trainings = {
         share: _Training(
             model,

@@ -44,7 +44,8 @@ def test_the_direction_taken_is_that_of_the_default_penalty():
     config = QUICK["language"]
     model = models.small(config, 0)
     (batch,) = batches_of(config, text.plays().test, 1, 0)
-    objective = Objective(model, ObjectiveConfig(Attack(radius=config["radius"]), Penalty(weight=0.1)))
+    penalty = Penalty(weight=0.1, steps="worst")
+    objective = Objective(model, ObjectiveConfig(Attack(radius=config["radius"]), penalty))
     measured = curvature._sensitivities(config, objective, batch)
     prepared, policy = objective.prepared(batch), objective.policy
     x, unit = prepared.embedded(policy).detach(), measured["token_norm"]

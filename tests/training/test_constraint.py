@@ -414,7 +414,7 @@ def test_bad_input(call, message):
 def test_the_spectral_norm_is_exact_in_fit():
     """‖J‖²₂ of whole rows at the worst point in float64, from J by autograd."""
     model, (ids,) = tiny_lm().double(), counting(1, batch=2, length=4)
-    penalty = Penalty("spectral", weight=0.1, iterations="exact", metric="l2")
+    penalty = Penalty("spectral", weight=0.1, steps="worst", iterations="exact", metric="l2")
     (row,) = quiet(copy.deepcopy(model), [ids], plain(penalty=penalty, learning_rate=0.0)).rows
     x, labels = model.embedding(ids).detach(), ids.roll(-1, 1).index_fill(1, torch.tensor([3]), -100)
     losses = lambda x: nn.functional.cross_entropy(model(x).mT, labels, reduction="none").sum(1) / 3

@@ -89,11 +89,11 @@ def expectation(monkeypatch, config, batch, part: float) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize(
     ("penalty", "losses"),
     [
-        (Penalty(weight=0.2), (1.0, 0.0)),
+        (Penalty(weight=0.2, steps="worst"), (1.0, 0.0)),
         (Penalty(weight=0.2, steps="all", tokens="attention", gamma=0.05), (0.7, 0.3)),
-        (Penalty(weight=0.2, unit="sequence", gamma=0.05, form="hinge"), (0.0, 1.0)),
-        (Penalty("input_gradient", weight=0.2), (0.0, 0.0)),
-        (Penalty("cure", weight=0.2), (1.0, 0.5)),
+        (Penalty(weight=0.2, steps="worst", unit="sequence", gamma=0.05, form="hinge"), (0.0, 1.0)),
+        (Penalty("input_gradient", weight=0.2, steps="worst"), (0.0, 0.0)),
+        (Penalty("cure", weight=0.2, steps="worst"), (1.0, 0.5)),
     ],
     ids=lambda p: p.method + " " + p.steps if isinstance(p, Penalty) else f"{p}",
 )

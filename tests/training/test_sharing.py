@@ -194,7 +194,9 @@ def test_the_report_says_what_was_computed(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     monkeypatch.setattr("aajr_kernels.training.report._figure", lambda *_: False)
     net = gpt2()
-    config = FitConfig(steps=2, objective=replace(CONFIG, penalty=Penalty(weight=0.2, every=2)))
+    config = FitConfig(
+        steps=2, objective=replace(CONFIG, penalty=Penalty(weight=0.2, steps="worst", every=2))
+    )
     rows = quiet(net, [batch(0)], config, out=tmp_path / "shared").rows
     page = (tmp_path / "shared" / "report.md").read_text()
     assert [row["shared"] for row in rows] == pytest.approx([START / LENGTH] * 2)

@@ -73,12 +73,12 @@ def test_a_step_is_that_of_the_formula(steps):
 @pytest.mark.parametrize(
     "penalty",
     [
-        Penalty(weight=0.2),
-        Penalty(weight=0.2, tokens="attention", gamma=0.1),
-        Penalty(weight=0.2, unit="sequence", gamma=0.05, form="hinge2"),
+        Penalty(weight=0.2, steps="worst"),
+        Penalty(weight=0.2, steps="worst", tokens="attention", gamma=0.1),
+        Penalty(weight=0.2, steps="worst", unit="sequence", gamma=0.05, form="hinge2"),
         Penalty("spectral", weight=0.2, steps="all", iterations=3),
-        Penalty("input_gradient", weight=0.2),
-        Penalty("cure", weight=0.2, gamma=0.01, form="hinge"),
+        Penalty("input_gradient", weight=0.2, steps="worst"),
+        Penalty("cure", weight=0.2, steps="worst", gamma=0.01, form="hinge"),
     ],
     ids=lambda p: f"{p.method} {p.unit} {p.tokens}",
 )
@@ -115,7 +115,7 @@ def test_every_penalty_reaches_every_parameter(method, steps):
 
 def test_the_baselines_measure_where_the_aligned_penalty_does():
     """``aligned`` by the way of the baselines: the same value, and the same gradient of embeddings too."""
-    model, config, seen = tiny_lm().double(), plain(penalty=Penalty(gamma=0.1)).objective, []
+    model, config, seen = tiny_lm().double(), plain(penalty=Penalty(gamma=0.1, steps="worst")).objective, []
     policy, batch = policy_of(model), prepared(sequences(1)[0], CPU, True)
     scheduled, counts = objectives.ScheduledValues.at(config, 0), objectives.Counts.of([batch], config)
     look = lambda traj, *_: seen.append(traj)

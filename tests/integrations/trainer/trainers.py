@@ -15,7 +15,9 @@ from aajr_kernels.testing import oracle
 from aajr_kernels.training import Attack, ObjectiveConfig, Penalty
 
 ATTACK = Attack(radius=0.5, relative=False, steps=2, step_size=0.3, scope="token")
-CONFIG = ObjectiveConfig(attack=ATTACK, penalty=Penalty(weight=0.2), adversarial_weight=0.7, clean_weight=0.3)
+CONFIG = ObjectiveConfig(
+    attack=ATTACK, penalty=Penalty(weight=0.2, steps="worst"), adversarial_weight=0.7, clean_weight=0.3
+)
 LENGTHS = (9, 4, 7, 6, 5, 8, 3, 9)
 
 

@@ -31,12 +31,16 @@ rank, world, (cases, *more) = begin()
 dtype = torch.float64
 ATTACK = Attack(radius=0.5, steps=2, scope="token")
 BASE = ObjectiveConfig(
-    attack=ATTACK, penalty=Penalty(weight=0.2), adversarial_weight=0.7, clean_weight=0.3, seed=3
+    attack=ATTACK,
+    penalty=Penalty(weight=0.2, steps="worst"),
+    adversarial_weight=0.7,
+    clean_weight=0.3,
+    seed=3,
 )
 
 
 def case_of(**penalty: Any) -> ObjectiveConfig:
-    return dataclasses.replace(BASE, penalty=Penalty(weight=0.2, **penalty))
+    return dataclasses.replace(BASE, penalty=Penalty(**{"weight": 0.2, "steps": "worst", **penalty}))
 
 
 CONFIGS = {
@@ -118,7 +122,7 @@ def against_one(case: str) -> None:
 
 def fit_against_one(folder: Path) -> None:
     """Three steps of ``fit`` with both gradients clipped; the same in two calls; the checkpoint in a whole model."""
-    objective = dataclasses.replace(BASE, penalty=Penalty(weight=Share(0.3)))
+    objective = dataclasses.replace(BASE, penalty=Penalty(weight=Share(0.3), steps="worst"))
     config = FitConfig(objective=objective, steps=3, accumulate=2, clip_norm=0.5, penalty_clip_norm=0.05)
 
     def run(trained: nn.Module, processes: int, steps: int = 3, **options: Any) -> list[dict[str, Any]]:

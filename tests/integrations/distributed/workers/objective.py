@@ -15,7 +15,7 @@ from aajr_kernels.training.objective import terms_of
 from aajr_kernels.training.scheduled import ScheduledValues
 
 rank, world, _ = begin()
-config = ObjectiveConfig(attack=Attack(radius=0.5, steps=2), penalty=Penalty(weight=0.1))
+config = ObjectiveConfig(attack=Attack(radius=0.5, steps=2), penalty=Penalty(weight=0.1, steps="worst"))
 
 
 def run(model: nn.Module) -> float:
