@@ -11,7 +11,7 @@ from torch import Tensor
 
 import aajr_kernels as aajr
 
-from .game import Games, Heads, expected
+from .game import Games, Heads, deal, expected
 from .policies import Pair
 from .training import attack, inner, sabotage
 
@@ -30,13 +30,15 @@ def clean(pair: Pair, games: Games) -> dict[str, float]:
     }
 
 
-def robust(config: dict[str, Any], pair: Pair, games: Games, seed: int) -> dict[str, float]:
+def robust(
+    config: dict[str, Any], pair: Pair, games: Games, strong: dict[str, Any], seed: int
+) -> dict[str, float]:
     """Mean payoff of each agent at its worst over all points of all attacks on it, the other being undisturbed.
 
     The attacks start from uniform draws; their objective is separable, so that one ascent attacks both agents apart.
     """
     x = pair.embed(games)
-    strong, generator = config["attack"], torch.Generator().manual_seed(4000 + seed)
+    generator = torch.Generator().manual_seed(4000 + seed)
     with torch.no_grad():
         honest = pair.heads(x)
         worst = torch.stack(_victims(pair, games, x, honest))
@@ -103,8 +105,12 @@ def play(pair: Pair, games: Games, rounds: int, seed: int) -> dict[str, float]:
     return {"played": mean + float(np.mean(away)), "expected": mean, "error": error}
 
 
-def evaluate(config: dict[str, Any], pair: Pair, games: Games, seed: int) -> dict[str, Any]:
-    """Everything, on the test games."""
+def evaluate(config: dict[str, Any], pair: Pair, seed: int) -> dict[str, dict[str, Any]]:
+    """Payoffs on the games that the setting is chosen by, and everything on the test games."""
+    row: dict[str, dict[str, Any]] = {}
+    for part, name in ((7, "validation"), (8, "test")):
+        games = deal(config["game"], config[name]["games"], torch.Generator().manual_seed(1000 * part + seed))
+        row[name] = clean(pair, games) | robust(config, pair, games, config[name]["attack"], seed)
     some = games[: config["stability_games"]]
-    payoffs = clean(pair, games) | robust(config, pair, games, seed)
-    return payoffs | stability(config, pair, some) | {"play": play(pair, games, config["play_rounds"], seed)}
+    row["test"] |= stability(config, pair, some) | {"play": play(pair, some, config["play_rounds"], seed)}
+    return row

@@ -1,4 +1,4 @@
-"""Two language models that negotiate: small ones from scratch, or one pretrained model with two adapters.
+"""Two small language models that negotiate.
 
 A policy reads the embeddings of its observation, the last of which is a prompt; the distribution of what it asks for is
 on the logits of the lots' tokens there. The requests that it may hear follow as branches of a tree: each is visible
@@ -8,7 +8,6 @@ sequence per request would.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.texts import small_llama, smollm2, with_lora
+from common.texts import small_llama
 
 from .game import Games, Heads, marginal, observations
-
-LETTERS = "ABCD"
-LOTS = ("hats", "books", "balls", "cups")
 
 
 class Policy(nn.Module):
@@ -68,7 +64,7 @@ class Pair:
     Attributes:
         policies: both.
         tokens: from games to the observations' tokens, ``[n, 2, length]``.
-        attackable: ``[length]``, bool: which tokens an adversary may move; never the instructions and the prompt.
+        attackable: ``[length]``, bool: which tokens an adversary may move; never the prompt.
     """
 
     policies: nn.ModuleList
@@ -148,67 +144,3 @@ def from_scratch(game: dict[str, Any], model: dict[str, int], seed: int) -> Pair
             made.get_input_embeddings().requires_grad_(False)
             policies.append(Policy(made, prompt + 1 + torch.arange(lots), length))
     return Pair(policies, tokens, torch.arange(length) < length - 1)
-
-
-# -- a pretrained model with two adapters --------------------------------------------------------------------------
-
-
-def adapted(setup: dict[str, Any], game: dict[str, Any], seed: int) -> Pair:
-    """One frozen language model and two LoRA adapters; observations are text, answers are single letters.
-
-    Args:
-        setup: of the configuration: ``model`` is ``"smollm2"``, or ``"tiny"`` for a random one; ``rank`` of the LoRA.
-        game: lots, counts, values.
-        seed: of the adapters.
-
-    Raises:
-        MissingPackage: the pretrained model, or peft, is not installed.
-    """
-    if setup["model"] == "tiny":
-        base, encode = tiny_text_model()
-    else:
-        base, tokenizer = smollm2()
-        encode = lambda words: tokenizer(words, add_special_tokens=False)["input_ids"]
-    base.requires_grad_(False)
-    letters = [encode(f" {letter}") for letter in LETTERS[: game["lots"]]]
-    if any(len(letter) != 1 for letter in letters):
-        raise ValueError(f"answers must be single tokens, got {letters}: choose other letters.")
-    example = text([1] * game["lots"], [1] * game["lots"])
-    instructions, _, ending = example
-    begin, end = len(encode(instructions)), len(encode(ending))
-
-    def tokens(games: Games) -> Tensor:
-        seen = observations(games)
-        rows = [
-            [encode("".join(text(seen[g, i, 0::2].tolist(), seen[g, i, 1::2].tolist()))) for i in (0, 1)]
-            for g in range(len(games))
-        ]
-        return torch.tensor(rows)  # ragged rows are an error: every number is one token
-
-    length = len(encode("".join(example)))
-    place = torch.arange(length)
-    policies = nn.ModuleList()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for _ in range(2):
-            # modules of its own, the parameters shared
-            mine = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-            model = with_lora(mine, setup["rank"]).get_base_model()
-            policies.append(Policy(model, torch.tensor(letters).flatten(), length))
-    return Pair(policies, tokens, (place >= begin) & (place < length - end))
-
-
-def text(counts: list[int], values: list[int]) -> tuple[str, str, str]:
-    """Instructions, what is seen, and the prompt; only the second part may be attacked."""
-    count = len(counts)
-    names = ", ".join(f"{letter} {name}" for letter, name in zip(LETTERS, LOTS[:count]))
-    lots = ", ".join(f"{n} {name} worth {value}" for n, name, value in zip(counts, LOTS, values))
-    return f"Lots: {names}.", f" You have {lots}.", " Choose:"
-
-
-def tiny_text_model() -> tuple[Any, Callable[[str], list[int]]]:
-    """A random Llama on characters: the path of the pretrained model without its weights."""
-    sizes = dict(vocab_size=128, hidden_size=16, intermediate_size=32, max_position_embeddings=256)
-    model = small_llama(0, **sizes, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
-    # a letter after a space is one token, as in the pretrained model's vocabulary
-    return model.eval(), lambda words: [ord(c) for c in words] if len(words) != 2 else [ord(words[1])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,149 +12,189 @@ import numpy as np
 from common.pages import table
 from common.plots import figure, save
 
+from .. import summaries
 from ..store import Row
-from ..summaries import (
-    Comparison,
-    Quantity,
-    by_method,
-    chosen_runs,
-    entry,
-    geometric_mean,
-    interval_text,
-    page,
-    share_of,
-)
-from .training import SMOOTHED
+from ..summaries import Comparison, Quantity, entry
+from .training import METHODS
+
+#: w and γ; γ is None without a bound
+Setting = tuple[float, float | None]
+
+
+def damage(part: str) -> Callable[[Row], float]:
+    """The clean payoff less the robust one, on ``"validation"`` or ``"test"`` games: what the attack takes."""
+    return lambda row: row[part]["joint"] - row[part]["robust_joint"]
+
 
 COMPARISON = Comparison(
-    names={
-        "none": "none (w chosen)",
-        "frobenius": "global Frobenius",
-        "spectral": "global spectral",
-        "aajr-joint": "AAJR, joint",
-        "aajr-agents": "AAJR, per agent",
-    },
-    pairs=[
-        *(
-            (ours, base)
-            for ours in ("aajr-joint", "aajr-agents")
-            for base in ("none", "frobenius", "spectral")
-        ),
-        ("aajr-agents", "aajr-joint"),
-    ],
+    names={"none": "none", "spectral": "global spectral", "aligned": "AAJR, joint"},
+    pairs=[("aligned", "none"), ("aligned", "spectral")],
     quantities={
-        "variance": Quantity("variance × 100", entry("variance", factor=100), 2, True, 0.1),
-        "falls": Quantity("non-monotone, %", entry("falls", factor=100), 2, True, 0.25),
-        "robust": Quantity("robust joint payoff", entry("test", "robust_joint"), primary=True, margin=0.016),
+        "falls": Quantity("falling inner steps, %", entry("falls", factor=100), 2, True, 0.25),
+        "damage": Quantity("damage", damage("test"), 4, True, 0.005),
         "joint": Quantity("clean joint payoff", entry("test", "joint")),
-        "damage": Quantity(
-            "lost to the attack", lambda row: row["test"]["joint"] - row["test"]["robust_joint"]
-        ),
+        "robust": Quantity("robust joint payoff", entry("test", "robust_joint")),
         "share": Quantity("share of the optimum", entry("test", "share")),
-        "jitter": Quantity("jitter × 100", entry("jitter", factor=100), 2),
-        "drop": Quantity("largest drop", entry("drop")),
+        "falls_after": Quantity("falling after, %", entry("test", "falls", factor=100), 2),
+        "kappa": Quantity("κ after", entry("test", "kappa"), 4),
+        "variance": Quantity("variance × 100", entry("variance", factor=100)),
         "tail": Quantity("gradient tail", entry("tail"), 1),
-        "falls_after": Quantity("non-monotone after, %", entry("test", "falls", factor=100), 2),
-        "kappa": Quantity("κ after", entry("test", "kappa")),
     },
 )
 
 
-def _language(rows: list[Row]) -> str:
-    columns = {
-        "share before": entry("before", "share"),
-        "share after": entry("test", "share"),
-        "clean joint payoff": entry("test", "joint"),
-        "robust joint payoff": entry("test", "robust_joint"),
-        "variance × 100": entry("variance", factor=100),
-        "gradient tail": entry("tail"),
-        "κ after": entry("test", "kappa"),
+def settings(rows: list[Row], method: str) -> dict[Setting, list[Row]]:
+    """The runs of every w and γ, from the loosest bound to the tightest."""
+    own: dict[Setting, list[Row]] = {}
+    for row in rows:
+        if row["method"] == method:
+            own.setdefault((row["w"], row["gamma"]), []).append(row)
+    return dict(sorted(own.items(), key=lambda pair: (pair[0][0], -(pair[0][1] or math.inf))))
+
+
+def mean_of(own: list[Row], value: Callable[[Row], float | None]) -> float:
+    """Over seeds; NaN where a run broke off."""
+    return (
+        float(np.mean([value(row) or 0.0 for row in own])) if all(row["finite"] for row in own) else math.nan
+    )
+
+
+def away(config: dict[str, Any], rows: list[Row], own: list[Row]) -> float:
+    """The mean clean validation payoff of a setting over the target, less 1.
+
+    The target is that of training without a bound at the largest w.
+    """
+    clean = entry("validation", "joint")
+    target = mean_of(settings(rows, "none")[max(config["unbounded"]), None], clean)
+    return mean_of(own, clean) / target - 1
+
+
+def chosen(config: dict[str, Any], rows: list[Row], method: str) -> Setting:
+    """w and γ of a method: of those that match the target within ``tolerance``, the one of the least validation damage.
+
+    If none matches, the nearest one. Means over seeds; a setting with a run that broke off is left out.
+    """
+    distances = {
+        setting: distance
+        for setting, own in settings(rows, method).items()
+        if not math.isnan(distance := abs(away(config, rows, own)))
     }
-    quantities = [Quantity(heading, value) for heading, value in columns.items()]
-    quantities += [Quantity("non-monotone, %", entry("falls", factor=100), 1)]
-    quantities += [Quantity("minutes", entry("seconds", factor=1 / 60), 1)]
-    lines = [
-        [COMPARISON.names[row["method"]].split(" (")[0], *(quantity.mean([row]) for quantity in quantities)]
-        for row in rows
-    ]
-    return table(["method", *(quantity.heading for quantity in quantities)], lines)
+    matched = [setting for setting, distance in distances.items() if distance <= config["tolerance"]]
+    if not matched:
+        return min(distances, key=lambda setting: distances[setting])
+    own = settings(rows, method)
+    return min(matched, key=lambda setting: mean_of(own[setting], damage("validation")))
+
+
+def tested(config: dict[str, Any], rows: list[Row]) -> list[Row]:
+    """The rows, those of the chosen settings marked."""
+    picked = {method: chosen(config, rows, method) for method in METHODS}
+    return [row | {"chosen": (row["w"], row["gamma"]) == picked[row["method"]]} for row in rows]
+
+
+def _settings_table(config: dict[str, Any], rows: list[Row]) -> str:
+    lines = []
+    for method, name in COMPARISON.names.items():
+        picked = chosen(config, rows, method)
+        for (w, gamma), own in settings(rows, method).items():
+            bounded = gamma is not None and all(row["finite"] for row in own)
+            lines.append(
+                [
+                    name,
+                    f"{w:g}",
+                    "-" if gamma is None else f"{gamma:g}",
+                    f"{mean_of(own, entry('validation', 'joint')):.3f}",
+                    f"{away(config, rows, own):+.1%}".replace("-", "−"),
+                    f"{mean_of(own, damage('validation')):.4f}",
+                    f"{mean_of(own, entry('falls', factor=100)):.2f}",
+                    f"{mean_of(own, entry('within')):.1%}" if bounded else "-",
+                    summaries.geometric_mean(own, "multiplier", ".2g") if bounded else "-",
+                    summaries.share_of(own, lambda row: row["collapsed"]),
+                    "**chosen**" if (w, gamma) == picked else "",
+                ]
+            )
+    heads = ["clean payoff", "against the target", "damage", "falling inner steps, %", "within γ", "λ"]
+    return table(["method", "w", "γ", *heads, "collapsed", ""], lines)
+
+
+def matching(config: dict[str, Any], rows: list[Row]) -> str:
+    """Whether the payoffs are matched and γ is bracketed, in words."""
+    sentences = []
+    for method, name in COMPARISON.names.items():
+        w, gamma = chosen(config, rows, method)
+        own = settings(rows, method)
+        distance = away(config, rows, own[w, gamma])
+        is_matched = abs(distance) <= config["tolerance"]
+        sentence = f"{name}: w = {w:g}" + ("" if gamma is None else f", γ = {gamma:g}")
+        sentence += f", {distance:+.1%} of the target{'' if is_matched else ' (**not matched**)'}"
+        if gamma is not None:
+            tighter = [away(config, rows, own[key]) for key in own if key[0] == w and (key[1] or 0) < gamma]
+            is_inside = any(value < -config["tolerance"] for value in tighter)
+            sentence += (
+                ", a tighter γ costs more" if is_inside else ", no tighter γ that was tried costs more"
+            )
+        sentences.append(sentence.replace("-", "−"))
+    return "; ".join(sentences) + "."
 
 
 def _play(rows: list[Row]) -> str:
     """How far sampled play was from the exact expectation, in standard errors."""
-    plays = [row["test"]["play"] for row in rows if row["chosen"]]
-    away = [abs(p["played"] - p["expected"]) / p["error"] for p in plays if p["error"] > 0]
+    plays = [row["test"]["play"] for row in rows if row["finite"]]
+    distances = [abs(p["played"] - p["expected"]) / p["error"] for p in plays if p["error"] > 0]
     return (
-        f"In the environment the mean sum of payoffs of the {len(away)} tested pairs was "
-        f"{np.mean(away):.2f} standard errors from the exact expectation on average ({np.sqrt(2 / np.pi):.2f} is the "
-        f"mean of a normal variable's size), at most {max(away):.2f}."
+        f"In the environment the mean sum of payoffs of {len(distances)} pairs was {np.mean(distances):.2f} standard "
+        f"errors from the exact expectation on average ({np.sqrt(2 / np.pi):.2f} is the mean of a normal variable's "
+        f"size), at most {max(distances):.2f}."
     )
 
 
-def _parts(rows: list[Row]) -> str:
-    """The differences of the robust payoff from no penalty, split into clean payoff and damage."""
-    sentences = []
-    for ours in ("aajr-joint", "aajr-agents"):
-        robust, clean, damage = (
-            interval_text(COMPARISON.difference(rows, ours, "none", name))
-            for name in ("robust", "joint", "damage")
-        )
-        sentences.append(
-            f"{COMPARISON.names[ours]}: {robust} in robust payoff, {clean} in clean payoff, {damage} in what the "
-            "attack takes of it."
-        )
-    return " ".join(sentences)
-
-
-def _ends(rows: list[Row]) -> str:
-    """How often every weight was chosen."""
-    counts = []
-    for method in list(COMPARISON.names)[1:]:
-        weights = [row["knob"] for row in rows if row["method"] == method and row["chosen"]]
-        each = ", ".join(f"{weight:g} in {weights.count(weight)}" for weight in sorted(set(weights)))
-        counts.append(f"{COMPARISON.names[method]} {each}")
-    return "; ".join(counts)
-
-
-def _picture(rows: list[Row], path: Path) -> None:
-    drawn, (curves, front, forest) = figure(3, width=4.4, height=4.0)
+def _picture(config: dict[str, Any], rows: list[Row], marked: list[Row], path: Path) -> None:
+    """Damage against clean payoff of all settings, and both primary differences."""
+    drawn, axes = figure(3, width=4.2, height=3.4)
     for method, name in COMPARISON.names.items():
-        own, colour = [row for (row,) in chosen_runs(rows)[method].values()], COMPARISON.colours[method]
-        whole = [row["attacked"] for row in own if row["finite"]]
-        if whole:
-            at = SMOOTHED * (np.arange(len(whole[0])) + 0.5)
-            curves.plot(at, np.mean(whole, 0), color=colour, linewidth=1.4)
-        payoffs = np.asarray([(row["test"]["joint"], row["test"]["robust_joint"]) for row in own])
-        front.scatter(*payoffs.T, s=12, color=colour, alpha=0.35, linewidths=0)
-        front.scatter(*payoffs.mean(0), s=70, color=colour, edgecolors="white", zorder=3, label=name)
-    curves.set(xlabel="update", ylabel="payoff under attack, share of the optimum")
-    front.set(xlabel="clean joint payoff", ylabel="robust joint payoff", title="test games; large: means")
-    COMPARISON.forest(forest, rows, ["robust"])
-    forest.set(xlabel="difference of robust joint payoff", title="positive: AAJR keeps more")
+        own, picked = settings(rows, method), chosen(config, rows, method)
+        for setting, runs in own.items():
+            at = [100 * away(config, rows, runs), mean_of(runs, damage("validation"))]
+            is_picked = setting == picked
+            axes[0].scatter(
+                *at,
+                s=90 if is_picked else 30,
+                color=COMPARISON.colours[method],
+                edgecolors="black" if is_picked else "none",
+                label=name if is_picked else None,
+                zorder=3 if is_picked else 2,
+            )
+    tolerance = 100 * config["tolerance"]
+    axes[0].axvspan(-tolerance, tolerance, color="black", alpha=0.06)
+    axes[0].set(
+        xlabel="clean payoff against the target, %",
+        ylabel="damage: payoff that the attack takes",
+        title="all w and γ; outlined: compared",
+    )
+    for axis, name in zip(axes[1:], ("damage", "falls")):
+        quantity = COMPARISON.quantities[name]
+        assert quantity.margin is not None
+        axis.axvspan(-quantity.margin, quantity.margin, color="black", alpha=0.06)
+        COMPARISON.forest(axis, marked, [name])
+        axis.set(xlabel=f"difference of {quantity.heading}, 95 % interval", title="left: AAJR is better")
     save(drawn, path)
 
 
 def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     """The page; draws ``two-agents.png`` into the folder."""
     config = header["config"]
-    scratch, language = ([row for row in rows if row["model"] == model] for model in ("scratch", "language"))
-    _picture(scratch, folder / "two-agents.png")
-    columns = {
-        "w or λ": lambda own, _: geometric_mean(own, "knob"),
-        **{quantity.heading: quantity.mean for quantity in COMPARISON.quantities.values()},
-        "collapsed (chosen)": lambda own, _: share_of(own, lambda row: row["collapsed"]),
-        "collapsed (all)": lambda _, every: share_of(every, lambda row: row["collapsed"]),
-        "not finite (all)": lambda _, every: share_of(every, lambda row: not row["finite"]),
-    }
-    return page(
+    marked = tested(config, rows)
+    _picture(config, rows, marked, folder / "two-agents.png")
+    columns = {quantity.heading: quantity.mean for quantity in COMPARISON.quantities.values()}
+    return summaries.page(
         *(__file__, header, rows),
         total=1 + config["game"]["regard"],
         token=config["model"]["width"] ** 0.5,
-        means=by_method(COMPARISON.names, scratch, columns),
-        differences=COMPARISON.differences(scratch),
-        primaries=COMPARISON.primary_table(scratch),
-        parts=_parts(scratch),
-        ends=_ends(scratch),
-        language_table=_language(language),
+        percent=100 * config["tolerance"],
+        matching=matching(config, rows),
+        settings=_settings_table(config, rows),
+        means=summaries.by_method(COMPARISON.names, marked, columns),
+        primaries=COMPARISON.primary_table(marked),
+        differences=COMPARISON.differences(marked),
         play=_play(rows),
     )

@@ -1,4 +1,4 @@
-"""The adversary, the penalties and the simultaneous training of both policies."""
+"""The adversary, the bounds and the simultaneous training of both policies."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 import aajr_kernels as aajr
 from aajr_kernels.method import baseline_penalty
+from aajr_kernels.training import Constraint, Multiplier
 
 from ..ascents import recorded
+from ..decoupling.training import residuals
 from .game import Games, Heads, deal, entropy, expected
 from .policies import Pair
 
-#: none has no penalty; the others measure the composite policy in the Fisher metric and differ only in direction
-METHODS = ("none", "frobenius", "spectral", "aajr-joint", "aajr-agents")
+#: none bounds nothing; the others measure the composite policy in the Fisher metric and differ only in direction
+METHODS = ("none", "spectral", "aligned")
 SMOOTHED = 10
 
 
@@ -57,66 +59,83 @@ def inner(config: dict[str, Any], pair: Pair, games: Games, x: Tensor, honest: t
     return attack(pair, games, x, honest, radius=config["radius"], steps=options["steps"], step_size=step)
 
 
-def penalty(
-    method: str, pair: Pair, traj: aajr.Trajectory, iterations: int, generator: torch.Generator
-) -> Tensor:
-    """Of the composite policy at all points of a trajectory, both agents' outputs summed."""
-    steps = len(traj)
-    common: dict[str, Any] = dict(metric="fisher", unit="sequence")
-    if method in ("aajr-joint", "aajr-agents"):
-        each = method == "aajr-agents"
-        options = {"per_agent": each, "batch_steps": steps, **common}
-        return aajr.trajectory_penalty(pair.composite, traj.x, traj, **options)[0]
+def measure(
+    method: str, pair: Pair, traj: aajr.Trajectory, iterations: int, gamma: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """mean relu(√q − γ) over games and steps at the start of every step, and √q ``[T · n]``, detached.
+
+    q is of the composite policy, both agents' gifts summed: ``"aligned"``: ‖J u‖² along the joint direction of both
+    adversaries, norm 1 per agent; ``"spectral"``: ‖J‖₂² over both observations, from below by power iteration that
+    starts at the joint direction.
+    """
     assert traj.agents is not None
-    value: Tensor = baseline_penalty(
-        *(method, pair.composite, traj.points[:-1].flatten(0, 1)),
-        scope="agent",
-        agents=traj.agents.repeat(steps, 1),
+    points, directions = traj.points[:-1].flatten(0, 1), traj.directions.flatten(0, 1)
+    hinge, units = baseline_penalty(
+        *(method, pair.composite, points, directions),
+        start=directions if method == "spectral" else None,
         iterations=iterations,
-        generator=generator,
+        metric="fisher",
+        scope="agent",
+        agents=traj.agents.repeat(len(traj.directions), 1),
+        unit="sequence",
+        gamma=gamma,
+        form="hinge",
         module=pair.policies,
-        **common,
+        return_units=True,
     )
-    return value
+    return hinge, units.flatten().sqrt()
 
 
 def train(
-    config: dict[str, Any], pair: Pair, seed: int, method: str, *, mix: float, weight: float
+    config: dict[str, Any], pair: Pair, seed: int, method: str, mix: float, gamma: float | None
 ) -> dict[str, Any]:
     """Simultaneous gradient ascent of both policies, in place, each on its own payoff; games depend only on the seed.
 
     A ascends (payoff_A(o_A, o_B) + w payoff_A(o_A + δ_A, o_B)) / (1 + w), with B's policy held fixed, B likewise; both
-    descend λ times the penalty of the composite policy.
+    keep √q ≤ γ for the share ``quantile`` of the units, with λ times the mean hinge of the composite policy.
 
     Args:
         config: of the experiment.
         pair: the policies; changed.
-        seed: of games and random directions.
+        seed: of the games.
         method: one of :data:`METHODS`.
         mix: w, the weight of the payoff under attack.
-        weight: λ.
+        gamma: γ; not used by ``"none"``.
 
     Returns:
-        See :func:`history`.
+        See :func:`history`; ``multiplier``: λ at the end, ``within``: share of the units within γ over the last
+        quarter of the updates, None without a bound.
     """
-    cards, directions = (torch.Generator().manual_seed(1000 * i + seed) for i in (1, 2))
+    cards = torch.Generator().manual_seed(1000 + seed)
     trainable = pair.trainable()
-    optimizer = torch.optim.Adam(trainable, config["learning_rate"])
+    rate = config["learning_rate"]
+    optimizer = torch.optim.Adam(trainable, rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=config["updates"])
+    multiplier = None
+    if method != "none":
+        multiplier = Multiplier(
+            Constraint(gamma=gamma, quantile=config["quantile"], unit="sequence", **config["controller"])
+        )
     columns: dict[str, list[float]] = {"clean": [], "attacked": [], "falls": [], "gradient": []}
+    within: list[float] = []
     finite = True
-    for _ in range(config["updates"]):
+    for step in range(config["updates"]):
         games = deal(config["game"], config["batch"], cards)
         x, tables, best = pair.embed(games), games.payoffs().unbind(1), games.optimum().sum()
         a, b = pair.heads(x)
-        traj = inner(config, pair, games, x, (a, b))
-        misled_a, misled_b = pair.heads(traj.worst)
         still_a, still_b = a.detach(), b.detach()
+        traj = inner(config, pair, games, x, (still_a, still_b))
+        misled_a, misled_b = pair.heads(traj.worst)
         clean = expected(a, still_b, tables[0]) + expected(still_a, b, tables[1])
         attacked = expected(misled_a, still_b, tables[0]) + expected(still_a, misled_b, tables[1])
         spread = entropy(a, still_b) + entropy(b, still_a)
-        loss = -((clean + mix * attacked) / (1 + mix) + config["temperature"] * spread).mean()
-        if method != "none":
-            loss = loss + weight * penalty(method, pair, traj, config["power_iterations"], directions)
+        loss = task = -((clean + mix * attacked) / (1 + mix) + config["temperature"] * spread).mean()
+        if multiplier is not None:
+            weight, bound = multiplier.at(step)
+            assert weight is not None and bound is not None
+            hinge, roots = measure(method, pair, traj, config["power_iterations"], bound)
+            loss = task + weight * hinge
+            multiplier.add(step, task, hinge, roots.square(), bound)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable, config["clip"]).item()
@@ -124,11 +143,19 @@ def train(
         if not finite:
             break
         optimizer.step()
+        schedule.step()
+        if multiplier is not None:
+            multiplier.settle()
+            within.append((roots <= bound).double().mean().item())
         columns["clean"].append((clean.detach().sum() / best).item())
         columns["attacked"].append((attacked.detach().sum() / best).item())
         columns["falls"].append(recorded(traj).non_monotone.float().mean().item())
         columns["gradient"].append(norm)
-    return history(columns, finite, _floor(config))
+    last = within[-max(config["updates"] // 4, 1) :]
+    held: dict[str, Any] = {"multiplier": None, "within": None}
+    if multiplier is not None and last:
+        held = {"multiplier": multiplier.facts["multiplier"], "within": sum(last) / len(last)}
+    return history(columns, finite, _floor(config)) | held
 
 
 def history(columns: dict[str, list[float]], finite: bool, floor: float) -> dict[str, Any]:
@@ -141,29 +168,24 @@ def history(columns: dict[str, list[float]], finite: bool, floor: float) -> dict
         floor: share of the optimum below which a run counts as collapsed.
 
     Returns:
-        ``clean``, ``attacked``: means over blocks of 10 updates; ``falls``: mean; ``variance`` of ``attacked`` over the
-        last third; ``jitter``: half its mean squared change there, in which trends hardly enter; ``drop``: how far the
-        mean of 10 updates fell below an earlier one; ``tail``: 99 % quantile of the gradient norm over its median;
-        ``collapsed``: not finite, or the clean share of the last third is below the floor. None where the run broke
-        off.
+        ``clean``, ``attacked``: means over blocks of 10 updates; over the second half of the updates ``falls``, the
+        mean, ``variance`` of ``attacked`` about its own straight line, and ``tail``: 99 % quantile of the gradient norm
+        over its median; ``collapsed``: not finite, or the clean share there is below the floor. None where the run
+        broke off.
     """
-    series = torch.tensor(columns["attacked"], dtype=torch.float64)
-    norms = torch.tensor(columns["gradient"], dtype=torch.float64)
     summary: dict[str, Any] = {name: _blocks(columns[name]) for name in ("clean", "attacked")}
     summary["finite"] = finite
     if not finite:
-        broken = dict.fromkeys(("falls", "variance", "jitter", "drop", "tail"))
-        return summary | broken | {"collapsed": True}
-    last = series[-max(len(series) // 3, 2) :]
-    smooth = series.unfold(0, min(SMOOTHED, len(series)), 1).mean(-1)
-    clean = columns["clean"][-len(last) :]
+        return summary | dict.fromkeys(("falls", "variance", "tail")) | {"collapsed": True}
+    second = {
+        name: torch.tensor(values[len(values) // 2 :], dtype=torch.float64)
+        for name, values in columns.items()
+    }
     return summary | {
-        "falls": sum(columns["falls"]) / len(series),
-        "variance": last.var().item(),
-        "jitter": 0.5 * last.diff().square().mean().item(),
-        "drop": (smooth.cummax(0).values - smooth).amax().item(),
-        "tail": (norms.quantile(0.99) / norms.median()).item(),
-        "collapsed": sum(clean) / len(clean) < floor,
+        "falls": second["falls"].mean().item(),
+        "variance": residuals(second["attacked"]).square().mean().item(),
+        "tail": (second["gradient"].quantile(0.99) / second["gradient"].median()).item(),
+        "collapsed": second["clean"].mean().item() < floor,
     }
 
 
