@@ -70,7 +70,10 @@ EXPERIMENTS = {
         ".decoupling",
         "Smoothness along the ascent held at 1/η: its price, and whether it steadies a training that oscillates.",
     ),
-    "two-agents": (".two_agents", "Stability of two language models that perturb each other's observations."),
+    "two-agents": (
+        ".two_agents",
+        "Two language models perturb each other's observations, at matched clean payoff.",
+    ),
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -191,6 +191,7 @@ def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
         total=1 + config["game"]["regard"],
         token=config["model"]["width"] ** 0.5,
         percent=100 * config["tolerance"],
+        pairs=", ".join(f"({w:g}, {gamma:g})" for w, gamma in config["bounded"]),
         matching=matching(config, rows),
         settings=_settings_table(config, rows),
         means=summaries.by_method(COMPARISON.names, marked, columns),

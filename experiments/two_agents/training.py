@@ -136,6 +136,7 @@ def train(
             hinge, roots = measure(method, pair, traj, config["power_iterations"], bound)
             loss = task + weight * hinge
             multiplier.add(step, task, hinge, roots.square(), bound)
+            within.append((roots <= bound).double().mean().item())
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable, config["clip"]).item()
@@ -146,7 +147,6 @@ def train(
         schedule.step()
         if multiplier is not None:
             multiplier.settle()
-            within.append((roots <= bound).double().mean().item())
         columns["clean"].append((clean.detach().sum() / best).item())
         columns["attacked"].append((attacked.detach().sum() / best).item())
         columns["falls"].append(recorded(traj).non_monotone.float().mean().item())

@@ -18,9 +18,9 @@ from experiments import load
 from experiments.base import run_experiment
 from experiments.statistics import t_interval
 from experiments.store import Store
-from experiments.two_agents import evaluation, policies, report, training
+from experiments.two_agents import evaluation, policies, training
 from experiments.two_agents.game import Games, Heads, deal, expected, marginal
-from experiments.two_agents.report import COMPARISON
+from experiments.two_agents.report import COMPARISON, away, chosen, matching, settings, tested
 
 FULL, QUICK = load("two-agents").config(False), load("two-agents").config(True)
 GAME = FULL["game"]
@@ -295,15 +295,15 @@ def made(seeds=10, **shift):
 
 def test_w_and_gamma_are_chosen_together_at_the_matched_payoff():
     rows = made()
-    assert report.away(FULL, rows, report.settings(rows, "none")[0.5, None]) == pytest.approx(0.05)
-    assert report.chosen(FULL, rows, "none") == (1.0, None)  # the other is 5 % away
-    assert report.chosen(FULL, rows, "aligned") == (0.5, 0.5)  # of three that match the least damage
+    assert away(FULL, rows, settings(rows, "none")[0.5, None]) == pytest.approx(0.05)
+    assert chosen(FULL, rows, "none") == (1.0, None)  # the other is 5 % away
+    assert chosen(FULL, rows, "aligned") == (0.5, 0.5)  # of three that match the least damage
     narrow = FULL | {"tolerance": 0.001}
-    assert report.chosen(narrow, rows, "aligned") == (1.0, 1.0)  # none matches: the nearest
+    assert chosen(narrow, rows, "aligned") == (1.0, 1.0)  # none matches: the nearest
     assert "AAJR, joint: w = 1, γ = 1, +0.5% of the target (**not matched**), a tighter γ costs more" in (
-        report.matching(narrow, rows)
+        matching(narrow, rows)
     )
-    assert "AAJR, joint: w = 0.5, γ = 0.5, −1.0% of the target, no tighter γ" in report.matching(FULL, rows)
+    assert "AAJR, joint: w = 0.5, γ = 0.5, −1.0% of the target, no tighter γ" in matching(FULL, rows)
     # a setting with a run that broke off is left out; the test games do not matter
     broken = [
         r | {"finite": False}
@@ -311,15 +311,15 @@ def test_w_and_gamma_are_chosen_together_at_the_matched_payoff():
         else r
         for r in rows
     ]
-    assert report.chosen(FULL, broken, "aligned") == (0.5, 1.0)
+    assert chosen(FULL, broken, "aligned") == (0.5, 1.0)
     turned = [r | {"test": {**r["test"], "joint": 9.0}} for r in rows]
-    assert report.tested(FULL, turned)[2]["chosen"] == report.tested(FULL, rows)[2]["chosen"]
-    assert report.chosen(FULL, turned, "aligned") == (0.5, 0.5)
+    assert tested(FULL, turned)[2]["chosen"] == tested(FULL, rows)[2]["chosen"]
+    assert chosen(FULL, turned, "aligned") == (0.5, 0.5)
 
 
 def test_primaries_and_page(tmp_path):
     rows = made(damage=-0.02, falls=0.01)
-    marked = report.tested(FULL, rows)
+    marked = tested(FULL, rows)
     assert [r["seed"] for r in marked if r["chosen"] and r["method"] == "none"] == list(range(10))
     primaries = COMPARISON.primaries(marked)
     assert set(primaries) == {("aligned", b, q) for b in ("none", "spectral") for q in ("falls", "damage")}
@@ -328,7 +328,7 @@ def test_primaries_and_page(tmp_path):
     differences = COMPARISON.paired(marked, "aligned", "none", "damage")
     assert primaries["aligned", "none", "damage"].interval == t_interval(differences)
     assert np.mean(differences) == pytest.approx(0.045 - 0.02 - 0.05, abs=0.002)
-    same = COMPARISON.primaries(report.tested(FULL, made()))
+    same = COMPARISON.primaries(tested(FULL, made()))
     assert same["aligned", "spectral", "damage"].verdict == "equivalent"
     environment = dict(dirty=False, torch="2", python="3", cpu="c", machine="m", commit="0")
     page = load("two-agents").report({"config": FULL, "environment": environment}, rows, tmp_path)
