@@ -86,7 +86,7 @@ def chosen(config: dict[str, Any], rows: list[Row], method: str) -> Setting:
     return min(matched, key=lambda setting: mean_of(own[setting], damage("validation")))
 
 
-def tested(config: dict[str, Any], rows: list[Row]) -> list[Row]:
+def with_choice(config: dict[str, Any], rows: list[Row]) -> list[Row]:
     """The rows, those of the chosen settings marked."""
     picked = {method: chosen(config, rows, method) for method in METHODS}
     return [row | {"chosen": (row["w"], row["gamma"]) == picked[row["method"]]} for row in rows]
@@ -183,7 +183,7 @@ def _picture(config: dict[str, Any], rows: list[Row], marked: list[Row], path: P
 def report(header: dict[str, Any], rows: list[Row], folder: Path) -> str:
     """The page; draws ``two-agents.png`` into the folder."""
     config = header["config"]
-    marked = tested(config, rows)
+    marked = with_choice(config, rows)
     _picture(config, rows, marked, folder / "two-agents.png")
     columns = {quantity.heading: quantity.mean for quantity in COMPARISON.quantities.values()}
     return summaries.page(

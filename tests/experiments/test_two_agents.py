@@ -20,7 +20,7 @@ from experiments.statistics import t_interval
 from experiments.store import Store
 from experiments.two_agents import evaluation, policies, training
 from experiments.two_agents.game import Games, Heads, deal, expected, marginal
-from experiments.two_agents.report import COMPARISON, away, chosen, matching, settings, tested
+from experiments.two_agents.report import COMPARISON, away, chosen, matching, settings, with_choice
 
 FULL, QUICK = load("two-agents").config(False), load("two-agents").config(True)
 GAME = FULL["game"]
@@ -313,13 +313,13 @@ def test_w_and_gamma_are_chosen_together_at_the_matched_payoff():
     ]
     assert chosen(FULL, broken, "aligned") == (0.5, 1.0)
     turned = [r | {"test": {**r["test"], "joint": 9.0}} for r in rows]
-    assert tested(FULL, turned)[2]["chosen"] == tested(FULL, rows)[2]["chosen"]
+    assert with_choice(FULL, turned)[2]["chosen"] == with_choice(FULL, rows)[2]["chosen"]
     assert chosen(FULL, turned, "aligned") == (0.5, 0.5)
 
 
 def test_primaries_and_page(tmp_path):
     rows = made(damage=-0.02, falls=0.01)
-    marked = tested(FULL, rows)
+    marked = with_choice(FULL, rows)
     assert [r["seed"] for r in marked if r["chosen"] and r["method"] == "none"] == list(range(10))
     primaries = COMPARISON.primaries(marked)
     assert set(primaries) == {("aligned", b, q) for b in ("none", "spectral") for q in ("falls", "damage")}
@@ -328,7 +328,7 @@ def test_primaries_and_page(tmp_path):
     differences = COMPARISON.paired(marked, "aligned", "none", "damage")
     assert primaries["aligned", "none", "damage"].interval == t_interval(differences)
     assert np.mean(differences) == pytest.approx(0.045 - 0.02 - 0.05, abs=0.002)
-    same = COMPARISON.primaries(tested(FULL, made()))
+    same = COMPARISON.primaries(with_choice(FULL, made()))
     assert same["aligned", "spectral", "damage"].verdict == "equivalent"
     environment = dict(dirty=False, torch="2", python="3", cpu="c", machine="m", commit="0")
     page = load("two-agents").report({"config": FULL, "environment": environment}, rows, tmp_path)
