@@ -176,7 +176,8 @@ def _picture(config: dict[str, Any], rows: list[Row], marked: list[Row], path: P
         assert quantity.margin is not None
         axis.axvspan(-quantity.margin, quantity.margin, color="black", alpha=0.06)
         COMPARISON.forest(axis, marked, [name])
-        axis.set(xlabel=f"difference of {quantity.heading}, 95 % interval", title="left: AAJR is better")
+        axis.locator_params(axis="x", nbins=5)
+        axis.set(xlabel=f"difference of {quantity.heading}", title="95 % intervals; left: AAJR is better")
     save(drawn, path)
 
 
