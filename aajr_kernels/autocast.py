@@ -16,7 +16,11 @@ def autocasting(device_type: str) -> bool:
 
 
 def _autocast(dtype: torch.dtype | None, tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
-    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    device = "cpu"
+    for t in tensors:
+        if t is not None:
+            device = t.device.type
+            break
     if not autocasting(device):
         return tensors
     target = torch.get_autocast_dtype(device) if dtype is None else dtype

@@ -114,12 +114,8 @@ def version_of(t: torch.Tensor) -> int:
     return t._version
 
 
-def has_dispatch_modes() -> bool:
-    """Whether a ``TorchDispatchMode`` sees the operators of torch that run now.
-
-    Relies on, in torch 2.11-2.15: ``torch._C._len_torch_dispatch_stack()``.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0
+#: how many ``TorchDispatchMode`` see the operators of torch that run now; in torch 2.11-2.15
+has_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -140,7 +136,12 @@ def has_hooks_inside(module: torch.nn.Module) -> bool:
 
 def _hooked_inside(module: torch.nn.Module) -> bool:
     for part in module._modules.values():
-        if part is not None and (_is_hooked(part) or (part._modules and _hooked_inside(part))):
+        if part is None:
+            continue
+        forward = part._forward_hooks or part._forward_pre_hooks  # as `_is_hooked`, without its call
+        if forward or part._backward_hooks or part._backward_pre_hooks or part._compiled_call_impl is not None:
+            return True
+        if part._modules and _hooked_inside(part):
             return True
     return False
 

@@ -187,8 +187,12 @@ def _kind(op: str, tensors: list[torch.Tensor], sized: bool, in_cuda: bool) -> t
     """All that the choice depends on, with the last axes where `sized`; None where it has to be made every time."""
     if torch.compiler.is_compiling() or (settings := gpu.settings()) is None:
         return None
-    sizes = [t.shape[-1] for t in tensors] if sized else ()
-    return op, _current, in_cuda, settings, *[(type(t), t.dtype, t.device) for t in tensors], *sizes
+    kind: list[Any] = [op, _current, in_cuda, settings]
+    for t in tensors:
+        kind += type(t), t.dtype, t.device
+    if sized:
+        kind += [t.shape[-1] for t in tensors]
+    return tuple(kind)
 
 
 def select_backend(
@@ -275,9 +279,10 @@ def implementation(op: str, backend: str) -> ModuleType:
     Raises:
         BackendUnavailable: there is no such module, or it cannot be imported.
     """
-    name = _module(op, backend)
-    module = sys.modules.get(name)  # torch.compile traces the look-up, it could not trace an import
+    # torch.compile traces the look-up, it could not trace an import
+    module = sys.modules.get(f"aajr_kernels.ops.{op}.{'cpu' if backend == 'native' else backend}")
     if module is None:
+        name = _module(op, backend)
         try:
             module = importlib.import_module(name)
         except ImportError as error:

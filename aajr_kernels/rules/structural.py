@@ -185,7 +185,8 @@ def _clone(x: Dual, *, memory_format: Any = None) -> Dual:
 @rule("contiguous", kind="view")
 def _contiguous(x: Dual, memory_format: Any = None) -> Dual:
     # a contiguous primal is returned itself, like a tensor: writes through the result must reach it
-    return x if x.stacked[0].is_contiguous() else Dual(x.stacked.contiguous())
+    stacked = x.stacked
+    return x if stacked.is_contiguous() or stacked[0].is_contiguous() else Dual(stacked.contiguous())
 
 
 rule("detach", kind="view")(lambda x: x.detach())

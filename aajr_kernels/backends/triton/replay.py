@@ -46,18 +46,8 @@ _ALLOCATIONS = (
 _UNFORESEEN = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
-@dataclass
-class Memory:
-    """The tensors of a call that is replayed, the arguments first, by number; None once they are not needed."""
-
-    tensors: list[Tensor | None]
-    addresses: list[int]
-    device: torch.device
-    stream: Any
-
-    def add(self, x: Tensor) -> None:
-        self.tensors.append(x)
-        self.addresses.append(x.data_ptr())
+#: the tensors of a call that is replayed, the arguments first, by number; None once they are not needed
+Memory = list[Tensor | None]
 
 
 @dataclass
@@ -70,7 +60,7 @@ class Part:
     offset: int
 
     def __call__(self, memory: Memory) -> Tensor:
-        x = memory.tensors[self.number]
+        x = memory[self.number]
         assert x is not None  # needed, and kept for that
         return x.as_strided(self.size, self.strides, x.storage_offset() + self.offset)
 
@@ -83,24 +73,20 @@ class Allocation:
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    def __call__(self, memory: Memory) -> None:
-        memory.add(torch.empty_strided(self.size, self.strides, dtype=self.dtype, device=memory.device))
-
 
 @dataclass
 class Operation:
-    """An operator of torch; with Parts in place of tensors. What it allocates is added to the memory."""
+    """An operator of torch; with Parts in place of tensors. What it `allocates` is added to the memory."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     allocates: bool
 
-    def __call__(self, memory: Memory) -> None:
+    def __call__(self, memory: Memory) -> Tensor:
         with torch.no_grad():
-            result = self.func(*_filled(self.args, memory), **self.kwargs)
-        if self.allocates:
-            memory.add(result)
+            result: Tensor = self.func(*_filled(self.args, memory), **self.kwargs)
+        return result
 
 
 def _filled(args: Iterable[Any], memory: Memory) -> list[Any]:
@@ -121,13 +107,13 @@ class Launch:
     pointers: list[tuple[int, int, int]]
     maps: list[tuple[int, int, int, Any]]
 
-    def __call__(self, memory: Memory) -> None:
-        arguments, addresses = self.arguments.copy(), memory.addresses
+    def __call__(self, addresses: list[int], stream: Any) -> None:
+        arguments = self.arguments.copy()
         for i, number, offset in self.pointers:
             arguments[i] = addresses[number] + offset
         for i, number, offset, maps in self.maps:
             arguments[i] = maps[addresses[number] + offset]
-        self.run(*self.grid, memory.stream, *self.kernel, *arguments)
+        self.run(*self.grid, stream, *self.kernel, *arguments)
 
 
 Step = Allocation | Operation | Launch
@@ -151,15 +137,26 @@ class Call:
 
     def __call__(self, inputs: list[Tensor], addresses: list[int]) -> Any:
         self.used = True
+        memory: Memory = [*inputs]
         device = inputs[0].device
         with gpu.guard(device):
-            memory = Memory([*inputs], addresses, device, stream(device.index or 0))
+            queue = stream(device.index or 0)
             for step, done in self.steps:
-                step(memory)
+                made = None
+                if type(step) is Allocation:
+                    made = torch.empty_strided(step.size, step.strides, dtype=step.dtype, device=device)
+                elif type(step) is Launch:
+                    step(addresses, queue)
+                elif type(step) is Operation:
+                    result = step(memory)
+                    made = result if step.allocates else None
+                if made is not None:
+                    memory.append(made)
+                    addresses.append(made.data_ptr())
                 for number in done:
-                    memory.tensors[number] = None
+                    memory[number] = None
         results = [
-            x(memory) if isinstance(x, Part) else None if x is None else memory.tensors[x]
+            memory[x] if type(x) is int else None if x is None else x(memory)  # type: ignore[operator]
             for x in self.results
         ]
         return tuple(results) if self.many else results[0]

@@ -126,8 +126,8 @@ def _rms_norm_forward(eps_name: str, offset: float, out_dtype: str) -> Callable[
         weight, eps = self.weight, getattr(self, eps_name)
         if out_dtype == "input":
             return rms_norm_of(x, weight.shape, weight, eps, offset=offset)
-        promoted = torch.promote_types(x.dtype, weight.dtype)
         if weight.dtype != x.dtype:
+            promoted = torch.promote_types(x.dtype, weight.dtype)
             x, weight = x.to(promoted), weight.to(promoted)
         y = rms_norm_of(x, weight.shape, weight, eps, offset=offset)
         half = out_dtype == "weight" and self.weight.dtype in (torch.float16, torch.bfloat16)

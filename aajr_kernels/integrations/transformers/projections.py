@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...autocast import autocasting
-from ...dual import is_dual
+from ...dual import Dual
 from ...ops.linear import projections
 from ...torch_private import has_hooks
 
@@ -30,10 +29,13 @@ _Products = Callable[[Any, Sequence[nn.Module]], "Sequence[Any] | None"]
 
 def of_one_input(x: Any, layers: Sequence[nn.Module]) -> Sequence[Any] | None:
     """Results of the linear layers for a Dual, by one op; None where they have to be called one by one."""
-    if torch.compiler.is_compiling() or not is_dual(x) or not all(map(_is_bare, layers)):
+    if torch.compiler.is_compiling() or not isinstance(x, Dual) or not all(map(_is_bare, layers)):
         return None
     parameters: Any = [(layer.weight, layer.bias) for layer in layers]
-    if any(map(is_dual, chain(*parameters))) or autocasting(x.stacked.device.type):
+    for weight, bias in parameters:
+        if isinstance(weight, Dual) or isinstance(bias, Dual):
+            return None
+    if autocasting(x.stacked.device.type):
         return None
     return projections(x, parameters)
 
@@ -74,7 +76,8 @@ def sharing(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
         layers = [getattr(self, name) for name in names]
-        results = None if any(kwargs.get(name) is not None for name in _OTHERS) else products(x, layers)
+        others = [name for name in _OTHERS if kwargs.get(name) is not None]
+        results = None if others else products(x, layers)
         if results is not None:
             computed = {name: _Computed(layer, x, y) for name, layer, y in zip(names, layers, results)}
             twin = object.__new__(type(self))

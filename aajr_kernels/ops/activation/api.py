@@ -89,8 +89,9 @@ def _gated(op: str, kind: str, gate: Tensor | Dual, up: Tensor | Dual) -> Dual:
         raise ValueError(f"{op}: up must have the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}.")
     num_tangents(gate, up)
     gate_stack, up_stack = stack_of(gate), stack_of(up)
-    dtype = torch.promote_types(gate_stack.dtype, up_stack.dtype)
-    gate_stack, up_stack = gate_stack.to(dtype), up_stack.to(dtype)
+    if gate_stack.dtype != up_stack.dtype:
+        dtype = torch.promote_types(gate_stack.dtype, up_stack.dtype)
+        gate_stack, up_stack = gate_stack.to(dtype), up_stack.to(dtype)
     backend, operands = prepare(
         "activation",
         (gate_stack, up_stack),

@@ -50,11 +50,13 @@ def projections(x: Any, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[
         What :func:`linear` gives for each. Its errors are the same.
     """
     for weight, bias in layers:
-        refuse_duals("linear", "write it as torch.matmul and +", weight=weight, bias=bias)
+        if isinstance(weight, Dual) or isinstance(bias, Dual):
+            refuse_duals("linear", "write it as torch.matmul and +", weight=weight, bias=bias)
     if not isinstance(x, Dual):
         return [F.linear(x, weight, bias) for weight, bias in layers]
+    shape = x.shape
     for weight, bias in layers:
-        _check_shapes(x.shape, weight, bias)
+        _check_shapes(shape, weight, bias)
     backend, operands = prepare(
         "linear",
         (x.stacked,),
@@ -67,15 +69,19 @@ def projections(x: Any, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[
     if backend == SHARDS:
         return operands
     stacked, *parameters = operands
-    rows: list[Tensor | None] = []
-    for weight, bias in zip(parameters[::2], parameters[1::2]):
-        check_dtypes("linear", "x", (stacked.dtype,), weight=weight, bias=bias)
-        # a weight of one axis is a matrix of one row, whose axis the result does not have
-        vector = weight.dim() == 1
-        rows += [p.unsqueeze(0) if vector and p is not None else p for p in (weight, bias)]
-    results = LinearFunction.apply(stacked, backend, *rows)
-    pairs = zip(results if len(layers) > 1 else (results,), parameters[::2])
-    return [Dual(y.squeeze(-1) if weight.dim() == 1 else y) for y, weight in pairs]
+    dtype, vectors = stacked.dtype, []
+    for i in range(0, len(parameters), 2):
+        weight, bias = parameters[i : i + 2]
+        if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+            check_dtypes("linear", "x", (dtype,), weight=weight, bias=bias)
+        if weight.dim() == 1:  # a matrix of one row, whose axis the result does not have
+            vectors.append(i // 2)
+            parameters[i : i + 2] = weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)
+    made = LinearFunction.apply(stacked, backend, *parameters)
+    results = list(made) if len(layers) > 1 else [made]
+    for i in vectors:
+        results[i] = results[i].squeeze(-1)
+    return [Dual(y) for y in results]
 
 
 def _check_shapes(shape: torch.Size, weight: Tensor, bias: Tensor | None) -> None:

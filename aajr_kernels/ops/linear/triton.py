@@ -11,6 +11,7 @@ fixed order.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends.triton.sums import column_sums
@@ -23,7 +24,8 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = (*x.shape[:-1], weight.shape[0])
     if bias is not None and x.dtype in reference.LOW:
         return reference.affine_(x.new_empty(shape), x, weight, bias)
-    y = x.flatten(0, -2).mm(weight.t()).view(shape)
+    # the same product; of rows that have to be copied torch makes many
+    y = F.linear(x, weight) if x.is_contiguous() else x.flatten(0, -2).mm(weight.t()).view(shape)
     if bias is not None:
         y[0] += bias
     return y

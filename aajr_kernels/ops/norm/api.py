@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import sharding
 from ...autocast import autocast_float32, autocasting
-from ...dual import Dual, is_dual, num_tangents, stack_of
+from ...dual import Dual, num_tangents, stack_of
 from ...recompute import is_recomputed
 from ..checks import check_dtypes, refuse_duals
 from ..prepare import SHARDS, prepare
@@ -187,9 +187,9 @@ def _common_shape(
 
 def _fusible(x: Any, residual: Any, shape: tuple[int, ...]) -> bool:
     """Whether the sum and its norm are one kernel; several normalised axes and casts in between are rare."""
-    if sharding.is_dtensor(*(t.stacked if is_dual(t) else t for t in (x, residual))):
+    if len(shape) > 1 or not (isinstance(x, Dual) or isinstance(residual, Dual)):
         return False
-    if len(shape) > 1 or not (is_dual(x) or is_dual(residual)):
+    if sharding.is_dtensor(*[t.stacked if isinstance(t, Dual) else t for t in (x, residual)]):
         return False
     if residual is not None and x.dtype != residual.dtype:
         return False
