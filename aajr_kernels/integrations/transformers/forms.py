@@ -71,7 +71,7 @@ def verified(
         readings: functions to put inside the decorators of the method.
         attribute: the method.
         inside: attributes of the module that the replacement no longer calls.
-        through: a function that the method finds among its globals, to be replaced in its stead; it runs `op` twice.
+        through: a function that the method finds among its globals, to be replaced in its stead.
         method: makes of a body what the trial calls.
     """
     differences, opaque = [], None
@@ -81,7 +81,7 @@ def verified(
             if body is None:
                 opaque = way[-1]
                 continue
-            difference = trial.difference(method(body), op, 2 if through else 1)
+            difference = trial.difference(method(body), op)
             if difference is None:
                 return Replacement(what, body, attribute, inside=inside)
             differences.append(difference)

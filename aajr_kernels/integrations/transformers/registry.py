@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...ops.rotary import rotary
+from ...ops.rotary import rotaries
 from .forms import Replacement, verified
 from .library import NAME, pretrained_model_class
 from .masks import Visibility
@@ -33,8 +33,8 @@ ROTARY = "apply_rotary_pos_emb"
 
 def apply_rotary(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
     """``apply_rotary_pos_emb`` of the model files, by the fused op."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return rotary(q, cos, sin, unsqueeze_dim=None), rotary(k, cos, sin, unsqueeze_dim=None)
+    q, k = rotaries((q, k), cos, sin, unsqueeze_dim=unsqueeze_dim)
+    return q, k
 
 
 class Calls:

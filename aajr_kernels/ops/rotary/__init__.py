@@ -7,6 +7,6 @@ Reverse: the transpose on every cotangent, x̄ = ȳ∘cos − rot(ȳ∘sin); for
 Saved:   cos and sin; x only where the tables need a gradient.
 """
 
-from .api import rotary
+from .api import rotaries, rotary
 
-__all__ = ["rotary"]
+__all__ = ["rotaries", "rotary"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ... import sharding
@@ -40,22 +42,51 @@ def rotary(
         UnsupportedOperation: `cos` or `sin` is a Dual.
         ValueError: R is odd or larger than D, or the tables do not broadcast to `x`.
     """
-    refuse_duals("rotary", "write x * cos + rotate(x) * sin", cos=cos, sin=sin)
+    return rotaries((x,), cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim)[0]
+
+
+def rotaries(
+    xs: Sequence[Any], cos: Tensor, sin: Tensor, *, interleaved: bool = False, unsqueeze_dim: int | None = 1
+) -> list[Any]:
+    """Several of :func:`rotary` by the same tables, such as queries and keys, as one step of autograd where they can.
+
+    Args:
+        xs: each as for :func:`rotary`.
+        cos, sin, interleaved, unsqueeze_dim: as for :func:`rotary`.
+
+    Returns:
+        What :func:`rotary` gives for each. Its errors are the same.
+    """
+    if isinstance(cos, Dual) or isinstance(sin, Dual):
+        refuse_duals("rotary", "write x * cos + rotate(x) * sin", cos=cos, sin=sin)
     if unsqueeze_dim is not None:
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    _check(x, cos, sin)
-    if not isinstance(x, Dual):
-        return reference.rotate(x, cos, sin, interleaved, False)
+    for x in xs:
+        _check(x, cos, sin)
+    if len(xs) > 1 and (torch.compiler.is_compiling() or len(set(map(_form, xs))) > 1):
+        return [rotaries((x,), cos, sin, interleaved=interleaved, unsqueeze_dim=None)[0] for x in xs]
+    if not isinstance(xs[0], Dual):
+        return [reference.rotate(x, cos, sin, interleaved, False) for x in xs]
+    first, *more = [x.stacked for x in xs]
+    one = functools.partial(rotary, interleaved=interleaved, unsqueeze_dim=None)
     backend, operands = prepare(
         "rotary",
-        (x.stacked, cos, sin),
-        flops=lambda x, *_: 3.0 * x.numel(),
-        shards=lambda: sharding.OPS["rotary"](
-            functools.partial(rotary, interleaved=interleaved, unsqueeze_dim=None), x, cos, sin
-        ),
-        kind=lambda x, cos, _: ((x.shape[0], x.shape[-1], cos.shape[-1]), (interleaved,)),
+        (first, cos, sin, *more),
+        flops=lambda x, cos, sin, *more: 3.0 * sum([t.numel() for t in (x, *more)]),
+        shards=lambda: [sharding.OPS["rotary"](one, x, cos, sin) for x in xs],
+        kind=lambda x, cos, *_: ((x.shape[0], x.shape[-1], cos.shape[-1]), (interleaved,)),
     )
-    return operands if backend == SHARDS else Dual(RotaryFunction.apply(*operands, interleaved, backend))
+    if backend == SHARDS:
+        return operands
+    first, cos, sin, *more = operands
+    results = RotaryFunction.apply(cos, sin, interleaved, backend, first, *more)
+    return [Dual(y) for y in (results if more else (results,))]
+
+
+def _form(x: Tensor | Dual) -> tuple[Any, ...]:
+    """All that decides on the kernels of x; what is equal here may be turned together."""
+    stacked = x.stacked if isinstance(x, Dual) else x
+    return isinstance(x, Dual), type(stacked), stacked.dtype, stacked.device, stacked.shape[0], stacked.shape[-1]
 
 
 def _check(x: Tensor | Dual, cos: Tensor, sin: Tensor) -> None:

@@ -15,29 +15,34 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 
 
 class RotaryFunction(Function):
-    """``[1 + K, *shape] -> [1 + K, *shape]``; cos and sin broadcast to ``[*shape[:-1], R]``."""
+    """cos, sin, two options and any number of ``[1 + K, *shape]`` to as many; tables ``[*shape[:-1], R]``, broadcast."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Any:
+        cos, sin, interleaved, backend, *xs = args  # not by name: as for `LinearFunction`
         ctx.set_materialize_grads(False)
         ctx.interleaved, ctx.backend = interleaved, backend
-        need_tables = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if need_tables else None, cos, sin)
-        return choice.implementation("rotary", backend).rotate(x, cos, sin, interleaved, False)
+        need_tables = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.save_for_backward(cos, sin, *(xs if need_tables else ()))
+        rotate = choice.implementation("rotary", backend).rotate
+        results = tuple([rotate(x, cos, sin, interleaved, False) for x in xs])
+        return results if len(results) > 1 else results[0]
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, y_bar: Tensor | None) -> tuple[Tensor | None, ...]:
-        if y_bar is None:
-            return (None,) * 5
-        x, cos, sin = ctx.saved_tensors
+    def backward(ctx: Any, *y_bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        cos, sin, *xs = ctx.saved_tensors
         ops = choice.implementation("rotary", ctx.backend)
-        x_bar = cos_bar = sin_bar = None
-        if ctx.needs_input_grad[0]:
-            x_bar = ops.rotate(y_bar, cos, sin, ctx.interleaved, True)
-        if x is not None:
-            cos_bar, sin_bar = ops.rotary_tables_bwd(y_bar, x, cos, sin, ctx.interleaved)
-        return x_bar, cos_bar, sin_bar, None, None
+        x_bars = [
+            ops.rotate(y_bar, cos, sin, ctx.interleaved, True) if need and y_bar is not None else None
+            for y_bar, need in zip(y_bars, ctx.needs_input_grad[4:])
+        ]
+        cos_bar = sin_bar = None
+        for y_bar, x in zip(y_bars, xs):
+            if y_bar is not None:
+                bars = ops.rotary_tables_bwd(y_bar, x, cos, sin, ctx.interleaved)
+                cos_bar, sin_bar = bars if cos_bar is None else (cos_bar + bars[0], sin_bar + bars[1])
+        return cos_bar, sin_bar, None, None, *x_bars
 
 
 def trial(
@@ -52,4 +57,4 @@ def trial(
     stacks, size, rotated = sizes or (2, 64, 64)
     tables = {name: draw(dtype, 2, 1, length, rotated) for name, dtype in zip(("cos", "sin"), dtypes[1:])}
     operands = {"x": draw(dtypes[0], stacks, 2, 3, length, size)} | tables
-    return operands, lambda backend, *tensors: (RotaryFunction.apply(*tensors, interleaved, backend),)
+    return operands, lambda backend, x, *tables: (RotaryFunction.apply(*tables, interleaved, backend, x),)
