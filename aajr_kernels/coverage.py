@@ -18,6 +18,7 @@ import torch
 from .torch_private import mark_constant as constant
 
 __all__ = [
+    "RECORDERS",
     "Coverage",
     "coverage",
     "function_name",
@@ -116,7 +117,8 @@ class Coverage:
         return "\n".join(lines)
 
 
-_coverage: list[Coverage] = []
+#: the open blocks; looked at in place of :func:`recording` where nothing is traced
+RECORDERS: list[Coverage] = []
 
 
 @contextlib.contextmanager
@@ -137,31 +139,31 @@ def coverage() -> Iterator[Coverage]:
 @contextlib.contextmanager
 def recorded_in(recorder: Coverage) -> Iterator[None]:
     """A :func:`coverage` block that goes on with a record."""
-    _coverage.append(recorder)
+    RECORDERS.append(recorder)
     try:
         yield
     finally:
-        _coverage.remove(recorder)
+        RECORDERS.remove(recorder)
 
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Inside, the open :func:`coverage` blocks hear nothing."""
-    held, _coverage[:] = list(_coverage), []
+    held, RECORDERS[:] = list(RECORDERS), []
     try:
         yield
     finally:
-        _coverage[:] = held
+        RECORDERS[:] = held
 
 
 def recording() -> bool:
     """Whether a :func:`coverage` block is open; lets callers skip the cost of counting."""
-    return _is_open() if torch.compiler.is_compiling() else bool(_coverage)
+    return _is_open() if torch.compiler.is_compiling() else bool(RECORDERS)
 
 
 @constant  # no guard: opening a block later compiles nothing again
 def _is_open() -> bool:
-    return bool(_coverage)
+    return bool(RECORDERS)
 
 
 def record(op: str, backend: str, flops: Number = 0.0) -> None:
@@ -169,26 +171,26 @@ def record(op: str, backend: str, flops: Number = 0.0) -> None:
     if torch.compiler.is_compiling():
         _record_traced(op, backend)
         return
-    for recorder in _coverage:
+    for recorder in RECORDERS:
         recorder.add(op, backend, flops)
 
 
 def record_computed(part: str, computed: Number, whole: float, skipped: Number) -> None:
     """Tell them how many of the tokens or positions a call computes, and the forward flops that it leaves out."""
-    for recorder in _coverage:
+    for recorder in RECORDERS:
         recorder.add_computed(part, computed, whole, skipped)
 
 
 @constant
 def _record_traced(op: str, backend: str) -> None:
-    for recorder in _coverage:
+    for recorder in RECORDERS:
         recorder.add(op, backend, 0.0)
 
 
 @constant
 def record_unsupported(name: str) -> None:
     """Tell them that a function without a rule was called."""
-    for recorder in _coverage:
+    for recorder in RECORDERS:
         recorder.unsupported.append(name)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends.errors import UnsupportedOperation, unsupported
-from .coverage import function_name, record, record_unsupported, recording
+from .coverage import RECORDERS, function_name, record, record_unsupported, recording
 from .rules import registry
 from .rules.leaving import array_ufunc, leave, refuse_array
 from .torch_private import pytree
@@ -33,12 +33,13 @@ def dispatch(
     Raises:
         UnsupportedOperation: `func` has no rule, or was called with ``out=``.
     """
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         registry.guard_compiled()
     rule = rule or registry.RULES.get(func)
     if rule is None:
         name = function_name(func)
-        if torch.compiler.is_compiling() and name in registry.TRACED:
+        if compiling and name in registry.TRACED:
             return registry.TRACED[name](*args, **kwargs)
         if recording():
             record_unsupported(name)
@@ -53,7 +54,7 @@ def dispatch(
     if kwargs or not _is_plain(args):
         rule, args, kwargs = registry.settled(func, rule, args, kwargs)
     result = rule(*args, **kwargs)
-    if recording():
+    if recording() if compiling else RECORDERS:
         _record(func, result)
     return result
 
@@ -370,12 +371,13 @@ def num_tangents(*values: Any) -> int:
     k = None
     for value in values:
         if isinstance(value, Dual):
-            if k is not None and value.num_tangents != k:
+            its = value.stacked.shape[0] - 1
+            if k is not None and its != k:
                 raise ValueError(
-                    f"Duals with {k} and {value.num_tangents} tangents meet in one operation: build them with the "
-                    "same number of directions."
+                    f"Duals with {k} and {its} tangents meet in one operation: build them with the same number of "
+                    "directions."
                 )
-            k = value.num_tangents
+            k = its
     return k or 0
 
 

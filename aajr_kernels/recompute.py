@@ -26,7 +26,7 @@ __all__ = [
     "recomputable_node",
     "recompute",
     "recomputed",
-    "release",
+    "released",
     "save_or_recompute",
     "saved_tensors",
     "snapshot",
@@ -133,7 +133,7 @@ def make_recomputable(ctx: Any, result: torch.Tensor, again: Callable[[Any], tor
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """``ctx.saved_tensors``, which hooks may unpack only once, as often as wanted until :func:`release`."""
+    """``ctx.saved_tensors``, which hooks may unpack only once, as often as wanted until :func:`released`."""
     result = _result_of(ctx)
     if result is None:
         return tuple(ctx.saved_tensors)
@@ -142,11 +142,14 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     return result.saved
 
 
-def release(ctx: Any) -> None:
-    """In the Function's backward, which runs after those of all consumers: no consumer asks after it."""
+def released(ctx: Any) -> tuple[Any, ...]:
+    """The same in the Function's backward, which runs after those of all consumers: no consumer asks after it."""
     result = _result_of(ctx)
-    if result is not None:
-        result.saved, result.value, result.asked = None, None, 0
+    if result is None:
+        return tuple(ctx.saved_tensors)
+    saved = ctx.saved_tensors if result.saved is None else result.saved
+    result.saved, result.value, result.asked = None, None, 0
+    return saved
 
 
 def _result_of(ctx: Any) -> Result | None:

@@ -227,7 +227,7 @@ def axis(x: Dual, dim: int) -> int:
     A 0-dimensional Dual has axes 0 and -1, as in torch, and none in the stack: the returned 1 makes torch raise.
     Rules with one axis use :func:`vector`, those with several use :func:`axes`, which returns none.
     """
-    n = x.dim() or 1
+    n = x.stacked.dim() - 1 or 1
     if not -n <= dim < n:
         raise IndexError(f"dim must be in [{-n}, {n - 1}], got {dim}.")
     return dim % n + 1

@@ -81,12 +81,13 @@ def sharing(
         if results is not None:
             computed = {name: _Computed(layer, x, y) for name, layer, y in zip(names, layers, results)}
             twin = object.__new__(type(self))
-            twin.__dict__.update(self.__dict__, _modules={**self._modules, **computed})
+            modules = {**self._modules, **computed}
+            twin.__dict__.update(self.__dict__, _modules=modules)
             output = own(twin, *args, **kwargs)
-            before = {**self.__dict__, "_modules": twin.__dict__["_modules"]}
+            before = self.__dict__
             for name, value in twin.__dict__.items():  # what the forward noted on its module
-                if name not in before or before[name] is not value:
-                    self.__dict__[name] = value
+                if before.get(name, computed) is not value and value is not modules:
+                    before[name] = value
             return output
         return own(self, *args, **kwargs)
 

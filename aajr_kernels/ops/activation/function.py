@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
-from ...recompute import make_recomputable, release, saved_tensors, snapshot
+from ...recompute import make_recomputable, released, saved_tensors, snapshot
 from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
@@ -35,8 +35,7 @@ class PointwiseFunction(Function):
     def backward(ctx: Any, y_bar: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if y_bar is None:
             return None, None, None, None
-        (x,) = saved_tensors(ctx)
-        release(ctx)
+        (x,) = released(ctx)
         x_bar = choice.implementation("activation", ctx.backend).pointwise_bwd(y_bar, x, ctx.kind)
         return x_bar, None, None, None
 
@@ -61,8 +60,7 @@ class GatedFunction(Function):
     def backward(ctx: Any, h_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         if h_bar is None:
             return (None,) * 5
-        gate, up = saved_tensors(ctx)
-        release(ctx)
+        gate, up = released(ctx)
         grads = choice.implementation("activation", ctx.backend).gated_bwd(
             h_bar, gate, up, ctx.kind, *ctx.needs_input_grad[:2]
         )

@@ -118,7 +118,7 @@ def attention(
     if mask is not None and not isinstance(mask, (Tensor, Dual)):
         raise TypeError(f"attention: mask must be a Tensor, a Dual or None, got {type(mask).__name__}.")
     tensors: tuple[Any, Any, Any, Any] = (q, k, v, mask)
-    dual = any(isinstance(x, Dual) for x in tensors)
+    dual = True in [isinstance(x, Dual) for x in tensors]
     tangents = num_tangents(*tensors)
     stacks = (stack_of(q), stack_of(k), stack_of(v), stack_of(mask)) if dual else tensors
     if context is not None:

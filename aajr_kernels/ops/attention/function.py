@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...autocast import no_autocast
+from ...autocast import no_autocast, outside_autocast
 from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
@@ -54,7 +54,7 @@ def run(
                 f"attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}: cast one of them."
             )
     batch = q.shape[1:-3]
-    q, k, v = (_five_axes(x) for x in (q, k, v))
+    q, k, v = _five_axes(q), _five_axes(k), _five_axes(v)
     if context is not None:
         options = options._replace(context_k=_five_axes(context[0]), context_v=_five_axes(context[1]))
     if mask is not None:
@@ -94,10 +94,8 @@ class AttentionFunction(Function):
             q, k, v = _dense(q), _dense(k), _dense(v)
             context_k, context_v = (x if x is None else _dense(x) for x in (context_k, context_v))
         options = Options(*numbers, drawn, q_start, k_start, context_k, context_v)
-        with no_autocast(q.device.type):
-            out, *residuals = choice.implementation("attention", backend).attention_fwd(
-                q, k, v, mask, options
-            )
+        attention_fwd = choice.implementation("attention", backend).attention_fwd
+        out, *residuals = outside_autocast(q.device.type, attention_fwd, q, k, v, mask, options)
         ctx.save_for_backward(*options[6:], q, k, v, mask, out, *residuals)
         return out
 
@@ -107,13 +105,12 @@ class AttentionFunction(Function):
         if out_bar is None:
             return (None,) * 11
         numbers: _Numbers = ctx.numbers
-        with no_autocast(out_bar.device.type):
-            drawn, q_start, k_start, context_k, context_v, *saved = ctx.saved_tensors
-            options = Options(*numbers, drawn, q_start, k_start, context_k, context_v)
-            of_context = () if options.context is None else ctx.needs_input_grad[9:]
-            grads = choice.implementation("attention", ctx.backend).attention_bwd(
-                out_bar, *saved, options=options, needs=(*ctx.needs_input_grad[:4], *of_context)
-            )
+        drawn, q_start, k_start, context_k, context_v, *saved = ctx.saved_tensors
+        options = Options(*numbers, drawn, q_start, k_start, context_k, context_v)
+        of_context = () if options.context is None else ctx.needs_input_grad[9:]
+        needs = (*ctx.needs_input_grad[:4], *of_context)
+        attention_bwd = choice.implementation("attention", ctx.backend).attention_bwd
+        grads = outside_autocast(out_bar.device.type, attention_bwd, out_bar, *saved, options, needs)
         return *grads[:4], None, None, None, None, None, *(grads[4:] or (None, None))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...autocast import no_autocast
+from ...autocast import outside_autocast
 from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
@@ -29,8 +30,7 @@ class LinearFunction(Function):
         kept = save_or_recompute(ctx, x) if any(ctx.needs_input_grad[2::2]) else None
         ctx.save_for_backward(kept, *(weights if ctx.needs_input_grad[0] else [None] * len(weights)))
         linear_fwd = choice.implementation("linear", backend).linear_fwd
-        with no_autocast(x.device.type):
-            results = tuple([linear_fwd(x, weight, bias) for weight, bias in zip(weights, biases)])
+        results = outside_autocast(ctx.device_type, _each, linear_fwd, x, weights, biases)
         return results if len(results) > 1 else results[0]
 
     @staticmethod
@@ -39,18 +39,23 @@ class LinearFunction(Function):
         x_bar, bars = None, []
         x, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        if any(y_bar is not None for y_bar in y_bars):
+        present = [y_bar for y_bar in y_bars if y_bar is not None]
+        if present:
             x = recomputed(ctx, x)
         linear_bwd = choice.implementation("linear", ctx.backend).linear_bwd
-        with no_autocast(ctx.device_type):
-            for y_bar, weight, need_weight, need_bias in zip(y_bars, weights, needs[::2], needs[1::2]):
-                weight_bar = bias_bar = None
-                if y_bar is not None:
-                    x_bar, weight_bar, bias_bar = linear_bwd(
-                        y_bar, x if need_weight else None, weight, need_bias, x_bar
-                    )
-                bars += [weight_bar, bias_bar]
+        for y_bar, weight, need_weight, need_bias in zip(y_bars, weights, needs[::2], needs[1::2]):
+            weight_bar = bias_bar = None
+            if y_bar is not None:
+                args = y_bar, x if need_weight else None, weight, need_bias, x_bar
+                x_bar, weight_bar, bias_bar = outside_autocast(ctx.device_type, linear_bwd, *args)
+            bars += [weight_bar, bias_bar]
         return x_bar, None, *bars
+
+
+def _each(
+    linear_fwd: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    return tuple([linear_fwd(x, weight, bias) for weight, bias in zip(weights, biases)])
 
 
 def trial(

@@ -17,7 +17,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def trailing_shape(op: str, x: Tensor | Dual, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
+    sizes = x.shape
+    if not shape or len(shape) > len(sizes) or tuple(sizes[len(sizes) - len(shape) :]) != shape:
         raise ValueError(
             f"{op}: normalized_shape must be the trailing axes of x, whose shape is {tuple(x.shape)}, got {shape}."
         )

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...autocast import no_autocast
+from ...autocast import no_autocast, outside_autocast
 from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
-from ...recompute import make_recomputable, release, saved_tensors
+from ...recompute import make_recomputable, released, saved_tensors
 from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 
@@ -56,8 +56,7 @@ class NormFunction(Function):
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         both, weight_bar, bias_bar = sum_bar, None, None
         if y_bar is not None:
-            x, weight, stats, _ = saved_tensors(ctx)
-            release(ctx)
+            x, weight, stats, _ = released(ctx)
             needs = need_x or need_residual, need_weight, need_bias
             both, weight_bar, bias_bar = _gradients(ctx, y_bar, x, weight, stats, needs, sum_bar)
         # an input without tangents takes the primal's part
@@ -71,11 +70,10 @@ class NormFunction(Function):
 def _norm(
     ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    with no_autocast(x.device.type):
-        y, stats, summed = choice.implementation("norm", ctx.backend).norm_fwd(
-            x, weight, bias, ctx.eps, ctx.offset, ctx.centred, residual
-        )
-    return y, stats, summed
+    norm_fwd = choice.implementation("norm", ctx.backend).norm_fwd
+    args = x, weight, bias, ctx.eps, ctx.offset, ctx.centred, residual
+    results: tuple[Tensor, Tensor, Tensor | None] = outside_autocast(x.device.type, norm_fwd, *args)
+    return results
 
 
 def _again(ctx: Any) -> Tensor:
@@ -95,15 +93,15 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Cotangents of what was normalised, the weight and the bias, the latter two in their dtypes."""
     x_bar = weight_bar = bias_bar = None
-    with no_autocast(y_bar.device.type):
-        if x is None:  # only the bias is trained
-            wide = torch.float64 if y_bar.dtype == torch.float64 else torch.float32
+    if x is None:  # only the bias is trained
+        wide = torch.float64 if y_bar.dtype == torch.float64 else torch.float32
+        with no_autocast(y_bar.device.type):
             bias_bar = y_bar[0].reshape(-1, y_bar.shape[-1]).sum(0, dtype=wide)
-        else:
-            x_bar, weight_bar, bias_bar = choice.implementation("norm", ctx.backend).norm_bwd(
-                y_bar, x, weight, stats, ctx.offset, ctx.centred, *needs, sum_bar
-            )
-    if weight_bar is not None and weight is not None:
+    else:
+        norm_bwd = choice.implementation("norm", ctx.backend).norm_bwd
+        args = y_bar, x, weight, stats, ctx.offset, ctx.centred, *needs, sum_bar
+        x_bar, weight_bar, bias_bar = outside_autocast(y_bar.device.type, norm_bwd, *args)
+    if weight_bar is not None and weight is not None and weight_bar.dtype != weight.dtype:
         weight_bar = weight_bar.to(weight.dtype)
     if bias_bar is not None:
         bias_bar = bias_bar.to(ctx.bias_dtype)

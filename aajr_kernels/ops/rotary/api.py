@@ -86,7 +86,14 @@ def rotaries(
 def _form(x: Tensor | Dual) -> tuple[Any, ...]:
     """All that decides on the kernels of x; what is equal here may be turned together."""
     stacked = x.stacked if isinstance(x, Dual) else x
-    return isinstance(x, Dual), type(stacked), stacked.dtype, stacked.device, stacked.shape[0], stacked.shape[-1]
+    return (
+        isinstance(x, Dual),
+        type(stacked),
+        stacked.dtype,
+        stacked.device,
+        stacked.shape[0],
+        stacked.shape[-1],
+    )
 
 
 def _check(x: Tensor | Dual, cos: Tensor, sin: Tensor) -> None:

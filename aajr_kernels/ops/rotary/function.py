@@ -15,7 +15,7 @@ from . import reference  # noqa: F401  loaded here because compiled code cannot 
 
 
 class RotaryFunction(Function):
-    """cos, sin, two options and any number of ``[1 + K, *shape]`` to as many; tables ``[*shape[:-1], R]``, broadcast."""
+    """cos, sin, two options, any number of ``[1 + K, *shape]`` to as many; tables broadcast to ``[*shape[:-1], R]``."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
