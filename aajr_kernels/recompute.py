@@ -167,9 +167,10 @@ def recomputable_node(x: torch.Tensor) -> Any:
     if torch.compiler.is_compiling():
         return None
     node, index = x.grad_fn, x.output_nr
-    if node is not None and node.name() in _VIEWS:
-        node, index = node.next_functions[0]
     result = getattr(node, "result", None)
+    if result is None and node is not None and node.name() in _VIEWS:
+        node, index = node.next_functions[0]
+        result = getattr(node, "result", None)
     if index != 0 or not isinstance(result, Result) or result.version != torch_private.version_of(x):
         return None
     return node

@@ -103,13 +103,10 @@ def _norm(backward: bool, variant: str, length: int) -> Callable[[], object]:
 
 
 def _launch(variant: str, length: int) -> Callable[[], object]:
-    """The norm's kernel by itself, as `launch` starts it and as a replay does."""
-    forward = _norm(False, "launcher", length)
-    if variant == "replay":
-        return forward
+    """The kernel of a norm's forward by itself, as Triton and as `launch` start it; the norm's launcher replays it."""
     launches: list[Any] = []
     with gpu.traced(lambda kernel, compiled, *launch: launches.append((kernel, *launch))):
-        forward()
+        _norm(False, "launcher", length)()
     (kernel, grid, args, options) = launches[0]
     if variant == "kernel[grid]":
         return lambda: kernel[grid](*args, **options)
@@ -160,7 +157,7 @@ _CALLS: dict[str, tuple[Callable[[str, int], Callable[[], object]], tuple[str, .
     "attention-backward": (functools.partial(_attention, True), (EMPTY, "launcher", "public")),
     "norm-forward": (functools.partial(_norm, False), (EMPTY, "launcher", "public")),
     "norm-backward": (functools.partial(_norm, True), (EMPTY, "launcher", "public")),
-    "launch": (_launch, ("kernel[grid]", "launch", "replay")),
+    "launch": (_launch, ("kernel[grid]", "launch")),
     "llama": (_llama, (EMPTY, "plain layer", "fused layer")),
 }
 

@@ -63,6 +63,7 @@ def rotaries(
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     for x in xs:
         _check(x, cos, sin)
+    # one form: Duals without and with tangents, or of two dtypes, have kernels of their own
     if len(xs) > 1 and (torch.compiler.is_compiling() or len(set(map(_form, xs))) > 1):
         return [rotaries((x,), cos, sin, interleaved=interleaved, unsqueeze_dim=None)[0] for x in xs]
     if not isinstance(xs[0], Dual):
