@@ -136,17 +136,7 @@ def has_hooks_inside(module: torch.nn.Module) -> bool:
 
 def _hooked_inside(module: torch.nn.Module) -> bool:
     for part in module._modules.values():
-        if part is None:
-            continue
-        forward = part._forward_hooks or part._forward_pre_hooks  # as `_is_hooked`, without its call
-        if (
-            forward
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or part._compiled_call_impl is not None
-        ):
-            return True
-        if part._modules and _hooked_inside(part):
+        if part is not None and (_is_hooked(part) or (part._modules and _hooked_inside(part))):
             return True
     return False
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...autocast import no_autocast, outside_autocast
+from ...autocast import no_autocast
 from ...backends import choice
 from ...backends.errors import first_order
 from ...backends.selfcheck import Draw, Trial
@@ -95,7 +95,8 @@ class AttentionFunction(Function):
             context_k, context_v = (x if x is None else _dense(x) for x in (context_k, context_v))
         options = Options(*numbers, drawn, q_start, k_start, context_k, context_v)
         attention_fwd = choice.implementation("attention", backend).attention_fwd
-        out, *residuals = outside_autocast(q.device.type, attention_fwd, q, k, v, mask, options)
+        with no_autocast(q.device.type):
+            out, *residuals = attention_fwd(q, k, v, mask, options)
         ctx.save_for_backward(*options[6:], q, k, v, mask, out, *residuals)
         return out
 
@@ -110,7 +111,8 @@ class AttentionFunction(Function):
         of_context = () if options.context is None else ctx.needs_input_grad[9:]
         needs = (*ctx.needs_input_grad[:4], *of_context)
         attention_bwd = choice.implementation("attention", ctx.backend).attention_bwd
-        grads = outside_autocast(out_bar.device.type, attention_bwd, out_bar, *saved, options, needs)
+        with no_autocast(out_bar.device.type):
+            grads = attention_bwd(out_bar, *saved, options, needs)
         return *grads[:4], None, None, None, None, None, *(grads[4:] or (None, None))
 
 
