@@ -57,5 +57,5 @@ def outside_autocast(device_type: str, function: Callable[..., Any], *args: Any)
     """``function(*args)`` inside :func:`no_autocast`, in less time where there is no autocast."""
     if not autocasting(device_type):
         return function(*args)
-    with torch.autocast(device_type, enabled=False):
+    with no_autocast(device_type):
         return function(*args)

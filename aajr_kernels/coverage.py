@@ -18,7 +18,6 @@ import torch
 from .torch_private import mark_constant as constant
 
 __all__ = [
-    "RECORDERS",
     "Coverage",
     "coverage",
     "function_name",
@@ -117,8 +116,7 @@ class Coverage:
         return "\n".join(lines)
 
 
-#: the open blocks; looked at in place of :func:`recording` where nothing is traced
-RECORDERS: list[Coverage] = []
+_coverage: list[Coverage] = []
 
 
 @contextlib.contextmanager
@@ -139,31 +137,31 @@ def coverage() -> Iterator[Coverage]:
 @contextlib.contextmanager
 def recorded_in(recorder: Coverage) -> Iterator[None]:
     """A :func:`coverage` block that goes on with a record."""
-    RECORDERS.append(recorder)
+    _coverage.append(recorder)
     try:
         yield
     finally:
-        RECORDERS.remove(recorder)
+        _coverage.remove(recorder)
 
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Inside, the open :func:`coverage` blocks hear nothing."""
-    held, RECORDERS[:] = list(RECORDERS), []
+    held, _coverage[:] = list(_coverage), []
     try:
         yield
     finally:
-        RECORDERS[:] = held
+        _coverage[:] = held
 
 
 def recording() -> bool:
     """Whether a :func:`coverage` block is open; lets callers skip the cost of counting."""
-    return _is_open() if torch.compiler.is_compiling() else bool(RECORDERS)
+    return _is_open() if torch.compiler.is_compiling() else bool(_coverage)
 
 
 @constant  # no guard: opening a block later compiles nothing again
 def _is_open() -> bool:
-    return bool(RECORDERS)
+    return bool(_coverage)
 
 
 def record(op: str, backend: str, flops: Number = 0.0) -> None:
@@ -171,26 +169,26 @@ def record(op: str, backend: str, flops: Number = 0.0) -> None:
     if torch.compiler.is_compiling():
         _record_traced(op, backend)
         return
-    for recorder in RECORDERS:
+    for recorder in _coverage:
         recorder.add(op, backend, flops)
 
 
 def record_computed(part: str, computed: Number, whole: float, skipped: Number) -> None:
     """Tell them how many of the tokens or positions a call computes, and the forward flops that it leaves out."""
-    for recorder in RECORDERS:
+    for recorder in _coverage:
         recorder.add_computed(part, computed, whole, skipped)
 
 
 @constant
 def _record_traced(op: str, backend: str) -> None:
-    for recorder in RECORDERS:
+    for recorder in _coverage:
         recorder.add(op, backend, 0.0)
 
 
 @constant
 def record_unsupported(name: str) -> None:
     """Tell them that a function without a rule was called."""
-    for recorder in RECORDERS:
+    for recorder in _coverage:
         recorder.unsupported.append(name)
 
 

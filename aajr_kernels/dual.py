@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends.errors import UnsupportedOperation, unsupported
-from .coverage import RECORDERS, function_name, record, record_unsupported, recording
+from .coverage import function_name, record, record_unsupported, recording
 from .rules import registry
 from .rules.leaving import array_ufunc, leave, refuse_array
 from .torch_private import pytree
@@ -33,13 +33,12 @@ def dispatch(
     Raises:
         UnsupportedOperation: `func` has no rule, or was called with ``out=``.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling:
+    if torch.compiler.is_compiling():
         registry.guard_compiled()
     rule = rule or registry.RULES.get(func)
     if rule is None:
         name = function_name(func)
-        if compiling and name in registry.TRACED:
+        if torch.compiler.is_compiling() and name in registry.TRACED:
             return registry.TRACED[name](*args, **kwargs)
         if recording():
             record_unsupported(name)
@@ -54,7 +53,7 @@ def dispatch(
     if kwargs or not _is_plain(args):
         rule, args, kwargs = registry.settled(func, rule, args, kwargs)
     result = rule(*args, **kwargs)
-    if recording() if compiling else RECORDERS:
+    if recording():
         _record(func, result)
     return result
 

@@ -279,10 +279,9 @@ def implementation(op: str, backend: str) -> ModuleType:
     Raises:
         BackendUnavailable: there is no such module, or it cannot be imported.
     """
-    # torch.compile traces the look-up, it could not trace an import
-    module = sys.modules.get(f"aajr_kernels.ops.{op}.{'cpu' if backend == 'native' else backend}")
+    name = _module(op, backend)
+    module = sys.modules.get(name)  # torch.compile traces the look-up, it could not trace an import
     if module is None:
-        name = _module(op, backend)
         try:
             module = importlib.import_module(name)
         except ImportError as error:

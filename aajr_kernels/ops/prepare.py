@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import sharding
 from ..backends import choice, selfcheck
-from ..coverage import RECORDERS, record, recording
+from ..coverage import record, recording
 
 __all__ = ["SHARDS", "prepare"]
 
@@ -72,8 +72,7 @@ def prepare(
     if backend in selfcheck.BACKENDS:
         named = backend == choice.current_backend()
         backend = selfcheck.checked_backend(op, name or op, backend, named, operands, kind)
-    compiling = torch.compiler.is_compiling()
-    if recording() if compiling else RECORDERS:
+    if recording():
         # lengths may be symbols while torch.compile traces
-        record(name or op, backend, 0.0 if compiling else flops(*operands))
+        record(name or op, backend, 0.0 if torch.compiler.is_compiling() else flops(*operands))
     return backend, operands

@@ -57,8 +57,7 @@ def rotaries(
     Returns:
         What :func:`rotary` gives for each. Its errors are the same.
     """
-    if isinstance(cos, Dual) or isinstance(sin, Dual):
-        refuse_duals("rotary", "write x * cos + rotate(x) * sin", cos=cos, sin=sin)
+    refuse_duals("rotary", "write x * cos + rotate(x) * sin", cos=cos, sin=sin)
     if unsqueeze_dim is not None:
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     for x in xs:

@@ -120,18 +120,23 @@ def against_one(case: str) -> None:
     say(f"objective {case}", error, dtype)
 
 
+def fitted(trained: nn.Module, processes: int, config: FitConfig, **options: Any) -> list[dict[str, Any]]:
+    """The rows of ``fit`` on all micro-batches of three steps, or on those of this process."""
+    micro = [batch for step in range(3) for batch in micro_batches(step)]
+    ours = dataclasses.replace(config, accumulate=2 * world // processes)
+    own = micro[rank::world] if processes > 1 else micro
+    # keys have biases, whose gradients are rounding, which Adam would scale up
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, eps=1e-3)
+    return fit(trained, own, ours, optimizer=optimizer, progress=False, **options).rows
+
+
 def fit_against_one(folder: Path) -> None:
     """Three steps of ``fit`` with both gradients clipped; the same in two calls; the checkpoint in a whole model."""
     objective = dataclasses.replace(BASE, penalty=Penalty(weight=Share(0.3), steps="worst"))
-    config = FitConfig(objective=objective, steps=3, accumulate=2, clip_norm=0.5, penalty_clip_norm=0.05)
+    config = FitConfig(objective=objective, steps=3, clip_norm=0.5, penalty_clip_norm=0.05)
 
     def run(trained: nn.Module, processes: int, steps: int = 3, **options: Any) -> list[dict[str, Any]]:
-        micro = [batch for step in range(3) for batch in micro_batches(step)]
-        ours = dataclasses.replace(config, steps=steps, accumulate=2 * world // processes)
-        own = micro[rank::world] if processes > 1 else micro
-        # keys have biases, whose gradients are rounding, which Adam would scale up
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, eps=1e-3)
-        return fit(trained, own, ours, optimizer=optimizer, progress=False, **options).rows
+        return fitted(trained, processes, dataclasses.replace(config, steps=steps), **options)
 
     plain, together = model(), sharded(model())
     expected, rows = run(plain, 1), run(together, world)
@@ -164,17 +169,14 @@ def fit_against_one(folder: Path) -> None:
 def fit_with_held_out_rows() -> None:
     """λ follows the held-out rows of all processes, and so do the parameters."""
     penalty = Constraint(gamma=0.05, follow="validation", rate=0.5, window=20, steps="all")
-    config = FitConfig(objective=dataclasses.replace(BASE, penalty=penalty), steps=3, accumulate=2)
+    config = FitConfig(objective=dataclasses.replace(BASE, penalty=penalty), steps=3)
     generator = torch.Generator().manual_seed(9)
     held_out = torch.randint(VOCABULARY, (3, 2 * world, 10), generator=generator)
 
     def run(trained: nn.Module, processes: int) -> list[dict[str, Any]]:
-        micro = [batch for step in range(3) for batch in micro_batches(step)]
-        ours = dataclasses.replace(config, accumulate=2 * world // processes)
-        own, rows = (micro[rank::world], slice(rank, None, world)) if processes > 1 else (micro, slice(None))
+        rows = slice(rank, None, world) if processes > 1 else slice(None)
         measured = [{"input_ids": ids[rows], "labels": ids[rows]} for ids in held_out]
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, eps=1e-3)
-        return fit(trained, own, ours, optimizer=optimizer, progress=False, validation=measured).rows
+        return fitted(trained, processes, config, validation=measured)
 
     plain, together = model(), sharded(model())
     expected, rows = run(plain, 1), run(together, world)
