@@ -1,6 +1,7 @@
 """A plain training loop for the method: attack, loss at the worst point, penalty; resumable."""
 
-from .batches import Stream, prepared
+from ..method.batch import prepared
+from ..method.policy import Policy
 from .checkpoints import load_checkpoint
 from .config import Attack, Diagnostics, FitConfig, ObjectiveConfig, Penalty
 from .constraint import Constraint, gamma_for_step
@@ -8,10 +9,11 @@ from .counts import Counts
 from .loop import FitResult, NonFiniteLossError, fit
 from .multiplier import Multiplier
 from .objective import Terms
-from .policy import Policy, policy_of
+from .policy import policy_of
 from .record import read_rows
 from .schedules import Cosine, Linear, Schedule, Share, WarmUp
 from .step import Objective
+from .stream import Stream
 
 __all__ = [
     "Attack",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..method.baselines import NEEDS_LOSS
-from .batches import Prepared
+from ..method.batch import Prepared
 from .config import ObjectiveConfig
 
 __all__ = ["Counts", "units_of"]

@@ -29,18 +29,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..coverage import Coverage, recorded_in
 from ..method.ascent import NonFiniteLoss
 from ..method.attack_state import frozen_parameters
+from ..method.policy import Policy
 from . import randomness
-from .batches import Batches, Stream
 from .checkpoints import Checkpoints, put_weights, weights_of
 from .config import FitConfig, describe
 from .gradients import Gradients, over_processes
-from .policy import Policy
 from .progress import Progress
 from .record import Recorder, Row
 from .report import write_report
 from .schedules import value_at
 from .shards import gathered, gathered_state, spread_state
 from .step import Objective
+from .stream import Batches, Stream
 from .wrappers import reshard, smallest, unwrapped
 
 __all__ = ["FitResult", "NonFiniteLossError", "fit"]

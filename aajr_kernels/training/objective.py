@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from ..method.ascent import NonFiniteLoss, ascend
 from ..method.baselines import NEEDS_LOSS, trajectory_baseline
+from ..method.batch import Prepared
 from ..method.losses import IGNORED
+from ..method.policy import Policy
 from ..method.scopes import widened
 from ..method.trajectory import PenaltyStatistics, Trajectory, gathered, trajectory_penalty
-from .batches import Prepared
 from .config import ObjectiveConfig
 from .counts import Counts, units_of
-from .policy import Policy
 from .scheduled import ScheduledValues
 from .sharing import Shared, Sharing
 from .wrappers import entered, group_of, smallest

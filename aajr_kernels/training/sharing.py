@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..backends.errors import UnsupportedOperation
 from ..dual import Dual
+from ..method.batch import Prepared
 from ..method.checks import first_included
 from ..method.losses import IGNORED
-from .batches import Prepared
+from ..method.policy import Policy
 from .config import ObjectiveConfig
-from .policy import Policy
 from .wrappers import entered, smallest
 
 __all__ = ["Shared", "Sharing"]

@@ -25,18 +25,19 @@ from torch import Tensor, nn
 
 from ..autocast import autocasting
 from ..method.attack_state import frozen_parameters, one_dropout_mask
+from ..method.batch import Prepared, prepared
 from ..method.losses import IGNORED
+from ..method.policy import Policy
 from ..method.report import StabilityReport
 from ..method.stability import OUTPUT_BOUNDS, stability_report
 from ..method.trajectory import Trajectory
 from ..method.wrapped import inside
 from . import randomness
-from .batches import Prepared, prepared
 from .config import Diagnostics, ObjectiveConfig
 from .counts import Counts
 from .multiplier import Multiplier
 from .objective import AfterAttack, Terms, Work, terms_of
-from .policy import Policy, policy_of
+from .policy import policy_of
 from .scheduled import ScheduledValues
 from .sharing import Sharing
 from .wrappers import group_of, reshard, smallest, unwrapped

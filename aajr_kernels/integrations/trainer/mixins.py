@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...method.batch import Prepared
 from ...method.wrapped import inside
 from ...sharding import is_fully_sharded
 from ...training import Constraint, Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
-from ...training.batches import Prepared
 from ...training.wrappers import unwrapped
 from . import checks
 from .grpo import grpo_batch

@@ -25,6 +25,7 @@ from integrations.trainer.trainers import (
 )
 
 import aajr_kernels as aajr
+from aajr_kernels.method.batch import Prepared
 from aajr_kernels.training import (
     Attack,
     Constraint,
@@ -36,7 +37,6 @@ from aajr_kernels.training import (
     Policy,
     Share,
 )
-from aajr_kernels.training.batches import Prepared
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from aajr_kernels.integrations.distributed import tensor_parallel
+from aajr_kernels.method.batch import prepared
 from aajr_kernels.training import Attack, ObjectiveConfig, Penalty, Policy
-from aajr_kernels.training.batches import prepared
 from aajr_kernels.training.counts import Counts
 from aajr_kernels.training.objective import terms_of
 from aajr_kernels.training.scheduled import ScheduledValues
