@@ -27,7 +27,7 @@ from ..backends import capture
 from ..dual import Dual
 from .attack_state import frozen_parameters, modules_of, ranks_of
 from .checks import check_choices, check_integers, kind_of
-from .evaluate import Evaluator
+from .evaluator import Evaluator
 from .projection import NORMS, Ball, checked_radius
 from .scopes import SCOPES, Groups, attackable, checked_agents, widened
 from .stepsize import AutoStep, GivenStep, checked_step_size

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..dual import Dual, dual
 from ..ops.sensitivity import sensitivity
-from .evaluate import checked_losses, input_gradient
+from .evaluator import checked_losses, input_gradient
 from .head import LMHead, as_head
 from .scopes import Groups, attackable, kept, widened
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import probes
-from .evaluate import Evaluator
+from .evaluator import Evaluator
 from .projection import Ball
 from .scopes import kept, widened
 from .trajectory import Trajectory

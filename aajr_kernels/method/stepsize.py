@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..backends import capture
 from .checks import is_number, kind_of
-from .evaluate import Evaluator
+from .evaluator import Evaluator
 from .scopes import Groups
 
 __all__ = ["AutoStep", "GivenStep", "StepEnd", "checked_step_size"]
