@@ -50,7 +50,7 @@ ONE_PLACE = {
     "peft": [],
     "trl": [],
     "gguf": [],
-    "matplotlib": ["training/report.py"],
+    "matplotlib": ["training/report.py", "method/evaluation/picture.py"],
     "safetensors": ["training/checkpoints.py"],
     "torch.utils.tensorboard": ["method/report.py", "training/record.py"],
     "aajr_kernels._native": ["backends/cpu.py"],

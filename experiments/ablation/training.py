@@ -10,24 +10,25 @@ import torch
 from torch import Tensor, nn
 
 import aajr_kernels as aajr
+from aajr_kernels.method.evaluation import Scene
 from aajr_kernels.method.scopes import Groups
 from aajr_kernels.training import policy_of
 
-from ..language_model.attacks import Scene, norm_of, scene_of
+from ..language_model.text import scene_of
 
 
 def ascent(config: dict[str, Any], scene: Scene, steps: int) -> aajr.Trajectory:
     """The adversary of training: normalised steps in a ball for every open token, from the tokens themselves."""
-    x = scene.embedded(scene.ids)
-    radius = config["radius"] * norm_of(x)
+    x = scene.x
+    radius = config["radius"] * scene.unit
     return aajr.ascend(
-        *(scene.loss(), x),
+        *(scene.loss, x),
         radius=radius,
         steps=steps,
         step_size=config["inner"]["step"] * radius,
         scope="token",
         mask=scene.mask,
-        module=scene.model,
+        module=scene.modules,
     )
 
 
@@ -104,12 +105,12 @@ def tune(
         began = time.process_time()
         scene = scene_of(model, policy, batch)
         traj = ascent(config, scene, steps)
-        clean, penalty = scene.loss()(traj.x).mean(), torch.zeros(())
+        clean, penalty = scene.loss(traj.x).mean(), torch.zeros(())
         if place == "end":
             penalty, aux = measured(scene, traj, place, weight=weight * (1 + mix) / mix)
             adversarial = aux.primal
         else:
-            adversarial = scene.loss()(traj.worst).mean()
+            adversarial = scene.loss(traj.worst).mean()
             if place is not None:
                 penalty, _ = measured(scene, traj, place)
         optimizer.zero_grad()

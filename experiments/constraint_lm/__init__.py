@@ -96,29 +96,28 @@ def _within(
     import torch
 
     import aajr_kernels as aajr
-    from aajr_kernels.training import policy_of, prepared
+    from aajr_kernels.training import policy_of
 
-    from ..language_model.attacks import norm_of
+    from ..language_model.text import scene_of
     from ..language_model.training import batches_of
 
     policy, training, units = policy_of(model), model.training, []
     model.eval()
     for batch in batches_of(config, source, config["evaluation"], seed):
-        ready = prepared(batch, torch.device("cpu"), shift=True)
-        x = ready.embedded(policy).detach()
-        unit = norm_of(x)
+        scene = scene_of(model, policy, batch)
+        x, unit = scene.x, scene.unit
         radius, inner = unit * config["radius"], config["inner"]
         traj = aajr.ascend(
-            *(policy.loss_fn({}, ready.labels, "mean"), x),
+            *(scene.loss, x),
             radius=radius,
             steps=inner["steps"],
             step_size=inner["step"] * radius,
             scope="sequence",
-            mask=ready.attackable,
+            mask=scene.mask,
             module=model,
         )
         with torch.no_grad():
-            mask = ready.labels != -100
+            mask = scene.labels != -100
             options: dict[str, Any] = dict(
                 head=policy.head, metric="fisher", mask=mask, batch_steps=len(traj)
             )

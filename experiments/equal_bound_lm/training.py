@@ -10,25 +10,26 @@ from torch import Tensor, nn
 
 import aajr_kernels as aajr
 from aajr_kernels.method import baseline_penalty
+from aajr_kernels.method.evaluation import Scene
 from aajr_kernels.training import Constraint, Multiplier, policy_of
 
 from ..bounded import quantile_of
-from ..language_model.attacks import Scene, norm_of, scene_of
+from ..language_model.text import scene_of
 from ..language_model.training import batches_of
 
 
 def ascent(config: dict[str, Any], scene: Scene, steps: int) -> aajr.Trajectory:
     """Normalised steps in a ball around the whole row; its radius and γ count in norms of a token."""
-    x = scene.embedded(scene.ids)
-    radius = config["radius"] * norm_of(x)
+    x = scene.x
+    radius = config["radius"] * scene.unit
     return aajr.ascend(
-        *(scene.loss(), x),
+        *(scene.loss, x),
         radius=radius,
         steps=steps,
         step_size=config["inner"]["step"] * radius,
         scope="sequence",
         mask=scene.mask,
-        module=scene.model,
+        module=scene.modules,
     )
 
 
@@ -43,7 +44,7 @@ def measure(
     """
     points, directions = traj.points[:-1].flatten(0, 1), traj.directions.flatten(0, 1)
     repeated = lambda mask: mask.repeat(len(traj.directions), 1)
-    unit = norm_of(traj.x)
+    unit = scene.unit
     hinge, units = baseline_penalty(
         *(method, scene.policy.forward, points, directions),
         start=directions if method == "spectral" else None,
@@ -54,7 +55,7 @@ def measure(
         gamma=gamma / unit,
         form="hinge",
         unit="sequence",
-        module=scene.model,
+        module=scene.modules,
         return_units=True,
     )
     return unit * hinge, unit * units.flatten().sqrt()
@@ -93,7 +94,7 @@ def tune(
         began = time.process_time()
         scene = scene_of(model, policy, batch)
         traj = ascent(config, scene, config["more" if method == "more" else "inner"]["steps"])
-        task = (scene.loss()(traj.x).mean() + scene.loss()(traj.worst).mean()) / 2
+        task = (scene.loss(traj.x).mean() + scene.loss(traj.worst).mean()) / 2
         loss = task
         if multiplier is not None:
             weight, gamma = multiplier.at(step)
@@ -141,10 +142,10 @@ def stability(config: dict[str, Any], model: nn.Module, source: Tensor, seed: in
     (batch,) = batches_of(config, source, 1, 7000 + seed)
     scene = scene_of(model, policy_of(model), batch)
     traj = ascent(config, scene, config["inner"]["steps"])
-    unit, scored = norm_of(traj.x), scene.labels != -100
+    unit, scored = scene.unit, scene.labels != -100
     count = scored.sum(-1)
     report = aajr.stability_report(
-        *(scene.loss(), traj.x, traj),
+        *(scene.loss, traj.x, traj),
         samples=config["samples"],
         func=scene.policy.forward,
         head=scene.policy.described_head(),
@@ -152,7 +153,7 @@ def stability(config: dict[str, Any], model: nn.Module, source: Tensor, seed: in
         output_bounds=(1 / count, 2**0.5 / count),
         nearby=config["nearby"] * config["radius"] * unit,
         generator=torch.Generator().manual_seed(8000 + seed),
-        module=scene.model,
+        module=scene.modules,
     )
     summary = report.to_dict()["summary"]
     lengths = {name: summary[name] * unit**2 for name in ("kappa", "kappa_positive", "smoothness")}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import aajr_kernels as aajr
+from aajr_kernels.method.evaluation import EmbeddingAttack, Scene, TokenSubstitution
 from aajr_kernels.training import Policy, policy_of
 
 from ..ascents import recorded
-from .attacks import Scene, embedding_attack, losses_of, norm_of, scene_of, substitution_attack
-from .text import Text, in_turns, windows
+from .text import Text, in_turns, scene_of, windows
 
 
 def clean_loss(
@@ -21,7 +21,7 @@ def clean_loss(
 ) -> float:
     """Mean cross-entropy of the scored tokens of random windows; perplexity is its exponential."""
     scene = _scene(config, model, policy, source, seed, rows)
-    return losses_of(scene).mean().item()
+    return scene.losses(scene.x).mean().item()
 
 
 def evaluate_losses(config: dict[str, Any], model: nn.Module, source: Tensor, seed: int) -> dict[str, float]:
@@ -29,7 +29,7 @@ def evaluate_losses(config: dict[str, Any], model: nn.Module, source: Tensor, se
     policy, settings = policy_of(model), config["evaluation"]
     scene = _scene(config, model, policy, source, seed, settings["rows"])
     generator = torch.Generator().manual_seed(4000 + seed)
-    worst, _ = embedding_attack(scene, radius=config["radius"], **settings["attack"], generator=generator)
+    worst = EmbeddingAttack(config["radius"], **settings["attack"]).run(scene, generator).losses
     clean = clean_loss(config, model, policy, source, seed, settings["clean_rows"])
     return {"nominal": clean, "robust": worst.mean().item()}
 
@@ -49,17 +49,18 @@ def evaluate(config: dict[str, Any], model: nn.Module, text: Text, seed: int) ->
     scene = _scene(config, model, policy, text.test, seed, settings["rows"])
     results: dict[str, Any] = {
         "clean": clean_loss(config, model, policy, text.test, seed, settings["clean_rows"]),
-        "start": losses_of(scene).mean().item(),
+        "start": scene.losses(scene.x).mean().item(),
         "embedding": [],
     }
     generator = torch.Generator().manual_seed(4000 + seed)
     for factor in settings["radii"]:
-        radius = factor * config["radius"]
-        worst, ascents = embedding_attack(scene, radius=radius, **settings["attack"], generator=generator)
+        attack = EmbeddingAttack(factor * config["radius"], **settings["attack"])
+        ascents = attack.ascents(scene, generator)
+        worst = torch.stack([traj.worst_loss for traj in ascents]).amax(0)
         results["embedding"].append(worst.mean().item())
         if factor == 1:
             results["falls"] = _falls(ascents)
-    _, replaced = substitution_attack(scene, **settings["substitution"], candidates=text.candidates)
+    replaced = TokenSubstitution(**settings["substitution"], candidates=text.candidates).run(scene).curve
     return results | {"substitution": replaced.mean(1).tolist()} | _stability(config, scene)
 
 
@@ -82,21 +83,16 @@ def _falls(ascents: list[aajr.Trajectory]) -> float:
 
 def _stability(config: dict[str, Any], scene: Scene) -> dict[str, Any]:
     inner = config["inner"]
-    _, (traj,) = embedding_attack(
-        scene,
-        radius=config["radius"],
-        steps=inner["steps"],
-        step_sizes=[inner["step"]],
-        restarts=1,
-        generator=torch.Generator(),
-    )
+    attack = EmbeddingAttack(config["radius"], steps=inner["steps"], step_sizes=(inner["step"],))
+    (traj,) = attack.ascents(scene, torch.Generator())
     kind = config["evaluation"]["curvature"]
-    training = scene.model.training
-    scene.model.eval()
-    report = aajr.stability_report(scene.loss(), traj.x, traj, curvature=kind, samples=3, module=scene.model)
-    scene.model.train(training)
+    (model,) = scene.modules
+    training = model.training
+    model.eval()
+    report = aajr.stability_report(scene.loss, traj.x, traj, curvature=kind, samples=3, module=model)
+    model.train(training)
     assert report.kappa is not None and report.eta_max is not None and report.violated is not None
-    unit = norm_of(traj.x)
+    unit = scene.unit
     largest = report.eta_max.median().item() / unit
     return {
         "ascent_falls": report.non_monotone.float().mean().item(),

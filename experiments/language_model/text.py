@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from aajr_kernels.method.evaluation import Scene
+from aajr_kernels.training import Policy, prepared
 from common import texts
 
 
@@ -73,3 +75,8 @@ def in_turns(ids: Tensor, turn: int) -> dict[str, Tensor]:
     """
     theirs = attackable(ids.shape[1], turn).expand(ids.shape)
     return {"input_ids": ids, "labels": ids.masked_fill(theirs, -100), "attack_mask": theirs}
+
+
+def scene_of(model: nn.Module, policy: Policy, batch: dict[str, Tensor]) -> Scene:
+    """The scene of a batch of :func:`in_turns` before a model on the CPU."""
+    return Scene(policy, prepared(batch, torch.device("cpu"), shift=True), (model,))

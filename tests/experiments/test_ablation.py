@@ -16,7 +16,7 @@ from experiments import load
 from experiments.ablation import runs, training
 from experiments.ablation.report import COMPARISON, default_of
 from experiments.base import run_experiment
-from experiments.language_model import attacks, models, text
+from experiments.language_model import models, text
 from experiments.statistics import t_interval
 from experiments.store import Store
 
@@ -35,13 +35,13 @@ def scene():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)
-    return attacks.scene_of(model, policy_of(model), text.in_turns(speech(96).reshape(3, 32), 8))
+    return text.scene_of(model, policy_of(model), text.in_turns(speech(96).reshape(3, 32), 8))
 
 
 def fisher(scene, point, v):
     """Σ p(ż − Σ p ż)² over the scored tokens of every row, ``[B]``, ż from central differences."""
     h = 1e-6
-    logits = lambda x: scene.model(inputs_embeds=x).logits
+    logits = lambda x: scene.modules[0](inputs_embeds=x).logits
     with torch.no_grad():
         slope = (logits(point + h * v) - logits(point - h * v)) / (2 * h)
         p = logits(point).softmax(-1)
@@ -55,7 +55,7 @@ def test_measurements_are_those_of_the_page(scene):
     gradients = []
     for point in traj.points:
         x = point.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(scene.loss()(x).sum(), x)[0] * scene.mask.unsqueeze(-1))
+        gradients.append(torch.autograd.grad(scene.loss(x).sum(), x)[0] * scene.mask.unsqueeze(-1))
     unit = torch.nn.functional.normalize
     per_token = [unit(g, dim=-1) for g in gradients]
     per_row = [unit(g.flatten(1), dim=-1).reshape(g.shape) for g in gradients]
@@ -75,7 +75,7 @@ def test_measurements_are_those_of_the_page(scene):
 def test_the_loss_of_the_shared_forward_is_that_at_the_worst_point(scene):
     traj = training.ascent(QUICK, scene, 2)
     penalty, aux = training.measured(scene, traj, "end", weight=0.3)
-    assert aux.primal.item() == pytest.approx(scene.loss()(traj.worst).mean().item(), rel=1e-9)
+    assert aux.primal.item() == pytest.approx(scene.loss(traj.worst).mean().item(), rel=1e-9)
     assert penalty.item() == pytest.approx(training.measured(scene, traj, "end")[0].item(), rel=1e-9)
 
 

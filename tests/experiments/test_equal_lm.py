@@ -17,8 +17,7 @@ from experiments import equal, equal_bound_lm, load
 from experiments.equal_bound_lm import training
 from experiments.equal_bound_lm.report import binding, is_valid, paired, primaries
 from experiments.language_model import models
-from experiments.language_model.attacks import norm_of, scene_of
-from experiments.language_model.text import in_turns
+from experiments.language_model.text import in_turns, scene_of
 
 CONFIG = load("equal-bound-lm").config(False)
 QUICK = load("equal-bound-lm").config(True)
@@ -43,7 +42,7 @@ def test_what_is_measured():
         mask=scene.labels != -100,
         unit="sequence",
     )
-    unit = norm_of(traj.x)
+    unit = scene.unit
     hinge, roots = training.measure(scene, traj, "aligned", 2, 0.0)
     torch.testing.assert_close(roots, unit * aux.units.flatten().sqrt(), rtol=1e-4, atol=1e-6)
     assert hinge.item() == pytest.approx(roots.mean().item(), rel=1e-4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 from collections import Counter
 
@@ -21,7 +20,7 @@ from common.command import application
 from experiments import load
 from experiments.__main__ import experiment
 from experiments.base import run_experiment
-from experiments.language_model import attacks, models, parts, text, training
+from experiments.language_model import models, parts, text, training
 from experiments.language_model.evaluation import clean_loss, evaluate
 from experiments.language_model.report import PAIRS, comparison
 from experiments.search import best
@@ -60,7 +59,7 @@ def scene():
         for parameter in model.parameters():
             parameter.mul_(3.0)
     batch = text.in_turns(speech(96).reshape(3, 32), 4)
-    return attacks.scene_of(model, policy_of(model), batch)
+    return text.scene_of(model, policy_of(model), batch)
 
 
 def test_no_token_is_both_open_to_attack_and_scored():
@@ -78,7 +77,7 @@ def test_no_token_is_both_open_to_attack_and_scored():
 
 def test_loss_by_hand(scene):
     with torch.no_grad():
-        logits = scene.model.eval()(input_ids=scene.ids).logits.double()
+        logits = scene.modules[0].eval()(input_ids=scene.ids).logits.double()
     by_hand = []
     for row in range(3):
         terms = []
@@ -88,77 +87,14 @@ def test_loss_by_hand(scene):
                 terms.append(float(z.exp().sum().log() - z[scene.ids[row, t + 1]]))
         assert len(terms) == 16
         by_hand.append(sum(terms) / len(terms))
-    assert attacks.losses_of(scene).tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert scene.losses(scene.x).tolist() == pytest.approx(by_hand, rel=1e-5)
     source = scene.ids.flatten()
     config = SMALL | {"turn": 4, "length": 96}
-    one = clean_loss(config, scene.model, scene.policy, source, 0, 2)  # the only window there is, twice
+    one = clean_loss(config, scene.modules[0], scene.policy, source, 0, 2)  # the only window there is, twice
     with torch.no_grad():
-        logits = scene.model(input_ids=source.unsqueeze(0)).logits[0].double()
+        logits = scene.modules[0](input_ids=source.unsqueeze(0)).logits[0].double()
     terms = [-logits[t].log_softmax(-1)[source[t + 1]] for t in range(95) if (t + 1) // 4 % 2 == 1]
     assert one == pytest.approx(float(sum(terms)) / len(terms), rel=1e-5)
-
-
-def test_one_substitution_with_all_tries_is_the_best_there_is(scene):
-    candidates = torch.tensor([5, 98, 105, 200])
-    attacked, losses = attacks.substitution_attack(scene, budget=1, tries=10_000, candidates=candidates)
-    best, best_ids = attacks.losses_of(scene), scene.ids
-    for place, token in itertools.product(scene.mask[0].nonzero().flatten().tolist(), candidates.tolist()):
-        trial = scene.ids.clone()
-        trial[:, place] = token
-        loss = attacks.losses_of(scene, trial)
-        best_ids = torch.where((loss > best).unsqueeze(1), trial, best_ids)
-        best = torch.maximum(best, loss)
-    assert torch.equal(attacked, best_ids) and torch.equal(losses[1], best)
-    assert (best > attacks.losses_of(scene)).all()
-
-
-@pytest.mark.parametrize("tries", [1, 4])
-def test_substitutions_keep_to_budget_and_mask_and_never_lower_the_loss(scene, tries):
-    candidates = speech(60).unique()
-    attacked, losses = attacks.substitution_attack(scene, budget=3, tries=tries, candidates=candidates)
-    changed = attacked != scene.ids
-    assert not (changed & ~scene.mask).any() and changed.sum(1).max() <= 3
-    assert torch.isin(attacked[changed], candidates).all()
-    assert (losses.diff(dim=0) >= 0).all() and (losses[-1] > losses[0]).any()
-    torch.testing.assert_close(losses[0], attacks.losses_of(scene), rtol=0, atol=0)
-    torch.testing.assert_close(losses[-1], attacks.losses_of(scene, attacked), rtol=0, atol=0)
-    # the gradient points at better replacements than chance does: the first of its tries against random ones
-    first, _ = attacks.substitution_attack(scene, budget=1, tries=1, candidates=candidates)
-    gain = attacks.losses_of(scene, first) - losses[0]
-    generator, drawn = torch.Generator().manual_seed(1), []
-    for _ in range(20):
-        place = scene.mask[0].nonzero().flatten()[torch.randint(16, (1,), generator=generator)]
-        trial = scene.ids.clone()
-        trial[:, place] = candidates[torch.randint(len(candidates), (1,), generator=generator)]
-        drawn.append(attacks.losses_of(scene, trial) - losses[0])
-    assert gain.mean() > torch.stack(drawn).mean()
-
-
-def test_nothing_is_replaced_by_itself(scene):
-    ids = torch.full_like(scene.ids, 7)
-    same = attacks.Scene(scene.model, scene.policy, ids, scene.labels, scene.mask)
-    attacked, losses = attacks.substitution_attack(same, budget=2, tries=3, candidates=torch.tensor([7]))
-    assert torch.equal(attacked, ids) and torch.equal(losses[0], losses[2])
-
-
-def test_embeddings_move_where_they_may_and_no_further(scene):
-    size = attacks.norm_of(scene.embedded(scene.ids))
-    options = {"steps": 3, "step_sizes": [0.5, 0.2], "restarts": 2}
-    worst, ascents = attacks.embedding_attack(
-        scene, radius=0.4, **options, generator=torch.Generator().manual_seed(0)
-    )
-    clean = attacks.losses_of(scene)
-    assert (worst > clean).all() and len(ascents) == 2
-    for traj in ascents:
-        moved = (traj.points - traj.x).norm(dim=-1)
-        assert (moved[:, ~scene.mask] == 0).all() and moved.max() <= 0.4 * size * (1 + 1e-5)
-        assert moved[:, scene.mask].max() > 0.07 * size  # a fifth of the radius is the shorter step
-    # the worst loss is that of a model fed with the worst point
-    with torch.no_grad():
-        again = torch.stack([scene.loss()(traj.worst) for traj in ascents]).amax(0)
-    torch.testing.assert_close(worst, again)
-    tiny, _ = attacks.embedding_attack(scene, radius=1e-6, **options, generator=torch.Generator())
-    torch.testing.assert_close(tiny, clean, rtol=0, atol=1e-3)
 
 
 def test_methods_share_everything_but_the_penalty(plays):

@@ -1,0 +1,198 @@
+"""What an attack finds a batch in: the policy, its losses as a function of embeddings, and what may be moved."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ascent import NonFiniteLoss
+from ..attack_state import frozen_parameters
+from ..batch import Prepared
+from ..evaluator import checked_losses, input_gradient
+from ..losses import IGNORED
+from ..policy import Policy
+from ..scopes import widened
+
+__all__ = ["Found", "Scene"]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What an attack found in one batch.
+
+    Attributes:
+        losses: ``[B]``, of every row where the attack left it.
+        curve: ``[K + 1, B]``, after 0, 1, ... K steps or replacements; the last entry is `losses`.
+        calls: forwards of the batch with a gradient, and without.
+        tokens: ``[B, N']``, the ids that it put in; None for attacks on embeddings.
+    """
+
+    losses: Tensor
+    curve: Tensor
+    calls: tuple[int, int]
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A batch before a model that an attack finds as it is: its parameters need no gradient, it is in eval mode.
+
+    Attributes:
+        policy: how the model is called.
+        batch: checked, on the device of the model.
+        modules: the models inside `policy`.
+        objective: what the adversary maximises, an object with ``of(policy, batch)`` that returns a function from
+            embeddings to ``[B]``; None for the mean cross-entropy of every row's labels.
+        is_shifted: labels are tokens of the batch, that of position t being token t + 1.
+    """
+
+    policy: Policy
+    batch: Prepared
+    modules: tuple[nn.Module, ...] = ()
+    objective: Any = None
+    is_shifted: bool = True
+
+    def __post_init__(self) -> None:
+        learnt, _, attackable = self.batch.masks
+        if not bool(attackable.any()):
+            raise ValueError(
+                "attack_mask must leave a token of the batch open to attack, got none: mark those of the adversary "
+                "with 1, or leave it out for all that are attended to."
+            )
+        if self.objective is None and not bool(learnt.any(-1).all()):
+            row = int(learnt.any(-1).logical_not().nonzero()[0])
+            raise ValueError(
+                f"labels must hold a target in every row, got none in row {row}: mark tokens that the model has to "
+                "predict, or drop the row."
+            )
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.labels.shape[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """``[B, N]``, the target of every position, −100 = none."""
+        return self.batch.labels
+
+    @property
+    def ids(self) -> Tensor:
+        """``[B, N]``.
+
+        Raises:
+            ValueError: the batch holds embeddings.
+        """
+        if self.batch.input_ids is None:
+            raise ValueError(
+                "a batch must hold input_ids where an attack replaces tokens, got inputs_embeds: give the ids, or "
+                "attack the embeddings."
+            )
+        return self.batch.input_ids
+
+    @functools.cached_property
+    def x(self) -> Tensor:
+        """Embeddings ``[B, N, C]``, without a graph."""
+        with torch.no_grad():
+            return self.batch.embedded(self.policy).detach()
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """Root mean square of the norms of the tokens that are attended to: what a relative radius counts in."""
+        squares = self.x.double().square().sum(-1).flatten()
+        attended = self.batch.masks[1].flatten()
+        return float(squares[attended.nonzero().squeeze(-1).to(squares.device)].mean().sqrt())
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """Bool ``[B, N]``, open to attack."""
+        return self.batch.masks[2].to(self.batch.labels.device)
+
+    @functools.cached_property
+    def replaceable(self) -> Tensor:
+        """Bool ``[B, N]``, open to attack and no label: a token that is scored stays what it is."""
+        if not self.is_shifted:
+            return self.mask
+        scored = torch.zeros_like(self.mask)
+        scored[:, 1:] = self.batch.labels[:, :-1] != IGNORED
+        return self.mask & ~scored
+
+    @functools.cached_property
+    def loss(self) -> Callable[[Any], Any]:
+        """From embeddings ``[B, N, C]`` to what the adversary maximises, ``[B]``."""
+        return self._loss_of(self.batch)
+
+    def _loss_of(self, batch: Prepared) -> Callable[[Any], Any]:
+        if self.objective is not None:
+            return self.objective.of(self.policy, batch)
+        return self.policy.loss_fn(batch.inputs, batch.labels, "mean")
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of ids ``[B, N]``, without a graph.
+
+        Raises:
+            ValueError: the policy has no embed.
+        """
+        if self.policy.embed is None:
+            raise ValueError("policy must have an embed where an attack replaces tokens, got one without.")
+        with torch.no_grad():
+            return self.policy.embed(ids).detach()
+
+    def losses(self, x: Tensor) -> Tensor:
+        """Losses ``[B]`` of embeddings ``[B, N, C]``, without a graph.
+
+        Raises:
+            NonFiniteLoss: one is NaN or infinite.
+        """
+        return self._losses(self.loss, x)
+
+    def losses_of_ids(self, ids: Tensor, at_once: int = 1) -> Tensor:
+        """Losses ``[R, B]`` of other tokens ``[R, B, N]`` in the place of those of the batch, `at_once` in a forward.
+
+        Raises:
+            NonFiniteLoss: one is NaN or infinite.
+        """
+        return torch.cat([self._trials(part) for part in ids.split(at_once)])
+
+    def _trials(self, ids: Tensor) -> Tensor:
+        count, rows = ids.shape[:2]
+        loss = self.loss if count == 1 else self._repeated(count)
+        return self._losses(loss, self.embed(ids.flatten(0, 1))).reshape(count, rows)
+
+    @functools.cached_property
+    def _repeats(self) -> dict[int, Callable[[Any], Any]]:
+        return {}
+
+    def _repeated(self, count: int) -> Callable[[Any], Any]:
+        """The losses of the batch `count` times."""
+        if count not in self._repeats:
+            index = torch.arange(self.rows, device=self.batch.labels.device).repeat(count)
+            self._repeats[count] = self._loss_of(self.batch.of_rows(index))
+        return self._repeats[count]
+
+    def _losses(self, loss: Callable[[Any], Any], x: Tensor) -> Tensor:
+        with torch.no_grad(), frozen_parameters(self.modules, True):
+            losses: Tensor = checked_losses(loss(x), x.shape[0], "loss").detach()
+        if not bool(torch.isfinite(losses).all()):
+            raise NonFiniteLoss("the loss is NaN or infinite: check the model and the batch.")
+        return losses
+
+    def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses ``[B]`` of embeddings, and their gradient like `x`, float32 for lower dtypes.
+
+        Raises:
+            ValueError: the losses do not depend on the embeddings.
+            NonFiniteLoss: a loss or its gradient is NaN or infinite.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(self.modules, True):
+            point = x.detach().clone().requires_grad_()
+            losses = checked_losses(self.loss(point.clone()), x.shape[0], "loss")
+            gradient = widened(input_gradient(losses, point))
+        if not bool(torch.isfinite(losses).all() and torch.isfinite(gradient).all()):
+            raise NonFiniteLoss("the loss or its gradient is NaN or infinite: check the model and the batch.")
+        return losses.detach(), gradient
