@@ -20,7 +20,7 @@ class SmallLM(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(8, VOCABULARY)
 
-    def hidden(self, x, attention_mask=None):
+    def hidden(self, x, attention_mask=None, position_ids=None):
         if attention_mask is not None:
             x = x * attention_mask.unsqueeze(-1)
         lengths = torch.arange(1, x.shape[1] + 1, device=x.device).unsqueeze(-1)

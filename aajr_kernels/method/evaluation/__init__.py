@@ -4,13 +4,17 @@ from .embedding import EmbeddingAttack
 from .result import Evaluation
 from .run import evaluate
 from .scene import Found, Scene
+from .suffix import SuffixSearch
 from .tokens import TokenSubstitution
+from .universal import UniversalPerturbation
 
 __all__ = [
     "EmbeddingAttack",
     "Evaluation",
     "Found",
     "Scene",
+    "SuffixSearch",
     "TokenSubstitution",
+    "UniversalPerturbation",
     "evaluate",
 ]

@@ -18,7 +18,7 @@ from ..policy import Policy
 from .result import Evaluation
 from .scene import Found, Scene
 
-__all__ = ["EvaluationAttack", "evaluate", "generator_of"]
+__all__ = ["EvaluationAttack", "evaluate", "generator_of", "scenes_of"]
 
 Progress = Callable[[int, int | None, str], None]
 
@@ -72,22 +72,15 @@ def evaluate(
         UnsupportedOperation: parameters of `module` are spread over processes.
         NonFiniteLoss: a loss is NaN or infinite.
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(
-            f"policy must be a Policy, got {type(policy).__name__}: make one with policy_of(model)."
-        )
     check_integers(0, seed=seed)
     named = _named(attacks)
-    modules = modules_of(module, _check_whole)
-    device = next((p.device for one in modules for p in one.parameters()), None)
     groups = [batches] if isinstance(batches, (Mapping, Tensor, Prepared)) else batches
     total = len(groups) * len(named) if isinstance(groups, Sized) else None
     tell = progress or (lambda done, total, text: None)
     found: dict[str, list[Found]] = {name: [] for name in named}
     clean: list[Tensor] = []
-    with torch.inference_mode(False):
-        for index, batch in enumerate(_checked(groups)):
-            scene = Scene(policy, _prepared(batch, device, shift_labels), modules, loss, shift_labels)
+    for index, scene in enumerate(scenes_of(policy, groups, module, loss, shift_labels)):
+        with torch.inference_mode(False):
             clean.append(scene.losses(scene.x))
             for place, (name, attack) in enumerate(named.items()):
                 tell(index * len(named) + place, total, name)
@@ -96,6 +89,33 @@ def evaluate(
         raise ValueError("batches must hold at least one batch, got none.")
     tell(len(clean) * len(named), total, "")
     return Evaluation.of(clean, found)
+
+
+def scenes_of(
+    policy: Policy, batches: Any, module: Any, loss: Any = None, shift_labels: bool = True
+) -> Iterator[Scene]:
+    """The scenes of the batches, one after the other; arguments of :func:`evaluate`.
+
+    Raises:
+        TypeError, ValueError, UnsupportedOperation: see there.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must be a Policy, got {type(policy).__name__}: make one with policy_of(model)."
+        )
+    modules = modules_of(module, _check_whole)
+    device = next((p.device for one in modules for p in one.parameters()), None)
+    groups = [batches] if isinstance(batches, (Mapping, Tensor, Prepared)) else batches
+    try:
+        several = iter(groups)
+    except TypeError as error:
+        raise TypeError(
+            f"batches must be a batch or an iterable of batches, got {type(batches).__name__}."
+        ) from error
+    for batch in several:
+        with torch.inference_mode(False):
+            scene = Scene(policy, _prepared(batch, device, shift_labels), modules, loss, shift_labels)
+        yield scene
 
 
 def generator_of(seed: int, batch: int) -> torch.Generator:
@@ -143,15 +163,6 @@ def _check_whole(module: object) -> None:
             "module must have its parameters on this process, got one after fully_shard: evaluate a copy that is "
             "loaded from a checkpoint."
         )
-
-
-def _checked(batches: Any) -> Iterator[Any]:
-    try:
-        return iter(batches)
-    except TypeError as error:
-        raise TypeError(
-            f"batches must be a batch or an iterable of batches, got {type(batches).__name__}."
-        ) from error
 
 
 def _prepared(batch: Any, device: torch.device | None, shift: bool) -> Prepared:

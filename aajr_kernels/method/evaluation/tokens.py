@@ -12,7 +12,13 @@ from ..checks import check_integers, kind_of
 from ..head import as_head
 from .scene import Found, Scene
 
-__all__ = ["TokenSubstitution", "best_replacements", "checked_candidates"]
+__all__ = [
+    "TokenSubstitution",
+    "best_replacements",
+    "check_candidates",
+    "checked_candidates",
+    "replaced",
+]
 
 #: candidates whose gains are in memory at once
 CHUNK = 4096
@@ -54,45 +60,52 @@ def checked_candidates(candidates: Tensor | Sequence[int] | None, scene: Scene) 
 
 
 def best_replacements(
-    scene: Scene, ids: Tensor, allowed: Tensor, candidates: Tensor, count: int, *, per_place: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Replacements with the largest first-order gain ⟨∇ᵢL, e_k − xᵢ⟩, largest first.
+    scene: Scene, ids: Tensor, places: Tensor, candidates: Tensor, count: int, *, may: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Candidates with the largest first-order gain ⟨∇ᵢL, e_k − xᵢ⟩ at places of every row, largest first.
 
     Args:
         scene: what is attacked.
-        ids: ``[B, N]``, the tokens of now.
-        allowed: bool ``[B, N]``, places where one may be replaced; no token is replaced by itself.
+        ids: ``[B, N]``, the tokens of now; none is replaced by itself.
+        places: ``[B, P]``.
         candidates: ``[K]``.
-        count: replacements of every row, or with `per_place` of every place.
-        per_place: rank the candidates of every place by themselves.
+        count: candidates of every place, at most K.
+        may: bool ``[B, P]``, places where one may be replaced; None for all.
 
     Returns:
-        Gains (−∞ where there is no replacement), places and ids, each ``[B, n]``, or ``[B, P, n]`` over the P places
-        that are allowed in any row.
+        Gains ``[B, P, n]``, −∞ where there is no replacement, and ids.
     """
     x = scene.embed(ids)
     _, slope = scene.slope(x)
-    places = allowed.any(0).nonzero().squeeze(-1)
-    slope, here, open_here = slope[:, places], ids[:, places], allowed[:, places]
-    base = (slope * x[:, places]).sum(-1, keepdim=True)
-    best: tuple[Tensor, ...] | None = None
+    slope = _at(slope, places)
+    base = (slope * _at(x, places)).sum(-1, keepdim=True)
+    here = ids.gather(1, places).unsqueeze(-1)
+    best: tuple[Tensor, Tensor] | None = None
     for part in candidates.split(CHUNK):
         gain = slope @ scene.embed(part.unsqueeze(0)).squeeze(0).to(slope).T - base
-        is_out = (here.unsqueeze(-1) == part) | ~open_here.unsqueeze(-1)
-        gain = gain.masked_fill(is_out, -torch.inf)
-        if not per_place:
-            gain = gain.flatten(1)
-        gain, pick = gain.topk(min(count, gain.shape[-1]), -1)
-        place = places.reshape(-1, 1).expand(gain.shape) if per_place else places[pick // len(part)]
-        new = (gain, place, part[pick % len(part)])
+        is_out = here == part
+        if may is not None:
+            is_out = is_out | ~may.unsqueeze(-1)
+        gain, pick = gain.masked_fill(is_out, -torch.inf).topk(min(count, len(part)), -1)
+        token = part[pick]
         if best is not None:
-            joined = [torch.cat(pair, -1) for pair in zip(best, new)]
-            gain, order = joined[0].topk(min(count, joined[0].shape[-1]), -1)
-            new = (gain, joined[1].gather(-1, order), joined[2].gather(-1, order))
-        best = new
+            gain, token = torch.cat([best[0], gain], -1), torch.cat([best[1], token], -1)
+            gain, order = gain.topk(min(count, gain.shape[-1]), -1)
+            token = token.gather(-1, order)
+        best = gain, token
     assert best is not None
-    gain, place, token = best
-    return gain, place, token
+    return best
+
+
+def replaced(ids: Tensor, place: Tensor, token: Tensor) -> Tensor:
+    """``[n, B, N]``: the ids ``[B, N]`` with one of n tokens ``[B, n]`` at its place, each time."""
+    count = place.shape[1]
+    return ids.repeat(count, 1, 1).scatter(2, place.T.unsqueeze(-1), token.T.unsqueeze(-1))
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """``[B, P, C]`` of ``[B, N, C]``."""
+    return values.gather(1, places.unsqueeze(-1).expand(*places.shape, values.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,29 +141,25 @@ class TokenSubstitution:
             ValueError: no token may be replaced; the batch holds no ids.
         """
         candidates = checked_candidates(self.candidates, scene)
-        current, allowed = scene.ids.clone(), scene.replaceable.clone()
+        current, allowed = scene.ids.clone(), scene.replaceable
         if not bool(allowed.any()):
             raise ValueError(
                 "no token of the batch may be replaced: all that are open to attack are labels. Mark the adversary's "
                 "tokens in attack_mask and set their labels to -100."
             )
-        places = torch.arange(current.shape[1], device=current.device)
+        places = allowed.any(0).nonzero().squeeze(-1).expand(len(current), -1)
+        may, rows = allowed.gather(1, places), torch.arange(len(current), device=current.device)
         curve, trials = [scene.losses(scene.x)], 1
         for _ in range(self.budget):
-            gains, place, token = best_replacements(scene, current, allowed, candidates, self.tries)
-            tries = _replaced(current, place, token)
-            losses = scene.losses_of_ids(tries, self.at_once).masked_fill(gains.T.isinf(), -torch.inf)
+            gain, token = best_replacements(scene, current, places, candidates, self.tries, may=may)
+            gain, order = gain.flatten(1).topk(min(self.tries, gain[0].numel()), -1)
+            column = order // token.shape[-1]
+            tries = replaced(current, places.gather(1, column), token.flatten(1).gather(1, order))
+            losses = scene.losses_of_ids(tries, self.at_once).masked_fill(gain.T.isinf(), -torch.inf)
             trials += len(tries)
             best, index = losses.max(0)
             rises = best > curve[-1]
-            rows = torch.arange(len(current), device=current.device)
             current = torch.where(rises.unsqueeze(1), tries[index, rows], current)
-            allowed &= ~(rises.unsqueeze(1) & (places == place[rows, index].unsqueeze(1)))
+            may[rows, column[rows, index]] &= ~rises
             curve.append(torch.where(rises, best, curve[-1]))
         return Found(curve[-1], torch.stack(curve), (self.budget, trials), current)
-
-
-def _replaced(ids: Tensor, place: Tensor, token: Tensor) -> Tensor:
-    """``[n, B, N]``: the ids ``[B, N]`` with each of n tokens ``[B, n]`` at its place."""
-    count = place.shape[1]
-    return ids.repeat(count, 1, 1).scatter(2, place.T.unsqueeze(-1), token.T.unsqueeze(-1))
