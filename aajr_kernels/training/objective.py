@@ -24,11 +24,12 @@ from ..method.batch import Prepared
 from ..method.losses import IGNORED
 from ..method.policy import Policy
 from ..method.scopes import widened
+from ..method.sharing import Shared
 from ..method.trajectory import PenaltyStatistics, Trajectory, gathered, trajectory_penalty
 from .config import ObjectiveConfig
 from .counts import Counts, units_of
 from .scheduled import ScheduledValues
-from .sharing import Shared, Sharing
+from .sharing import Sharing
 from .wrappers import entered, group_of, smallest
 
 __all__ = ["Terms", "Work", "terms_of"]

@@ -12,6 +12,7 @@ from integrations.trainer.trainers import gpt2, llama
 from torch import nn
 from training.tiny_lm import quiet, tiny_lm
 
+from aajr_kernels.method.sharing import start_of
 from aajr_kernels.training import (
     Attack,
     Diagnostics,
@@ -22,7 +23,6 @@ from aajr_kernels.training import (
     Policy,
     policy_of,
 )
-from aajr_kernels.training.sharing import start_of
 
 pytest.importorskip("transformers")
 

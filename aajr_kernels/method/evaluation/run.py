@@ -42,6 +42,7 @@ def evaluate(
     module: nn.Module | Iterable[nn.Module] | None,
     loss: Any = None,
     shift_labels: bool = True,
+    share_context: bool | str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -58,6 +59,9 @@ def evaluate(
         loss: what the adversary maximises and the evaluation reports, an object whose ``of(policy, batch)`` returns a
             function from embeddings to ``[B]``; by default the mean cross-entropy of every row's labels.
         shift_labels: labels are the tokens themselves; position t learns that at t + 1.
+        share_context: the tokens before the first that is open to attack in any row run once per batch
+            (:func:`~aajr_kernels.integrations.transformers.shared_context`): ``"auto"`` where they are an eighth of the
+            sequence and it is possible; True raises where it is not. Not with `loss`.
         seed: of what the attacks draw. Results of an attack do not depend on which others run, nor a batch's on the
             batches before it.
         progress: called as ``progress(done, total, text)`` before every attack on every batch, and at the end; `total`
@@ -79,7 +83,7 @@ def evaluate(
     tell = progress or (lambda done, total, text: None)
     found: dict[str, list[Found]] = {name: [] for name in named}
     clean: list[Tensor] = []
-    for index, scene in enumerate(scenes_of(policy, groups, module, loss, shift_labels)):
+    for index, scene in enumerate(scenes_of(policy, groups, module, loss, shift_labels, share_context)):
         with torch.inference_mode(False):
             clean.append(scene.losses(scene.x))
             for place, (name, attack) in enumerate(named.items()):
@@ -92,7 +96,12 @@ def evaluate(
 
 
 def scenes_of(
-    policy: Policy, batches: Any, module: Any, loss: Any = None, shift_labels: bool = True
+    policy: Policy,
+    batches: Any,
+    module: Any,
+    loss: Any = None,
+    shift_labels: bool = True,
+    share_context: bool | str = "auto",
 ) -> Iterator[Scene]:
     """The scenes of the batches, one after the other; arguments of :func:`evaluate`.
 
@@ -114,7 +123,9 @@ def scenes_of(
         ) from error
     for batch in several:
         with torch.inference_mode(False):
-            scene = Scene(policy, _prepared(batch, device, shift_labels), modules, loss, shift_labels)
+            scene = Scene(
+                policy, _prepared(batch, device, shift_labels), modules, loss, shift_labels, share_context
+            )
         yield scene
 
 

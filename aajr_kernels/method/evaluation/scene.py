@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...backends.errors import UnsupportedOperation
 from ..ascent import NonFiniteLoss
 from ..attack_state import frozen_parameters
 from ..batch import Prepared
+from ..checks import check_choices
 from ..evaluator import checked_losses, input_gradient
 from ..losses import IGNORED
 from ..policy import Policy
 from ..scopes import widened
+from ..sharing import LEAST, Shared, check_splittable, shared_of, start_of
 
 __all__ = ["Found", "Scene"]
 
@@ -49,6 +52,7 @@ class Scene:
         objective: what the adversary maximises, an object with ``of(policy, batch)`` that returns a function from
             embeddings to ``[B]``; None for the mean cross-entropy of every row's labels.
         is_shifted: labels are tokens of the batch, that of position t being token t + 1.
+        share_context: of :func:`evaluate`. With a context that is shared `loss` reaches no parameter.
     """
 
     policy: Policy
@@ -56,8 +60,11 @@ class Scene:
     modules: tuple[nn.Module, ...] = ()
     objective: Any = None
     is_shifted: bool = True
+    share_context: bool | str = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.share_context, bool):
+            check_choices(("auto",), share_context=self.share_context)
         learnt, _, attackable = self.batch.masks
         if not bool(attackable.any()):
             raise ValueError(
@@ -125,12 +132,50 @@ class Scene:
     @functools.cached_property
     def loss(self) -> Callable[[Any], Any]:
         """From embeddings ``[B, N, C]`` to what the adversary maximises, ``[B]``."""
-        return self._loss_of(self.batch)
+        return self._loss_of(1)
 
-    def _loss_of(self, batch: Prepared) -> Callable[[Any], Any]:
+    def _loss_of(self, count: int) -> Callable[[Any], Any]:
+        """The losses of the batch `count` times."""
+        shared = self._shared
+        if shared is None:
+            batch = self._times(self.batch, count)
+            if self.objective is None:
+                return self.policy.loss_fn(batch.inputs, batch.labels, "mean")
+            loss: Callable[[Any], Any] = self.objective.of(self.policy, batch)
+            return loss
+        labels = self._times(shared.batch, count).labels
+        suffix = shared.policy.loss_fn({}, labels, "sum")
+        fixed, counts = shared.losses.repeat(count), shared.counts.repeat(count)
+        start = self.labels.shape[1] - labels.shape[1]
+        return lambda x: (suffix(x[:, start:]) + fixed) / counts
+
+    def _times(self, batch: Prepared, count: int) -> Prepared:
+        if count == 1:
+            return batch
+        return batch.of_rows(torch.arange(self.rows, device=batch.labels.device).repeat(count))
+
+    @functools.cached_property
+    def _shared(self) -> Shared | None:
+        """The batch behind the tokens before the first that is open to attack in any row, which run once."""
+        start, mode = start_of(self.batch), self.share_context
+        if not start or mode is False or (mode == "auto" and start < LEAST * self.labels.shape[1]):
+            return None
         if self.objective is not None:
-            return self.objective.of(self.policy, batch)
-        return self.policy.loss_fn(batch.inputs, batch.labels, "mean")
+            if mode is True:
+                raise ValueError(
+                    "share_context must be 'auto' or False with loss=, whose value is that of the whole sequence, got "
+                    "True."
+                )
+            return None
+        is_scored = bool(self.batch.masks[0, :, :start].any())
+        try:
+            check_splittable(self.policy, self.batch)
+            with torch.no_grad(), frozen_parameters(self.modules, True):
+                return shared_of(self.policy, self.batch, self.x, start, is_scored)
+        except (UnsupportedOperation, TypeError, ValueError):
+            if mode is True:
+                raise
+            return None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of ids ``[B, N]``, without a graph.
@@ -161,19 +206,13 @@ class Scene:
 
     def _trials(self, ids: Tensor) -> Tensor:
         count, rows = ids.shape[:2]
-        loss = self.loss if count == 1 else self._repeated(count)
-        return self._losses(loss, self.embed(ids.flatten(0, 1))).reshape(count, rows)
+        if count not in self._repeats:
+            self._repeats[count] = self.loss if count == 1 else self._loss_of(count)
+        return self._losses(self._repeats[count], self.embed(ids.flatten(0, 1))).reshape(count, rows)
 
     @functools.cached_property
     def _repeats(self) -> dict[int, Callable[[Any], Any]]:
         return {}
-
-    def _repeated(self, count: int) -> Callable[[Any], Any]:
-        """The losses of the batch `count` times."""
-        if count not in self._repeats:
-            index = torch.arange(self.rows, device=self.batch.labels.device).repeat(count)
-            self._repeats[count] = self._loss_of(self.batch.of_rows(index))
-        return self._repeats[count]
 
     def _losses(self, loss: Callable[[Any], Any], x: Tensor) -> Tensor:
         with torch.no_grad(), frozen_parameters(self.modules, True):

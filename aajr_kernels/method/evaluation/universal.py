@@ -77,12 +77,13 @@ class UniversalPerturbation:
         module: nn.Module | Iterable[nn.Module] | None,
         loss: Any = None,
         shift_labels: bool = True,
+        share_context: bool | str = "auto",
     ) -> UniversalPerturbation:
         """The same attack with the `delta` of the largest mean loss over the rows of `batches`.
 
         Arguments are those of :func:`evaluate`. A step is a forward and a backward of every batch, one after the other.
         """
-        scenes = list(scenes_of(policy, batches, module, loss, shift_labels))
+        scenes = list(scenes_of(policy, batches, module, loss, shift_labels, share_context))
         return replace(self, delta=self._ascent(scenes).worst.squeeze(0))
 
     def run(self, scene: Scene, generator: torch.Generator | None = None) -> Found:
