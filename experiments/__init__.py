@@ -14,6 +14,7 @@ module              what it holds
 ``equal``           differences at an equal bound, and at an equal realised sensitivity
 ``statistics``      t intervals, exact sign-flip tests, Holm's correction, equivalence
 ``summaries``       comparisons of methods paired by seed, the page
+``evaluate``        attacks on a model and texts of the user's
 ``results/``        committed rows; the pages in docs/experiments/ are drawn from them
 ==================  ====================================================================================
 """

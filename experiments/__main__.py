@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ def experiment(
 
     Rows are appended as JSON lines while it runs; run again with the same folder it computes what is missing. Results
     depend only on the configuration, not on the number of jobs. Exit code 2: bad arguments, or something that is
-    not installed.
+    not installed. `evaluate` in the place of NAME attacks a model of yours, with options of its own.
     """
     if name is None:
         _list()
@@ -93,6 +94,7 @@ def _list() -> None:
     for name, (_, summary) in EXPERIMENTS.items():
         table.add_row(name, summary, "yes" if (RESULTS / f"{name}.jsonl").exists() else "no")
     Console().print(table)
+    Console().print("evaluate, with --help: attacks on a model and texts of your own.")
 
 
 def _run(selected: Experiment, store: Store, quick: bool, jobs: int) -> None:
@@ -107,5 +109,16 @@ def _run(selected: Experiment, store: Store, quick: bool, jobs: int) -> None:
         run_experiment(selected, store, quick=quick, jobs=jobs, progress=tell)
 
 
+def main() -> None:
+    """``python -m experiments``: an experiment, or ``evaluate`` with options of its own."""
+    if sys.argv[1:2] == ["evaluate"]:
+        from .evaluate.command import command
+
+        del sys.argv[1]
+        run(command, "experiments evaluate", "experiments")
+    else:
+        run(experiment, "experiments", "experiments")
+
+
 if __name__ == "__main__":
-    run(experiment, "experiments", "experiments")
+    main()

@@ -26,6 +26,7 @@ PAGES = {
     "context.md": ["transformers"],
     "diagnostics.md": [],
     "distributed.md": ["transformers"],
+    "evaluation.md": ["transformers"],
     "extending.md": [],
     "guide.md": ["transformers", "peft", "safetensors", "matplotlib"],
     "memory.md": ["transformers"],

@@ -313,15 +313,16 @@ def test_the_table_and_the_picture_hold_every_entry(tmp_path):
     from rich.console import Console
 
     for evaluation in (result(), result(1)):
-        console = Console(width=120, record=True, file=io.StringIO())
+        console = Console(width=80, record=True, file=io.StringIO())
         console.print(evaluation.table())
         lines = console.export_text().splitlines()
         assert [line.split()[0] for line in lines[2:]] == ["clean", "a", "b", "worst"]
-        assert (
-            f"{evaluation.clean.mean():.4f}" in lines[2]
-            and "5" in lines[3].split()
-            and "7" in lines[3].split()
-        )
+        several = len(evaluation.clean) > 1
+        for line, name in zip(lines[2:], ("clean", "a", "b", "worst")):
+            mean = evaluation.losses(name).mean()
+            low, high = evaluation.interval(name)[1:] if several else (0.0, 0.0)
+            assert (f"{mean:.3f} [{low:.3f}, {high:.3f}]" if several else f"{mean:.4f}") in line
+        assert lines[3].split()[-2:] == ["5", "7"] and lines[4].split()[-2:] == ["0", "1"]
         evaluation.save_picture(tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
     evaluation.save_picture(tmp_path / "again.png")

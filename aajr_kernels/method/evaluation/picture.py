@@ -34,7 +34,11 @@ def draw(evaluation: Any, path: Path, level: float) -> None:
         steps = [step / max(len(means) - 1, 1) for step in range(len(means))]
         label = f"{name} ({len(means) - 1})"
         lines.plot(steps, means, marker="o", markersize=3, color=colours[name], label=label)
-    lines.set(xlabel="share of the steps or replacements (their number)", ylabel="mean loss", title="Budget")
+    lines.set(
+        xlabel="share of the steps or replacements (their number)",
+        ylabel="mean loss",
+        title="Along the attacks",
+    )
     for axis in (bars, lines):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)

@@ -137,25 +137,17 @@ class Evaluation:
         """A table of rich: mean losses, their rise, and what it cost."""
         from rich.table import Table
 
+        several = len(self.clean) > 1
         made = Table(
-            *(
-                "attack",
-                "loss",
-                f"{level:.0%} interval",
-                "rise",
-                f"{level:.0%} interval",
-                "gradients",
-                "forwards",
-            ),
-            title=f"Mean loss of {len(self.clean)} rows",
+            *("attack", "loss", "rise", "gradients", "forwards"),
+            title=f"Mean loss of {len(self.clean)} rows" + (f", {level:.0%} intervals" if several else ""),
             box=None,
         )
         for entry in self.summary(level):
-            calls = entry["calls"] or ("", "")
-            rise = _cells(entry["rise"]) if entry["rise"] else ("", "")
-            made.add_row(
-                entry["name"], *_cells(entry["loss"]), *rise, *(f"{n:,}" if n != "" else "" for n in calls)
-            )
+            cells = [_cell(entry[name]) if entry[name] else "" for name in ("loss", "rise")]
+            made.add_row(entry["name"], *cells, *(f"{count:,}" for count in entry["calls"] or ()))
+        for column in made.columns:
+            column.no_wrap = True
         for column in made.columns[1:]:
             column.justify = "right"
         return made
@@ -171,9 +163,9 @@ class Evaluation:
         draw(self, Path(path), level)
 
 
-def _cells(interval: tuple[float, float | None, float | None]) -> tuple[str, str]:
+def _cell(interval: tuple[float, float | None, float | None]) -> str:
     mean, low, high = interval
-    return f"{mean:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}"
+    return f"{mean:.4f}" if low is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def bootstrap(values: Tensor, level: float = 0.95) -> Interval:
