@@ -138,11 +138,13 @@ def test_commands_of_the_pages_exist():
     from common.command import application
     from demo.__main__ import demo
     from experiments.__main__ import experiment
+    from experiments.evaluate.command import command as evaluation
 
     commands = {f"aajr {name}": one for name, one in typer.main.get_group(app).commands.items()}
     programs = {"bench": bench, "bench.compare": files, "bench.report": report, "bench.scaling": scaling}
     programs |= {"bench.tune": tune, "demo": demo}
-    for name, function in {**programs, "experiments": experiment}.items():
+    programs |= {"experiments": experiment, "experiments evaluate": evaluation}
+    for name, function in programs.items():
         commands[f"python -m {name}"] = typer.main.get_command(application(function))
     known = {
         name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
@@ -163,7 +165,10 @@ def test_commands_of_the_pages_exist():
                     named = [word for word in words[1:] if re.fullmatch("[a-z-]+", word)]
                     assert named and set(named) <= targets, (page.name, line)
                 length = 2 if words[:1] == ["aajr"] else 3 if words[:2] == ["python", "-m"] else 0
-                name = " ".join(words[:length])
+                # a program may have commands of its own
+                name = next(
+                    (n for n in (" ".join(words[: length + 1]),) if n in known), " ".join(words[:length])
+                )
                 if not length or name.startswith(("python -m pip", "python -m build", "python -m pytest")):
                     continue
                 assert name in known, (page.name, line)
