@@ -75,6 +75,10 @@ EXPERIMENTS = {
         ".two_agents",
         "Two language models perturb each other's observations, at matched clean payoff.",
     ),
+    "prompt-injection": (
+        ".prompt_injection",
+        "LoRA of SmolLM2 against prompt injections, under attacks that it was not trained on.",
+    ),
 }
 RESULTS = Path(__file__).parent / "results"
 
