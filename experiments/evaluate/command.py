@@ -15,6 +15,7 @@ from rich.console import Console
 from aajr_kernels.method.evaluation import (
     EmbeddingAttack,
     Evaluation,
+    HiddenAttack,
     SuffixSearch,
     TokenSubstitution,
     UniversalPerturbation,
@@ -36,6 +37,7 @@ class Attack(str, Enum):
     SUBSTITUTION = "substitution"
     SUFFIX = "suffix"
     UNIVERSAL = "universal"
+    HIDDEN = "hidden"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Settings:
     tries: int
     suffix: int
     at_once: int
+    at: tuple[str, ...]
 
 
 def attacks_of(names: list[str], settings: Settings, tokenizer: Any, words: int) -> dict[str, Any]:
@@ -66,6 +69,9 @@ def attacks_of(names: list[str], settings: Settings, tokenizer: Any, words: int)
             settings.suffix, steps=settings.steps, initial=filler[-1] if filler else candidates[0], **tokens
         ),
         "universal": lambda: UniversalPerturbation(settings.radius, steps=settings.steps),
+        "hidden": lambda: HiddenAttack(
+            settings.at, settings.radius, steps=settings.steps, restarts=settings.restarts
+        ),
     }
     return {name: made[name]() for name in names}
 
@@ -83,7 +89,14 @@ def command(
         ),
     ],
     adapter: Annotated[str | None, typer.Option(help="Folder of a PEFT adapter.")] = None,
-    attack: Annotated[list[Attack], typer.Option(help="Repeat it for several.")] = list(Attack),  # noqa: B006
+    attack: Annotated[
+        list[Attack] | None,
+        typer.Option(help="Repeat it for several. Default: all but hidden, which needs --at."),
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="Module whose output the attack hidden moves; repeat it for several."),
+    ] = None,
     fit_on: Annotated[
         str | None, typer.Option("--fit", help="Texts that the universal perturbation is found on.")
     ] = None,
@@ -119,7 +132,7 @@ def command(
     arguments, or something that is not installed.
     """
     try:
-        settings = Settings(radius, steps, restarts, budget, tries, suffix, at_once)
+        settings = Settings(radius, steps, restarts, budget, tries, suffix, at_once, tuple(at or ()))
         with Progress() as progress:
             progress.stage("model and texts", 1)
             net, tokenizer = models.load(model, adapter, device, getattr(torch, dtype))
@@ -149,7 +162,9 @@ def command(
             is_fused = models.fused(net)
             policy = _policy_of(net)
             words = net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-            attacks = attacks_of([one.value for one in attack], settings, tokenizer, words)
+            chosen = attack or [one for one in Attack if one is not Attack.HIDDEN]
+            names = dict.fromkeys([*(one.value for one in chosen), *(["hidden"] if at else [])])
+            attacks = attacks_of(list(names), settings, tokenizer, words)
             if fit_on is not None:
                 if "universal" not in attacks:
                     raise ValueError("--fit goes with the universal perturbation: add --attack universal.")

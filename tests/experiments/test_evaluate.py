@@ -82,12 +82,12 @@ def test_a_file_of_prompts_is_evaluated(folder, tmp_path):
         {"prompt": "without a response"},
     )
     options = ("--model", folder, "--data", file, *QUICK)
-    result = call(*options, "--out", tmp_path / "first", "--fit", file)
+    result = call(*options, "--out", tmp_path / "first", "--fit", file, "--at", "model.layers.0")
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "first" / "evaluation.json").read_text())
     evaluation = Evaluation.from_dict(written)
     assert len(evaluation.clean) == 3 and sorted(written["rows"]) == [0, 1, 2]
-    assert list(evaluation.attacked) == ["embedding", "substitution", "suffix", "universal"]
+    assert list(evaluation.attacked) == ["embedding", "substitution", "suffix", "universal", "hidden"]
     assert (evaluation.attacked["embedding"] >= evaluation.clean - 1e-5).all()
     assert written["run"]["fused"] is True and written["run"]["budget"] == 1
     # of the row that names it, the adversary's part only is replaced, and the suffix follows it
@@ -197,6 +197,8 @@ def test_arguments_that_cannot_be_used_are_named(folder, tmp_path):
         (("--model", folder, "--data", tmp_path / "none.txt"), "No such file"),
         (("--model", folder, "--data", file, "--adapter", tmp_path), "--adapter"),
         (("--model", folder, "--data", file, "--device", "nowhere"), "--device 'nowhere' cannot be used"),
+        (("--model", folder, "--data", file, "--attack", "hidden"), "at must name a module"),
+        (("--model", folder, "--data", file, "--at", "model.layers.9"), "got 'model.layers.9', which is not there"),
         (("--model", folder, "--data", file, "--radius", "0"), "radius must be positive"),
         (("--model", folder, "--data", file, "--attack", "suffix", "--fit", file), "--fit goes with the universal"),
     ):  # fmt: skip

@@ -1,6 +1,7 @@
 """Evaluation of a trained model under attacks that need not be those of its training."""
 
 from .embedding import EmbeddingAttack
+from .hidden import HiddenAttack
 from .result import Evaluation
 from .run import evaluate
 from .scene import Found, Scene
@@ -12,6 +13,7 @@ __all__ = [
     "EmbeddingAttack",
     "Evaluation",
     "Found",
+    "HiddenAttack",
     "Scene",
     "SuffixSearch",
     "TokenSubstitution",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,14 @@ from ..scopes import SCOPES
 from ..trajectory import Trajectory
 from .scene import Found, Scene
 
-__all__ = ["EmbeddingAttack", "check_radius", "check_step_size", "largest_on_the_way"]
+__all__ = [
+    "EmbeddingAttack",
+    "ascents_of",
+    "check_radius",
+    "check_step_size",
+    "check_step_sizes",
+    "found_by",
+]
 
 
 def check_radius(radius: Any) -> None:
@@ -36,9 +44,47 @@ def check_step_size(name: str, size: Any) -> None:
         raise ValueError(f"{name} must be positive or 'auto', got {size}.")
 
 
-def largest_on_the_way(ascents: list[Trajectory]) -> Tensor:
-    """Largest loss of any ascent after 0, 1, ... steps, ``[T + 1, B]``."""
-    return torch.stack([traj.losses for traj in ascents]).amax(0).cummax(0).values
+def check_step_sizes(sizes: Any) -> tuple[float | str, ...]:
+    """Them as a tuple.
+
+    Raises:
+        TypeError, ValueError: there is none, or one is neither ``"auto"`` nor a positive number.
+    """
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise ValueError(f"step_sizes must be a sequence with an entry for every ascent, got {sizes!r}.")
+    for size in sizes:
+        check_step_size("step_sizes", size)
+    return tuple(sizes)
+
+
+def ascents_of(
+    scene: Scene,
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    radius: float,
+    step_sizes: tuple[float | str, ...],
+    **options: Any,
+) -> list[Trajectory]:
+    """An ascent on `loss` from `x` for every step size, in radii; `options` of :func:`~aajr_kernels.ascend`."""
+    return [
+        ascend(
+            *(loss, x),
+            radius=radius,
+            step_size=size if isinstance(size, str) else size * radius,
+            module=scene.modules,
+            eval_mode=bool(scene.modules),
+            **options,
+        )
+        for size in step_sizes
+    ]
+
+
+def found_by(ascents: list[Trajectory], more: int = 0) -> Found:
+    """The largest losses at any point of any ascent, after 0, 1, ... steps; `more` forwards were made beside theirs."""
+    curve = torch.stack([traj.losses for traj in ascents]).amax(0).cummax(0).values
+    gradients, forwards = (sum(traj.evaluations[kind] for traj in ascents) for kind in (0, 1))
+    return Found(curve[-1], curve, (gradients, forwards + more))
 
 
 @dataclass(frozen=True)
@@ -70,13 +116,7 @@ class EmbeddingAttack:
     def __post_init__(self) -> None:
         check_radius(self.radius)
         check_integers(1, steps=self.steps, restarts=self.restarts)
-        if isinstance(self.step_sizes, str) or not self.step_sizes:
-            raise ValueError(
-                f"step_sizes must be a sequence with an entry for every ascent, got {self.step_sizes!r}."
-            )
-        object.__setattr__(self, "step_sizes", tuple(self.step_sizes))
-        for size in self.step_sizes:
-            check_step_size("step_sizes", size)
+        object.__setattr__(self, "step_sizes", check_step_sizes(self.step_sizes))
         check_choices(SCOPES, scope=self.scope)
         check_choices(NORMS, norm=self.norm)
         check_choices(STEPS, step=self.step)
@@ -86,29 +126,22 @@ class EmbeddingAttack:
         unit = scene.unit if self.relative else 1.0
         if self.norm == "linf" and self.relative:
             unit /= math.sqrt(scene.x.shape[-1])
-        radius = self.radius * unit
-        return [
-            ascend(
-                *(scene.loss, scene.x),
-                radius=radius,
-                steps=self.steps,
-                step_size=size if isinstance(size, str) else size * radius,
-                step=self.step,
-                norm=self.norm,
-                scope=self.scope,
-                agents=scene.batch.agents,
-                restarts=self.restarts,
-                mask=scene.mask,
-                generator=generator,
-                module=scene.modules,
-                eval_mode=bool(scene.modules),
-            )
-            for size in self.step_sizes
-        ]
+        return ascents_of(
+            scene,
+            scene.loss,
+            scene.x,
+            radius=self.radius * unit,
+            steps=self.steps,
+            step_sizes=self.step_sizes,
+            step=self.step,
+            norm=self.norm,
+            scope=self.scope,
+            agents=scene.batch.agents,
+            restarts=self.restarts,
+            mask=scene.mask,
+            generator=generator,
+        )
 
     def run(self, scene: Scene, generator: torch.Generator) -> Found:
         """The largest losses; `generator` draws the starts."""
-        ascents = self.ascents(scene, generator)
-        curve = largest_on_the_way(ascents)
-        gradients, forwards = (sum(traj.evaluations[kind] for traj in ascents) for kind in (0, 1))
-        return Found(curve[-1], curve, (gradients, forwards))
+        return found_by(self.ascents(scene, generator))

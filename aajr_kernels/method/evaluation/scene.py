@@ -138,16 +138,20 @@ class Scene:
         """The losses of the batch `count` times."""
         shared = self._shared
         if shared is None:
-            batch = self._times(self.batch, count)
-            if self.objective is None:
-                return self.policy.loss_fn(batch.inputs, batch.labels, "mean")
-            loss: Callable[[Any], Any] = self.objective.of(self.policy, batch)
-            return loss
+            return self.loss_of(self.policy, self._times(self.batch, count))
         labels = self._times(shared.batch, count).labels
         suffix = shared.policy.loss_fn({}, labels, "sum")
         fixed, counts = shared.losses.repeat(count), shared.counts.repeat(count)
         start = self.labels.shape[1] - labels.shape[1]
         return lambda x: (suffix(x[:, start:]) + fixed) / counts
+
+    def loss_of(self, policy: Policy, batch: Prepared | None = None) -> Callable[[Any], Any]:
+        """From what the forward of `policy` takes to what the adversary maximises, in the whole of the batch."""
+        batch = self.batch if batch is None else batch
+        if self.objective is None:
+            return policy.loss_fn(batch.inputs, batch.labels, "mean")
+        loss: Callable[[Any], Any] = self.objective.of(policy, batch)
+        return loss
 
     def _times(self, batch: Prepared, count: int) -> Prepared:
         if count == 1:
