@@ -2,6 +2,7 @@
 
 from ..method.batch import prepared
 from ..method.policy import Policy
+from .agents import AgentsConfig, AgentsResult, Experience, fit_agents
 from .checkpoints import load_checkpoint
 from .config import Attack, Diagnostics, FitConfig, ObjectiveConfig, Penalty
 from .constraint import Constraint, gamma_for_step
@@ -16,11 +17,14 @@ from .step import Objective
 from .stream import Stream
 
 __all__ = [
+    "AgentsConfig",
+    "AgentsResult",
     "Attack",
     "Constraint",
     "Cosine",
     "Counts",
     "Diagnostics",
+    "Experience",
     "FitConfig",
     "FitResult",
     "Linear",
@@ -36,6 +40,7 @@ __all__ = [
     "Terms",
     "WarmUp",
     "fit",
+    "fit_agents",
     "gamma_for_step",
     "load_checkpoint",
     "policy_of",

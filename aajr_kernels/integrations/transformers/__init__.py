@@ -20,15 +20,26 @@ module                    what it does
 ``context_keys``          keys and values in two parts, between that cache and attention
 ``context_checks``        what may be split into context and suffix, and the numerical check of a split
 ``context_segments``      activation checkpointing of layers that keep their cache
+``adapters``              agents that share a model with an adapter each
 ``library``               the one place that imports transformers
 ========================  ==================================================================================
 """
 
 from ...training.policy import CONTEXTS
+from .adapters import adapter_agent, generated
 from .context import SharedContext, shared_context
 from .fuse import KNOWN, Fusion, fuse
 from .library import register
 
-__all__ = ["KNOWN", "Fusion", "SharedContext", "fuse", "register", "shared_context"]
+__all__ = [
+    "KNOWN",
+    "Fusion",
+    "SharedContext",
+    "adapter_agent",
+    "fuse",
+    "generated",
+    "register",
+    "shared_context",
+]
 
 CONTEXTS.append(shared_context)  # policies of decoders share their context by it

@@ -1,0 +1,399 @@
+"""Agents with adapters on one base, and with models of their own: whose gradients, dialogues, updates, resume."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from integrations.transformers.subjects import tiny
+from torch.nn import functional as F
+
+import aajr_kernels as aajr
+from aajr_kernels.integrations.transformers import adapter_agent
+from aajr_kernels.method.agents import Agent, Agents
+from aajr_kernels.method.dialogue import Dialogue, play, positions, sampled
+from aajr_kernels.testing import oracle
+from aajr_kernels.training import (
+    AgentsConfig,
+    Attack,
+    Constraint,
+    Diagnostics,
+    Experience,
+    ObjectiveConfig,
+    Penalty,
+    fit_agents,
+    policy_of,
+)
+from aajr_kernels.training.agents import _Run
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
+
+NAMES = ("buyer", "seller", "judge")
+
+
+def adapted(*names: str) -> Any:
+    """A tiny Llama in float64 with one adapter for each name, all of which do something."""
+    base = tiny("llama").double()
+    base.generation_config.eos_token_id = None
+    config = lambda: peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+        lora_dropout=0.0,
+    )
+    torch.manual_seed(5)
+    model = peft.get_peft_model(base, config(), names[0], autocast_adapter_dtype=False)
+    for name in names[1:]:
+        model.add_adapter(name, config())
+    return model.double()
+
+
+def of_tokens(token: int):
+    """A payoff: the share of one token among all that were said."""
+    return lambda dialogue: (dialogue.ids == token).double().mean(-1)
+
+
+def team(model: Any, *names: str, **options: Any) -> Agents:
+    options = options or {"payoff": of_tokens(4)}
+    return Agents([adapter_agent(model, name, **options) for name in names])
+
+
+def opened(names: tuple[str, ...] = NAMES, rows: int = 2) -> Dialogue:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda length: torch.randint(4, 60, (rows, length), generator=generator)
+    return Dialogue.opened(names, {names[0]: draw(3)}, draw(2))
+
+
+def played(rounds: int = 1, length: int = 3):
+    return lambda agents, generator: play(
+        agents, opened(agents.names), rounds=rounds, length=length, generator=generator
+    )
+
+
+def objective(weight: float = 0.05, **options: Any) -> ObjectiveConfig:
+    attack = Attack(radius=0.3, steps=2, step_size=0.2)
+    return ObjectiveConfig(**(dict(attack=attack, penalty=Penalty(weight=weight, steps="last")) | options))
+
+
+# -- dialogues ------------------------------------------------------------------------------------------------------
+def test_a_view_has_own_labels_and_the_turns_of_others_as_observations():
+    ids = torch.arange(10, 18).reshape(2, 4)
+    dialogue = (
+        Dialogue.opened(("a", "b", "c"), {"b": torch.tensor([[1], [2]])}, torch.tensor([[5], [6]]))
+        .said("a", ids)
+        .said("b", ids + 10, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+        .said("c", ids + 20)
+    )
+    batch = dialogue.batch("b")
+    assert batch["input_ids"][0].tolist() == [1, 5, *range(10, 14), *range(20, 24), *range(30, 34)]
+    assert batch["labels"][1].tolist() == [*6 * [-100], 24, 25, -100, -100, *4 * [-100]]
+    assert batch["attention_mask"][1].tolist() == [*8 * [1], 0, 0, *4 * [1]]
+    assert batch["attack_mask"][1].tolist() == [0, 0, *4 * [1], *4 * [0], *4 * [1]]
+    assert batch["agents"][0].tolist() == [-1, -1, *4 * [0], *4 * [-1], *4 * [2]]
+    assert batch["position_ids"][1].tolist() == [*range(8), 7, 7, *range(8, 12)]
+    only_c = dialogue.batch("b", observed=["c"])
+    assert only_c["attack_mask"][0].tolist() == [*10 * [0], *4 * [1]]
+    assert "position_ids" not in dialogue.said("a", ids).batch("a") or not dialogue.attended.all()
+
+
+def test_padding_within_a_view_changes_no_loss():
+    """The tokens of a row with a padded turn have the losses that they have without the padding."""
+    model = tiny("llama").double()
+    policy = policy_of(model)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(4, 60, (1, 4), generator=generator) for _ in range(2))
+    kept = torch.tensor([[1, 1, 0, 0]])
+
+    def losses(dialogue: Dialogue) -> torch.Tensor:
+        batch = dialogue.batch("b")
+        labels = torch.cat([batch.pop("labels")[:, 1:], torch.tensor([[-100]])], 1)
+        more = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+        return policy.loss_fn(more, labels, "sum")(policy.embed(batch["input_ids"]))
+
+    start = Dialogue.opened(("a", "b"), None, first)
+    padded = losses(start.said("b", second, kept).said("a", first).said("b", second))
+    whole = losses(start.said("b", second[:, :2]).said("a", first).said("b", second))
+    # the first label after the padding is predicted from a padding token in the shifted labels, of neither
+    torch.testing.assert_close(padded, whole, rtol=1e-12, atol=0)
+
+
+def test_generate_says_what_greedy_sampling_says():
+    model = adapted("buyer")
+    agent = adapter_agent(model, "buyer", generate={"do_sample": False})
+    ids = torch.randint(4, 60, (2, 7), generator=torch.Generator().manual_seed(3))
+    attended = torch.tensor([[True] * 7, [True, True, False, False, True, True, False]])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), agent.acting():
+        by_generate, mask = agent.speak(agent, ids, attended, 5, generator)
+        by_sampling, _ = sampled(agent, ids, attended, 5, generator, temperature=0)
+    assert torch.equal(by_generate, by_sampling) and mask.all()
+
+
+def test_an_end_ends_a_turn():
+    model = adapted("buyer")
+    agent = adapter_agent(model, "buyer")
+    ids = torch.randint(4, 60, (16, 4), generator=torch.Generator().manual_seed(3))
+    attended, generator = torch.ones_like(ids, dtype=torch.bool), torch.Generator().manual_seed(0)
+    with torch.no_grad(), agent.acting():
+        free, _ = sampled(agent, ids, attended, 6, torch.Generator().manual_seed(0))
+        end = int(free[0, 1])
+        said, mask = sampled(agent, ids, attended, 6, generator, end=end)
+        model.generation_config.eos_token_id = end
+        generated, generated_mask = agent.speak(agent, ids, attended, 6, generator)
+    for row, kept in [*zip(said, mask), *zip(generated, generated_mask)]:
+        length = int(kept.sum())
+        assert kept[:length].all() and end not in row[: length - 1].tolist()
+        assert length == len(row) or row[length - 1] == end
+    assert mask[0].sum() == 2
+
+
+# -- whose gradients ------------------------------------------------------------------------------------------------
+def test_gradients_reach_the_own_adapter_only():
+    model = adapted("buyer", "seller")
+    agents = team(model, "buyer", "seller", loss="cross_entropy")
+    dialogue = played()(agents, torch.Generator().manual_seed(0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    run = _Run(agents, lambda *_: dialogue, AgentsConfig(2, objective(), order="together", clip_norm=None))
+    reached: dict[str, Any] = {}
+    for name in ("buyer", "seller"):
+        with agents[name].acting():
+            terms = run.objectives[name](dialogue.batch(name))
+            terms.total.backward()
+        reached[name] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        assert reached[name] and all(f".{name}." in key for key in reached[name])
+        assert all(float(g.abs().max()) > 0 for g in reached[name].values())
+        model.zero_grad()
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    # the same as of a model that has this adapter and no other
+    for name, gradients in reached.items():
+        single = adapted("buyer", "seller")
+        single.set_adapter(name)
+        single.delete_adapter("seller" if name == "buyer" else "buyer")
+        own = run.objectives[name]
+        alone = type(own)(single, own.config)
+        alone(dialogue.batch(name)).total.backward()
+        theirs = {key: p.grad for key, p in single.named_parameters() if p.grad is not None}
+        assert set(theirs) == set(gradients)
+        for key in theirs:
+            torch.testing.assert_close(gradients[key], theirs[key], rtol=1e-10, atol=1e-14)
+    rows = run.step(0)
+    assert [row["agent"] for row in rows] == ["buyer", "seller"]
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert moved == {key for key in before if "lora" in key}
+
+
+@pytest.mark.parametrize("advantage", ["mean", "payoff", "standardised"])
+def test_the_loss_of_a_payoff_is_the_policy_gradient(advantage):
+    """Without an attack: −A log π of the own tokens over their number, against logits of the model itself."""
+    model = adapted("buyer", "seller")
+    agents = team(model, "buyer", "seller")
+    dialogue = opened(("buyer", "seller"), 3)
+    dialogue = play(agents, dialogue, rounds=1, length=4, generator=torch.Generator().manual_seed(2))
+    config = AgentsConfig(1, objective(attack=Attack(radius=0.0)), advantage=advantage)
+    run = _Run(agents, lambda *_: dialogue, config)
+    payoff = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    with agents["seller"].acting():
+        batch = run.objectives["seller"].prepared(dialogue.batch("seller"))
+        terms, _ = run.terms(0, agents["seller"], run.objectives["seller"], batch, payoff)
+        ids, own = dialogue.ids, dialogue.speakers == 1
+        z = model(input_ids=ids).logits
+    weight = {"mean": payoff - 0.5, "payoff": payoff}.get(advantage)
+    if weight is None:
+        weight = (payoff - 0.5) / (payoff.std(correction=0) + 1e-8)
+    log_p = F.log_softmax(z[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)[:, own[1:]]
+    expected = -(weight[:, None] * log_p).sum() / log_p.numel()
+    torch.testing.assert_close(terms.total, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_history_of_a_turn_is_shared_context():
+    """What comes before the first turn of another is computed once: the same losses, penalties and gradients."""
+    results = []
+    for share in (True, False):
+        model = adapted("buyer", "seller")
+        agents = team(model, "buyer", "seller", loss="cross_entropy")
+        dialogue = play(
+            agents,
+            opened(("buyer", "seller")),
+            rounds=2,
+            length=3,
+            generator=torch.Generator().manual_seed(4),
+        )
+        config = AgentsConfig(1, objective(share_context=share, clean_weight=0.5), order="together")
+        run = _Run(agents, lambda *_, d=dialogue: d, config)
+        with agents["buyer"].acting(), oracle.KeepFloat64(aajr.Dual):
+            terms = run.objectives["buyer"](dialogue.batch("buyer"))
+            terms.total.backward()
+        assert ("shared" in terms.parts) == share
+        results.append((terms.total.detach(), [p.grad for p in agents["buyer"].parameters()]))
+    (total, gradients), (other, theirs) = results
+    torch.testing.assert_close(total, other, rtol=1e-10, atol=0)
+    for g, h in zip(gradients, theirs):
+        torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-14)
+
+
+def test_observations_of_each_agent_have_a_ball_and_a_tangent():
+    model = adapted(*NAMES)
+    agents = team(model, *NAMES, loss="cross_entropy")
+    dialogue = played()(agents, torch.Generator().manual_seed(0))
+    attack = Attack(radius=0.3, steps=2, step_size=0.2, scope="agent")
+    config = objective(
+        attack=attack, penalty=Penalty(weight=0.1, steps="last", per_agent=True, unit="sequence")
+    )
+    run = _Run(agents, lambda *_: dialogue, AgentsConfig(1, config))
+    with agents["judge"].acting():
+        each = run.objectives["judge"](dialogue.batch("judge")).parts["penalty"]
+        one = run.objectives["judge"](dialogue.batch("judge", observed=["buyer"])).parts["penalty"]
+    assert float(each) > 0 and float(one) > 0 and float(each) != pytest.approx(float(one))
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+def config_of(steps: int, **options: Any) -> AgentsConfig:
+    return AgentsConfig(
+        steps, **(dict(objective=objective(), learning_rate=0.01, checkpoint_every=1) | options)
+    )
+
+
+def test_three_agents_talk_for_three_rounds_and_learn_in_turn():
+    model = adapted(*NAMES)
+    agents = team(model, *NAMES)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = fit_agents(agents, played(rounds=3, length=2), config_of(3), progress=False)
+    assert [row["agent"] for row in result.rows] == list(NAMES)
+    assert all(row["gradient_norm"] > 0 for row in result.rows)
+    assert all({"own_loss", "payoff", "attack_worst", "penalty"} <= set(row) for row in result.rows)
+    assert model.active_adapter == "buyer"
+    changed = {key.split(".")[-2] for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert changed == set(NAMES)
+
+
+def test_a_payoff_is_learnt():
+    """Two models are paid for tokens of the lower half of the vocabulary, which is half of what they say at first."""
+    half = tiny("llama").config.vocab_size // 2
+    paid = lambda dialogue: (dialogue.ids[:, dialogue.speakers >= 0] < half).double().mean(-1)
+    agents = Agents([Agent(name, policy_of(m), m, paid) for name in ("a", "b") for m in [tiny("llama")]])
+    options = dict(order="together", learning_rate=0.01, advantage="standardised")
+    config = config_of(12, objective=objective(attack=Attack(radius=0.0)), **options)
+    many = lambda team, generator: play(team, opened(team.names, 32), rounds=1, length=3, generator=generator)
+    result = fit_agents(agents, many, config, progress=False)
+    payoffs = [row["payoff"] for row in result.rows if row["agent"] == "a"]
+    assert sum(payoffs[-3:]) / 3 > sum(payoffs[:3]) / 3 + 0.2, payoffs
+
+
+def test_self_play_of_one_model():
+    """One policy plays both sides, and learns one of them."""
+    model = tiny("llama").double()
+    policy = policy_of(model)
+    own = Agent("self", policy, model, of_tokens(4))
+    other = Agent("other", policy, copy.deepcopy(model), own_parameters=list)
+    result = fit_agents(Agents([own, other]), played(), config_of(1, learners=["self"]), progress=False)
+    assert result.rows[0]["agent"] == "self"
+
+
+@pytest.mark.parametrize("order", ["alternate", "together"])
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, order):
+    def made() -> tuple[Any, Agents]:
+        model = adapted("buyer", "seller")
+        return model, team(model, "buyer", "seller")
+
+    (straight, agents), (_, others) = made(), made()
+    config = config_of(4, order=order)
+    whole = fit_agents(agents, played(), config, out=tmp_path / "straight", progress=False)
+
+    class Stop(Exception):
+        pass
+
+    def stop(row: Any) -> None:
+        if row["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit_agents(others, played(), config, out=tmp_path / "broken", progress=False, on_step=stop)
+    again, third = made()
+    torch.manual_seed(99)
+    resumed = fit_agents(third, played(), config, out=tmp_path / "broken", progress=False)
+    assert resumed.resumed_from == 2
+    for (name, p), q in zip(straight.named_parameters(), again.parameters()):
+        assert torch.equal(p, q), name
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert drop(resumed.rows) == drop(whole.rows)
+    with pytest.raises(ValueError, match="out must be a folder without checkpoints"):
+        fit_agents(third, played(), config, out=tmp_path / "broken", progress=False, resume=False)
+
+
+def test_a_constraint_finds_its_weight():
+    model = adapted("buyer", "seller")
+    agents = team(model, "buyer", "seller", loss="cross_entropy")
+    constraint = Constraint(gamma=0.5, quantile=0.9)
+    result = fit_agents(
+        agents, played(), config_of(4, objective=objective(penalty=constraint)), progress=False
+    )
+    assert ["violation" in row for row in result.rows] == [False, False, True, True]  # each has measured once
+    assert all(row["multiplier"] > 0 for row in result.rows[2:])
+
+
+def test_an_experience_brings_its_own_batch_and_payoff():
+    model = adapted("buyer", "seller")
+    agents = team(model, "buyer", "seller")
+    dialogue = played()(agents, torch.Generator().manual_seed(0))
+    experience = {
+        name: Experience(dialogue.batch(name), torch.tensor([1.0, 0.0], dtype=torch.float64))
+        for name in agents.names
+    }
+    result = fit_agents(agents, lambda *_: experience, config_of(2), progress=False)
+    assert [row["payoff"] for row in result.rows] == [0.5, 0.5]
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+def test_bad_input_has_one_sentence():
+    model = adapted("buyer", "seller")
+    with pytest.raises(ValueError, match=r"adapter must be one of buyer, seller, got 'judge': add it with"):
+        adapter_agent(model, "judge")
+    with pytest.raises(TypeError, match="model must be a PEFT model"):
+        adapter_agent(tiny("llama"), "buyer")
+    silent = Agents([adapter_agent(model, "buyer"), adapter_agent(model, "seller")])
+    with pytest.raises(ValueError, match="agent 'buyer' must have a loss or a payoff"):
+        fit_agents(silent, played(), config_of(1), progress=False)
+    agents = team(model, "buyer", "seller")
+    with pytest.raises(ValueError, match="name must be one of buyer, seller, got 'x'"):
+        agents["x"]
+    with pytest.raises(ValueError, match="agents must have parameters of their own"):
+        Agents([adapter_agent(model, "buyer"), adapter_agent(model, "buyer", name="twin")])
+    with pytest.raises(ValueError, match="each with a name of its own"):
+        Agents([adapter_agent(model, "buyer"), adapter_agent(model, "buyer")])
+    with pytest.raises(ValueError, match="must have a loss or a payoff, got both"):
+        adapter_agent(model, "buyer", loss="cross_entropy", payoff=of_tokens(3))
+    wrong = Agents([adapter_agent(model, "buyer", payoff=lambda d: d.ids.double())])
+    with pytest.raises(ValueError, match="payoff of agent 'buyer' must be one number per row"):
+        fit_agents(
+            wrong,
+            lambda a, g: play(a, opened(("buyer",)), rounds=1, length=2, generator=g),
+            config_of(1),
+            progress=False,
+        )
+    with pytest.raises(ValueError, match="must have said something"):
+        fit_agents(
+            agents,
+            lambda a, g: opened(a.names).said("seller", torch.ones(2, 2).long()),
+            config_of(1),
+            progress=False,
+        )
+    with pytest.raises(TypeError, match="play must return a Dialogue or an Experience"):
+        fit_agents(agents, lambda a, g: {}, config_of(1), progress=False)
+    with pytest.raises(ValueError, match="weight must be a number where no loss"):
+        fit_agents(agents, played(), config_of(1, objective=objective(penalty=Penalty())), progress=False)
+    with pytest.raises(ValueError, match="observed must name other agents"):
+        opened(("a", "b")).said("a", torch.ones(2, 2).long()).batch("a", observed=["a"])
+    with pytest.raises(ValueError, match="diagnostics"):
+        config_of(1, objective=objective(diagnostics=Diagnostics(every=1)))
+    with pytest.raises(ValueError, match="see a token"):
+        play(agents, Dialogue.opened(("buyer", "seller")), rounds=1, length=2, generator=torch.Generator())
+
+
+def test_positions_count_what_is_attended_to():
+    assert positions(torch.tensor([[0, 1, 1, 0, 1]]).bool()).tolist() == [[0, 0, 1, 1, 2]]
