@@ -3,6 +3,7 @@
 from .ascent import ascend
 from .baselines import baseline_penalty, trajectory_baseline
 from .directions import inject, normalize
+from .divergence import lm_kl
 from .graphs import Graphed, graphed
 from .head import LMHead
 from .losses import lm_loss
@@ -21,6 +22,7 @@ __all__ = [
     "baseline_penalty",
     "graphed",
     "inject",
+    "lm_kl",
     "lm_loss",
     "normalize",
     "stability_report",
