@@ -64,7 +64,14 @@ def lm_kl(
     keep = None if mask is None else _checked_mask(mask, batch)
     if any(isinstance(x, Dual) and x.num_tangents for x in (p, q)):
         return _formed(p, q, first, second, keep)
-    return _streamed(*(x.primal if isinstance(x, Dual) else x for x in (p, q)), first, second, keep)
+    streamed = _outside_of_graphs if torch.compiler.is_compiling() else _streamed
+    return streamed(*(x.primal if isinstance(x, Dual) else x for x in (p, q)), first, second, keep)
+
+
+def _outside_of_graphs(*arguments: Any) -> Tensor:
+    """The stream as compiled code calls it: its loop over the vocabulary would be unrolled into the graph."""
+    # not as a decorator, which imports the compiler; that takes a second
+    return torch.compiler.disable(_streamed)(*arguments)  # type: ignore[no-any-return]
 
 
 def kl_of_logits(p: Any, q: Any) -> Any:
@@ -75,7 +82,6 @@ def kl_of_logits(p: Any, q: Any) -> Any:
     return (log_p.exp() * difference).sum(-1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the loop over the vocabulary would be unrolled into the graph
 def _streamed(p: Tensor, q: Tensor, first: LMHead, second: LMHead, keep: Tensor | None) -> Tensor:
     batch = p.shape[:-1]
     rows = [x.reshape(-1, x.shape[-1]) for x in (p, q)]
