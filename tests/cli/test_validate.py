@@ -47,7 +47,7 @@ NOT_OPS = {
         "graphed",
     ),
     *("is_dual", "jvp", "normalize", "inject", "unpack", "use_backend", "integrations", "nn", "training"),
-    *("lm_loss", "recompute", "stability_report", "strict", "trajectory_penalty", "tuple_arguments"),
+    *("lm_kl", "lm_loss", "recompute", "stability_report", "strict", "trajectory_penalty", "tuple_arguments"),
 }
 
 
