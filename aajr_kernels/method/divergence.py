@@ -65,13 +65,14 @@ def lm_kl(
     if any(isinstance(x, Dual) and x.num_tangents for x in (p, q)):
         return _formed(p, q, first, second, keep)
     streamed = _outside_of_graphs if torch.compiler.is_compiling() else _streamed
-    return streamed(*(x.primal if isinstance(x, Dual) else x for x in (p, q)), first, second, keep)
+    p, q = (x.primal if isinstance(x, Dual) else x for x in (p, q))
+    return streamed(p, q, first, second, keep)
 
 
-def _outside_of_graphs(*arguments: Any) -> Tensor:
+def _outside_of_graphs(*arguments: Any) -> Any:
     """The stream as compiled code calls it: its loop over the vocabulary would be unrolled into the graph."""
     # not as a decorator, which imports the compiler; that takes a second
-    return torch.compiler.disable(_streamed)(*arguments)  # type: ignore[no-any-return]
+    return torch.compiler.disable(_streamed)(*arguments)
 
 
 def kl_of_logits(p: Any, q: Any) -> Any:
