@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -16,7 +17,9 @@ from .dual import Dual, dispatch, dual, is_dual, num_tangents
 from .rules.registry import TRACED
 from .torch_private import TRACED_CHECKPOINT, pytree
 
-__all__ = ["call", "jvp", "primal_tree", "tuple_arguments"]
+__all__ = ["call", "jvp", "primal_tree", "tuple_arguments", "uncompiled"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def jvp(
@@ -168,3 +171,18 @@ def _in_sequences(values: Iterable[Any]) -> bool:
                 if isinstance(item, Dual):
                     return True
     return False
+
+
+def uncompiled(func: Function) -> Function:
+    """`func` as a break in the graphs that torch.compile makes of its callers.
+
+    ``torch.compiler.disable`` as a decorator would import the compiler with the module, which takes a second.
+    """
+
+    @functools.wraps(func)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    return outside  # type: ignore[return-value]

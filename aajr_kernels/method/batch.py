@@ -101,6 +101,14 @@ class Prepared:
         entries = {field.name: getattr(self, field.name) for field in fields(self)}
         return Prepared(**pytree.tree_map(selected, entries))
 
+    def norm_of(self, x: Tensor) -> Tensor:
+        """Root mean square of the norms of `x` ``[B, N, C]`` at the tokens attended to, float64, attached."""
+        squares = x.double().square().sum(-1)
+        if self.attended is not None:
+            attended = self.masks[1].flatten().nonzero().squeeze(-1)
+            squares = squares.flatten()[attended.to(x.device)]
+        return squares.mean().sqrt()
+
     def tokens(self, which: str) -> Tensor | None:
         """Bool ``[B, N]``: those with a label (``"loss"``), or all that are attended to; None for all."""
         return self.labels != IGNORED if which == "loss" else self.attended

@@ -33,7 +33,7 @@ class Dialogue:
         prompts: per agent ``[B, P]`` token ids that it only sees, before the dialogue; left out for none.
         ids: ``[B, N]``.
         attended: ``[B, N]`` bool: a token, False for padding of a turn that ended early.
-        speakers: ``[N]``, the number of the agent that said each token, −1 for an opening that is nobody's.
+        speakers: ``[N]``, the number of the agent that said each token, −1 for an opening without one.
     """
 
     names: tuple[str, ...]
@@ -81,7 +81,7 @@ class Dialogue:
         """The dialogue with one more turn.
 
         Args:
-            name: of the speaker; None for a text that is nobody's.
+            name: of the speaker; None for a text without one.
             ids: ``[B, n]``.
             attended: ``[B, n]``, nonzero = a token; all by default.
 

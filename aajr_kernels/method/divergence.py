@@ -13,8 +13,10 @@ from ..backends import capture
 from ..backends.errors import UnsupportedOperation
 from ..coverage import record, recording
 from ..dual import Dual
+from ..ops.head.counted import Counted
 from ..ops.head.divergence import DivergenceFunction
 from ..rules.common import primal_of
+from ..transforms import uncompiled
 from .checks import as_mask, kind_of
 from .head import LMHead, as_head
 
@@ -64,15 +66,8 @@ def lm_kl(
     keep = None if mask is None else _checked_mask(mask, batch)
     if any(isinstance(x, Dual) and x.num_tangents for x in (p, q)):
         return _formed(p, q, first, second, keep)
-    streamed = _outside_of_graphs if torch.compiler.is_compiling() else _streamed
     p, q = (x.primal if isinstance(x, Dual) else x for x in (p, q))
-    return streamed(p, q, first, second, keep)
-
-
-def _outside_of_graphs(*arguments: Any) -> Any:
-    """The stream as compiled code calls it: its loop over the vocabulary would be unrolled into the graph."""
-    # not as a decorator, which imports the compiler; that takes a second
-    return torch.compiler.disable(_streamed)(*arguments)
+    return _streamed(p, q, first, second, keep)
 
 
 def kl_of_logits(p: Any, q: Any) -> Any:
@@ -83,12 +78,13 @@ def kl_of_logits(p: Any, q: Any) -> Any:
     return (log_p.exp() * difference).sum(-1)
 
 
+@uncompiled  # the loop over the vocabulary would be unrolled into the graph
 def _streamed(p: Tensor, q: Tensor, first: LMHead, second: LMHead, keep: Tensor | None) -> Tensor:
     batch = p.shape[:-1]
     rows = [x.reshape(-1, x.shape[-1]) for x in (p, q)]
-    index = None if keep is None else _index(keep, p.device)
-    if index is not None:
-        rows = [x.index_select(0, index) for x in rows]
+    tokens = None if keep is None else _counted(keep, p.device)
+    if tokens is not None:
+        rows = [tokens.gather(x.unsqueeze(0))[0] for x in rows]
     elif keep is not None:
         keep = keep.to(p.device)
         rows = [torch.where(keep.reshape(-1, 1), x, 0.0) for x in rows]
@@ -97,9 +93,9 @@ def _streamed(p: Tensor, q: Tensor, first: LMHead, second: LMHead, keep: Tensor 
     kl = _of_rows(rows[0], rows[1], first, second)
     if keep is None:
         return kl.reshape(batch)
-    if index is None:
+    if tokens is None:
         return torch.where(keep, kl.reshape(batch), 0.0)
-    return _spread(kl, index, keep)
+    return tokens.spread(kl, keep.numel()).reshape(batch)
 
 
 def _of_rows(p: Tensor, q: Tensor, first: LMHead, second: LMHead) -> Tensor:
@@ -130,27 +126,26 @@ def _of_rows(p: Tensor, q: Tensor, first: LMHead, second: LMHead) -> Tensor:
     return kl
 
 
-def _spread(values: Any, index: Tensor, keep: Tensor) -> Any:
-    """``[n]`` to the shape of `keep`, zeros elsewhere."""
-    whole = torch.zeros(keep.numel(), dtype=values.dtype, device=values.device)
-    return whole.index_copy(0, index, values).reshape(keep.shape)
-
-
 def _formed(p: Any, q: Any, first: LMHead, second: LMHead, keep: Tensor | None) -> Any:
     """KL as a Dual, from logits in memory."""
-    index = None if keep is None else _index(keep, p.device)
-    if keep is None or index is None:
+    tokens = None if keep is None else _counted(keep, p.device)
+    if keep is None or tokens is None:
         kl = kl_of_logits(first.logits(p), second.logits(q))
         return kl if keep is None else torch.where(keep.to(p.device), kl, 0.0)
-    rows = [x.reshape(-1, x.shape[-1])[index] for x in (p, q)]
-    return _spread(kl_of_logits(first.logits(rows[0]), second.logits(rows[1])), index, keep)
+    rows = []
+    for x in (p, q):
+        stacked = x.stacked if isinstance(x, Dual) else x.unsqueeze(0)
+        gathered = tokens.gather(stacked.reshape(len(stacked), keep.numel(), x.shape[-1]))
+        rows.append(Dual(gathered) if isinstance(x, Dual) else gathered[0])
+    kl = kl_of_logits(first.logits(rows[0]), second.logits(rows[1]))
+    return Dual(tokens.spread(kl.stacked, keep.numel())).reshape(keep.shape)
 
 
-def _index(keep: Tensor, device: torch.device) -> Tensor | None:
-    """Tokens that count, in their order; None where their number cannot be read."""
+def _counted(keep: Tensor, device: torch.device) -> Counted | None:
+    """Tokens that count; None where their number cannot be read."""
     if torch.compiler.is_compiling() or (keep.device.type != "cpu" and capture.reads_no_value(device)):
         return None
-    return keep.reshape(-1).nonzero().squeeze(-1).to(device)
+    return Counted(keep.reshape(-1).nonzero().squeeze(-1).to(device), None)
 
 
 def _check_hidden(name: str, hidden: Any, head: LMHead) -> None:

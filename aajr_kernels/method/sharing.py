@@ -19,7 +19,7 @@ from .checks import first_included
 from .losses import IGNORED
 from .policy import Policy
 
-__all__ = ["LEAST", "Shared", "check_splittable", "shared_of", "start_of"]
+__all__ = ["Shared", "check_splittable", "shared_of", "start_of"]
 
 #: share of a sequence that has to be context for ``"auto"``, and inputs of a model that can be split at a token
 LEAST, SPLITTABLE = 1 / 8, {"attention_mask", "position_ids"}
@@ -44,13 +44,19 @@ class Shared:
     counts: Tensor
 
 
-def start_of(batch: Prepared) -> int:
-    """Tokens before the first that may be attacked in any row; 0 where all may be, or none."""
+def start_of(batch: Prepared, mode: bool | str = True) -> int:
+    """Tokens before the first that may be attacked in any row; 0 where all may be, or none.
+
+    Args:
+        batch: checked.
+        mode: True; ``"auto"``: 0 where they are fewer than an eighth of the sequence; False: 0.
+    """
     if batch.attackable is None:
         return 0
     mask = batch.masks[2]
-    first = first_included(mask)
-    return first if first < mask.shape[1] else 0
+    first, length = first_included(mask), mask.shape[1]
+    is_short = first < LEAST * length
+    return 0 if first >= length or mode is False or (mode == "auto" and is_short) else first
 
 
 def check_splittable(policy: Policy, batch: Prepared) -> None:

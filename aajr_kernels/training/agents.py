@@ -30,8 +30,8 @@ from ..method.checks import check_choices, check_integers, check_number
 from ..method.dialogue import Dialogue
 from ..method.losses import IGNORED
 from . import randomness
-from .checkpoints import Checkpoint, Checkpoints
-from .config import ObjectiveConfig, describe
+from .checkpoints import Checkpoints
+from .config import ObjectiveConfig, check_limit, describe
 from .gradients import Gradients
 from .loop import NonFiniteLossError
 from .objective import Terms
@@ -106,8 +106,7 @@ class AgentsConfig:
         check_choices(("mean", "standardised", "payoff"), advantage=self.advantage)
         checked_schedule(self.learning_rate, "learning_rate")
         check_number("weight_decay", self.weight_decay)
-        if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm)
+        check_limit("clip_norm", self.clip_norm)
         several = self.objective.values() if isinstance(self.objective, Mapping) else [self.objective]
         for config in several:
             if not isinstance(config, ObjectiveConfig):
@@ -347,14 +346,7 @@ class _Run:
 
     def resume(self, checkpoints: Checkpoints | None, wanted: bool) -> int:
         """Go to the newest checkpoint, or to the start; the steps that are done."""
-        newest: Checkpoint | None = None
-        if checkpoints is not None and checkpoints.paths():
-            if not wanted:
-                raise ValueError(
-                    f"out must be a folder without checkpoints for resume=False, got {checkpoints.folder.parent}: give "
-                    "another one, or continue with resume=True."
-                )
-            newest = checkpoints.newest()
+        newest = None if checkpoints is None else checkpoints.to_resume(wanted)
         if newest is None:
             randomness.seed(self.config.seed)
             return 0

@@ -96,6 +96,21 @@ class Checkpoints:
                 warnings.warn(f"checkpoint {path} is skipped: {reason}.", RuntimeWarning, stacklevel=3)
         return None
 
+    def to_resume(self, wanted: bool) -> Checkpoint | None:
+        """The one that a training goes on from; None starts at the beginning.
+
+        Raises:
+            ValueError: there are some, and a training that goes on is not `wanted`.
+        """
+        if not self.paths():
+            return None
+        if not wanted:
+            raise ValueError(
+                f"out must be a folder without checkpoints for resume=False, got {self.folder.parent}: give another "
+                "one, or continue with resume=True."
+            )
+        return self.newest()
+
     def save(self, step: int, weights: Mapping[str, Tensor], state: Any, config: Any = None) -> Path:
         """Write one, and remove what is too old."""
         save_file = _safetensors().save_file

@@ -328,15 +328,20 @@ class FitConfig:
             check_number(f"betas[{index}]", beta)
         check_number("weight_decay", self.weight_decay)
         for name in ("clip_norm", "penalty_clip_norm"):
-            limit = getattr(self, name)
-            if limit is not None:
-                check_number(name, limit)
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be positive or None, got {limit}.")
+            check_limit(name, getattr(self, name))
         if self.autocast not in (None, torch.bfloat16):
             raise ValueError(
                 f"autocast must be torch.bfloat16 or None, got {self.autocast}: float16 would need a scaled loss."
             )
+
+
+def check_limit(name: str, limit: Any) -> None:
+    """Raise unless it is a positive number or None."""
+    if limit is None:
+        return
+    check_number(name, limit)
+    if not limit > 0:
+        raise ValueError(f"{name} must be positive or None, got {limit}.")
 
 
 def describe(value: Any) -> Any:

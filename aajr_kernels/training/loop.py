@@ -94,8 +94,9 @@ def fit(
         model: a Hugging Face causal language model, with adapters or not, or any module that takes ``inputs_embeds``
             and returns logits; on its device, in its dtype; plain, or after ``fully_shard`` in several processes. It is
             in training mode meanwhile.
-        batches: an iterable of micro-batches (see :func:`.batches.prepared`), begun again at its end if that is
-            possible, or a function from the number of micro-batches before to such an iterable. Those of this process.
+        batches: an iterable of micro-batches (see :func:`~aajr_kernels.training.prepared`), begun again at its end if
+            that is possible, or a function from the number of micro-batches before to such an iterable. Those of this
+            process.
         config: everything else, as data.
         policy: how to call the model, where :func:`.policy.policy_of` does not know.
         optimizer: of the parameters that are trained; by default AdamW of all that require
@@ -332,14 +333,7 @@ class _Run:
 
     def resume(self, checkpoints: Checkpoints | None, wanted: bool) -> int:
         """Go to the newest checkpoint, or to the start; the steps that are done."""
-        newest = None
-        if checkpoints is not None and checkpoints.paths():
-            if not wanted:
-                raise ValueError(
-                    f"out must be a folder without checkpoints for resume=False, got {checkpoints.folder.parent}: give "
-                    "another one, or continue with resume=True."
-                )
-            newest = checkpoints.newest()
+        newest = None if checkpoints is None else checkpoints.to_resume(wanted)
         step = 0 if newest is None else newest.step
         least, most = smallest([step, -step], self.group, self.device)
         if least != -most:

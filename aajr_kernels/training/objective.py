@@ -387,11 +387,7 @@ def _unit(x: Tensor, batch: Prepared, config: ObjectiveConfig) -> Tensor:
     """Unit of perturbations; attached, so that a penalty in this unit has its own gradient."""
     if not config.attack.relative:
         return torch.ones((), dtype=torch.float64)
-    squares = x.double().square().sum(-1)
-    if batch.attended is not None:
-        attended = batch.masks[1].flatten().nonzero().squeeze(-1)
-        squares = squares.flatten()[attended.to(x.device)]
-    return squares.mean().sqrt()
+    return batch.norm_of(x)
 
 
 def _at_the_worst(trajectory: Trajectory) -> Trajectory:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backends.errors import UnsupportedOperation
 from ..method.batch import Prepared
 from ..method.policy import Policy
-from ..method.sharing import LEAST, Shared, check_splittable, shared_of, start_of
+from ..method.sharing import Shared, check_splittable, shared_of, start_of
 from .config import ObjectiveConfig
 from .wrappers import entered, smallest
 
@@ -50,10 +50,11 @@ class Sharing:
         Raises:
             ValueError, TypeError, UnsupportedOperation: ``share_context=True`` and the context cannot be shared.
         """
-        mode, start = self.config.share_context, start_of(batch)
+        mode = self.config.share_context
+        start = start_of(batch, mode)
         if mode is False:
             return None
-        if self._is_refused or (mode == "auto" and start < LEAST * x.shape[1]):
+        if self._is_refused:
             start = 0
         if start:
             try:

@@ -92,7 +92,7 @@ class Objective:
         return group_of(self.model)
 
     def prepared(self, batch: Any) -> Prepared:
-        """A checked micro-batch on the device, with its labels aligned; see :func:`.batches.prepared`."""
+        """A checked micro-batch on the device, with its labels aligned; see :func:`~aajr_kernels.training.prepared`."""
         if isinstance(batch, Prepared):
             return batch
         return prepared(batch, self.device, self.config.shift_labels)
@@ -138,7 +138,7 @@ class Objective:
         """The share of one micro-batch in the objective of a step; call it under autocast, backward outside.
 
         Args:
-            batch: see :func:`.batches.prepared`.
+            batch: see :func:`~aajr_kernels.training.prepared`.
             counts: of the whole step; by default this batch is all of it (on this process).
             step: 0, 1, ...: where the schedules are, and with `part` what the attack draws. When it changes, a
                 :class:`Share` or a :class:`Constraint` takes in what the step before measured.

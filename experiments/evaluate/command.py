@@ -162,8 +162,8 @@ def command(
             is_fused = models.fused(net)
             policy = _policy_of(net)
             words = net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-            chosen = attack or [one for one in Attack if one is not Attack.HIDDEN]
-            names = dict.fromkeys([*(one.value for one in chosen), *(["hidden"] if at else [])])
+            kinds = attack or [one for one in Attack if one is not Attack.HIDDEN]
+            names = dict.fromkeys([*(one.value for one in kinds), *(["hidden"] if at else [])])
             attacks = attacks_of(list(names), settings, tokenizer, words)
             if fit_on is not None:
                 if "universal" not in attacks:

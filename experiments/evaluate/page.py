@@ -1,4 +1,4 @@
-"""What an evaluation found, as a page."""
+"""Results of an evaluation as a page."""
 
 from __future__ import annotations
 

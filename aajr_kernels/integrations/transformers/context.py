@@ -8,8 +8,7 @@ suffix. An attack sees them as constants, the loss and the penalty differentiate
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from ...dual import Dual, is_dual
 from ...method.attack_state import parameters_are_frozen
 from ...rules.registry import install_guards
 from ...torch_private import version_of
+from ...transforms import uncompiled
 from .context_cache import ContextCache, ContextIsFilled
 from .context_checks import (
     cache_argument,
@@ -34,20 +34,6 @@ from .context_hooks import agreed_start, is_sharded, watched
 from .context_segments import segments
 
 __all__ = ["SharedContext", "shared_context"]
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _uncompiled(func: Function) -> Function:
-    """`func` as a break in graphs that torch.compile makes of its callers: contexts are other objects in every step."""
-
-    @functools.wraps(func)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(func)(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    return call  # type: ignore[return-value]
 
 
 class SharedContext:
@@ -104,7 +90,7 @@ class SharedContext:
             )
         return values[:, self.start :]
 
-    @_uncompiled
+    @uncompiled  # contexts are other objects in every step
     def __call__(self, x: Any) -> Any:
         """Hidden states or logits of the suffix with embeddings `x`.
 
@@ -194,7 +180,7 @@ class SharedContext:
         return sum(version_of(p) for p in self._model.parameters() if not p.is_inference())
 
 
-@_uncompiled
+@uncompiled
 def shared_context(
     model: nn.Module,
     x: Tensor,

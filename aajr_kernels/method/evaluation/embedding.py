@@ -20,9 +20,9 @@ from .scene import Found, Scene
 __all__ = [
     "EmbeddingAttack",
     "ascents_of",
+    "check_ascents",
     "check_radius",
     "check_step_size",
-    "check_step_sizes",
     "found_by",
 ]
 
@@ -44,7 +44,7 @@ def check_step_size(name: str, size: Any) -> None:
         raise ValueError(f"{name} must be positive or 'auto', got {size}.")
 
 
-def check_step_sizes(sizes: Any) -> tuple[float | str, ...]:
+def _checked_step_sizes(sizes: Any) -> tuple[float | str, ...]:
     """Them as a tuple.
 
     Raises:
@@ -55,6 +55,15 @@ def check_step_sizes(sizes: Any) -> tuple[float | str, ...]:
     for size in sizes:
         check_step_size("step_sizes", size)
     return tuple(sizes)
+
+
+def check_ascents(attack: Any) -> None:
+    """Raise where an entry that all attacks by ascents have is wrong; `step_sizes` become a tuple."""
+    check_radius(attack.radius)
+    check_integers(1, steps=attack.steps, restarts=attack.restarts)
+    object.__setattr__(attack, "step_sizes", _checked_step_sizes(attack.step_sizes))
+    check_choices(SCOPES, scope=attack.scope)
+    check_choices(STEPS, step=attack.step)
 
 
 def ascents_of(
@@ -110,16 +119,12 @@ class EmbeddingAttack:
     norm: str = "l2"
     step: str = "normalized"
 
-    #: what an evaluation calls it
+    #: name of its results in an evaluation
     name = "embedding"
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
-        check_integers(1, steps=self.steps, restarts=self.restarts)
-        object.__setattr__(self, "step_sizes", check_step_sizes(self.step_sizes))
-        check_choices(SCOPES, scope=self.scope)
+        check_ascents(self)
         check_choices(NORMS, norm=self.norm)
-        check_choices(STEPS, step=self.step)
 
     def ascents(self, scene: Scene, generator: torch.Generator) -> list[Trajectory]:
         """One for every step size."""

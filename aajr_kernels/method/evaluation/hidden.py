@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...dual import Dual, is_dual
-from ..ascent import STEPS
 from ..attack_state import frozen_parameters
-from ..checks import check_choices, check_integers
-from ..scopes import SCOPES, widened
+from ..scopes import widened
 from ..trajectory import Trajectory
-from .embedding import ascents_of, check_radius, check_step_sizes, found_by
+from .embedding import ascents_of, check_ascents, found_by
 from .scene import Found, Scene
 
 __all__ = ["HiddenAttack"]
@@ -54,7 +52,7 @@ class HiddenAttack:
     scope: str = "token"
     step: str = "normalized"
 
-    #: what an evaluation calls it
+    #: name of its results in an evaluation
     name = "hidden"
 
     def __post_init__(self) -> None:
@@ -68,11 +66,7 @@ class HiddenAttack:
                     "model.model.layers[number]."
                 )
         object.__setattr__(self, "at", tuple(several))
-        check_radius(self.radius)
-        check_integers(1, steps=self.steps, restarts=self.restarts)
-        object.__setattr__(self, "step_sizes", check_step_sizes(self.step_sizes))
-        check_choices(SCOPES, scope=self.scope)
-        check_choices(STEPS, step=self.step)
+        check_ascents(self)
 
     def ascents(self, scene: Scene, generator: torch.Generator) -> list[Trajectory]:
         """One for every step size, each of what is added: ``[B, P·N, C]``, the tokens of one place after the other.
@@ -137,9 +131,7 @@ class _Opened:
                     f"{name} must return [B, N, C] = [{rows}, {tokens}, ...], got {shape}: name a module that does."
                 )
         states = [several[0] for several in outputs.values()]
-        attended = scene.batch.masks[1].to(states[0].device)
-        squares = [state.double().square().sum(-1)[attended].mean() for state in states]
-        self.units = [float(square.sqrt()) if relative else 1.0 for square in squares]
+        self.units = [float(scene.batch.norm_of(state)) if relative else 1.0 for state in states]
         self.widths = [state.shape[-1] for state in states]
         like = widened(states[0])
         self.x = like.new_zeros(rows, len(states) * tokens, max(self.widths))
@@ -195,7 +187,7 @@ def _modules(scene: Scene, at: Sequence[Place]) -> dict[str, nn.Module]:
     """
     known = {name: module for whole in scene.modules for name, module in whole.named_modules() if name}
     names = {id(module): name for name, module in known.items()}
-    found: list[tuple[str, nn.Module]] = []
+    named: list[tuple[str, nn.Module]] = []
     for place in at:
         module = known.get(place) if isinstance(place, str) else place
         if module is None or id(module) not in names:
@@ -206,10 +198,10 @@ def _modules(scene: Scene, at: Sequence[Place]) -> dict[str, nn.Module]:
                 f"at must name modules inside the model, got {shown}, which is not there{remedy}."
             )
         if isinstance(module, nn.ModuleList):
-            found += [(names[id(entry)], entry) for entry in module]
+            named += [(names[id(entry)], entry) for entry in module]
         else:
-            found.append((names[id(module)], module))
-    places = dict(found)
-    if len(places) != len(found):
-        raise ValueError(f"at must name every module once, got {', '.join(name for name, _ in found)}.")
+            named.append((names[id(module)], module))
+    places = dict(named)
+    if len(places) != len(named):
+        raise ValueError(f"at must name every module once, got {', '.join(name for name, _ in named)}.")
     return places

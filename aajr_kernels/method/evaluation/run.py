@@ -28,7 +28,7 @@ class EvaluationAttack(Protocol):
 
     @property
     def name(self) -> str:
-        """What an evaluation calls it."""
+        """Name of its results in an evaluation."""
 
     def run(self, scene: Scene, generator: torch.Generator) -> Found:
         """Attack one batch; all that is drawn comes from `generator`."""
@@ -78,7 +78,7 @@ def evaluate(
     """
     check_integers(0, seed=seed)
     named = _named(attacks)
-    groups = [batches] if isinstance(batches, (Mapping, Tensor, Prepared)) else batches
+    groups = _several(batches)
     total = len(groups) * len(named) if isinstance(groups, Sized) else None
     tell = progress or (lambda done, total, text: None)
     found: dict[str, list[Found]] = {name: [] for name in named}
@@ -114,9 +114,8 @@ def scenes_of(
         )
     modules = modules_of(module, _check_whole)
     device = next((p.device for one in modules for p in one.parameters()), None)
-    groups = [batches] if isinstance(batches, (Mapping, Tensor, Prepared)) else batches
     try:
-        several = iter(groups)
+        several = iter(_several(batches))
     except TypeError as error:
         raise TypeError(
             f"batches must be a batch or an iterable of batches, got {type(batches).__name__}."
@@ -127,6 +126,11 @@ def scenes_of(
                 policy, _prepared(batch, device, shift_labels), modules, loss, shift_labels, share_context
             )
         yield scene
+
+
+def _several(batches: Any) -> Any:
+    """A batch as a list of one."""
+    return [batches] if isinstance(batches, (Mapping, Tensor, Prepared)) else batches
 
 
 def generator_of(seed: int, batch: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""What an attack finds a batch in: the policy, its losses as a function of embeddings, and what may be moved."""
+"""A batch as an attack meets it: the policy, its losses as a function of embeddings, and the tokens open to attack."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..evaluator import checked_losses, input_gradient
 from ..losses import IGNORED
 from ..policy import Policy
 from ..scopes import widened
-from ..sharing import LEAST, Shared, check_splittable, shared_of, start_of
+from ..sharing import Shared, check_splittable, shared_of, start_of
 
 __all__ = ["Found", "Scene"]
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What an attack found in one batch.
+    """Losses of one batch under an attack.
 
     Attributes:
         losses: ``[B]``, of every row where the attack left it.
@@ -111,9 +111,7 @@ class Scene:
     @functools.cached_property
     def unit(self) -> float:
         """Root mean square of the norms of the tokens that are attended to: what a relative radius counts in."""
-        squares = self.x.double().square().sum(-1).flatten()
-        attended = self.batch.masks[1].flatten()
-        return float(squares[attended.nonzero().squeeze(-1).to(squares.device)].mean().sqrt())
+        return float(self.batch.norm_of(self.x))
 
     @functools.cached_property
     def mask(self) -> Tensor:
@@ -161,8 +159,9 @@ class Scene:
     @functools.cached_property
     def _shared(self) -> Shared | None:
         """The batch behind the tokens before the first that is open to attack in any row, which run once."""
-        start, mode = start_of(self.batch), self.share_context
-        if not start or mode is False or (mode == "auto" and start < LEAST * self.labels.shape[1]):
+        mode = self.share_context
+        start = start_of(self.batch, mode)
+        if not start:
             return None
         if self.objective is not None:
             if mode is True:

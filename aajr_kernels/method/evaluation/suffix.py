@@ -45,7 +45,7 @@ class SuffixSearch:
     candidates: Tensor | Sequence[int] | None = None
     at_once: int = 1
 
-    #: what an evaluation calls it
+    #: name of its results in an evaluation
     name = "suffix"
 
     def __post_init__(self) -> None:

@@ -127,7 +127,7 @@ class TokenSubstitution:
     candidates: Tensor | Sequence[int] | None = None
     at_once: int = 1
 
-    #: what an evaluation calls it
+    #: name of its results in an evaluation
     name = "substitution"
 
     def __post_init__(self) -> None:

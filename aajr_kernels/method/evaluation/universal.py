@@ -43,7 +43,7 @@ class UniversalPerturbation:
     size: int | None = None
     delta: Tensor | None = None
 
-    #: what an evaluation calls it
+    #: name of its results in an evaluation
     name = "universal"
 
     def __post_init__(self) -> None:
