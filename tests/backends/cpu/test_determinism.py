@@ -11,6 +11,7 @@ from ops.suite import Target
 from aajr_kernels.testing.cases.case import Case, Result, outcome
 from aajr_kernels.testing.cases.products import attention, head
 from aajr_kernels.testing.cases.rows import gated, layer, linear, pointwise, reduction, rms, rotary
+from common.trust import count as counted
 
 #: more rows, heads and words than threads, and no number that three divides
 LARGE = [
@@ -83,3 +84,4 @@ def test_callers_at_the_same_time_do_not_disturb_each_other(case, threads):
         with ThreadPoolExecutor(4) as pool:
             for result in pool.map(call, range(8)):
                 assert_same(alone, result)
+    counted("callers", problems=1, calls=8)
