@@ -16,6 +16,7 @@ NEEDS = {
     "hf_trainer": ["transformers", "accelerate"],
     "trl_grpo": ["trl", "datasets", "peft"],
     "trl_sft": ["trl", "datasets", "peft"],
+    "two_agents_adapters": ["transformers", "peft"],
 }
 SHARED = {"text"}
 

@@ -24,7 +24,8 @@ class Agent:
         policy: how its model is called, while it is :meth:`acting`.
         module: the model, which agents may share.
         payoff: from a :class:`~.dialogue.Dialogue` (or what a training plays) to its payoff ``[B]``, detached: learnt
-            by policy gradients on the tokens that the agent said.
+            by policy gradients on the tokens that the agent said. ``"experience"``: the one that what is played brings
+            (an environment's rewards).
         loss: in the place of a payoff: ``"cross_entropy"`` of its own turns, or a function of the agent and a checked
             batch (:class:`~.batch.Prepared`) to a mean loss, attached.
         active: makes the model this agent's inside the block; None where it always is.
@@ -35,7 +36,7 @@ class Agent:
     name: str
     policy: Policy
     module: nn.Module
-    payoff: Callable[[Any], Tensor] | None = None
+    payoff: str | Callable[[Any], Tensor] | None = None
     loss: str | Callable[[Agent, Any], Tensor] | None = None
     active: Callable[[], AbstractContextManager[None]] | None = None
     own_parameters: Callable[[], list[nn.Parameter]] | None = None
@@ -49,6 +50,8 @@ class Agent:
             )
         if isinstance(self.loss, str) and self.loss != "cross_entropy":
             raise ValueError(f"loss must be 'cross_entropy' or a function, got {self.loss!r}.")
+        if isinstance(self.payoff, str) and self.payoff != "experience":
+            raise ValueError(f"payoff must be 'experience' or a function, got {self.payoff!r}.")
         if self.loss is not None and self.payoff is not None:
             raise ValueError(f"agent {self.name!r} must have a loss or a payoff, got both.")
 
@@ -96,7 +99,19 @@ class Agent:
             TypeError, ValueError: it is no floating point tensor ``[B]``, or not finite.
         """
         assert self.payoff is not None
-        payoff = self.payoff(played)
+        if isinstance(self.payoff, str):
+            raise ValueError(
+                f"payoff of agent {self.name!r} must be a function where a dialogue is played, got {self.payoff!r}, "
+                "which is what an environment brings."
+            )
+        return self.checked(self.payoff(played), rows)
+
+    def checked(self, payoff: Any, rows: int) -> Tensor:
+        """A payoff ``[B]``, detached.
+
+        Raises:
+            TypeError, ValueError: as of :meth:`paid`.
+        """
         if not isinstance(payoff, Tensor) or not payoff.is_floating_point():
             raise TypeError(
                 f"payoff of agent {self.name!r} must be a floating point tensor, got {type(payoff).__name__}."

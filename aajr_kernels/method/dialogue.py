@@ -34,6 +34,7 @@ class Dialogue:
         ids: ``[B, N]``.
         attended: ``[B, N]`` bool: a token, False for padding of a turn that ended early.
         speakers: ``[N]``, the number of the agent that said each token, −1 for an opening without one.
+        prompt_masks: per agent ``[B, P]``, nonzero = a token; left out where a prompt has no padding.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,7 @@ class Dialogue:
     ids: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     attended: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
     speakers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    prompt_masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names) or not self.names:
@@ -49,6 +51,12 @@ class Dialogue:
             raise ValueError(
                 f"prompts must be of the agents {', '.join(self.names)}, got {', '.join(unknown)}."
             )
+        for name, mask in self.prompt_masks.items():
+            if name not in self.prompts or self.prompts[name].shape != mask.shape:
+                of = tuple(self.prompts[name].shape) if name in self.prompts else "none"
+                raise ValueError(
+                    f"prompt_masks must have the shapes of the prompts, got {tuple(mask.shape)} for {name!r} and {of}."
+                )
         rows = {prompt.shape[0] for prompt in self.prompts.values()} | (
             {len(self.ids)} if self.ids.numel() else set()
         )
@@ -61,6 +69,7 @@ class Dialogue:
         names: Sequence[str],
         prompts: Mapping[str, Tensor] | None = None,
         opening: Tensor | None = None,
+        prompt_masks: Mapping[str, Tensor] | None = None,
     ) -> Dialogue:
         """A dialogue before the first turn.
 
@@ -68,8 +77,9 @@ class Dialogue:
             names: of the agents.
             prompts: per agent ``[B, P]``, which it only sees.
             opening: ``[B, N]``, seen by all and said by none.
+            prompt_masks: per agent ``[B, P]``, nonzero = a token, for prompts of different lengths.
         """
-        dialogue = cls(tuple(names), dict(prompts or {}))
+        dialogue = cls(tuple(names), dict(prompts or {}), prompt_masks=dict(prompt_masks or {}))
         return dialogue if opening is None else dialogue.said(None, opening)
 
     @property
@@ -116,7 +126,9 @@ class Dialogue:
             return ids, mask
         if not len(ids):
             ids, mask = prompt[:, :0], torch.ones_like(prompt[:, :0], dtype=torch.bool)
-        return torch.cat([prompt, ids], 1), torch.cat([torch.ones_like(prompt, dtype=torch.bool), mask], 1)
+        of_prompt = self.prompt_masks.get(name)
+        of_prompt = torch.ones_like(prompt, dtype=torch.bool) if of_prompt is None else of_prompt != 0
+        return torch.cat([prompt, ids], 1), torch.cat([of_prompt, mask], 1)
 
     def batch(self, name: str, *, observed: Sequence[str] | None = None) -> dict[str, Tensor]:
         """A batch of :class:`~aajr_kernels.training.Objective` for one agent.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..method.agents import Agent, Agents
 from ..method.ascent import NonFiniteLoss
-from ..method.batch import Prepared
+from ..method.batch import Prepared, prepared
 from ..method.checks import check_choices, check_integers, check_number
 from ..method.dialogue import Dialogue
 from ..method.losses import IGNORED
@@ -49,11 +49,13 @@ class Experience:
 
     Attributes:
         batch: for :class:`~.step.Objective`; labels are the tokens that the agent said.
-        payoff: ``[B]``, or None for an agent with a loss.
+        payoff: ``[B]``, which an agent with a payoff learns in the place of its own; None for that of the agent.
+        shift_labels: as of :class:`~.config.ObjectiveConfig`; None for that of the learner's objective.
     """
 
     batch: Mapping[str, Any]
     payoff: Tensor | None = None
+    shift_labels: bool | None = None
 
 
 #: from the agents and a generator to a dialogue of all, or to every learner's experience
@@ -260,9 +262,13 @@ class _Run:
                 f"one of {name!r}."
             )
         experience: Experience = played[name]
-        if experience.payoff is None and agent.payoff is not None:
-            return replace(experience, payoff=agent.paid(experience, len(experience.batch["input_ids"])))
-        return experience
+        if agent.payoff is None:
+            return experience
+        entries = experience.batch.get("input_ids"), experience.batch.get("inputs_embeds")
+        rows = next((len(entry) for entry in entries if entry is not None), 0)
+        if experience.payoff is None:
+            return replace(experience, payoff=agent.paid(experience, rows))
+        return replace(experience, payoff=agent.checked(experience.payoff, rows))
 
     def update(self, step: int, name: str, experience: Experience) -> tuple[Callable[[], None], Row]:
         """Gradients of one learner; a function that takes its step, and the row."""
@@ -276,7 +282,10 @@ class _Run:
         for p in parameters:
             p.grad = None
         with agent.acting():
-            batch = objective.prepared(experience.batch)
+            shift = objective.config.shift_labels
+            if experience.shift_labels is not None:
+                shift = experience.shift_labels
+            batch = prepared(experience.batch, objective.device, shift)
             try:
                 terms, more = self.terms(step, agent, objective, batch, experience.payoff)
             except NonFiniteLoss as error:
@@ -310,16 +319,17 @@ class _Run:
         """The objective of one learner, attached, and numbers of its own loss."""
         if agent.loss == "cross_entropy":
             return objective(batch, step=step), {}
-        weights = None if payoff is None else self.advantages(payoff).to(batch.labels.device)
-        if weights is None:
+        if agent.loss is not None:
             assert callable(agent.loss)
+            weights = None
             own = agent.loss(agent, batch)
             more = {"own_loss": float(own.detach())}
         else:
+            assert payoff is not None
+            weights = self.advantages(payoff).to(batch.labels.device)
             x = batch.embedded(agent.policy)
             losses = agent.policy.loss_fn(batch.inputs, batch.labels, "sum")(x)
             own = (weights.to(losses) * losses).sum() / (batch.labels != IGNORED).sum().clamp(min=1)
-            assert payoff is not None
             more = {"own_loss": float(own.detach()), "payoff": float(payoff.mean())}
         added = objective.penalty(batch, row_weights=weights, step=step)
         return Terms(own + added.total, added.parts), more

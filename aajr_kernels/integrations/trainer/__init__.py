@@ -2,15 +2,16 @@
 
     trainer = AAJRTrainer(model, args, ..., objective=ObjectiveConfig(attack=..., penalty=...))
 
-==========  ==================================================================================================
-module      what is in it
-==========  ==================================================================================================
-``mixins``  :class:`AAJRTrainerMixin`, for trainers of language models, and :class:`AAJRPenaltyMixin`, for those
-            with another loss
-``checks``  models, wrappers and training arguments that do not go with it, in one sentence each
-``meter``   means of the objective's parts between two logs
-``grpo``    where TRL's GRPO has its tokens and advantages
-==========  ==================================================================================================
+============  ================================================================================================
+module        what is in it
+============  ================================================================================================
+``mixins``    :class:`AAJRTrainerMixin`, for trainers of language models, and :class:`AAJRPenaltyMixin`, for
+              those with another loss
+``checks``    models, wrappers and training arguments that do not go with it, in one sentence each
+``meter``     means of the objective's parts between two logs
+``grpo``      where TRL's GRPO has its tokens and advantages
+``dialogue``  dialogues of agents, one of which GRPO trains
+============  ================================================================================================
 
 docs/trainer.md has the options and the limits.
 """
@@ -21,9 +22,10 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from ..transformers.library import trainer_class
+from .dialogue import DialogueRollout, dialogue_batch
 from .mixins import AAJRPenaltyMixin, AAJRTrainerMixin
 
-__all__ = ["AAJRPenaltyMixin", "AAJRTrainer", "AAJRTrainerMixin"]
+__all__ = ["AAJRPenaltyMixin", "AAJRTrainer", "AAJRTrainerMixin", "DialogueRollout", "dialogue_batch"]
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -23,6 +23,7 @@ from ...sharding import is_fully_sharded
 from ...training import Constraint, Counts, Objective, ObjectiveConfig, Policy, Terms, policy_of, prepared
 from ...training.wrappers import unwrapped
 from . import checks
+from .dialogue import DialogueRollout, dialogue_batch
 from .grpo import grpo_batch
 from .meter import Meter
 
@@ -284,7 +285,12 @@ class AAJRPenaltyMixin(_Mixin):
             )
 
     def aajr_batch(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Tensor | None]:
-        """Tokens, mask and labels of a micro-batch, and weights ``[B]`` of its rows or None; here of TRL's GRPO."""
+        """Tokens, mask and labels of a micro-batch, and weights ``[B]`` of its rows or None; here of TRL's GRPO.
+
+        In dialogues of a :class:`~.dialogue.DialogueRollout` the turns of others may be attacked.
+        """
+        if isinstance(getattr(self, "rollout_func", None), DialogueRollout):
+            return dialogue_batch(inputs)
         return grpo_batch(inputs)
 
     def compute_loss(

@@ -15,13 +15,16 @@ from ...training.policy import policy_of
 
 __all__ = ["adapter_agent", "generated"]
 
+#: samples of the policy as it is: one that drops or moves probabilities is not what a policy gradient learns
+UNCHANGED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+
 
 def adapter_agent(
     model: nn.Module,
     adapter: str,
     *,
     name: str | None = None,
-    payoff: Callable[[Any], Tensor] | None = None,
+    payoff: str | Callable[[Any], Tensor] | None = None,
     loss: str | Callable[[Agent, Any], Tensor] | None = None,
     generate: dict[str, Any] | None = None,
 ) -> Agent:
@@ -33,7 +36,8 @@ def adapter_agent(
         adapter: its name in the model.
         name: of the agent; that of the adapter by default.
         payoff, loss: of :class:`~aajr_kernels.method.agents.Agent`.
-        generate: options of ``model.generate`` for its turns, sampled by default.
+        generate: options of ``model.generate`` for its turns; by default samples of the policy as it is, whatever the
+            model's generation config says of temperature, top-k, top-p and repetitions.
 
     Raises:
         TypeError: `model` is not of PEFT, or the adapter learns a prompt.
@@ -86,7 +90,7 @@ def generated(
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends[0] is not None else 0)
     order = attended.long().argsort(dim=-1, stable=True)  # padding first, tokens in their order
-    settings = {"do_sample": True, "max_new_tokens": length, "pad_token_id": pad} | (options or {})
+    settings = UNCHANGED | {"max_new_tokens": length, "pad_token_id": pad} | (options or {})
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
