@@ -211,7 +211,6 @@ def test_two_agents():
         assert abs(play["played"] - play["expected"]) < 5 * play["error"] + 1e-3
 
 
-@pytest.mark.skipif(not (RESULTS / "prompt-injection.jsonl").exists(), reason="the rows are not committed")
 def test_prompt_injection():
     from experiments.prompt_injection.report import LOSSES, METHODS, rank
 
@@ -233,8 +232,6 @@ def test_prompt_injection():
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_pages_are_what_the_rows_say(name, tmp_path):
-    if name == "prompt-injection" and not (RESULTS / f"{name}.jsonl").exists():
-        pytest.skip("the rows are not committed")
     result = CliRunner().invoke(application(experiment), [name, "--draw", "--out", os.fspath(tmp_path)])
     assert result.exit_code == 0, result.output
     pages = Path(command.ROOT) / "docs" / "experiments"
