@@ -103,15 +103,19 @@ class Prepared:
 
     def norm_of(self, x: Tensor) -> Tensor:
         """Root mean square of the norms of `x` ``[B, N, C]`` at the tokens attended to, float64, attached."""
-        squares = x.double().square().sum(-1)
-        if self.attended is not None:
-            attended = self.masks[1].flatten().nonzero().squeeze(-1)
-            squares = squares.flatten()[attended.to(x.device)]
-        return squares.mean().sqrt()
+        return norm_at(x, None if self.attended is None else self.masks[1])
 
     def tokens(self, which: str) -> Tensor | None:
         """Bool ``[B, N]``: those with a label (``"loss"``), or all that are attended to; None for all."""
         return self.labels != IGNORED if which == "loss" else self.attended
+
+
+def norm_at(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Root mean square of the norms of `x` ``[B, N, C]`` at the tokens of a mask ``[B, N]``, float64, attached."""
+    squares = x.double().square().sum(-1)
+    if mask is not None:
+        squares = squares.flatten()[mask.flatten().nonzero().squeeze(-1).to(x.device)]
+    return squares.mean().sqrt()
 
 
 def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aajr_kernels import ascend
 from aajr_kernels.dual import is_dual
-from aajr_kernels.method.evaluation import Found, Scene
+from aajr_kernels.method.evaluation import Found, HiddenAttack, Scene
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class LayerAttack:
 
     Attributes:
         at: number of the layer.
-        radius: in root mean square norms of the layer's output at the attended tokens of the batch.
+        radius: in root mean square norms of the layer's output at the attended tokens behind the shared context; a
+            ``HiddenAttack(relative=True)`` counts those of the injection only.
         steps: of the ascent.
         step_size: in radii.
     """
@@ -30,56 +30,27 @@ class LayerAttack:
     step_size: float
     name = "hidden"
 
-    def run(self, scene: Scene, generator: torch.Generator | None = None) -> Found:
+    def run(self, scene: Scene, generator: torch.Generator) -> Found:
         """The largest losses on the way; nothing is drawn."""
         (model,) = scene.modules
         whole: Any = model
         layer = whole.get_base_model().model.layers[self.at]
-        outputs: list[Any] = []
-        handle = layer.register_forward_hook(lambda module, args, output: outputs.append(_first(output)))
+        outputs: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda module, args, output: outputs.append(_plain(output)))
         try:
             scene.losses(scene.x)
         finally:
-            handle.remove()
-        output = _plain(outputs[-1])  # of the tokens that are not in a shared context
-        _, attended, attackable = (mask[:, -output.shape[1] :] for mask in scene.batch.masks)
+            hook.remove()
+        (output,) = outputs
+        attended = scene.batch.masks[1, :, scene.start :]
         unit = float(output.double()[attended].square().sum(-1).mean().sqrt())
-
-        def loss(delta: Tensor) -> Tensor:
-            handle = layer.register_forward_hook(
-                lambda module, args, output: _changed(output, _first(output) + delta)
-            )
-            try:
-                losses: Tensor = scene.loss(scene.x)
-                return losses
-            finally:
-                handle.remove()
-
-        radius = self.radius * unit
-        traj = ascend(
-            *(loss, torch.zeros_like(output)),
-            radius=radius,
-            steps=self.steps,
-            step_size=self.step_size * radius,
-            scope="token",
-            mask=attackable,
-            module=scene.modules,
-            eval_mode=True,
-        )
-        curve = traj.losses.cummax(0).values
-        return Found(curve[-1], curve, traj.evaluations)
-
-
-def _first(output: Any) -> Any:
-    """The tensor, or the Dual, that a layer returned."""
-    return output[0] if isinstance(output, tuple) else output
+        sizes = (self.step_size,)
+        attack = HiddenAttack(layer, self.radius * unit, relative=False, steps=self.steps, step_sizes=sizes)
+        return attack.run(scene, generator)
 
 
 def _plain(output: Any) -> Tensor:
-    """Without its tangents, which are none here."""
-    values: Tensor = output.primal if is_dual(output) else output
+    """The tensor that a layer returned, without tangents, which are none here."""
+    first = output[0] if isinstance(output, tuple) else output
+    values: Tensor = first.primal if is_dual(first) else first
     return values
-
-
-def _changed(output: Any, first: Tensor) -> Any:
-    return (first, *output[1:]) if isinstance(output, tuple) else first

@@ -58,7 +58,8 @@ def units_by_hand(model, batch):
     for row in range(len(batch["input_ids"])):
         for name, state in loss_by_hand(model, batch, row, {})[1].items():
             norms = state.detach().norm(dim=-1)
-            squares[name] += [float(norms[t]) ** 2 for t in batch["attention_mask"][row].nonzero().flatten()]
+            open_ = (batch["attack_mask"] * batch["attention_mask"])[row]
+            squares[name] += [float(norms[t]) ** 2 for t in open_.nonzero().flatten()]
     return {name: (sum(values) / len(values)) ** 0.5 for name, values in squares.items()}
 
 
@@ -124,7 +125,7 @@ def test_ascents_inside_the_model_find_what_a_loop_finds(streamed, names):
 
 
 def test_at_the_embedding_it_is_the_attack_on_embeddings():
-    """A module that returns its input is the same place."""
+    """A module that returns its input is the same place, with the same unit where all attended tokens are open."""
 
     class Behind(SmallLM):
         def hidden(self, x, attention_mask=None, position_ids=None):
@@ -134,9 +135,9 @@ def test_at_the_embedding_it_is_the_attack_on_embeddings():
     model.__class__ = Behind
     model.place = nn.Identity()
     options = dict(radius=0.4, steps=3, step_sizes=(0.5,), restarts=3)
-    evaluation = run(
-        model, batch_of(), HiddenAttack(model.place, **options), EmbeddingAttack(**options), seed=1
-    )
+    batch = batch_of()
+    batch["attack_mask"] = batch["attention_mask"]
+    evaluation = run(model, batch, HiddenAttack(model.place, **options), EmbeddingAttack(**options), seed=1)
     hidden, embedding = (evaluation.curves[name] for name in ("hidden", "embedding"))
     torch.testing.assert_close(hidden, embedding, rtol=1e-10, atol=1e-12)
     assert (hidden[-1] > hidden[0]).all()
@@ -206,13 +207,14 @@ def test_layers_and_projections_of_a_decoder(kind):
     (trajectory,) = attack.ascents(scene, generator)
     assert (trajectory.losses.diff(dim=0) > 0).all()
     delta = trajectory.worst - trajectory.x
+    open_ = batch["attack_mask"] & attended.bool()
     clean, moved = [], trajectory.worst
 
     def add(place, module, args, output):
         first = output[0] if isinstance(output, tuple) else output
         if place == len(clean):
             clean.append(first.detach())
-        unit = float(clean[place].square().sum(-1)[attended.bool()].mean().sqrt())
+        unit = float(clean[place].square().sum(-1)[open_].mean().sqrt())
         changed = first + moved[:, place * 10 : place * 10 + 10, : first.shape[-1]] * unit
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -232,6 +234,11 @@ def test_layers_and_projections_of_a_decoder(kind):
         handle.remove()
     if kind == "gpt2":
         return
+    shared = Scene(scene.policy, scene.batch, scene.modules, share_context=True)
+    assert shared.start == 2
+    (behind,) = attack.ascents(shared, generator)
+    torch.testing.assert_close(behind.losses, trajectory.losses, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(behind.worst, trajectory.worst, rtol=1e-8, atol=1e-10)
     listed = evaluate(policy_of(net), batch, [HiddenAttack("model.layers", steps=2)], module=net)
     several = HiddenAttack([f"model.layers.{i}" for i in range(len(blocks))], steps=2)
     named = evaluate(policy_of(net), batch, [several], module=net)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...dual import Dual, is_dual
 from ..attack_state import frozen_parameters
+from ..batch import norm_at
 from ..scopes import widened
 from ..trajectory import Trajectory
 from .embedding import ascents_of, check_ascents, found_by
@@ -34,7 +35,8 @@ class HiddenAttack:
         at: modules inside the model, their dotted names, or a ModuleList for all of its entries; one or several.
         radius: of the ball of every group of the scope.
         relative: `radius` counts in norms of a hidden state, of every place its own: the root mean square of the norms
-            of its clean outputs at the tokens that are attended to. False: in the units of the outputs.
+            of its clean outputs at the tokens open to attack (those of a first token can be a hundred times
+            larger). False: in the units of the outputs.
         steps: of every ascent.
         step_sizes: one ascent for each, in radii; or ``"auto"``, see :func:`~aajr_kernels.ascend`.
         restarts: of every ascent: the first from the clean outputs, the others from uniform draws.
@@ -77,10 +79,9 @@ class HiddenAttack:
             TypeError: a place does not return a tensor.
         """
         opened = _Opened(scene, _modules(scene, self.at), self.relative)  # type: ignore[arg-type]
-        policy = replace(scene.policy, forward=opened, context=None)
         return ascents_of(
             scene,
-            scene.loss_of(policy),
+            scene.losses_through(opened.around),
             opened.x,
             radius=self.radius,
             steps=self.steps,
@@ -117,8 +118,9 @@ class _Opened:
             return output
 
         with torch.no_grad(), frozen_parameters(scene.modules, True), self._hooks(record):
-            scene.policy.forward(scene.x, **scene.batch.inputs)
+            scene.loss(scene.x)
         rows, tokens = scene.labels.shape
+        behind = tokens - scene.start
         for name, several in outputs.items():
             if len(several) != 1:
                 raise ValueError(
@@ -126,12 +128,13 @@ class _Opened:
                     "does."
                 )
             shape = tuple(several[0].shape)
-            if len(shape) != 3 or shape[:2] != (rows, tokens):
+            if len(shape) != 3 or shape[:2] != (rows, behind):
                 raise ValueError(
-                    f"{name} must return [B, N, C] = [{rows}, {tokens}, ...], got {shape}: name a module that does."
+                    f"{name} must return [B, N, C] = [{rows}, {behind}, ...], got {shape}: name a module that does."
                 )
         states = [several[0] for several in outputs.values()]
-        self.units = [float(scene.batch.norm_of(state)) if relative else 1.0 for state in states]
+        at = scene.mask[:, scene.start :]
+        self.units = [float(norm_at(state, at)) if relative else 1.0 for state in states]
         self.widths = [state.shape[-1] for state in states]
         like = widened(states[0])
         self.x = like.new_zeros(rows, len(states) * tokens, max(self.widths))
@@ -143,21 +146,26 @@ class _Opened:
             inside = channels < torch.tensor(self.widths, device=like.device)[numbers].unsqueeze(-1)
             self.mask = self.mask.unsqueeze(-1) & inside
 
-    def __call__(self, delta: Any, **inputs: Any) -> Any:
-        tokens = self.scene.labels.shape[1]
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` of the batch as it is, as a function of what is added, ``[B, P·N, C]``."""
+        tokens, start = self.scene.labels.shape[1], self.scene.start
+        x = self.scene.x[:, start:]
         places = {name: i for i, name in enumerate(self.modules)}
 
-        def add(name: str, output: Any) -> Any:
-            place = places[name]
-            added = delta[:, place * tokens : (place + 1) * tokens, : self.widths[place]] * self.units[place]
-            first = _first(name, output)
-            value = first + added.to(first.dtype)
-            return (value, *output[1:]) if isinstance(output, tuple) else value
+        def opened(delta: Any, **inputs: Any) -> Any:
+            def add(name: str, output: Any) -> Any:
+                place = places[name]
+                own = slice(place * tokens + start, (place + 1) * tokens)
+                added = delta[:, own, : self.widths[place]] * self.units[place]
+                first = _first(name, output)
+                value = first + added.to(first.dtype)
+                return (value, *output[1:]) if isinstance(output, tuple) else value
 
-        x = self.scene.x
-        with self._hooks(add):
-            # the operations of a number without tangents are those of the loss (:func:`~aajr_kernels.lm_loss`)
-            return self.scene.policy.forward(Dual(x.unsqueeze(0)) if is_dual(delta) else x, **inputs)
+            with self._hooks(add):
+                # the operations of a number without tangents are those of the loss (:func:`~aajr_kernels.lm_loss`)
+                return forward(Dual(x.unsqueeze(0)) if is_dual(delta) else x, **inputs)
+
+        return opened
 
     @contextlib.contextmanager
     def _hooks(self, change: Callable[[str, Any], Any]) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,14 +134,32 @@ class Scene:
 
     def _loss_of(self, count: int) -> Callable[[Any], Any]:
         """The losses of the batch `count` times."""
+        losses, start = self.losses_through(lambda forward: forward, count), self.start
+        return lambda x: losses(x[:, start:])
+
+    def losses_through(
+        self, around: Callable[[Callable[..., Any]], Callable[..., Any]], count: int = 1
+    ) -> Callable[[Any], Any]:
+        """From what ``around(forward)`` takes to what the adversary maximises in the whole of the batch, ``[B]``.
+
+        Args:
+            around: from the forward, whose embeddings ``[B, N - start, C]`` begin behind the shared context, to another
+                one.
+            count: the batch so many times.
+        """
         shared = self._shared
+        policy, batch = (self.policy, self.batch) if shared is None else (shared.policy, shared.batch)
+        policy = replace(policy, forward=around(policy.forward))
         if shared is None:
-            return self.loss_of(self.policy, self._times(self.batch, count))
-        labels = self._times(shared.batch, count).labels
-        suffix = shared.policy.loss_fn({}, labels, "sum")
+            return self.loss_of(policy, self._times(batch, count))
+        losses = policy.loss_fn({}, self._times(batch, count).labels, "sum")
         fixed, counts = shared.losses.repeat(count), shared.counts.repeat(count)
-        start = self.labels.shape[1] - labels.shape[1]
-        return lambda x: (suffix(x[:, start:]) + fixed) / counts
+        return lambda x: (losses(x) + fixed) / counts
+
+    @property
+    def start(self) -> int:
+        """Tokens of the shared context, which run once; 0 without one."""
+        return 0 if self._shared is None else self.labels.shape[1] - self._shared.batch.labels.shape[1]
 
     def loss_of(self, policy: Policy, batch: Prepared | None = None) -> Callable[[Any], Any]:
         """From what the forward of `policy` takes to what the adversary maximises, in the whole of the batch."""
