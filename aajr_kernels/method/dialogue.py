@@ -131,7 +131,7 @@ class Dialogue:
         return torch.cat([prompt, ids], 1), torch.cat([of_prompt, mask], 1)
 
     def batch(self, name: str, *, observed: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """A batch of :class:`~aajr_kernels.training.Objective` for one agent.
+        """A batch of :class:`~aajr_kernels.training.Objective` for one agent, up to the last token that it said.
 
         Labels are the tokens of its own turns, one of others is attackable if `observed` names its speaker, and
         ``agents`` has the number of the speaker of every attackable token, −1 elsewhere: ``Attack(scope="agent")``
@@ -143,8 +143,9 @@ class Dialogue:
             observed: names of the agents whose turns an adversary may move, all others by default.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels``, ``attack_mask``, ``agents`` ``[B, P + N]``, and
-            ``position_ids`` where turns are padded.
+            ``input_ids``, ``attention_mask``, ``labels``, ``attack_mask``, ``agents`` ``[B, n]``, n <= P + N, and
+            ``position_ids`` where turns are padded. What is said after the agent's last token is left out: it has
+            decided nothing on it.
 
         Raises:
             ValueError: there is no such agent, it has said nothing, or `observed` names itself.
@@ -159,8 +160,10 @@ class Dialogue:
                 f"agent {name!r} must have said something in the dialogue to learn from it, got no turn."
             )
         ids, attended = self.view(name)
+        end = ids.shape[1] - len(self.speakers) + int((self.speakers == number).nonzero()[-1]) + 1
         unsaid = torch.full((ids.shape[1] - len(self.speakers),), -1, dtype=torch.long)
-        speakers = torch.cat([unsaid, self.speakers]).expand(ids.shape).to(ids.device)
+        speakers = torch.cat([unsaid, self.speakers]).expand(ids.shape).to(ids.device)[:, :end]
+        ids, attended = ids[:, :end], attended[:, :end]
         attackable = torch.isin(speakers, numbers.to(ids.device)) & attended
         own = (speakers == number) & attended
         batch = {

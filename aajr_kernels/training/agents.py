@@ -35,6 +35,7 @@ from .config import ObjectiveConfig, check_limit, describe
 from .gradients import Gradients
 from .loop import NonFiniteLossError
 from .objective import Terms
+from .optimizer import adamw
 from .progress import Progress
 from .record import Recorder, Row
 from .schedules import Schedule, checked_schedule, value_at
@@ -68,7 +69,8 @@ class AgentsConfig:
 
     Attributes:
         steps: plays in all.
-        objective: of every agent, or one by name. With a payoff λ is a number (``Penalty(weight=0.01)``).
+        objective: of every agent, or one by name. Beside a payoff or a function the weights of the losses are not read,
+            and λ is a number (``Penalty(weight=0.01)``).
         learners: names of those who learn; all by default, the others stay as they are.
         order: ``"alternate"``: one learner a step, in turn, for `updates` steps each; ``"together"``: all at every
             step, from the same play.
@@ -76,7 +78,8 @@ class AgentsConfig:
         observed: names of the agents whose turns the adversary of any learner may move; all others by default.
         advantage: ``"mean"``: payoff minus its mean over the rows; ``"standardised"``: divided by their standard
             deviation, too; ``"payoff"``: itself.
-        learning_rate, betas, weight_decay: of the AdamW that every agent gets; the rate is a schedule.
+        learning_rate, betas, weight_decay: of the AdamW that every agent gets; the rate is a schedule, and matrices
+            decay only.
         clip_norm: largest norm of a learner's gradient, or None.
         seed: of plays, attacks and global generators.
         checkpoint_every, keep, log_every: as for :class:`~.config.FitConfig`.
@@ -219,12 +222,7 @@ class _Run:
             own = replace(own, seed=seed + agents.names.index(name))
             self.objectives[name] = Objective(agent.module, own, policy=agent.policy)
             parameters = agent.parameters()
-            self.optimizers[name] = torch.optim.AdamW(
-                parameters,
-                lr=value_at(config.learning_rate, 0, "learning_rate"),
-                betas=config.betas,
-                weight_decay=config.weight_decay,
-            )
+            self.optimizers[name] = adamw(parameters, config.learning_rate, config.betas, config.weight_decay)
             numbers = {id(p): name for name, p in agent.module.named_parameters()}
             self.names[name] = {f"{name}/{numbers[id(p)]}": p for p in parameters}
         self.device = next(iter(self.names[self.learners[0]].values())).device
@@ -286,6 +284,13 @@ class _Run:
             if experience.shift_labels is not None:
                 shift = experience.shift_labels
             batch = prepared(experience.batch, objective.device, shift)
+            is_attacked = scheduled.attacks if agent.loss == "cross_entropy" else scheduled.measures
+            if is_attacked and not bool(batch.masks[2].any()):
+                raise ValueError(
+                    f"what agent {name!r} learns must depend on something that an adversary may move, got no token of "
+                    "the observed agents before its own last one: let it speak after one of them, name others in "
+                    "observed, or give it an objective with Attack(radius=0)."
+                )
             try:
                 terms, more = self.terms(step, agent, objective, batch, experience.payoff)
             except NonFiniteLoss as error:
@@ -323,6 +328,12 @@ class _Run:
             assert callable(agent.loss)
             weights = None
             own = agent.loss(agent, batch)
+            if not isinstance(own, Tensor) or own.dim() or not own.requires_grad:
+                got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+                raise ValueError(
+                    f"loss of agent {agent.name!r} must return a number that depends on its parameters, a tensor "
+                    f"without axes, got {got}{'' if getattr(own, 'requires_grad', True) else ' without a gradient'}."
+                )
             more = {"own_loss": float(own.detach())}
         else:
             assert payoff is not None

@@ -34,6 +34,7 @@ from . import randomness
 from .checkpoints import Checkpoints, put_weights, weights_of
 from .config import FitConfig, describe
 from .gradients import Gradients, over_processes
+from .optimizer import adamw
 from .progress import Progress
 from .record import Recorder, Row
 from .report import write_report
@@ -194,7 +195,9 @@ class _Run:
         if scheduler is not None and optimizer is None:
             raise ValueError("scheduler goes with the optimizer it was made for: give optimizer= too.")
         self.has_own_optimizer = optimizer is None
-        self.optimizer = _adamw(own, config) if optimizer is None else optimizer
+        if optimizer is None:
+            optimizer = adamw(own, config.learning_rate, config.betas, config.weight_decay)
+        self.optimizer = optimizer
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not {id(p) for p in self.parameters} <= {id(p) for p in model.parameters()}:
             raise ValueError(
@@ -389,19 +392,6 @@ class _Run:
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-
-def _adamw(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if group
-    ]
-    return torch.optim.AdamW(
-        groups, lr=value_at(config.learning_rate, 0, "learning_rate"), betas=config.betas
-    )
 
 
 def _due(step: int, every: int) -> bool:

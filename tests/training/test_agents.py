@@ -33,6 +33,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
 
 NAMES = ("buyer", "seller", "judge")
+TWO = torch.ones(2, 2, dtype=torch.long)
 
 
 def adapted(*names: str) -> Any:
@@ -69,7 +70,7 @@ def opened(names: tuple[str, ...] = NAMES, rows: int = 2) -> Dialogue:
     return Dialogue.opened(names, {names[0]: draw(3)}, draw(2))
 
 
-def played(rounds: int = 1, length: int = 3):
+def played(rounds: int = 2, length: int = 2):
     return lambda agents, generator: play(
         agents, opened(agents.names), rounds=rounds, length=length, generator=generator
     )
@@ -88,17 +89,28 @@ def test_a_view_has_own_labels_and_the_turns_of_others_as_observations():
         .said("a", ids)
         .said("b", ids + 10, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
         .said("c", ids + 20)
+        .said("b", ids)
+        .said("a", ids)
     )
     batch = dialogue.batch("b")
-    assert batch["input_ids"][0].tolist() == [1, 5, *range(10, 14), *range(20, 24), *range(30, 34)]
-    assert batch["labels"][1].tolist() == [*6 * [-100], 24, 25, -100, -100, *4 * [-100]]
-    assert batch["attention_mask"][1].tolist() == [*8 * [1], 0, 0, *4 * [1]]
-    assert batch["attack_mask"][1].tolist() == [0, 0, *4 * [1], *4 * [0], *4 * [1]]
-    assert batch["agents"][0].tolist() == [-1, -1, *4 * [0], *4 * [-1], *4 * [2]]
-    assert batch["position_ids"][1].tolist() == [*range(8), 7, 7, *range(8, 12)]
+    assert batch["input_ids"][0].tolist() == [
+        1,
+        5,
+        *range(10, 14),
+        *range(20, 24),
+        *range(30, 34),
+        *range(10, 14),
+    ]
+    assert batch["labels"][1].tolist() == [*6 * [-100], 24, 25, -100, -100, *4 * [-100], *range(14, 18)]
+    assert batch["attention_mask"][1].tolist() == [*8 * [1], 0, 0, *8 * [1]]
+    assert batch["attack_mask"][1].tolist() == [0, 0, *4 * [1], *4 * [0], *4 * [1], *4 * [0]]
+    assert batch["agents"][0].tolist() == [-1, -1, *4 * [0], *4 * [-1], *4 * [2], *4 * [-1]]
+    assert batch["position_ids"][1].tolist() == [*range(8), 7, 7, *range(8, 16)]
     only_c = dialogue.batch("b", observed=["c"])
-    assert only_c["attack_mask"][0].tolist() == [*10 * [0], *4 * [1]]
-    assert "position_ids" not in dialogue.said("a", ids).batch("a") or not dialogue.attended.all()
+    assert only_c["attack_mask"][0].tolist() == [*10 * [0], *4 * [1], *4 * [0]]
+    first = Dialogue.opened(("a", "b")).said("a", ids).said("b", ids)  # what b said came after all of a's
+    assert torch.equal(first.batch("a")["input_ids"], ids) and not first.batch("a")["attack_mask"].any()
+    assert "position_ids" not in first.batch("a")
 
 
 def test_padding_within_a_view_changes_no_loss():
@@ -326,14 +338,20 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, order):
         fit_agents(third, played(), config, out=tmp_path / "broken", progress=False, resume=False)
 
 
-def test_a_constraint_finds_its_weight():
+@pytest.mark.parametrize("learns", ["loss", "payoff"])
+def test_a_constraint_finds_its_weight(learns):
     model = adapted("buyer", "seller")
-    agents = team(model, "buyer", "seller", loss="cross_entropy")
-    constraint = Constraint(gamma=0.5, quantile=0.9)
+    by_row = lambda dialogue: dialogue.ids.double().mean(-1)
+    options = {"loss": dict(loss="cross_entropy"), "payoff": dict(payoff=by_row)}[learns]
+    agents = team(model, "buyer", "seller", **options)
+    weight = {} if learns == "loss" else {"weight": 0.01}  # no loss to be a share of
+    constraint = Constraint(gamma=0.1, quantile=0.9, window=4, **weight)
     result = fit_agents(
         agents, played(), config_of(4, objective=objective(penalty=constraint)), progress=False
     )
-    assert ["violation" in row for row in result.rows] == [False, False, True, True]  # each has measured once
+    # λ that is a share of the loss is found by each agent's first step; a number is there from the start
+    expected = [learns == "payoff"] * 2 + [True] * 2
+    assert ["violation" in row for row in result.rows] == expected
     assert all(row["multiplier"] > 0 for row in result.rows[2:])
 
 
@@ -368,6 +386,7 @@ def test_bad_input_has_one_sentence():
         Agents([adapter_agent(model, "buyer"), adapter_agent(model, "buyer")])
     with pytest.raises(ValueError, match="must have a loss or a payoff, got both"):
         adapter_agent(model, "buyer", loss="cross_entropy", payoff=of_tokens(3))
+    ends = lambda a, g: opened(("other", "buyer")).said("other", TWO).said("buyer", TWO)
     wrong = Agents([adapter_agent(model, "buyer", payoff=lambda d: d.ids.double())])
     with pytest.raises(ValueError, match="payoff of agent 'buyer' must be one number per row"):
         fit_agents(
@@ -383,6 +402,11 @@ def test_bad_input_has_one_sentence():
             config_of(1),
             progress=False,
         )
+    with pytest.raises(ValueError, match="what agent 'buyer' learns must depend on something"):
+        fit_agents(agents, played(rounds=1), config_of(1), progress=False)  # it speaks first
+    for loss, got in ((lambda agent, batch: 1.0, "float"), (lambda a, b: torch.ones(()), "without a grad")):
+        with pytest.raises(ValueError, match=f"loss of agent 'buyer' must return a number .*{got}"):
+            fit_agents(team(model, "buyer", loss=loss), ends, config_of(1), progress=False)
     with pytest.raises(TypeError, match="play must return a Dialogue or an Experience"):
         fit_agents(agents, lambda a, g: {}, config_of(1), progress=False)
     with pytest.raises(ValueError, match="weight must be a number where no loss"):
