@@ -117,6 +117,10 @@ def version_of(t: torch.Tensor) -> int:
 #: how many ``TorchDispatchMode`` see the operators of torch that run now; in torch 2.11-2.15
 has_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
+#: innermost hooks on saved tensors or None, of a checkpoint for one; where a module has its compiled call; 2.11-2.15
+saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+COMPILED_CALL = "_compiled_call_impl"
+
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of the module is more than its forward: hooks of it or of all modules, or compiled code.

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..dual import Dual, dual
 from .checks import check_choices, included, kind_of
+from .places import changed
 from .scopes import Groups, kept
 
 __all__ = ["inject", "normalize"]
@@ -57,21 +58,22 @@ def inject(embedding_module: nn.Module, v: torch.Tensor) -> Iterator[None]:
     """Inside the block, `embedding_module` returns ``dual(output, v)``: call the model with token ids as usual.
 
     Args:
-        embedding_module: the module whose output is the input of the policy, e.g. ``model.get_input_embeddings()``.
-        v: direction(s) shaped like its output ``[B, T, C]``, or ``[K, B, T, C]``.
+        embedding_module: the module whose output is the input of the policy, e.g. ``model.get_input_embeddings()``, or
+            a layer inside the policy. It returns a tensor, or a tuple that starts with one, whose other entries stay.
+        v: direction(s) shaped like that tensor ``[B, T, C]``, or ``[K, B, T, C]``.
 
     Raises:
-        TypeError: the module is not an nn.Module or returns something other than a tensor.
+        TypeError: the module is not an nn.Module or returns something else.
         RuntimeError: the block ended without a call of the module (no tangent was seeded).
     """
     if not isinstance(embedding_module, nn.Module):
         raise TypeError(f"embedding_module must be an nn.Module, got {type(embedding_module).__name__}.")
     calls = 0
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Dual:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         nonlocal calls
         calls += 1
-        return dual(output, v)
+        return changed(output, lambda y: dual(y, v), f"embedding_module ({type(module).__name__})")
 
     handle = embedding_module.register_forward_hook(hook)
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import probes
 from .head import LMHead
 from .losses import IGNORED, lm_loss, token_losses
+from .places import Opened
 
 __all__ = ["Policy"]
 
@@ -30,12 +31,17 @@ class Policy:
         context: from ``(x, start=, output=, **inputs)`` to a function of the tokens from `start` on, as
             :func:`~aajr_kernels.integrations.transformers.shared_context` with the body (without `head`: the model)
             returns it; None: a context cannot be shared.
+        places: where an adversary adds its perturbation, from ``(x, forward, tokens=, relative=, **inputs)`` with
+            embeddings ``[B, N, C]`` and a `forward` such as that of the policy to an :class:`.places.Opened`; `tokens`
+            ``[B, N]``, nonzero = counts for the unit of a place (None: all), and ``relative=False`` for a unit of 1.
+            None: it adds to the embeddings.
     """
 
     forward: Callable[..., Any]
     embed: Callable[[Tensor], Tensor] | None = None
     head: LMHead | nn.Linear | Callable[[], LMHead] | None = None
     context: Callable[..., Any] | None = None
+    places: Callable[..., Opened] | None = None
 
     def described_head(self) -> LMHead | nn.Linear | None:
         """The head with its weights of now."""

@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,25 +15,36 @@ from torch import nn
 
 from ..method.attack_state import frozen_parameters
 from ..method.head import LMHead
+from ..method.places import At
 from ..method.policy import Policy
 from ..sharding import is_fully_sharded
 from .wrappers import entered, unwrapped
 
-__all__ = ["policy_of"]
+__all__ = ["places_of", "policy_of"]
 
 #: :func:`~aajr_kernels.integrations.transformers.shared_context`, which lies above and enters itself
 CONTEXTS: list[Callable[..., Any]] = []
+#: what opens places of a model, from the same package, from ``(model, at)`` to :attr:`Policy.places`
+PLACES: list[Callable[..., Any]] = []
 
 
-def policy_of(model: nn.Module) -> Policy:
+def policy_of(model: nn.Module, *, at: At = "embedding") -> Policy:
     """A policy for a Hugging Face causal language model, or for a module called with ``inputs_embeds``.
 
     Where the body and a linear head of a Hugging Face model can be called apart, and give the logits of the whole (this
     is tried on a few tokens), the head is streamed; otherwise logits are formed.
 
+    Args:
+        model: plain, fused or not, with adapters or not.
+        at: where an adversary adds its perturbation: ``"embedding"``; the name of a module, or the end of one that no
+            other module has (``"layers.3.self_attn.q_proj"``), to whose output it is added; the number of a layer of
+            the model's one list of layers, negative from the end; the name of a list of modules, which stands for all
+            of them; or several of these, perturbed together.
+
     Raises:
         TypeError: `model` is no module, takes no ``inputs_embeds``, is wrapped for several processes, or learns a
-            prompt.
+            prompt; `at` is no place.
+        ValueError: `at` names no module, several, or one twice.
     """
     if unwrapped(model) is not model:
         raise TypeError(
@@ -57,7 +69,16 @@ def policy_of(model: nn.Module) -> Policy:
     whole = Policy(
         lambda x, **inputs: inner(inputs_embeds=x, **more, **inputs), embed, context=_context(inner)
     )
-    return _streamed(model, inner, whole, more) or whole
+    policy = _streamed(model, inner, whole, more) or whole
+    return policy if at == "embedding" else replace(policy, places=places_of(model, at))
+
+
+def places_of(model: nn.Module, at: At) -> Any:
+    """The ``places`` of a policy, see :func:`policy_of`."""
+    unwrap = (
+        getattr(model, "get_base_model", None) if getattr(model, "peft_config", None) is not None else None
+    )
+    return PLACES[-1](model if unwrap is None else unwrap(), at)
 
 
 def _streamed(root: nn.Module, model: Any, whole: Policy, more: dict[str, Any]) -> Policy | None:

@@ -88,6 +88,34 @@ def test_inject_makes_a_dual_of_the_embedding_and_leaves_no_trace():
     assert policy[1].weight.grad.abs().max() > 0 and policy[0].weight.grad.abs().max() > 0
 
 
+class Pair(nn.Module):
+    """Returns the layer's output first among others."""
+
+    def __init__(self, layer: nn.Module, kind: type = tuple) -> None:
+        super().__init__()
+        self.layer, self.kind = layer, kind
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.kind((self.layer(x), x))
+
+
+def test_inject_changes_the_first_of_a_tuple():
+    layer, rest, x = nn.Linear(4, 4), nn.Linear(4, 2), torch.randn(2, 3, 4)
+    v = torch.randn(2, 2, 3, 4)
+    pair = Pair(layer)
+    with aajr.inject(pair, v):
+        first, second = pair(x)
+        tangents = rest(first).tangents
+    assert type(second) is torch.Tensor and torch.equal(second, x)
+    torch.testing.assert_close(tangents, v @ rest.weight.T)
+    wrong = "must return a floating point tensor, or a tuple that starts with one, got list"
+    with pytest.raises(TypeError, match=wrong), aajr.inject(listed := Pair(layer, list), v):
+        listed(x)
+    wrong, integers = r"got a tuple that starts with a tensor of torch\.int64", Pair(nn.Flatten(0))
+    with pytest.raises(TypeError, match=wrong), aajr.inject(integers, v):
+        integers(torch.zeros(2, 3, dtype=torch.int64))
+
+
 def test_inject_says_when_nothing_was_injected_and_restores_on_error():
     policy, ids = model(), torch.randint(7, (2, 3))
     with pytest.raises(RuntimeError, match="was not called"), aajr.inject(policy[3], torch.randn(2, 3, 5)):

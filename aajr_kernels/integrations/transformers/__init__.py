@@ -21,15 +21,19 @@ module                    what it does
 ``context_checks``        what may be split into context and suffix, and the numerical check of a split
 ``context_segments``      activation checkpointing of layers that keep their cache
 ``adapters``              agents that share a model with an adapter each
+``places``                :class:`Places`: a model as a function of what is added inside it
+``place_names``           the modules that names and numbers of places stand for
+``place_hooks``           hooks of one forward: clean, or perturbed and without the layers below
 ``library``               the one place that imports transformers
 ========================  ==================================================================================
 """
 
-from ...training.policy import CONTEXTS
+from ...training.policy import CONTEXTS, PLACES
 from .adapters import adapter_agent, generated
 from .context import SharedContext, shared_context
 from .fuse import KNOWN, Fusion, fuse
 from .library import register
+from .places import opened_at
 
 __all__ = [
     "KNOWN",
@@ -43,3 +47,4 @@ __all__ = [
 ]
 
 CONTEXTS.append(shared_context)  # policies of decoders share their context by it
+PLACES.append(opened_at)

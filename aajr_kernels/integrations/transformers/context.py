@@ -115,7 +115,7 @@ class SharedContext:
         with coverage() as ran:
             result = _tensor_of(run())
         computed, whole = (x.shape[0] * length for length in (x.shape[1], self._length))
-        record_computed("positions", computed, whole, self._skipped(x, ran, repeats))
+        record_computed("positions", computed, whole, self._skipped(result, ran, repeats))
         return result
 
     def _fill(self, x: Tensor, output: bool) -> None:
@@ -146,13 +146,14 @@ class SharedContext:
         with segments(self._model, has_cache=cache is not None):
             return self._model(inputs_embeds=x, **inputs)
 
-    def _skipped(self, x: Any, ran: Coverage, repeats: int) -> float:
+    def _skipped(self, result: Any, ran: Coverage, repeats: int) -> float:
         """Forward flops of the context that a forward of the suffix, which took those of `ran`, does without.
 
         By count: attention among the context's positions, four products for a tangent beside two; and all else as much
         for a position of the context as for one of the suffix. Plain tensors are not counted.
         """
-        attention, tangents = ran.flops("attention"), x.num_tangents if is_dual(x) else 0
+        # tangents may start inside the model
+        attention, tangents = ran.flops("attention"), result.num_tangents if is_dual(result) else 0
         others = (ran.flops() - attention) * self.start / (self._length - self.start)
         return others + (repeats * (1 + 2 * tangents) * self._attention if attention else 0.0)
 

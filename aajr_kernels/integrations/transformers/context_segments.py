@@ -22,8 +22,15 @@ __all__ = ["segments"]
 
 
 @contextlib.contextmanager
-def segments(model: nn.Module, has_cache: bool) -> Iterator[None]:
+def segments(
+    model: nn.Module, has_cache: bool, around: Callable[[], Any] = contextlib.nullcontext
+) -> Iterator[None]:
     """Inside, layers that transformers would checkpoint without their cache are checkpointed with it.
+
+    Args:
+        model: whose layers they are.
+        has_cache: nothing changes without one.
+        around: makes the context in which a checkpointed layer runs, also when the backward runs it again.
 
     Raises:
         UnsupportedOperation: the model checkpoints by itself, not by layers.
@@ -43,7 +50,7 @@ def segments(model: nn.Module, has_cache: bool) -> Iterator[None]:
         try:
             if torch.is_grad_enabled():
                 for layer in own:
-                    layer.__dict__["forward"] = functools.partial(_segment, layer, layer.forward)
+                    layer.__dict__["forward"] = functools.partial(_segment, layer, layer.forward, around)
             yield
         finally:
             for layer, forward in own.items():
@@ -53,9 +60,11 @@ def segments(model: nn.Module, has_cache: bool) -> Iterator[None]:
                     layer.__dict__["forward"] = forward
 
 
-def _segment(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _segment(
+    layer: nn.Module, forward: Callable[..., Any], around: Callable[[], Any], *args: Any, **kwargs: Any
+) -> Any:
     def run(*tensors: Any) -> Any:
-        with _unflagged([layer]):  # in the backward too, when the flag is there again
+        with _unflagged([layer]), around():  # in the backward too, when the flag is there again
             return forward(*tensors, **kwargs)
 
     return checkpoint(run, *args, use_reentrant=False)
