@@ -17,7 +17,7 @@ from .policy import Policy
 __all__ = ["Prepared", "prepared"]
 
 #: entries of a batch that are not handed to the model
-OWN = ("input_ids", "inputs_embeds", "labels", "attack_mask", "agents")
+OWN = ("input_ids", "inputs_embeds", "labels", "attack_mask", "agents", "attack_labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class Prepared:
         attended: ``[B, N]`` bool, or None for all.
         attackable: the same.
         agents: ``[B, N]``, or None.
+        attack_labels: ``[B, N]``, what the adversary wants at every position, −100 = nothing; or None.
     """
 
     input_ids: Tensor | None
@@ -41,6 +42,7 @@ class Prepared:
     attended: Tensor | None
     attackable: Tensor | None
     agents: Tensor | None
+    attack_labels: Tensor | None = None
 
     @functools.cached_property
     def masks(self) -> Tensor:
@@ -54,20 +56,35 @@ class Prepared:
             [learnt, *(every if mask is None else mask for mask in (self.attended, attackable))]
         ).cpu()
 
+    @functools.cached_property
+    def aimed(self) -> Tensor:
+        """``[B, N]`` bool on the CPU: tokens with an attack label."""
+        if self.attack_labels is None:
+            return torch.zeros(self.labels.shape, dtype=torch.bool)
+        return (self.attack_labels != IGNORED).cpu()
+
     def to(self, device: torch.device) -> Prepared:
         """The same on a device, with its masks on the CPU."""
         moved = Prepared(**{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
-        moved.__dict__["masks"] = self.masks
+        moved.__dict__.update(masks=self.masks, aimed=self.aimed)
         return moved
 
     def suffix(self, start: int) -> Prepared:
         """The tokens from `start` on, without inputs of the model."""
+        return self._of_tokens(slice(start, None))
+
+    def prefix(self, end: int) -> Prepared:
+        """The tokens before `end`, the same."""
+        return self._of_tokens(slice(0, end))
+
+    def _of_tokens(self, tokens: slice) -> Prepared:
         cut: dict[str, Any] = {
-            name: None if (value := getattr(self, name)) is None else value[:, start:]
-            for name in ("input_ids", "inputs_embeds", "labels", "attended", "attackable", "agents")
+            field.name: None if (value := getattr(self, field.name)) is None else value[:, tokens]
+            for field in fields(self)
+            if field.name != "inputs"
         }
         part = Prepared(inputs={}, **cut)
-        part.__dict__["masks"] = self.masks[..., start:]
+        part.__dict__.update(masks=self.masks[..., tokens], aimed=self.aimed[:, tokens])
         return part
 
     def embedded(self, policy: Policy) -> Tensor:
@@ -124,8 +141,9 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
     Args:
         batch: a mapping with ``input_ids`` ``[B, N]`` or ``inputs_embeds`` ``[B, N, C]``, and if wanted ``labels``
             (the ids by default), ``attention_mask`` ``[B, N]``, ``attack_mask`` ``[B, N]`` (nonzero = may be
-            attacked), ``agents`` ``[B, N]`` and more for the model; or only the ids. Unattended tokens are
-            neither attacked nor learnt, nor do they predict.
+            attacked), ``agents`` ``[B, N]``, ``attack_labels`` ``[B, N]`` (what an adversary with
+            :class:`~.objectives.Targeted` wants, like labels) and more for the model; or only the ids. Unattended
+            tokens are neither attacked nor learnt, nor do they predict.
         device: of the model.
         shift: labels are the tokens themselves; position t learns that at t + 1.
 
@@ -154,7 +172,7 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
             f"inputs_embeds must be numbers [B, N, C], got {inputs_embeds.dtype} {tuple(inputs_embeds.shape)}."
         )
     shape = tuple(ids.shape if ids is not None else inputs_embeds.shape[:2])  # type: ignore[union-attr]
-    for name in ("labels", "attack_mask", "agents"):
+    for name in ("labels", "attack_mask", "agents", "attack_labels"):
         if name in entries and tuple(entries[name].shape) != shape:
             raise ValueError(
                 f"{name} must have the shape {shape} of the tokens, got {tuple(entries[name].shape)}."
@@ -165,8 +183,10 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
     labels = entries.get("labels", ids)
     if labels is None:
         raise ValueError("labels must be in a batch that holds inputs_embeds.")
-    if labels.is_floating_point():
-        raise ValueError(f"labels must be integers, got {labels.dtype}.")
+    wanted = entries.get("attack_labels")
+    for name, value in (("labels", labels), ("attack_labels", wanted)):
+        if value is not None and value.is_floating_point():
+            raise ValueError(f"{name} must be integers, got {value.dtype}.")
     attackable = attended
     if "attack_mask" in entries:
         masked = entries["attack_mask"] != 0
@@ -179,6 +199,7 @@ def prepared(batch: Any, device: torch.device, shift: bool) -> Prepared:
         attended,
         attackable,
         entries.get("agents"),
+        None if wanted is None else _aligned(wanted.long(), attended, True, shift),
     )
     # masks of a batch that is not on the device yet are read where nothing waits for it
     return ready.to(device) if is_on_host else ready

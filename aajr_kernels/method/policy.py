@@ -35,6 +35,8 @@ class Policy:
             embeddings ``[B, N, C]`` and a `forward` such as that of the policy to an :class:`.places.Opened`; `tokens`
             ``[B, N]``, nonzero = counts for the unit of a place (None: all), and ``relative=False`` for a unit of 1.
             None: it adds to the embeddings.
+        reference: a frozen policy over the same tokens and vocabulary, which losses may compare this one with; None:
+            there is none. Its model is in eval mode, on this process, and not trained.
     """
 
     forward: Callable[..., Any]
@@ -42,6 +44,7 @@ class Policy:
     head: LMHead | nn.Linear | Callable[[], LMHead] | None = None
     context: Callable[..., Any] | None = None
     places: Callable[..., Opened] | None = None
+    reference: Policy | None = None
 
     def described_head(self) -> LMHead | nn.Linear | None:
         """The head with its weights of now."""

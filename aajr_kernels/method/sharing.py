@@ -33,8 +33,10 @@ class Shared:
         policy: a function of the suffix.
         batch: its tokens.
         x: its embeddings, attached.
-        losses: ``[B]``, sums of the context's own losses, attached.
+        losses: ``[B]``, sums of the cross-entropy of the context's own labels, attached.
         counts: ``[B]``, learnt tokens of the whole rows, at least 1.
+        whole: the batch with its context.
+        output: what the policy's forward returns for the context, attached; None where nothing is scored there.
     """
 
     policy: Policy
@@ -42,6 +44,13 @@ class Shared:
     x: Tensor
     losses: Tensor
     counts: Tensor
+    whole: Prepared
+    output: Any = None
+
+    @property
+    def start(self) -> int:
+        """Tokens of the context."""
+        return self.whole.labels.shape[1] - self.batch.labels.shape[1]
 
 
 def start_of(batch: Prepared, mode: bool | str = True) -> int:
@@ -88,7 +97,7 @@ def shared_of(
         batch: the whole.
         x: its embeddings.
         start: tokens of the context, at least 1.
-        is_scored: some of them have labels.
+        is_scored: some of them have labels, or a loss reads the output there.
         enter: gathers the parameters of a sharded model for a function.
 
     Raises:
@@ -106,4 +115,5 @@ def shared_of(
             scored = replace(policy, forward=lambda _: Dual(context.output.unsqueeze(0)))
             losses = enter(scored.loss_fn({}, labels, "sum"))(x[:, :start])
     suffix = replace(policy, forward=lambda x, **_: context(x), context=None)
-    return Shared(suffix, batch.suffix(start), context.x, losses, learnt.sum(-1).clamp(min=1))
+    counts, output = learnt.sum(-1).clamp(min=1), context.output if is_scored else None
+    return Shared(suffix, batch.suffix(start), context.x, losses, counts, batch, output)

@@ -1,6 +1,7 @@
 """A plain training loop for the method: attack, loss at the worst point, penalty; resumable."""
 
 from ..method.batch import prepared
+from ..method.objectives import KL, CrossEntropy, Payoff, Targeted
 from ..method.policy import Policy
 from .agents import AgentsConfig, AgentsResult, Experience, fit_agents
 from .checkpoints import load_checkpoint
@@ -17,12 +18,14 @@ from .step import Objective
 from .stream import Stream
 
 __all__ = [
+    "KL",
     "AgentsConfig",
     "AgentsResult",
     "Attack",
     "Constraint",
     "Cosine",
     "Counts",
+    "CrossEntropy",
     "Diagnostics",
     "Experience",
     "FitConfig",
@@ -32,11 +35,13 @@ __all__ = [
     "NonFiniteLossError",
     "Objective",
     "ObjectiveConfig",
+    "Payoff",
     "Penalty",
     "Policy",
     "Schedule",
     "Share",
     "Stream",
+    "Targeted",
     "Terms",
     "WarmUp",
     "fit",

@@ -14,10 +14,12 @@ from ..method.ascent import INITS
 from ..method.ascent import STEPS as KINDS
 from ..method.baselines import METHODS, NEEDS_LOSS, PER_SEQUENCE
 from ..method.checks import check_choices, check_integers, check_iterations, check_number
+from ..method.objectives import AdversaryLoss, CrossEntropy
 from ..method.options import FORMS, METRICS
 from ..method.projection import NORMS
 from ..method.scopes import SCOPES, UNITS, unit_of
 from ..method.trajectory import DIRECTIONS
+from .losses import check_attack, check_objective
 from .schedules import Schedule, Share, checked_schedule
 
 __all__ = ["Attack", "Diagnostics", "FitConfig", "ObjectiveConfig", "Penalty", "describe"]
@@ -39,6 +41,8 @@ class Attack:
         scope: ``"token"`` by default.
         step_size: ``"auto"`` or a number.
         eval_mode: without dropout; by default with the dropout mask of the training forward.
+        loss: that is maximised: :class:`~aajr_kernels.method.objectives.CrossEntropy`, ``Targeted``, ``KL``, ``Payoff``
+            or an object of your own. The losses that are minimised stay what they are.
     """
 
     radius: Schedule = 0.1
@@ -51,6 +55,7 @@ class Attack:
     init: str = "zero"
     restarts: int = 1
     eval_mode: bool = False
+    loss: AdversaryLoss = field(default_factory=CrossEntropy)
 
     def __post_init__(self) -> None:
         checked_schedule(self.radius, "radius")
@@ -66,6 +71,7 @@ class Attack:
             isinstance(self.step_size, str) or not 0 < self.step_size < math.inf
         ):
             raise ValueError(f"step_size must be 'auto' or a positive number, got {self.step_size!r}.")
+        check_attack(self)
 
 
 @dataclass(frozen=True)
@@ -251,6 +257,7 @@ class ObjectiveConfig:
                 "share_context=True goes with method='aligned' or 'none' and rows=1, got "
                 f"method={penalty.method!r} and rows={penalty.rows}: set share_context='auto' or False."
             )
+        check_objective(self)
         if self.adversarial_weight == 0 and self.clean_weight == 0:
             penalty.check_alone()
         _ = self.unit
@@ -350,7 +357,8 @@ def describe(value: Any) -> Any:
         entries = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, ObjectiveConfig):
             entries |= {"scope": value.scope, "unit": value.unit}
-        return {"schedule": type(value).__name__, **entries} if callable(value) else entries
+        kind = "schedule" if callable(value) else "loss" if hasattr(value, "of") else None
+        return entries if kind is None else {kind: type(value).__name__, **entries}
     if isinstance(value, Mapping):
         return {str(key): describe(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

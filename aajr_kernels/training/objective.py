@@ -28,6 +28,7 @@ from ..method.sharing import Shared
 from ..method.trajectory import PenaltyStatistics, Trajectory, gathered, trajectory_penalty
 from .config import ObjectiveConfig
 from .counts import Counts, units_of
+from .losses import adversary_of, can_share, is_cross_entropy
 from .scheduled import ScheduledValues
 from .sharing import Sharing
 from .wrappers import entered, group_of, smallest
@@ -79,9 +80,11 @@ def terms_of(
     unit = _unit(x, batch, config)
     total = torch.zeros((), device=x.device)
     parts: dict[str, Tensor] = {}
-    can_share = config.penalty.method in ("none", "aligned") and config.penalty.rows == 1
+    is_shareable = (
+        config.penalty.method in ("none", "aligned") and config.penalty.rows == 1 and can_share(config)
+    )
     shared = None
-    if sharing and can_share and scheduled.attacks:
+    if sharing and is_shareable and scheduled.attacks:
         shared = sharing.of(policy, batch, x, entered(model, policy.head), group_of(model))
     if shared is not None:
         rows, length = batch.labels.shape
@@ -212,6 +215,8 @@ class Work:
     @property
     def adversary(self) -> Callable[[Any], Any]:
         """The losses ``[B]`` that are maximised, a function of embeddings."""
+        if not is_cross_entropy(self.config.attack.loss):
+            return adversary_of(self)
         shared, weights = self.shared, self.row_weights
         kind = "mean" if shared is None else "sum"
         losses = suffix = self.enter(self.policy.loss_fn(self.batch.inputs, self.batch.labels, kind))

@@ -18,6 +18,7 @@ from ..method.head import LMHead
 from ..method.places import At
 from ..method.policy import Policy
 from ..sharding import is_fully_sharded
+from .frozen import without_adapters
 from .wrappers import entered, unwrapped
 
 __all__ = ["places_of", "policy_of"]
@@ -32,7 +33,8 @@ def policy_of(model: nn.Module, *, at: At = "embedding") -> Policy:
     """A policy for a Hugging Face causal language model, or for a module called with ``inputs_embeds``.
 
     Where the body and a linear head of a Hugging Face model can be called apart, and give the logits of the whole (this
-    is tried on a few tokens), the head is streamed; otherwise logits are formed.
+    is tried on a few tokens), the head is streamed; otherwise logits are formed. The reference of a model of PEFT is
+    the model without its adapters, in eval mode.
 
     Args:
         model: plain, fused or not, with adapters or not.
@@ -70,6 +72,8 @@ def policy_of(model: nn.Module, *, at: At = "embedding") -> Policy:
         lambda x, **inputs: inner(inputs_embeds=x, **more, **inputs), embed, context=_context(inner)
     )
     policy = _streamed(model, inner, whole, more) or whole
+    if unwrap is not None:
+        policy = replace(policy, reference=without_adapters(model, policy))
     return policy if at == "embedding" else replace(policy, places=places_of(model, at))
 
 

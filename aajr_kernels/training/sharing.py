@@ -15,6 +15,7 @@ from ..method.batch import Prepared
 from ..method.policy import Policy
 from ..method.sharing import Shared, check_splittable, shared_of, start_of
 from .config import ObjectiveConfig
+from .losses import reads_context
 from .wrappers import entered, smallest
 
 __all__ = ["Sharing"]
@@ -63,7 +64,9 @@ class Sharing:
                 if mode is True:
                     raise
                 self.reason, start = str(error), 0
-        is_scored = bool(start and batch.masks[0, :, :start].any())
+        is_scored = bool(
+            start and (batch.masks[0, :, :start].any() or reads_context(self.config, batch, start))
+        )
         start, is_unscored = smallest([start, not is_scored], group, x.device)
         if not start:
             return None

@@ -228,7 +228,9 @@ def test_the_model_is_left_as_it_was():
 def test_an_objective_of_ones_own_is_what_is_maximised_and_reported():
     """Toward token 3 at the last place: the negative cross-entropy of it."""
 
-    def of(policy, batch):
+    def of(policy, batch, clean):
+        assert clean.shape == (*batch.labels.shape, 6)
+
         def losses(x):
             return policy.logits(x, **batch.inputs)[:, -1].log_softmax(-1)[:, 3]
 

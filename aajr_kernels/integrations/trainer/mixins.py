@@ -32,7 +32,7 @@ _Base: Any = object  # a trainer of transformers stands behind the mixin
 __all__ = ["AAJRPenaltyMixin", "AAJRTrainerMixin"]
 
 #: entries of a batch that say what may be attacked, and that models do not take
-ATTACK_COLUMNS = ("attack_mask", "agents")
+ATTACK_COLUMNS = ("attack_mask", "agents", "attack_labels")
 #: state of the objective, in the folder of a checkpoint
 STATE = "objective.json"
 

@@ -75,7 +75,10 @@ def ascents_of(
     step_sizes: tuple[float | str, ...],
     **options: Any,
 ) -> list[Trajectory]:
-    """An ascent on `loss` from `x` for every step size, in radii; `options` of :func:`~aajr_kernels.ascend`."""
+    """An ascent on `loss` from `x` for every step size, in radii; `options` of :func:`~aajr_kernels.ascend`.
+
+    Where the loss has no gradient at the clean input all start from uniform draws.
+    """
     return [
         ascend(
             *(loss, x),
@@ -83,6 +86,7 @@ def ascents_of(
             step_size=size if isinstance(size, str) else size * radius,
             module=scene.modules,
             eval_mode=bool(scene.modules),
+            init="uniform" if scene.is_flat else "zero",
             **options,
         )
         for size in step_sizes

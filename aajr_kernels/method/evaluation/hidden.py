@@ -81,7 +81,7 @@ class HiddenAttack:
         opened = _Opened(scene, _modules(scene, self.at), self.relative)  # type: ignore[arg-type]
         return ascents_of(
             scene,
-            scene.losses_through(opened.around),
+            scene.losses_through(opened.around, opened.x),
             opened.x,
             radius=self.radius,
             steps=self.steps,

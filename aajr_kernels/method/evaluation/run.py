@@ -56,8 +56,9 @@ def evaluate(
         attacks: in a sequence, called by their names, or in a mapping with names of your own, for several of a kind.
         module: the model(s) inside `policy`: in eval mode during the evaluation, and their parameters need no
             gradient; all is put back afterwards. None for a function without state.
-        loss: what the adversary maximises and the evaluation reports, an object whose ``of(policy, batch)`` returns a
-            function from embeddings to ``[B]``; by default the mean cross-entropy of every row's labels.
+        loss: what the adversary maximises and the evaluation reports, of :mod:`aajr_kernels.method.objectives` or an
+            object of your own whose ``of(policy, batch, x)`` returns a function from inputs like the clean `x` to
+            ``[B]``; by default the mean cross-entropy of every row's labels.
         shift_labels: labels are the tokens themselves; position t learns that at t + 1.
         share_context: the tokens before the first that is open to attack in any row run once per batch
             (:func:`~aajr_kernels.integrations.transformers.shared_context`): ``"auto"`` where they are an eighth of the

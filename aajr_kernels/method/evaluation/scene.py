@@ -49,8 +49,8 @@ class Scene:
         policy: how the model is called.
         batch: checked, on the device of the model.
         modules: the models inside `policy`.
-        objective: what the adversary maximises, an object with ``of(policy, batch)`` that returns a function from
-            embeddings to ``[B]``; None for the mean cross-entropy of every row's labels.
+        objective: what the adversary maximises, an :class:`~..objectives.AdversaryLoss`; None for the mean
+            cross-entropy of every row's labels.
         is_shifted: labels are tokens of the batch, that of position t being token t + 1.
         share_context: of :func:`evaluate`. With a context that is shared `loss` reaches no parameter.
     """
@@ -120,11 +120,13 @@ class Scene:
 
     @functools.cached_property
     def replaceable(self) -> Tensor:
-        """Bool ``[B, N]``, open to attack and no label: a token that is scored stays what it is."""
+        """Bool ``[B, N]``, open to attack and no label of either kind: a token that is scored stays what it is."""
         if not self.is_shifted:
             return self.mask
         scored = torch.zeros_like(self.mask)
         scored[:, 1:] = self.batch.labels[:, :-1] != IGNORED
+        if self.batch.attack_labels is not None:
+            scored[:, 1:] |= self.batch.attack_labels[:, :-1] != IGNORED
         return self.mask & ~scored
 
     @functools.cached_property
@@ -134,24 +136,26 @@ class Scene:
 
     def _loss_of(self, count: int) -> Callable[[Any], Any]:
         """The losses of the batch `count` times."""
-        losses, start = self.losses_through(lambda forward: forward, count), self.start
+        clean = self.x if count == 1 else self.x.repeat(count, 1, 1)
+        losses, start = self.losses_through(lambda forward: forward, clean, count), self.start
         return lambda x: losses(x[:, start:])
 
     def losses_through(
-        self, around: Callable[[Callable[..., Any]], Callable[..., Any]], count: int = 1
+        self, around: Callable[[Callable[..., Any]], Callable[..., Any]], x: Tensor, count: int = 1
     ) -> Callable[[Any], Any]:
         """From what ``around(forward)`` takes to what the adversary maximises in the whole of the batch, ``[B]``.
 
         Args:
             around: from the forward, whose embeddings ``[B, N - start, C]`` begin behind the shared context, to another
                 one.
+            x: the clean input of that one.
             count: the batch so many times.
         """
         shared = self._shared
         policy, batch = (self.policy, self.batch) if shared is None else (shared.policy, shared.batch)
         policy = replace(policy, forward=around(policy.forward))
         if shared is None:
-            return self.loss_of(policy, self._times(batch, count))
+            return self.loss_of(policy, x, self._times(batch, count))
         losses = policy.loss_fn({}, self._times(batch, count).labels, "sum")
         fixed, counts = shared.losses.repeat(count), shared.counts.repeat(count)
         return lambda x: (losses(x) + fixed) / counts
@@ -161,13 +165,30 @@ class Scene:
         """Tokens of the shared context, which run once; 0 without one."""
         return 0 if self._shared is None else self.labels.shape[1] - self._shared.batch.labels.shape[1]
 
-    def loss_of(self, policy: Policy, batch: Prepared | None = None) -> Callable[[Any], Any]:
-        """From what the forward of `policy` takes to what the adversary maximises, in the whole of the batch."""
+    def loss_of(self, policy: Policy, x: Tensor, batch: Prepared | None = None) -> Callable[[Any], Any]:
+        """From an input like the clean `x` of the forward of `policy` to what the adversary maximises, ``[B]``."""
         batch = self.batch if batch is None else batch
         if self.objective is None:
             return policy.loss_fn(batch.inputs, batch.labels, "mean")
-        loss: Callable[[Any], Any] = self.objective.of(policy, batch)
+        loss: Callable[[Any], Any] = self.objective.of(policy, batch, x)
         return loss
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the gradient of the loss is zero at the clean input."""
+        return bool(getattr(self.objective, "is_flat", False))
+
+    def check_start(self, name: str) -> None:
+        """Raise where an attack of this name begins at tokens at which the loss has no gradient.
+
+        Raises:
+            ValueError: the loss has none at the clean input.
+        """
+        if self.is_flat:
+            raise ValueError(
+                f"loss={self.objective} has a gradient of zero at the clean input, where {name} begins: use "
+                "EmbeddingAttack or HiddenAttack, which then start at drawn points, or another loss."
+            )
 
     def _times(self, batch: Prepared, count: int) -> Prepared:
         if count == 1:

@@ -67,6 +67,11 @@ class SuffixSearch:
         Raises:
             ValueError: a row has no token open to attack; the batch holds no ids, or entries that cannot be lengthened.
         """
+        if getattr(scene.objective, "compares", False):
+            raise ValueError(
+                f"loss={scene.objective} compares with the output at the clean tokens, to which SuffixSearch adds "
+                "some: use TokenSubstitution or another loss."
+            )
         candidates = checked_candidates(self.candidates, scene)
         device, rows = scene.ids.device, torch.arange(scene.rows, device=scene.ids.device)
         initial = torch.as_tensor(self.initial, device=device).expand(scene.rows, self.length)
@@ -131,10 +136,13 @@ def lengthened(scene: Scene, suffix: Tensor) -> tuple[Scene, Tensor]:
                 )
         return value
 
-    labels = spread(batch.labels).masked_fill(is_new, IGNORED)
-    if scene.is_shifted:
+    def of_labels(values: Tensor) -> Tensor:
+        labels = spread(values).masked_fill(is_new, IGNORED)
+        if not scene.is_shifted:
+            return labels
         last = start + length - 1
-        labels = labels.scatter(1, last, batch.labels.gather(1, start - 1)).scatter(1, start - 1, IGNORED)
+        return labels.scatter(1, last, values.gather(1, start - 1)).scatter(1, start - 1, IGNORED)
+
     ids = spread(scene.ids)
     ids[is_new] = suffix.reshape(-1).to(ids)
     moved = {
@@ -144,6 +152,12 @@ def lengthened(scene: Scene, suffix: Tensor) -> tuple[Scene, Tensor]:
     }
     inputs = {name: of_input(name, value) for name, value in batch.inputs.items()}
     longer = Prepared(
-        input_ids=ids, inputs_embeds=None, inputs=inputs, labels=labels, attackable=is_new, **moved
+        input_ids=ids,
+        inputs_embeds=None,
+        inputs=inputs,
+        labels=of_labels(batch.labels),
+        attackable=is_new,
+        attack_labels=None if batch.attack_labels is None else of_labels(batch.attack_labels),
+        **moved,
     )
     return replace(scene, batch=longer), new.expand(rows, -1)[is_new].reshape(rows, length)

@@ -140,6 +140,7 @@ class TokenSubstitution:
         Raises:
             ValueError: no token may be replaced; the batch holds no ids.
         """
+        scene.check_start("TokenSubstitution")
         candidates = checked_candidates(self.candidates, scene)
         current, allowed = scene.ids.clone(), scene.replaceable
         if not bool(allowed.any()):

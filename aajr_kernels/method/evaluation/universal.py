@@ -123,6 +123,8 @@ class UniversalPerturbation:
         """On the mean loss over the rows of all scenes, as one row of K tokens."""
         if not scenes:
             raise ValueError("batches must hold at least one batch, got none.")
+        for scene in scenes:
+            scene.check_start("UniversalPerturbation")
         size = self.size or max(int(scene.batch.masks[2].sum(-1).max()) for scene in scenes)
         rows = sum(scene.rows for scene in scenes)
         modules = tuple(dict.fromkeys(module for scene in scenes for module in scene.modules))
