@@ -14,6 +14,7 @@ from aajr_kernels import ascend, dual
 from aajr_kernels.method.batch import prepared
 from aajr_kernels.method.evaluation import (
     EmbeddingAttack,
+    HiddenAttack,
     SuffixSearch,
     TokenSubstitution,
     UniversalPerturbation,
@@ -285,6 +286,12 @@ def test_evaluations_take_the_same_losses():
         for tokens in found.tokens.get("substitution", []):
             put = model.embedding(tokens)
             exact(found.attacked["substitution"], written_out(loss, model, reference, x, put, data), "tokens")
+    for loss in (KL(), KL("reference")):  # of what is added to a layer, from the output without it
+        inside = evaluate(policy, data, [HiddenAttack("mix", 0.5, steps=3)], module=model, loss=loss)
+        exact(inside.clean, written_out(loss, model, reference, x, x, data), "clean")
+        rises = inside.attacked["hidden"] > inside.clean
+        # that layer mixes no tokens, and the first row's open ones are not scored
+        assert rises.tolist() == [False, True, True]
     longer = evaluate(policy, data, [SuffixSearch(2, 2, 4)], module=model, loss=Targeted())
     assert bool(longer.attacked["suffix"].isfinite().all())
     for attack, loss, message in (

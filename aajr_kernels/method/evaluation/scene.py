@@ -136,26 +136,29 @@ class Scene:
 
     def _loss_of(self, count: int) -> Callable[[Any], Any]:
         """The losses of the batch `count` times."""
-        clean = self.x if count == 1 else self.x.repeat(count, 1, 1)
-        losses, start = self.losses_through(lambda forward: forward, clean, count), self.start
+        losses, start = self.losses_through(lambda forward: forward, count=count), self.start
         return lambda x: losses(x[:, start:])
 
     def losses_through(
-        self, around: Callable[[Callable[..., Any]], Callable[..., Any]], x: Tensor, count: int = 1
+        self,
+        around: Callable[[Callable[..., Any]], Callable[..., Any]],
+        x: Tensor | None = None,
+        count: int = 1,
     ) -> Callable[[Any], Any]:
         """From what ``around(forward)`` takes to what the adversary maximises in the whole of the batch, ``[B]``.
 
         Args:
             around: from the forward, whose embeddings ``[B, N - start, C]`` begin behind the shared context, to another
                 one.
-            x: the clean input of that one.
+            x: the clean input of that; None for the embeddings.
             count: the batch so many times.
         """
         shared = self._shared
         policy, batch = (self.policy, self.batch) if shared is None else (shared.policy, shared.batch)
         policy = replace(policy, forward=around(policy.forward))
         if shared is None:
-            return self.loss_of(policy, x, self._times(batch, count))
+            x = self.x if x is None else x
+            return self.loss_of(policy, x.repeat(count, 1, 1), self._times(batch, count))
         losses = policy.loss_fn({}, self._times(batch, count).labels, "sum")
         fixed, counts = shared.losses.repeat(count), shared.counts.repeat(count)
         return lambda x: (losses(x) + fixed) / counts
