@@ -7,7 +7,6 @@ machine of another day.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from aajr_kernels.files import write_text
 from common.command import fail, run
 
 from .row import Row, latest, read_rows
@@ -187,10 +187,8 @@ def write_baseline(file: Path, rows: Sequence[Row], results: Sequence[Outcome], 
         say(console, "[bold red]The baseline was not written:[/] a case failed, or nothing was measured.")
         return False
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = file.with_suffix(".part")
     lines = [row.line() + "\n" for row in merged(rows, new)]
-    whole.write_text("".join(lines), encoding="utf-8")
-    os.replace(whole, file)
+    write_text(file, "".join(lines))
     say(console, f"Baseline of {len(lines)} rows in {file}.")
     return True
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aajr_kernels.files import replace
+
 from .case import LIMITS
 from .roofline import MethodStep, flops_of
 from .row import Row, latest
@@ -253,7 +255,7 @@ def _save(figure: Any, axes: list[Any], path: Path, rows: Sequence[Row], keys: M
             axis.set_visible(False)
     figure.legend(keys.values(), keys.keys(), loc="outside right center", frameon=False, fontsize=8)
     metadata = {"Software": None, "Source": fingerprint(rows)} if path.suffix.lower() == ".png" else None
-    figure.savefig(path, dpi=160, metadata=metadata)
+    replace(path, lambda file: figure.savefig(file, dpi=160, metadata=metadata))
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aajr_kernels import files
 from common import machine
 
 from . import allocator
@@ -136,20 +137,18 @@ class Row:
         return None if self.peak_bytes is None else self.peak_bytes - (self.gradient_bytes or 0)
 
     def line(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self))
+        """The row as one line of JSON, with its checksum."""
+        return files.sealed(dataclasses.asdict(self))
 
     @classmethod
     def parse(cls, line: str) -> Row:
         """The row of one line.
 
         Raises:
-            ValueError: it is no JSON object with the fields of this class, each of its type; only those with defaults
-                may be missing.
+            ValueError: it is no JSON object with the fields of this class, each of its type, only those with defaults
+                may be missing; or it does not have its checksum.
         """
-        values = json.loads(line)
-        if not isinstance(values, dict):
-            raise ValueError(f"a row must be a JSON object, got {type(values).__name__}.")
+        values, _ = files.unsealed(files.parsed(line))
         hints = typing.get_type_hints(cls)
         optional = list(hints)[list(hints).index("device_name") :]  # the fields with defaults
         if wrong := sorted((set(values) ^ set(hints)) - (set(optional) - set(values))):
@@ -211,9 +210,8 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a results file, which is made if there is none."""
-    with path.open("a") as file:
-        file.writelines(row.line() + "\n" for row in rows)
+    """Add rows to a results file, which is made if there is none; if that fails, it is as before."""
+    files.append_rows(path, map(dataclasses.asdict, rows))
 
 
 def environment() -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from aajr_kernels.files import write_text
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
@@ -30,5 +32,5 @@ def between(path: Path, first: str, last: str, middle: str) -> bool:
     new = f"{before}{first}\n{middle}\n{last}{after}"
     if new == text:
         return False
-    path.write_text(new, encoding="utf-8")
+    write_text(path, new)
     return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from aajr_kernels.files import replace
+
 #: distinguishable with colour blindness (Okabe and Ito)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -33,4 +35,4 @@ def save(made: Any, path: Path) -> None:
         axis.title.set_fontsize(9)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False)
-    made.savefig(path, metadata={"Software": None})
+    replace(path, lambda file: made.savefig(file, metadata={"Software": None}))

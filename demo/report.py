@@ -46,7 +46,9 @@ class Section:
 
 def page(title: str, sections: Sequence[Section], facts: str) -> str:
     """One self-contained HTML page."""
-    return PAGE.format(title=title, body="".join(s.to_html() for s in sections), facts=html.escape(facts))
+    return PAGE.format(
+        title=html.escape(title), body="".join(s.to_html() for s in sections), facts=html.escape(facts)
+    )
 
 
 def _sheet(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> Table:

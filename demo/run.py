@@ -14,6 +14,7 @@ from rich.console import Console
 
 from aajr_kernels.backends import choice
 from aajr_kernels.cli.info import package_version
+from aajr_kernels.files import write_text
 from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.training.progress import Progress
 from common import machine
@@ -82,12 +83,12 @@ def run(
         for sheet in section.sheets:
             console.print(sheet)
     results["seconds"] = round(time.perf_counter() - start, 1)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     line = (
         f"aajr_kernels {facts['aajr_kernels']}, torch {facts['torch']}, {device}, {facts['threads']} threads, "
         f"seed {seed}, {results['seconds']:.0f} s."
     )
-    (out / "report.html").write_text(page("aajr_kernels: demonstration", sections, line))
+    write_text(out / "report.html", page("aajr_kernels: demonstration", sections, line))
     files = ["report.html", "results.json", *(section.picture.name for section in sections)]
     console.print(f"{line} Saved in {out}: {', '.join(files)}.", highlight=False, soft_wrap=True)
     return results

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aajr_kernels.files import write_text
 from aajr_kernels.training.progress import Progress
 from common.command import fail, run
 from common.texts import MissingPackage
@@ -75,7 +76,7 @@ def experiment(
     except (OSError, ValueError, MissingPackage) as error:
         fail(str(error))
     page = folder / f"{name}.md"
-    page.write_text(selected.report(header, lines, folder), encoding="utf-8")
+    write_text(page, selected.report(header, lines, folder))
     console = Console()
     console.print(f"{len(lines)} rows in {rows}; the page is {page}.", highlight=False, soft_wrap=True)
     if publish:

@@ -7,10 +7,10 @@ most the task it was at, and a torn last line is dropped when the file is opened
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from aajr_kernels import files
 from aajr_kernels.training.record import read_json_lines
 from common import machine
 
@@ -28,12 +28,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     Raises:
         ValueError: the file does not start with a header.
     """
-    with path.open("rb") as file:
-        try:
-            header = json.loads(file.readline().decode("utf-8"))
-        except ValueError:
-            header = None
-    if not isinstance(header, dict) or not {"config", "experiment"} <= set(header):
+    header, *_ = [*files.read_rows(path, {})[0], None]  # a damaged header is none of the rows
+    if header is None or not {"config", "experiment"} <= set(header):
         raise ValueError(
             f"{path.name} does not start with the header of an experiment: choose another folder."
         )
@@ -85,15 +81,11 @@ class Store:
             )
         marks = {"task": task, "of": len(rows), "seconds": round(seconds, 2)}
         rows = [{**marks, **row} for row in rows]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        files.append_rows(self.path, rows)
         self.rows += [json.loads(json.dumps(row)) for row in rows]
         self._done.add(task)
 
     def _rewrite(self) -> None:
         """Keep only complete tasks in the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [self.header, *self.rows])
-        whole = self.path.with_suffix(".part")
-        whole.write_text(text, encoding="utf-8")
-        os.replace(whole, self.path)
+        files.write_text(self.path, "".join(map(files.row_line, [self.header, *self.rows])))

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "aajr_kernels"
 #: module or package -> its height; a module of a package may have one of its own
 LAYERS = {
     "torch_private": 0,
+    "files": 0,
     "cli.waiting": 0,
     "coverage": 1,
     "autocast": 1,
@@ -40,7 +41,16 @@ LAYERS = {
     "cli": 12,
 }
 #: the modules beside ``__init__`` and ``__main__`` at the package's root
-ROOT_MODULES = {"autocast", "coverage", "dual", "recompute", "sharding", "torch_private", "transforms"}
+ROOT_MODULES = {
+    "autocast",
+    "coverage",
+    "dual",
+    "files",
+    "recompute",
+    "sharding",
+    "torch_private",
+    "transforms",
+}
 REFERENCE_MAY_IMPORT = {"__future__", "torch", "math", "typing", "dataclasses", "functools", "collections"}
 #: heavy or optional module -> the files that may import it
 ONE_PLACE = {

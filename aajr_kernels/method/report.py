@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, fields
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .. import files
 
 __all__ = ["StabilityReport"]
 
@@ -158,7 +159,9 @@ class StabilityReport:
                     writer.add_scalar(f"{prefix}/{name}/step_{t}", value, step)
 
     def append_jsonl(self, path: str | Path, step: int, **entries: Any) -> None:
-        """Append one JSON line: ``step``, `entries` and :meth:`to_dict`."""
-        line = json.dumps({"step": step, **entries, **self.to_dict()}, allow_nan=False)
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Append one JSON line: ``step``, `entries`, :meth:`to_dict` and the line's ``crc32``.
+
+        Raises:
+            OSError: it could not be written; the file is as before.
+        """
+        files.append_rows(Path(path), [{"step": step, **entries, **self.to_dict()}])

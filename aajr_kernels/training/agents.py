@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import files
 from ..method.agents import Agent, Agents
 from ..method.ascent import NonFiniteLoss
 from ..method.batch import Prepared, prepared
@@ -170,13 +171,14 @@ def fit_agents(
         TypeError, ValueError: an argument has a wrong type or value; a learner has neither loss nor payoff, no
             parameters, or nothing that it said; a payoff has a wrong shape.
         NonFiniteLossError: a loss or gradient is not finite; parameters are those from before the step.
+        OSError: a file in `out` could not be written. A new call continues.
     """
     run = _Run(agents, play, config)
     folder = None if out is None else Path(out)
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", config.keep)
     begin = run.resume(checkpoints, resume)
     if folder is not None:
-        (folder / "config.json").write_text(json.dumps(describe(config), indent=1), encoding="utf-8")
+        files.write_text(folder / "config.json", json.dumps(describe(config), indent=1))
     recorder = Recorder(folder, begin, False)
     modes = {m: m.training for agent in agents for m in agent.module.modules()}
     try:

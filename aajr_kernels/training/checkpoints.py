@@ -1,13 +1,13 @@
 """Checkpoints: one folder each, whole or not there.
 
 A checkpoint is written into a hidden folder, flushed to the disk, and renamed, which is one atomic operation; its
-manifest has size and checksum of every file. Weights are in ``model.safetensors`` under the names of the parameters,
-the tensors of optimizer and random generators in ``state.safetensors``, numbers in ``manifest.json``.
+manifest has size and checksum of every file, and one of its own. Weights are in ``model.safetensors`` under the names
+of the parameters, the tensors of optimizer and random generators in ``state.safetensors``, numbers in
+``manifest.json``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -18,13 +18,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import files
 from .shards import spread
 from .state import pack, unpack
 from .wrappers import reshard
 
 __all__ = ["Checkpoint", "Checkpoints", "load_checkpoint", "weights_of"]
 
-FORMAT = 1
+#: 1 is as 2, without a checksum of the manifest
+FORMAT, READABLE = 2, (1, 2)
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
 
 
@@ -43,17 +45,22 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            files, self.step = self._manifest["files"], int(self._manifest["step"])
+            manifest = files.parsed((path / MANIFEST).read_text(encoding="utf-8"))
+            if manifest.get("format") not in READABLE:
+                reads = " and ".join(map(str, READABLE))
+                raise Damaged(f"its format is {manifest.get('format')}, this version reads {reads}")
+            self._manifest, has_seal = files.unsealed(manifest)
+            if self._manifest["format"] == FORMAT and not has_seal:
+                raise ValueError("an object without its checksum")
+            self.step = int(self._manifest["step"])
+            facts = [(name, *_facts(self._manifest["files"][name])) for name in (MODEL, STATE)]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"its {MANIFEST} cannot be read ({type(error).__name__})") from None
-        if self._manifest.get("format") != FORMAT:
-            raise Damaged(f"its format is {self._manifest.get('format')}, this version reads {FORMAT}")
-        for name, facts in files.items():
+            raise Damaged(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+        for name, expected, checksum in facts:
             size = (path / name).stat().st_size if (path / name).is_file() else -1
-            if size != facts["bytes"]:
-                raise Damaged(f"{name} should have {facts['bytes']} bytes and has {max(size, 0)}")
-            if _checksum(path / name) != facts["crc32"]:
+            if size != expected:
+                raise Damaged(f"{name} should have {expected} bytes and has {max(size, 0)}")
+            if _checksum(path / name) != checksum:
                 raise Damaged(f"{name} does not have its checksum")
 
     @property
@@ -81,7 +88,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None = 2) -> None:
         _safetensors()
         self.folder, self.keep = folder, keep
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def paths(self) -> list[Path]:
         """Oldest first, be they whole or not."""
@@ -96,32 +104,57 @@ class Checkpoints:
                 warnings.warn(f"checkpoint {path} is skipped: {reason}.", RuntimeWarning, stacklevel=3)
         return None
 
+    def newest_whole(self) -> Checkpoint | None:
+        """The newest whole one; None if there are none, whole or not.
+
+        Raises:
+            ValueError: all of them are damaged.
+        """
+        newest = self.newest()
+        if newest is None and self.paths():
+            raise ValueError(
+                f"{self.folder} must hold a whole checkpoint, got {len(self.paths())} and all of them damaged: put a "
+                "copy back, or move them away to begin anew."
+            )
+        return newest
+
     def to_resume(self, wanted: bool) -> Checkpoint | None:
         """The one that a training goes on from; None starts at the beginning.
 
         Raises:
-            ValueError: there are some, and a training that goes on is not `wanted`.
+            ValueError: there are some, and a training that goes on is not `wanted`; or all of them are damaged.
         """
-        if not self.paths():
-            return None
-        if not wanted:
+        if self.paths() and not wanted:
             raise ValueError(
                 f"out must be a folder without checkpoints for resume=False, got {self.folder.parent}: give another "
                 "one, or continue with resume=True."
             )
-        return self.newest()
+        return self.newest_whole()
 
     def save(self, step: int, weights: Mapping[str, Tensor], state: Any, config: Any = None) -> Path:
-        """Write one, and remove what is too old."""
-        save_file = _safetensors().save_file
+        """Write one, and remove what is too old.
+
+        Raises:
+            OSError: it could not be written; the others are as they were.
+        """
         self.clean()
-        tensors, rest = pack(state)
         target = self.folder / f"step-{step:08d}"
+        with files.writing(target):
+            self._write(target, step, weights, pack(state), config)
+        if self.keep is not None:
+            for old in self.paths()[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def _write(
+        self, target: Path, step: int, weights: Mapping[str, Tensor], packed: tuple[Any, Any], config: Any
+    ) -> None:
+        tensors, rest = packed
         made = self.folder / f".writing-{os.getpid()}"
         made.mkdir()
         try:
             for name, content in ((MODEL, weights), (STATE, tensors)):
-                save_file(_separate(content), made / name)
+                _save(_separate(content), made / name)
             manifest = {
                 "format": FORMAT,
                 "step": step,
@@ -132,9 +165,9 @@ class Checkpoints:
                 },
                 "state": rest,
             }
-            (made / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+            (made / MANIFEST).write_text(files.sealed(manifest, allow_nan=True), encoding="utf-8")
             for path in (made / MODEL, made / STATE, made / MANIFEST, made):
-                _flush(path)
+                files.flush(path)
             for path in self.paths():
                 if path.name >= target.name:  # damaged, or a resumed run would have begun there
                     shutil.rmtree(path)
@@ -142,11 +175,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
-        _flush(self.folder)
-        if self.keep is not None:
-            for old in self.paths()[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        return target
+        files.flush(self.folder)
 
     def clean(self) -> None:
         """Remove what a crash left half written."""
@@ -213,7 +242,8 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module) -> int:
             raise ValueError(f"checkpoint {path} cannot be used: {reason}.") from None
     else:
         inner = path / "checkpoints"
-        checkpoint = Checkpoints(inner).newest() if inner.is_dir() else None
+        checkpoints = Checkpoints(inner) if inner.is_dir() else None
+        checkpoint = checkpoints.newest_whole() if checkpoints is not None else None
     if checkpoint is None:
         raise FileNotFoundError(f"folder must hold a checkpoint, got {path}, where there is none.")
     weights = checkpoint.weights()
@@ -230,6 +260,25 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = value.clone() if where in seen else value.contiguous()
         seen.add(where)
     return separate
+
+
+def _facts(entry: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes and checksum of a file."""
+    return entry["bytes"], entry["crc32"]
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        _safetensors().save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -253,17 +302,3 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _flush(path: Path) -> None:
-    """To the disk; folders too, where the system knows that."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

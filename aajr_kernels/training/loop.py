@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from .. import files
 from ..coverage import Coverage, recorded_in
 from ..method.ascent import NonFiniteLoss
 from ..method.attack_state import frozen_parameters
@@ -119,7 +120,9 @@ def fit(
 
     Raises:
         NonFiniteLossError: see ``FitConfig.non_finite``. A new call continues from the newest checkpoint.
-        TypeError, ValueError: an argument or a batch has a wrong type, shape or value.
+        TypeError, ValueError: an argument or a batch has a wrong type, shape or value, or `out` has no checkpoint that
+            is whole.
+        OSError: a file in `out` could not be written. A new call continues, too.
         ImportError: `out` without the package safetensors.
     """
     run = _Run(model, config, policy, optimizer, scheduler, batches, validation)
@@ -129,7 +132,7 @@ def fit(
     if not run.is_first:
         folder = None
     if folder is not None:
-        (folder / "config.json").write_text(json.dumps(describe(config), indent=1), encoding="utf-8")
+        files.write_text(folder / "config.json", json.dumps(describe(config), indent=1))
     recorder = Recorder(folder, begin, config.tensorboard)
     modes = {m: m.training for m in model.modules()}
     model.train()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .. import files
 
 __all__ = ["Recorder", "Row", "read_json_lines", "read_rows"]
 
@@ -18,7 +20,8 @@ Row = dict[str, Any]
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """The rows of a ``metrics.jsonl``.
 
-    A last line torn by a crash is left out; so is every other line that is no row, with a warning that has its number.
+    A last line torn by a crash is left out; so is every other line that is no row or does not have its checksum, with a
+    warning that has its number.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,27 +37,9 @@ def read_json_lines(path: Path, fields: Mapping[str, type], skip: int = 0) -> li
         fields: names that a row must have, and the types of their values.
         skip: lines at the start that are no rows.
     """
-    rows = []
-    *whole, torn = path.read_bytes().split(b"\n")
-    for number, line in enumerate([*whole, torn], start=1):
-        if number <= skip or not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict):
-                raise ValueError(f"a {type(row).__name__}, no object")
-            for name, kind in fields.items():
-                if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
-                    raise ValueError(f"an object without {name!r} ({kind.__name__})")
-        except ValueError as error:
-            if number <= len(whole):
-                warnings.warn(
-                    f"{path.name}, line {number} is no row and was left out: {error}.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            continue
-        rows.append(row)
+    rows, damage = files.read_rows(path, fields, skip)
+    for sentence in damage:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=3)
     return rows
 
 
@@ -92,8 +77,7 @@ class Recorder:
         plain = {name: _number(value) for name, value in row.items()}
         self.rows.append(plain)
         if self.folder is not None:
-            with (self.folder / self.FILES[0]).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain, allow_nan=False) + "\n")
+            files.append_rows(self.folder / self.FILES[0], [plain])
         if self.writer is not None:
             for name, value in plain.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -113,13 +97,18 @@ class Recorder:
 
 
 def _keep_up_to(path: Path, step: int) -> list[Row]:
-    """Keep the rows up to `step`."""
+    """Keep the rows up to `step`. If lines are damaged, the file as it was stays beside it."""
     if not path.exists():
         return []
-    kept = [row for row in read_rows(path) if row["step"] <= step]
-    made = path.with_suffix(".writing")
-    made.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    made.replace(path)
+    rows, damage = files.read_rows(path, {"step": int})
+    if damage:
+        names = (path.with_name(f"{path.stem}.damaged-{n}{path.suffix}") for n in itertools.count(1))
+        copy = next(name for name in names if not name.exists())
+        files.replace(copy, lambda made: made.write_bytes(path.read_bytes()))
+        for sentence in damage:
+            warnings.warn(f"{sentence} The file as it was is {copy}.", RuntimeWarning, stacklevel=4)
+    kept = [row for row in rows if row["step"] <= step]
+    files.write_text(path, "".join(files.row_line(row) for row in kept))
     return kept
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from .record import Row
 
 __all__ = ["write_report"]
@@ -62,7 +63,7 @@ def write_report(
         lines += ["", "## Evaluations", "", *_table(["step", *(name[5:] for name in names)], table)]
     lines += ["", "## Configuration", "", "```json", json.dumps(config, indent=1), "```", ""]
     page = folder / "report.md"
-    page.write_text("\n".join(lines), encoding="utf-8")
+    files.write_text(page, "\n".join(lines))
     return page
 
 
@@ -120,7 +121,7 @@ def _computed(train: list[Row], config: Mapping[str, Any], unshared: str | None)
     if allowed is not None:
         lines.append(_constraint(train, config, allowed))
     if unshared is not None:
-        lines.append(f"A context was not shared: {unshared}")
+        lines.append(f"A context was not shared: {files.markdown(unshared)}")
     return lines
 
 
@@ -174,7 +175,8 @@ def _constraint(train: list[Row], config: Mapping[str, Any], allowed: float) -> 
 
 
 def _table(names: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows)]
+    heads = [files.markdown(name) for name in names]
+    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(names), *rows)]
 
 
 def _figure(train: list[Row], path: Path, allowed: float | None = None) -> bool:
@@ -199,7 +201,7 @@ def _figure(train: list[Row], path: Path, allowed: float | None = None) -> bool:
             axes.set_yscale("log")
         if len(names) > 1:
             axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=130)
+    files.replace(path, lambda made: figure.savefig(made, dpi=130))
     return True
 
 

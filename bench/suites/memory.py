@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..allocator import return_memory
@@ -76,10 +77,12 @@ class Files(torch.autograd.graph.saved_tensors_hooks):
             whole = (
                 t.untyped_storage().nbytes() == t.nbytes
             )  # else a view, whose other numbers are not wanted
-            torch.save(t.detach() if whole else t.detach().clone(), path)
+            save_file({"t": t.detach().contiguous() if whole else t.detach().clone()}, path)
             return path
 
-        super().__init__(pack, lambda packed: packed if isinstance(packed, Tensor) else torch.load(packed))
+        super().__init__(
+            pack, lambda packed: packed if isinstance(packed, Tensor) else load_file(packed)["t"]
+        )
 
     def __enter__(self) -> Files:  # type: ignore[override]
         super().__enter__()

@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
+from aajr_kernels.files import write_text
 from aajr_kernels.method.evaluation import (
     EmbeddingAttack,
     Evaluation,
@@ -239,8 +240,8 @@ def _write(
     try:
         out.mkdir(parents=True, exist_ok=True)
         kept = {"run": facts, "rows": order, "texts": texts, **result.as_dict()}
-        (out / "evaluation.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "page.md").write_text(page(f"Attacks on {model}", facts, result, texts), encoding="utf-8")
+        write_text(out / "evaluation.json", json.dumps(kept, ensure_ascii=False) + "\n")
+        write_text(out / "page.md", page(f"Attacks on {model}", facts, result, texts))
         result.save_picture(out / "evaluation.png")
     except OSError as error:
         fail(str(error))

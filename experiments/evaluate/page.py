@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from aajr_kernels.files import markdown
 from aajr_kernels.method.evaluation import Evaluation
 from common.pages import table
 
@@ -20,7 +21,8 @@ def page(title: str, facts: dict[str, Any], evaluation: Evaluation, texts: dict[
         evaluation: its result.
         texts: ``"clean"`` and the attacks on tokens -> what the adversary wrote in every row.
     """
-    lines = [f"# {title}", "", "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".", ""]
+    told = "; ".join(f"{name}: {markdown(str(value))}" for name, value in facts.items())
+    lines = [f"# {markdown(title)}", "", f"{told}.", ""]
     several = len(evaluation.clean) > 1
     lines += [
         f"Mean cross-entropy in nats per scored token over {len(evaluation.clean)} rows"
@@ -70,4 +72,4 @@ def _interval(values: tuple[float, float | None, float | None]) -> str:
 
 def _quoted(text: str) -> str:
     cut = text if len(text) <= MOST else text[:MOST] + " ..."
-    return "\n".join(f"  > {line}" for line in cut.splitlines() or [""])
+    return "\n".join(f"  > {markdown(line)}" for line in cut.splitlines() or [""])

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from aajr_kernels.files import row_line
 from common.command import application
 from common.pages import table
 from experiments.__main__ import experiment
@@ -49,7 +50,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert [row["number"] for row in read(path)[1]] == [1, 1, 2, 2]
     with path.open("a") as file:  # a row of a task whose others are missing, and a torn line
         file.write(
-            json.dumps({"task": "n4", "of": 2, "seconds": 0.0, "number": 4, "square": 0}) + '\n{"task": "n'
+            row_line({"task": "n4", "of": 2, "seconds": 0.0, "number": 4, "square": 0}) + '{"task": "n'
         )
     assert len(read(path)[1]) == 4
     store = Store(path, "squares", whole.config(False))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import files
 from ...method.batch import Prepared
 from ...method.wrapped import inside
 from ...sharding import is_fully_sharded
@@ -162,14 +162,13 @@ class _Mixin(_Base):
         super()._save_optimizer_and_scheduler(output_dir)
         state = self._aajr_of(self.model_wrapped).state_dict()
         if self.args.should_save:
-            (Path(output_dir) / STATE).write_text(json.dumps(state), encoding="utf-8")
+            files.write_text(Path(output_dir) / STATE, files.sealed(state, allow_nan=True))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """And λ and γ."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / STATE).exists():
-            state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
-            self._aajr_of(self.model_wrapped).load_state_dict(state)
+            self._aajr_of(self.model_wrapped).load_state_dict(files.read_object(Path(checkpoint) / STATE))
 
     def _aajr_logged(self, objective: Objective, terms: Terms, step: int) -> None:
         scheduled = objective.scheduled(step)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...files import replace
+
 __all__ = ["draw"]
 
 #: distinguishable with colour blindness (Okabe and Ito)
@@ -48,4 +50,4 @@ def draw(evaluation: Any, path: Path, level: float) -> None:
         lines.legend(fontsize=7, frameon=False)
     # without date and version: the same numbers give the same file
     options: dict[str, Any] = {"metadata": {"Software": None}} if path.suffix == ".png" else {}
-    figure.savefig(path, **options)
+    replace(path, lambda file: figure.savefig(file, **options))

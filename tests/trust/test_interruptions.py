@@ -1,0 +1,229 @@
+"""A training that is killed or fails at any of its file operations goes on from there, to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from training.test_training_resume import config, loader, same, timeless, train
+from training.tiny_lm import tiny_lm
+from trust.scale import scaled
+
+pytest.importorskip("safetensors")
+
+from aajr_kernels.training import Diagnostics, read_rows
+from aajr_kernels.training.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+#: what Python says before it touches a file
+OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+SETTINGS = dict(steps=4, accumulate=1, checkpoint_every=1, diagnostics=Diagnostics(every=2))
+DIED = 37
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    monkeypatch.setattr("aajr_kernels.training.report._figure", lambda *_: False)
+
+
+def whole_run(out: Path | None, seed: int = 0):
+    model = tiny_lm(seed=seed, dropout=0.3)
+    return model, train(model, loader(), out, settings=config(**SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def straight():
+    return whole_run(None)
+
+
+def in_a_child(out: Path, before) -> tuple[int, str]:
+    """Run the training in a fork after `before`; its exit status (negative: the signal) and what it said."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            warnings.simplefilter("ignore")
+            before()
+            whole_run(out)
+            os._exit(0)
+        except OSError as error:
+            os.write(write_end, str(error).encode())
+            os._exit(1)
+        except BaseException as error:
+            os.write(write_end, f"{type(error).__name__}: {error}".encode())
+            os._exit(2)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        said = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+def at_operation(out: Path, number: int, act) -> None:
+    """Call `act` at the operation with this number on a file of the run."""
+    count = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event in OPERATIONS and arguments and str(arguments[0]).startswith(str(out)):
+            count += 1
+            if count == number:
+                act()
+
+    sys.addaudithook(hook)
+
+
+def operations(out: Path) -> int:
+    """How many a whole run has."""
+    read_end, write_end = os.pipe()
+
+    def report() -> None:
+        def hook(event: str, arguments: tuple) -> None:
+            if event in OPERATIONS and arguments and str(arguments[0]).startswith(str(out)):
+                os.write(write_end, b".")
+
+        sys.addaudithook(hook)
+
+    code, said = in_a_child(out, report)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        number = len(pipe.read())
+    assert code == 0, said
+    return number
+
+
+def goes_on(out: Path, straight) -> None:
+    """The training continues without a warning and ends with the bits and rows of one that was not interrupted."""
+    expected, result = straight
+    before = Checkpoints(out / "checkpoints").newest()
+    assert before is None or 1 <= before.step <= 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # a checkpoint brings the weights; without one the training begins with its own
+        model, resumed = whole_run(out, seed=0 if before is None else 9)
+    assert resumed.resumed_from == (0 if before is None else before.step)
+    assert same(model, expected)
+    assert timeless(resumed.rows) == timeless(result.rows) == timeless(read_rows(out / "metrics.jsonl"))
+    assert [row["step"] for row in read_rows(out / "stability.jsonl")] == [2, 4]
+    assert not [path for path in out.rglob("*") if "writing" in path.name]
+
+
+@pytest.fixture(scope="module")
+def total(tmp_path_factory) -> int:
+    number = operations(tmp_path_factory.mktemp("counted") / "run")
+    assert number > 50
+    return number
+
+
+@scaled(quick=3)
+def test_killed_at_any_file_operation(drawn, total, straight, tmp_path):
+    for number in drawn(range(1, total + 1)):
+        out = tmp_path / str(number)
+        code, said = in_a_child(out, lambda: at_operation(out, number, lambda: os._exit(DIED)))
+        assert code == DIED, said
+        goes_on(out, straight)
+
+
+@scaled(quick=3)
+def test_any_file_operation_fails(drawn, total, straight, tmp_path):
+    problems = (errno.ENOSPC, errno.EROFS, errno.EIO)
+    for number, problem in drawn(itertools.product(range(1, total + 1), problems)):
+        out = tmp_path / f"{number}-{problem}"
+
+        def fail(problem: int = problem) -> None:
+            raise OSError(problem, os.strerror(problem))
+
+        code, said = in_a_child(out, lambda: at_operation(out, number, fail))
+        # what only tidies up may pass over it
+        assert code == 0 or (code == 1 and str(out) in said and os.strerror(problem) in said), (number, said)
+        goes_on(out, straight)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@scaled(quick=2)
+def test_no_room_in_the_middle_of_a_file(drawn, straight, tmp_path):
+    """The system ends writes at so many bytes, as a full disk does."""
+    for size in drawn([*range(0, 4000, 97), *range(4000, 40000, 1499)]):
+        out = tmp_path / str(size)
+        with files_of_at_most(size):
+            code, said = in_a_child(out, lambda: None)
+        assert code == 0 or (code == 1 and str(out) in said), (size, said)
+        goes_on(out, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 24, 32, 48, 64, 96])
+def test_a_full_disk(size, straight, tmp_path):
+    out = tmp_path / "disk"
+    out.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(out)]
+    if os.geteuid() != 0 or subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted by this user")
+    try:
+        code, said = in_a_child(out, lambda: None)
+        assert code == 0 or (code == 1 and str(out) in said and "No space left" in said), said
+        subprocess.run(["mount", "-o", "remount,size=1m", str(out)], check=True)
+        goes_on(out, straight)
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_stays_as_it_is(straight, tmp_path):
+    whole_run(tmp_path)
+    contents = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def someone_else() -> None:
+        if os.geteuid() == 0:  # who may write everywhere
+            for folder in (tmp_path, *tmp_path.parents):
+                if folder.owner() == "root" and folder != Path("/") and folder.name.startswith("pytest"):
+                    folder.chmod(0o755)
+            os.seteuid(65534)
+        else:
+            for folder in (tmp_path, tmp_path / "checkpoints"):
+                folder.chmod(0o555)
+
+    try:
+        code, said = in_a_child(tmp_path, someone_else)
+    finally:
+        for folder in (tmp_path, tmp_path / "checkpoints"):
+            folder.chmod(0o755)
+    assert code == 1 and str(tmp_path) in said and "Permission denied" in said, said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == contents
+
+
+@pytest.mark.slow
+def test_killed_at_random_times(straight, tmp_path):
+    """Between the operations, too: in the middle of a write, say."""
+    generator = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
+    whole_run(None)
+    span = time.perf_counter() - start
+    for number in range(40):
+        out, delay = tmp_path / str(number), 1.5 * span * torch.rand((), generator=generator).item()
+        limit = lambda: (
+            signal.signal(signal.SIGALRM, signal.SIG_DFL),
+            signal.setitimer(signal.ITIMER_REAL, delay),
+        )
+        code, said = in_a_child(out, limit)
+        assert code in (0, -signal.SIGALRM), said
+        goes_on(out, straight)
