@@ -55,7 +55,7 @@ figures: $(call SETUP,bench)  ## the tables of README.md and docs and the pictur
 	$(PY) -m bench.report --write .
 
 integrations: $(call SETUP,test)  ## run the tests of docs/integrations.md and rewrite its table
-	$(PY) scripts/integrations.py --run
+	$(PY) scripts/integration_table.py --run
 
 docs: $(call SETUP,docs)  ## the documentation as a site in site/; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

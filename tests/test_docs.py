@@ -251,7 +251,7 @@ def test_the_site_builds_strictly(tmp_path):
 
 @pytest.fixture(scope="module")
 def integrations():
-    return script("integrations")
+    return script("integration_table")
 
 
 def test_the_table_of_integrations_is_that_of_its_rows(integrations, tmp_path):

@@ -104,6 +104,13 @@ def load_script(name: str):
     return module
 
 
+def test_scripts_share_no_name_with_modules_and_folders_of_the_tests():
+    """Both are on sys.path in the tests, where a script hides a folder without __init__.py."""
+    assert not {path.stem for path in (ROOT / "tests").iterdir()} & {
+        path.stem for path in (ROOT / "scripts").iterdir() if path.stem != "__pycache__"
+    }
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of what the builds read, so that no build product is left in the repository."""

@@ -1,7 +1,7 @@
 """The table of integrations in docs/integrations.md: runs the tests that make it up, and writes what they measured.
 
-    python scripts/integrations.py            # rewrite the table from docs/integrations.jsonl
-    python scripts/integrations.py --run      # run the tests first; nothing is written unless all of them pass
+    python scripts/integration_table.py            # rewrite the table from docs/integrations.jsonl
+    python scripts/integration_table.py --run      # run the tests first; nothing is written unless all of them pass
 
 A test has a row in the table if it is marked `integration`. Every row names its test and the error that it
 measured, with versions and commit.

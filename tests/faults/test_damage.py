@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_rows import PLAIN
+from faults.scale import damages, scaled
 from training.test_training_resume import config, loader, train
 from training.tiny_lm import tiny_lm
-from trust.scale import damages, scaled
 
 pytest.importorskip("safetensors")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults.scale import scaled
 from training.test_training_resume import config, loader, same, timeless, train
 from training.tiny_lm import tiny_lm
-from trust.scale import scaled
 
 pytest.importorskip("safetensors")
 
