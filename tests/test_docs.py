@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 REGISTRIES = (registry.RULES, registry.KINDS, registry.METHODS)
 #: page -> the optional packages it needs
 PAGES = {
+    "agents.md": ["transformers", "peft", "accelerate", "trl", "datasets"],
     "compile.md": ["transformers"],
     "context.md": ["transformers"],
     "diagnostics.md": [],
@@ -43,7 +44,7 @@ PAGES = {
     "training.md": ["transformers", "safetensors", "matplotlib"],
     "triton.md": ["transformers"],
 }
-SLOW = ("compile.md", "distributed.md", "guide.md", "trainer.md", "training.md")
+SLOW = ("agents.md", "compile.md", "distributed.md", "guide.md", "trainer.md", "training.md")
 
 
 #: Trainer's default, where there is no device
@@ -54,6 +55,7 @@ PINNED = "ignore:'pin_memory' argument is set as true:UserWarning"
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # renamed in the newest
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by PEFT
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|trl|dill|multiprocess|pyarrow).*")
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")  # TRL's own
 @pytest.mark.filterwarnings(PINNED)
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]

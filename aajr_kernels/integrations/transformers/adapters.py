@@ -35,7 +35,8 @@ def adapter_agent(
             this one acts, and which one was active is put back.
         adapter: its name in the model.
         name: of the agent; that of the adapter by default.
-        payoff, loss: of :class:`~aajr_kernels.method.agents.Agent`.
+        payoff: of :class:`~aajr_kernels.method.agents.Agent`.
+        loss: of the same, in the place of a payoff.
         generate: options of ``model.generate`` for its turns; by default samples of the policy as it is, whatever the
             model's generation config says of temperature, top-k, top-p and repetitions.
 
