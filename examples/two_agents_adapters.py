@@ -66,7 +66,8 @@ def main(steps: int = 24, rows: int = 16, stop: int = 16) -> list[dict]:
 
     def config(steps: int) -> AgentsConfig:
         attack = Attack(radius=0.2, steps=2)  # in norms of a token
-        objective = ObjectiveConfig(attack=attack, penalty=Penalty(weight=0.01))
+        weights = dict(clean_weight=1.0, adversarial_weight=0.0)  # the policy gradient at what was heard
+        objective = ObjectiveConfig(attack=attack, penalty=Penalty(weight=0.01), **weights)
         return AgentsConfig(
             steps, objective, advantage="standardised", learning_rate=1e-2, checkpoint_every=10, seed=1
         )

@@ -1,12 +1,13 @@
 """Training of several agents, each by its own loss or payoff, in turns or together, against what the others say.
 
     for every step:  play (a dialogue, or episodes of an environment)
-                     for every learner of the step:  its loss  +  λ · P  on its own view  ->  its own optimizer
+                     for every learner of the step:  its objective on its own view  ->  its own optimizer
 
-The loss of an agent with a payoff is the policy gradient −A log π of the tokens that it said, with the advantage A of
-its row; its adversary moves what others said so that the same loss rises. An agent with ``loss="cross_entropy"`` has
-the whole objective of :class:`~.step.Objective`. Random draws depend on seed and step; with the states of the global
-generators, which checkpoints hold, an interrupted training ends, on a CPU, with the bits it would have ended with.
+An agent with ``loss="cross_entropy"`` has the objective of :class:`~.step.Objective`, clean_weight · L(x) +
+adversarial_weight · L(x + δ*) + λ · P, on what it said. One with a payoff has the same with the policy gradient
+−A log π of the tokens that it said in the place of L, with the advantage A of its row. Random draws depend on seed and
+step; with the states of the global generators, which checkpoints hold, an interrupted training ends, on a CPU, with the
+bits it would have ended with.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from ..method.ascent import NonFiniteLoss
 from ..method.batch import Prepared, prepared
 from ..method.checks import check_choices, check_integers, check_number
 from ..method.dialogue import Dialogue
-from ..method.losses import IGNORED
 from . import randomness
 from .checkpoints import Checkpoints
 from .config import ObjectiveConfig, check_limit, describe
@@ -70,8 +70,9 @@ class AgentsConfig:
 
     Attributes:
         steps: plays in all.
-        objective: of every agent, or one by name. Beside a payoff or a function the weights of the losses are not read,
-            and λ is a number (``Penalty(weight=0.01)``).
+        objective: of every learner, or one by name; its schedules count a learner's own updates. Beside a payoff or a
+            function λ is a number (``Penalty(weight=0.01)``); beside a function, whose loss it is, the weights of the
+            losses are not read.
         learners: names of those who learn; all by default, the others stay as they are.
         order: ``"alternate"``: one learner a step, in turn, for `updates` steps each; ``"together"``: all at every
             step, from the same play.
@@ -79,8 +80,8 @@ class AgentsConfig:
         observed: names of the agents whose turns the adversary of any learner may move; all others by default.
         advantage: ``"mean"``: payoff minus its mean over the rows; ``"standardised"``: divided by their standard
             deviation, too; ``"payoff"``: itself.
-        learning_rate, betas, weight_decay: of the AdamW that every agent gets; the rate is a schedule, and matrices
-            decay only.
+        learning_rate, betas, weight_decay: of the AdamW that every agent gets; the rate is a schedule of its own
+            updates, and matrices decay only.
         clip_norm: largest norm of a learner's gradient, or None.
         seed: of plays, attacks and global generators.
         checkpoint_every, keep, log_every: as for :class:`~.config.FitConfig`.
@@ -122,6 +123,21 @@ class AgentsConfig:
                     "objective of agents must have no diagnostics and no Constraint(follow='validation'), which fit "
                     "has the data for: leave them out."
                 )
+
+    def objective_of(self, name: str) -> ObjectiveConfig:
+        """Of a learner.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if not isinstance(self.objective, Mapping):
+            return self.objective
+        if name not in self.objective:
+            raise ValueError(
+                f"objective must have an entry for every learner, got none for {name!r}: add one, or leave it out of "
+                "learners."
+            )
+        return self.objective[name]
 
 
 @dataclass(frozen=True)
@@ -210,14 +226,18 @@ class _Run:
             raise TypeError(f"config must be an AgentsConfig, got {type(config).__name__}.")
         self.agents, self.play, self.config = agents, play, config
         self.learners = list(agents.names if config.learners is None else config.learners)
+        if not self.learners or len(set(self.learners)) < len(self.learners):
+            raise ValueError(
+                f"learners must be names of agents, each once, at least one, got {self.learners}."
+            )
         self.objectives: dict[str, Objective] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.names: dict[str, dict[str, nn.Parameter]] = {}
         for name in self.learners:
             agent = agents[name]
             agent.check_learns()
-            own = config.objective[name] if isinstance(config.objective, Mapping) else config.objective
-            if agent.loss != "cross_entropy":
+            own = config.objective_of(name)
+            if agent.loss != "cross_entropy":  # of a payoff or a function no λ is a share
                 own.penalty.check_alone()
             seed = config.seed if own.seed is None else own.seed
             # agents draw apart
@@ -234,6 +254,13 @@ class _Run:
         if self.config.order == "together":
             return self.learners
         return [self.learners[step // self.config.updates % len(self.learners)]]
+
+    def updates_before(self, step: int) -> int:
+        """Updates that the learners of a step have had, which schedules and ``Penalty(every=)`` count."""
+        if self.config.order == "together":
+            return step
+        turn, updates = self.config.updates * len(self.learners), self.config.updates
+        return step // turn * updates + step % updates
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -274,9 +301,10 @@ class _Run:
         """Gradients of one learner; a function that takes its step, and the row."""
         agent, objective, config = self.agents[name], self.objectives[name], self.config
         optimizer, parameters = self.optimizers[name], list(self.names[name].values())
+        own = self.updates_before(step)
         for group in optimizer.param_groups:
-            group["lr"] = value_at(config.learning_rate, step, "learning_rate")
-        scheduled = objective.scheduled(step)
+            group["lr"] = value_at(config.learning_rate, own, "learning_rate")
+        scheduled = objective.scheduled(own)
         agent.module.train()
         gradients = Gradients(parameters, config.clip_norm, None)
         for p in parameters:
@@ -286,7 +314,7 @@ class _Run:
             if experience.shift_labels is not None:
                 shift = experience.shift_labels
             batch = prepared(experience.batch, objective.device, shift)
-            is_attacked = scheduled.attacks if agent.loss == "cross_entropy" else scheduled.measures
+            is_attacked = scheduled.measures if callable(agent.loss) else scheduled.attacks
             if is_attacked and not bool(batch.masks[2].any()):
                 raise ValueError(
                     f"what agent {name!r} learns must depend on something that an adversary may move, got no token of "
@@ -294,7 +322,7 @@ class _Run:
                     "observed, or give it an objective with Attack(radius=0)."
                 )
             try:
-                terms, more = self.terms(step, agent, objective, batch, experience.payoff)
+                terms, more = self.terms(own, agent, objective, batch, experience.payoff)
             except NonFiniteLoss as error:
                 raise NonFiniteLossError(f"step {step + 1} of {name!r} is not finite: {error}") from error
             gradients.add(terms)
@@ -323,34 +351,32 @@ class _Run:
     def terms(
         self, step: int, agent: Agent, objective: Objective, batch: Prepared, payoff: Tensor | None
     ) -> tuple[Terms, dict[str, float]]:
-        """The objective of one learner, attached, and numbers of its own loss."""
-        if agent.loss == "cross_entropy":
-            return objective(batch, step=step), {}
-        if agent.loss is not None:
-            assert callable(agent.loss)
-            weights = None
-            own = agent.loss(agent, batch)
-            if not isinstance(own, Tensor) or own.dim() or not own.requires_grad:
-                got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
-                raise ValueError(
-                    f"loss of agent {agent.name!r} must return a number that depends on its parameters, a tensor "
-                    f"without axes, got {got}{'' if getattr(own, 'requires_grad', True) else ' without a gradient'}."
-                )
-            more = {"own_loss": float(own.detach())}
-        else:
+        """The objective of one learner, attached, and numbers of its own loss or payoff."""
+        if not callable(agent.loss):
+            if agent.payoff is None:
+                return objective(batch, step=step), {}
             assert payoff is not None
-            weights = self.advantages(payoff).to(batch.labels.device)
-            x = batch.embedded(agent.policy)
-            losses = agent.policy.loss_fn(batch.inputs, batch.labels, "sum")(x)
-            own = (weights.to(losses) * losses).sum() / (batch.labels != IGNORED).sum().clamp(min=1)
-            more = {"own_loss": float(own.detach()), "payoff": float(payoff.mean())}
-        added = objective.penalty(batch, row_weights=weights, step=step)
-        return Terms(own + added.total, added.parts), more
+            weights = self.advantages(agent.name, payoff).to(batch.labels.device)
+            return objective(batch, row_weights=weights, step=step), {"payoff": float(payoff.mean())}
+        own = agent.loss(agent, batch)
+        if not isinstance(own, Tensor) or own.dim() or not own.requires_grad:
+            got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+            raise ValueError(
+                f"loss of agent {agent.name!r} must return a number that depends on its parameters, a tensor without "
+                f"axes, got {got}{'' if getattr(own, 'requires_grad', True) else ' without a gradient'}."
+            )
+        added = objective.penalty(batch, step=step)
+        return Terms(own + added.total, added.parts), {"own_loss": float(own.detach())}
 
-    def advantages(self, payoff: Tensor) -> Tensor:
+    def advantages(self, name: str, payoff: Tensor) -> Tensor:
         """``[B]``."""
         if self.config.advantage == "payoff":
             return payoff
+        if len(payoff) < 2:
+            raise ValueError(
+                f"advantage={self.config.advantage!r} compares rows of what is played, of which agent {name!r} must "
+                f"have at least 2, got {len(payoff)}: play more at a time, or take advantage='payoff'."
+            )
         centred = payoff - payoff.mean()
         if self.config.advantage == "mean":
             return centred

@@ -72,9 +72,9 @@ def terms_of(
 ) -> Terms:
     """Forward passes of one micro-batch; call it under autocast, and backward on the total outside.
 
-    `after_attack` is called in the random state of the attack. `row_weights` ``[B]`` multiply the losses that are
-    maximised. `sharing` decides whether the batch's context is computed once. Where `model` is fully sharded all its
-    processes call this.
+    `after_attack` is called in the random state of the attack. `row_weights` ``[B]`` multiply the losses, those that
+    are maximised and those that are minimised. `sharing` decides whether the batch's context is computed once. Where
+    `model` is fully sharded all its processes call this.
     """
     x = entered(model)(batch.embedded)(policy)
     unit = _unit(x, batch, config)
@@ -158,7 +158,7 @@ class Work:
     """A micro-batch under attack: what its ascent and its penalty need.
 
     `x` are its embedded tokens ``[B, N, C]``, `unit` that of perturbations (see :func:`_unit`), `row_weights` those of
-    the losses that are maximised. With `shared` all of it is a suffix, and losses are those of the whole rows.
+    all losses. With `shared` all of it is a suffix, and losses are those of the whole rows.
     """
 
     model: nn.Module
@@ -233,17 +233,23 @@ class Work:
         return weights if self.row_weights is None else weights * self.row_weights.abs()
 
     def step_share(self, losses: Tensor) -> Tensor:
-        """Sums of losses over these tokens, with those of a shared context, in the mean over the step's tokens."""
+        """Sums of losses over these tokens, with those of a shared context, in the mean over the step's tokens.
+
+        Args:
+            losses: ``[B]``, or their sum where rows have no weights.
+        """
         if self.shared is not None:
-            losses = losses + self.shared.losses.sum()
-        return losses / self.counts.tokens
+            losses = losses + (self.shared.losses if losses.dim() else self.shared.losses.sum())
+        if self.row_weights is not None:
+            losses = losses * self.row_weights.to(losses)
+        return losses.sum() / self.counts.tokens
 
     def loss(self, point: Tensor) -> Tensor:
-        """Share of these rows in the step's mean cross-entropy at `point`; gradients reach x."""
+        """Share of these rows in the step's mean cross-entropy at `point`, times their weights; gradients reach x."""
         if point is not self.x:
             point = point + (self.x - self.x.detach())
         losses = self.enter(self.policy.loss_fn(self.batch.inputs, self.batch.labels, "sum"))(point)
-        return self.step_share(losses.sum())
+        return self.step_share(losses)
 
     def attack(self, radius: float) -> Trajectory:
         attack, x, unit = self.config.attack, self.x, self.unit_value
@@ -299,8 +305,9 @@ class Work:
         # what the head divides the cross-entropy by, of which a mean over the step's tokens is wanted
         divisor = counts.units if self.config.unit == "token" else max(learnt, 1)
         rescale = divisor / counts.tokens
-        # the forward of rows drawn is one more where others are left, which may differ among processes
-        is_whole = self.group is None or config.rows == 1
+        # the forward of rows drawn is one more where others are left, which may differ among processes; the head adds
+        # rows up before they can have weights
+        is_whole = (self.group is None or config.rows == 1) and self.row_weights is None
         share = config.steps == "worst" and scheduled.adversarial > 0 and is_whole
         if share:
             options["return_primal"] = True
@@ -328,7 +335,7 @@ class Work:
         if share and policy.head is not None:
             loss = self.step_share(primal * divisor)
         elif share:
-            loss = self.step_share(policy.token_losses(primal, batch.labels).sum())
+            loss = self.step_share(policy.token_losses(primal, batch.labels).sum(-1))
         weight = aux.weights.to(aux.q) @ aux.active.mean(-1)
         active = weight * units_of(batch, self.config) / counts.units
         return penalty, loss, {"active": active, "q_max": aux.q_max.max(), "units": aux.units}

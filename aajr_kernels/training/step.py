@@ -131,6 +131,7 @@ class Objective:
         batch: Any,
         *,
         counts: Counts | None = None,
+        row_weights: Tensor | None = None,
         step: int = 0,
         part: int = 0,
         on_report: OnReport | None = None,
@@ -140,6 +141,8 @@ class Objective:
         Args:
             batch: see :func:`~aajr_kernels.training.prepared`.
             counts: of the whole step; by default this batch is all of it (on this process).
+            row_weights: ``[B]``: L and the loss that the adversary maximises are every row's cross-entropy times its
+                weight, so with advantages the surrogate −A log π of a policy gradient. λ then is a number.
             step: 0, 1, ...: where the schedules are, and with `part` what the attack draws. When it changes, a
                 :class:`Share` or a :class:`Constraint` takes in what the step before measured.
             part: the index of the micro-batch in the step.
@@ -154,7 +157,9 @@ class Objective:
             NonFiniteLoss: in the attack.
             RuntimeError: the model was prepared for mixed precision and autocast is off.
         """
-        terms = self._terms(batch, self.scheduled(step), counts, step, part, on_report=on_report)
+        if row_weights is not None:
+            self.config.penalty.check_alone()
+        terms = self._terms(batch, self.scheduled(step), counts, step, part, row_weights, on_report)
         if not terms.total.requires_grad:
             raise ValueError(
                 "the objective does not depend on any parameter that is trained: check the weights of the losses, that "
@@ -251,6 +256,10 @@ class Objective:
     ) -> Terms:
         self._check_autocast()
         ours = self.prepared(batch)
+        if row_weights is not None and tuple(row_weights.shape) != tuple(ours.labels.shape[:1]):
+            raise ValueError(
+                f"row_weights must be one number per row, shape ({len(ours.labels)},), got {tuple(row_weights.shape)}."
+            )
         if counts is None:
             counts = Counts.of([ours], self.config)
         group = self.group

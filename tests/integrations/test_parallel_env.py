@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_the_decisions():
     by_hand = Reads(seed=len("right"))
     log_p = by_hand(x).log_softmax(-1)[rows, last, labels[rows, last]]
     expected = -((payoff - payoff.mean()) * log_p).mean()
-    assert row["own_loss"] == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert row["clean_loss"] == pytest.approx(float(expected.detach()), rel=1e-12)
     gradients = torch.autograd.grad(expected, list(by_hand.parameters()))
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-10)

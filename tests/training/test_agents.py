@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from integrations.transformers.subjects import tiny
-from torch.nn import functional as F
+from training.talkers import NAMES, TWO, adapted, config_of, objective, of_tokens, opened, played, team
 
-import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import adapter_agent
 from aajr_kernels.method.agents import Agent, Agents
 from aajr_kernels.method.dialogue import Dialogue, play, positions, sampled
-from aajr_kernels.testing import oracle
 from aajr_kernels.training import (
     AgentsConfig,
     Attack,
     Constraint,
     Diagnostics,
     Experience,
-    ObjectiveConfig,
+    Linear,
     Penalty,
     fit_agents,
     policy_of,
@@ -29,56 +26,8 @@ from aajr_kernels.training import (
 from aajr_kernels.training.agents import _Run
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
-
-NAMES = ("buyer", "seller", "judge")
-TWO = torch.ones(2, 2, dtype=torch.long)
-
-
-def adapted(*names: str) -> Any:
-    """A tiny Llama in float64 with one adapter for each name, all of which do something."""
-    base = tiny("llama").double()
-    base.generation_config.eos_token_id = None
-    config = lambda: peft.LoraConfig(
-        r=2,
-        target_modules=["q_proj", "v_proj"],
-        task_type="CAUSAL_LM",
-        init_lora_weights=False,
-        lora_dropout=0.0,
-    )
-    torch.manual_seed(5)
-    model = peft.get_peft_model(base, config(), names[0], autocast_adapter_dtype=False)
-    for name in names[1:]:
-        model.add_adapter(name, config())
-    return model.double()
-
-
-def of_tokens(token: int):
-    """A payoff: the share of one token among all that were said."""
-    return lambda dialogue: (dialogue.ids == token).double().mean(-1)
-
-
-def team(model: Any, *names: str, **options: Any) -> Agents:
-    options = options or {"payoff": of_tokens(4)}
-    return Agents([adapter_agent(model, name, **options) for name in names])
-
-
-def opened(names: tuple[str, ...] = NAMES, rows: int = 2) -> Dialogue:
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda length: torch.randint(4, 60, (rows, length), generator=generator)
-    return Dialogue.opened(names, {names[0]: draw(3)}, draw(2))
-
-
-def played(rounds: int = 2, length: int = 2):
-    return lambda agents, generator: play(
-        agents, opened(agents.names), rounds=rounds, length=length, generator=generator
-    )
-
-
-def objective(weight: float = 0.05, **options: Any) -> ObjectiveConfig:
-    attack = Attack(radius=0.3, steps=2, step_size=0.2)
-    return ObjectiveConfig(**(dict(attack=attack, penalty=Penalty(weight=weight, steps="last")) | options))
 
 
 # -- dialogues ------------------------------------------------------------------------------------------------------
@@ -200,53 +149,14 @@ def test_gradients_reach_the_own_adapter_only():
     assert moved == {key for key in before if "lora" in key}
 
 
-@pytest.mark.parametrize("advantage", ["mean", "payoff", "standardised"])
-def test_the_loss_of_a_payoff_is_the_policy_gradient(advantage):
-    """Without an attack: −A log π of the own tokens over their number, against logits of the model itself."""
-    model = adapted("buyer", "seller")
-    agents = team(model, "buyer", "seller")
-    dialogue = opened(("buyer", "seller"), 3)
-    dialogue = play(agents, dialogue, rounds=1, length=4, generator=torch.Generator().manual_seed(2))
-    config = AgentsConfig(1, objective(attack=Attack(radius=0.0)), advantage=advantage)
-    run = _Run(agents, lambda *_: dialogue, config)
-    payoff = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    with agents["seller"].acting():
-        batch = run.objectives["seller"].prepared(dialogue.batch("seller"))
-        terms, _ = run.terms(0, agents["seller"], run.objectives["seller"], batch, payoff)
-        ids, own = dialogue.ids, dialogue.speakers == 1
-        z = model(input_ids=ids).logits
-    weight = {"mean": payoff - 0.5, "payoff": payoff}.get(advantage)
-    if weight is None:
-        weight = (payoff - 0.5) / (payoff.std(correction=0) + 1e-8)
-    log_p = F.log_softmax(z[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)[:, own[1:]]
-    expected = -(weight[:, None] * log_p).sum() / log_p.numel()
-    torch.testing.assert_close(terms.total, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_the_history_of_a_turn_is_shared_context():
-    """What comes before the first turn of another is computed once: the same losses, penalties and gradients."""
-    results = []
-    for share in (True, False):
-        model = adapted("buyer", "seller")
-        agents = team(model, "buyer", "seller", loss="cross_entropy")
-        dialogue = play(
-            agents,
-            opened(("buyer", "seller")),
-            rounds=2,
-            length=3,
-            generator=torch.Generator().manual_seed(4),
-        )
-        config = AgentsConfig(1, objective(share_context=share, clean_weight=0.5), order="together")
-        run = _Run(agents, lambda *_, d=dialogue: d, config)
-        with agents["buyer"].acting(), oracle.KeepFloat64(aajr.Dual):
-            terms = run.objectives["buyer"](dialogue.batch("buyer"))
-            terms.total.backward()
-        assert ("shared" in terms.parts) == share
-        results.append((terms.total.detach(), [p.grad for p in agents["buyer"].parameters()]))
-    (total, gradients), (other, theirs) = results
-    torch.testing.assert_close(total, other, rtol=1e-10, atol=0)
-    for g, h in zip(gradients, theirs):
-        torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-14)
+def test_an_adapter_may_be_called_as_a_part_of_the_model():
+    model = adapted("layers", "self_attn")
+    for name in ("layers", "self_attn"):
+        agent = adapter_agent(model, name, loss="cross_entropy")
+        own = {id(p) for p in agent.parameters()}
+        named = [key for key, p in model.named_parameters() if id(p) in own]
+        assert len(named) == 8 and all(key.endswith(f".{name}.weight") for key in named)
+    assert model.active_adapter == "layers"
 
 
 def test_observations_of_each_agent_have_a_ball_and_a_tangent():
@@ -265,12 +175,6 @@ def test_observations_of_each_agent_have_a_ball_and_a_tangent():
 
 
 # -- training -------------------------------------------------------------------------------------------------------
-def config_of(steps: int, **options: Any) -> AgentsConfig:
-    return AgentsConfig(
-        steps, **(dict(objective=objective(), learning_rate=0.01, checkpoint_every=1) | options)
-    )
-
-
 def test_three_agents_talk_for_three_rounds_and_learn_in_turn():
     model = adapted(*NAMES)
     agents = team(model, *NAMES, payoff=lambda dialogue: dialogue.ids.double().mean(-1))  # differs among rows
@@ -278,7 +182,7 @@ def test_three_agents_talk_for_three_rounds_and_learn_in_turn():
     result = fit_agents(agents, played(rounds=3, length=2), config_of(3), progress=False)
     assert [row["agent"] for row in result.rows] == list(NAMES)
     assert all(row["gradient_norm"] > 0 for row in result.rows)
-    assert all({"own_loss", "payoff", "attack_worst", "penalty"} <= set(row) for row in result.rows)
+    assert all({"adversarial_loss", "payoff", "attack_worst", "penalty"} <= set(row) for row in result.rows)
     assert model.active_adapter == "buyer"
     changed = {key.split(".")[-2] for key, p in model.named_parameters() if not torch.equal(p, before[key])}
     assert changed == set(NAMES)
@@ -298,44 +202,96 @@ def test_a_payoff_is_learnt():
 
 
 def test_self_play_of_one_model():
-    """One policy plays both sides, and learns one of them."""
+    """One model plays both sides: what the opponent says is observed, what the learner says is learnt."""
     model = tiny("llama").double()
     policy = policy_of(model)
-    own = Agent("self", policy, model, of_tokens(4))
-    other = Agent("other", policy, copy.deepcopy(model), own_parameters=list)
-    result = fit_agents(Agents([own, other]), played(), config_of(1, learners=["self"]), progress=False)
-    assert result.rows[0]["agent"] == "self"
+    own = Agent("self", policy, model, lambda dialogue: dialogue.ids.double().mean(-1))
+    agents = Agents([Agent("other", policy, model, own_parameters=list), own])
+    before = [p.detach().clone() for p in model.parameters()]
+    result = fit_agents(agents, played(), config_of(2, learners=["self"]), progress=False)
+    assert [row["agent"] for row in result.rows] == ["self"] * 2
+    assert all(p.requires_grad and not torch.equal(p, old) for p, old in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize("order", ["alternate", "together"])
-def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, order):
+def test_updates_in_a_row_have_schedules_of_their_own():
+    """Of two learners in turn, each has its penalty at every second update of its own."""
+    agents = team(adapted("seller", "buyer"), "seller", "buyer", loss="cross_entropy")
+    every = objective(penalty=Penalty(weight=0.05, steps="last", every=2))
+    config = config_of(6, objective=every, updates=2, learning_rate=Linear(1.0, 0.0, steps=4))
+    rates: list[float] = []
+    run = _Run(agents, played(), config)
+    rows = []
+    for step in range(6):
+        rows += run.step(step)
+        rates.append(run.optimizers[rows[-1]["agent"]].param_groups[0]["lr"])
+    assert [row["agent"] for row in rows] == ["seller"] * 2 + ["buyer"] * 2 + ["seller"] * 2
+    assert ["penalty" in row for row in rows] == [False, True] * 3
+    assert rates == [1.0, 0.75, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_who_is_observed_and_an_objective_of_each():
+    agents = team(adapted(*NAMES), *NAMES, loss="cross_entropy")
+    unattacked = objective(attack=Attack(radius=0.0))
+    each = {"buyer": unattacked, "seller": objective(), "judge": objective()}
+    config = config_of(3, objective=each, observed=["seller"])
+    run = _Run(agents, played(), config)
+    dialogue = played()(agents, torch.Generator().manual_seed(0))
+    for name in ("buyer", "judge"):
+        expected, actual = dialogue.batch(name, observed=["seller"]), run.experience(name, dialogue).batch
+        assert all(torch.equal(actual[key], entry) for key, entry in expected.items())
+    assert "attack_worst" not in run.step(0)[0] and run.step(2)[0]["attack_worst"] > 0
+    with pytest.raises(ValueError, match="what agent 'seller' learns must depend on something"):
+        run.step(1)  # observes no one but itself
+
+
+OBJECTIVES = {  # each with a state of its own in a checkpoint
+    "payoff": ("alternate", dict(payoff=of_tokens(4)), {}),
+    "loss": (
+        "together",
+        dict(loss="cross_entropy"),
+        dict(
+            attack=Attack(radius=0.3, steps=1, scope="agent", init="uniform"),
+            penalty=Constraint(gamma=0.1, window=2, per_agent=True),
+            clean_weight=0.5,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("learns", OBJECTIVES)
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, learns):
+    order, wanted, options = OBJECTIVES[learns]
+    short = played(length=1)
+
     def made() -> tuple[Any, Agents]:
-        model = adapted("buyer", "seller")
-        return model, team(model, "buyer", "seller")
+        model = adapted("buyer", "seller", dropout=0.2)
+        return model, team(model, "buyer", "seller", **wanted)
 
     (straight, agents), (_, others) = made(), made()
-    config = config_of(4, order=order)
-    whole = fit_agents(agents, played(), config, out=tmp_path / "straight", progress=False)
+    config = config_of(3, order=order, objective=objective(**options))
+    whole = fit_agents(agents, short, config, out=tmp_path / "straight", progress=False)
 
     class Stop(Exception):
         pass
 
     def stop(row: Any) -> None:
-        if row["step"] == 3:
+        if row["step"] == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        fit_agents(others, played(), config, out=tmp_path / "broken", progress=False, on_step=stop)
+        fit_agents(others, short, config, out=tmp_path / "broken", progress=False, on_step=stop)
     again, third = made()
     torch.manual_seed(99)
-    resumed = fit_agents(third, played(), config, out=tmp_path / "broken", progress=False)
-    assert resumed.resumed_from == 2
+    resumed = fit_agents(third, short, config, out=tmp_path / "broken", progress=False)
+    assert resumed.resumed_from == 1
     for (name, p), q in zip(straight.named_parameters(), again.parameters()):
         assert torch.equal(p, q), name
+    multipliers = {row.get("multiplier") for row in whole.rows}
+    assert multipliers == {None} if learns == "payoff" else len(multipliers) > 2
     drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     assert drop(resumed.rows) == drop(whole.rows)
     with pytest.raises(ValueError, match="out must be a folder without checkpoints"):
-        fit_agents(third, played(), config, out=tmp_path / "broken", progress=False, resume=False)
+        fit_agents(third, short, config, out=tmp_path / "broken", progress=False, resume=False)
 
 
 @pytest.mark.parametrize("learns", ["loss", "payoff"])
@@ -407,6 +363,17 @@ def test_bad_input_has_one_sentence():
     for loss, got in ((lambda agent, batch: 1.0, "float"), (lambda a, b: torch.ones(()), "without a grad")):
         with pytest.raises(ValueError, match=f"loss of agent 'buyer' must return a number .*{got}"):
             fit_agents(team(model, "buyer", loss=loss), ends, config_of(1), progress=False)
+    alone = lambda a, g: opened(("other", "buyer"), 1).said("other", TWO[:1]).said("buyer", TWO[:1])
+    for advantage in ("mean", "standardised"):
+        with pytest.raises(ValueError, match="'buyer' must have at least 2, got 1: play more at a time"):
+            fit_agents(team(model, "buyer"), alone, config_of(1, advantage=advantage), progress=False)
+    for learners in ([], ["buyer", "buyer"]):
+        with pytest.raises(ValueError, match="learners must be names of agents, each once"):
+            fit_agents(agents, played(), config_of(1, learners=learners), progress=False)
+    with pytest.raises(
+        ValueError, match="objective must have an entry for every learner, got none for 'sell"
+    ):
+        fit_agents(agents, played(), config_of(1, objective={"buyer": objective()}), progress=False)
     with pytest.raises(TypeError, match="play must return a Dialogue or an Experience"):
         fit_agents(agents, lambda a, g: {}, config_of(1), progress=False)
     with pytest.raises(ValueError, match="weight must be a number where no loss"):

@@ -119,5 +119,10 @@ def _active(model: Any, adapter: str) -> Iterator[None]:
 
 
 def _own(model: Any, adapter: str) -> list[nn.Parameter]:
-    """Parameters of an adapter, whose name is a part of theirs."""
-    return [p for name, p in model.named_parameters() if adapter in name.split(".")]
+    """Parameters of an adapter: those that require a gradient while it is on, and have its name as a part of theirs.
+
+    Either would not do: an adapter may be called as a part of the model is, and other parts may be trained, too.
+    """
+    with _active(model, adapter):
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [p for name, p in named if adapter in name.split(".")]
