@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..dual import is_dual
 
-__all__ = ["At", "Opened", "changed", "first_of"]
+__all__ = ["EMBEDDING", "At", "Opened", "changed", "entries_of", "first_of"]
 
 #: places by name: ``"embedding"``, a module, a list of modules, the number of a layer; one or several
 At = str | int | tuple[str | int, ...] | list[str | int]
+EMBEDDING = "embedding"
 
 
 class Opened(Protocol):
@@ -52,6 +53,27 @@ class Opened(Protocol):
     def of_rows(self, rows: Tensor) -> Opened:
         """The same for some rows of the batch, by index, in the same units."""
         ...
+
+
+def entries_of(at: Any) -> tuple[str | int, ...]:
+    """The names and numbers in `at`.
+
+    Raises:
+        TypeError: it is no name, no number and no sequence of these.
+        ValueError: it is empty.
+    """
+    entries = tuple(at) if isinstance(at, (list, tuple)) else (at,)
+    if not entries:
+        raise ValueError(
+            f"at must name at least one place, got an empty {type(at).__name__}: {EMBEDDING!r} is the default."
+        )
+    for entry in entries:
+        if not isinstance(entry, (str, int)) or isinstance(entry, bool):
+            raise TypeError(
+                f"at must be {EMBEDDING!r}, the name of a module, the number of a layer or a sequence of these, got "
+                f"{type(entry).__name__}."
+            )
+    return entries
 
 
 def first_of(output: Any, name: str) -> Any:

@@ -16,6 +16,7 @@ from ..method.baselines import METHODS, NEEDS_LOSS, PER_SEQUENCE
 from ..method.checks import check_choices, check_integers, check_iterations, check_number
 from ..method.objectives import AdversaryLoss, CrossEntropy
 from ..method.options import FORMS, METRICS
+from ..method.places import At, entries_of
 from ..method.projection import NORMS
 from ..method.scopes import SCOPES, UNITS, unit_of
 from ..method.trajectory import DIRECTIONS
@@ -32,11 +33,16 @@ class Attack:
     """The inner maximisation; the arguments of :func:`~aajr_kernels.ascend`, with these differences.
 
     Attributes:
+        at: where it adds its perturbation, as in :func:`.policy.policy_of`: ``"embedding"``, modules inside the model,
+            numbers of layers, several of these, with one trajectory. None: at the places of the policy, in the
+            embedding where it has none. Where a batch has no agents, every place is one, for ``scope="agent"`` and
+            ``per_agent``.
         radius: of the ball; a schedule. Where it is 0 the step trains on the clean loss, without attack and penalty.
         relative: `radius` (and a `step_size` that is a number) count in norms of a token: the root mean square of the
             norms of the batch's embedded tokens (for ``norm="linf"``: of their entries). Penalties then are those of a
             direction of that length. A model gains nothing by inflating its embeddings, and the same numbers serve
-            models whose embeddings differ in scale. False: in the embedding's own units.
+            models whose embeddings differ in scale. Inside the model the norms are those of the place's clean output,
+            of every place its own, at the tokens open to attack. False: in the own units of the embedding or place.
         steps: T.
         scope: ``"token"`` by default.
         step_size: ``"auto"`` or a number.
@@ -56,8 +62,11 @@ class Attack:
     restarts: int = 1
     eval_mode: bool = False
     loss: AdversaryLoss = field(default_factory=CrossEntropy)
+    at: At | None = None
 
     def __post_init__(self) -> None:
+        if self.at is not None:
+            object.__setattr__(self, "at", entries_of(self.at))
         checked_schedule(self.radius, "radius")
         check_integers(1, steps=self.steps, restarts=self.restarts)
         check_choices(KINDS, step=self.step)

@@ -22,6 +22,7 @@ from ..method.ascent import NonFiniteLoss, ascend
 from ..method.baselines import NEEDS_LOSS, trajectory_baseline
 from ..method.batch import Prepared
 from ..method.losses import IGNORED
+from ..method.places import Opened
 from ..method.policy import Policy
 from ..method.scopes import widened
 from ..method.sharing import Shared
@@ -29,6 +30,7 @@ from ..method.trajectory import PenaltyStatistics, Trajectory, gathered, traject
 from .config import ObjectiveConfig
 from .counts import Counts, units_of
 from .losses import adversary_of, can_share, is_cross_entropy
+from .opened import groups_in, opened_of
 from .scheduled import ScheduledValues
 from .sharing import Sharing
 from .wrappers import entered, group_of, smallest
@@ -93,7 +95,10 @@ def terms_of(
         )
         of_context = units_of(batch, config) - units_of(shared.batch, config)
         policy, batch, x = shared.policy, shared.batch, shared.x
-    whole = Work(model, policy, batch, config, counts, generator, row_weights, x, unit, shared)
+    opened = opened_of(policy, batch, x, config.attack, group_of(model)) if scheduled.attacks else None
+    if opened is not None:
+        policy, x, unit = replace(policy, forward=opened, places=None), opened.x, _one()
+    whole = Work(model, policy, batch, config, counts, generator, row_weights, x, unit, shared, opened)
     penalty: Tensor | None = None
     if scheduled.attacks:
         total, penalty, under_attack = _under_attack(whole, scheduled, after_attack)
@@ -158,7 +163,8 @@ class Work:
     """A micro-batch under attack: what its ascent and its penalty need.
 
     `x` are its embedded tokens ``[B, N, C]``, `unit` that of perturbations (see :func:`_unit`), `row_weights` those of
-    all losses. With `shared` all of it is a suffix, and losses are those of the whole rows.
+    all losses. With `shared` all of it is a suffix, and losses are those of the whole rows. With `opened` `x` are zeros
+    ``[B, P·N, C]`` in the units of its places, of which the policy is a function.
     """
 
     model: nn.Module
@@ -171,6 +177,7 @@ class Work:
     x: Tensor
     unit: Tensor
     shared: Shared | None = None
+    opened: Opened | None = None
 
     @property
     def group(self) -> Any:
@@ -206,7 +213,11 @@ class Work:
         if rows is None:
             return self
         weights = None if self.row_weights is None else self.row_weights[rows]
-        return replace(self, batch=self.batch.of_rows(rows), row_weights=weights, x=self.x[rows])
+        part = replace(self, batch=self.batch.of_rows(rows), row_weights=weights, x=self.x[rows])
+        if self.opened is None:
+            return part
+        opened = self.opened.of_rows(rows)
+        return replace(part, opened=opened, policy=replace(self.policy, forward=opened))
 
     def is_attackable(self) -> bool:
         """Whether an ascent finds something to move; with no row there is none to be missed."""
@@ -214,7 +225,7 @@ class Work:
 
     @property
     def adversary(self) -> Callable[[Any], Any]:
-        """The losses ``[B]`` that are maximised, a function of embeddings."""
+        """The losses ``[B]`` that are maximised, a function of points like `x`."""
         if not is_cross_entropy(self.config.attack.loss):
             return adversary_of(self)
         shared, weights = self.shared, self.row_weights
@@ -251,6 +262,13 @@ class Work:
         losses = self.enter(self.policy.loss_fn(self.batch.inputs, self.batch.labels, "sum"))(point)
         return self.step_share(losses)
 
+    @property
+    def groups(self) -> dict[str, Any]:
+        """Mask and agents of an ascent."""
+        if self.opened is not None:
+            return groups_in(self.opened, self.batch, self.config)
+        return {"mask": self.batch.attackable, "agents": self.batch.agents}
+
     def attack(self, radius: float) -> Trajectory:
         attack, x, unit = self.config.attack, self.x, self.unit_value
         if not smallest([math.isfinite(unit)], self.group, x.device)[0]:
@@ -265,11 +283,10 @@ class Work:
             x.detach(),
             radius=radius * unit,
             step_size=step_size,
-            agents=self.batch.agents,
-            mask=self.batch.attackable,
             generator=self.generator,
             module=self.model,
             scope=self.config.scope,
+            **self.groups,
             **_entries(attack, "steps", "step", "norm", "init", "restarts", "eval_mode"),
         )
 
@@ -398,8 +415,12 @@ def _others(rows: Tensor, count: int) -> Tensor:
 def _unit(x: Tensor, batch: Prepared, config: ObjectiveConfig) -> Tensor:
     """Unit of perturbations; attached, so that a penalty in this unit has its own gradient."""
     if not config.attack.relative:
-        return torch.ones((), dtype=torch.float64)
+        return _one()
     return batch.norm_of(x)
+
+
+def _one() -> Tensor:
+    return torch.ones((), dtype=torch.float64)
 
 
 def _at_the_worst(trajectory: Trajectory) -> Trajectory:

@@ -37,6 +37,7 @@ from .config import Diagnostics, ObjectiveConfig
 from .counts import Counts
 from .multiplier import Multiplier
 from .objective import AfterAttack, Terms, Work, terms_of
+from .opened import with_places
 from .policy import policy_of
 from .scheduled import ScheduledValues
 from .sharing import Sharing
@@ -77,7 +78,8 @@ class Objective:
             raise TypeError(f"config must be an ObjectiveConfig, got {type(config).__name__}.")
         self.model, self.module = model, unwrapped(model)
         self.config = config
-        self.policy = policy_of(self.module) if policy is None else policy
+        policy = policy_of(self.module) if policy is None else policy
+        self.policy = with_places(policy, self.module, config.attack)
         self.sharing = Sharing(config)
         self.multiplier = Multiplier(config.penalty)
 

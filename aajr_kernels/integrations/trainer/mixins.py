@@ -7,6 +7,7 @@ What happens outside of ``compute_loss`` (data, accelerate, optimizer, checkpoin
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -313,8 +314,8 @@ class AAJRPenaltyMixin(_Mixin):
             objective.module is not model
         ):  # one forward of the wrapper for both; inside it the module is plain
             part = part * objective.group.size() + objective.group.rank()  # other draws on every process
-            plain = Objective(objective.module, self.aajr_config, policy=objective.policy)
-            plain.multiplier = objective.multiplier
+            plain = copy.copy(objective)
+            plain.model = objective.module
         original = super().compute_loss
 
         def work() -> tuple[Any, Tensor, dict[str, Tensor]]:

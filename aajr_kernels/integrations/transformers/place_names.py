@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from torch import nn
 
-from ...method.places import At
+from ...method.places import EMBEDDING, At, entries_of
 
-__all__ = ["EMBEDDING", "layer_lists", "resolved"]
-
-EMBEDDING = "embedding"
+__all__ = ["layer_lists", "resolved"]
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -33,14 +30,8 @@ def resolved(model: nn.Module, at: At) -> dict[str, nn.Module | None]:
         TypeError: `at` is no name, no number and no sequence of these.
         ValueError: it is empty, names nothing or the same place twice.
     """
-    several = isinstance(at, (list, tuple))
-    entries: Any = at if several else [at]
-    if not entries:
-        raise ValueError(
-            f"at must name at least one place, got an empty {type(at).__name__}: {EMBEDDING!r} is the default."
-        )
     places: dict[str, nn.Module | None] = {}
-    for entry in entries:
+    for entry in entries_of(at):
         for name, module in _modules(model, entry):
             if name in places or (module is not None and any(module is other for other in places.values())):
                 raise ValueError(f"at must name every place once, got {name} twice in {at!r}: leave one out.")
@@ -48,9 +39,9 @@ def resolved(model: nn.Module, at: At) -> dict[str, nn.Module | None]:
     return places
 
 
-def _modules(model: nn.Module, entry: Any) -> list[tuple[str, nn.Module | None]]:
+def _modules(model: nn.Module, entry: str | int) -> list[tuple[str, nn.Module | None]]:
     """The places that one entry stands for."""
-    if isinstance(entry, int) and not isinstance(entry, bool):
+    if isinstance(entry, int):
         name, layers = _layers(model)
         if not -len(layers) <= entry < len(layers):
             raise ValueError(
@@ -58,11 +49,6 @@ def _modules(model: nn.Module, entry: Any) -> list[tuple[str, nn.Module | None]]
             )
         index = entry % len(layers)
         return [(f"{name}.{index}", layers[index])]
-    if not isinstance(entry, str):
-        raise TypeError(
-            f"at must be {EMBEDDING!r}, the name of a module, the number of a layer or a sequence of these, got "
-            f"{type(entry).__name__}."
-        )
     if entry == EMBEDDING:
         return [(EMBEDDING, None)]
     name, module = _named(model, entry)

@@ -21,7 +21,7 @@ from ...coverage import paused
 from ...dual import Dual, dual, is_dual
 from ...method.attack_state import RandomState, frozen_parameters, parameters_are_frozen
 from ...method.checks import as_mask
-from ...method.places import At, Opened
+from ...method.places import EMBEDDING, At, Opened
 from ...method.scopes import widened
 from ...rules.registry import install_guards
 from ...torch_private import pytree, version_of
@@ -29,7 +29,7 @@ from ...transforms import uncompiled
 from .context_checks import check_embeddings
 from .context_hooks import is_sharded
 from .place_hooks import Perturbed, PlacesRecorded, Recorder
-from .place_names import EMBEDDING, layer_lists, resolved
+from .place_names import layer_lists, resolved
 
 __all__ = ["Places", "opened_at"]
 
