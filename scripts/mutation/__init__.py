@@ -1,0 +1,1 @@
+"""Faults put into copies of the sources, and the tests that see them (`scripts/mutate.py`)."""

@@ -1,0 +1,278 @@
+"""Tries the faults of a room in a copy of the working tree."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from native_build import ROOT, SUFFIX
+
+from mutation.rooms import Room
+from mutation.sites import Site
+from mutation.worker import ALREADY_RUN, PIPES
+
+__all__ = ["Trial"]
+
+#: a run with a fault may take so many times the processor's time of one without, and so many seconds more
+PATIENCE, LEAST = 5, 20
+#: the processor's seconds of tests, nearest first, that a fault has to survive
+ENOUGH = 30
+OPTIONS = "-q -s -x -p no:cacheprovider --no-header -o timeout=0".split()
+CHOICE = ("-m", "not slow and not gpu")
+
+
+class _NoBuild(Exception):
+    pass
+
+
+class Worker:
+    """A process of mutation/worker.py."""
+
+    def __init__(self, command: list[str], root: Path, environment: dict[str, str]) -> None:
+        (mine, its), (theirs, out) = os.pipe(), os.pipe()
+        ends = {PIPES: f"{theirs},{its}"}
+        output = root.with_name(f"{root.name}.worker")
+        with output.open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=root,
+                env=environment | ends,
+                pass_fds=(theirs, its),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        os.close(theirs)
+        os.close(its)
+        self.requests, self.answers = os.fdopen(out, "w"), os.fdopen(mine)
+        self.output = output
+        self.ready = self._answer()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        print(json.dumps(request), file=self.requests, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.answers.readline()
+        if not line:
+            raise SystemExit(f"error: the worker ended:\n{self.output.read_text(encoding='utf-8')[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self.requests.close()
+        self.process.wait()
+        self.answers.close()
+
+
+class Trial:
+    """The tests of a room, in its copy under build/mutation.
+
+    Args:
+        room: that the faults are of.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room, self.root = room, _copied(room)
+        self.folder = self.root.with_name(f"{room.name}.run")
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": f"{self.root}:{ROOT / 'scripts'}",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }
+        # faults may have one length, and come within one second: bytecode is checked by content
+        compiled = "-m compileall -q --invalidation-mode checked-hash aajr_kernels".split()
+        subprocess.run([sys.executable, *compiled], cwd=self.root, check=True)
+        if room.module is not None:
+            name = "AAJR_NATIVE_MODULE" if room.module == "_native" else "AAJR_CUDA_MODULE"
+            self.environment[name] = str(self.root / "build" / f"{room.module}{SUFFIX}")
+            if not self._built():
+                raise SystemExit("error: the build fails without a fault.")
+        self.collected = None
+        if room.traced:
+            command = [sys.executable, "-m", "pytest", "-p", "mutation.worker", *OPTIONS, *CHOICE]
+            self.collected = Worker([*command, *room.traced], self.root, self.environment)
+            self.traced = self._traced(self.collected)
+
+    @functools.cached_property
+    def fresh(self) -> Worker:
+        """Of the tests that import the sources anew."""
+        return Worker([sys.executable, "-m", "mutation.worker"], self.root, self.environment)
+
+    def of(self, site: Site) -> dict[str, Any]:
+        """The row of a fault: killed, survived, or invalid where it does not compile."""
+        faulty = site.put(self.root)
+        tests = self._near(site) if self.collected else self.room.tests(site.path)
+        try:
+            if site.path.endswith(".py"):
+                compile(faulty, site.path, "exec")
+            by = self._killer(site, faulty, tests)
+            state = "killed" if by else "survived"
+        except (SyntaxError, _NoBuild):
+            state, by = "invalid", "it does not compile"
+        by = by or (f"{len(tests)} tests pass" if tests else "no test of the room calls it")
+        return {"room": self.room.name, "fault": site.name, "line": site.line, "state": state, "by": by}
+
+    def _killer(self, site: Site, faulty: str, tests: list[str]) -> str:
+        """The test that fails with the fault, and passes without it after the same tests; "": none."""
+        while tests and (failed := self._failed(site, faulty, tests)):
+            if self.collected is not None:
+                clean = self._failed_collected(tests[: tests.index(failed) + 1] if failed in tests else tests)
+            else:
+                self._built()
+                clean = self._failed_fresh([failed] if "::" in failed else tests)
+            if not clean:
+                return failed
+            print(f"without a fault there is {clean} too", file=sys.stderr)
+            if failed not in tests:
+                raise SystemExit(f"error: {site.path}: its tests fail without a fault.")
+            tests = [test for test in tests if test != failed]
+        return ""
+
+    def _failed(self, site: Site, faulty: str, tests: list[str]) -> str:
+        file = self.root / site.path
+        source = file.read_text(encoding="utf-8")
+        if self.collected is not None and self._called(site) not in self.collected.ready["imported"]:
+            failed = self._failed_collected(tests, path=str(file), source=source, faulty=faulty)
+            if failed != "already run":
+                return failed
+        try:
+            file.write_text(faulty, encoding="utf-8")
+            if not self._built():
+                raise _NoBuild
+            return self._failed_fresh(tests)
+        finally:
+            file.write_text(source, encoding="utf-8")
+
+    def _failed_collected(self, tests: list[str], **fault: str) -> str:
+        assert self.collected is not None
+        limit = LEAST + PATIENCE * sum(self.traced[test][0] for test in tests)
+        return self._failure(self.collected, limit, tests=tests, **fault)
+
+    def _failed_fresh(self, tests: list[str]) -> str:
+        arguments = [*OPTIONS, *CHOICE, f"--basetemp={self.folder / 'base'}", *tests]
+        return self._failure(self.fresh, self.room.limit, environment=self.environment, arguments=arguments)
+
+    def _failure(self, worker: Worker, limit: float, **request: Any) -> str:
+        """The first failing test, or the other end of the run; "": all pass."""
+        status = worker.ask({**request, "folder": str(self.folder), "limit": limit})["status"]
+        failed = self.folder / "failed"
+        if failed.exists():
+            return failed.read_text(encoding="utf-8").split("\n", 1)[0]
+        if status in (0, ALREADY_RUN):
+            return "already run" if status else ""
+        if status < 0:
+            return (
+                "time limit" if -status in (signal.SIGKILL, signal.SIGXCPU) else signal.Signals(-status).name
+            )
+        if status == 4:  # of pytest: a conftest.py cannot be imported
+            return "import"
+        output = (self.folder / "output").read_text(encoding="utf-8", errors="replace")
+        raise SystemExit(f"error: status {status}: {output[-3000:]}")
+
+    def _built(self) -> bool:
+        """Whether the compiled module of the room is one of the sources as they are."""
+        if self.room.module is None:
+            return True
+        definitions = {
+            "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+            "CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1",
+            "AAJR_CUDA_HOST": "ON" if self.room.module == "_cuda_host" else "OFF",
+            "AAJR_CUDA": "OFF",
+        }
+        code = (
+            "import sys, pathlib; sys.path.insert(0, 'scripts'); from native_build import build; "
+            f"build(pathlib.Path('build').resolve(), {self.room.module!r}, **{definitions!r})"
+        )
+        output = self.root.with_name(f"{self.root.name}.build")
+        with output.open("wb") as file:
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(
+                command,
+                cwd=self.root,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        return done.returncode == 0
+
+    # -- which test calls which function -----------------------------------------------------------------------------
+
+    def _traced(self, worker: Worker) -> dict[str, list[Any]]:
+        """Test -> its seconds and the functions it calls; tests of files that are as they were are not traced again."""
+        file = self.root.with_name(f"{self.room.name}.calls.json")
+        sources = {path.relative_to(self.root) for path in self.root.glob("aajr_kernels/**/*.py")}
+        package = _digest([self.root / path for path in sorted(sources)])
+        known = json.loads(file.read_text()) if file.exists() else {}
+        before = known.get("files", {}) if known.get("package") == package else {}
+        paths = sorted({test.split("::", 1)[0] for test in worker.ready["tests"]})
+        files = {path: _digest([self.root / path]) for path in paths}
+        tests = {
+            test: known["tests"][test]
+            for test in worker.ready["tests"]
+            if before.get(test.split("::", 1)[0]) == files[test.split("::", 1)[0]]
+        }
+        if left := [test for test in worker.ready["tests"] if test not in tests]:
+            trace = self.root.with_name(f"{self.room.name}.trace.json")
+            if failed := self._failure(worker, 3600, tests=left, trace=str(trace)):
+                raise SystemExit(
+                    f"error: without a fault there is {failed}:\n{(self.folder / 'failed').read_text()}"
+                )
+            tests |= json.loads(trace.read_text())
+            file.write_text(json.dumps({"package": package, "files": files, "tests": tests}))
+        return tests
+
+    def _called(self, site: Site) -> str:
+        return f"{site.path}:{site.function(self.root)}"
+
+    def _near(self, site: Site) -> list[str]:
+        """Tests that call the function at fault, or any of the module outside of one: those of its name first."""
+        called = self._called(site)
+        if called.endswith(":0"):
+            reach = [
+                test
+                for test, (_, calls) in self.traced.items()
+                if any(c.startswith(called[:-1]) for c in calls)
+            ]
+        else:
+            reach = [test for test, (_, calls) in self.traced.items() if called in calls]
+        own = f"test_{Path(site.path).stem}.py::"
+        nearest, spent = [], 0.0
+        for test in sorted(reach, key=lambda test: (own not in test, self.traced[test][0])):
+            nearest.append(test)
+            spent += self.traced[test][0]
+            if spent > ENOUGH:
+                break
+        return nearest
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _copied(room: Room) -> Path:
+    """A copy of the working tree for the room, with its compiled modules."""
+    copy = ROOT / "build" / "mutation" / room.name
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True
+    ).stdout.splitlines()
+    modules = [p for p in (ROOT / "aajr_kernels").glob("_*") if p.suffix in (".so", ".json")]
+    for path in [*listed, *(str(module.relative_to(ROOT)) for module in modules)]:
+        source, target = ROOT / path, copy / path
+        if source.is_file() and (not target.is_file() or target.read_bytes() != source.read_bytes()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    return copy
