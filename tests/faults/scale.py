@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pytest
+
+from common.trust import count
 
 T = TypeVar("T")
 
@@ -34,3 +36,14 @@ def damages(content: bytes, place: int) -> Sequence[bytes]:
         before + after,
         before + bytes([byte, byte]) + after,
     ]
+
+
+def each_damage(content: bytes, places: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """Every damage of a file at these places; counted when all of them were tried and passed."""
+    changed, tried = 0, 0
+    for place in places:
+        for damaged in damages(content, place):
+            yield place, damaged
+            tried += 1
+        changed += 1
+    count("damage", files=1, bytes=changed, changes=tried)

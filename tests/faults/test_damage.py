@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_rows import PLAIN
-from faults.scale import damages, scaled
+from faults.scale import each_damage, scaled
 from training.test_training_resume import config, loader, train
 from training.tiny_lm import tiny_lm
 
@@ -64,14 +64,11 @@ def test_a_damaged_checkpoint_is_as_it_was_or_refused(name, drawn, run):
     whole, content = all_of(Checkpoint(path)), (path / name).read_bytes()
     refused = 0
     try:
-        for place in drawn(range(len(content))):
-            for damaged in damages(content, place):
-                if damaged == content:
-                    continue
-                (path / name).write_bytes(damaged)
-                read_back, message = outcome(lambda: all_of(Checkpoint(path)))
-                assert read_back == whole or name in message or "its format is" in message, f"byte {place}"
-                refused += bool(message)
+        for place, damaged in each_damage(content, drawn(range(len(content)))):
+            (path / name).write_bytes(damaged)
+            read_back, message = outcome(lambda: all_of(Checkpoint(path)))
+            assert read_back == whole or name in message or "its format is" in message, f"byte {place}"
+            refused += bool(message)
     finally:
         (path / name).write_bytes(content)
     assert refused
@@ -84,18 +81,17 @@ def test_a_damaged_row_is_as_it_was_or_named_and_no_other_row_changes(name, draw
     content, rows = path.read_bytes(), read_rows(path)
     assert len(rows) >= 3
     try:
-        for place in drawn(range(len(content))):
-            for damaged in damages(content, place):
-                path.write_bytes(damaged)
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    left = read_rows(path)
-                number = content[:place].count(b"\n")
-                if left != rows:
-                    assert said and all(name in str(warning.message) for warning in said), f"byte {place}"
-                    # an end of a line that is lost joins two
-                    others = [row for i, row in enumerate(rows) if i not in (number, number + 1)]
-                    assert [row for row in left if row in others] == others and all(r in rows for r in left)
+        for place, damaged in each_damage(content, drawn(range(len(content)))):
+            path.write_bytes(damaged)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                left = read_rows(path)
+            number = content[:place].count(b"\n")
+            if left != rows:
+                assert said and all(name in str(warning.message) for warning in said), f"byte {place}"
+                # an end of a line that is lost joins two
+                others = [row for i, row in enumerate(rows) if i not in (number, number + 1)]
+                assert [row for row in left if row in others] == others and all(r in rows for r in left)
     finally:
         path.write_bytes(content)
 
@@ -105,19 +101,18 @@ def test_a_run_goes_on_over_damaged_rows_and_keeps_the_file_as_it_was(drawn, run
     content = (run / "metrics.jsonl").read_bytes()
     path, rows = tmp_path / "metrics.jsonl", read_rows(run / "metrics.jsonl")
     path.write_bytes(content)
-    for place in drawn(range(len(content))):
-        for damaged in damages(content, place):
-            path.write_bytes(damaged)
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                kept = Recorder(tmp_path, rows[-1]["step"], tensorboard=False).rows
-            copies = list(tmp_path.glob("metrics.damaged-*.jsonl"))
-            if kept != rows:
-                assert said and "metrics.jsonl, line" in str(said[0].message)
-                assert [copy.read_bytes() for copy in copies] == [damaged]
-            assert read_rows(path) == kept
-            for copy in copies:
-                copy.unlink()
+    for _, damaged in each_damage(content, drawn(range(len(content)))):
+        path.write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            kept = Recorder(tmp_path, rows[-1]["step"], tensorboard=False).rows
+        copies = list(tmp_path.glob("metrics.damaged-*.jsonl"))
+        if kept != rows:
+            assert said and "metrics.jsonl, line" in str(said[0].message)
+            assert [copy.read_bytes() for copy in copies] == [damaged]
+        assert read_rows(path) == kept
+        for copy in copies:
+            copy.unlink()
 
 
 @scaled(quick=40)
@@ -127,18 +122,17 @@ def test_damaged_results_of_an_experiment_are_as_they_were_or_named(drawn, tmp_p
     for n in (1, 2, 3):
         store.add(f"n{n}", [{"number": n, "square": n * n}, {"number": -n, "square": n * n}], 0.0)
     content, whole = path.read_bytes(), read(path)
-    for place in drawn(range(len(content))):
-        for damaged in damages(content, place):
-            path.write_bytes(damaged)
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                left, message = outcome(lambda: read(path))
-            if left is None:
-                assert path.name in message
-            elif left != whole:
-                header, rows = left
-                assert said and all(path.name in str(warning.message) for warning in said), f"byte {place}"
-                assert header == whole[0] and all(row in whole[1] for row in rows)
+    for place, damaged in each_damage(content, drawn(range(len(content)))):
+        path.write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            left, message = outcome(lambda: read(path))
+        if left is None:
+            assert path.name in message
+        elif left != whole:
+            header, rows = left
+            assert said and all(path.name in str(warning.message) for warning in said), f"byte {place}"
+            assert header == whole[0] and all(row in whole[1] for row in rows)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run, tmp_path):
@@ -201,16 +195,15 @@ def test_rows_appended_to_a_damaged_file_are_read(count, tmp_path):
     path, rows = tmp_path / "rows.jsonl", [{"step": n, "loss": n / 3} for n in range(1, count + 1)]
     files.append_rows(path, rows)
     content = path.read_bytes()
-    for place in range(len(content)):
-        for damaged in damages(content, place):
-            path.write_bytes(damaged)
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                files.append_rows(path, [{"step": 9, "loss": 0.5}])
-                left = read_rows(path)
-            assert {"step": 9, "loss": 0.5} in left, f"byte {place}"
-            assert left == [*rows, {"step": 9, "loss": 0.5}] or said, f"byte {place}"
-            assert all(row in [*rows, {"step": 9, "loss": 0.5}] for row in left)
+    for place, damaged in each_damage(content, range(len(content))):
+        path.write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            files.append_rows(path, [{"step": 9, "loss": 0.5}])
+            left = read_rows(path)
+        assert {"step": 9, "loss": 0.5} in left, f"byte {place}"
+        assert left == [*rows, {"step": 9, "loss": 0.5}] or said, f"byte {place}"
+        assert all(row in [*rows, {"step": 9, "loss": 0.5}] for row in left)
 
 
 @scaled(quick=40)
@@ -218,11 +211,10 @@ def test_a_damaged_row_of_a_benchmark_is_as_it_was_or_named(drawn, tmp_path):
     path, rows = tmp_path / "rows.jsonl", [Row(**PLAIN), Row(**PLAIN | {"min_ms": 2.5, "length": 64})]
     bench_files.append_rows(path, rows)
     content = path.read_bytes()
-    for place in drawn(range(len(content))):
-        for damaged in damages(content, place):
-            path.write_bytes(damaged)
-            left, message = outcome(lambda: bench_files.read_rows(path))
-            assert left == rows or message.startswith("rows.jsonl, line "), f"byte {place}"
+    for place, damaged in each_damage(content, drawn(range(len(content)))):
+        path.write_bytes(damaged)
+        left, message = outcome(lambda: bench_files.read_rows(path))
+        assert left == rows or message.startswith("rows.jsonl, line "), f"byte {place}"
 
 
 @scaled(quick=60)
@@ -233,11 +225,10 @@ def test_a_kernel_that_failed_its_check_never_passed_after_damage(drawn, tmp_pat
         record.begin(key)
         record.end(key, reason)
     content = path.read_bytes()
-    for place in drawn(range(len(content))):
-        for damaged in damages(content, place):
-            path.write_bytes(damaged)
-            read_back = Record("device", path)
-            assert read_back.outcome("bad") != "" and read_back.outcome("open") != "", f"byte {place}"
+    for place, damaged in each_damage(content, drawn(range(len(content)))):
+        path.write_bytes(damaged)
+        read_back = Record("device", path)
+        assert read_back.outcome("bad") != "" and read_back.outcome("open") != "", f"byte {place}"
 
 
 @scaled(quick=30)
@@ -248,10 +239,9 @@ def test_a_damaged_objective_of_a_trainer_is_as_it_was_or_named(drawn, tmp_path)
     )
     path.write_text(files.sealed(state))
     content = path.read_bytes()
-    for place in drawn(range(len(content))):
-        for damaged in damages(content, place):
-            path.write_bytes(damaged)
-            left, message = outcome(lambda: files.read_object(path))
-            assert left == state or str(path) in message, f"byte {place}"
+    for place, damaged in each_damage(content, drawn(range(len(content)))):
+        path.write_bytes(damaged)
+        left, message = outcome(lambda: files.read_object(path))
+        assert left == state or str(path) in message, f"byte {place}"
     path.write_text(json.dumps(state))
     assert files.read_object(path) == state, "one from before checksums"

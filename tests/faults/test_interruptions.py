@@ -9,14 +9,14 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from faults.children import DIED, Child, Points
 from faults.scale import scaled
 from training.test_training_resume import config, loader, same, timeless, train
 from training.tiny_lm import tiny_lm
@@ -25,12 +25,10 @@ pytest.importorskip("safetensors")
 
 from aajr_kernels.training import Diagnostics, read_rows
 from aajr_kernels.training.checkpoints import Checkpoints
+from common.trust import count
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-#: what Python says before it touches a file
-OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 SETTINGS = dict(steps=4, accumulate=1, checkpoint_every=1, diagnostics=Diagnostics(every=2))
-DIED = 37
 
 
 @pytest.fixture(autouse=True)
@@ -48,59 +46,15 @@ def straight():
     return whole_run(None)
 
 
-def in_a_child(out: Path, before) -> tuple[int, str]:
+def in_a_child(out: Path, before: Callable[[], object]) -> tuple[int, str]:
     """Run the training in a fork after `before`; its exit status (negative: the signal) and what it said."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            warnings.simplefilter("ignore")
-            before()
-            whole_run(out)
-            os._exit(0)
-        except OSError as error:
-            os.write(write_end, str(error).encode())
-            os._exit(1)
-        except BaseException as error:
-            os.write(write_end, f"{type(error).__name__}: {error}".encode())
-            os._exit(2)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        said = pipe.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
+    def work() -> object:
+        points = before()
+        whole_run(out)
+        return getattr(points, "passed", "")
 
-def at_operation(out: Path, number: int, act) -> None:
-    """Call `act` at the operation with this number on a file of the run."""
-    count = 0
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
-        if event in OPERATIONS and arguments and str(arguments[0]).startswith(str(out)):
-            count += 1
-            if count == number:
-                act()
-
-    sys.addaudithook(hook)
-
-
-def operations(out: Path) -> int:
-    """How many a whole run has."""
-    read_end, write_end = os.pipe()
-
-    def report() -> None:
-        def hook(event: str, arguments: tuple) -> None:
-            if event in OPERATIONS and arguments and str(arguments[0]).startswith(str(out)):
-                os.write(write_end, b".")
-
-        sys.addaudithook(hook)
-
-    code, said = in_a_child(out, report)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        number = len(pipe.read())
-    assert code == 0, said
-    return number
+    return Child(work).result()
 
 
 def goes_on(out: Path, straight) -> None:
@@ -121,18 +75,20 @@ def goes_on(out: Path, straight) -> None:
 
 @pytest.fixture(scope="module")
 def total(tmp_path_factory) -> int:
-    number = operations(tmp_path_factory.mktemp("counted") / "run")
-    assert number > 50
-    return number
+    out = tmp_path_factory.mktemp("counted") / "run"
+    code, number = in_a_child(out, lambda: Points().operations(out))
+    assert code == 0 and int(number) > 50, number
+    return int(number)
 
 
 @scaled(quick=3)
 def test_killed_at_any_file_operation(drawn, total, straight, tmp_path):
     for number in drawn(range(1, total + 1)):
         out = tmp_path / str(number)
-        code, said = in_a_child(out, lambda: at_operation(out, number, lambda: os._exit(DIED)))
+        code, said = in_a_child(out, lambda: Points(number).operations(out))
         assert code == DIED, said
         goes_on(out, straight)
+        count("interruptions", kills=1)
 
 
 @scaled(quick=3)
@@ -144,10 +100,11 @@ def test_any_file_operation_fails(drawn, total, straight, tmp_path):
         def fail(problem: int = problem) -> None:
             raise OSError(problem, os.strerror(problem))
 
-        code, said = in_a_child(out, lambda: at_operation(out, number, fail))
+        code, said = in_a_child(out, lambda: Points(number, fail).operations(out))
         # what only tidies up may pass over it
         assert code == 0 or (code == 1 and str(out) in said and os.strerror(problem) in said), (number, said)
         goes_on(out, straight)
+        count("interruptions", failed_operations=1)
 
 
 @contextlib.contextmanager
@@ -169,6 +126,7 @@ def test_no_room_in_the_middle_of_a_file(drawn, straight, tmp_path):
             code, said = in_a_child(out, lambda: None)
         assert code == 0 or (code == 1 and str(out) in said), (size, said)
         goes_on(out, straight)
+        count("interruptions", full_disks=1)
 
 
 @pytest.mark.slow
@@ -184,6 +142,7 @@ def test_a_full_disk(size, straight, tmp_path):
         assert code == 0 or (code == 1 and str(out) in said and "No space left" in said), said
         subprocess.run(["mount", "-o", "remount,size=1m", str(out)], check=True)
         goes_on(out, straight)
+        count("interruptions", full_disks=1)
     finally:
         subprocess.run(["umount", str(out)], check=True)
 
@@ -227,3 +186,4 @@ def test_killed_at_random_times(straight, tmp_path):
         code, said = in_a_child(out, limit)
         assert code in (0, -signal.SIGALRM), said
         goes_on(out, straight)
+        count("interruptions", kills=int(code < 0))
