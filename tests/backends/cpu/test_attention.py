@@ -19,13 +19,6 @@ from aajr_kernels.ops.attention import attention
 SUBSETS = list(itertools.product([True, False], repeat=4))
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def compare(case: Case, tolerance: float = 2e-5, expected: Tensor | None = None, **options: Any) -> None:
     """Output and all gradients of a float32 case against the float64 formula of the same numbers."""
     exact = case.to(torch.float64)

@@ -1,4 +1,4 @@
-"""Bitwise equal results over runs, for every number of threads, whatever the scheduling; and in several callers."""
+"""Native kernels: bitwise equal results over 20 runs, for every number of threads, and in several callers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from backends.repeats import RUNS, assert_same, prepared, repeat
 from ops.suite import Target
 
 from aajr_kernels.testing.cases.case import Case, Result, outcome
@@ -27,14 +28,6 @@ LARGE = [
     head("probs", "deterministic", (2, 7), 36, 601),
     reduction("fisher", "deterministic", 5, 41, 129),
 ]
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def skip_unless_native(case: Case) -> None:
@@ -43,30 +36,36 @@ def skip_unless_native(case: Case) -> None:
         pytest.skip(reason)
 
 
-def prepared(case: Case, dtype: torch.dtype) -> tuple[list, list, torch.Tensor]:
-    inputs, params = case.build(2)
-    inputs, params = [t.to(dtype) for t in inputs], [t.to(dtype) for t in params]
-    return inputs, params, torch.randn(case.ours(inputs, params).shape).to(dtype)
-
-
-def assert_same(a: Result, b: Result) -> None:
-    assert torch.equal(a.y, b.y)
-    for i, (x, y) in enumerate(zip(a.gradients, b.gradients)):
-        assert torch.equal(x, y), f"gradient {i} differs by {(x.double() - y.double()).abs().max()}"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "counts"),
+    [(torch.float32, (1, 2)), pytest.param(torch.bfloat16, (1, 2, 3), marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_runs_are_bitwise_equal(case, dtype, threads):
+def test_runs_are_bitwise_equal(case, dtype, counts, threads):
     skip_unless_native(case)
     with Target("native").active():
         problem = prepared(case, dtype)
-        for count in (1, 2, 3):
-            threads(count)
-            first = outcome(case.ours, *problem)
-            assert all(torch.isfinite(t).all() for t in [first.y, *first.gradients])
-            for _ in range(4):
-                assert_same(first, outcome(case.ours, *problem))
+        for number in counts:
+            threads(number)
+            repeat(case, problem)
+    counted("runs", problems=len(counts), runs=len(counts) * RUNS)
+
+
+#: whose results are bitwise equal for every number of threads
+ROWWISE = [case for case in LARGE if case.op in ("activation", "rotary", "sensitivity")]
+
+
+@pytest.mark.parametrize("case", ROWWISE, ids=str)
+def test_results_without_sums_over_rows_do_not_depend_on_the_number_of_threads(case, threads):
+    skip_unless_native(case)
+    with Target("native").active():
+        problem, results = prepared(case, torch.float32), []
+        for number in (1, 2, 3):
+            threads(number)
+            results.append(repeat(case, problem, 1))
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)

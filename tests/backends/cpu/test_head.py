@@ -22,13 +22,6 @@ from aajr_kernels.testing.oracle import metric_values
 pytest.importorskip("aajr_kernels._native")
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def written_out(h, w, b, metric, scale, softcap, labels):
     """Rows of q and nll from logits in memory, in the dtype of the arguments."""
     z = h @ w.t()

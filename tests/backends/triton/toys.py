@@ -29,6 +29,12 @@ def _broken_kernel(a, S: tl.constexpr):
     tl.static_assert(S < 0, "broken on purpose")
 
 
+@triton.jit
+def ordered_sum_kernel(x, total):
+    """Every program adds its number to a total: the sum depends on who comes first."""
+    tl.store(total, tl.load(total) + tl.load(x + tl.program_id(0)))
+
+
 @dataclass(frozen=True)
 class Toy:
     kernel: Any
