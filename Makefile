@@ -81,5 +81,5 @@ dist: $(call SETUP,release)  ## source archive and wheel in dist/, checked
 
 clean:  ## remove .venv, build products and caches (runs/ stays)
 	rm -rf .venv .venv.lock build dist *.egg-info aajr_kernels/_build_info.json aajr_kernels/_native*.so
-	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -139,24 +139,34 @@ def stacked(
 # -- results --------------------------------------------------------------------------------------------------------
 @dataclass
 class Result:
-    """Output and gradients of all leaves, inputs first."""
+    """Output and gradients of all leaves, inputs first; None for a leaf that needs none."""
 
     y: Tensor
-    gradients: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
 
 
 def outcome(
-    run: Run, inputs: Stacks, params: Stacks, cotangent: Tensor | None, layout: Any = dense
+    run: Run,
+    inputs: Stacks,
+    params: Stacks,
+    cotangent: Tensor | None,
+    layout: Any = dense,
+    needed: Sequence[bool] | None = None,
 ) -> Result:
-    """Result of `run` and the gradient of every leaf, zero where it does not depend on one."""
-    leaves = [layout(t.detach()).requires_grad_() for t in inputs]
-    weights = [t.detach().clone().requires_grad_() for t in params]
+    """Result of `run` and the gradient of every leaf (that is `needed`), zero where it does not depend on one."""
+    leaves = [layout(t.detach()) for t in inputs]
+    weights = [t.detach().clone() for t in params]
+    every = [*leaves, *weights]
+    wanted = [t for i, t in enumerate(every) if needed is None or needed[i]]
+    for t in wanted:
+        t.requires_grad_()
     y = run(leaves, weights)
     if cotangent is None:
         return Result(y.detach())
-    every = [*leaves, *weights]
-    gradients = torch.autograd.grad(y, every, cotangent.to(y.dtype), allow_unused=True)
-    return Result(y.detach(), [torch.zeros_like(t) if g is None else g for t, g in zip(every, gradients)])
+    gradients = iter(torch.autograd.grad(y, wanted, cotangent.to(y.dtype), allow_unused=True))
+    received = [next(gradients) if t.requires_grad else None for t in every]
+    zeros = lambda t, g: torch.zeros_like(t) if g is None and t.requires_grad else g
+    return Result(y.detach(), [zeros(t, g) for t, g in zip(every, received)])
 
 
 @dataclass
@@ -186,15 +196,16 @@ def problem(case: Case, k: int, dtype: torch.dtype, seed: int = 0) -> Problem:
     return Problem(inputs, params, cotangent, exact, eager)
 
 
-def on_device(case: Case, p: Problem, device: str) -> Result:
-    """Ours, on the chosen backend."""
+def on_device(case: Case, p: Problem, device: str, needed: Sequence[bool] | None = None) -> Result:
+    """Ours, on the chosen backend, with gradients of all leaves or of those that are `needed`."""
     inputs, params = ([t.to(device) for t in ts] for ts in (p.inputs, p.params))
-    return outcome(case.ours, inputs, params, p.cotangent.to(device), lambda x: case.layout(x.to(device)))
+    layout = lambda x: case.layout(x.to(device))
+    return outcome(case.ours, inputs, params, p.cotangent.to(device), layout, needed)
 
 
 def errors(case: Case, p: Problem, got: Result) -> Iterator[tuple[str, budgets.Error]]:
     """Of outputs and gradients, by name, cut where a large part would hide the error of a small one."""
-    is_exact = p.cotangent.dtype == torch.float64
+    is_exact = p.eager is p.exact  # in float64
 
     def error(floor: float, ours: Tensor, eager: Tensor, exact: Tensor) -> budgets.Error:
         return budgets.error_of(ours, exact, None if is_exact else eager, ulps=case.ulps, floor=floor)
@@ -203,9 +214,12 @@ def errors(case: Case, p: Problem, got: Result) -> Iterator[tuple[str, budgets.E
         yield f"output{label}", error(0.0, of(got.y), of(p.eager.y), of(p.exact.y))
     floors = budgets.gradient_floors(dict(zip(case.leaves, p.exact.gradients)))
     gradients = zip(case.leaves, got.gradients, p.eager.gradients, p.exact.gradients)
-    for i, (name, *gs) in enumerate(gradients):
+    for i, (name, ours, *others) in enumerate(gradients):
+        if ours is None:
+            continue
+        gs = [ours, *(g for g in others if g is not None)]
         is_stack = i < len(p.inputs) and case.rows != "each"
-        for label, of in _parts("primal", gs[0].shape[0]) if is_stack else [("", torch.detach)]:
+        for label, of in _parts("primal", ours.shape[0]) if is_stack else [("", torch.detach)]:
             yield f"gradient of {name}{label}", error(floors[name], *map(of, gs))
 
 
