@@ -18,7 +18,7 @@ export MPLBACKEND ?= Agg
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-env sanitize bench bench-check figures integrations docs lint format gpu-check dist clean
+.PHONY: help setup demo test test-all test-env sanitize bench bench-check figures integrations docs lint audit format gpu-check dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ lint: $(call SETUP,lint)  ## ruff's checks and format, mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+audit: $(call SETUP,audit)  ## known vulnerabilities of the installed packages and of the lower bounds; exit code 2: not looked up
+	$(PY) scripts/audit.py
+
 format: $(call SETUP,lint)  ## apply ruff's format and safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
@@ -73,9 +76,9 @@ format: $(call SETUP,lint)  ## apply ruff's format and safe fixes
 gpu-check: $(call SETUP,test)  ## all that needs a GPU, in SECONDS=560, to OUT=build/gpu (AGAIN=build/gpu repeats failures)
 	$(PY) scripts/gpu_first.py --seconds $(or $(SECONDS),560) --out $(or $(OUT),build/gpu$(if $(AGAIN),-again)) $(if $(AGAIN),--again $(AGAIN)) $(ARGS)
 
-dist: $(call SETUP,release)  ## source archive and wheel in dist/, checked
+dist: $(call SETUP,release)  ## source archive and wheel in dist/, checked; the wheel of a commit is reproducible
 	rm -rf build dist
-	$(PY) -m build
+	SOURCE_DATE_EPOCH=$(or $(SOURCE_DATE_EPOCH),$(shell git log -1 --format=%ct),$(shell date +%s)) $(PY) -m build
 	$(PY) -m twine check --strict dist/*
 	$(PY) -m check_wheel_contents dist/*.whl
 

@@ -12,6 +12,9 @@ skips the CUDA module, AAJR_CUDA=ON makes its absence an error; AUTO leaves it o
 CUDA. AAJR_CUDA_ARCHITECTURES names its processors ("90-real;120"; "present": those of this machine, the default of an
 editable install). AAJR_CMAKE_ARGS adds options for CMake, CXX names
 the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs (two otherwise).
+
+Wheels are reproducible: with one SOURCE_DATE_EPOCH (`make dist` takes the time of the commit), one compiler and one
+Python, two builds are equal byte by byte, whatever folder, time and umask they have.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
@@ -212,7 +216,9 @@ class BuildNative(build_ext):
                 raise SystemExit(f"The CUDA module was asked for (AAJR_CUDA=ON), but {error}") from error
             raise CompileError(reason) from error
         cuda = self._cuda(build, package)
-        write_build_info(package, native=True, reason=None, compiler=compiler, **cuda, seconds=self.seconds)
+        # times differ between builds of one wheel, and say nothing to who installs it
+        times = {"seconds": self.seconds} if self.editable_mode else {}
+        write_build_info(package, native=True, reason=None, compiler=compiler, **cuda, **times)
 
     def _cuda(self, build: Path, package: Path) -> dict[str, Any]:
         """Build the CUDA module if CMake found its requirements; returns the result for the record.
@@ -265,10 +271,19 @@ class BuildNative(build_ext):
         return build
 
 
+class Wheel(bdist_wheel):
+    def write_wheelfile(self, wheelfile_base: str, *arguments: Any, **options: Any) -> None:
+        """Also give every file of the wheel one of two modes: those of the source tree depend on a umask."""
+        super().write_wheelfile(wheelfile_base, *arguments, **options)
+        for path in Path(wheelfile_base).parent.rglob("*"):
+            if path.is_file():
+                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+
+
 setup(
     # optional: a failed compilation leaves a working package on the reference backend and a recorded reason
     ext_modules=[] if REASON else [Extension("aajr_kernels._native", [], optional=True)],
     # read by the isolated build as its further requirements; a pure-Python build needs none of them
     setup_requires=[] if REASON else build_requirements(),
-    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -39,7 +39,7 @@ TORCH = "2.13.0"
 TORCH_MINIMUM = (2, 11)
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PIP = ("pip>=25.1",)  # for --group and `pip index versions --json`
-GROUPS = ("demo", "test", "lint", "docs", "bench", "release")
+GROUPS = ("demo", "test", "lint", "docs", "bench", "release", "audit")
 #: groups that run Triton's kernels, in its interpreter or on a device
 WITH_TRITON = {"test", "bench"}
 #: groups whose tests run the code paths of instruction sets that this processor lacks

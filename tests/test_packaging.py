@@ -89,7 +89,7 @@ def test_make_targets_are_listed_by_help():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     text = run("make", "help")
-    for target in ("demo", "test", "test-all", "sanitize", "lint", "gpu-check", "clean"):
+    for target in ("demo", "test", "test-all", "sanitize", "lint", "audit", "gpu-check", "clean"):
         assert f"make {target} " in text
 
 
