@@ -39,6 +39,7 @@ PAGES = {
     "ops/norm.md": [],
     "ops/sensitivity.md": [],
     "ops/rotary.md": [],
+    "places.md": ["transformers"],
     "quickstart.md": ["transformers"],
     "trainer.md": ["transformers", "accelerate", "peft", "trl", "datasets"],
     "training.md": ["transformers", "safetensors", "matplotlib"],

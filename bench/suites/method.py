@@ -11,7 +11,9 @@ Families: ``step`` trains all parameters, ``lora`` adapters of PEFT on queries a
 ``context`` the last quarter of 2,048 tokens may be attacked and is learnt, in ``context-eighth`` the last eighth, in
 ``context-open`` all; what comes before runs once per step (`shared_context`) or at every point. In ``lazy`` four steps
 train on the loss of the clean input, and on every k-th of them on the penalty with k times its weight; between there is
-no attack. All have the same input and weights, and so the same sum of gradients.
+no attack. In ``hidden`` the attack adds to what the first of four layers returns, in plain PyTorch by a hook; ours runs
+that layer once per step (`policy_of(model, at=)`). All variants of a family have the same input and weights, and so the
+same sum of gradients.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aajr_kernels.integrations.transformers import shared_context
+from aajr_kernels.integrations.transformers.places import Places
 from aajr_kernels.method import LMHead, ascend, lm_loss, trajectory_penalty
 from aajr_kernels.method.trajectory import Trajectory
 from aajr_kernels.testing import oracle
@@ -40,13 +43,15 @@ WEIGHT = 0.1  # of the penalty
 BOUND = 1.3
 RANK = 8
 FAMILIES = ("step", "checkpoint", "lora", "lora-checkpoint")
-OURS, USUAL = "adversarial, our kernels", "adversarial"
+OURS, USUAL, HOOK = "adversarial, our kernels", "adversarial", "adversarial, hook"
 #: family -> one in so many tokens is open; the step with a shared context over: without, and both adversarial steps
 CONTEXTS: dict[str, tuple[int, tuple[float, ...]]] = {
     "context": (4, (0.57, 0.79, 0.50)),
     "context-eighth": (8, (0.43, 0.60, 0.34)),
     "context-open": (1, (1.05,)),
 }
+#: the layer to whose output the attack of family hidden adds, and the largest ratio to a hook's
+LAYER, BOUND_HIDDEN = 0, 1.1
 #: variant of family lazy -> the penalty is computed on every so manieth of four steps
 LAZY, CYCLE = {"every step": 1, "every 2nd step": 2, "every 4th step": 4}, 4
 
@@ -58,6 +63,7 @@ def cases(selection: Selection) -> list[Case]:
         *(_case(f, *pair, selection) for f in FAMILIES if selection.wants(f) for pair in pairs),
         *(_context(f, *pair, selection) for f in CONTEXTS if selection.wants(f) for pair in long),
         *(_lazy(*pair, selection) for pair in pairs if selection.wants("lazy")),
+        *(_hidden(*pair, selection) for pair in pairs if selection.wants("hidden")),
     ]
 
 
@@ -133,6 +139,36 @@ def _context(family: str, dtype: str, length: int, selection: Selection) -> Case
         repeats=5,
         peak="peak_ratio" in bounds,
         why="the context once per step ÷ at every point" if part > 1 else "no context, asked for ÷ not",
+    )
+
+
+def _hidden(dtype: str, length: int, selection: Selection) -> Case:
+    """An attack inside the model, ours against a hook."""
+    task = functools.partial(step.Task, model="llama", dtype=dtype, head=True, device=selection.device)
+    bounded = selection.bounded and (dtype, length) == ("float32", 512)
+    variants = [
+        step.variant(
+            name,
+            task(kind, form=form),
+            functools.partial(_hidden_step, is_ours=is_ours),
+            functools.partial(true_gradients, layer=LAYER),
+            bounds={"ratio": BOUND_HIDDEN} if bounded and is_ours and kind == "adversarial" else {},
+            key=("hidden", kind, form, is_ours),
+        )
+        for name, kind, form, is_ours in (
+            (HOOK, "adversarial", "sdpa", False),
+            ("adversarial, places", "adversarial", "sdpa", True),
+            ("adversarial, places, fused", "adversarial", "fused", True),
+            ("with penalty, places, fused", "penalty", "fused", True),
+        )
+    ]
+    return selection.case(
+        *("method", "hidden", dtype, length, variants),
+        base=(HOOK,),
+        config=_config(length, trained="everything", layer=LAYER),
+        gate_length=64,
+        repeats=6,
+        why="an attack inside the model by places ÷ by a hook in plain PyTorch",
     )
 
 
@@ -236,6 +272,48 @@ def make(task: step.Task, length: int, open_part: int | None = None) -> Run:
     return step_run(parameters, ours if task.form == "fused" else adversarial)
 
 
+def _hidden_step(task: step.Task, length: int, is_ours: bool) -> Run:
+    """A step whose attack adds to what a layer returns, in the units of its output."""
+    model, head, x, _, labels = step.problem(task, length)
+    assert head is not None
+    parameters = step.trained(model, head)
+    if not is_ours:
+        loss, zeros = hooked(model, LAYER, plain_loss(model, head, labels), x), torch.zeros_like(x)
+
+        def by_hook() -> Tensor:
+            with without_gradients(parameters):
+                points, _ = plain_ascent(loss, zeros)
+            return loss(points[-1])
+
+        return step_run(parameters, by_hook)
+    places = Places(model, LAYER)
+    hidden = models.outputs(model, head)[0]
+
+    def ours() -> Tensor:
+        opened = places(x, hidden, relative=False)
+        return trained_at(task, (model, head), opened, opened.x, labels, None)
+
+    return step_run(parameters, ours)
+
+
+def hooked(model: nn.Module, layer: int, loss: Callable[[Tensor], Tensor], x: Tensor) -> Callable[..., Any]:
+    """`loss` of `x` as a function of what is added to the output of a layer of a Llama."""
+    module: Any = model.layers[layer]  # type: ignore[index]
+
+    def at(delta: Tensor) -> Tensor:
+        def add(module: nn.Module, arguments: Any, output: Any) -> Any:
+            is_tuple = isinstance(output, tuple)
+            return (output[0] + delta, *output[1:]) if is_tuple else output + delta
+
+        handle = module.register_forward_hook(add)
+        try:
+            return loss(x)
+        finally:
+            handle.remove()
+
+    return at
+
+
 def opened(labels: Tensor, part: int | None) -> tuple[Tensor | None, Tensor]:
     """Mask of the last 1/part of the tokens, None for all, and the labels without the others."""
     if part is None:
@@ -254,6 +332,19 @@ def our_step(
         assert mask is not None
         hidden = context = shared_context(model, x, mask=mask)
         x, labels, mask = context.x, context.suffix(labels), context.suffix(mask)
+    return trained_at(task, (model, head), hidden, x, labels, mask)
+
+
+def trained_at(
+    task: step.Task,
+    modules: tuple[nn.Module, nn.Linear],
+    hidden: Callable[[Any], Any],
+    x: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Attack, and loss or loss and penalty at its last point, of a function of `x`."""
+    model, head = modules
     loss = lm_loss(hidden, head=head, labels=labels)
     trajectory = _ascent(model, head, loss, x, mask)
     if task.kind == "adversarial":
@@ -309,17 +400,23 @@ def plain_ascent(
 
 
 @functools.lru_cache(maxsize=2)
-def true_gradients(task: step.Task, length: int, open_part: int | None = None) -> Gradients:
+def true_gradients(
+    task: step.Task, length: int, open_part: int | None = None, layer: int | None = None
+) -> Gradients:
     """All gradients in float64 on the oracle's layers, for weights rounded to the dtype."""
     model, head, x, _, labels = step.exact_problem(task, length)
     assert head is not None
     mask, labels = opened(labels, open_part)
-    loss = plain_loss(model, head, labels)
+    loss, logits = plain_loss(model, head, labels), models.outputs(model, head)[1]
+    start = x
+    if layer is not None:
+        loss, logits = (hooked(model, layer, func, x) for func in (loss, logits))
+        start = torch.zeros_like(x)
     with oracle.oracle_mode():
-        points, directions = plain_ascent(loss, x, mask)
+        points, directions = plain_ascent(loss, start, mask)
         total = loss(points[-1])
         if task.kind == "penalty":
-            pair = oracle.jvp(models.outputs(model, head)[1], points[-1], directions[-1].unsqueeze(0))
+            pair = oracle.jvp(logits, points[-1], directions[-1].unsqueeze(0))
             total = total + WEIGHT * step.size(
                 head, *(y[..., -(length // (open_part or 1)) :, :] for y in pair)
             )
@@ -330,7 +427,7 @@ def true_gradients(task: step.Task, length: int, open_part: int | None = None) -
 SUITE = Suite(
     "method",
     "adversarial training step with the penalty against without",
-    (*FAMILIES, *CONTEXTS, "lazy"),
+    (*FAMILIES, *CONTEXTS, "lazy", "hidden"),
     cases,
     parts=False,
 )
