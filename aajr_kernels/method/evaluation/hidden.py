@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...dual import Dual, is_dual
 from ..attack_state import frozen_parameters
 from ..batch import norm_at
+from ..places import changed, first_of
 from ..scopes import widened
 from ..trajectory import Trajectory
 from .embedding import ascents_of, check_ascents, found_by
@@ -113,7 +114,7 @@ class _Opened:
         outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
 
         def record(name: str, output: Any) -> Any:
-            first = _first(name, output)
+            first = first_of(output, name)
             outputs[name].append((first.primal if is_dual(first) else first).detach())
             return output
 
@@ -157,9 +158,7 @@ class _Opened:
                 place = places[name]
                 own = slice(place * tokens + start, (place + 1) * tokens)
                 added = delta[:, own, : self.widths[place]] * self.units[place]
-                first = _first(name, output)
-                value = first + added.to(first.dtype)
-                return (value, *output[1:]) if isinstance(output, tuple) else value
+                return changed(output, lambda y: y + added.to(y.dtype), name)
 
             with self._hooks(add):
                 # the operations of a number without tangents are those of the loss (:func:`~aajr_kernels.lm_loss`)
@@ -174,17 +173,6 @@ class _Opened:
                 hook = lambda _, args, output, name=name: change(name, output)
                 stack.callback(module.register_forward_hook(hook).remove)
             yield
-
-
-def _first(name: str, output: Any) -> Any:
-    """The tensor, or Dual, that a module returned, by itself or first in a tuple."""
-    first = output[0] if isinstance(output, tuple) and output else output
-    if not is_dual(first) and not (isinstance(first, Tensor) and first.is_floating_point()):
-        raise TypeError(
-            f"{name} must return a floating point tensor, or a tuple that starts with one, got {type(first).__name__}: "
-            "name a module inside it that does."
-        )
-    return first
 
 
 def _modules(scene: Scene, at: Sequence[Place]) -> dict[str, nn.Module]:
