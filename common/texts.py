@@ -231,3 +231,19 @@ def with_lora(model: Any, rank: int, targets: Sequence[str] = ("q_proj", "v_proj
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it renamed
         return get_peft_model(model, options)
+
+
+def adapted(model: Any, rank: int, seed: int) -> Any:
+    """As :func:`with_lora` with adapters that `seed` decides, and the model fused.
+
+    Raises:
+        MissingPackage: ``peft`` or ``transformers`` is not installed.
+    """
+    require("transformers")
+    from aajr_kernels.integrations.transformers import fuse
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lora = with_lora(model, rank)
+    fuse(lora.get_base_model())
+    return lora

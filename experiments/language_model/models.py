@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from aajr_kernels.integrations.transformers import fuse
@@ -41,11 +40,7 @@ def adapted(config: dict[str, Any], seed: int) -> tuple[nn.Module, Text]:
         text = encoded(tokenizer, config["characters"])
     else:
         base, text = _llama(config, 0), plays()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = texts.with_lora(base, config["rank"])
-    fuse(model.get_base_model())
-    return model, text
+    return texts.adapted(base, config["rank"], seed), text
 
 
 def _llama(config: dict[str, Any], seed: int) -> nn.Module:

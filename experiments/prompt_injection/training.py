@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aajr_kernels.integrations.transformers import fuse
 from aajr_kernels.training import (
     Attack,
     Constraint,
@@ -59,11 +58,7 @@ def model_of(config: dict[str, Any], seed: int) -> tuple[Any, Encode]:
         def encode(text: str, marks: bool) -> list[int]:
             return list(text.encode())
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = texts.with_lora(base, config["rank"])
-    fuse(model.get_base_model())
-    return model, encode
+    return texts.adapted(base, config["rank"], seed), encode
 
 
 def state_of(model: nn.Module) -> State:

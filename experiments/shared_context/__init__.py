@@ -54,13 +54,10 @@ def work(config: dict[str, Any]) -> list[Row]:
     Raises:
         MissingPackage: bastioncorpus, transformers or peft is not installed.
     """
-    from aajr_kernels.integrations.transformers import fuse
     from aajr_kernels.training import Attack, Objective, ObjectiveConfig, Penalty
 
     base, encode, weights = _model(config)
-    torch.manual_seed(0)
-    model = texts.with_lora(base, config["rank"])
-    fuse(model.get_base_model())
+    model = texts.adapted(base, config["rank"], 0)
     model.train()
     # nothing is random in the attack: it starts at the input
     attack = Attack(radius=config["radius"], relative=True, **config["attack"])
