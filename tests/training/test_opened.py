@@ -30,6 +30,7 @@ from aajr_kernels.training import (
     Payoff,
     Penalty,
     Targeted,
+    fit_agents,
     policy_of,
     randomness,
 )
@@ -320,6 +321,23 @@ def test_adapters():
     assert float(parts["penalty"]) == pytest.approx(float(expected["penalty"]), rel=1e-10)
     for got, slope in zip(gradients, slopes, strict=True):
         assert_exact(got, slope, "adapters", tolerance=1e-10, floor=1e-4)
+
+
+def test_agents_with_adapters_on_one_model():
+    """The perturbation is inside the shared model, and updates reach the learner's own adapter only."""
+    pytest.importorskip("peft")
+    from training.talkers import adapted, config_of, objective, played, team
+
+    net = adapted("buyer", "seller")
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    inside = objective(attack=Attack(radius=0.3, steps=2, step_size=0.2, at=1))
+    config = config_of(1, objective=inside, learners=["seller"])
+    agents = team(net, "buyer", "seller", loss="cross_entropy")
+    result = fit_agents(agents, played(), config, progress=False)
+    changed = {name.split(".")[-2] for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"seller"}
+    (row,) = result.rows
+    assert row["attack_worst"] > row["attack_start"] and row["penalty"] > 0
 
 
 def test_trainer(tmp_path):
