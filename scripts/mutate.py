@@ -1,8 +1,8 @@
 """Put one fault at a time into a copy of the sources and run the tests that should see it.
 
     python scripts/mutate.py method rules        # draw the faults of these rooms that have no row yet, and try them
-    python scripts/mutate.py --again             # try those that survived once more
-    python scripts/mutate.py --rows              # how many were tried, killed and survived
+    python scripts/mutate.py --again             # try those that survived once more (--tests PATH: with these tests)
+    python scripts/mutate.py --rows              # count them into docs/trust.md
 
 Of every room (`mutation/rooms.py`) 40 faults are drawn with a seed, in turn of each kind that it has
 (`mutation/sites.py`). A fault is killed by a test that fails with it and passes without it, a crash or a time limit;
@@ -20,6 +20,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ sys.path.insert(0, str(ROOT))
 from common.trust import count
 
 ROWS, EQUIVALENT = ROOT / "docs" / "mutants.jsonl", ROOT / "scripts" / "mutation" / "equivalent.json"
+PAGE, MARKS = (
+    ROOT / "docs" / "trust.md",
+    ("<!-- mutants: python scripts/mutate.py --rows -->", "<!-- end of mutants -->"),
+)
 SEED, DRAWN = 20261202, 40
 
 
@@ -58,14 +63,19 @@ def main() -> int:
     )
     parser.add_argument("rooms", nargs="*", default=list(ROOMS), help=f"of {', '.join(ROOMS)}")
     parser.add_argument("--again", action="store_true", help="try only faults that survived, once more")
-    parser.add_argument("--rows", action="store_true", help="show the rows that there are, and try none")
+    parser.add_argument("--tests", nargs="+", default=[], help="the tests to run, instead of the room's")
+    parser.add_argument("--rows", action="store_true", help="count the rows into docs/trust.md, and try none")
     options = parser.parse_args()
     if unknown := set(options.rooms) - set(ROOMS):
         raise SystemExit(f"error: no room {', '.join(sorted(unknown))}: there are {', '.join(ROOMS)}.")
     if not options.rows:
         for name in options.rooms:
-            _try(ROOMS[name], options.again)
-    return int(sum(_said(ROOMS[name]) for name in options.rooms) > 0)
+            room = ROOMS[name]
+            if options.tests:
+                traced = tuple(options.tests) if room.traced else ()
+                room = replace(room, traced=traced, tests=lambda _: options.tests)
+            _try(room, options.again)
+    return int(_written())
 
 
 def rows() -> dict[str, dict[str, Any]]:
@@ -98,29 +108,36 @@ def _try(room: Room, again: bool) -> None:
             break
 
 
-def _said(room: Room) -> int:
-    """Print and count what is known of a room's faults, and return how many survived."""
-    known, states, sites = rows(), Counter[str](), list(drawn(room, ROOT))
-    for site in sites:
-        if (state := known.get(site.name, {}).get("state")) != "invalid" and states.total() < DRAWN:
-            states[state or "not tried"] += 1
-            if state == "survived":
-                print(f"survived: {site.name} | {known[site.name]['by']}")
-    print(
-        f"{room.name}: {len(sites)} faults; of {states.total()} drawn",
-        *(f"{n} {s}," for s, n in states.items()),
-    )
-    tried = states.total() - states["not tried"]
-    count(
-        "mutants",
-        sites=len(sites),
-        drawn=states.total(),
-        tried=tried,
-        killed=states["killed"],
-        equivalent=states["equivalent"],
-        survived=states["survived"],
-    )
-    return states["survived"]
+def states(room: Room) -> tuple[Counter[str], int]:
+    """How many of a room's drawn faults were killed, survived, are equivalent or not tried; and all its faults."""
+    known, sites, drawn_ones = rows(), 0, Counter[str]()
+    for site in drawn(room, ROOT):
+        sites += 1
+        row = known.get(site.name, {"state": "not tried"})
+        if row["state"] != "invalid" and drawn_ones.total() < DRAWN:
+            drawn_ones[row["state"]] += 1
+            if row["state"] == "survived":
+                print(f"survived: {site.name} | {row['by']}")
+    return drawn_ones, sites
+
+
+def _written() -> bool:
+    """Count the rows, write the table of the page, and return whether a fault survived."""
+    from common.pages import between, table
+
+    lines, survived = [], 0
+    for room in ROOMS.values():
+        own, sites = states(room)
+        tried = own.total() - own["not tried"]
+        lines.append([room.name, own.total(), tried, own["killed"], own["equivalent"], own["survived"]])
+        figures = {state: own[state] for state in ("killed", "equivalent", "survived")}
+        count("mutants", faults=sites, drawn=own.total(), tried=tried, **figures)
+        survived += own["survived"]
+    lines.append(["all", *(sum(column) for column in list(zip(*lines))[1:])])
+    text = table(["room", "drawn", "tried", "killed", "equivalent", "survived"], lines)
+    print(text)
+    between(PAGE, *MARKS, text)
+    return survived > 0
 
 
 if __name__ == "__main__":

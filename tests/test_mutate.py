@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import sys
 import textwrap
@@ -100,6 +102,18 @@ def test_the_draw_is_of_each_room_and_takes_kinds_in_turn(mutate):
         kinds = {site.kind for site in drawn}
         assert {site.kind for site in drawn[: len(kinds)]} == kinds
     assert total >= 400
+
+
+def test_rows_are_counted_by_the_draw(mutate, monkeypatch, tmp_path):
+    """One that does not compile is replaced by the next; a row of no fault of today's sources does not count."""
+    room = mutate.ROOMS["rules"]
+    names = [site.name for site in itertools.islice(mutate.drawn(room, ROOT), 3)]
+    states = zip([*names, "gone"], ["killed", "invalid", "survived", "killed"])
+    rows = [json.dumps({"fault": name, "state": state, "by": ""}) + "\n" for name, state in states]
+    monkeypatch.setattr(mutate, "ROWS", tmp_path / "rows.jsonl")
+    mutate.ROWS.write_text("".join(rows))
+    counted, faults = mutate.states(room)
+    assert counted == {"killed": 1, "survived": 1, "not tried": mutate.DRAWN - 2} and faults > mutate.DRAWN
 
 
 def test_a_fault_in_a_process_that_runs_already(request, tmp_path, mutate):

@@ -7,13 +7,20 @@ import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 
-__all__ = ["swap"]
+__all__ = ["live", "swap"]
 
 
-def swap(source: str, faulty: str, path: str) -> bool:
+def live(folder: str) -> list[FunctionType]:
+    """Functions of the sources in a folder."""
+    functions = [f for f in gc.get_objects() if type(f) is FunctionType]
+    return [function for function in functions if function.__code__.co_filename.startswith(folder)]
+
+
+def swap(functions: list[FunctionType], source: str, faulty: str, path: str) -> bool:
     """Give every live function of a module its code from `faulty`, where that differs from the one of `source`.
 
     Args:
+        functions: of the module, and others.
         source: of the module, as it was imported.
         faulty: another source of the module.
         path: the module was imported from.
@@ -27,9 +34,8 @@ def swap(source: str, faulty: str, path: str) -> bool:
     except _AlreadyRun:
         return False
     codes = dict(pairs)
-    live = [f for f in gc.get_objects() if type(f) is FunctionType and f.__code__.co_filename == path]
-    for function in live:
-        code = codes.get(function.__code__)
+    for function in functions:
+        code = codes.get(function.__code__) if function.__code__.co_filename == path else None
         if code is None:
             continue
         if code.co_freevars != function.__code__.co_freevars:

@@ -24,7 +24,7 @@ __all__ = ["Trial"]
 #: a run with a fault may take so many times the processor's time of one without, and so many seconds more
 PATIENCE, LEAST = 5, 20
 #: the processor's seconds of tests, nearest first, that a fault has to survive
-ENOUGH = 30
+ENOUGH = 10
 OPTIONS = "-q -s -x -p no:cacheprovider --no-header -o timeout=0".split()
 CHOICE = ("-m", "not slow and not gpu")
 
@@ -158,7 +158,9 @@ class Trial:
         return self._failure(self.collected, limit, tests=tests, **fault)
 
     def _failed_fresh(self, tests: list[str]) -> str:
-        arguments = [*OPTIONS, *CHOICE, f"--basetemp={self.folder / 'base'}", *tests]
+        # pytest warns of what is imported before it
+        quiet = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+        arguments = [*OPTIONS, *CHOICE, *quiet, f"--basetemp={self.folder / 'base'}", *tests]
         return self._failure(self.fresh, self.room.limit, environment=self.environment, arguments=arguments)
 
     def _failure(self, worker: Worker, limit: float, **request: Any) -> str:
@@ -209,27 +211,24 @@ class Trial:
 
     def _traced(self, worker: Worker) -> dict[str, list[Any]]:
         """Test -> its seconds and the functions it calls; tests of files that are as they were are not traced again."""
-        file = self.root.with_name(f"{self.room.name}.calls.json")
-        sources = {path.relative_to(self.root) for path in self.root.glob("aajr_kernels/**/*.py")}
-        package = _digest([self.root / path for path in sorted(sources)])
-        known = json.loads(file.read_text()) if file.exists() else {}
-        before = known.get("files", {}) if known.get("package") == package else {}
-        paths = sorted({test.split("::", 1)[0] for test in worker.ready["tests"]})
-        files = {path: _digest([self.root / path]) for path in paths}
-        tests = {
-            test: known["tests"][test]
-            for test in worker.ready["tests"]
-            if before.get(test.split("::", 1)[0]) == files[test.split("::", 1)[0]]
-        }
-        if left := [test for test in worker.ready["tests"] if test not in tests]:
-            trace = self.root.with_name(f"{self.room.name}.trace.json")
+        file = self.root.with_name("calls.json")  # of all rooms
+        package = _digest(sorted(self.root.glob("aajr_kernels/**/*.py")))
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if known.get("package") != package:
+            known = {"package": package, "files": {}, "tests": {}}
+        path_of = {test: test.split("::", 1)[0] for test in worker.ready["tests"]}
+        files = {path: _digest([self.root / path]) for path in set(path_of.values())}
+        is_old = {path: known["files"].get(path) == digest for path, digest in files.items()}
+        if left := [test for test, path in path_of.items() if not is_old[path] or test not in known["tests"]]:
+            trace = self.root.with_name("trace.json")
             if failed := self._failure(worker, 3600, tests=left, trace=str(trace)):
                 raise SystemExit(
                     f"error: without a fault there is {failed}:\n{(self.folder / 'failed').read_text()}"
                 )
-            tests |= json.loads(trace.read_text())
-            file.write_text(json.dumps({"package": package, "files": files, "tests": tests}))
-        return tests
+            known["files"] |= files
+            known["tests"] |= json.loads(trace.read_text(encoding="utf-8"))
+            file.write_text(json.dumps(known), encoding="utf-8")
+        return {test: known["tests"][test] for test in path_of}
 
     def _called(self, site: Site) -> str:
         return f"{site.path}:{site.function(self.root)}"

@@ -8,6 +8,7 @@ torch only: a child imports the faulty sources, and runs pytest. Requests and an
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
@@ -25,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from mutation.swap import swap
+from mutation.swap import live, swap
 
 #: numbers of the pipes' ends, with a comma between
 PIPES = "AAJR_MUTATION_PIPES"
@@ -64,6 +66,8 @@ def _in_a_child(run: Callable[[Request], int], request: Request) -> int:
             os.dup2(output, 2)
             os.environ["TMPDIR"] = str(folder)
             status = run(request)
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -137,13 +141,18 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     assert _at_import is not None
     _at_import.__exit__()
     items = {item.nodeid: item for item in session.items}
+    functions = live(_at_import.package)
+    gc.collect()
+    gc.freeze()  # children share the memory of what is there
 
     def run(request: Request) -> int:
         session.config.option.basetemp = str(Path(request["folder"]) / "base")
         tests = [items[name] for name in request["tests"]]
         if "trace" in request:
             return _trace(tests, request)
-        if "path" in request and not swap(request["source"], request["faulty"], request["path"]):
+        if "path" in request and not swap(
+            functions, *(request[part] for part in ("source", "faulty", "path"))
+        ):
             return ALREADY_RUN
         session.config.pluginmanager.register(FirstFailure(request["folder"]))
         return _run(tests)

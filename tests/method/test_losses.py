@@ -54,6 +54,14 @@ def test_values_and_gradient(reduction, capped):
         assert_exact(loss(x), by_hand(x), "loss without gradient")
 
 
+def test_a_label_per_row():
+    """Hidden states ``[B, C]``, as of a classifier."""
+    body, head, x, _ = problem()
+    labels = torch.tensor([3, -100, 11])
+    loss = aajr.lm_loss(body, head=head, labels=labels)(x[:, 0])
+    assert_exact(loss, nn.functional.cross_entropy(head(body(x[:, 0])), labels, reduction="none"), "loss")
+
+
 def test_ascent_along_it_is_that_along_the_plain_loss():
     body, head, x, labels = problem()
     plain = lambda z: nn.functional.cross_entropy(

@@ -110,6 +110,14 @@ def test_the_sizes_returned_reproduce_the_way():
         assert torch.allclose(auto.points, fixed.points, rtol=0, atol=1e-12)
 
 
+def test_sizes_from_outside_leave_no_graph():
+    loss, _, _ = quadratic()
+    sizes = torch.full((B,), 0.1, dtype=torch.float64, requires_grad=True)
+    traj = aajr.ascend(loss, torch.randn(B, N, C, dtype=torch.float64), radius=1.0, steps=2, step_size=sizes)
+    assert not traj.step_sizes.requires_grad and not traj.points.requires_grad
+    assert torch.equal(traj.step_sizes, sizes.detach().expand(2, B))
+
+
 def test_no_step_where_none_is_allowed():
     loss, _, _ = quadratic(1e6)
     x = torch.zeros(B, N, C, dtype=torch.float64)  # next to the top of a steep hill
