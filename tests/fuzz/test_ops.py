@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from fuzz.examples import fuzzed
 from hypothesis import strategies as st
-from ops.suite import DTYPES, Target, check, distinct
+from ops.suite import DTYPES, Target, check, targets
 from torch import Tensor
 
 from aajr_kernels.testing.cases import products, rows
@@ -32,11 +32,8 @@ class Place:
     """Where an example runs: drawn first, since Triton's interpreter takes up to seconds for sizes above `most`."""
 
     def __init__(self, data: Any, op: str, most: int = 40) -> None:
-        native = [Target("native", name) for name in distinct(op)]
         self.data, self.op = data, op
-        self.target: Target = data.draw(
-            st.sampled_from([*native, Target("reference"), Target("triton")]), "target"
-        )
+        self.target: Target = data.draw(st.sampled_from(targets(op)), "target")
         self.most = most if self.target.backend == "triton" else 1100
 
     def size(self, name: str, least: int = 1, most: int = 300) -> int:
