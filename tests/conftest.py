@@ -118,7 +118,10 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     An explicit patch: ``torch.use_deterministic_algorithms``, the only way to make torch fill it, would also change
     which kernels run, and a TorchFunctionMode would switch off fast paths and change what torch.compile traces.
     """
-    torch._dynamo.trace_rules.get_torch_obj_rule_map()  # a process group that a test started cleared the table
+    # a process group that a test started cleared the table, and the patches below were in it when it came back
+    if torch.empty not in torch._dynamo.trace_rules.get_torch_obj_rule_map():
+        torch._dynamo.trace_rules.clear_lru_cache()
+        torch._dynamo.trace_rules.get_torch_obj_rule_map()
     for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):

@@ -49,5 +49,13 @@ def test_poison_survives_compile():
 
 
 @pytest.mark.parametrize("run", [1, 2])
+def test_a_table_of_dynamo_that_a_test_made_anew_is_whole_in_the_next(run):
+    torch._dynamo.reset()
+    assert torch.compile(lambda x: torch.empty(3).add(x), backend="eager")(torch.ones(3)).isnan().all()
+    torch._dynamo.trace_rules.clear_lru_cache()
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+
+
+@pytest.mark.parametrize("run", [1, 2])
 def test_every_test_starts_from_the_same_seed(run):
     assert torch.equal(torch.randn(3), torch.randn(3, generator=torch.Generator().manual_seed(0)))

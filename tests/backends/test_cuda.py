@@ -266,7 +266,9 @@ def test_the_order_of_threads_between_barriers_does_not_matter(host, case):
 
 
 @on_host
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_every_operator_passes_opcheck(host, dtype):
     calls = [
         (func, args)

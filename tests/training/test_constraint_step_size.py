@@ -95,7 +95,7 @@ def test_the_smoothness_along_realised_steps(scope, follow):
         torch.testing.assert_close(bound[t], torch.full((3,), factor, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("share", [0.8, 0.5])
+@pytest.mark.parametrize("share", [0.8, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_smoothness_is_held_at_one_over_the_step(share):
     """At a share of what it is at the end without a penalty, the most of which is C: it is infeasible on the way."""
 

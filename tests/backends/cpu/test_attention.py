@@ -85,7 +85,10 @@ def test_dropout_of_all_weights_leaves_zeros(capability):
 # -- bias -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moves", [0, 2], ids=["plain bias", "bias with tangents"])
+@pytest.mark.parametrize(
+    "moves",
+    [pytest.param(0, id="plain bias", marks=pytest.mark.slow), pytest.param(2, id="bias with tangents")],
+)
 @pytest.mark.parametrize(
     "subset", SUBSETS, ids=lambda s: "".join(n for n, kept in zip("BHNM", s) if kept) or "one"
 )
