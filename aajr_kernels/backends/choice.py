@@ -167,6 +167,8 @@ def _fits_native(t: torch.Tensor) -> bool:
 
 #: kinds of calls, all that :func:`select_backend` looks at -> the backend that it found
 _found: dict[tuple[Any, ...] | None, str] = {}
+#: kinds that are kept; after as many all are looked at again
+LIMIT = 4096
 #: backends of devices -> why their kernels do not take a tensor
 _WHY_NOT = {"triton": gpu.why_not, "cuda": cuda.why_not}
 
@@ -237,6 +239,8 @@ def select_backend(
     spills = None if triton_spills is None else functools.partial(triton_spills, *tensors)
     backend = _select(op, present, lacks, spills, in_cuda)
     if kind is not None:
+        if len(_found) >= LIMIT:
+            _found.clear()
         _found[kind] = backend
     if torch.compiler.is_compiling():
         _ready_to_trace()

@@ -99,7 +99,7 @@ class ContextCache:
         return cache
 
 
-@functools.cache
+@functools.lru_cache(512)  # keys are of callers' classes
 def _updated_by(kind: Any, update: Callable[..., Any]) -> Any:
     """`kind` with another update. In an attribute of its instances it would hold them, and they their keys."""
     return type(kind.__name__, (kind,), {"update": update})

@@ -174,7 +174,7 @@ def plain_model(model: Any) -> nn.Module:
     return model
 
 
-@functools.cache
+@functools.lru_cache(512)  # keys are of callers' classes
 def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(inspect.unwrap(forward)).parameters)
 

@@ -66,7 +66,7 @@ class _Computed:
         return getattr(self.layer, name)
 
 
-@functools.cache
+@functools.lru_cache(512)  # keys are of callers' classes
 def sharing(
     own: Callable[..., Any], names: tuple[str, ...], products: _Products = of_one_input
 ) -> Callable[..., Any]:

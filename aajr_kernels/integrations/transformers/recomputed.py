@@ -40,7 +40,7 @@ def as_it_is(module: nn.Module) -> Replacement | None:
     return Replacement(f"{what}, recomputed", _inside(kind.forward))
 
 
-@functools.cache
+@functools.lru_cache(512)  # keys are of callers' classes
 def _inside(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

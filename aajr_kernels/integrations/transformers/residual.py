@@ -98,7 +98,7 @@ def rms_norm_of(x: Any, *args: Any, **options: Any) -> Any:
     )
 
 
-@functools.cache
+@functools.lru_cache(512)  # keys are of callers' classes
 def on_residuals(own: Callable[..., Any]) -> Callable[..., Any]:
     """The forward `own` of a layer, its Duals as residual streams."""
 

@@ -78,7 +78,7 @@ def _is_function(value: Any) -> bool:
     return isinstance(value, kinds) or (callable(value) and hasattr(value, "__wrapped__"))
 
 
-@functools.cache
+@functools.lru_cache(512)  # keys are of callers' classes
 def around(chain: tuple[Any, ...], function: Any) -> Any:
     """`function` in the place of the last of `chain`, under new copies of the decorators above it.
 

@@ -16,8 +16,9 @@ from ..autograd import Function
 from . import reference  # noqa: F401  loaded here because compiled code cannot import it on first use
 from .joint import Expected
 
-#: kinds of calls that got other cotangents than expected
+#: kinds of calls that got other cotangents than expected; of as many as the limit all are tried again
 _UNEXPECTED: set[tuple[Any, ...]] = set()
+_LIMIT = 4096
 _CHANGED = (
     "lm_head_sensitivity: a replayed CUDA graph got other cotangents than its warm-up: capture it again with the "
     "penalty_weight that it runs with, or without one"
@@ -73,6 +74,8 @@ class HeadFunction(Function):
                 return (*gradients, *(None,) * 8)
         h, weight, bias, labels, count, stats = ctx.saved_tensors
         if ready is not None:
+            if len(_UNEXPECTED) >= _LIMIT:
+                _UNEXPECTED.clear()
             _UNEXPECTED.add(ctx.kind)
         with no_autocast(h.device.type):
             h_bar, weight_bar, bias_bar = choice.implementation("head", ctx.backend).head_bwd(
