@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ class LMHead:
         """The logits ``[..., V]`` of hidden states, a tensor or a Dual, formed."""
         z = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+    def detached(self) -> LMHead:
+        """The same as constants."""
+        if not any(t is not None and t.requires_grad for t in (self.weight, self.bias)):
+            return self
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
 
 
 def as_head(head: LMHead | nn.Linear) -> LMHead:

@@ -79,7 +79,7 @@ class TokenLoss:
         """
         whole = batch if shared is None else shared.whole
         values = functools.partial(self.values, whole=whole)
-        return self._losses(policy, batch, x.detach(), shared, values, is_attached=False)
+        return self._losses(policy, batch, x.detach(), shared, values)
 
     def _losses(
         self,
@@ -88,15 +88,20 @@ class TokenLoss:
         x: Tensor,
         shared: Shared | None,
         values: Callable[..., Any],
-        is_attached: bool,
+        clean: Any = None,
+        is_attached: bool = False,
     ) -> Losses:
-        """With `values` of an output, its batch and what it is compared with, which is a constant unless attached."""
+        """With `values` of an output, its batch and what it is compared with, which is a constant unless attached.
+
+        `clean` is the output at `x` where it is known; with dropout the random state is then that from before it.
+        """
         whole = batch if shared is None else shared.whole
         self.check(policy, whole)
 
         @functools.cache
         def other() -> Any:
-            output = self.other(policy, batch, x, whole)
+            is_known = clean is not None and self.is_flat
+            output = clean if is_known else self.other(policy, batch, x, whole)
             return output if is_attached or output is None else output.detach()
 
         @functools.cache
@@ -110,10 +115,11 @@ class TokenLoss:
 
         def losses(point: Any) -> Any:
             beside = other()  # before the forward: both draw the same dropout masks
+            output = clean if clean is not None and point is x else output_of(policy, batch, point)
             if shared is None:
-                return values(policy, output_of(policy, batch, point), batch, beside)
+                return values(policy, output, batch, beside)
             beside = self.part(beside, slice(shared.start, None))
-            return values(policy, output_of(policy, batch, point), batch, beside) + of_context()
+            return values(policy, output, batch, beside) + of_context()
 
         return losses
 
@@ -145,7 +151,11 @@ class CrossEntropy(TokenLoss):
 
     def values(self, policy: Policy, output: Any, batch: Prepared, other: Any, whole: Prepared) -> Any:
         """See :class:`TokenLoss`."""
-        return _cross_entropies(policy, output, batch.labels) / _count(whole.labels != IGNORED)
+        return self.sums(policy, output, batch) / _count(whole.labels != IGNORED)
+
+    def sums(self, policy: Policy, output: Any, batch: Prepared) -> Any:
+        """``[B]``, over the tokens with a label."""
+        return _cross_entropies(policy, output, batch.labels)
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,10 @@ class KL(TokenLoss):
         Raises:
             ValueError: the policy has none.
         """
+        self.check_policy(policy)
+
+    def check_policy(self, policy: Policy) -> None:
+        """The same, before there is a batch."""
         if self.to == "reference" and policy.reference is None:
             raise ValueError(
                 "policy must have a reference for KL(to='reference'), got none: a model of PEFT has one in its weights "
@@ -254,11 +268,11 @@ class KL(TokenLoss):
         state = RandomState(x.device)
         try:
             if self.to == "clean":
-                return _plain(state.replay(functools.partial(output_of, policy, batch), x))
+                return plain_of(state.replay(functools.partial(output_of, policy, batch), x))
             reference = policy.reference
             assert reference is not None
             with torch.no_grad():
-                return _plain(output_of(reference, whole, whole.embedded(reference)))
+                return plain_of(output_of(reference, whole, whole.embedded(reference)))
         finally:
             state.restore()
 
@@ -283,7 +297,7 @@ class KL(TokenLoss):
 
     def sums(self, policy: Policy, output: Any, batch: Prepared, other: Any) -> Any:
         """``[B]``, over the tokens that count."""
-        beside = policy if self.to == "clean" else policy.reference
+        beside = policy if self.is_flat else policy.reference
         assert beside is not None
         mask = self.counted(batch)
         if policy.head is None or beside.head is None:
@@ -293,7 +307,10 @@ class KL(TokenLoss):
                 for of, z in ((beside, other), (policy, output))
             ]
         else:
-            sides = [(z, of.described_head()) for of, z in ((beside, other), (policy, output))]
+            own, of_other = policy.described_head(), beside.described_head()
+            assert own is not None and of_other is not None
+            # a reference is frozen, whether or not its parameters say so
+            sides = [(other, own if self.is_flat else as_head(of_other).detached()), (output, own)]
 
         def divergence(p: int, q: int) -> Any:
             head, q_head = sides[p][1], sides[q][1]
@@ -304,13 +321,23 @@ class KL(TokenLoss):
         forward = divergence(0, 1) if self.direction != "reverse" else 0.0
         return forward if self.direction == "forward" else forward + divergence(1, 0)
 
-    def summed(self, policy: Policy, batch: Prepared, x: Tensor, shared: Shared | None = None) -> Losses:
+    def summed(
+        self, policy: Policy, batch: Prepared, x: Tensor, shared: Shared | None = None, clean: Any = None
+    ) -> Losses:
         """Sums ``[B]`` in the place of means, attached to the clean output too: for a loss that is minimised.
+
+        Args:
+            policy: as for :meth:`of`.
+            batch: the same.
+            x: the same, attached.
+            shared: the same.
+            clean: the policy's output at `x`, hidden states or logits, where it is known. With dropout the random state
+                must be that from before it.
 
         Raises:
             ValueError: see :meth:`of`.
         """
-        return self._losses(policy, batch, x, shared, self.sums, is_attached=True)
+        return self._losses(policy, batch, x, shared, self.sums, clean, is_attached=True)
 
 
 @dataclass(frozen=True)
@@ -348,7 +375,7 @@ class Payoff:
             if self.logits:
                 output = _with_logits(policy, output)
             elif not isinstance(point, Dual):
-                output = _plain(output)
+                output = plain_of(output)
             is_attached = _is_attached(output)
             payoff = checked_losses(self.function(output, batch), rows, "function of Payoff")
             if is_attached and not _is_attached(payoff):
@@ -369,14 +396,14 @@ def output_of(policy: Policy, batch: Prepared, point: Any) -> Any:
     return policy.forward(point, **batch.inputs)
 
 
-def _plain(output: Any) -> Any:
+def plain_of(output: Any) -> Any:
     """The tensor of an output: hidden states or logits; a Dual stays one where it has tangents."""
     output = output if isinstance(output, (Tensor, Dual)) else getattr(output, "logits", output)
     return output.primal if isinstance(output, Dual) and not output.num_tangents else output
 
 
 def _with_logits(policy: Policy, output: Any) -> Any:
-    output = _plain(output)
+    output = plain_of(output)
     head = policy.described_head()
     return output if head is None or not isinstance(output, (Tensor, Dual)) else as_head(head).logits(output)
 

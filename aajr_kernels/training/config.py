@@ -14,7 +14,7 @@ from ..method.ascent import INITS
 from ..method.ascent import STEPS as KINDS
 from ..method.baselines import METHODS, NEEDS_LOSS, PER_SEQUENCE
 from ..method.checks import check_choices, check_integers, check_iterations, check_number
-from ..method.objectives import AdversaryLoss, CrossEntropy
+from ..method.objectives import KL, AdversaryLoss, CrossEntropy
 from ..method.options import FORMS, METRICS
 from ..method.places import At, entries_of
 from ..method.projection import NORMS
@@ -48,7 +48,7 @@ class Attack:
         step_size: ``"auto"`` or a number.
         eval_mode: without dropout; by default with the dropout mask of the training forward.
         loss: that is maximised: :class:`~aajr_kernels.method.objectives.CrossEntropy`, ``Targeted``, ``KL``, ``Payoff``
-            or an object of your own. The losses that are minimised stay what they are.
+            or an object of your own. What is minimised is ``ObjectiveConfig(adversarial_loss=)``.
     """
 
     radius: Schedule = 0.1
@@ -226,6 +226,12 @@ class ObjectiveConfig:
         attack, penalty: as they say; :attr:`scope` and :attr:`unit` are what their None stands for. A
             :class:`.constraint.Constraint` takes the place of a :class:`Penalty`.
         adversarial_weight, clean_weight: of the losses at the worst point and at the clean input; schedules.
+        adversarial_loss: that is minimised at the worst point: ``CrossEntropy()``; ``KL()``: the divergence from the
+            output at the clean input, with gradients of both sides (TRADES with ``clean_weight=1``); or
+            ``KL("reference")``: that from the output of :attr:`Policy.reference`, a constant. Only the cross-entropy
+            shares its forward with ``Penalty(steps="worst")``.
+        anchor, anchor_weight: ``KL("reference")``, whose divergence at the clean input is added with this weight, a
+            schedule: the policy stays near its reference. A mean over the step's tokens, as `anchor.tokens` says.
         share_context: whether the tokens before the first attackable one are computed once per micro-batch, shared by
             attack, losses and penalty: ``"auto"``: where they are at least an eighth of the sequence and the model
             allows it; True: wherever there are any, and an error where the model does not; False. Values and gradients
@@ -245,6 +251,9 @@ class ObjectiveConfig:
     penalty: Penalty = field(default_factory=Penalty)
     adversarial_weight: Schedule = 1.0
     clean_weight: Schedule = 0.0
+    adversarial_loss: CrossEntropy | KL = field(default_factory=CrossEntropy)
+    anchor: KL = field(default_factory=lambda: KL("reference"))
+    anchor_weight: Schedule = 0.0
     share_context: bool | str = "auto"
     shift_labels: bool = True
     seed: int | None = None
@@ -256,7 +265,7 @@ class ObjectiveConfig:
             _check_types(self, diagnostics=Diagnostics)
         if self.seed is not None:
             check_integers(0, seed=self.seed)
-        for name in ("adversarial_weight", "clean_weight"):
+        for name in ("adversarial_weight", "clean_weight", "anchor_weight"):
             checked_schedule(getattr(self, name), name)
         if not isinstance(self.share_context, bool):
             check_choices(("auto",), share_context=self.share_context)

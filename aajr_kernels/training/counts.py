@@ -17,7 +17,7 @@ __all__ = ["Counts", "units_of"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a whole step: tokens that are learnt, units that the penalty is a mean over, rows.
+    """Of a whole step: tokens that are learnt, units that the penalty is a mean over, rows, tokens attended to.
 
     Attributes:
         processes: whose batches are counted. Gradients are averaged over them, so that each contributes its share of
@@ -27,7 +27,12 @@ class Counts:
     tokens: int
     units: int
     rows: int
+    attended: int
     processes: int = 1
+
+    def of_tokens(self, which: str) -> int:
+        """Those with a label (``"loss"``), or all that are attended to, at least 1."""
+        return self.tokens if which == "loss" else max(self.attended, 1)
 
     @classmethod
     def of(
@@ -49,18 +54,19 @@ class Counts:
             ValueError: there is nothing to learn.
         """
         tokens = sum(int(b.masks[0].sum()) for b in batches)
+        attended = sum(int(b.masks[1].sum()) for b in batches)
         rows = sum(b.labels.shape[0] for b in batches)
         units = rows if config.penalty.method in NEEDS_LOSS else sum(units_of(b, config) for b in batches)
         if group is not None:
-            total = torch.tensor([tokens, units, rows], device=device)
+            total = torch.tensor([tokens, units, rows, attended], device=device)
             torch.distributed.all_reduce(total, group=group)
-            tokens, units, rows = map(int, total.tolist())
+            tokens, units, rows, attended = map(int, total.tolist())
         if tokens == 0:
             raise ValueError(
                 "labels must name at least one token to be learnt in every step, got none: check the attention mask "
                 "and the labels, and that sequences are longer than one token."
             )
-        return cls(tokens, max(units, 1), rows, 1 if group is None else group.size())
+        return cls(tokens, max(units, 1), rows, attended, 1 if group is None else group.size())
 
 
 def units_of(batch: Prepared, config: ObjectiveConfig) -> int:

@@ -1,14 +1,19 @@
-"""The losses of a training: that which the adversary maximises, as a function of what is attacked, and its checks."""
+"""The losses of a training: what the adversary maximises, what is minimised beside the cross-entropy, their checks."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from ..method.attack_state import RandomState
 from ..method.baselines import NEEDS_LOSS
 from ..method.batch import Prepared
 from ..method.checks import kind_of
-from ..method.objectives import CrossEntropy, TokenLoss
+from ..method.objectives import KL, CrossEntropy, TokenLoss, output_of, plain_of
+from ..method.policy import Policy
 
 if TYPE_CHECKING:
     from .config import Attack, ObjectiveConfig
@@ -19,7 +24,13 @@ __all__ = [
     "can_share",
     "check_attack",
     "check_objective",
+    "check_policy",
+    "clean_losses",
+    "clean_output",
+    "divergence",
     "is_cross_entropy",
+    "keeps_clean",
+    "loss_under_attack",
     "reads_context",
 ]
 
@@ -53,8 +64,10 @@ def check_objective(config: ObjectiveConfig) -> None:
     """Raise where the rest of an objective goes only with the cross-entropy.
 
     Raises:
-        ValueError: it does, and the adversary has another loss.
+        TypeError: a loss that is minimised is of another kind.
+        ValueError: it does, and the adversary has another loss; nothing keeps the output from being constant.
     """
+    _check_minimised(config)
     loss = config.attack.loss
     if config.share_context is True and not isinstance(loss, TokenLoss):
         raise ValueError(
@@ -73,6 +86,88 @@ def check_objective(config: ObjectiveConfig) -> None:
             raise ValueError(f"{what} is of the cross-entropy, got an attack with loss={loss}: {remedy}.")
 
 
+def _check_minimised(config: ObjectiveConfig) -> None:
+    loss, anchor = config.adversarial_loss, config.anchor
+    for name, value, is_known, kinds in (
+        (
+            "adversarial_loss",
+            loss,
+            is_cross_entropy(loss) or isinstance(loss, KL),
+            "CrossEntropy(), KL() or KL('reference')",
+        ),
+        ("anchor", anchor, isinstance(anchor, KL), "KL('reference')"),
+    ):
+        if not is_known:
+            shown = value.__name__ if isinstance(value, type) else kind_of(value)
+            raise TypeError(
+                f"{name} must be {kinds}, got {shown}: other losses are of an adversary, Attack(loss=)."
+            )
+    if anchor.to != "reference":
+        raise ValueError(f"anchor must be KL('reference'), got {anchor}, which is 0 at the clean input.")
+    is_alone = config.clean_weight == 0 and config.anchor_weight == 0
+    if config.adversarial_weight != 0 and loss.is_flat and is_alone:
+        raise ValueError(
+            f"clean_weight must be positive with adversarial_loss={loss}, got 0: a constant output would be "
+            "the minimum. TRADES has clean_weight=1 and its factor as adversarial_weight."
+        )
+
+
+def check_policy(config: ObjectiveConfig, policy: Policy) -> None:
+    """Raise where a loss needs more of a policy than it has.
+
+    Raises:
+        ValueError: there is no reference.
+    """
+    for loss in _divergences(config):
+        loss.check_policy(policy)
+
+
+def _divergences(config: ObjectiveConfig) -> list[KL]:
+    """That are minimised."""
+    weighted = (
+        (config.adversarial_weight, config.adversarial_loss),
+        (config.anchor_weight, config.anchor),
+    )
+    return [loss for weight, loss in weighted if weight != 0 and isinstance(loss, KL)]
+
+
+def keeps_clean(config: ObjectiveConfig) -> bool:
+    """Whether the output at the clean input is that of several losses."""
+    return config.anchor_weight != 0 or any(loss.is_flat for loss in _divergences(config))
+
+
+def clean_output(work: Work) -> Any:
+    """Hidden states or logits at the clean input, attached."""
+    return work.enter(lambda x: plain_of(output_of(work.policy, work.batch, x)))(work.x)
+
+
+def clean_losses(work: Work) -> Tensor:
+    """``[B]``, sums of the cross-entropy of the output that is kept."""
+    sums = functools.partial(CrossEntropy().sums, work.policy, batch=work.batch)
+    losses: Tensor = work.enter(sums)(work.clean)
+    return losses
+
+
+def loss_under_attack(work: Work, point: Tensor) -> Tensor:
+    """Share of the rows in what the step minimises at the worst point; a divergence has no weights of rows."""
+    loss = work.config.adversarial_loss
+    return divergence(work, loss, point) if isinstance(loss, KL) else work.loss(point)
+
+
+def divergence(work: Work, loss: KL, point: Tensor) -> Tensor:
+    """Share of the rows in the step's mean of a KL at `point`; gradients reach x and a clean output."""
+    clean, state = None, RandomState(work.x.device)
+    if point is work.x:
+        clean = work.clean
+    else:
+        point = point + (work.x - work.x.detach())
+        if loss.is_flat:
+            clean = work.clean
+            state.restore()  # the same dropout masks for both sides
+    losses = work.enter(loss.summed(work.policy, work.batch, work.x, work.shared, clean))
+    return losses(point).sum() / work.counts.of_tokens(loss.tokens)
+
+
 def can_share(config: ObjectiveConfig) -> bool:
     """Whether the values of all losses add up over a context and what follows it."""
     return isinstance(config.attack.loss, TokenLoss)
@@ -80,8 +175,8 @@ def can_share(config: ObjectiveConfig) -> bool:
 
 def reads_context(config: ObjectiveConfig, whole: Prepared, start: int) -> bool:
     """Whether a loss needs the output at tokens before `start`."""
-    loss = config.attack.loss
-    return isinstance(loss, TokenLoss) and loss.reads(whole, start)
+    losses = [config.attack.loss, *_divergences(config)]
+    return any(isinstance(loss, TokenLoss) and loss.reads(whole, start) for loss in losses)
 
 
 def adversary_of(work: Work) -> Callable[[Any], Any]:

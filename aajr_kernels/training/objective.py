@@ -1,10 +1,11 @@
 """Contribution of one micro-batch to the objective of a step.
 
-    c · L(x) + a · L(x + δ*) + λ · P
+    c · L(x) + a · L(x + δ*) + λ · P + w · KL(reference ‖ policy at x)
 
 with δ* where the ascent found the largest loss of every row, and P the penalty along the ascent. L and P are sums over
 the micro-batch divided by the counts of the whole step: gradients then add up to those of one large batch. P may be
 computed on every k-th step, with k times its weight, and on rows drawn at random, whose sum is divided by their share.
+The second loss may be a KL from the output at x or from that of a reference; the last one is an anchor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from ..method.sharing import Shared
 from ..method.trajectory import PenaltyStatistics, Trajectory, gathered, trajectory_penalty
 from .config import ObjectiveConfig
 from .counts import Counts, units_of
-from .losses import adversary_of, can_share, is_cross_entropy
+from .losses import (
+    adversary_of,
+    can_share,
+    clean_losses,
+    clean_output,
+    divergence,
+    is_cross_entropy,
+    keeps_clean,
+    loss_under_attack,
+)
 from .opened import groups_in, opened_of
 from .scheduled import ScheduledValues
 from .sharing import Sharing
@@ -50,7 +60,7 @@ class Terms:
 
     Attributes:
         total: attached; what is differentiated on this process.
-        parts: detached shares of the step's clean loss, adversarial loss and penalty (without their weights),
+        parts: detached shares of the step's clean loss, adversarial loss, anchor and penalty (without their weights),
             numbers on the attack, and from :func:`terms_of` ``units``, q of every unit.
         penalty: the part λ · penalty of `total`, attached; None without one, and under DistributedDataParallel.
     """
@@ -109,6 +119,10 @@ def terms_of(
         clean = whole.loss(x)
         parts["clean_loss"] = clean.detach()
         total = total + scheduled.clean * clean
+    if scheduled.anchor > 0:
+        anchor = divergence(whole, config.anchor, x)
+        parts["anchor"] = anchor.detach()
+        total = total + scheduled.anchor * anchor
     if penalty is not None:
         total = total + penalty
     if counts.processes > 1:  # gradients are averaged over them
@@ -145,7 +159,7 @@ def _under_attack(
         weighted = scheduled.weight * penalty
     if scheduled.adversarial > 0:
         if loss is None:
-            loss = whole.loss(trajectory.worst)
+            loss = loss_under_attack(whole, trajectory.worst)
         elif drawn is not None:  # the forward of the penalty had the rows drawn
             others = _others(drawn, len(whole.x))
             loss = loss + whole.of_rows(others).loss(trajectory.of_rows(others).worst)
@@ -201,8 +215,8 @@ class Work:
         count, share = len(self.x), self.config.penalty.rows
         if share == 1 or not scheduled.measures:
             return None, 1.0
-        is_only_term = not (scheduled.adversarial or scheduled.clean)
-        expected = max(share * count, 1.0) if is_only_term or self.group is not None else share * count
+        has_least = self.group is not None or not scheduled.has_loss
+        expected = max(share * count, 1.0) if has_least else share * count
         options: dict[str, Any] = dict(generator=self.generator, device=self.generator.device)
         number = int(expected + float(torch.rand((), dtype=torch.float64, **options)))
         rows = torch.randperm(count, **options)[:number].sort().values.to(self.x.device)
@@ -257,10 +271,15 @@ class Work:
 
     def loss(self, point: Tensor) -> Tensor:
         """Share of these rows in the step's mean cross-entropy at `point`, times their weights; gradients reach x."""
+        if point is self.x and keeps_clean(self.config):
+            return self.step_share(clean_losses(self))
         if point is not self.x:
             point = point + (self.x - self.x.detach())
         losses = self.enter(self.policy.loss_fn(self.batch.inputs, self.batch.labels, "sum"))(point)
         return self.step_share(losses)
+
+    #: the output at the clean input, attached, for several losses
+    clean = functools.cached_property(clean_output)
 
     @property
     def groups(self) -> dict[str, Any]:
@@ -325,7 +344,8 @@ class Work:
         # the forward of rows drawn is one more where others are left, which may differ among processes; the head adds
         # rows up before they can have weights
         is_whole = (self.group is None or config.rows == 1) and self.row_weights is None
-        share = config.steps == "worst" and scheduled.adversarial > 0 and is_whole
+        is_minimised = scheduled.adversarial > 0 and is_cross_entropy(self.config.adversarial_loss)
+        share = config.steps == "worst" and is_minimised and is_whole
         if share:
             options["return_primal"] = True
             if policy.head is not None:

@@ -16,6 +16,7 @@ __all__ = ["write_report"]
 #: panels of the figure: title, unit, series
 PANELS = (
     ("loss", "nats per token", ("clean_loss", "attack_start", "adversarial_loss", "attack_worst")),
+    ("anchor", "nats per token", ("anchor",)),
     ("penalty", "mean q", ("penalty",)),
     ("units above γ", "share", ("violation",)),
     ("multiplier", "λ", ("multiplier",)),
@@ -32,8 +33,8 @@ PARTS = {
 TOLERANCE = 0.02
 #: numbers of the first table
 NUMBERS = (
-    "loss clean_loss attack_start adversarial_loss gain penalty active q_max multiplier violation binding second_order "
-    "infeasible"
+    "loss clean_loss attack_start adversarial_loss anchor gain penalty active q_max multiplier violation binding "
+    "second_order infeasible"
 ).split()
 
 

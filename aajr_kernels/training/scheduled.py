@@ -23,6 +23,7 @@ class ScheduledValues:
     gamma: float | None
     adversarial: float
     clean: float
+    anchor: float
     measures: bool
 
     @classmethod
@@ -37,11 +38,22 @@ class ScheduledValues:
             gamma,
             value_at(config.adversarial_weight, step, "adversarial_weight"),
             value_at(config.clean_weight, step, "clean_weight"),
+            value_at(config.anchor_weight, step, "anchor_weight"),
             is_due and (weight is None or weight > 0),
         )
         if scheduled.radius:
             return scheduled
         return replace(scheduled, weight=0.0, adversarial=0.0, clean=1.0, measures=False)
+
+    @property
+    def without_losses(self) -> ScheduledValues:
+        """The penalty only."""
+        return replace(self, adversarial=0.0, clean=0.0, anchor=0.0)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether any loss has a weight."""
+        return bool(self.adversarial or self.clean or self.anchor)
 
     @property
     def attacks(self) -> bool:

@@ -35,6 +35,7 @@ from ..method.wrapped import inside
 from . import randomness
 from .config import Diagnostics, ObjectiveConfig
 from .counts import Counts
+from .losses import check_policy
 from .multiplier import Multiplier
 from .objective import AfterAttack, Terms, Work, terms_of
 from .opened import with_places
@@ -57,6 +58,8 @@ class Objective:
 
         clean_weight · L(x)  +  adversarial_weight · L(x + δ*)  +  λ · P
 
+    where the second loss may be another one, and an anchor may be added; see :class:`ObjectiveConfig`.
+
     Args:
         model: a causal language model of Hugging Face, with adapters or not, or any module that takes
             ``inputs_embeds`` and returns logits; plain, in DistributedDataParallel or after ``fully_shard``, on its
@@ -71,6 +74,7 @@ class Objective:
 
     Raises:
         TypeError: `model` is in a wrapper that is not understood, or cannot be called by itself; `config` is none.
+        ValueError: the policy lacks a reference that a loss compares it with.
     """
 
     def __init__(self, model: nn.Module, config: ObjectiveConfig, *, policy: Policy | None = None) -> None:
@@ -79,6 +83,7 @@ class Objective:
         self.model, self.module = model, unwrapped(model)
         self.config = config
         policy = policy_of(self.module) if policy is None else policy
+        check_policy(config, policy)
         self.policy = with_places(policy, self.module, config.attack)
         self.sharing = Sharing(config)
         self.multiplier = Multiplier(config.penalty)
@@ -198,7 +203,7 @@ class Objective:
             ValueError: λ is a share of the task loss, which is not known here.
         """
         self.config.penalty.check_alone()
-        scheduled = replace(self.scheduled(step), adversarial=0.0, clean=0.0)
+        scheduled = self.scheduled(step).without_losses
         batch = self.prepared(batch)
         is_labelled = bool((batch.labels != IGNORED).any())
         if counts is None and not smallest([is_labelled], group_of(self.module), self.device)[0]:
@@ -227,7 +232,7 @@ class Objective:
                 "penalty must be a Constraint(follow='validation') for measure, got "
                 f"{type(self.config.penalty).__name__}: λ follows the rows that are learnt otherwise."
             )
-        scheduled = replace(self.scheduled(step), adversarial=0.0, clean=0.0)
+        scheduled = self.scheduled(step).without_losses
         if not scheduled.measures:
             return
         self._check_autocast()
@@ -290,9 +295,8 @@ class Objective:
             terms = work()
             return terms.total, terms.parts
 
-        if self.module is self.model or not (
-            scheduled.attacks or scheduled.clean
-        ):  # nothing to be differentiated
+        if self.module is self.model or not (scheduled.measures or scheduled.has_loss):
+            # nothing to be differentiated
             terms = work()
         else:
             # DistributedDataParallel wants one forward from which one backward comes: the whole objective is it.

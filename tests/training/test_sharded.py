@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from integrations.distributed.processes import needs_gloo
 from torch import nn
 from training.tiny_lm import ATTACK, fit_config, quiet, sequences, tiny_lm
 
-from aajr_kernels.training import Objective, Penalty, load_checkpoint
+from aajr_kernels.training import KL, Objective, Penalty, load_checkpoint, policy_of
 from aajr_kernels.training.wrappers import reshard
 
 # torch says so of any model whose last layer is linear
@@ -36,17 +38,22 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("method", ["aligned", "spectral"])
-def test_fit_is_that_of_a_whole_model_and_resumes(method, tmp_path):
+@pytest.mark.parametrize("kind", ["aligned", "spectral", "divergences"])
+def test_fit_is_that_of_a_whole_model_and_resumes(kind, tmp_path):
     """The model forms its logits: its own forward is called between its hooks."""
+    method = "aligned" if kind == "divergences" else kind
     penalty = Penalty(method, weight=0.2, steps="last" if method == "spectral" else "worst")
     options = dict(attack=ATTACK, penalty=penalty, learning_rate=1e-2, penalty_clip_norm=0.05)
+    if kind == "divergences":
+        options |= dict(adversarial_loss=KL(), clean_weight=0.5, anchor_weight=0.3)
+    frozen = policy_of(tiny_lm(5).double().eval())
+    policy = lambda model: replace(policy_of(model), reference=frozen)
     data, whole = sequences(3), tiny_lm().double()
-    expected = quiet(whole, data, fit_config(steps=3, **options))
+    expected = quiet(whole, data, fit_config(steps=3, **options), policy=policy(whole))
     again = tiny_lm().double()
     for steps in (2, 3):
         made = sharded(tiny_lm().double())
-        result = quiet(made, data, fit_config(steps=steps, **options), out=tmp_path)
+        result = quiet(made, data, fit_config(steps=steps, **options), policy=policy(made), out=tmp_path)
     load_checkpoint(tmp_path, again)
     for name, p in parameters(made).items():
         torch.testing.assert_close(p, whole.get_parameter(name), rtol=1e-12, atol=1e-14)

@@ -15,7 +15,7 @@ import torch
 from assertions import assert_exact_gradients
 from integrations.trainer.trainers import CONFIG, Rows, adapted_gpt2, collate, gpt2, llama
 
-from aajr_kernels.training import Objective
+from aajr_kernels.training import KL, Objective, policy_of
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[3]
 #: on the second step, on rows drawn at random
 LAZY = dataclasses.replace(CONFIG, penalty=dataclasses.replace(CONFIG.penalty, every=2, rows=0.5))
 SHARED = dataclasses.replace(CONFIG, share_context=True)
-CONFIGS = {"accelerate": CONFIG, "lazy": LAZY, "shared": SHARED}
+DIVERGENCES = dataclasses.replace(CONFIG, adversarial_loss=KL(tokens="attention"), anchor_weight=0.4)
+CONFIGS = {"accelerate": CONFIG, "lazy": LAZY, "shared": SHARED, "divergences": DIVERGENCES}
 
 
 @pytest.fixture(autouse=True)
@@ -166,9 +167,14 @@ def micro_batches(rank: int, kind: str) -> list[dict[str, torch.Tensor]]:
     return [collate(rows[:3]), collate(rows[3:])]
 
 
+def with_reference(model):
+    """The policy of a model, with another model as its reference."""
+    return dataclasses.replace(policy_of(model), reference=policy_of(gpt2(seed=7).double().eval()))
+
+
 def loop_of(accelerator, wrapped, plain, rank: int, kind: str) -> dict[str, torch.Tensor]:
     """A step on two processes: the second, on which a lazy penalty is due."""
-    objective = Objective(wrapped, CONFIGS[kind])
+    objective = Objective(wrapped, CONFIGS[kind], policy=with_reference(plain))
     micro = micro_batches(rank, kind)
     counts = objective.counts(micro)
     assert counts.processes == 2 and counts.rows == 8
@@ -183,7 +189,8 @@ def loop_of(accelerator, wrapped, plain, rank: int, kind: str) -> dict[str, torc
 def accumulated(kind: str) -> dict[str, torch.Tensor]:
     """The step of the two processes in one, with no context shared: their micro-batches in turns."""
     model = gpt2().double().train()
-    objective = Objective(model, dataclasses.replace(CONFIGS[kind], share_context=False))
+    config = dataclasses.replace(CONFIGS[kind], share_context=False)
+    objective = Objective(model, config, policy=with_reference(model))
     first, second = (micro_batches(rank, kind) for rank in range(2))
     micro = [batch for pair in zip(first, second) for batch in pair]
     counts = objective.counts(micro)
@@ -227,7 +234,7 @@ def in_two_processes(kind: str, folder: Path) -> list[dict]:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize(
     "kind",
-    ["accelerate", "lazy", "shared", "trainer", "lora", "checkpointing", "penalty", "fsdp", "fsdp-penalty"],
+    [*CONFIGS, "trainer", "lora", "checkpointing", "penalty", "fsdp", "fsdp-penalty"],
 )
 def test_two_processes_are_one(kind, tmp_path, record_property):
     from integrations.trainer.test_trl import Extra
