@@ -21,6 +21,7 @@ class Room:
         name: of it.
         patterns: of the sources, for git.
         traced: what pytest collects; of these a fault gets the tests that call its function.
+        processes: tests that start processes, slow ones too: a fault in what these count together gets only them.
         tests: without `traced`: from a source to what pytest gets, nearest tests first.
         module: the compiled module that the sources go into, or None.
         limit: processor seconds of those tests with a fault.
@@ -30,6 +31,7 @@ class Room:
     name: str
     patterns: tuple[str, ...]
     traced: tuple[str, ...] = ()
+    processes: tuple[str, ...] = ()
     tests: Callable[[str], list[str]] = lambda _: []
     module: str | None = None
     limit: int = 120
@@ -82,12 +84,18 @@ def _triton(path: str) -> list[str]:
 ROOMS = {
     room.name: room
     for room in (
-        Room("method", ("aajr_kernels/method/*.py",), ("tests/method", "tests/training")),
+        Room(
+            "method",
+            ("aajr_kernels/method/*.py",),
+            ("tests/method", "tests/training", "tests/integrations/trainer/test_dialogue.py"),
+            ("tests/method/test_distributed.py",),
+        ),
         Room("rules", ("aajr_kernels/rules/*.py",), ("tests/rules", "tests/test_dual.py")),
         Room(
             "training",
             ("aajr_kernels/training/*.py",),
             ("tests/training", "tests/integrations/trainer"),
+            ("tests/integrations/distributed", "tests/training/test_constraint_runs.py"),
             skipped=(("report.py", "the text of a page"), ("progress.py", "the text of a line")),
         ),
         Room(

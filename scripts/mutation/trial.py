@@ -26,7 +26,7 @@ PATIENCE, LEAST = 5, 20
 #: the processor's seconds of tests, nearest first, that a fault has to survive
 ENOUGH = 10
 OPTIONS = "-q -s -x -p no:cacheprovider --no-header -o timeout=0".split()
-CHOICE = ("-m", "not slow and not gpu")
+CHOICE, WITH_SLOW = ("-m", "not slow and not gpu"), ("-m", "not gpu")
 
 
 class _NoBuild(Exception):
@@ -110,7 +110,10 @@ class Trial:
     def of(self, site: Site) -> dict[str, Any]:
         """The row of a fault: killed, survived, or invalid where it does not compile."""
         faulty = site.put(self.root)
-        tests = self._near(site) if self.collected else self.room.tests(site.path)
+        if site.kind == "wrong count" and self.room.processes:
+            tests = list(self.room.processes)
+        else:
+            tests = self._near(site) if self.collected else self.room.tests(site.path)
         try:
             if site.path.endswith(".py"):
                 compile(faulty, site.path, "exec")
@@ -124,7 +127,7 @@ class Trial:
     def _killer(self, site: Site, faulty: str, tests: list[str]) -> str:
         """The test that fails with the fault, and passes without it after the same tests; "": none."""
         while tests and (failed := self._failed(site, faulty, tests)):
-            if self.collected is not None:
+            if self.collected is not None and "::" in tests[0]:
                 clean = self._failed_collected(tests[: tests.index(failed) + 1] if failed in tests else tests)
             else:
                 self._built()
@@ -140,7 +143,12 @@ class Trial:
     def _failed(self, site: Site, faulty: str, tests: list[str]) -> str:
         file = self.root / site.path
         source = file.read_text(encoding="utf-8")
-        if self.collected is not None and self._called(site) not in self.collected.ready["imported"]:
+        is_named = "::" in tests[0]  # as tests are that have been collected
+        if (
+            self.collected is not None
+            and is_named
+            and self._called(site) not in self.collected.ready["imported"]
+        ):
             failed = self._failed_collected(tests, path=str(file), source=source, faulty=faulty)
             if failed != "already run":
                 return failed
@@ -158,9 +166,10 @@ class Trial:
         return self._failure(self.collected, limit, tests=tests, **fault)
 
     def _failed_fresh(self, tests: list[str]) -> str:
+        choice = WITH_SLOW if set(self.room.processes).issuperset(tests[0].split("::")[:1]) else CHOICE
         # pytest warns of what is imported before it
         quiet = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-        arguments = [*OPTIONS, *CHOICE, *quiet, f"--basetemp={self.folder / 'base'}", *tests]
+        arguments = [*OPTIONS, *choice, *quiet, f"--basetemp={self.folder / 'base'}", *tests]
         return self._failure(self.fresh, self.room.limit, environment=self.environment, arguments=arguments)
 
     def _failure(self, worker: Worker, limit: float, **request: Any) -> str:

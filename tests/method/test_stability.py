@@ -290,6 +290,19 @@ def test_sandwich_and_spectral_norm_against_singular_values(policy):
     assert (report.sandwich_lower < 0.95 * report.sandwich_middle).any()
 
 
+def test_a_generator_draws_the_first_direction(policy):
+    """One round of the power iteration still depends on it: equal seeds, equal bits, whatever else is drawn."""
+    loss_fn, x = problem(policy)
+    traj = steps_of(loss_fn, x, 0.3)
+    options = dict(func=policy, output_loss=output_loss, power_iterations=1, curvature="none")
+    first, same, other = (
+        stability_report(loss_fn, x, traj, **options, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(first.spectral_norm, same.spectral_norm)
+    assert not torch.equal(first.spectral_norm, other.spectral_norm)
+
+
 def test_sandwich_of_an_attack_on_some_tokens_stays_among_them():
     net = nn.Linear(2 * N, V).double()
     func = lambda x: net(x.flatten(1))
