@@ -19,6 +19,7 @@ __all__ = [
     "append_rows",
     "flush",
     "markdown",
+    "one_line",
     "parsed",
     "read_object",
     "read_rows",
@@ -90,9 +91,14 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def one_line(text: str) -> str:
+    """Text of somebody else for a line: without line breaks and what a terminal obeys."""
+    return "".join(mark if mark.isprintable() else "\ufffd" for mark in " ".join(text.split()))
+
+
 def markdown(text: str) -> str:
     """Text of somebody else for a Markdown page: one line without what makes a link, HTML or a cell of a table."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
+    escaped = html.escape(one_line(text), quote=False)
     return escaped.translate({ord(mark): f"&#{ord(mark)};" for mark in "[]|`*\\"})
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from aajr_kernels.training.progress import Progress
 from common.command import run
@@ -183,7 +184,7 @@ def _run(
     facts = environment()
     tables.say(
         console,
-        f"{facts['cpu']}, torch {facts['torch']} ({facts['torch_capability']}), native module: "
+        f"{escape(facts['cpu'])}, torch {facts['torch']} ({facts['torch_capability']}), native module: "
         f"{facts['native_capability'] or 'none'}, {facts['threads']} threads",
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -212,7 +213,7 @@ def _run(
                 progress.reach(sum(rounds[: number + 1]), case.name)
         except KeyboardInterrupt:
             progress.stop()
-            kept = f"; their rows are in {rows}" if rows is not None else ""
+            kept = f"; their rows are in {escape(str(rows))}" if rows is not None else ""
             console.print(f"[yellow]Interrupted after {len(results)} of {len(cases)} cases{kept}.[/]")
             raise typer.Exit(130) from None
     return results

@@ -189,7 +189,7 @@ def write_baseline(file: Path, rows: Sequence[Row], results: Sequence[Outcome], 
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [row.line() + "\n" for row in merged(rows, new)]
     write_text(file, "".join(lines))
-    say(console, f"Baseline of {len(lines)} rows in {file}.")
+    say(console, f"Baseline of {len(lines)} rows in {escape(str(file))}.")
     return True
 
 

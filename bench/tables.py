@@ -74,7 +74,7 @@ def _limit(name: str, value: float) -> str:
 
 def show_outcome(outcome: Outcome, console: Console) -> None:
     """The rows of one case, or why there are none."""
-    say(console, f"\n[bold]{outcome.case.name}[/]  [dim]{escape(outcome.case.why)}[/]")
+    say(console, f"\n[bold]{escape(outcome.case.name)}[/]  [dim]{escape(outcome.case.why)}[/]")
     for failure in outcome.failures:
         text = "gate red, no speed" if outcome.gate else "failed"
         say(console, f"[bold red]{text}:[/] {escape(failure)}")

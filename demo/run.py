@@ -90,7 +90,8 @@ def run(
     )
     write_text(out / "report.html", page("aajr_kernels: demonstration", sections, line))
     files = ["report.html", "results.json", *(section.picture.name for section in sections)]
-    console.print(f"{line} Saved in {out}: {', '.join(files)}.", highlight=False, soft_wrap=True)
+    saved = f"{line} Saved in {out}: {', '.join(files)}."
+    console.print(saved, markup=False, highlight=False, soft_wrap=True)
     return results
 
 

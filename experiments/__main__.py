@@ -77,8 +77,7 @@ def experiment(
         fail(str(error))
     page = folder / f"{name}.md"
     write_text(page, selected.report(header, lines, folder))
-    console = Console()
-    console.print(f"{len(lines)} rows in {rows}; the page is {page}.", highlight=False, soft_wrap=True)
+    _tell(f"{len(lines)} rows in {rows}; the page is {page}.")
     if publish:
         pages = ROOT / "docs" / "experiments"
         for place in (pages, committed.parent):
@@ -87,7 +86,11 @@ def experiment(
             shutil.copyfile(rows, committed)
         for file in [page, *sorted(folder.glob("*.png"))]:
             shutil.copyfile(file, pages / file.name)
-        console.print(f"Copied to {committed.parent} and {pages}.", highlight=False, soft_wrap=True)
+        _tell(f"Copied to {committed.parent} and {pages}.")
+
+
+def _tell(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _list() -> None:

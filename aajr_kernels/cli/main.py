@@ -45,7 +45,7 @@ def fail(message: str) -> NoReturn:
 
 
 def run(application: typer.Typer, name: str, extra: str) -> None:
-    """Run a command; a missing package becomes a one-sentence error.
+    """Run a command; a missing package, or a file that cannot be read or written, becomes a one-sentence error.
 
     Args:
         application: the command.
@@ -59,7 +59,7 @@ def run(application: typer.Typer, name: str, extra: str) -> None:
         if package in ("", "aajr_kernels"):
             raise
         fail(f"this command needs the package {package!r}: pip install 'aajr_kernels[{extra}]' brings it.")
-    except (BackendUnavailable, UnsupportedOperation) as error:
+    except (BackendUnavailable, UnsupportedOperation, OSError) as error:
         fail(str(error))
 
 

@@ -247,6 +247,5 @@ def _write(
         fail(str(error))
     console = Console()
     console.print(result.table())
-    console.print(
-        f"Saved in {out}: evaluation.json, evaluation.png, page.md.", highlight=False, soft_wrap=True
-    )
+    saved = f"Saved in {out}: evaluation.json, evaluation.png, page.md."
+    console.print(saved, markup=False, highlight=False, soft_wrap=True)

@@ -33,7 +33,7 @@ def page(title: str, facts: dict[str, Any], evaluation: Evaluation, texts: dict[
             ["attack", "loss", "rise over clean", "gradients", "forwards"],
             [
                 (
-                    entry["name"],
+                    markdown(entry["name"]),
                     _interval(entry["loss"]),
                     _interval(entry["rise"]) if entry["rise"] else "",
                     *(f"{count:,}" for count in entry["calls"] or ()),
@@ -49,7 +49,7 @@ def page(title: str, facts: dict[str, Any], evaluation: Evaluation, texts: dict[
     for name in evaluation.tokens:
         rises = evaluation.attacked[name] - evaluation.clean
         order = rises.argsort(descending=True)[:SHOWN].tolist()
-        lines += [f"## Texts of `{name}`", "", "The rows whose loss rose most.", ""]
+        lines += [f"## Texts of {markdown(name)}", "", "The rows whose loss rose most.", ""]
         for row in order:
             loss = f"{evaluation.clean[row]:.3f} to {evaluation.attacked[name][row]:.3f} nats"
             lines += [

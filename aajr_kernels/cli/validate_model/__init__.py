@@ -61,9 +61,10 @@ def run(
 
 def _show(report: Report, length: int, seconds: float, console: Console) -> None:
     """The model, a table of the checks, failures, what is fused and what is not, and the verdict."""
+    model = escape(report.model)
     say(
         console,
-        f"{report.model}, {report.parameters / 1e6:.3g} M parameters; penalty in the metric {report.metric} along the "
+        f"{model}, {report.parameters / 1e6:.3g} M parameters; penalty in the metric {report.metric} along the "
         f"ascent direction of the loss, {BATCH} rows of {length} tokens, "
         f"{'one of them padded' if report.padded else 'without padding, as it takes no attention_mask'}.",
     )
@@ -72,7 +73,9 @@ def _show(report: Report, length: int, seconds: float, console: Console) -> None
         errors = (check.penalty_error, check.output_error, check.gradient_error)
         numbers = ["-" if error != error else f"{error:.1e}" for error in errors]
         share = f"{check.share:.0%}" if check.judged and check.share == check.share else ""
-        sheet.add_row(check.name, check.dtype, *numbers, share, f"{check.seconds:.2g}", RESULTS[check.result])
+        sheet.add_row(
+            escape(check.name), check.dtype, *numbers, share, f"{check.seconds:.2g}", RESULTS[check.result]
+        )
     console.print(sheet)
     lines = [
         "[dim]Relative errors against the model in float64 with written-out layers; gradients: of all parameters, "
@@ -80,15 +83,18 @@ def _show(report: Report, length: int, seconds: float, console: Console) -> None
     ]
     for check in report.checks:
         if check.result == "fail" or (check.result == "shown" and check.share != check.share):
-            lines.append(f"[yellow]{check.name} {check.dtype}:[/] {escape(check.failure)}")
+            lines.append(f"[yellow]{escape(check.name)} {check.dtype}:[/] {escape(check.failure)}")
     lines.append(
         f"Finite differences of the oracle's penalty confirm its gradient to {report.finite_differences:.1e}."
         if report.finite_differences <= CONFIRMED
         else f"Finite differences do not confirm the oracle: {report.finite_differences:.1e}."
     )
-    lines += ["[dim]Fused:[/] {what}, {count} x {modules}".format_map(row) for row in report.fused]
     lines += [
-        f"[yellow]Not fused:[/] {module}: {escape(reason)}" for module, reason in report.not_fused.items()
+        "[dim]Fused:[/] " + escape("{what}, {count} x {modules}".format_map(row)) for row in report.fused
+    ]
+    lines += [
+        f"[yellow]Not fused:[/] {escape(f'{module}: {reason}')}"
+        for module, reason in report.not_fused.items()
     ]
     judged = [check for check in report.checks if check.judged]
     last = judged[-1]
@@ -106,7 +112,7 @@ def _show(report: Report, length: int, seconds: float, console: Console) -> None
     else:
         steps = ", ".join(dict.fromkeys(f"{check.name} on {check.device}" for check in judged))
         lines.append(
-            f"[bold green]Passed:[/] {report.model}, {steps}; at most {max(c.share for c in judged):.0%} of an error "
+            f"[bold green]Passed:[/] {model}, {steps}; at most {max(c.share for c in judged):.0%} of an error "
             f"budget used, in {seconds:.0f} s."
         )
     say(console, "\n".join(lines))

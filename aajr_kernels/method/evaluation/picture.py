@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...files import replace
+from ...files import one_line, replace
 
 __all__ = ["draw"]
 
@@ -15,6 +15,13 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 def draw(evaluation: Any, path: Path, level: float) -> None:
     """Write the picture of an :class:`Evaluation` to `path`, in the format of its ending."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # names of attacks are no formulas
+        _draw(evaluation, path, level)
+
+
+def _draw(evaluation: Any, path: Path, level: float) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,13 +35,13 @@ def draw(evaluation: Any, path: Path, level: float) -> None:
         bars.barh(place, mean, color=colours.get(entry["name"], "#888888"), height=0.6)
         if low is not None:
             bars.plot([low, high], [place, place], color="black", linewidth=1.2)
-    bars.set_yticks(range(len(entries)), [entry["name"] for entry in reversed(entries)])
+    bars.set_yticks(range(len(entries)), [one_line(entry["name"]) for entry in reversed(entries)])
     interval = f", {level:.0%} intervals" if len(evaluation.clean) > 1 else ""
     bars.set(xlabel="mean loss", title=f"{len(evaluation.clean)} rows{interval}")
     for name, curve in evaluation.curves.items():
         means = curve.mean(-1).tolist()
         steps = [step / max(len(means) - 1, 1) for step in range(len(means))]
-        label = f"{name} ({len(means) - 1})"
+        label = f"{one_line(name)} ({len(means) - 1})"
         lines.plot(steps, means, marker="o", markersize=3, color=colours[name], label=label)
     lines.set(
         xlabel="share of the steps or replacements (their number)",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...files import one_line
 from .scene import Found
 
 __all__ = ["Evaluation", "Interval"]
@@ -135,6 +136,7 @@ class Evaluation:
 
     def table(self, level: float = 0.95) -> Any:
         """A table of rich: mean losses, their rise, and what it cost."""
+        from rich.markup import escape
         from rich.table import Table
 
         several = len(self.clean) > 1
@@ -145,7 +147,9 @@ class Evaluation:
         )
         for entry in self.summary(level):
             cells = [_cell(entry[name]) if entry[name] else "" for name in ("loss", "rise")]
-            made.add_row(entry["name"], *cells, *(f"{count:,}" for count in entry["calls"] or ()))
+            made.add_row(
+                escape(one_line(entry["name"])), *cells, *(f"{count:,}" for count in entry["calls"] or ())
+            )
         for column in made.columns:
             column.no_wrap = True
         for column in made.columns[1:]:
