@@ -3,6 +3,7 @@
 AddressSanitizer and UndefinedBehaviourSanitizer look on:
 
     python scripts/sanitize.py [--jobs N] [pytest arguments]
+    python scripts/sanitize.py --minutes 30    # changed arguments of the entries, for that long
 
 The modules go to build/sanitize and do not touch the installed ones. The sanitizer's library has to be loaded before
 Python itself, so the tests run under LD_PRELOAD; leaks are not looked for, because the interpreter keeps memory until
@@ -20,7 +21,14 @@ from pathlib import Path
 from native_build import ROOT, SUFFIX, build, find, run
 
 FOLDER = ROOT / "build" / "sanitize"
-TESTS = ["tests/backends/cpu", "tests/backends/test_cuda.py", "tests/backends/test_entries.py", "tests/ops"]
+FUZZ = "tests/backends/test_argument_fuzz.py"
+TESTS = [
+    "tests/backends/cpu",
+    "tests/backends/test_cuda.py",
+    "tests/backends/test_entries.py",
+    FUZZ,
+    "tests/ops",
+]
 SETTINGS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:strict_string_checks=1:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
@@ -53,6 +61,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", default="1", help="test processes")
+    parser.add_argument("--minutes", default="0", help=f"run {FUZZ} for so many minutes instead")
     parser.add_argument("tests", nargs="*", help=f"pytest arguments instead of {' '.join(TESTS)}")
     options, rest = parser.parse_known_args()
     if not sys.platform.startswith("linux"):
@@ -71,11 +80,17 @@ def main() -> int:
     # AddressSanitizer, and the C++ library whose exceptions it has to find when it starts
     address = library(compiler, "libasan.so", "libclang_rt.asan-x86_64.so", "libclang_rt.asan.so")
     preloaded = f"{address} {library(compiler, 'libstdc++.so.6', 'libstdc++.so')}"
+    tests = options.tests or ([FUZZ] if float(options.minutes) else TESTS)
     workers = ["-n", options.jobs] if options.jobs != "1" else []
     # a report goes to the terminal, also from a process that it ends
     arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", "--capture=sys", *workers]
-    command = [sys.executable, "-m", "pytest", *arguments, *(options.tests or TESTS), *rest]
-    environment = {**os.environ, **SETTINGS, "LD_PRELOAD": preloaded}
+    command = [sys.executable, "-m", "pytest", *arguments, *tests, *rest]
+    environment = {
+        **os.environ,
+        **SETTINGS,
+        "LD_PRELOAD": preloaded,
+        "AAJR_FUZZ_MINUTES": options.minutes,
+    }
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

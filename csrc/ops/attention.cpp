@@ -98,11 +98,11 @@ void fill(AttentionProblem& p, const Args& a, const Optional& optional) {
   p.q = rows_of(q, "q", p.dtype);
   KeyPart own = part_of(k, v, p);
   rows_of(out, "out", p.dtype);
+  if (out.size[0] < 1 || out.size[0] > INT32_MAX) fail("out must have a stack, and fewer than 2^31.");
   p.K = static_cast<int>(out.size[0]) - 1;
   p.B = q.size[1], p.H = q.size[2], p.N = q.size[3], p.D = q.size[4];
   p.HK = k.size[2], p.V = v.size[4];
   check_stacks(q, "q", p.K), check_stacks(k, "k", p.K), check_stacks(v, "v", p.K);
-  if (p.K < 0) fail("out must have a stack.");
   if (p.HK < 1 || p.H % p.HK) fail("the heads of q must be a multiple of those of k.");
   check_shape(k, "k", {k.size[0], p.B, p.HK, own.rows, p.D});
   check_shape(v, "v", {v.size[0], p.B, p.HK, own.rows, p.V});
