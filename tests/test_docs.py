@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 REGISTRIES = (registry.RULES, registry.KINDS, registry.METHODS)
 #: page -> the optional packages it needs
 PAGES = {
+    "adversaries.md": ["transformers", "peft"],
     "agents.md": ["transformers", "peft", "accelerate", "trl", "datasets"],
     "compile.md": ["transformers"],
     "context.md": ["transformers"],

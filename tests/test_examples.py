@@ -18,6 +18,7 @@ NEEDS = {
     "hf_trainer": ["transformers", "accelerate"],
     "latent_attack": ["transformers", "accelerate"],
     "latent_plain": ["transformers", "accelerate"],
+    "targeted_attack": ["transformers"],
     "trl_grpo": ["trl", "datasets", "peft"],
     "trl_sft": ["trl", "datasets", "peft"],
     "two_agents_adapters": ["transformers", "peft"],
