@@ -69,6 +69,8 @@ def _mark_for_the_device(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if unnamed := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"a test needs an id that is the same in every process, got {unnamed[0]}")
     if torch.cuda.is_available():
         _mark_for_the_device(items)
         return

@@ -165,7 +165,9 @@ def test_losses_penalty_and_gradients(at, names, changes):
 
 
 @pytest.mark.parametrize(
-    "loss", [Targeted(1.0, away=0.5), KL(), KL("reference"), Payoff(lambda z, _: z[..., 2].sum(-1))], ids=str
+    "loss",
+    [Targeted(1.0, away=0.5), KL(), KL("reference"), Payoff(lambda z, _: z[..., 2].sum(-1))],
+    ids=["targeted", "KL from the clean output", "KL from the reference", "payoff"],
 )
 def test_losses_of_the_adversary(loss):
     """An ascent on what the hooks see."""
