@@ -207,6 +207,7 @@ def fit_agents(
                     if on_step is not None:
                         on_step(row)
                 if checkpoints is not None and (is_last or (step + 1) % config.checkpoint_every == 0):
+                    recorder.flush()
                     run.save(checkpoints, step + 1)
                 display.reach(step + 1, ", ".join(f"{row['agent']} {row['loss']:.4g}" for row in rows))
     finally:

@@ -282,8 +282,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    loaded: dict[str, Tensor] = _safetensors().load_file(path)
-    return loaded
+    # in memory of their own: those of safetensors are pages of the file, which would keep its room after its removal
+    return {name: value.clone() for name, value in _safetensors().load_file(path).items()}
 
 
 def _safetensors() -> Any:

@@ -148,6 +148,7 @@ def fit(
                 if evaluate is not None and (last or _due(step, config.evaluate_every)):
                     recorder.add(run.evaluated(evaluate, step))
                 if checkpoints is not None and (last or _due(step, config.checkpoint_every)):
+                    recorder.flush()
                     run.save(checkpoints, step + 1)
                 display.reach(step + 1, f"loss {row['loss']:.4g}")
     except NonFiniteLossError as error:

@@ -90,6 +90,19 @@ class Recorder:
         if self.writer is not None:
             report.log(self.writer, step)
 
+    def flush(self) -> None:
+        """Rows to the disk, before a checkpoint is there that they belong to.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        if self.folder is None:
+            return
+        for path in (*(self.folder / name for name in self.FILES), self.folder):
+            if path.exists():
+                with files.writing(path):
+                    files.flush(path)
+
     def close(self) -> None:
         """Close what is open."""
         if self.writer is not None:

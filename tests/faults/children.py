@@ -95,6 +95,10 @@ class Points:
         """On the files of a folder."""
         return self._audited(out, OPERATIONS)
 
+    def failing_operations(self, out: Path) -> Points:
+        """On the files of a folder, but for the beginning of a removal, at which nothing is done that can fail."""
+        return self._audited(out, OPERATIONS - {"shutil.rmtree"})
+
     def renames(self, out: Path) -> Points:
         """Of what was written, into its place."""
         return self._audited(out, {"os.rename"})

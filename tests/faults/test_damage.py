@@ -245,3 +245,21 @@ def test_a_damaged_objective_of_a_trainer_is_as_it_was_or_named(drawn, tmp_path)
         assert left == state or str(path) in message, f"byte {place}"
     path.write_text(json.dumps(state))
     assert files.read_object(path) == state, "one from before checksums"
+
+
+def test_what_was_read_from_a_checkpoint_does_not_depend_on_its_files(run, tmp_path):
+    """Not pages of them: they would keep the room of removed checkpoints, and change with what overwrites them."""
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    checkpoint = Checkpoints(tmp_path / "checkpoints").newest()
+    expected = all_of(checkpoint)
+    weights, state = checkpoint.weights(), checkpoint.state()
+    for name in ("model.safetensors", "state.safetensors"):
+        size = (checkpoint.path / name).stat().st_size
+        with (checkpoint.path / name).open("r+b") as file:
+            file.write(bytes(size))
+
+    class Read:
+        step, config = checkpoint.step, checkpoint.config
+        weights, state = staticmethod(lambda: weights), staticmethod(lambda: state)
+
+    assert all_of(Read) == expected

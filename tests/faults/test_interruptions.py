@@ -31,9 +31,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has 
 SETTINGS = dict(steps=4, accumulate=1, checkpoint_every=1, diagnostics=Diagnostics(every=2))
 
 
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
-    monkeypatch.setattr("aajr_kernels.training.report._figure", lambda *_: False)
+@pytest.fixture(autouse=True, scope="module")
+def without_figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aajr_kernels.training.report._figure", lambda *_: False)
+        yield
 
 
 def whole_run(out: Path | None, seed: int = 0):
@@ -81,6 +83,14 @@ def total(tmp_path_factory) -> int:
     return int(number)
 
 
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory) -> int:
+    out = tmp_path_factory.mktemp("counted") / "run"
+    code, number = in_a_child(out, lambda: Points().failing_operations(out))
+    assert code == 0 and int(number) > 50, number
+    return int(number)
+
+
 @scaled(quick=3)
 def test_killed_at_any_file_operation(drawn, total, straight, tmp_path):
     for number in drawn(range(1, total + 1)):
@@ -92,15 +102,15 @@ def test_killed_at_any_file_operation(drawn, total, straight, tmp_path):
 
 
 @scaled(quick=3)
-def test_any_file_operation_fails(drawn, total, straight, tmp_path):
+def test_any_file_operation_fails(drawn, failing, straight, tmp_path):
     problems = (errno.ENOSPC, errno.EROFS, errno.EIO)
-    for number, problem in drawn(itertools.product(range(1, total + 1), problems)):
+    for number, problem in drawn(itertools.product(range(1, failing + 1), problems)):
         out = tmp_path / f"{number}-{problem}"
 
         def fail(problem: int = problem) -> None:
             raise OSError(problem, os.strerror(problem))
 
-        code, said = in_a_child(out, lambda: Points(number, fail).operations(out))
+        code, said = in_a_child(out, lambda: Points(number, fail).failing_operations(out))
         # what only tidies up may pass over it
         assert code == 0 or (code == 1 and str(out) in said and os.strerror(problem) in said), (number, said)
         goes_on(out, straight)
@@ -187,3 +197,34 @@ def test_killed_at_random_times(straight, tmp_path):
         assert code in (0, -signal.SIGALRM), said
         goes_on(out, straight)
         count("interruptions", kills=int(code < 0))
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_they_belong_to(tmp_path, monkeypatch):
+    """The system may write in another order than it was told, unless a file is flushed: power that fails between."""
+    done: list[tuple[str, str]] = []
+    flush, rename = os.fsync, Path.rename
+
+    def flushed(handle: int) -> None:
+        place = os.fstat(handle)
+        names = [p for p in [tmp_path, *tmp_path.rglob("*")] if os.path.samestat(p.stat(), place)]
+        done.append(("flush", str(names[0].relative_to(tmp_path))))
+        flush(handle)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append(("rename", target.name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    whole_run(tmp_path)
+    places = [i for i, (what, _) in enumerate(done) if what == "rename"]
+    assert [done[i][1] for i in places] == [f"step-{n:08d}" for n in range(1, 5)]
+    for before, here in zip([-1, *places], places):
+        order = [name for what, name in done[before + 1 : here] if what == "flush"]
+        order = order[order.index("metrics.jsonl") :]
+        rows = ["metrics.jsonl", *(["stability.jsonl"] if here > places[0] else []), "."]
+        made = next(name for name in order if name.startswith("checkpoints/.writing"))
+        inner = [f"{made.split('/model')[0]}/{name}" for name in ("model.safetensors", "state.safetensors")]
+        folder = made.split("/model")[0]
+        assert order == [*rows, *inner, f"{folder}/manifest.json", folder]
+        assert done[here + 1] == ("flush", "checkpoints")
