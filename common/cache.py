@@ -30,9 +30,10 @@ def cached(folder: Path, make: Callable[[Path], object]) -> Path:
     """
     if folder.exists():
         reason = _damage(folder)
-        if not reason:
+        if reason is None:
             return folder
-        warnings.warn(f"{folder} is made anew: {reason}.", RuntimeWarning, stacklevel=2)
+        if reason:
+            warnings.warn(f"{folder} is made anew: {reason}.", RuntimeWarning, stacklevel=2)
     made = folder.with_name(f".writing-{os.getpid()}-{folder.name}")
     with writing(folder):
         try:
@@ -49,20 +50,19 @@ def cached(folder: Path, make: Callable[[Path], object]) -> Path:
     return folder
 
 
-def _damage(folder: Path) -> str:
-    """Why it cannot be used, or nothing."""
+def _damage(folder: Path) -> str | None:
+    """Why it cannot be used; empty where an earlier version made it, without checksums; None: it can be used."""
     try:
-        text = (folder / MARK).read_text(encoding="utf-8")
-        facts = read_object(folder / MARK) if text else {}
+        if not (folder / MARK).read_bytes():
+            return ""
+        facts = read_object(folder / MARK)
     except (OSError, ValueError) as error:
         return f"its file {MARK} cannot be read ({error})"
-    if not facts:
-        return "it has no checksums"
     for name, expected in facts.items():
         path = folder / name
         if not path.is_file() or _facts(path) != expected:
             return f"{name} does not have its checksum"
-    return ""
+    return None
 
 
 def _facts(path: Path) -> list[int]:
