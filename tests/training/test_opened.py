@@ -102,6 +102,9 @@ def by_hand(net: nn.Module, data: dict[str, Any], config: ObjectiveConfig, names
         worst = torch.stack(losses).argmax(0)
         at_worst = torch.stack(points)[worst, torch.arange(len(worst))]
         clean, adversarial = sums(delta).sum() / tokens, sums(at_worst).sum() / tokens
+        if config.adversarial_loss == KL():
+            kept, moved = func(delta).log_softmax(-1), func(at_worst).log_softmax(-1)
+            adversarial = (kept.exp() * (kept - moved)).sum(-1)[labels != -100].sum() / tokens
         penalties = []
         for point, along in zip(points, directions):
             tangents = along.unsqueeze(0)
@@ -132,6 +135,7 @@ def by_hand(net: nn.Module, data: dict[str, Any], config: ObjectiveConfig, names
     ("at", "names", "changes"),
     [
         (-1, (SECOND,), {}),
+        (-1, (SECOND,), dict(adversarial_loss=KL(), share_context=True)),
         ([INSIDE, 1], (INSIDE, SECOND), dict(share_context=True)),
         (
             ["embedding", 0],
@@ -148,7 +152,7 @@ def by_hand(net: nn.Module, data: dict[str, Any], config: ObjectiveConfig, names
             ),
         ),
     ],
-    ids=["layer", "several", "embedding too", "places as agents"],
+    ids=["layer", "divergence under attack", "several", "embedding too", "places as agents"],
 )
 def test_losses_penalty_and_gradients(at, names, changes):
     attack = replace(ATTACK, at=at, **changes.get("attack", {}))
