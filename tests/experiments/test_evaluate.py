@@ -97,7 +97,7 @@ def test_a_file_of_prompts_is_evaluated(folder, tmp_path):
     assert len(written["texts"]["suffix"][row]) > len("no, never")
     assert written["texts"]["suffix"][row].startswith("no, never") and changed != "no, never"
     page = (tmp_path / "first" / "page.md").read_text()
-    assert f"| clean | {evaluation.clean.mean():.4f}" in page and "## Texts of `suffix`" in page
+    assert f"| clean | {evaluation.clean.mean():.4f}" in page and "## Texts of suffix\n" in page
     assert (tmp_path / "first" / "evaluation.png").stat().st_size > 10_000
     # the clean loss of the first row is that of the model itself
     from transformers import AutoModelForCausalLM
