@@ -4,21 +4,33 @@ AddressSanitizer and UndefinedBehaviourSanitizer look on:
 
     python scripts/sanitize.py [--jobs N] [pytest arguments]
     python scripts/sanitize.py --minutes 30    # changed arguments of the entries, for that long
+    python scripts/sanitize.py --races         # instead ThreadSanitizer over the self-test, without Python
 
 The modules go to build/sanitize and do not touch the installed ones. The sanitizer's library has to be loaded before
 Python itself, so the tests run under LD_PRELOAD; leaks are not looked for, because the interpreter keeps memory until
 it ends. Any report ends the test process. Linux, with g++ or clang++.
+
+ThreadSanitizer must have compiled all code whose threads share memory; the OpenMP library, Python and torch are not. So
+it looks at the program aajr_selftest (csrc/tests) in a build whose kernels start their own threads: several threads
+call every kernel at once, and each call shares its work among threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 from native_build import ROOT, SUFFIX, build, find, run
+
+sys.path.insert(0, str(ROOT))
+
+from common.trust import count
 
 FOLDER = ROOT / "build" / "sanitize"
 FUZZ = "tests/backends/test_argument_fuzz.py"
@@ -46,6 +58,23 @@ DEFINITIONS = {
     "AAJR_CUDA_HOST": "ON",
 }
 
+CALLERS, THREADS = 4, 3
+
+
+def races() -> int:
+    """Build the self-test with ThreadSanitizer and run it; the exit status."""
+    folder = ROOT / "build" / "thread"
+    definitions = {**DEFINITIONS, "AAJR_SANITIZE": "thread", "AAJR_OPENMP": "OFF", "AAJR_SELFTEST": "ON"}
+    build(folder, "aajr_selftest", **{**definitions, "AAJR_CUDA_HOST": "OFF"})
+    command = [str(folder / "aajr_selftest"), "--callers", str(CALLERS), "--threads", str(THREADS)]
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, check=False)
+    print(done.stdout, end="")
+    if done.returncode == 0:
+        problems = sum(line.startswith("pass ") for line in done.stdout.splitlines())
+        count("races", callers=CALLERS, threads_each=THREADS, problems=problems, reports=0)
+    return done.returncode
+
 
 def library(compiler: str, *names: str) -> str:
     """Path of the first of these libraries that the compiler knows."""
@@ -62,6 +91,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", default="1", help="test processes")
     parser.add_argument("--minutes", default="0", help=f"run {FUZZ} for so many minutes instead")
+    parser.add_argument("--races", action="store_true", help="run the self-test under ThreadSanitizer")
     parser.add_argument("tests", nargs="*", help=f"pytest arguments instead of {' '.join(TESTS)}")
     options, rest = parser.parse_known_args()
     if not sys.platform.startswith("linux"):
@@ -76,6 +106,8 @@ def main() -> int:
     )
     if compiler is None:
         raise SystemExit("[sanitize] error: no C++ compiler was found: install g++ or clang++.")
+    if options.races:
+        return races()
     build(FOLDER, **DEFINITIONS)
     # AddressSanitizer, and the C++ library whose exceptions it has to find when it starts
     address = library(compiler, "libasan.so", "libclang_rt.asan-x86_64.so", "libclang_rt.asan.so")
@@ -91,7 +123,17 @@ def main() -> int:
         "LD_PRELOAD": preloaded,
         "AAJR_FUZZ_MINUTES": options.minutes,
     }
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    results, begin = FOLDER / "results.xml", time.monotonic()
+    status = subprocess.run(
+        [*command, f"--junitxml={results}"], cwd=ROOT, env=environment, check=False
+    ).returncode
+    if status == 0:
+        (suite,) = ElementTree.parse(results).getroot()
+        passed = int(suite.attrib["tests"]) - int(suite.attrib["skipped"])
+        count(
+            "sanitized", minutes=math.floor((time.monotonic() - begin) / 60), tests_passed=passed, reports=0
+        )
+    return status
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 #include <deque>
 #include <initializer_list>
 #include <limits>
+#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -88,7 +89,11 @@ class Run {
       if (name == entry.name) {
         Args args;
         args.tensors = tensors, args.ints = ints, args.floats = floats, args.threads = threads_;
-        called().insert(name);
+        {
+          static std::mutex mutex;
+          const std::lock_guard<std::mutex> lock(mutex);
+          called().insert(name);
+        }
         entry.entry(args);
         return;
       }
