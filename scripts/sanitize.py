@@ -114,8 +114,9 @@ def main() -> int:
     preloaded = f"{address} {library(compiler, 'libstdc++.so.6', 'libstdc++.so')}"
     tests = options.tests or ([FUZZ] if float(options.minutes) else TESTS)
     workers = ["-n", options.jobs] if options.jobs != "1" else []
-    # a report goes to the terminal, also from a process that it ends
-    arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", "--capture=sys", *workers]
+    # a report goes to the terminal, also from a process that it ends; the limit is for tests without sanitizers
+    settings = ["-q", "-p", "no:cacheprovider", "-o", "timeout=1800", "--capture=sys"]
+    arguments = [*settings, "-m", "not slow and not gpu", *workers]
     command = [sys.executable, "-m", "pytest", *arguments, *tests, *rest]
     environment = {
         **os.environ,
