@@ -260,7 +260,7 @@ def retyped(example: Example, i: int, rng: random.Random) -> str:
 
 
 def raw(example: Example, i: int, rng: random.Random) -> str:
-    """What no tensor is."""
+    """Give a pointer, type, shape or strides that no tensor has."""
     example.keep.append(example.tensors[i])
     address, code, shape, strides = example.tensors[i].view()
     size = example.tensors[i].base.element_size()

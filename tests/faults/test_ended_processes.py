@@ -89,7 +89,7 @@ def pair(
 
 
 def finished(out: Path, *begin: Callable[[], object], **options) -> list[list[str]]:
-    """What both returned."""
+    """The results of both processes."""
     with pair(out, *begin, **options) as children:
         results = [child.result() for child in children]
     assert [code for code, _ in results] == [0] * WORLD, results
@@ -98,7 +98,7 @@ def finished(out: Path, *begin: Callable[[], object], **options) -> list[list[st
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Parameters and rows of a training that nobody interrupts, and the calls that each process makes."""
+    """Parameters and rows of an uninterrupted training, and the calls that each process makes."""
 
     out = tmp_path_factory.mktemp("straight") / "run"
     with pytest.MonkeyPatch.context() as patch:
