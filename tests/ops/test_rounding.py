@@ -85,7 +85,7 @@ def test_a_wrong_gradient_of_a_low_dtype_is_above_the_budget():
 
 
 def terms_of_one_key(p: Problem, scale: float) -> list[Tensor]:
-    """Terms that cancel in the gradients of q and k, their sizes: attention whose weight is not divided by their sum."""
+    """Sizes of terms that cancel in the gradients of q and k: attention whose weight is not divided by their sum."""
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = scale * q @ k.mT
