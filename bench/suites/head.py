@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aajr_kernels import LMHead, aligned_penalty
+from aajr_kernels import LMHead, aligned_penalty, lm_kl
 from aajr_kernels.dual import Dual
 from aajr_kernels.ops.head import lm_head_sensitivity
 from aajr_kernels.testing.formulas import fisher
@@ -26,12 +27,20 @@ RATIO, EXTRA_BYTES = 2.3, 64e6
 SHARED = 1.1
 #: loss and penalty on every n-th token only, over those on all
 IGNORED = {2: 0.55, 8: 0.17}
+#: peak of a streamed KL over that of one from logits in memory
+KL_PEAK = 0.35
 #: matrix products over the vocabulary: plain, fisher
 PRODUCTS = {"both": (3, 8), "forward": (1, 2), "backward": (2, 6)}
 
 
 def cases(selection: Selection) -> list[Case]:
-    makers = {"fisher": (_fisher, 512), "shared": (_shared, 512), "ignored": (_ignored, 1024)}
+    makers: dict[str, tuple[Callable[..., Case], int]] = {
+        "fisher": (_fisher, 512),
+        "shared": (_shared, 512),
+        "ignored": (_ignored, 1024),
+        "kl": (_kl, 512),
+        "kl-attack": (functools.partial(_kl, attack=True), 512),
+    }
     return [
         maker(dtype, n, selection)
         for family, (maker, length) in makers.items()
@@ -178,6 +187,49 @@ def _ignored(dtype: str, length: int, selection: Selection) -> Case:
     )
 
 
+def _kl(dtype: str, length: int, selection: Selection, attack: bool = False) -> Case:
+    """KL of two outputs of one head, streamed and of logits in memory; an attack has gradients of q only."""
+
+    def inputs(n: int) -> tuple[list[Tensor], list[Tensor], None]:
+        weight = draw(VOCABULARY, HIDDEN, dtype="float32", seed=1) * HIDDEN**-0.5
+        p, q = draw(2, 2, 1, n, HIDDEN, dtype=dtype)
+        return [p, q], [weight.to(p.dtype)], None
+
+    def operands(p: Tensor, q: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (p.detach(), q, weight.detach()) if attack else (p, q, weight)
+
+    def formed(p: Tensor, q: Tensor, weight: Tensor) -> Tensor:
+        p, q, weight = operands(p, q, weight)
+        z_p, z_q = F.linear(p, weight).flatten(0, 1), F.linear(q, weight).flatten(0, 1)
+        wide = torch.promote_types(z_p.dtype, torch.float32)
+        log_p, log_q = (F.log_softmax(z, -1, dtype=wide) for z in (z_p, z_q))
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+    def streamed(p: Tensor, q: Tensor, weight: Tensor) -> Tensor:
+        p, q, weight = operands(p, q, weight)
+        per_token: Tensor = lm_kl(p, q, head=LMHead(weight))
+        return per_token.mean()
+
+    op = Op(inputs, selection.part, selection.device)
+    item = getattr(torch, dtype).itemsize
+    leaves = item * HIDDEN * (length if attack else VOCABULARY + 2 * length)
+    costs: dict[str, Any] = {"gradient_bytes": leaves}
+    sizes = (HIDDEN, VOCABULARY, selection.device, selection.part, attack)
+    ours = Variant("streamed", op.plain(streamed), op.truth(formed), key=("kl", "streamed", sizes), **costs)
+    ways = [
+        Variant("logits in memory", op.plain(formed), op.truth(formed), key=("kl", "formed", sizes), **costs),
+        _bounded(ours, dtype, length, selection, peak_ratio=KL_PEAK),
+    ]
+    return selection.case(
+        *("head", "kl-attack" if attack else "kl", dtype, length, ways),
+        base=("logits in memory",),
+        config={"V": VOCABULARY, "C": HIDDEN, "gradients": "q" if attack else "p, q, weight"},
+        repeats=10,
+        peak=selection.part == "both",
+        why="streamed KL ÷ KL of logits in memory",
+    )
+
+
 def _bounded(
     variant: Variant, dtype: str, length: int, selection: Selection, at: int = 512, **bounds: float
 ) -> Variant:
@@ -187,5 +239,5 @@ def _bounded(
 
 SUITE = Suite(
     *("head", "streamed Fisher head, 512 tokens x 32000 words x hidden 384"),
-    *(("fisher", "shared", "ignored"), cases),
+    *(("fisher", "shared", "ignored", "kl", "kl-attack"), cases),
 )

@@ -265,6 +265,8 @@ def test_a_compiled_call_agrees():
     assert_exact(compiled, call(q), tolerance=1e-12, floor=1e-9)
     ours, want = torch.autograd.grad(compiled.sum(), leaf)[0], torch.autograd.grad(call(leaf).sum(), leaf)[0]
     assert_exact(ours, want, tolerance=1e-12, floor=1e-9)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda q: call(q), backend="eager", fullgraph=True)(leaf)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from training.talkers import adapted, objective, opened, team
 import aajr_kernels as aajr
 from aajr_kernels.method.dialogue import Dialogue, play
 from aajr_kernels.testing import oracle
-from aajr_kernels.training import AgentsConfig, Attack, Objective, ObjectiveConfig, Penalty
+from aajr_kernels.training import KL, AgentsConfig, Attack, Objective, ObjectiveConfig, Penalty
 from aajr_kernels.training.agents import _Run
 
 pytest.importorskip("transformers")
@@ -108,6 +108,36 @@ def test_both_weights_count_beside_a_payoff(clean, steps):
     assert bool(added.total > 0)
     for p, g, more in zip(seller.parameters(), actual, of_penalty):
         torch.testing.assert_close(g, p.grad + more, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_an_anchor_keeps_an_agent_near_the_base_model(direction):
+    """KL of its tokens to the model without adapters, beside the policy gradient; it reaches the own adapter only."""
+    model = adapted("buyer", "seller")
+    agents = team(model, "buyer", "seller")
+    seller, dialogue = agents["seller"], talk(agents)
+    anchored = dict(anchor=KL("reference", direction), anchor_weight=0.3)
+    run = _Run(agents, lambda *_: dialogue, AgentsConfig(1, objective(attack=Attack(radius=0.0), **anchored)))
+    with seller.acting(), oracle.KeepFloat64(aajr.Dual):
+        own = run.objectives["seller"]
+        terms, _ = run.terms(0, seller, own, own.prepared(dialogue.batch("seller")), PAYOFF)
+        terms.total.backward()
+        actual = [p.grad.clone() for p in seller.parameters()]
+        others = [p.grad for name, p in model.named_parameters() if "seller" not in name]
+        model.zero_grad()
+        said = (dialogue.speakers == 1)[1:]
+        logits = lambda: F.log_softmax(model(input_ids=dialogue.ids).logits[:, :-1][:, said], -1)
+        with torch.no_grad(), model.disable_adapter():
+            reference = logits()
+        pair = (logits(), reference) if direction == "reverse" else (reference, logits())
+        kl = (pair[0].exp() * (pair[0] - pair[1])).sum(-1).mean()
+        x = seller.policy.embed(dialogue.ids)
+        (surrogate(model, x, dialogue, weights_of("mean")) + 0.3 * kl).backward()
+    assert float(kl.detach()) > 1e-6
+    torch.testing.assert_close(terms.parts["anchor"], kl.detach(), rtol=1e-10, atol=0)
+    assert all(grad is None for grad in others)
+    for p, g in zip(seller.parameters(), actual, strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-8, atol=1e-13)
 
 
 @pytest.mark.parametrize("learns", ["loss", "payoff"])

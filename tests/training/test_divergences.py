@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assertions import assert_exact
-from integrations.trainer.trainers import gpt2
+from integrations.trainer.trainers import Rows, collate, gpt2, trained
+from integrations.trainer.trainers import rows_of as rows_of_log
 from torch import Tensor, nn
 from training.test_losses import adapted
 from training.test_sharing import START, batch, model
@@ -222,6 +223,32 @@ def test_a_training_resumes_bit_by_bit_with_its_reference(tmp_path, monkeypatch)
     weighted = [row["weight"] * (row.get("penalty") or 0.0) for row in rows]
     assert [row["loss"] for row in rows] == pytest.approx([a + b for a, b in zip(total, weighted)], rel=1e-5)
     assert "| anchor |" in (tmp_path / "parts" / "report.md").read_text()
+
+
+def test_the_trainer_takes_them(tmp_path):
+    """Micro-batches of unequal lengths in ``transformers.Trainer``: the adapters' gradients are those of one batch."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    from aajr_kernels.integrations.trainer import AAJRTrainer
+
+    config = replace(CASES["trades with a penalty"], anchor_weight=0.4, seed=11)
+    net = adapted()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # masks depend on the micro-batch
+    objective = Objective(copy.deepcopy(net).train(), config)
+    terms = objective(collate(list(Rows())))
+    terms.total.backward()
+    ways = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, objective=config)
+    trainer, (actual,) = trained(AAJRTrainer, net, tmp_path, **ways)
+    expected = {name: p.grad for name, p in objective.model.named_parameters() if p.requires_grad}
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        exact(gradient, expected[name], name)
+    (row,) = rows_of_log(trainer)
+    for part in ("adversarial_loss", "clean_loss", "penalty", "anchor"):
+        assert row[part] == pytest.approx(float(terms.parts[part]), rel=1e-6), part
+        assert row[part] > 1e-4
 
 
 BAD = {
