@@ -42,7 +42,7 @@ struct ForwardChunk {
   const float* transposed;
   float* at_label;
 
-  void add_tile(const Workspace& w, int64_t block, int64_t word, int64_t words, bool first, const State& s) const {
+  void add_tile(const Workspace& w, int64_t block, int64_t word, int64_t words, const State& s) const {
     float* tile = p.kept != nullptr ? p.kept + word * l.ld : w.tile;
     logits_product(l, words, w.weight, transposed + block * l.hidden(), tile);
     const int64_t begin = block * l.block, count = min64(l.block, tokens - begin);
@@ -57,7 +57,7 @@ struct ForwardChunk {
           const int64_t label = p.labels[token + begin + j] - word;
           if (label >= 0 && label < words) at_label[begin + j] = tile[label * l.ld + j];
         }
-      add_words(t, p.metric, primal, first, peak, s, begin + i);
+      add_words(t, p.metric, primal, peak, s, begin + i);
     }
   }
 
@@ -67,7 +67,7 @@ struct ForwardChunk {
     for (int64_t word = start; word < last; word += kWords) {
       const int64_t words = min64(kWords, last - word);
       pack_words(p, l, word, words, w.weight, nullptr, w.bias);
-      for (int64_t block = 0; block < l.blocks(tokens); ++block) add_tile(w, block, word, words, word == start, s);
+      for (int64_t block = 0; block < l.blocks(tokens); ++block) add_tile(w, block, word, words, s);
     }
   }
 
@@ -75,18 +75,19 @@ struct ForwardChunk {
     const int64_t k_count = p.stacks - 1;
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t t = token + i;
-      const float total = s.weight()[i], peak = s.peak()[i];
-      p.stats[t] = peak, p.stats[p.tokens + t] = total;
-      if (p.labels != nullptr) p.nll[t] = p.labels[t] == p.ignore ? 0.0f : std::log(total) + (peak - at_label[i]);
+      const float rest = s.rest()[i], total = 1.0f + rest, peak = s.peak()[i];
+      p.stats[t] = peak, p.stats[p.tokens + t] = rest;
+      if (p.labels != nullptr) p.nll[t] = p.labels[t] == p.ignore ? 0.0f : std::log1p(rest) + (peak - at_label[i]);
       for (int64_t k = 0; k < k_count && p.metric != Metric::l2; ++k) {
-        float q = s.of(k, 2)[i], kappa = 0.0f;
+        float q = s.of(k, 2)[i], slope = 0.0f;
         if (p.metric == Metric::fisher) q /= total;
         if (p.metric == Metric::probs) {
-          const float mass = s.weight2()[i] / (total * total), gap = s.of(k, 3)[i] - s.of(k, 1)[i];
-          q = s.of(k, 4)[i] / (total * total) + mass * gap * gap;
-          kappa = mass * gap;
+          const float square = total * total, rest2 = s.rest2()[i], mass = (1.0f + rest2) / square;
+          const float mean = s.of(k, 1)[i], mean2 = s.of(k, 3)[i], gap = mean2 - mean;
+          q = s.of(k, 4)[i] / square + mass * gap * gap;
+          slope = -((rest - rest2) / square * mean + mass * mean2);
         }
-        const float values[4] = {s.of(k, 0)[i], s.of(k, 1)[i], q, kappa};
+        const float values[4] = {s.of(k, 0)[i], s.of(k, 1)[i], q, slope};
         for (int f = 0; f < 4; ++f) p.stats[(2 + f * k_count + k) * p.tokens + t] = values[f];
       }
     }
@@ -210,7 +211,8 @@ struct BackwardChunk {
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t t = token + i;
       known.peak()[i] = p.stats[t];
-      known.inverse()[i] = 1.0f / p.stats[p.tokens + t];
+      known.rest()[i] = p.stats[p.tokens + t];
+      known.inverse()[i] = 1.0f / (1.0f + known.rest()[i]);
       if (p.nll_bar != nullptr && p.labels != nullptr && p.labels[t] != p.ignore) {
         known.nll_bar()[i] = p.nll_bar[t];
         known.label()[i] = bit_cast<float>(static_cast<int32_t>(p.labels[t]));

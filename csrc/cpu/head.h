@@ -28,7 +28,9 @@ struct HeadInput {
 };
 
 struct HeadForward : HeadInput {
-  float* stats;  // [2 + 4K, T]: peak and Σ e^(z - peak); reference, mean, q and kappa of every tangent
+  // [2 + 4K, T]: peak and Σ e^(z - peak) over all words but the likeliest; of every tangent its reference (ż of that
+  // word), the mean of ż - reference, q, and for probs p e - Σ p² e at that word
+  float* stats;
   float* nll;    // [T]; null without labels
 };
 

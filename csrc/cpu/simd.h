@@ -38,6 +38,11 @@ AAJR_INLINE To bit_cast(From x) {
   return y;
 }
 AAJR_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+// A product as a number of its own: a subtraction that follows is not fused with it, so that x - x is zero.
+AAJR_INLINE vf rounded(vf x) {
+  __asm__("" : "+m"(x));
+  return x;
+}
 AAJR_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
 AAJR_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 AAJR_INLINE vf vabs(vf a) { return bit_cast<vf>(bit_cast<vi>(a) & splati(0x7fffffff)); }

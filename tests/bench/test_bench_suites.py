@@ -47,7 +47,9 @@ def test_ops_pass_their_gates(tiny, suite, dtype):
         verdict = gate.check(case)
         assert not verdict.failures and not verdict.left_out
         for variant in case.variants:
-            assert bool(verdict.ops[variant.name]) == variant.name.startswith(("dual", "fisher", "context", "streamed"))
+            assert bool(verdict.ops[variant.name]) == variant.name.startswith(
+                ("dual", "fisher", "context", "streamed")
+            )
 
 
 @pytest.mark.parametrize("family", SUITES["step"].families)

@@ -22,7 +22,7 @@ from aajr_kernels.backends import choice
 from aajr_kernels.backends import cpu as native
 from aajr_kernels.coverage import coverage
 from aajr_kernels.testing.budgets import Error
-from aajr_kernels.testing.cases.case import Case, Problem, Result, Run, errors, on_device, problem
+from aajr_kernels.testing.cases.case import Case, Problem, Result, errors, on_device, problem
 
 PACKAGE = Path(aajr_kernels.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
@@ -105,14 +105,12 @@ def check(
     dtype: torch.dtype,
     needed: Sequence[bool] | None = None,
     draws: int = 0,
-    rounding: Run | None = None,
 ) -> None:
     """Output and all gradients of the case on the target (those that are `needed`), within the budget.
 
     Args:
         draws: for a part over its budget, so many computations whose operations round at random take the place of the
             eager one, which of thousands is sometimes right by luck. The largest error counts.
-        rounding: the formula that they compute; that of the oracle, if None.
     """
     p = problem(case, k, dtype)
     with target.active(), coverage() as seen:
@@ -123,7 +121,7 @@ def check(
     failures = _failures(case, p, result)
     for draw in range(draws):
         if failures:
-            drawn = _failures(case, replace(p, eager=rounded(rounding or case.exact, p, draw)), result)
+            drawn = _failures(case, replace(p, eager=rounded(case.exact, p, draw)), result)
             pairs = {name: (error, drawn[name]) for name, error in failures.items() if name in drawn}
             failures = {name: min(pair, key=lambda error: error.share) for name, pair in pairs.items()}
     assert not failures, "\n".join(f"{name}: {error.reason}" for name, error in failures.items())

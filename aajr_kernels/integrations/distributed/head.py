@@ -1,19 +1,20 @@
 """The streamed head with its vocabulary split over processes.
 
 Process r holds the rows of W of its words. For every token its kernels return, under its own softmax p_r,
-    lse_r = log Σ e^z,    μ_r = Σ p_r ż,    q_r = Σ p_r (ż − μ_r)²
+    the largest logit, lse_r = log Σ e^z, ż at the largest logit and μ_r = Σ p_r ż less that, q_r = Σ p_r (ż − μ_r)²
     (probs: q_r = Σ p_r²(ż − μ_r)²,    κ_r = Σ p_r²(ż − μ_r),    m_r = Σ p_r²),
 and the logit of the label if it is one of its words. These numbers per token are gathered, and every process
-merges them in the same order. With w_r = e^(lse_r − lse) and d_r = μ_r − μ:
+merges them in the same order. With w_r = e^(lse_r − lse), μ_r less ż of the likeliest word of all, and d_r = μ_r − μ:
     lse = log Σ e^(lse_r),    μ = Σ w_r μ_r
     fisher   q = Σ w_r (q_r + d_r²)
     probs    q = Σ w_r²(q_r + 2 d_r κ_r + d_r² m_r),    κ = Σ w_r²(κ_r + d_r m_r)
     logits   q = Σ q_r
     nll      lse − z[label]
-The backward of a process is that of its words under the statistics of all: its rows of W's gradient are final, the
-gradient of the hidden states is a sum over processes, which DTensor forms. Statistics are gathered in float64: μ_r
-contains the offset of ż, which would lose its digits in float32. m_r is e^(lse'_r − 2 lse_r) with lse' that of the
-doubled logits: one more product in the forward of probs, and no other kernel.
+The backward of a process is that of its words under the statistics of all, with ż of the likeliest word of all as their
+reference: its rows of W's gradient are final, the gradient of the hidden states is a sum over processes, which DTensor
+forms. Statistics are gathered and merged in float64, which keeps what their differences leave of a confident token.
+m_r is e^(lse'_r − 2 lse_r) with lse' that of the doubled logits: one more product in the forward of probs, and no other
+kernel.
 
 All processes must have the same tokens. Weights that ``fully_shard`` split look like a split vocabulary, but every
 process has other tokens: a projection of each token is gathered and compared.
@@ -216,18 +217,22 @@ def _statistics(
     kernels = choice.implementation("head", backend)
     if weight.shape[0] == 0:
         stats = h.new_zeros((2 + 4 * k, tokens), dtype=_wide(h))
-        lse = h.new_full((tokens,), -math.inf, dtype=torch.float64)
-        nll = None if own is None else torch.zeros_like(lse)
+        stats[0] = -math.inf
+        nll = None if own is None else torch.zeros_like(stats[0])
     else:
         _, nll, stats = kernels.head_fwd(h, weight, bias, own, count, metric, scale, softcap, ignore_index)
-        lse = _lse(stats)
-    reference, mean, q, kappa = stats[2:].double().reshape(4, k, tokens)
-    numbers = [lse.unsqueeze(0)]
+    lse = _lse(stats)
+    without = lse == -math.inf  # of any weight: no word, or none that can be drawn
+    values = stats[2:].double()
+    if metric != "logits":
+        values = values.masked_fill(without, 0.0)
+    reference, mean, q, slope = values.reshape(4, k, tokens)
+    numbers = [stats[:1].double(), lse.unsqueeze(0)]
     if own is not None and nll is not None:
         is_local = (own >= 0) & (own < weight.shape[0])
         numbers.append(torch.where(is_local, lse - nll.double(), 0.0).unsqueeze(0))
     if metric in ("fisher", "probs"):
-        numbers.append(reference + mean)
+        numbers += [reference, mean]
     if metric != "l2":
         numbers.append(q)
     if metric == "probs":
@@ -238,7 +243,8 @@ def _statistics(
             doubled = kernels.head_fwd(
                 h[:1], weight, bias, unlabelled, count, "l2", 2.0 * scale, twice, ignore_index
             )[2]
-            mass = (_lse(doubled) - 2.0 * lse).exp()
+            mass = (_lse(doubled) - 2.0 * lse).exp().masked_fill(without, 0.0)
+        kappa = -(slope + mean / (1.0 + stats[1].double())).masked_fill(without, 0.0)
         numbers += [kappa, mass.unsqueeze(0)]
     return torch.cat(numbers), stats
 
@@ -248,7 +254,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _lse(stats: Tensor) -> Tensor:
-    return stats[0].double() + stats[1].double().log()
+    return stats[0].double() + stats[1].double().log1p()
 
 
 def _merge(
@@ -256,35 +262,40 @@ def _merge(
 ) -> tuple[Tensor, Tensor | None]:
     """q and nll of all words from ``[processes, F, T]``; `stats` of the own words become those under all."""
     dtype = stats.dtype
-    fields = iter(gathered.split([1, *([1] if labels else []), *_fields(k, metric)], 1))
-    parts = next(fields)
+    fields = iter(gathered.split([1, 1, *([1] if labels else []), *_fields(k, metric)], 1))
+    peaks, parts = next(fields), next(fields)
     lse = parts.logsumexp(0)
     nll = lse - next(fields).sum(0) if labels else None
     w = (parts - lse).exp()
-    old_reference, mean, q, kappa = stats[2:].view(4, k, stats.shape[1])
+    peak, at_peak = peaks.max(0)
+    reference, mean, q, slope = stats[2:].view(4, k, stats.shape[1])
     if metric == "logits":
         q.copy_(next(fields).sum(0))
         if not labels:  # no softmax: its placeholder is not used
             return q.to(dtype).clone(), None
     elif metric != "l2":
-        mu = next(fields)
-        middle = (w * mu).sum(0)
-        d, spread = mu - middle, next(fields)
+        origins = next(fields)
+        origin = origins.gather(0, at_peak.expand(1, k, -1))
+        means = origins - origin + next(fields)
+        middle = (w * means).sum(0)
+        d, spread = means - middle, next(fields)
+        reference.copy_(origin[0])
+        mean.copy_(middle)
         if metric == "fisher":
             q.copy_((w * (spread + d * d)).sum(0))
         else:
             skew, mass = next(fields), next(fields)
             q.copy_((w * w * (spread + 2.0 * d * skew + d * d * mass)).sum(0))
-            kappa.copy_((w * w * (skew + d * mass)).sum(0))
-        mean.copy_(middle - old_reference.double())
-    stats[0] = lse[0]
-    stats[1] = (lse[0] - stats[0].double()).exp()  # the digits that the first number cannot hold
+            kappa = (w * w * (skew + d * mass)).sum(0)
+            slope.copy_(-(kappa + (peak - lse).exp() * middle))
+    stats[0] = peak[0]
+    stats[1] = (lse - peak).expm1()[0]
     return q.to(dtype).clone(), None if nll is None else nll[0].to(dtype)
 
 
 def _fields(k: int, metric: str) -> list[int]:
-    """Gathered rows after log Σ e^z and the logit of the label."""
-    return {"l2": [], "logits": [k], "fisher": [k, k], "probs": [k, k, k, 1]}[metric]
+    """Gathered rows after the largest logit, log Σ e^z and the logit of the label."""
+    return {"l2": [], "logits": [k], "fisher": [k, k, k], "probs": [k, k, k, k, 1]}[metric]
 
 
 def _signature(h: Tensor, labels: Tensor | None, count: Tensor | None) -> Tensor:

@@ -118,26 +118,63 @@ def _tiles(p: Problem) -> tuple[list[slice], list[slice]]:
 
 @dataclass
 class _Moments:
-    """Weighted mean and sum of squares about it, merged chunk by chunk; total weight in ``weight``."""
+    """Weighted mean and sum of squares about it, merged chunk by chunk.
 
-    weight: Tensor
+    `rest` is the total weight without the 1 of the likeliest word, −1 while there is none: in the total of a confident
+    token the others would lose their digits.
+    """
+
+    rest: Tensor
     mean: Tensor
     square: Tensor
 
-    def merge(self, w: Tensor, shifted: Tensor, decay: Tensor) -> None:
-        """Take in a chunk with weights `w` ``[t, v]`` of values ``[K, t, v]``; `decay` rescales what is there."""
-        total = w.sum(-1)
-        safe = total.clamp_min(torch.finfo(total.dtype).tiny)
-        mean = (w * shifted).sum(-1) / safe
+    def add(self, w: Tensor, newcomer: _Newcomer) -> None:
+        """Take in the weights `w` ``[t, v]``, relative to the likeliest word so far, of a chunk."""
+        rest, before = newcomer.rest(w), (1.0 + self.rest) * newcomer.decay
+        self.rest = rest + torch.where(newcomer.moved, before, self.rest + newcomer.hit)
+
+    def merge(self, w: Tensor, shifted: Tensor, shift: Tensor, newcomer: _Newcomer) -> None:
+        """The same with the values ``[K, t, v]`` of the chunk; `shift` ``[K, t]`` moves the mean to their reference."""
+        tiny = torch.finfo(w.dtype).tiny
+        before = (1.0 + self.rest) * newcomer.decay
+        total = newcomer.rest(w) + newcomer.hit
+        self.add(w, newcomer)
+        mean = (w * shifted).sum(-1) / total.clamp_min(tiny)
         centred = shifted - mean.unsqueeze(-1)
         square = centred.square_().mul_(w).sum(-1)
-        self.weight *= decay
-        merged = self.weight + total
-        share = total / merged.clamp_min(torch.finfo(total.dtype).tiny)
-        step = mean - self.mean
-        self.square.mul_(decay).add_(square).add_(step * step * share * self.weight)
-        self.mean += step * share
-        self.weight = merged
+        merged = (before + total).clamp_min(tiny)
+        share = total / merged
+        old = self.mean + shift
+        step = mean - old
+        self.square.mul_(newcomer.decay).add_(square).add_(step * step * share * before)
+        self.mean = old * (before / merged) + mean * share
+
+
+@dataclass
+class _Newcomer:
+    """Shared between the sums of a chunk, ``[t]``.
+
+    Attributes:
+        decay: factor of the weights before it.
+        moved: whether it has the likeliest word so far.
+        hit: 1.0 where its likeliest word is as likely as any before or likelier, else 0.0.
+        index: the likeliest word of the chunk ``[t, 1]``.
+    """
+
+    decay: Tensor
+    moved: Tensor
+    hit: Tensor
+    index: Tensor
+
+    def rest(self, w: Tensor) -> Tensor:
+        """The sum of weights ``[t, v]`` without the 1 of the likeliest word, where it is in the chunk."""
+        largest = w.gather(-1, self.index)
+        total = w.scatter_(-1, self.index, largest - self.hit.unsqueeze(-1)).sum(-1)
+        w.scatter_(-1, self.index, largest)
+        return total
+
+    def squared(self) -> _Newcomer:
+        return replace(self, decay=self.decay * self.decay)
 
 
 class _Stream:
@@ -145,12 +182,14 @@ class _Stream:
 
     def __init__(self, metric: str, labels: Tensor | None, like: Tensor) -> None:
         self.metric, self.labels = metric, labels
-        self.reference: Tensor | None = None
         row, per_tangent = like.new_zeros(like.shape[1:]), torch.zeros_like(like)
         self.peak = torch.full_like(row, -torch.inf)
         self.at_label = row
-        self.first = _Moments(row.clone(), per_tangent.clone(), per_tangent.clone())  # under p
-        self.second = _Moments(row.clone(), per_tangent.clone(), per_tangent.clone())  # under p²
+        self.reference = (
+            per_tangent.clone()
+        )  # ż of the likeliest word so far: its own share of the mean is zero
+        self.first = _Moments(row - 1.0, per_tangent.clone(), per_tangent.clone())  # under p
+        self.second = _Moments(row - 1.0, per_tangent.clone(), per_tangent.clone())  # under p²
         self.norm = per_tangent
 
     def add(self, z: Tensor, columns: slice) -> None:
@@ -165,35 +204,39 @@ class _Stream:
             self.norm += tangents.square().sum(-1)
             if self.labels is None:
                 return
-        peak = torch.maximum(self.peak, primal.amax(-1))
+        value, index = primal.max(-1, keepdim=True)
+        moved, known = value.squeeze(-1) > self.peak, self.peak > -torch.inf
+        peak = torch.maximum(self.peak, value.squeeze(-1))
         finite = torch.where(peak == -torch.inf, torch.zeros_like(peak), peak)  # a row of -inf so far
-        decay = (self.peak - finite).exp()
+        hit = (value.squeeze(-1) == finite).to(peak.dtype)
+        newcomer = _Newcomer((self.peak - finite).exp(), moved, hit, index)
         self.peak = peak
         w = primal.sub_(finite.unsqueeze(-1)).exp_()
         if self.metric in ("l2", "logits"):
-            self.first.weight = self.first.weight * decay + w.sum(-1)
+            self.first.add(w, newcomer)
             return
-        if self.reference is None:
-            self.reference = tangents.mean(-1)
+        at_peak = tangents.gather(-1, index.expand(*tangents.shape[:-1], 1)).squeeze(-1)
+        shift = torch.where(moved & known, self.reference - at_peak, 0.0)
+        self.reference = torch.where(moved, at_peak, self.reference)
         shifted = tangents.sub_(self.reference.unsqueeze(-1))
-        self.first.merge(w, shifted, decay)
+        self.first.merge(w, shifted, shift, newcomer)
         if self.metric == "probs":
-            self.second.merge(w.square_(), shifted, decay * decay)
+            self.second.merge(w.square_(), shifted, shift, newcomer.squared())
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """Statistics ``[2 + 4K, t]``, see :func:`head_fwd`, and the loss of every token."""
-        total, mean = self.first.weight, self.first.mean
-        q, kappa = self.norm, torch.zeros_like(self.norm)
+        rest, mean = self.first.rest, self.first.mean
+        total, q, slope = 1.0 + rest, self.norm, torch.zeros_like(self.norm)
         if self.metric == "fisher":
             q = self.first.square / total
         elif self.metric == "probs":
-            mass = self.second.weight / total**2  # Σ p²
+            square, rest2 = total**2, self.second.rest
+            mass = (1.0 + rest2) / square  # Σ p²
             gap = self.second.mean - mean
-            q = self.second.square / total**2 + mass * gap * gap
-            kappa = mass * gap
-        reference = self.reference if self.reference is not None else torch.zeros_like(mean)
-        nll = None if self.labels is None else total.log() + (self.peak - self.at_label)
-        return torch.cat([torch.stack([self.peak, total]), reference, mean, q, kappa]), nll
+            q = self.second.square / square + mass * gap * gap
+            slope = -((rest - rest2) / square * mean + mass * self.second.mean)
+        nll = None if self.labels is None else rest.log1p() + (self.peak - self.at_label)
+        return torch.cat([torch.stack([self.peak, rest]), self.reference, mean, q, slope]), nll
 
 
 def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -204,8 +247,9 @@ def head_fwd(*operands: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 
     Returns:
         q ``[K, T]``, nll ``[T]`` or None, and the statistics ``[2 + 4K, T]`` that the backward needs: the largest logit
-        m and Σ e^(z - m), whose logarithm would lose digits when added to m, then per tangent the reference, the mean
-        (their sum is μ), q and, for ``probs``, κ; all float32 (float64).
+        and Σ e^(z - largest) over all words but one of the likeliest, then per tangent the reference r (ż of that
+        word), the mean m = Σ p (ż - r), q and, for ``probs``, p e - κ at that word; all float32 (float64). None of them
+        is a difference of nearly equal numbers where a token is confident.
         Statistics of tokens that do not count are finite and have no meaning. This backend computes them all the same,
         from zeros: it serves as specification, and nothing here waits for a device.
     """
@@ -296,32 +340,31 @@ def _tile_cotangents(
 ) -> Tensor:
     """Cotangents ``[1 + K, t, v]`` of a tile of logits and their tangents; `labels` count from the tile's start."""
     k = z.shape[0] - 1
-    peak, total = stats[:2].unsqueeze(-1)
-    reference, mean, q, kappa = stats[2:].reshape(4, k, stats.shape[1], 1)
+    peak, rest = stats[:2].unsqueeze(-1)
+    reference, mean, q, slope = stats[2:].reshape(4, k, stats.shape[1], 1)
     z_bar = torch.empty_like(z)
-    p = (z[0] - peak).exp_().div_(total)
+    w = (z[0] - peak).exp_()
+    inverse = 1.0 / (1.0 + rest)
     if q_bar is None:
         z_bar.zero_()
     elif metric == "logits":
         z_bar[0] = 0
         torch.mul(z[1:], 2.0 * q_bar.unsqueeze(-1), out=z_bar[1:])
     else:
-        g = q_bar.unsqueeze(-1)
+        g = q_bar.unsqueeze(-1) * inverse
         e = (z[1:] - reference).sub_(mean)
-        pe = p * e
+        we = w * e
         if metric == "fisher":
-            z_bar[0] = e.mul_(pe).addcmul_(p, q, value=-1).mul_(g).sum(0)
-            torch.mul(pe, 2.0 * g, out=z_bar[1:])
+            z_bar[0] = e.mul_(we).addcmul_(w, q, value=-1).mul_(g).sum(0)
+            torch.mul(we, 2.0 * g, out=z_bar[1:])
         else:
-            ppe = p * pe
-            e.mul_(ppe).addcmul_(p, q, value=-1).addcmul_(pe, kappa, value=-1)
-            z_bar[0] = e.mul_(2.0 * g).sum(0)
-            torch.mul(ppe.addcmul_(p, kappa, value=-1), 2.0 * g, out=z_bar[1:])
+            slopes = we.add_(mean).mul_(inverse).add_(slope)  # p e - κ
+            z_bar[0] = e.mul_(slopes).sub_(q).mul_(w).mul_(2.0 * g).sum(0)
+            torch.mul(slopes.mul_(w), 2.0 * g, out=z_bar[1:])
     if nll_bar is not None and labels is not None:
-        n = nll_bar.unsqueeze(-1)
-        z_bar[0].addcmul_(p, n)
-        inside = (labels >= 0) & (labels < p.shape[-1])
-        index = labels.clamp(0, p.shape[-1] - 1).unsqueeze(-1)
-        at_label = z_bar[0].gather(-1, index) - n * inside.unsqueeze(-1)
-        z_bar[0].scatter_(-1, index, at_label)
+        inside = ((labels >= 0) & (labels < w.shape[-1])).to(w.dtype).unsqueeze(-1)
+        index = labels.clamp(0, w.shape[-1] - 1).unsqueeze(-1)
+        # p - 1 of a likely label keeps its digits
+        w.scatter_(-1, index, w.gather(-1, index) - inside - inside * rest)
+        z_bar[0].addcmul_(w, nll_bar.unsqueeze(-1) * inverse)
     return z_bar

@@ -52,7 +52,8 @@ def _block(
 def _raw(
     h, weight, bias, token, word, T, V, C, h_rows, h_stride, w_stride, tangent, scale,
     S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``scale · (W h + b)`` and the tangents from `tangent` on: S blocks ``[BT, BV]``.
 
@@ -75,7 +76,7 @@ def _raw(
         if HAS_BIAS and s == 0:
             columns = word + tl.arange(0, BV)
             x += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-        out = out + (x * scale,)
+        out = out + ((x * scale if HAS_SCALE else x),)
     return out
 
 
@@ -110,9 +111,10 @@ def _local_labels(labels, tokens, inside, V, ignore_index):
 @triton.jit
 def _merge(weight, mean, square, other_weight, other_mean, other_square):
     """Mean and sum of squares about it of two weighted sets (Chan): nothing large cancels."""
-    share = other_weight / tl.maximum(weight + other_weight, TINY)
+    inverse = 1.0 / tl.maximum(weight + other_weight, TINY)
+    kept, share = weight * inverse, other_weight * inverse
     step = other_mean - mean
-    return mean + step * share, square + other_square + step * step * share * weight
+    return mean * kept + other_mean * share, square + other_square + step * step * share * weight
 
 
 @triton.jit
@@ -125,19 +127,23 @@ def _moments(weight, total, shifted, AXIS: tl.constexpr):
 
 @triton.jit
 def _take(
-    raw, state, first, second, columns, V, is_first, label, softcap,
+    raw, state, first, second, columns, V, label, softcap,
     S: tl.constexpr, BV: tl.constexpr, METRIC: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of columns taken in: `state` (peak, total, total under p², logit of the label), and per tangent
-    `first` (reference, mean, square) and `second` (mean, square under p²)."""
+    """Statistics of columns taken in: `state` (peak, sums of w = e^(z - peak) and of w² without the 1 of the likeliest
+    word, logit of the label), and per tangent `first` (reference, mean, square) and `second` (mean, square under w²).
+
+    The reference is ż of the likeliest word so far, which has no share in the mean: of a confident token the mean is
+    what the other words leave, with all of its digits. Masks keep ``x * scale - reference`` from being fused.
+    """
     SOFTMAX: tl.constexpr = HAS_LABELS or METRIC >= 2
-    peak, total, second_total, label_logit = state
+    peak, rest, second_rest, label_logit = state
     valid = (columns < V)[None, :]
     z = raw[0]
     if HAS_SOFTCAP:
         z, slope = _cap(z, softcap)
-    before, here, second_before, second_here = total, total, total, total
-    w = z
+    before, here, second_before, second_here, ties, decay = rest, rest, rest, rest, rest, rest
+    w, at_peak, moved, started = z, valid, peak > peak, peak > peak
     if SOFTMAX:
         z = tl.where(valid, z, float("-inf"))
         if HAS_LABELS:
@@ -145,15 +151,20 @@ def _take(
         higher = tl.maximum(peak, tl.max(z, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # only -inf so far
         decay = tl.exp(peak - finite)
+        moved, started = higher > peak, peak > float("-inf")
         peak = higher
         w = tl.exp(z - finite[:, None])
-        here = tl.sum(w, 1)
-        before = total * decay
-        total = before + here
+        at_peak = z == finite[:, None]
+        one = tl.where(at_peak, 1.0, 0.0)
+        ties, others = tl.sum(one, 1), tl.sum(w - one, 1)
+        here = others + ties
+        before = (1.0 + rest) * decay
+        rest = others + tl.where(moved, before + (ties - 1.0), rest + ties)
         if METRIC == 3:
-            second_here = tl.sum(w * w, 1)
-            second_before = second_total * decay * decay
-            second_total = second_before + second_here
+            others = tl.sum(w * w - one, 1)
+            second_here = others + ties
+            second_before = (1.0 + second_rest) * decay * decay
+            second_rest = others + tl.where(moved, second_before + (ties - 1.0), second_rest + ties)
     new_first, new_second = (), ()
     for k in tl.static_range(S - 1):
         z_tan = raw[k + 1]
@@ -163,21 +174,23 @@ def _take(
         if METRIC == 1:
             square += tl.sum(tl.where(valid, z_tan * z_tan, 0.0), 1)
         else:
-            # any reference near the tangents serves; that of the share is the mean of its first columns
-            if is_first:
-                among = tl.sum(tl.where(valid, z_tan, 0.0), 1)
-                reference = among / tl.sum(tl.where(columns < V, 1.0, 0.0), 0)
+            z_tan = tl.where(valid, z_tan, 0.0)
+            found = tl.sum(tl.where(at_peak, z_tan, 0.0), 1) / tl.maximum(ties, 1.0)
+            shift = tl.where(moved & started, reference - found, 0.0)
+            reference = tl.where(moved, found, reference)
             shifted = z_tan - reference[:, None]
             m, s = _moments(w, here, shifted, 1)
-            mean, square = _merge(before, mean, square * decay, here, m, s)
+            mean, square = _merge(before, mean + shift, square * decay, here, m, s)
             if METRIC == 3:
                 second_mean, second_square = second[k]
                 m, s = _moments(w * w, second_here, shifted, 1)
                 new_second = new_second + (
-                    _merge(second_before, second_mean, second_square * decay * decay, second_here, m, s),
+                    _merge(
+                        second_before, second_mean + shift, second_square * decay * decay, second_here, m, s
+                    ),
                 )
         new_first = new_first + ((reference, mean, square),)
-    return (peak, total, second_total, label_logit), new_first, new_second
+    return (peak, rest, second_rest, label_logit), new_first, new_second
 
 
 @triton.jit(
@@ -189,16 +202,16 @@ def _head_fwd_kernel(
     tangent, splits, per_split, ignore_index, scale, softcap,
     METRIC: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_COUNT: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_COUNT: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Statistics ``partial [fields, splits, T]`` of a block of tokens over one share of the vocabulary.
 
     Nothing is computed for tokens from number `count` on.
 
-    `kept` ``[S, kept_tokens, kept_stride]`` has room for whole tiles. Fields: peak and total (for a softmax), then the
-    total under p² (``probs``), then per tangent the reference, mean and square (``logits``: the square alone), and for
-    ``probs`` mean and square under p².
+    `kept` ``[S, kept_tokens, kept_stride]`` has room for whole tiles. Fields: peak and sum of the others' weights (for
+    a softmax), then that of their squares (``probs``), then per tangent the reference, mean and square (``logits``:
+    only the square), and for ``probs`` mean and square under the squares.
     """
     K: tl.constexpr = S - 1
     BC: tl.constexpr = BV // PARTS
@@ -212,7 +225,7 @@ def _head_fwd_kernel(
     tokens = block * BT + tl.arange(0, BT)
     inside = tokens < counting
     row = tl.zeros((BT,), tl.float32)
-    state = (row + float("-inf"), row, row, row)
+    state = (row + float("-inf"), row - 1.0, row - 1.0, row)
     first, second = (), ()
     for _k in tl.static_range(K):
         first = first + ((row, row, row),)
@@ -227,7 +240,7 @@ def _head_fwd_kernel(
         word = b * BV
         raw = _raw(
             h, weight, bias, block * BT, word, T, V, C, h_rows, h_stride, w_stride, tangent, scale,
-            S, BT, BV, BK, DESCRIPTOR, EVEN, HAS_BIAS, PRECISION,
+            S, BT, BV, BK, DESCRIPTOR, EVEN, HAS_BIAS, HAS_SCALE, PRECISION,
         )  # fmt: skip
         parts = _parts(raw, S, BT, BV, PARTS)
         for i in tl.static_range(PARTS):
@@ -236,9 +249,8 @@ def _head_fwd_kernel(
                 for s in tl.static_range(S):
                     to = (s * kept_tokens + tokens).to(tl.int64) * kept_stride + start
                     tl.store((kept + to)[:, None] + tl.arange(0, BC)[None, :], parts[i][s])
-            is_first = (b == first_block) if i == 0 else False
             state, first, second = _take(
-                parts[i], state, first, second, start + tl.arange(0, BC), V, is_first, label, softcap,
+                parts[i], state, first, second, start + tl.arange(0, BC), V, label, softcap,
                 S, BC, METRIC, HAS_LABELS, HAS_SOFTCAP,
             )  # fmt: skip
     field = splits.to(tl.int64) * T
@@ -268,22 +280,27 @@ def _head_fwd_kernel(
 
 @triton.jit
 def _cotangents(
-    x_bar, z, z_tan, peak, inverse, reference, mean, q, kappa, g, slope, softcap,
+    x_bar, z, z_tan, w, inverse, reference, mean, q, at_peak, g, slope, softcap,
     METRIC: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tangent's share to the cotangent `x_bar` of the logits before the cap, and gives the tangent's own."""
-    p = tl.exp(z - peak) * inverse
+    """Adds one tangent's share to the cotangent `x_bar` of the logits before the cap, and gives the tangent's own.
+
+    `at_peak` is p e - κ at the likeliest word (``probs``), whose own terms differ by less than their rounding.
+    """
+    p = w * inverse
     e = z_tan - reference - mean
-    pe = p * e
     if METRIC == 1:
         z_bar = tl.zeros_like(p)
         z_tan_bar = 2.0 * g * z_tan
     elif METRIC == 2:
+        pe = p * e
         z_bar = g * (e * pe - p * q)
         z_tan_bar = 2.0 * g * pe
     else:
-        z_bar = 2.0 * g * (pe * pe - p * q - kappa * pe)
-        z_tan_bar = 2.0 * g * (p * pe - kappa * p)
+        b = (w * e + mean) * inverse + at_peak
+        twice = 2.0 * g * p
+        z_bar = twice * (e * b - q)
+        z_tan_bar = twice * b
     if HAS_SOFTCAP:
         z_bar = slope * z_bar - 2.0 / (softcap * softcap) * z * z_tan * z_tan_bar
         z_tan_bar *= slope
@@ -310,8 +327,8 @@ def _head_bwd_kernel(
     stacks, tangent, first_column, width, ignore_index, scale, softcap,
     METRIC: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NLL: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_COUNT: tl.constexpr, KEPT: tl.constexpr, NEED_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_COUNT: tl.constexpr, KEPT: tl.constexpr,
+    NEED_BIAS: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Cotangents ``z_bar [S, T, width]`` of ``W h + b`` and its tangents, from the column `first_column` on.
 
@@ -339,30 +356,37 @@ def _head_bwd_kernel(
     else:
         raw = _raw(
             h, weight, bias, block * BT, word, T, V, C, h_rows, h_stride, w_stride, tangent, scale,
-            S, BT, BV, BK, DESCRIPTOR, EVEN, HAS_BIAS, PRECISION,
+            S, BT, BV, BK, DESCRIPTOR, EVEN, HAS_BIAS, HAS_SCALE, PRECISION,
         )  # fmt: skip
     parts = _parts(raw, S, BT, BV, PARTS)
     peak = tl.load(stats + tokens, mask=inside, other=float("inf"))[:, None]
-    inverse = 1.0 / tl.load(stats + T + tokens, mask=inside, other=1.0)[:, None]
+    rest = tl.load(stats + T + tokens, mask=inside, other=0.0)[:, None]
+    inverse = 1.0 / (1.0 + rest)
     for i in tl.static_range(PARTS):
         local = other * BV + i * BC
         z = parts[i][0]
         slope = z
         if HAS_SOFTCAP:
             z, slope = _cap(z, softcap)
+        if HAS_SCALE or HAS_SOFTCAP:
+            z = tl.where(store, z, 0.0)  # a mask keeps the product from being fused with the subtraction
+        w = tl.exp(z - peak)
         x_bar = tl.zeros((BT, BC), tl.float32)
         if HAS_NLL:
             label = _local_labels(labels, tokens, inside, V, ignore_index)
             # a label that is ignored has no gradient, whatever arrives there
             n = tl.load(nll_bar + tokens, mask=inside & (label != -1), other=0.0)[:, None]
             columns = first_column + local + tl.arange(0, BC)
-            x_bar = (n * inverse) * tl.exp(z - peak) - tl.where(columns[None, :] == label[:, None], n, 0.0)
+            is_label = columns[None, :] == label[:, None]
+            x_bar = (n * inverse) * tl.where(is_label, (w - 1.0) - rest, w)
             if HAS_SOFTCAP:
                 x_bar *= slope
         for k in tl.static_range(K):
             z_tan = parts[i][k + 1]
             if HAS_SOFTCAP:
                 z_tan *= slope
+            if HAS_SCALE or HAS_SOFTCAP:
+                z_tan = tl.where(store, z_tan, 0.0)
             row = (tangent + k - 1).to(tl.int64) * T + tokens
             step = (stacks - 1).to(tl.int64) * T
             at = stats + 2 * T + row
@@ -370,7 +394,7 @@ def _head_bwd_kernel(
                 x_bar,
                 z,
                 z_tan,
-                peak,
+                w,
                 inverse,
                 tl.load(at, mask=inside, other=0.0)[:, None],
                 tl.load(at + step, mask=inside, other=0.0)[:, None],
@@ -384,8 +408,11 @@ def _head_bwd_kernel(
             )
             to = z_bar + (((k + 1) * T + tokens).to(tl.int64) * z_stride + local)
             to = to[:, None] + tl.arange(0, BC)[None, :]
-            tl.store(to, (x_tan_bar * scale).to(z_bar.dtype.element_ty), mask=store)
-        x_bar *= scale
+            if HAS_SCALE:
+                x_tan_bar *= scale
+            tl.store(to, x_tan_bar.to(z_bar.dtype.element_ty), mask=store)
+        if HAS_SCALE:
+            x_bar *= scale
         to = (z_bar + (tokens.to(tl.int64) * z_stride + local))[:, None] + tl.arange(0, BC)[None, :]
         tl.store(to, x_bar.to(z_bar.dtype.element_ty), mask=store)
         if NEED_BIAS:

@@ -55,13 +55,21 @@ class DenseProblem(Problem):
             return [(1, 0)]
         return [(k, min(TANGENTS, self.stacks - k)) for k in range(1, self.stacks, TANGENTS)]
 
-    def products(self, stacks: int) -> str:
+    @property
+    def most(self) -> int:
+        """Stacks of the largest launch of the forward; tiles and products of all launches are those for so many.
+
+        A logit then has the same bits in every launch, and e^(z - peak) of the likeliest word is 1.
+        """
+        return 1 + (0 if self.metric == "l2" else min(TANGENTS, self.stacks - 1))
+
+    def products(self) -> str:
         """How products of float32 are formed: three of tf32 for one only where the sums of few stacks leave room."""
         offered = gpu.float32_products(self.h)
-        return "ieee" if offered == "tf32x3" and stacks > 2 else offered
+        return "ieee" if offered == "tf32x3" and self.most > 2 else offered
 
-    def tile(self, stacks: int) -> Tile:
-        sizes = tile(gpu.architecture(self.h.device), stacks, self.h.dtype, self.products(stacks))
+    def tile(self) -> Tile:
+        sizes = tile(gpu.architecture(self.h.device), self.most, self.h.dtype, self.products())
         described = sizes.descriptors and all(_describable(x) for x in (self.hidden, self.weight))
         return replace(sizes, descriptors=described)
 
@@ -89,9 +97,10 @@ class DenseProblem(Problem):
             DESCRIPTOR=t.descriptors,
             EVEN=self.size % t.depth == 0,
             HAS_BIAS=self.bias is not None,
+            HAS_SCALE=self.scale != 1.0,
             HAS_SOFTCAP=self.softcap is not None,
             HAS_COUNT=self.count is not None,
-            PRECISION=self.products(stacks),
+            PRECISION=self.products(),
             GROUP=8,
             num_warps=t.warps,
             num_stages=t.stages,
@@ -150,7 +159,7 @@ def forward(p: DenseProblem, logits: Optional = None) -> Forward:
 def _statistics(
     p: DenseProblem, first: int, count: int, stats: Tensor, nll: Optional, logits: Optional
 ) -> None:
-    t, metric, device = p.tile(1 + count), METRICS[p.metric], p.h.device
+    t, metric, device = p.tile(), METRICS[p.metric], p.h.device
     blocks, token_blocks = triton.cdiv(p.vocab_size, t.columns), triton.cdiv(p.tokens, t.tokens)
     splits = min(max(_LEAST_SPLITS, triton.cdiv(_PROGRAMS, token_blocks)), _MOST_SPLITS, blocks)
     per_split = triton.cdiv(blocks, splits)
@@ -284,7 +293,7 @@ def _cotangents(
     b_bar: Optional,
 ) -> Tensor:
     """Cotangents ``[(1 + count) T, columns]`` in `scratch`; their sums over the tokens are added to `b_bar`."""
-    t, width = p.tile(1 + count) if logits is None else ELEMENTWISE, columns.stop - columns.start
+    t, width = p.tile() if logits is None else ELEMENTWISE, columns.stop - columns.start
     token_blocks = triton.cdiv(p.tokens, t.tokens)
     b_partial = None
     if b_bar is not None:  # with a count some blocks have nothing to add
