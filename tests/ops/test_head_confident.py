@@ -215,6 +215,28 @@ def test_a_split_vocabulary(metric, cuts):
     assert_digits(got, exact(logits, labels, metric), ROUNDINGS)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_process_without_words_that_can_be_drawn(metric):
+    """Their logits are -inf, as padding of a vocabulary has them."""
+    logits, labels = confident(1)
+    h, weight = operands(logits)
+    bias = torch.zeros(WORDS).index_fill(0, torch.arange(200, 280), -torch.inf)
+    options = (metric, 1.0, None, -100)
+    numbers, stats = [], []
+    for words in (slice(0, 200), slice(200, 280), slice(280, WORDS)):
+        inside = (labels >= words.start) & (labels < words.stop)
+        own = torch.where(inside, labels - words.start, words.stop - words.start)
+        part = split._statistics(h, weight[words], bias[words], own, None, *options, "reference")
+        numbers.append(part[0])
+        stats.append(part[1])
+    q, nll = split._merge(torch.stack(numbers), stats[0], 1, metric, True)
+    drawn = torch.cat([logits[..., :200], logits[..., 280:]], -1)
+    want = exact(drawn, torch.where(labels < 200, labels, labels - 80), metric)
+    if metric in ("fisher", "probs"):
+        assert_digits({"q": q}, {"q": want["q"]}, ROUNDINGS)
+    assert_digits({"nll": nll}, {"nll": want["nll"]}, ROUNDINGS)
+
+
 def test_words_that_tie_and_rows_without_words():
     """Several likeliest words, in one tile and in several; a row of -inf is NaN, as its softmax is."""
     logits = torch.randn(2, 4, WORDS).bfloat16().double()
