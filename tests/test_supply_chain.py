@@ -154,6 +154,8 @@ def unsafe(tree: ast.AST) -> list[str]:
         {"eval", "exec"},
     )
     qualified = {("torch", "load"), ("os", "system"), ("os", "popen"), ("numpy", "load"), ("np", "load")}
+    qualified |= {("yaml", name) for name in ("load", "unsafe_load", "full_load")}
+    extracting = {"extractall", "extract", "unpack_archive"}  # an archive names files outside of its folder
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -170,6 +172,8 @@ def unsafe(tree: ast.AST) -> list[str]:
                 and (called.value.id, called.attr) in qualified
             ):
                 names.append(f"{called.value.id}.{called.attr}")
+            if isinstance(called, ast.Attribute) and called.attr in extracting:
+                names.append(called.attr)
             names += [
                 keyword.arg
                 for keyword in node.keywords
@@ -187,11 +191,13 @@ def test_no_pickle_is_read_and_no_shell_is_started():
         "run('ls', shell=True)",
         "eval(name)",
         "from dill import load",
+        "yaml.load(f)",
+        "tarfile.open(f).extractall(folder)",
     ):
         assert unsafe(ast.parse(text)), text
     files = [
         path
-        for folder in ("aajr_kernels", "bench", "common", "demo", "experiments", "examples")
+        for folder in ("aajr_kernels", "bench", "common", "demo", "experiments", "examples", "scripts")
         for path in (ROOT / folder).rglob("*.py")
     ]
     found = {
