@@ -141,9 +141,10 @@ def head(
     spread: float = 0.3,
     layout: Callable[[Tensor], Tensor] = dense,
     large: bool = False,
+    values: Callable[[Tensor, Tensor, str], Tensor] = metric_values,
     **options: Any,
 ) -> Case:
-    """The sensitivities, and with labels the cross-entropies behind them."""
+    """The sensitivities, by the formula `values`, and with labels the cross-entropies behind them."""
     labels: Tensor | None = None
     if labelled:
         labels = torch.randint(words, tuple(batch), generator=torch.Generator().manual_seed(2))
@@ -164,7 +165,7 @@ def head(
         z = forward_mode(functools.partial(formulas.logits, scale=scale, softcap=softcap), s, p)
         z = z if z.dtype == torch.float64 else z.float()
         h = s[0] if s[0].dtype == torch.float64 else s[0].float()
-        q = h[1:].square().sum(-1) if metric == "l2" else metric_values(z[0], z[1:], metric)
+        q = h[1:].square().sum(-1) if metric == "l2" else values(z[0], z[1:], metric)
         if labels is None:
             return q
         nll = F.cross_entropy(z[0].reshape(-1, words), labels.flatten(), reduction="none")
