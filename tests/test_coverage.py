@@ -32,6 +32,26 @@ def test_coverage_counts_ops_shares_and_what_is_unsupported():
     assert not recording()
 
 
+@pytest.mark.parametrize(
+    ("function", "shapes", "products"),
+    [
+        (torch.matmul, ((3, 4), (4, 5)), 3 * 4 * 5),
+        (torch.bmm, ((2, 3, 4), (2, 4, 5)), 2 * 3 * 4 * 5),
+        (torch.addmm, ((3, 5), (3, 4), (4, 5)), 3 * 4 * 5),
+        (torch.addmv, ((3,), (3, 4), (4,)), 3 * 4),
+        (torch.addr, ((3, 5), (3,), (5,)), 3 * 5),
+        (torch.addbmm, ((3, 5), (2, 3, 4), (2, 4, 5)), 2 * 3 * 4 * 5),
+        (torch.baddbmm, ((2, 3, 5), (2, 3, 4), (2, 4, 5)), 2 * 3 * 4 * 5),
+    ],
+)
+def test_products_count_their_arithmetic(function, shapes, products):
+    *others, a, b = (torch.randn(shape) for shape in shapes)
+    with aajr.coverage() as cov:
+        function(*others, aajr.Dual(torch.stack([a, a, a])), b)
+    (row,) = [entry for entry in cov.rows() if entry[1] == "torch"]
+    assert cov.flops(row[0]) == 2.0 * products * 3  # the primal and two tangents
+
+
 def test_plain_tensors_are_not_recorded():
     with aajr.coverage() as cov:
         F.linear(torch.ones(2, 3), torch.ones(4, 3))

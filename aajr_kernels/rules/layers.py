@@ -231,7 +231,7 @@ def _prelu(x: Any, weight: Any) -> Any:
             f"weight of prelu must be one number or one per channel ({channels}), got {tuple(weight.shape)}."
         )
     if weight.numel() != 1:
-        weight = weight.reshape(-1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else weight
+        weight = weight.reshape(-1, *(1,) * (x.dim() - 2))
     else:
         weight = weight.reshape(())
     return torch.where(primal_of(x) > 0, x, x * weight)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from native_build import ROOT, SUFFIX
+from native_build import ROOT, SUFFIX, find
 
 from mutation.rooms import Room
 from mutation.sites import Site
@@ -24,7 +27,7 @@ __all__ = ["Trial"]
 #: a run with a fault may take so many times the processor's time of one without, and so many seconds more
 PATIENCE, LEAST = 5, 20
 #: the processor's seconds of tests, nearest first, that a fault has to survive
-ENOUGH = 10
+ENOUGH = 60
 OPTIONS = "-q -s -x -p no:cacheprovider --no-header -o timeout=0".split()
 CHOICE, WITH_SLOW = ("-m", "not slow and not gpu"), ("-m", "not gpu")
 
@@ -87,6 +90,8 @@ class Trial:
             "PYTHONPATH": f"{self.root}:{ROOT / 'scripts'}",
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
+            "CMAKE_BUILD_PARALLEL_LEVEL": "1",
+            **({"TRITON_INTERPRET": "1"} if room.name == "triton" else {}),  # before anything imports Triton
         }
         # faults may have one length, and come within one second: bytecode is checked by content
         compiled = "-m compileall -q --invalidation-mode checked-hash aajr_kernels".split()
@@ -110,14 +115,14 @@ class Trial:
     def of(self, site: Site) -> dict[str, Any]:
         """The row of a fault: killed, survived, or invalid where it does not compile."""
         faulty = site.put(self.root)
-        if site.kind == "wrong count" and self.room.processes:
-            tests = list(self.room.processes)
-        else:
-            tests = self._near(site) if self.collected else self.room.tests(site.path)
+        tests = self._near(site) if self.collected else self.room.tests(site.path)
         try:
             if site.path.endswith(".py"):
                 compile(faulty, site.path, "exec")
             by = self._killer(site, faulty, tests)
+            if not by and site.kind == "wrong count" and self.room.processes:
+                tests = [next(test for part, test in self.room.processes if part in site.path)]
+                by = self._killer(site, faulty, tests)
             state = "killed" if by else "survived"
         except (SyntaxError, _NoBuild):
             state, by = "invalid", "it does not compile"
@@ -127,10 +132,9 @@ class Trial:
     def _killer(self, site: Site, faulty: str, tests: list[str]) -> str:
         """The test that fails with the fault, and passes without it after the same tests; "": none."""
         while tests and (failed := self._failed(site, faulty, tests)):
-            if self.collected is not None and "::" in tests[0]:
+            if self._are_collected(tests):
                 clean = self._failed_collected(tests[: tests.index(failed) + 1] if failed in tests else tests)
             else:
-                self._built()
                 clean = self._failed_fresh([failed] if "::" in failed else tests)
             if not clean:
                 return failed
@@ -143,22 +147,36 @@ class Trial:
     def _failed(self, site: Site, faulty: str, tests: list[str]) -> str:
         file = self.root / site.path
         source = file.read_text(encoding="utf-8")
-        is_named = "::" in tests[0]  # as tests are that have been collected
-        if (
-            self.collected is not None
-            and is_named
-            and self._called(site) not in self.collected.ready["imported"]
-        ):
+        worker = self.collected if self._are_collected(tests) else None
+        if worker is not None and self._called(site) not in worker.ready["imported"]:
             failed = self._failed_collected(tests, path=str(file), source=source, faulty=faulty)
             if failed != "already run":
                 return failed
+        with self._in_place(file, faulty):
+            return self._failed_fresh(tests)
+
+    def _are_collected(self, tests: list[str]) -> bool:
+        return self.collected is not None and tests[0] in self.traced
+
+    @contextlib.contextmanager
+    def _in_place(self, file: Path, faulty: str) -> Iterator[None]:
+        """The copy with the fault, compiled; then as it was, times of files too, so that nothing is compiled again."""
+        build, kept = self.root / "build", self.root.with_name(f"{self.room.name}.kept")
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir()
+        shutil.copy2(file, kept / "source")
+        if self.room.module is not None:
+            shutil.copytree(build, kept / "build")
         try:
             file.write_text(faulty, encoding="utf-8")
             if not self._built():
                 raise _NoBuild
-            return self._failed_fresh(tests)
+            yield
         finally:
-            file.write_text(source, encoding="utf-8")
+            os.replace(kept / "source", file)
+            if self.room.module is not None:
+                shutil.rmtree(build)
+                os.replace(kept / "build", build)
 
     def _failed_collected(self, tests: list[str], **fault: str) -> str:
         assert self.collected is not None
@@ -166,10 +184,12 @@ class Trial:
         return self._failure(self.collected, limit, tests=tests, **fault)
 
     def _failed_fresh(self, tests: list[str]) -> str:
-        choice = WITH_SLOW if set(self.room.processes).issuperset(tests[0].split("::")[:1]) else CHOICE
+        starting = {test.split("::")[0] for _, test in self.room.processes}
+        choice = WITH_SLOW if self.room.slow or tests[0].split("::")[0] in starting else CHOICE
         # pytest warns of what is imported before it
         quiet = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-        arguments = [*OPTIONS, *choice, *quiet, f"--basetemp={self.folder / 'base'}", *tests]
+        named = ("-k", self.room.named) if self.room.named else ()
+        arguments = [*OPTIONS, *choice, *named, *quiet, f"--basetemp={self.folder / 'base'}", *tests]
         return self._failure(self.fresh, self.room.limit, environment=self.environment, arguments=arguments)
 
     def _failure(self, worker: Worker, limit: float, **request: Any) -> str:
@@ -181,9 +201,11 @@ class Trial:
         if status in (0, ALREADY_RUN):
             return "already run" if status else ""
         if status < 0:
-            return (
-                "time limit" if -status in (signal.SIGKILL, signal.SIGXCPU) else signal.Signals(-status).name
-            )
+            ends = {
+                signal.SIGXCPU: "time limit",
+                signal.SIGKILL: "no end",
+            }  # of the processor, and of the clock
+            return ends.get(signal.Signals(-status), signal.Signals(-status).name)
         if status == 4:  # of pytest: a conftest.py cannot be imported
             return "import"
         output = (self.folder / "output").read_text(encoding="utf-8", errors="replace")
@@ -195,17 +217,23 @@ class Trial:
             return True
         definitions = {
             "CMAKE_BUILD_TYPE": "RelWithDebInfo",
-            "CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1",
+            # a step beyond an array, which other memory may hide, ends the process
+            "CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1 -D_GLIBCXX_ASSERTIONS -fsanitize=bounds "
+            "-fsanitize-undefined-trap-on-error",
             "AAJR_CUDA_HOST": "ON" if self.room.module == "_cuda_host" else "OFF",
             "AAJR_CUDA": "OFF",
+            # a third of the files to compile, and of the tests
+            "AAJR_AVX2_ONLY": "ON" if platform.machine() in ("x86_64", "AMD64") else "OFF",
         }
         code = (
             "import sys, pathlib; sys.path.insert(0, 'scripts'); from native_build import build; "
             f"build(pathlib.Path('build').resolve(), {self.room.module!r}, **{definitions!r})"
         )
+        command = [sys.executable, "-c", code]
+        if (self.root / "build" / "build.ninja").exists():
+            command = [str(find("cmake")), "--build", "build", "--target", self.room.module]
         output = self.root.with_name(f"{self.root.name}.build")
         with output.open("wb") as file:
-            command = [sys.executable, "-c", code]
             done = subprocess.run(
                 command,
                 cwd=self.root,

@@ -33,6 +33,8 @@ from mutation.swap import live, swap
 PIPES = "AAJR_MUTATION_PIPES"
 #: a child's exit status where the fault is in a statement that has run already
 ALREADY_RUN = 77
+#: the processor's seconds that a test with a fault may take: without one they take a few
+LONGEST = 30
 #: seconds of a clock to a second of the processor that a child may take: others are at work too
 WAITING = 20
 
@@ -60,7 +62,7 @@ def _in_a_child(run: Callable[[Request], int], request: Request) -> int:
         try:
             os.setsid()
             limit = math.ceil(request["limit"])
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
             output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -84,10 +86,21 @@ def _in_a_child(run: Callable[[Request], int], request: Request) -> int:
 
 
 class FirstFailure:
-    """Ends the process at the first failure, and leaves the test's name in the folder of the request."""
+    """Ends the process at the first failure, and leaves the test's name in the folder of the request.
 
-    def __init__(self, folder: str) -> None:
-        self.file = Path(folder) / "failed"
+    Args:
+        folder: of the request.
+        longest: the processor's seconds after which a test is taken for one without end.
+    """
+
+    def __init__(self, folder: str, longest: float = math.inf) -> None:
+        self.file, self.longest = Path(folder) / "failed", longest
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        _, last = resource.getrlimit(resource.RLIMIT_CPU)
+        end = min(spent.ru_utime + spent.ru_stime + self.longest, last - 10)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(end), last))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._end(report)
@@ -154,7 +167,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
             functions, *(request[part] for part in ("source", "faulty", "path"))
         ):
             return ALREADY_RUN
-        session.config.pluginmanager.register(FirstFailure(request["folder"]))
+        session.config.pluginmanager.register(FirstFailure(request["folder"], LONGEST))
         return _run(tests)
 
     serve(run, tests=list(items), imported=_at_import.names())
@@ -190,7 +203,7 @@ def main() -> None:
 
     def run(request: Request) -> int:
         os.environ.update(request["environment"])
-        return pytest.main(request["arguments"], plugins=[FirstFailure(request["folder"])])
+        return pytest.main(request["arguments"], plugins=[FirstFailure(request["folder"], LONGEST)])
 
     serve(run)
 

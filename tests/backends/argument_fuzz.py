@@ -9,8 +9,10 @@ are refused by pybind11, in its words.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import mmap
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -88,6 +90,22 @@ def laid(values: torch.Tensor, rng: random.Random | None = None) -> Laid:
         places = result.of(torch.arange(base.numel()))
         base[places.reshape(-1)] = values.reshape(-1)
     return result
+
+
+def fenced(values: torch.Tensor, behind: bool) -> Laid:
+    """The numbers, dense, at the end of memory, or at its start: a step beyond ends the process."""
+    dense = laid(values)
+    if not values.numel():
+        return dense
+    size, page = dense.base.numel() * dense.base.element_size(), mmap.PAGESIZE
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + 2 * page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for fence in (first, first + page + room):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0) == 0
+    offset = page + (room - size if behind else 0)
+    base = torch.frombuffer(memory, dtype=values.dtype, count=dense.base.numel(), offset=offset)
+    return Laid(base.copy_(dense.base), 0, dense.shape, dense.strides)
 
 
 @functools.cache

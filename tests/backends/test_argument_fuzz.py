@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 import torch
 from backends import argument_fuzz
 from backends.test_entries import calls as calls  # a fixture
+from backends.test_entries import tensor_of
 
 from common.trust import count
 
@@ -49,6 +51,29 @@ def test_changed_arguments_are_refused_or_right(calls):
         accepted_and_right=seen["accepted"],
         failures=0,
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is fenced by mprotect of libc")
+@pytest.mark.parametrize("behind", [True, False])
+def test_memory_beside_tensors_is_not_touched(calls, behind):
+    """Also not read: the process would end."""
+    module = calls[0].module
+    capabilities = (
+        [name for name, runs in module.capabilities() if runs] if hasattr(module, "capability") else []
+    )
+    before = module.capability() if capabilities else None
+    tensors = [
+        [t if t is None else argument_fuzz.fenced(tensor_of(t), behind) for t in c.tensors] for c in calls
+    ]
+    try:
+        for capability in capabilities or [None]:
+            if capability is not None:
+                module.set_capability(capability)
+            for call, placed in zip(calls, tensors):
+                call.run(tensors=tuple(None if t is None else t.view() for t in placed))
+    finally:
+        if capabilities:
+            module.set_capability(before)
 
 
 def spoiled(calls, run) -> argument_fuzz.Example:

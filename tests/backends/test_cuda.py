@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from assertions import assert_within_budget
 from backends import cuda_host, operator_calls
 from ops.suite import DTYPES, Target, check
 
@@ -213,6 +214,32 @@ def test_rows_of_one_tile_and_of_several(metric, size, k, target):
 def test_rows_that_registers_hold_and_longer_ones(size, k, target):
     for case in (rms(f"{size}", size, batch=(3,)), layer(f"{size}", size, batch=(3,))):
         check(case, target, k, torch.bfloat16)
+
+
+@on_host
+@pytest.mark.parametrize("shift", [1e3, -1e3])
+def test_large_means_of_a_row_and_its_tangents_cancel_nothing(host, shift):
+    x, weight, bias = torch.randn(3, 7, 640), torch.randn(640), torch.randn(640)
+    x += shift
+    got, eager, exact = (
+        backend.norm_fwd(*args, 1e-5, 0.0, True)[0]
+        for backend, args in (
+            (norm, (x, weight, bias)),
+            (norm_reference, (x, weight, bias)),
+            (norm_reference, (x.double(), weight.double(), bias.double())),
+        )
+    )
+    assert_within_budget(got, eager, exact, "y")
+
+
+@on_host
+def test_a_block_reads_no_peak_of_a_larger_one_before(host):
+    small = torch.randn(2, 1, 2050)
+    with aajr.use_backend("reference"):
+        expected = sensitivity(Dual(small.double()), "fisher").float()
+    for size in (8192, 4096, 3000):
+        sensitivity(Dual(1e4 + torch.randn(2, 1, size)), "fisher")
+        torch.testing.assert_close(sensitivity(Dual(small), "fisher"), expected, rtol=1e-5, atol=1e-6)
 
 
 @on_host

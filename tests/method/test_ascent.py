@@ -399,3 +399,13 @@ def test_agents_are_labels_of_any_size() -> None:
         runs.append((traj.points, traj.losses, penalty[0]))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_projection_that_only_rounds_moves_nothing(size):
+    x = torch.randn(2, 3, 4)
+    wave = lambda z: z.square().sum((1, 2))
+    options = dict(radius=size, steps=2, step_size=0.2 * size, scope="sequence")
+    rounding = aajr.ascend(wave, x, project=lambda delta: delta / 3 * 3, **options)
+    halving = aajr.ascend(wave, x, project=lambda delta: delta / 2, **options)
+    assert not rounding.projected.any() and halving.projected.all()

@@ -225,6 +225,10 @@ def test_units_forms_and_heads_are_those_of_the_aligned_penalty():
         plain = baseline_penalty(method, net, x, u, **options, **start)
         split = baseline_penalty(method, hidden, x, u, head=last, **options, **start)
         assert_exact(split, plain, method, tolerance=1e-9)
+    options = dict(scope="sequence", unit="token", mask=torch.ones_like(mask))
+    plain = baseline_penalty("finite_difference", net, x, u, **options)
+    split = baseline_penalty("finite_difference", hidden, x, u, head=last, **options)
+    assert_exact(split, plain, "a mask that leaves nothing out", tolerance=1e-9)
 
 
 def test_a_metric_of_ones_own(policy):

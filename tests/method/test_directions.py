@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import aajr_kernels as aajr
+from aajr_kernels.method.probes import power_iteration
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
 
@@ -128,3 +129,11 @@ def test_inject_says_when_nothing_was_injected_and_restores_on_error():
     assert isinstance(policy(ids), torch.Tensor)
     with pytest.raises(TypeError, match="embedding_module"), aajr.inject(policy[0].weight, ids):
         pass
+
+
+def test_power_iterations_leave_their_start_as_it_was():
+    v = torch.nn.functional.normalize(torch.randn(3, 4, dtype=torch.float64), dim=-1)
+    before, slopes = v.clone(), torch.tensor([1.0, 2.0, 3.0, 9.0], dtype=torch.float64)
+    largest = power_iteration(lambda u: (slopes * u).square().sum(-1), v, 60, lambda g: g)
+    assert not v.requires_grad and torch.equal(v, before)
+    torch.testing.assert_close(largest[:, 3].abs(), torch.ones(3, dtype=torch.float64))

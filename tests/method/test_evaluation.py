@@ -120,6 +120,17 @@ def test_auto_steps_and_agents_are_those_of_ascend():
     assert (trajectory.losses.diff(dim=0) >= 0).all()
 
 
+def test_embeddings_of_a_batch_that_require_gradients_are_attacked_without_a_graph():
+    model, batch = small_lm(), batch_of()
+    embeds = model.embedding(batch.pop("input_ids"))
+    scene = Scene(
+        policy_for(model, True),
+        prepared(batch | {"inputs_embeds": embeds}, torch.device("cpu"), True),
+        (model,),
+    )
+    assert embeds.requires_grad and not scene.x.requires_grad
+
+
 # -- tokens -------------------------------------------------------------------------------------------------
 
 

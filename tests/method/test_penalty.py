@@ -11,6 +11,9 @@ from assertions import assert_exact
 from torch import nn
 
 import aajr_kernels as aajr
+from aajr_kernels import Dual
+from aajr_kernels.method.expected import expected_cotangents
+from aajr_kernels.method.options import PenaltyOptions
 from aajr_kernels.testing import oracle
 
 B, T, C, V, HIDDEN = 2, 5, 6, 11, 7
@@ -321,3 +324,14 @@ def test_two_runs_are_bitwise_equal():
         pen = aajr.aligned_penalty(policy.hidden, x, v, head=policy.head)
         runs.append([pen, *torch.autograd.grad(pen, [x, v, *policy.parameters()], allow_unused=True)])
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_cotangents_of_a_single_token_are_known_before_the_backward():
+    """A hidden state without a batch is one unit, also where a sequence is."""
+    for unit in ("token", "sequence"):
+        options = PenaltyOptions(gamma=0.5, unit=unit)
+        expected = expected_cotangents(Dual(torch.randn(3, C)), options, None)
+        q = torch.tensor([0.1, 4.0], requires_grad=True)
+        assert expected is not None
+        (gradient,) = torch.autograd.grad(options.reduce(q), q)
+        assert torch.equal(expected(q.detach(), slice(None))[0], gradient)

@@ -105,6 +105,16 @@ softplus softshrink softsign tanhshrink""".split():
         X,
         up=_name != "hardsigmoid",
     )
+for _name, _arguments in {
+    "celu": (0.5,),  # torch rounds 1 / alpha to float32
+    "elu": (0.7,),
+    "hardshrink": (0.3,),
+    "hardtanh": (-0.6, 0.7),
+    "leaky_relu": (0.3,),
+    "softplus": (1.5, 1.6),
+    "softshrink": (0.3,),
+}.items():
+    case(f"F.{_name}{_arguments}", given(getattr(F, _name), *_arguments), X)
 case("F.gelu(tanh)", lambda x: F.gelu(x, approximate="tanh"), X)
 case("F.threshold", lambda x: F.threshold(x, 0.1, 20.0), X)
 case("torch.threshold", lambda x: torch.threshold(x, 0.1, 20.0), X)

@@ -134,6 +134,7 @@ case("cross_entropy_loss", lambda x: torch._C._nn.cross_entropy_loss(x, CLS, Non
 case("F.nll_loss", lambda x: F.nll_loss(x, PIX, _plain()), SEQ)
 case("F.l1_loss", F.l1_loss, X, Y, duals=BOTH)
 case("F.smooth_l1_loss", lambda x, y: F.smooth_l1_loss(x, y, beta=0.7), X, Y, duals=BOTH)
+case("smooth_l1_loss(beta 0)", lambda x, y: torch._C._nn.smooth_l1_loss(x, y, 1, 0.0), X, Y, duals=BOTH)
 case("F.huber_loss", lambda x, y: F.huber_loss(x, y, delta=0.7), X, Y, duals=BOTH)
 case("F.kl_div", lambda x, y: F.kl_div(x, y, reduction="batchmean"), X, U, duals=BOTH)
 case("F.kl_div(log)", lambda x, y: F.kl_div(x, y, reduction="none", log_target=True), X, Y, duals=BOTH)

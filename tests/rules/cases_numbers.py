@@ -76,6 +76,9 @@ COMPLEX: dict[str, Callable[..., Any]] = {
     "linear": lambda x: parts(F.linear(number(x), FREQUENCIES, FREQUENCIES[:, 0])),
     "var": lambda x: number(x).var(0),
     "norm": lambda x: number(x).norm(dim=0),
+    "norm(1)": lambda x: number(x).norm(1, dim=0),
+    "linalg.norm(inf)": lambda x: linalg.norm(number(x), float("inf"), dim=0),
+    "linalg.vector_norm(3)": lambda x: linalg.vector_norm(number(x), 3),
     "mean and sum": lambda x: parts(number(x).mean(0)) + parts(number(x).sum(0)),
     "cat and where": lambda x: parts(torch.cat([number(x), torch.where(X[:, :2] > 0, number(x), 1j)])),
     "index": lambda x: parts(number(x)[torch.tensor([2, 0, 2])].roll(1, 0).flip(1)),
@@ -202,6 +205,7 @@ def straightened(x: Tensor) -> Tensor:
 AT = [torch.tensor([[2], [0], [2]]), torch.arange(4)]
 VIEWS: dict[str, Callable[..., Any]] = {
     "as_strided": lambda x: (x * x).as_strided((2, 3, 2), (4, 1, 2)),
+    "as_strided(stride 0)": lambda x: (x * x).as_strided((2, 3, 2), (0, 1, 2)),
     "as_strided_copy": lambda x: torch.as_strided_copy(x, (2, 2), (1, 1), 3),
     "as_strided(in place)": straightened,
     "hsplit": lambda x: torch.hsplit(x, 2)[1],

@@ -281,8 +281,10 @@ def test_grouped_mm_agrees_with_torch(duals: str, form: str) -> None:
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no F.grouped_mm")
 def test_grouped_mm_gives_zeros_beyond_the_last_group() -> None:
-    y = F.grouped_mm(made(6, 4), torch.randn(2, 4, 3).double(), offs=torch.tensor([1, 4], dtype=torch.int32))
-    assert (y.stacked[:, 4:] == 0).all() and (y.stacked[:, :4] != 0).all()
+    ends, weights = torch.tensor([1, 4], dtype=torch.int32), made(2, 4, 3)
+    for rows, weight in ((made(6, 4), weights.primal), (made(6, 4).primal, weights), (made(6, 4), weights)):
+        y = F.grouped_mm(rows, weight, offs=ends)
+        assert (y.stacked[:, 4:] == 0).all() and (y.stacked[:, :4] != 0).all()
 
 
 # -- recurrent layers -----------------------------------------------------------------------------------------------

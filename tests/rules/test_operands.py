@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rules.cases import P, U, X, Y, rand, real
 from rules.check import check
 
-from aajr_kernels import dual
+from aajr_kernels import Dual, dual
 
 FIRST = torch.tensor([[2.3, -3.1, 1.7], [4.2, -2.2, 2.9]], dtype=torch.float64)
 NUMBER_FIRST: dict[str, Callable[[Any], Any]] = {
@@ -130,6 +130,12 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "cat, shapes": (lambda x, y: torch.cat([x, y]), ((2, 3), (2, 4))),
     "stack, shapes": (lambda x, y: torch.stack([x, y]), ((2, 3), (2, 4))),
 }  # fmt: skip
+
+
+def test_a_view_does_not_leave_the_primal() -> None:
+    stacked = torch.randn(3, 3)[:2]  # the storage goes on, so torch would allow it
+    with pytest.raises(RuntimeError, match="leaves the 3 values of the primal"):
+        Dual(stacked).as_strided((2,), (3,))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -290,6 +291,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, learns):
     assert multipliers == {None} if learns == "payoff" else len(multipliers) > 2
     drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     assert drop(resumed.rows) == drop(whole.rows)
+    assert json.loads((tmp_path / "broken" / "config.json").read_text())["steps"] == config.steps
     with pytest.raises(ValueError, match="out must be a folder without checkpoints"):
         fit_agents(third, short, config, out=tmp_path / "broken", progress=False, resume=False)
 

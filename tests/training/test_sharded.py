@@ -11,7 +11,8 @@ from torch import nn
 from training.tiny_lm import ATTACK, fit_config, quiet, sequences, tiny_lm
 
 from aajr_kernels.training import KL, Objective, Penalty, load_checkpoint, policy_of
-from aajr_kernels.training.wrappers import reshard
+from aajr_kernels.training.gradients import over_processes
+from aajr_kernels.training.wrappers import reshard, smallest
 
 # torch says so of any model whose last layer is linear
 pytestmark = [needs_gloo, pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")]
@@ -23,6 +24,24 @@ def _group():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+
+
+def test_numbers_of_several_processes(monkeypatch):
+    """Of the other process they come by the operation that is asked for: the smallest, the sum, the largest."""
+    operations = torch.distributed.ReduceOp
+    other = {operations.MIN: [5, -7], operations.SUM: [10.0], operations.MAX: [4.0]}
+    ways = {operations.MIN: torch.minimum, operations.SUM: torch.add, operations.MAX: torch.maximum}
+
+    def reduced(numbers, operation=operations.SUM, group=None):
+        theirs = torch.tensor(other[operation], dtype=numbers.dtype)
+        numbers.copy_(ways[operation](numbers, theirs))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
+    cpu = torch.device("cpu")
+    assert smallest([3, 2], object(), cpu) == [3, -7] and smallest([3, 2], None, cpu) == [3, 2]
+    parts = {"loss": [torch.tensor(1.0), torch.tensor(2.0)], "q_max": [torch.tensor(1.0), torch.tensor(3.0)]}
+    assert over_processes(parts, object(), cpu) == {"loss": 13.0, "q_max": 4.0}
+    assert over_processes(parts, None, cpu) == {"loss": 3.0, "q_max": 3.0}
 
 
 def sharded(model: nn.Module) -> nn.Module:

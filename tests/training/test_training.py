@@ -199,6 +199,20 @@ def test_points_of_a_trajectory_in_one_forward():
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-13)
 
 
+def test_inputs_that_all_rows_share_need_no_batch_axis():
+    ids = sequences(1)[0]
+    ends = []
+    for rows in (1, len(ids)):
+        batch = {"input_ids": ids, "inputs_mask": torch.tensor([[1, 1, 1, 1, 0]]).expand(rows, 5)}
+        model = tiny_lm().double()
+        model.forward = lambda inputs_embeds, inputs_mask=None, _model=model, **other: TinyLM.forward(
+            _model, inputs_embeds, inputs_mask
+        )
+        quiet(model, [batch], plain(penalty=Penalty(weight=0.5)), optimizer=sgd(model))
+        ends.append(vector(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-13)
+
+
 def test_agents_of_a_batch():
     """Two agents, and a token of none; one direction for each of the two."""
     agents = torch.tensor([[0, 0, 1, -1, 1], [1, 1, 0, 0, -1]])
@@ -274,6 +288,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_parameters_change(radius, tm
     saved = tiny_lm(seed=5)
     assert training.load_checkpoint(tmp_path, saved) == 1
     assert torch.equal(vector(saved), vector(model)) and model.training
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_steps_that_are_not_finite_can_be_skipped():

@@ -101,9 +101,32 @@ def compare(tensors, ulps=8.0, floor=1e-3, expected=None, **options):
     return got
 
 
+@pytest.mark.parametrize("metric", ["fisher", "probs"])
+def test_rows_of_the_weight_may_lie_apart(metric):
+    h, w, b = problem()
+    compare((h, torch.cat([w, w], -1)[:, : w.shape[1]], b), metric=metric)
+
+
 @pytest.mark.parametrize("metric", ["l2", "logits", "fisher", "probs"])
 def test_several_shares_chunks_and_blocks(small, metric):
     compare(problem(), metric=metric, labels=random_labels())
+
+
+@pytest.mark.parametrize("metric", ["fisher", "probs"])
+def test_shares_are_merged_in_several_steps(small, metric):
+    small.setattr(triton_launch, "_MERGED_SHARES", 1)
+    small.setattr(triton_launch, "_MOST_SPLITS", 4)
+    compare(problem(9, 500), metric=metric, labels=random_labels(9, 500))
+
+
+def test_a_label_of_another_process_adds_no_logit(monkeypatch):
+    """Where the vocabulary is split it is the number beyond the last word; memory holds anything before."""
+    h, w, b = problem(9)
+    labels = torch.tensor([V, 0, V - 1, V, 5, V, 7, 129, V], device=DEVICE)
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    _, nll, _ = kernels.head_fwd(h, w, b, labels, None, "fisher", 1.0, None, -100)
+    z = torch.cat([h[0] @ w.t() + b, torch.zeros(9, 1, device=DEVICE)], -1).double()
+    torch.testing.assert_close(nll.double(), z[:, :V].logsumexp(-1) - z.gather(1, labels[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("metric", ["logits", "fisher", "probs"])

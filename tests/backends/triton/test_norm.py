@@ -148,6 +148,16 @@ def test_sum_and_norm(dtype, counts, size):
     both(summed, draw(*summed.shape, dtype=dtype), weight, bias, sum_bar=more)
 
 
+def test_columns_of_long_rows_may_lie_apart():
+    size = 8200
+    x, residual, g = draw(2, 2, 2 * size)[..., ::2], draw(2, 2, 3 * size)[..., ::3], draw(2, 2, size)
+    weight, bias = draw(size), draw(size)
+    both(x, g, weight, bias)
+    y, stats, summed = ours.norm_fwd(x, weight, bias, 1e-5, 0.0, True, residual)
+    assert torch.equal(summed, x + residual)
+    assert same_bits((y, stats), ours.norm_fwd(summed, weight, bias, 1e-5, 0.0, True)[:2])
+
+
 def test_a_backward_adds_its_partial_sums_in_one_pass_in_the_dtype_of_the_weight():
     x = torch.empty(2, 4096, 1024, dtype=torch.bfloat16, device="meta")
     weight, stats = x[0, 0], torch.empty(2, 4096, device="meta")
