@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
-import resource
 import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from faults.children import DIED, Child, Points
+from faults.children import DIED, Child, Points, files_of_at_most
 from faults.scale import scaled
 from training.test_training_resume import config, loader, same, timeless, train
 from training.tiny_lm import tiny_lm
@@ -115,16 +113,6 @@ def test_any_file_operation_fails(drawn, failing, straight, tmp_path):
         assert code == 0 or (code == 1 and str(out) in said and os.strerror(problem) in said), (number, said)
         goes_on(out, straight)
         count("interruptions", failed_operations=1)
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @scaled(quick=2)
