@@ -296,6 +296,13 @@ class Multiplier:
             facts |= {"second_order": self.second_order, "infeasible": float(self._is_infeasible)}
         return facts
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether λ or γ is found or moved in training, so that it depends on more than the step."""
+        return self.constraint is not None or any(
+            isinstance(v, Share) for v in (self.config.weight, self._gamma)
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists, for a checkpoint; settle before."""
         return {

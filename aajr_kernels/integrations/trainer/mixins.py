@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,15 @@ class _Mixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """And λ and γ."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / STATE).exists():
-            self._aajr_of(self.model_wrapped).load_state_dict(files.read_object(Path(checkpoint) / STATE))
+        if checkpoint is None:
+            return
+        objective, path = self._aajr_of(self.model_wrapped), Path(checkpoint) / STATE
+        if path.exists():
+            objective.load_state_dict(files.read_object(path))
+        elif objective.multiplier.is_kept:  # of another trainer, or one with save_only_model
+            warnings.warn(
+                f"There is no {path}: the weight of the penalty and gamma begin anew.", stacklevel=2
+            )
 
     def _aajr_logged(self, objective: Objective, terms: Terms, step: int) -> None:
         scheduled = objective.scheduled(step)
