@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPS", "detach_frozen", "frozen_parameters", "is_dtensor", "is_fully_sharded"]
+__all__ = ["OPS", "detach_frozen", "frozen", "frozen_parameters", "is_dtensor", "is_fully_sharded"]
 
 #: name of an op -> its function where a stack or a weight is a DTensor
 OPS: dict[str, Callable[..., Any]] = {}
@@ -31,6 +31,11 @@ def frozen_parameters() -> Iterator[None]:
         yield
     finally:
         _frozen = before
+
+
+def frozen() -> bool:
+    """Whether :func:`frozen_parameters` is open."""
+    return _frozen
 
 
 def detach_frozen(*weights: torch.Tensor | None) -> tuple[Any, ...]:

@@ -130,19 +130,19 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(torch.nn.modules.module._has_any_global_hook()) or _is_hooked(module)
 
 
-def has_hooks_inside(module: torch.nn.Module) -> bool:
-    """:func:`has_hooks` of any module inside, at any depth, for code that asks at every call of a layer.
+def unhooked(module: torch.nn.Module) -> list[torch.nn.Module] | None:
+    """The modules inside, at any depth, or None where one :func:`has_hooks`; for code that asks at every call.
 
     Torch 2.11-2.15: the same dictionaries, and ``_modules``.
     """
-    return bool(torch.nn.modules.module._has_any_global_hook()) or _hooked_inside(module)
-
-
-def _hooked_inside(module: torch.nn.Module) -> bool:
-    for part in module._modules.values():
-        if part is not None and (_is_hooked(part) or (part._modules and _hooked_inside(part))):
-            return True
-    return False
+    if torch.nn.modules.module._has_any_global_hook():
+        return None
+    inside = [part for part in module._modules.values() if part is not None]
+    for part in inside:  # which grows
+        if _is_hooked(part):
+            return None
+        inside += [child for child in part._modules.values() if child is not None]
+    return inside
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:

@@ -11,7 +11,7 @@ from ...ops.attention import attention
 from .context_keys import Joined
 from .masks import Visibility
 
-__all__ = ["attention_forward"]
+__all__ = ["attend", "attention_forward"]
 
 
 def attention_forward(
@@ -49,6 +49,25 @@ def attention_forward(
         UnsupportedOperation: attention sinks or a paged cache.
     """
     _refuse(kwargs)
+    options: dict[str, Any] = dict(dropout=dropout, is_causal=is_causal, softcap=softcap)
+    out = attend(module, query, key, value, attention_mask, scaling, position_bias=position_bias, **options)
+    return out.transpose(1, 2), None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Any = None,
+) -> Any:
+    """The same with the heads before the positions, ``[B, H, N, D]``."""
     causal: bool | str = False
     window, mask, context = None, attention_mask, None
     if isinstance(attention_mask, Visibility):
@@ -65,8 +84,7 @@ def attention_forward(
     if position_bias is not None:
         mask = _with_bias(mask, position_bias)
     shape: dict[str, Any] = dict(causal=causal, scale=scaling, softcap=softcap, window=window)
-    out = attention(query, key, value, mask=mask, dropout=dropout, context=context, **shape)
-    return out.transpose(1, 2), None
+    return attention(query, key, value, mask=mask, dropout=dropout, context=context, **shape)
 
 
 def _with_bias(mask: Any, bias: Any) -> Any:

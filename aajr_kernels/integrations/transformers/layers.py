@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .decoder import by_form, form_of
 from .forms import Replacement, find
 from .library import pretrained_model_class
 from .registry import Calls
@@ -19,8 +20,10 @@ from .verify import linear_sizes
 __all__ = ["residual_sums"]
 
 
-def residual_sums(module: nn.Module, dtype: torch.dtype) -> Replacement | None:
+def residual_sums(module: nn.Module, dtype: torch.dtype, recompute: bool = False) -> Replacement | None:
     """The replacement of a layer that adds to what it normalises; None for other modules.
+
+    Where it has a :class:`.decoder.Form` it runs by that, unless its results are to be computed again.
 
     A candidate has norms and linear layers in it. Where its forward adds to no residual stream that a norm of its own
     takes, there is nothing to fuse.
@@ -61,7 +64,19 @@ def residual_sums(module: nn.Module, dtype: torch.dtype) -> Replacement | None:
         if difference is None
         else f"residual sums: {type(module).__name__}.forward differs: {difference[1]}"
     )
-    return Replacement("residual sums", None if reason else body, reason=reason, runs_own=True)
+    if reason:
+        return Replacement("residual sums", reason=reason, runs_own=True)
+    if not recompute:
+        known = [getattr(module, name) for name in norms]
+        form = form_of(
+            module,
+            trial,
+            calls,
+            lambda part: part in known or _norm_forward(part, dtype) is not None,
+            lambda twin: _replaced(twin, norms),
+        )
+        body = body if form is None else by_form(body, form)
+    return Replacement("residual sums", body, runs_own=True)
 
 
 def _norm_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any] | None:

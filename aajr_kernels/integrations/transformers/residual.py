@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ...coverage import recording
 from ...dual import Dual, flatten_dual, is_dual, unflatten_dual
+from ...ops.autograd import is_taken_down
 from ...ops.norm import add_layer_norm, add_rms_norm, rms_norm
-from ...torch_private import has_hooks_inside, pytree
+from ...ops.tape import Sum
+from ...torch_private import pytree, unhooked
 
 __all__ = ["Residual", "on_residuals", "rms_norm_of"]
 
@@ -52,10 +54,14 @@ class Residual(Dual):
         self._sum, self._branch = value, None
 
     def _total(self, branch: Dual) -> Tensor:
-        if not recording():  # their stacks have one shape and dtype
+        # their stacks have one shape and dtype
+        if not torch.compiler.is_compiling() and is_taken_down():
+            total: Tensor = Sum.apply(self._sum, branch.stacked)
+            return total
+        if not recording():
             return torch.add(self._sum, branch.stacked)
-        total: Dual = torch.add(Dual(self._sum), branch)  # type: ignore[call-overload]
-        return total.stacked
+        added: Dual = torch.add(Dual(self._sum), branch)  # type: ignore[call-overload]
+        return added.stacked
 
     dtype = property(lambda self: self._sum.dtype)
     shape = property(lambda self: self._sum.shape[1:])
@@ -104,7 +110,7 @@ def on_residuals(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_checkpointed(self) or has_hooks_inside(self):
+        if torch.compiler.is_compiling() or _is_checkpointed(self) or unhooked(self) is None:
             return own(self, *args, **kwargs)
         streams: dict[int, Residual] = {}  # one for each Dual, however often it is given
         args = tuple(_stream(value, streams) for value in args)
