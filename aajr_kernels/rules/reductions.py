@@ -46,7 +46,10 @@ def _cumsum(x: Dual, dim: int, *, dtype: Any = None) -> Any:
 
 
 def _variance(x: Dual, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Dual, list[int], bool]:
-    """Variance and its tangent 2 Σ (x − m) ẋ / (n − correction), axes kept; the arguments of torch.var in any form."""
+    """Variance and its tangent 2 Σ (x − m)(ẋ − ṁ) / (n − correction), axes kept; arguments of torch.var in any form.
+
+    The x − m add up to zero but for the rounding of m, which would count as often as ṁ is large: ẋ is centred as well.
+    """
     if args and isinstance(args[0], bool):
         args = (None, *args)
     options = dict(zip(("dim", "unbiased", "keepdim"), args)) | kwargs
@@ -55,10 +58,10 @@ def _variance(x: Dual, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[D
     dims = _dims(x, options.get("dim"))
     count = math.prod(x.stacked.shape[d] for d in dims)
     primal, tangents = split(x)
-    centred = primal - primal.mean(dims, keepdim=True)
+    centred, along = (t - t.mean(dims, keepdim=True) if dims else t - t for t in (primal, tangents))
     scale = 1.0 / max(count - correction, 0) if count > correction else float("inf")
     primal = centred.square().sum(dims, keepdim=True) * scale
-    tangent = (centred * tangents).sum(dims, keepdim=True) * (2 * scale)
+    tangent = (centred * along).sum(dims, keepdim=True) * (2 * scale)
     return join(primal, tangent), dims, options.get("keepdim", False)
 
 

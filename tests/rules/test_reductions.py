@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from ops.op_checks import check_low
 from torch import Tensor, linalg
 
 from aajr_kernels import Dual, dual, is_dual
@@ -135,6 +136,24 @@ def test_weights_of_a_logsumexp_sum_to_one_at_any_level(dtype: torch.dtype, leve
         torch.testing.assert_close(
             y.tangent.double(), torch.ones_like(y.tangent).double(), rtol=0, atol=2 * torch.finfo(dtype).eps
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [2, 3, 5, 700])
+@pytest.mark.parametrize(("mean", "along"), [(0.0, 0.0), (10.0, 0.0), (0.0, 1e3), (10.0, 10.0), (1e3, 1e3)])
+def test_moments_beside_large_means(dtype: torch.dtype, size: int, mean: float, along: float) -> None:
+    """Centred values add up to zero but for the rounding of their mean, which a mean of the tangents must not meet."""
+    torch.manual_seed(11)
+    x = torch.randn(3, 8, size, dtype=torch.float64)
+    x[0] = torch.linspace(-4, 4, size) * (1 + torch.rand(8, 1))  # not constant in any dtype
+    x += torch.tensor([mean, along, -along]).view(3, 1, 1)
+
+    def variance(z: Tensor) -> Tensor:
+        return (z - z.mean(-1, keepdim=True)).square().sum(-1) / (size - 1)
+
+    widened = lambda formula: lambda z: formula(z.float()).to(z.dtype)
+    for op, formula in ((torch.var, variance), (torch.std, lambda z: variance(z).sqrt())):
+        check_low(lambda z, f=op: f(z, -1), widened(formula), [x], [], dtype, formula)
 
 
 @pytest.mark.parametrize("p", [order for order in ORDERS if order >= 0])
