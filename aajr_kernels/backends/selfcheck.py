@@ -82,6 +82,8 @@ class Kind(NamedTuple):
 _passed: set[tuple[Any, ...]] = set()
 _refused: dict[tuple[Any, ...], str] = {}
 _lock = threading.Lock()
+#: calls that went unchecked: a decision of theirs is not to be kept
+left_out = 0
 
 
 def checked_backend(
@@ -121,12 +123,13 @@ def checked_backend(
 @constant
 def admit(named: bool, *call: Any) -> str:
     """The backend of a :class:`Kind` after its check, or the reference."""
+    global left_out
     kind = Kind(*call)
     with _lock:
         if kind not in _passed and kind not in _refused:
-            if in_backward() or capture.is_capturing(kind.device):
-                return kind.backend
-            _decide(kind, named)
+            if not in_backward() and not capture.is_capturing(kind.device):
+                _decide(kind, named)
+            left_out += kind not in _passed and kind not in _refused
     if kind not in _refused:
         return kind.backend
     if named:

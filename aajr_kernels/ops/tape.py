@@ -6,32 +6,69 @@ goes through autograd's ``save_for_backward``: hooks on saved tensors and checks
 
 Nothing may happen to a value that is not noted. An argument with numbers that neither was given nor came out of a noted
 call is a value whose gradient would be lost, and raises :class:`Untaped`.
+
+What was noted is a :class:`Program`. Given again what its calls depend on, only these are repeated, without the checks
+of the ops, their choice of backend and the code around them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import sharding
+from ..autocast import autocasting
+from ..backends import choice, selfcheck
 from ..backends.errors import first_order
+from ..backends.triton import launch as gpu
+from ..coverage import recording
+from ..recompute import is_recomputed
+from ..torch_private import has_dispatch_modes, transforms_active
 from .autograd import Function, taken_down
 
-__all__ = ["Heads", "Joined", "Sum", "Turned", "Untaped", "in_one_step"]
+__all__ = ["Programs", "Untaped", "in_one_step", "is_undisturbed"]
 
 
 class Untaped(Exception):
     """A value was computed by something else than an op; its message names the op that was given it."""
 
 
-def in_one_step(body: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """``body()``, whose Functions become one step of autograd.
+def is_undisturbed(device_type: str) -> bool:
+    """Whether ops do now what they do by themselves, and nothing watches them.
+
+    False under autocast, ``recompute``, :func:`aajr_kernels.coverage`, frozen parameters, transforms and modes of
+    torch's dispatcher, and without gradients.
+    """
+    return torch.is_grad_enabled() and not (
+        torch.compiler.is_compiling()
+        or has_dispatch_modes()
+        or transforms_active()
+        or recording()
+        or autocasting(device_type)
+        or sharding.frozen()
+        or is_recomputed("norms")
+        or is_recomputed("activations")
+    )
+
+
+def in_one_step(
+    body: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    programs: Programs | None = None,
+    key: Hashable = None,
+) -> Tensor:
+    """``body()``, whose Functions become one step of autograd, while :func:`is_undisturbed`.
 
     Args:
         body: calls ops on `inputs`, and on what ops made of these; its result is one of an op.
-        inputs: every tensor that a gradient may reach.
+        inputs: every tensor that a gradient may reach, and masks.
+        programs: what bodies called, kept here for a later call.
+        key: all that calls of the `body` depend on, but for forms of `inputs`, devices and the choice of a backend.
 
     Returns:
         The result. Values and gradients are those of ``body()`` itself.
@@ -39,16 +76,18 @@ def in_one_step(body: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Tensor:
     Raises:
         Untaped: `body` does something else; nothing has happened then.
     """
-    result: Tensor = _Step.apply(body, *inputs)
+    result: Tensor = _Step.apply(body, {} if programs is None else programs, key, *inputs)
     return result
 
 
 class _Context:
     """In the place of autograd's, for one noted call."""
 
+    materializes = True
+    saved_tensors: tuple[Tensor | None, ...] = ()
+
     def __init__(self, needs: tuple[bool, ...]) -> None:
-        self.needs_input_grad, self.materializes = needs, True
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
+        self.needs_input_grad = needs
 
     def set_materialize_grads(self, value: bool) -> None:
         self.materializes = value
@@ -57,28 +96,137 @@ class _Context:
         self.saved_tensors = tensors
 
 
+class _Call(NamedTuple):
+    """A Function, the numbers of its arguments and results, which arguments need a gradient, and whether one does."""
+
+    function: type[Function]
+    read: list[int]
+    made: list[int]
+    needs: tuple[bool, ...]
+    needed: bool
+
+
+class _View(NamedTuple):
+    """A tensor without gradient that is a view of an input."""
+
+    number: int
+    source: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+@dataclass
+class Program:
+    """The calls of a body. Values have numbers, the inputs the first ones, then in the order in which they came.
+
+    Attributes:
+        calls: in order.
+        memory: values by number, None in the place of tensors.
+        views: those among the values.
+        result: number of the result.
+        forms: shape and dtype of what a call made, by number; None of other values.
+        repeats: whether the calls would be the same again: all other values are constants or views of inputs.
+    """
+
+    calls: list[_Call]
+    memory: list[Any]
+    views: list[_View]
+    result: int
+    forms: list[tuple[torch.Size, torch.dtype] | None]
+    repeats: bool
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[_Context]]:
+        """The result of the calls, and their contexts."""
+        memory, contexts = self.memory.copy(), []
+        memory[: len(inputs)] = inputs
+        for number, source, size, strides, offset in self.views:
+            x = memory[source]
+            memory[number] = x.as_strided(size, strides, x.storage_offset() + offset)
+        for function, read, made, needs, _ in self.calls:
+            context = _Context(needs)
+            results = function.forward(context, *[memory[number] for number in read])
+            if type(results) is tuple:
+                for number, y in zip(made, results):
+                    memory[number] = y
+            else:
+                memory[made[0]] = results
+            contexts.append(context)
+        return memory[self.result], contexts
+
+    def saved(self, contexts: list[_Context]) -> tuple[list[Tensor], list[list[int]]]:
+        """All that contexts saved, each tensor once, and its places by context; contexts keep nothing."""
+        tensors: list[Tensor] = []
+        known: dict[int, int] = {}
+        places = []
+        for call, context in zip(self.calls, contexts):
+            own = []
+            for x in context.saved_tensors if call.needed else ():
+                place = -1
+                if x is not None and (place := known.get(id(x), -1)) < 0:
+                    place = known[id(x)] = len(tensors)
+                    tensors.append(x)
+                own.append(place)
+            places.append(own)
+            context.saved_tensors = ()
+        return tensors, places
+
+    def backward(
+        self, contexts: list[_Context], places: list[list[int]], saved: Sequence[Tensor], bar: Tensor
+    ) -> list[Tensor | None]:
+        """Gradients by number, from what was saved and that of the result."""
+        forms = self.forms
+        bars: list[Tensor | None] = [None] * len(forms)
+        bars[self.result] = bar
+        for i in range(len(contexts) - 1, -1, -1):
+            function, read, made, needs, needed = self.calls[i]
+            if not needed:
+                continue
+            y_bars, reached = [], False
+            for number in made:
+                y_bar, bars[number] = bars[number], None
+                y_bars.append(y_bar)
+                reached |= y_bar is not None
+            if not reached:
+                continue
+            # a context of its own: a graph may run twice at once
+            context = _Context(needs)
+            context.__dict__.update(contexts[i].__dict__)
+            context.saved_tensors = tuple([None if place < 0 else saved[place] for place in places[i]])
+            x_bars = function.backward(context, *y_bars)
+            for number, need, x_bar in zip(read, needs, x_bars if type(x_bars) is tuple else (x_bars,)):
+                if x_bar is not None and need:
+                    form = forms[number]  # of the inputs autograd sees to it
+                    if form is not None and (x_bar.shape != form[0] or x_bar.dtype != form[1]):
+                        x_bar = x_bar.sum_to_size(form[0]).to(form[1])
+                    other = bars[number]
+                    bars[number] = x_bar if other is None else other + x_bar
+        return bars
+
+
+#: signatures -> programs
+Programs = dict[Hashable, Program]
+#: programs that are kept for a body; after as many all are noted anew
+LIMIT = 256
+_CONSTANTS = {type(None), bool, int, float, str, torch.dtype}
+_FORM = attrgetter("shape", "dtype", "device")
+
+
 class _Tape:
-    """Calls in order. Tensors have numbers, the inputs the first ones, and are kept as long as calls are noted."""
+    """Takes calls down in the place of autograd. Tensors are kept as long as calls are noted: ids tell them apart."""
 
     def __init__(self, inputs: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        self.inputs, self.needs, self.memory = inputs, list(needs), list[Any](inputs)
         self.numbers = {id(x): number for number, x in enumerate(inputs)}
-        self.tensors, self.needs, self.inputs = list(inputs), list(needs), len(inputs)
-        #: Function, its context, numbers of arguments (-1: none) and results, places of what it saved
-        self.calls: list[tuple[type[Function], _Context, list[int], list[int], list[int]]] = []
+        self.calls: list[_Call] = []
+        self.contexts: list[_Context] = []
+        self.views: list[_View] = []
+        self.repeats = True
 
     def __call__(self, function: type[Function], args: tuple[Any, ...]) -> Any:
-        """A call of a Function, noted if it has a backward."""
-        numbers, tensors, needs = self.numbers, self.tensors, self.needs
-        read = []
-        for x in args:
-            number = -1
-            if isinstance(x, Tensor):
-                number = numbers.get(id(x), -1)
-                if number < 0 and (x.is_floating_point() or x.is_complex()):
-                    raise Untaped(f"{function.__name__} was given a tensor that is no result of an op")
-            read.append(number)
-        context = _Context(tuple([number >= 0 and needs[number] for number in read]))
-        before = taken_down(None)
+        read = [self._number(function, x) for x in args]
+        needs = tuple([self.needs[number] for number in read])
+        context, before = _Context(needs), taken_down(None)
         try:
             results = function.forward(context, *args)
         finally:
@@ -87,149 +235,103 @@ class _Tape:
             raise Untaped(
                 f"{function.__name__} has gradients that are made, or results that are computed again"
             )
-        needed = True in context.needs_input_grad
-        made = []
-        for y in results if isinstance(results, tuple) else (results,):
-            if y is None:
-                made.append(-1)
-                continue
-            made.append(len(tensors))
-            numbers[id(y)] = len(tensors)
-            tensors.append(y)
-            needs.append(needed)
-        if needed:
-            self.calls.append((function, context, read, made, []))
-        else:
-            context.saved_tensors = ()
+        needed = True in needs
+        made = [
+            self._add(y, needed and y is not None)
+            for y in (results if type(results) is tuple else (results,))
+        ]
+        self.calls.append(_Call(function, read, made, needs, needed))
+        self.contexts.append(context)
         return results
 
-    def close(self, result: Tensor) -> list[Tensor]:
-        """All that calls saved, each tensor once, when there are no more calls."""
-        self.result = self.numbers.get(id(result), -1)
-        if self.result < 0:
-            raise Untaped("the result is none of an op")
-        saved: dict[int, tuple[int, Tensor]] = {}
-        for _, context, _, _, places in self.calls:
-            for x in context.saved_tensors:
-                places.append(-1 if x is None else saved.setdefault(id(x), (len(saved), x))[0])
-            context.saved_tensors = ()
-        # of the inputs autograd sees to it
-        self.forms = [(x.shape, x.dtype) if i >= self.inputs else None for i, x in enumerate(self.tensors)]
-        self.numbers, self.tensors = {}, []
-        return [tensor for _, tensor in saved.values()]
+    def _add(self, value: Any, needed: bool = False) -> int:
+        number = len(self.memory)
+        self.memory.append(value)
+        self.needs.append(needed)
+        if isinstance(value, Tensor):
+            self.numbers[id(value)] = number
+        return number
 
-    def backward(self, saved: Sequence[Tensor], bar: Tensor) -> list[Tensor | None]:
-        """Gradients by number, from what was saved and that of the result."""
-        needs, forms = self.needs, self.forms
-        bars: list[Tensor | None] = [None] * len(needs)
-        bars[self.result] = bar
-        for function, context, read, made, places in reversed(self.calls):
-            y_bars = []
-            for number in made:
-                y_bars.append(None if number < 0 else bars[number])
-                if number >= 0:
-                    bars[number] = None
-            if all(y_bar is None for y_bar in y_bars):
-                continue
-            # a context of its own: a graph may run twice at once
-            own = _Context(context.needs_input_grad)
-            own.__dict__.update(context.__dict__)
-            own.saved_tensors = tuple([None if place < 0 else saved[place] for place in places])
-            x_bars = function.backward(own, *y_bars)
-            for number, x_bar in zip(read, x_bars if isinstance(x_bars, tuple) else (x_bars,)):
-                if x_bar is not None and number >= 0 and needs[number]:
-                    form = forms[number]
-                    if form is not None and (x_bar.shape, x_bar.dtype) != form:  # as autograd does
-                        x_bar = x_bar.sum_to_size(form[0]).to(form[1])
-                    other = bars[number]
-                    bars[number] = x_bar if other is None else other + x_bar
-        return bars
+    def _number(self, function: type[Function], x: Any) -> int:
+        if not isinstance(x, Tensor):
+            self.repeats &= _is_constant(x)
+            return self._add(x)
+        number = self.numbers.get(id(x))
+        if number is None:
+            if x.is_floating_point() or x.is_complex():
+                raise Untaped(f"{function.__name__} was given a tensor that is no result of an op")
+            number = self._add(x)
+            sources = [
+                i for i, y in enumerate(self.inputs) if y.dtype == x.dtype and _storage(y) == _storage(x)
+            ]
+            for i in sources[:1]:
+                offset = int(x.storage_offset() - self.inputs[i].storage_offset())
+                self.views.append(_View(number, i, tuple(x.shape), x.stride(), offset))
+            self.repeats &= bool(sources)
+        return number
+
+    def program(self, result: Tensor) -> Program:
+        """When there are no more calls."""
+        number = self.numbers.get(id(result))
+        if number is None:
+            raise Untaped("the result is none of an op")
+        made = {i for call in self.calls for i in call.made if self.memory[i] is not None}
+        forms = [(x.shape, x.dtype) if i in made else None for i, x in enumerate(self.memory)]
+        memory = [None if isinstance(x, Tensor) else x for x in self.memory]
+        return Program(self.calls, memory, self.views, number, forms, self.repeats)
+
+
+def _is_constant(x: Any) -> bool:
+    return type(x) in _CONSTANTS or (isinstance(x, tuple) and all(map(_is_constant, x)))
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _signature(key: Hashable, needs: tuple[bool, ...], inputs: Sequence[Tensor]) -> Hashable | None:
+    """Equal for calls that one program serves; None where that cannot be said."""
+    # a tensor given twice could be two the next time
+    if len({*map(id, inputs)}) < len(inputs):
+        return None
+    forms = (*map(type, inputs), *map(_FORM, inputs), *map(Tensor.stride, inputs))
+    return key, gpu.state(), choice.current_backend(), selfcheck.mode, needs, forms
 
 
 class _Step(Function):
-    """A body, which is called without arguments, and its inputs to its result."""
+    """A body, which is called without arguments, programs, a key and inputs to the body's result."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        body, *inputs = args
+        body, programs, key, *inputs = args
+        needs = ctx.needs_input_grad[3:]
         ctx.set_materialize_grads(False)
-        ctx.tape = tape = _Tape(inputs, ctx.needs_input_grad[1:])
-        before = taken_down(tape)
-        try:
-            result: Tensor = body()
-        finally:
-            taken_down(before)
-        ctx.save_for_backward(*tape.close(result))
+        signature = _signature(key, needs, inputs)
+        program = programs.get(signature)
+        if program is None:
+            tape, unchecked = _Tape(inputs, needs), selfcheck.left_out
+            before = taken_down(tape)
+            try:
+                result = body()
+            finally:
+                taken_down(before)
+            program, contexts = tape.program(result), tape.contexts
+            if signature is not None and program.repeats and selfcheck.left_out == unchecked:
+                if len(programs) >= LIMIT:
+                    programs.clear()
+                programs[signature] = program
+        else:
+            result, contexts = program.run(inputs)
+        saved, ctx.places = program.saved(contexts)
+        ctx.program, ctx.contexts = program, contexts
+        ctx.save_for_backward(*saved)
         return result
 
     @staticmethod
     @first_order
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(ctx.needs_input_grad) - 1
+        count = len(ctx.needs_input_grad)
         if bar is None:
-            return (None,) * (1 + count)
-        return None, *ctx.tape.backward(ctx.saved_tensors, bar)[:count]
-
-
-# -- what layers do between ops, as ops -------------------------------------------------------------------------------
-
-
-class Heads(Function):
-    """``[..., N, H D]`` to ``[..., N, H, D]``, or where it is `turned` to ``[..., H, N, D]``: a view."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, turned: bool) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.shape, ctx.turned = x.shape, turned
-        y = x.view(*x.shape[:-1], -1, size)
-        return y.transpose(-2, -3) if turned else y
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, y_bar: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if y_bar is not None:
-            y_bar = (y_bar.transpose(-2, -3) if ctx.turned else y_bar).reshape(ctx.shape)
-        return y_bar, None, None
-
-
-class Turned(Function):
-    """``[..., N, H, D]`` to ``[..., H, N, D]``: a view."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return x.transpose(-2, -3)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, y_bar: Tensor | None) -> Tensor | None:
-        return None if y_bar is None else y_bar.transpose(-2, -3)
-
-
-class Joined(Function):
-    """``[..., H, N, D]`` to ``[..., N, H D]``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.size = x.shape[-1]
-        return x.transpose(-2, -3).flatten(-2)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, y_bar: Tensor | None) -> Tensor | None:
-        return None if y_bar is None else y_bar.unflatten(-1, (-1, ctx.size)).transpose(-2, -3)
-
-
-class Sum(Function):
-    """Of two tensors of one shape and dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return torch.add(x, y)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return bar, bar
+            return (None,) * count
+        bars = ctx.program.backward(ctx.contexts, ctx.places, ctx.saved_tensors, bar)
+        return None, None, None, *bars[: count - 3]

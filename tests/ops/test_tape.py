@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import aajr_kernels as aajr
 from aajr_kernels import Dual
+from aajr_kernels.backends import selfcheck
+from aajr_kernels.ops import tape
 from aajr_kernels.ops.activation import swiglu
+from aajr_kernels.ops.attention import attention
 from aajr_kernels.ops.autograd import Function
+from aajr_kernels.ops.between import Heads, Joined, Sum, Turned
 from aajr_kernels.ops.linear import projections
 from aajr_kernels.ops.norm import add_rms_norm
-from aajr_kernels.ops.tape import Heads, Joined, Sum, Turned, Untaped, in_one_step
+from aajr_kernels.ops.tape import Untaped, in_one_step
 
 
 def block(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -158,6 +164,105 @@ def test_a_checkpointed_step():
         lambda *inputs: in_one_step(lambda: block(*inputs), inputs), *inputs, use_reentrant=False
     )
     assert all(map(torch.equal, gradients(step, inputs), gradients(block(*inputs), inputs)))
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+
+def repeated(inputs: list[Tensor], programs: dict, body=block, key=None) -> bool:
+    """Whether a step, which is checked against its body, was one of the programs."""
+    called = []
+    step = in_one_step(lambda: called.append(0) or body(*inputs), inputs, programs, key)
+    trained, parts = [x for x in inputs if x.requires_grad], body(*inputs)
+    assert torch.equal(step, parts)
+    for ours, theirs in zip(gradients(step, trained), gradients(parts, trained), strict=True):
+        assert torch.equal(ours, theirs)
+    return not called
+
+
+def test_calls_are_repeated_where_they_would_be_the_same():
+    inputs, programs = leaves(), {}
+    assert not repeated(inputs, programs)
+    assert repeated(inputs, programs)
+    others = [(1.5 * x.detach()).requires_grad_() for x in inputs]
+    assert repeated(others, programs)
+    assert not repeated(others, programs, key="another one") and len(programs) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.detach(),
+        lambda x: x.detach().double().requires_grad_(),
+        lambda x: x.detach()[:, :1].requires_grad_(),
+        lambda x: x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+    ],
+    ids=["frozen", "dtype", "size", "strides"],
+)
+def test_calls_of_other_inputs_are_noted(change):
+    inputs, programs = leaves(), {}
+    repeated(inputs, programs)
+    inputs = [
+        change(inputs[0]),
+        *([x.detach().to(change(inputs[0]).dtype).requires_grad_() for x in inputs[1:]]),
+    ]
+    assert not repeated(inputs, programs) and repeated(inputs, programs)
+
+
+def test_calls_of_another_backend_are_noted():
+    inputs, programs = leaves(), {}
+    repeated(inputs, programs)
+    with aajr.use_backend("reference"):
+        assert not repeated(inputs, programs) and repeated(inputs, programs)
+    assert repeated(inputs, programs)
+
+
+def test_an_input_given_twice_may_be_two_the_next_time():
+    x, norm, gate, up, down = leaves()
+    programs = {}
+    assert not repeated([x, norm, gate, gate, down], programs) and not programs
+    assert not repeated([x, norm, gate, up, down], programs)
+    assert not repeated([x, norm, gate, gate, down], programs)
+
+
+def attending(x: Tensor, mask: Tensor, row: Callable[[Tensor], Tensor]) -> Tensor:
+    return attention(Dual(x), Dual(x), Dual(x), mask=row(mask)).stacked
+
+
+def test_a_view_of_a_mask():
+    generator, programs = torch.Generator().manual_seed(0), {}
+    body = functools.partial(attending, row=lambda mask: mask[1:2])
+    for count in range(3):
+        x = torch.randn(2, 1, 2, 4, 6, generator=generator).requires_grad_()
+        mask = (torch.rand(3 + count, 4, generator=generator) > 0.3)[count:]  # at other places of its memory
+        assert repeated([x, mask], programs, body) == (count > 0)
+
+
+def test_a_mask_that_is_computed_is_computed_again():
+    programs: dict = {}
+    x, mask = torch.randn(2, 1, 2, 4, 6, requires_grad=True), torch.ones(1, 4, dtype=torch.bool).triu(1)
+    assert not repeated([x, mask], programs, functools.partial(attending, row=lambda mask: ~mask))
+    assert not programs
+
+
+def test_a_backend_that_went_unchecked_is_chosen_again(monkeypatch):
+    inputs, programs = leaves(), {}
+
+    def unchecked(*inputs):
+        selfcheck.left_out += 1
+        return block(*inputs)
+
+    assert not repeated(inputs, programs, unchecked) and not programs
+
+
+def test_programs_are_limited(monkeypatch):
+    monkeypatch.setattr(tape, "LIMIT", 2)
+    inputs, programs = leaves(), {}
+    assert not any(repeated(inputs, programs, key=key) for key in range(3))
+    assert len(programs) == 1 and repeated(inputs, programs, key=2)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 class _Materializing(Function):

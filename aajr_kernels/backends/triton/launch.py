@@ -173,6 +173,11 @@ def settings() -> tuple[str, str, int] | None:
     return _state.architecture, matmul_precision(), _forgotten
 
 
+def state() -> tuple[Any, ...]:
+    """All that a choice of backend and kernels depends on here, beside tensors and devices."""
+    return _state.architecture, _state.recorder is not None, _interpreted(), matmul_precision(), _forgotten
+
+
 @functools.cache
 def _architecture(index: int) -> str:
     if torch.version.hip is not None:

@@ -21,14 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ... import sharding
-from ...autocast import autocasting
-from ...coverage import recording
 from ...dual import Dual
+from ...ops.between import Heads, Joined, Turned
 from ...ops.rotary import rotaries
-from ...ops.tape import Heads, Joined, Turned, Untaped, in_one_step
-from ...recompute import is_recomputed
-from ...torch_private import DROPOUT, has_dispatch_modes, transforms_active, unhooked
+from ...ops.tape import Programs, Untaped, in_one_step, is_undisturbed
+from ...torch_private import DROPOUT, unhooked
 from .attention import attend
 from .library import NAME
 from .masks import Visibility
@@ -47,6 +44,8 @@ _LARGE = 2**22
 #: arguments of layers that their attention by ``"aajr"`` does not look at
 _UNHEEDED = ("position_ids", "use_cache", "cache_position")
 _SOFTCAP = "attn_logit_softcapping"
+#: types of attributes that tell by themselves whether they are another one than before
+_SETTINGS = {type(None), bool, int, float, str, tuple}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Form:
         head_norms: of queries and keys, if any.
         turned_late: whether these see heads after positions; the sums of their gradients have that order.
         softcap: attribute of the attention, or "".
-        kinds: classes of the layer and of all modules inside.
+        kinds: classes of the layer and of all modules inside, each with the attributes that :meth:`run` reads.
     """
 
     norms: tuple[str, ...]
@@ -69,7 +68,7 @@ class Form:
     output: str
     head_norms: tuple[str, ...]
     turned_late: bool
-    kinds: frozenset[type]
+    kinds: tuple[tuple[type, tuple[str, ...]], ...]
     rotates: bool = True
     softcap: str = ""
 
@@ -114,15 +113,23 @@ def _products(x: Dual, layers: list[nn.Module]) -> Any:
 def by_form(body: Callable[..., Any], form: Form) -> Callable[..., Any]:
     """The forward `body` of a layer, by its form where nothing sees the difference."""
 
+    programs: Programs = {}
+    kinds = dict(form.kinds)
+
     @functools.wraps(body)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = None if torch.compiler.is_compiling() else _arguments(form, self, args, kwargs)
-        if known is not None:
+        if known is not None and (inside := _inside(kinds, self, known[0].stacked)) is not None:
             x, tables, mask = known
-            if (inputs := _parameters(form, self, x.stacked)) is not None:
-                inputs = [x.stacked, *(tables or ()), *inputs]
-                with contextlib.suppress(Untaped):
-                    return Dual(in_one_step(lambda: form.run(self, x, tables, mask).stacked, inputs))
+            parameters, key = inside
+            inputs = [x.stacked, *(tables or ()), *parameters]
+            if mask is not None:
+                key += mask.causal, mask.window
+                inputs += () if mask.mask is None else (mask.mask,)
+            with contextlib.suppress(Untaped):
+                return Dual(
+                    in_one_step(lambda: form.run(self, x, tables, mask).stacked, inputs, programs, tuple(key))
+                )
         return body(self, *args, **kwargs)
 
     return forward
@@ -160,38 +167,42 @@ def _arguments(form: Form, layer: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     drops = attention.training and getattr(attention, "attention_dropout", 0.0)
     checkpoints = layer.training and getattr(layer, "gradient_checkpointing", False)
-    if drops or checkpoints or attention.config._attn_implementation != NAME or not torch.is_grad_enabled():
+    if drops or checkpoints or attention.config._attn_implementation != NAME:
         return None
-    return x, tables, mask
+    return (x, tables, mask) if is_undisturbed(x.stacked.device.type) else None
 
 
-def _parameters(form: Form, layer: Any, x: Tensor) -> list[Tensor] | None:
-    """Every parameter of a layer that may run by its form now, or None."""
-    if (
-        has_dispatch_modes()
-        or transforms_active()
-        or recording()  # what ran before a tensor turns out to be no result of an op would count twice
-        or autocasting(x.device.type)
-        or sharding.frozen()
-        or is_recomputed("norms")
-        or is_recomputed("activations")
-        or type(layer) not in form.kinds
-        or (inside := unhooked(layer)) is None
-    ):
+def _inside(
+    kinds: dict[type, tuple[str, ...]], layer: Any, x: Tensor
+) -> tuple[list[Tensor], list[Any]] | None:
+    """Every parameter of a layer, and all else in it that a run by its form depends on; None where it may not run."""
+    if type(layer) not in kinds or (inside := unhooked(layer)) is None:
         return None
     parameters: list[Tensor] = []
+    key = [*layer._modules]
     for part in inside:
-        if type(part) not in form.kinds:
+        settings, attributes = kinds.get(type(part)), part.__dict__
+        if settings is None:
             return None
-        replaced = part.__dict__.get("forward")
-        if replaced is not None and getattr(replaced, "__func__", None) not in FUSED:
-            return None
-        for p in part._parameters.values():
+        key += type(part), *part._modules
+        replaced = attributes.get("forward")
+        if replaced is not None:
+            function = getattr(replaced, "__func__", None)
+            if function not in FUSED or replaced.__self__ is not part:
+                return None
+            key.append(function)
+        for name in settings:
+            value = attributes.get(name)
+            if type(value) not in _SETTINGS:
+                return None
+            key.append(value)
+        for name, p in part._parameters.items():
             if p is not None:
                 if type(p) is not nn.Parameter or p.dtype != x.dtype:
                     return None
+                key.append(name)
                 parameters.append(p)
-    return parameters
+    return parameters, key
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -303,8 +314,13 @@ def _names(module: nn.Module, trial: Trial, calls: Calls) -> Form | None:
         return None
     late = any(given[f"{attention}.{name}"].is_contiguous() for name in others)
     *projections, last = (name.split(".")[1] for name in linear)
-    kinds = frozenset(type(part) for part in module.modules())
-    return Form(norms, attention, mlp, tuple(projections), last, tuple(others), late, kinds)
+    kinds: dict[type, tuple[str, ...]] = {type(part): () for part in module.modules()}
+    for name in (*norms, *(f"{attention}.{name}" for name in others)):
+        norm = module.get_submodule(name)
+        own = {n for n, value in vars(norm).items() if type(value) in _SETTINGS} - vars(nn.Module()).keys()
+        kinds[type(norm)] = tuple(sorted(own))
+    kinds[type(module.get_submodule(attention))] = ("head_dim", "scaling", "is_causal", _SOFTCAP)
+    return Form(norms, attention, mlp, tuple(projections), last, tuple(others), late, tuple(kinds.items()))
 
 
 class _Drops(TorchFunctionMode):

@@ -21,8 +21,8 @@ from torch import Tensor
 from ...coverage import recording
 from ...dual import Dual, flatten_dual, is_dual, unflatten_dual
 from ...ops.autograd import is_taken_down
+from ...ops.between import Sum
 from ...ops.norm import add_layer_norm, add_rms_norm, rms_norm
-from ...ops.tape import Sum
 from ...torch_private import pytree, unhooked
 
 __all__ = ["Residual", "on_residuals", "rms_norm_of"]

@@ -51,12 +51,13 @@ def test_one_step_is_its_parts(name, dtype, steps, monkeypatch):
     x = subject.x.detach().requires_grad_()
     tangents = torch.stack([x.detach().cos(), x.detach().sin()])
     results = []
-    for size in (decoder._LARGE, -1):
+    for size in (decoder._LARGE, decoder._LARGE, -1):
         monkeypatch.setattr(decoder, "_LARGE", size)
         y = subject.call(subject.model, aajr.dual(x, tangents)).logits.stacked
         results.append((y, *gradients(y, [x, *subject.model.model.layers.parameters()])))
-    assert len(steps) == 2
-    assert all(map(torch.equal, *results))
+    assert len(steps) == 4
+    noted, repeated, parts = results
+    assert all(map(torch.equal, noted, parts)) and all(map(torch.equal, repeated, parts))
 
 
 def exact(model):
@@ -86,6 +87,97 @@ def test_gradients_are_those_of_torch(name, steps):
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     for got, exact_gradient in zip(gradients(ours, inputs), expected, strict=True):
         torch.testing.assert_close(got, exact_gradient, rtol=1e-10, atol=1e-11)
+
+
+# -- calls that are repeated without the code around them -------------------------------------------------------------
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """Layers whose calls were noted."""
+    layers, own = [], decoder.Form.run
+
+    def counted(form, layer, *args):
+        layers.append(layer)
+        return own(form, layer, *args)
+
+    monkeypatch.setattr(decoder.Form, "run", counted)
+    return layers
+
+
+def as_parts(model, monkeypatch, **options):
+    """Results and gradients in one step, which are checked against those in parts."""
+    parameters, results = list(model.layers.parameters()), []
+    for size in (2**22, -1):
+        monkeypatch.setattr(decoder, "_LARGE", size)
+        y = run(model, **options).stacked
+        results.append((y, *gradients(y, parameters)))
+    assert all(map(torch.equal, *results))
+    monkeypatch.setattr(decoder, "_LARGE", 2**22)
+    return results[0]
+
+
+@pytest.fixture
+def gemma2():
+    decoder.by_form.cache_clear()  # nothing is noted of layers of this form
+    subject = SUBJECTS["gemma2-eager"]()
+    fuse(subject.model)
+    return subject.model.model
+
+
+def rescaled(layer):
+    layer.self_attn.scaling *= 2.0
+
+
+def recapped(layer):
+    layer.self_attn.attn_logit_softcapping = 0.5
+
+
+def with_another_epsilon(layer):
+    layer.post_attention_layernorm.eps = 0.5
+
+
+def swapped(layer):
+    """Keys and values, which have one shape, in another order of registration."""
+    layer.self_attn._modules = {
+        name: layer.self_attn._modules[name] for name in reversed(layer.self_attn._modules)
+    }
+
+
+@pytest.mark.parametrize("change", [rescaled, recapped, with_another_epsilon, swapped])
+def test_what_a_layer_reads_may_change(change, gemma2, noted, monkeypatch):
+    before = as_parts(gemma2, monkeypatch)  # layers that are alike are noted once
+    run(gemma2)
+    assert noted == [gemma2.layers[0]]
+    change(gemma2.layers[0])
+    after = as_parts(gemma2, monkeypatch)
+    assert noted == [gemma2.layers[0]] * 2
+    assert torch.equal(before[0], after[0]) == (change is swapped)
+
+
+def test_what_calls_depend_on_may_change(noted, monkeypatch):
+    """Layers that are alike are noted once."""
+    decoder.by_form.cache_clear()
+    fused = tiny("llama").model
+    fuse(fused)
+    noted.clear()
+    as_parts(fused, monkeypatch)
+    assert noted == [fused.layers[0]]
+    noted.clear()
+    masks = torch.ones(3, 2, 5, dtype=torch.bool)
+    masks[1, 0, :2] = masks[2, 1, 3:] = False
+    for mask, count in zip(masks, (0, 1, 1)):  # the first hides nothing and is left out
+        as_parts(fused, monkeypatch, attention_mask=mask)
+        assert len(noted) == count
+    with aajr.use_backend("reference"):
+        as_parts(fused, monkeypatch)
+    assert len(noted) == 2
+    model = copy.deepcopy(fused)
+    as_parts(model, monkeypatch)
+    assert len(noted) == 2
+    model.layers[0].mlp.down_proj.weight.requires_grad_(False)
+    run(model)
+    assert len(noted) == 3
 
 
 # -- what sees what is inside -----------------------------------------------------------------------------------------
@@ -213,14 +305,18 @@ def test_checkpointed_layers_and_those_whose_results_are_computed_again(steps):
     assert len(steps) == 2
 
 
-def test_what_is_no_op_inside_runs_in_parts(fused, steps, monkeypatch):
+def test_what_is_no_op_inside_runs_in_parts(steps, monkeypatch):
     """A form that does something else than ops gives the gradients of its parts."""
+    decoder.by_form.cache_clear()
+    fused = tiny("llama").model
+    fuse(fused)
     own, parameters = decoder.attend, list(fused.layers.parameters())
-    expected = gradients(run(fused).stacked, parameters)
-    assert len(steps) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "_LARGE", -1)
+        expected = gradients(run(fused).stacked, parameters)
     monkeypatch.setattr(decoder, "attend", lambda *args, **options: own(*args, **options) * 1.0)
     assert all(map(torch.equal, gradients(run(fused).stacked, parameters), expected))
-    assert len(steps) == 2
+    assert not steps
 
 
 def noting(self, output):
