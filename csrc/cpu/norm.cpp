@@ -7,7 +7,8 @@
 //   β_k = r m(b_k x), s = r m(a x) + r Σ_k (m(b_k ẋ_k) − 3 c_k β_k)
 //   ẋ̄_k = r b_k − r² β_k x,  x̄ = r a − r² (Σ_k (c_k b_k + β_k ẋ_k) + s x)
 //   w̄ += r x ȳ + Σ_k (r ẋ_k − r² c_k x) ẏ̄_k
-// The means of x and ẋ_k being zero, centring the results means centring a and b_k, whose sums come with the others.
+// Centring the results means centring a and b_k, whose sums come with the others, for the means of x and ẋ_k are zero. As
+// the saved ones are rounded, the rest of each is summed first, and taken off too.
 #include "norm.h"
 
 #include <cmath>
@@ -25,12 +26,25 @@ AAJR_INLINE vf centred(const T* x, float mean, Tag tag) {
   return Centred ? read(x, tag, mean) - mean : read(x, tag);
 }
 
+// Beside a factor that is zero past the end.
+template <bool Centred, class T, class Tag>
+AAJR_INLINE vf centred(const T* x, float mean, Tag tag, float rest) {
+  return Centred ? centred<Centred>(x, mean, tag) - rest : read(x, tag);
+}
+
+// The mean of x − mean.
 template <bool Centred, class T>
-AAJR_INLINE float mean_of(const T* x, int64_t n) {
+AAJR_INLINE float mean_of(const T* x, int64_t n, float mean = 0.0f) {
   if (!Centred) return 0.0f;
   double total[1] = {};
-  reduce<1, 4>(n, total, [&](int64_t i, auto tag, auto add) AAJR_LAMBDA { add(0, read(x + i, tag)); });
+  reduce<1, 4>(n, total, [&](int64_t i, auto tag, auto add) AAJR_LAMBDA { add(0, centred<Centred>(x + i, mean, tag)); });
   return static_cast<float>(total[0] / n);
+}
+
+// A rounded mean, and the one that remains without it, as the nearest to their sum and what remains then.
+AAJR_INLINE void settle(float& mean, float& rest) {
+  const float nearest = mean + rest;
+  rest += mean - nearest, mean = nearest;
 }
 
 // summed = x + residual for one stream of a row; null pointers are zeros.
@@ -43,36 +57,60 @@ AAJR_INLINE void add_rows(const T* x, const T* residual, T* summed, int64_t n) {
 }
 
 // The primal (if Primal) and `Others` tangents from number k on: statistics and results. Two tangents at a time keep
-// everything in registers and read the primal half as often.
+// everything in registers and read the primal half as often. Means are rounded: `rest` is the one that the primal has
+// without its own.
 template <class T, bool Centred, bool Primal, int Others>
 AAJR_INLINE void forward_group(const NormForward& p, const T* x, int64_t x_stack, T* y, float* stats,
-                               const float* scale, const float* shift, int64_t k) {
+                               const float* scale, const float* shift, int64_t k, float& rest) {
   const int64_t n = p.size, y_stack = p.rows * n;
   float* means = stats + p.stacks * p.rows;
   const T* other[2] = {x + (1 + k) * x_stack, x + (2 + k) * x_stack};
-  float mean = 0.0f, r, mean_of_other[2] = {}, rc[2] = {};
+  float mean = 0.0f, r, mean_of_other[2] = {}, rest_of_other[2] = {}, rc[2] = {};
   if (Centred) {
-    mean = Primal ? means[0] = mean_of<Centred>(x, n) : means[0];
-    for (int j = 0; j < Others; ++j) mean_of_other[j] = means[(1 + k + j) * p.rows] = mean_of<Centred>(other[j], n);
+    mean = Primal ? mean_of<Centred>(x, n) : means[0];
+    for (int j = 0; j < Others; ++j) mean_of_other[j] = mean_of<Centred>(other[j], n);
   }
-  double dots[3] = {};
-  reduce<3, 4>(n, dots, [&](int64_t i, auto tag, auto add) AAJR_LAMBDA {
+  // of each tangent m(x ẋ) and, centred, m(ẋ); then of the primal m(x x), m(x)
+  constexpr int each = Centred ? 2 : 1, own = each * Others, count = own + (Primal ? each : 0);
+  double dots[count] = {};
+  reduce<count, Centred && Others == 2 ? 2 : 4>(n, dots, [&](int64_t i, auto tag, auto add) AAJR_LAMBDA {
     const vf primal = centred<Centred>(x + i, mean, tag);
-    if (Primal) add(2, primal * primal);
-    for (int j = 0; j < Others; ++j) add(j, primal * centred<Centred>(other[j] + i, mean_of_other[j], tag));
+    if (Primal) add(own, primal * primal);
+    if (Primal && Centred) add(own + 1, primal);
+    for (int j = 0; j < Others; ++j) {
+      const vf tangent = centred<Centred>(other[j] + i, mean_of_other[j], tag);
+      add(each * j, primal * tangent);
+      if (Centred) add(each * j + 1, tangent);
+    }
   });
-  if (Primal) stats[0] = 1.0f / std::sqrt(static_cast<float>(dots[2] / n) + p.eps);
+  for (double& dot : dots) dot /= n;
+  if constexpr (Primal && Centred) rest = static_cast<float>(dots[own + 1]);
+  for (int j = 0; j < Others && Centred; ++j) rest_of_other[j] = static_cast<float>(dots[each * j + each - 1]);
+  if constexpr (Primal) {
+    const float square = static_cast<float>(dots[own]) - rest * rest;
+    stats[0] = 1.0f / std::sqrt((square < 0.0f ? 0.0f : square) + p.eps);  // NaN stays
+  }
   r = stats[0];
   for (int j = 0; j < Others; ++j) {
-    const float c = stats[(1 + k + j) * p.rows] = static_cast<float>(dots[j] / n) * r;
+    const float c = stats[(1 + k + j) * p.rows] = (static_cast<float>(dots[each * j]) - rest * rest_of_other[j]) * r;
     rc[j] = r * c;
   }
+  if (Centred) {
+    if (Primal) settle(mean, rest), means[0] = mean;
+    for (int j = 0; j < Others; ++j) {
+      settle(mean_of_other[j], rest_of_other[j]);
+      means[(1 + k + j) * p.rows] = mean_of_other[j];
+    }
+  }
   walk<2>(0, n, [&](int64_t i, int, auto tag) AAJR_LAMBDA {
-    const vf hat = centred<Centred>(x + i, mean, tag) * r, w = read(scale + i, tag);
+    vf primal = centred<Centred>(x + i, mean, tag);
+    if (Centred) primal -= rest;
+    const vf hat = primal * r, w = read(scale + i, tag);
     if (Primal) write(y + i, shift ? hat * w + read(shift + i, tag) : hat * w, tag);
     for (int j = 0; j < Others; ++j) {
-      const vf tangent = centred<Centred>(other[j] + i, mean_of_other[j], tag) * r - hat * rc[j];
-      write(y + (1 + k + j) * y_stack + i, tangent * w, tag);
+      vf tangent = centred<Centred>(other[j] + i, mean_of_other[j], tag);
+      if (Centred) tangent -= rest_of_other[j];
+      write(y + (1 + k + j) * y_stack + i, (tangent * r - hat * rc[j]) * w, tag);
     }
   });
 }
@@ -92,10 +130,11 @@ void forward_row(const NormForward& p, const float* scale, const float* shift, i
   }
   T* y = reinterpret_cast<T*>(p.y) + row * n;
   float* stats = p.stats + row;
+  float rest = 0.0f;
   int64_t k = tangents % 2;
-  if (k == 1) forward_group<T, Centred, true, 1>(p, x, x_stack, y, stats, scale, shift, 0);
-  else forward_group<T, Centred, true, 0>(p, x, x_stack, y, stats, scale, shift, 0);
-  for (; k < tangents; k += 2) forward_group<T, Centred, false, 2>(p, x, x_stack, y, stats, scale, shift, k);
+  if (k == 1) forward_group<T, Centred, true, 1>(p, x, x_stack, y, stats, scale, shift, 0, rest);
+  else forward_group<T, Centred, true, 0>(p, x, x_stack, y, stats, scale, shift, 0, rest);
+  for (; k < tangents; k += 2) forward_group<T, Centred, false, 2>(p, x, x_stack, y, stats, scale, shift, k, rest);
 }
 
 template <class T>
@@ -124,7 +163,7 @@ void forward(const NormForward& p) {
 
 // Statistics of a tangent in a row.
 struct Tangent {
-  float beta, mean_b, c, mean_x;
+  float beta, mean_b, c, mean_x, rest_x;
 };
 
 // Where a share of the rows sums the parameter gradients; null where not needed.
@@ -136,7 +175,7 @@ struct Sums {
 template <class T>
 struct Row {
   const T *x, *y_bar;
-  float r, mean;
+  float r, mean, rest;
   Tangent* each;  // [K]
 };
 
@@ -148,37 +187,40 @@ AAJR_INLINE void backward_group(const NormBackward& p, const Row<T>& row, const 
   const int64_t n = p.size;
   const T* x[2] = {row.x + (1 + k) * p.x_stack, row.x + (2 + k) * p.x_stack};
   const T* g[2] = {row.y_bar + (1 + k) * p.y_stack, row.y_bar + (2 + k) * p.y_stack};
-  float mean[2] = {}, rrc[2] = {};
-  for (int j = 0; j < Others; ++j) mean[j] = row.each[k + j].mean_x, rrc[j] = row.r * row.r * row.each[k + j].c;
-  double total[8] = {};
-  reduce<8, Others == 2 ? 1 : 2>(n, total, [&](int64_t i, auto tag, auto add) AAJR_LAMBDA {
-    const vf w = read(scale + i, tag), primal = centred<Centred>(row.x + i, row.mean, tag);
+  float mean[2] = {}, rest[2] = {}, rrc[2] = {};
+  for (int j = 0; j < Others; ++j) {
+    const Tangent& t = row.each[k + j];
+    mean[j] = t.mean_x, rest[j] = t.rest_x, rrc[j] = row.r * row.r * t.c;
+  }
+  // of each tangent m(b x), m(b ẋ) and, centred, m(b); then of the primal m(a x), m(a)
+  constexpr int each = Centred ? 3 : 2, own = each * Others, count = own + (Primal ? each - 1 : 0);
+  double total[count] = {};
+  reduce<count, Others == 2 ? 1 : 2>(n, total, [&](int64_t i, auto tag, auto add) AAJR_LAMBDA {
+    const vf w = read(scale + i, tag), primal = centred<Centred>(row.x + i, row.mean, tag, row.rest);
     vf w_bar{};
     if (Primal) {
       const vf g0 = read(row.y_bar + i, tag), a = g0 * w;
-      add(6, a * primal);
-      if (Centred) add(7, a);
+      add(own, a * primal);
+      if (Centred) add(own + 1, a);
       if (out.b) write(out.b + i, read(out.b + i, tag) + g0, tag);
       w_bar = g0 * (primal * row.r);
     }
     for (int j = 0; j < Others; ++j) {
-      const vf gj = read(g[j] + i, tag), b = gj * w, tangent = centred<Centred>(x[j] + i, mean[j], tag);
-      add(3 * j, b * primal);
-      add(3 * j + 1, b * tangent);
-      if (Centred) add(3 * j + 2, b);
+      const vf gj = read(g[j] + i, tag), b = gj * w, tangent = centred<Centred>(x[j] + i, mean[j], tag, rest[j]);
+      add(each * j, b * primal);
+      add(each * j + 1, b * tangent);
+      if (Centred) add(each * j + 2, b);
       w_bar += gj * (tangent * row.r - primal * rrc[j]);
     }
     if (out.w) write(out.w + i, read(out.w + i, tag) + w_bar, tag);
   });
-  if (Primal) {
-    s += row.r * static_cast<float>(total[6] / n);
-    mean_a = static_cast<float>(total[7] / n);
-  }
+  if constexpr (Primal) s += row.r * static_cast<float>(total[own] / n);
+  if constexpr (Primal && Centred) mean_a = static_cast<float>(total[own + 1] / n);
   for (int j = 0; j < Others; ++j) {
     Tangent& t = row.each[k + j];
-    t.beta = row.r * static_cast<float>(total[3 * j] / n);
-    t.mean_b = static_cast<float>(total[3 * j + 2] / n);
-    s += row.r * (static_cast<float>(total[3 * j + 1] / n) - 3.0f * t.c * t.beta);
+    t.beta = row.r * static_cast<float>(total[each * j] / n);
+    if constexpr (Centred) t.mean_b = static_cast<float>(total[each * j + 2] / n);
+    s += row.r * (static_cast<float>(total[each * j + 1] / n) - 3.0f * t.c * t.beta);
   }
 }
 
@@ -192,7 +234,7 @@ AAJR_INLINE void backward_write(const NormBackward& p, const Row<T>& row, const 
     constexpr int U = sizeof(vectors);
     vf primal[U], w[U], small[U];
     for (int u = 0; u < U; ++u) {
-      primal[u] = centred<Centred>(row.x + i + u * W, row.mean, tag);
+      primal[u] = centred<Centred>(row.x + i + u * W, row.mean, tag, row.rest);
       w[u] = read(scale + i + u * W, tag);
       small[u] = primal[u] * s;
     }
@@ -203,7 +245,7 @@ AAJR_INLINE void backward_write(const NormBackward& p, const Row<T>& row, const 
       for (int u = 0; u < U; ++u) {
         vf b = read(row.y_bar + g + u * W, tag) * w[u];
         if (Centred) b -= t.mean_b;
-        small[u] += b * t.c + centred<Centred>(row.x + x + u * W, t.mean_x, tag) * t.beta;
+        small[u] += b * t.c + centred<Centred>(row.x + x + u * W, t.mean_x, tag, t.rest_x) * t.beta;
         vf tangent = b * r - primal[u] * scaled;
         if (add) tangent += read(add + (1 + k) * p.sum_stack + i + u * W, tag);
         write(x_bar + to + u * W, tangent, tag);
@@ -230,12 +272,13 @@ void backward_row(const NormBackward& p, const float* scale, Tangent* each, cons
   const int64_t n = p.size, tangents = p.stacks - 1;
   const float* stats = p.stats + index;
   const float* means = stats + p.stacks * p.rows;
-  const Row<T> row{reinterpret_cast<const T*>(p.x) + offset_of(p.x_rows, index),
-                   reinterpret_cast<const T*>(p.y_bar) + offset_of(p.y_rows, index), stats[0],
-                   Centred ? means[0] : 0.0f, each};
+  const T* x = reinterpret_cast<const T*>(p.x) + offset_of(p.x_rows, index);
+  const float mean = Centred ? means[0] : 0.0f;
+  const Row<T> row{x,    reinterpret_cast<const T*>(p.y_bar) + offset_of(p.y_rows, index), stats[0],
+                   mean, mean_of<Centred>(x, n, mean), each};
   for (int64_t k = 0; k < tangents; ++k) {
-    each[k].c = stats[(1 + k) * p.rows];
-    each[k].mean_x = Centred ? means[(1 + k) * p.rows] : 0.0f;
+    const float mean_x = Centred ? means[(1 + k) * p.rows] : 0.0f;
+    each[k] = {0.0f, 0.0f, stats[(1 + k) * p.rows], mean_x, mean_of<Centred>(x + (1 + k) * p.x_stack, n, mean_x)};
   }
   float s = 0.0f, mean_a = 0.0f;
   int64_t k = tangents % 2;

@@ -6,7 +6,8 @@
 //   β_k = r m(b_k x), s = r m(a x) + r Σ_k (m(b_k ẋ_k) − 3 c_k β_k)
 //   ẋ̄_k = r b_k − r² β_k x,  x̄ = r a − r² (Σ_k (c_k b_k + β_k ẋ_k) + s x)
 //   w̄ += r x ȳ + Σ_k (r ẋ_k − r² c_k x) ẏ̄_k
-// The means of x and ẋ_k being zero, centring the results means centring a and b_k, whose sums come with the others.
+// Centring the results means centring a and b_k, whose sums come with the others, for the means of x and ẋ_k are zero. As
+// the saved ones are rounded, the rest of each is summed first, and taken off too.
 #pragma once
 
 #include "block.h"
@@ -50,7 +51,7 @@ AAJR_GLOBAL(kMostThreads) void norm_fwd_kernel(const NormForward p) {
   for (uint32_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     Row<T, Aligned, Packs> x, tangent;
     x.read(stream_of<T, Aligned, Packs>(p, row, 0), p.size);
-    float mean = 0.0f, r = 0.0f;
+    float mean = 0.0f, rest = 0.0f, r = 0.0f;  // rest: the mean that x has without its own, which is rounded
     float* stats = p.stats + row;
     // the primal's sums come with those of the first tangent
     for (int64_t k = 0; k == 0 || k < p.stacks - 1; ++k) {
@@ -69,21 +70,28 @@ AAJR_GLOBAL(kMostThreads) void norm_fwd_kernel(const NormForward p) {
         if (k == 0) mean = sums[0] * inverse;
         tangent_mean = sums[1] * inverse;
       }
-      float dots[2] = {};
+      float dots[4] = {};
       for_packs<T, Packs>(p.size, [&](int j, int64_t column, int64_t count) {
         const Pack<N> a = x.get(j, column, count);
         const Pack<N> b = exists ? tangent.get(j, column, count) : Pack<N>{};
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           if (i >= count) continue;
-          const float centred = a.at[i] - mean;
+          const float centred = a.at[i] - mean, tangent_centred = b.at[i] - tangent_mean;
           dots[0] += centred * centred;
-          dots[1] += centred * (b.at[i] - tangent_mean);
+          dots[1] += centred * tangent_centred;
+          dots[2] += centred;
+          dots[3] += tangent_centred;
         }
       });
       block_sum(dots);
-      if (k == 0) r = rsqrtf(dots[0] * inverse + p.eps);
-      const float c = dots[1] * inverse * r, rc = r * c;
+      if (k == 0) {
+        rest = p.centred ? dots[2] * inverse : 0.0f;
+        const float square = dots[0] * inverse - rest * rest;
+        r = rsqrtf((square < 0.0f ? 0.0f : square) + p.eps);  // NaN stays
+      }
+      const float tangent_rest = p.centred ? dots[3] * inverse : 0.0f;
+      const float c = (dots[1] * inverse - rest * tangent_rest) * r, rc = r * c;
       T* y = static_cast<T*>(p.y) + row * p.size;
       T* y_tangent = y + (1 + k) * p.rows * p.size;
       for_packs<T, Packs>(p.size, [&](int j, int64_t column, int64_t count) {
@@ -92,8 +100,8 @@ AAJR_GLOBAL(kMostThreads) void norm_fwd_kernel(const NormForward p) {
         Pack<N> b = exists ? tangent.get(j, column, count) : Pack<N>{};
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          a.at[i] = (a.at[i] - mean) * r;
-          b.at[i] = ((b.at[i] - tangent_mean) * r - a.at[i] * rc) * w.at[i];
+          a.at[i] = (a.at[i] - mean - rest) * r;
+          b.at[i] = ((b.at[i] - tangent_mean - tangent_rest) * r - a.at[i] * rc) * w.at[i];
         }
         if (exists) store<Aligned>(y_tangent + column, b, count);
         if (k > 0) return;
@@ -107,8 +115,8 @@ AAJR_GLOBAL(kMostThreads) void norm_fwd_kernel(const NormForward p) {
         if (exists) stats[(1 + k) * p.rows] = c;
         if (p.centred) {
           float* means = stats + p.stacks * p.rows;
-          if (k == 0) means[0] = mean;
-          if (exists) means[(1 + k) * p.rows] = tangent_mean;
+          if (k == 0) means[0] = mean + rest;
+          if (exists) means[(1 + k) * p.rows] = tangent_mean + tangent_rest;
         }
       }
     }
@@ -154,7 +162,7 @@ constexpr int kNormBackwardThreads = kMostThreads / 2;
 
 // Statistics of a tangent in a row.
 struct Tangent {
-  float beta, c, mean_x, mean_b;
+  float beta, c, mean_x, rest_x, mean_b;
 };
 
 template <class T, bool Aligned, int Packs>
@@ -172,7 +180,7 @@ AAJR_GLOBAL(kNormBackwardThreads) void norm_bwd_kernel(const NormBackward p) {
     Row<T, Aligned, Packs> x, g, x_tangent, g_tangent;
     x.read(x_row, p.size);
     g.read(g_row, p.size);
-    float s = 0.0f, mean_a = 0.0f;
+    float s = 0.0f, mean_a = 0.0f, rest = 0.0f;
     __syncthreads();  // the tangents of the row before have been read (sums of several warps wait as well)
     for (int64_t k = 0; k == 0 || k < tangents; ++k) {
       const bool exists = k < tangents;
@@ -182,6 +190,21 @@ AAJR_GLOBAL(kNormBackwardThreads) void norm_bwd_kernel(const NormBackward p) {
         g_tangent.read(g_row + (1 + k) * p.y_strides.stack, p.size);
         one.c = stats[(1 + k) * p.rows];
         if (p.centred) one.mean_x = stats[(p.stacks + 1 + k) * p.rows];
+      }
+      if (p.centred) {
+        float rests[2] = {};
+        for_packs<T, Packs>(p.size, [&](int j, int64_t column, int64_t count) {
+          const Pack<N> primal = x.get(j, column, count);
+          const Pack<N> b = exists ? x_tangent.get(j, column, count) : Pack<N>{};
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            if (i >= count) continue;
+            rests[0] += primal.at[i] - mean;
+            rests[1] += b.at[i] - one.mean_x;
+          }
+        });
+        block_sum(rests);
+        rest = rests[0] * inverse, one.rest_x = rests[1] * inverse;
       }
       float sums[5] = {};  // a x, a, b x, b ẋ, b
       for_packs<T, Packs>(p.size, [&](int j, int64_t column, int64_t count) {
@@ -193,7 +216,7 @@ AAJR_GLOBAL(kNormBackwardThreads) void norm_bwd_kernel(const NormBackward p) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           if (i >= count) continue;
-          const float centred = primal.at[i] - mean, tangent = b.at[i] - one.mean_x;
+          const float centred = primal.at[i] - mean - rest, tangent = b.at[i] - one.mean_x - one.rest_x;
           const float first = k == 0 ? primal_bar.at[i] : 0.0f;  // the primal counts once
           const float a = first * w.at[i], other = b_bar.at[i] * w.at[i];
           sums[0] += a * centred;
@@ -224,7 +247,9 @@ AAJR_GLOBAL(kNormBackwardThreads) void norm_bwd_kernel(const NormBackward p) {
     for_packs<T, Packs>(p.size, [&](int j, int64_t column, int64_t count) {
       const Pack<N> w = p.weight.load<N, Aligned>(column, count, 1.0f, p.offset);
       const Pack<N> primal = x.get(j, column, count), primal_bar = g.get(j, column, count);
-      Pack<N> along{}, out;
+      Pack<N> along, out;
+#pragma unroll
+      for (int i = 0; i < N; ++i) along.at[i] = s * (primal.at[i] - mean - rest);
       for (int64_t k = 0; k < tangents; ++k) {
         const Tangent one = each[k];
         const bool here = tangents == 1;  // the only one is still at hand
@@ -237,8 +262,8 @@ AAJR_GLOBAL(kNormBackwardThreads) void norm_bwd_kernel(const NormBackward p) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const float other = b_bar.at[i] * w.at[i] - (p.centred ? one.mean_b : 0.0f);
-          out.at[i] += r * other - r * r * one.beta * (primal.at[i] - mean);
-          along.at[i] += one.c * other + one.beta * (b.at[i] - one.mean_x);
+          out.at[i] += r * other - r * r * one.beta * (primal.at[i] - mean - rest);
+          along.at[i] += one.c * other + one.beta * (b.at[i] - one.mean_x - one.rest_x);
         }
         store<Aligned>(x_bar + (1 + k) * p.rows * p.size + column, out, count);
       }
@@ -247,7 +272,7 @@ AAJR_GLOBAL(kNormBackwardThreads) void norm_bwd_kernel(const NormBackward p) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float a = primal_bar.at[i] * w.at[i] - (p.centred ? mean_a : 0.0f);
-        out.at[i] += r * a - r * r * (along.at[i] + s * (primal.at[i] - mean));
+        out.at[i] += r * a - r * r * along.at[i];
       }
       store<Aligned>(x_bar + column, out, count);
     });

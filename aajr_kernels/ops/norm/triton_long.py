@@ -126,18 +126,20 @@ def _norm_bwd_long_kernel(
         mean = 0.0
         if CENTRED:
             mean = tl.load(stats_at + (1 + K) * per_stack)
-        dot, a_sum = 0.0, 0.0
+        dot, a_sum, rest = 0.0, 0.0, 0.0  # the saved mean is rounded: rest is the one that remains
         for start in range(0, size, BLOCK):
             col = start + tl.arange(0, BLOCK)
             a = read(a_at, col * y_bar_strides[-1], col < size)
             if weight is not None:
                 a *= read(weight, col, col < size) + offset
-            dot += tl.sum(a * (read(x_at, col * x_strides[-1], col < size) - mean), 0)
+            value = read(x_at, col * x_strides[-1], col < size) - mean
+            dot += tl.sum(a * value, 0)
             if CENTRED:
                 a_sum += tl.sum(a, 0)
+                rest += tl.sum(tl.where(col < size, value, 0.0), 0)
         total = dot / size
         out_mean = a_sum / size * r
-        betas, b_means = (), ()
+        betas, out_means = (), ()
         b_at, tan_at = a_at, x_at
         for k in tl.static_range(K):
             b_at += y_bar_strides[0]
@@ -146,22 +148,24 @@ def _norm_bwd_long_kernel(
             mean_tan = 0.0
             if CENTRED:
                 mean_tan = tl.load(stats_at + (2 + K + k) * per_stack)
-            dot, tan_dot, sum_of_b = 0.0, 0.0, 0.0
+            dot, tan_dot, sum_of_b, tan_rest = 0.0, 0.0, 0.0, 0.0
             for start in range(0, size, BLOCK):
                 col = start + tl.arange(0, BLOCK)
                 b = read(b_at, col * y_bar_strides[-1], col < size)
                 if weight is not None:
                     b *= read(weight, col, col < size) + offset
                 dot += tl.sum(b * (read(x_at, col * x_strides[-1], col < size) - mean), 0)
-                tan_dot += tl.sum(b * (read(tan_at, col * x_strides[-1], col < size) - mean_tan), 0)
+                tangent = read(tan_at, col * x_strides[-1], col < size) - mean_tan
+                tan_dot += tl.sum(b * tangent, 0)
                 if CENTRED:
                     sum_of_b += tl.sum(b, 0)
+                    tan_rest += tl.sum(tl.where(col < size, tangent, 0.0), 0)
             beta = dot / size * r
-            b_mean = sum_of_b / size
             total += tan_dot / size - 3.0 * c * beta
-            out_mean -= r * r * c * b_mean
+            out_mean -= r * r * (c * sum_of_b + beta * tan_rest) / size
             betas = betas + (beta,)
-            b_means = b_means + (b_mean,)
+            out_means = out_means + ((sum_of_b * r - rest * (r * r * beta)) / size,)
+        out_mean -= rest / size * (r * r * r * total)
         for start in range(0, size, BLOCK):
             col = start + tl.arange(0, BLOCK)
             at = row.to(tl.int64) * size + col
@@ -192,7 +196,7 @@ def _norm_bwd_long_kernel(
                 out -= (r * r) * (c * b + betas[k] * tangent)
                 tangent_out = b * r - primal * (r * r * betas[k])
                 if CENTRED:
-                    tangent_out -= b_means[k] * r
+                    tangent_out -= out_means[k]
                 if sum_bar is not None:
                     more += sum_bar_strides[0]
                     tangent_out += read(more, col * sum_bar_strides[-1], col < size)

@@ -131,7 +131,7 @@ def _norm_bwd_kernel(
                 out -= (r * r) * (c * b + beta * tangent)
                 tangent_out = b * r - primal * (r * r * beta)
                 if CENTRED:
-                    tangent_out -= tl.sum(b, 1, keep_dims=True) / size * r
+                    tangent_out -= tl.sum(tangent_out, 1, keep_dims=True) / size
                 if sum_bar is not None:
                     sum_bar_at += sum_bar_strides[0]
                     tangent_out += read(sum_bar, sum_bar_at, inside)

@@ -124,6 +124,8 @@ NORM = [
     layer("252, weight alone", 252, 1),
     layer("507 in rows with gaps", 507, layout=gap),
     layer("64, mean 100", 64, mean=100.0),
+    layer("2, no weight, mean 10", 2, 0, mean=10.0),
+    layer("701, mean 1,000", 701, mean=1e3),
     layer("float32 weight and bias", 96, wide=(0, 1)),
     layer("611 rows of 252", 252, batch=(611,), large=True),
     two_axes("layer_norm", layer_norm, layer_formula(2), 2),
