@@ -253,10 +253,13 @@ def form_of(
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether torch or transformers wrote all of its forward: code of others may do more than it returns."""
+    """Whether torch or transformers wrote all of its forward: code of others may do more than it returns.
+
+    transformers has decorators of the kernels library, too.
+    """
     functions = [chain[-1] for chain in chains(type(module).forward) if chain[-1] is not None]
     owners = [getattr(function, "__globals__", {}).get("__name__", "") for function in functions]
-    return all(owner.partition(".")[0] in ("torch", "transformers") for owner in owners)
+    return all(owner.partition(".")[0] in ("torch", "transformers", "kernels") for owner in owners)
 
 
 def _called(

@@ -25,6 +25,7 @@ from ...backends.choice import use_backend
 from ...coverage import Coverage, coverage, paused
 from ...dual import Dual, dual
 from ...torch_private import DROPOUT
+from .wrappers import is_bare
 
 __all__ = [
     "FLOATS",
@@ -154,6 +155,8 @@ def _setting(value: Any) -> Any:
         value = tuple(value.items())
     if isinstance(value, (list, tuple)):
         return tuple(map(_setting, value))
+    if is_bare(value):  # the kernels library gives every layer modules made of functions
+        return type(value)
     return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["around", "chains", "ways"]
+__all__ = ["around", "chains", "is_bare", "ways"]
 
 _DEPTH = 12  # decorators above each other; transformers 5.24 has four
+_COMMON = vars(nn.Module()).keys()
 
 
 def chains(function: Any) -> Iterator[tuple[Any, ...]]:
@@ -39,10 +40,12 @@ def ways(function: Any, through: str = "") -> list[tuple[Any, ...]]:
 
     With `through` they go on to the function of that name among the globals of what `function` decorates.
     """
-    ends = [chain for chain in chains(function) if isinstance(chain[-1], types.FunctionType)]
+    ends = list(chains(function))
     if through:
-        named = ((chain, chain[-1].__globals__.get(through)) for chain in ends)
+        named = ((chain, getattr(chain[-1], "__globals__", {}).get(through)) for chain in ends)
         ends = [(*chain, *way) for chain, called in named if called is not None for way in ways(called)]
+    # a module as a whole, too: that of kernels 0.19 does not run what it holds, but the copy that a layer has of it
+    ends = [chain for chain in ends if isinstance(chain[-1], types.FunctionType) or is_bare(chain[-1])]
     return sorted((way for way in ends if not hasattr(way[-1], "__wrapped__")), key=len, reverse=True)
 
 
@@ -58,8 +61,8 @@ def _held(function: Any) -> list[Any]:
         return [function.func, *function.args, *function.keywords.values()]
     if isinstance(function, types.MethodType):
         return [function.__func__]
-    if isinstance(function, nn.Module):  # the kernels library makes modules of functions
-        return [] if "forward" in function.__dict__ else [type(function).forward]
+    if is_bare(function):  # the kernels library makes modules of functions
+        return [type(function).forward]
     if isinstance(function, types.FunctionType):
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         return [_contents(cell) for cell in function.__closure__ or ()] + defaults
@@ -73,9 +76,17 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
+def is_bare(value: Any) -> bool:
+    """Whether `value` is a module that holds nothing: its class says all that it does."""
+    held = ("_parameters", "_buffers", "_modules")
+    return (
+        isinstance(value, nn.Module) and vars(value).keys() == _COMMON and not any(map(vars(value).get, held))
+    )
+
+
 def _is_function(value: Any) -> bool:
     kinds = (types.FunctionType, types.MethodType, functools.partial, functools.partialmethod)
-    return isinstance(value, kinds) or (callable(value) and hasattr(value, "__wrapped__"))
+    return isinstance(value, kinds) or is_bare(value) or (callable(value) and hasattr(value, "__wrapped__"))
 
 
 @functools.lru_cache(512)  # keys are of callers' classes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import types
 
 import oracle_losses
 import pytest
@@ -16,6 +17,7 @@ from zoo import LENGTH, embeddings, padding
 
 import aajr_kernels as aajr
 from aajr_kernels.integrations.transformers import fuse
+from aajr_kernels.integrations.transformers.verify import signature
 from aajr_kernels.integrations.transformers.wrappers import around, chains
 
 transformers = pytest.importorskip("transformers")
@@ -91,7 +93,7 @@ class Decorated:
 
 def by_name(function):
     """Passes everything by the names of the parameters, as decorators of renamed arguments do."""
-    signature = inspect.signature(function)
+    signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
 
     @functools.wraps(function)
     def forward(*args, **kwargs):
@@ -116,6 +118,50 @@ def as_module(function):
             return function(*scaled(args), **kwargs)
 
     return Func()
+
+
+def dispatched(function):
+    """Wrap a function as kernels 0.19 does: inside a layer that knows it, a call goes to the layer's own copy."""
+
+    class Func(nn.Module):
+        kernel_layer_name = function.__name__
+
+        def forward(self, *args, **kwargs):
+            copies = ACTIVE[-1] if ACTIVE else {}
+            if (own := copies.get(id(self))) is not None:
+                return own(*args, **kwargs)
+            return function(*args, **kwargs)
+
+    return Func()
+
+
+ACTIVE: list[dict[int, nn.Module]] = []
+
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + llama.rotate_half(q) * sin, k * cos + llama.rotate_half(k) * sin
+
+
+def with_copies(cls, function, monkeypatch):
+    """Give a class copies of a dispatched function, as the kernels library decorates it."""
+    init, forward = cls.__init__, cls.forward
+
+    @functools.wraps(init)
+    def new_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.__dict__.setdefault("_kernel_funcs", {})[function.kernel_layer_name] = type(function)()
+
+    @functools.wraps(forward)
+    def new_forward(self, *args, **kwargs):
+        ACTIVE.append({id(function): self._kernel_funcs[function.kernel_layer_name]})
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            ACTIVE.pop()
+
+    monkeypatch.setattr(cls, "__init__", new_init)
+    monkeypatch.setattr(cls, "forward", new_forward)
 
 
 def outcome(model):
@@ -172,6 +218,27 @@ def test_a_decorator_is_looked_through_and_kept(monkeypatch, listing, name, deco
 def test_a_decorated_rotary_embedding(monkeypatch, listing, decorator):
     monkeypatch.setattr(llama, "apply_rotary_pos_emb", decorator(llama.apply_rotary_pos_emb))
     assert_fused_alike(tiny("llama"), listing)
+
+
+def test_a_rotary_embedding_of_which_every_layer_has_a_copy(monkeypatch, listing):
+    function = dispatched(apply_rotary_pos_emb)
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", function)
+    with_copies(llama.LlamaAttention, function, monkeypatch)
+    model = tiny("llama")
+    assert_fused_alike(model, listing, calls=False)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert signature(first, ("layer_idx",)) == signature(second, ("layer_idx",))
+    name = "apply_rotary_pos_emb"
+    second._kernel_funcs[name].forward = types.MethodType(turned_back, second._kernel_funcs[name])
+    assert signature(first, ("layer_idx",)) != signature(second, ("layer_idx",))
+    fusion = assert_fused_alike(model, calls=False)
+    reason = "apply_rotary_pos_emb of LlamaAttention is not the fused rotary: its value is off"
+    assert list(fusion.left) == ["model.layers.1.self_attn"]
+    assert fusion.left["model.layers.1.self_attn"].startswith(reason)
+
+
+def turned_back(self, q, k, cos, sin, unsqueeze_dim=1):
+    return apply_rotary_pos_emb(q, k, cos, -sin, unsqueeze_dim)
 
 
 def test_decorated_gates_of_experts(monkeypatch):
