@@ -94,7 +94,7 @@ def test_the_reference_repeats_its_bits(case, threads):
         for number in (1, 2):
             threads(number)
             repeat(case, problem)
-    counted("runs", problems=2, runs=2 * RUNS)
+    counted("repeats", problems=2, runs=2 * RUNS)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_triton_kernels_repeat_their_bits_in_any_order_of_programs(case, shuffle
     target = ready("triton", case)
     with target.active():
         repeat(case, prepared(case, torch.float32, target.device))
-    counted("runs", problems=1, runs=RUNS)
+    counted("repeats", problems=1, runs=RUNS)
 
 
 @pytest.mark.slow
@@ -165,4 +165,4 @@ def test_cuda_kernels_repeat_their_bits(case):
     target = ready("cuda", case)
     with target.active():
         repeat(case, prepared(case, torch.float32, target.device))
-    counted("runs", problems=1, runs=RUNS)
+    counted("repeats", problems=1, runs=RUNS)
